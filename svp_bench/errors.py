@@ -1,0 +1,119 @@
+"""Errors are part of the interface: what was given, what is allowed, the nearest match, what to do next.
+
+Everything that a user can get wrong raises a subclass of `SvpBenchError` whose text is one line. The command line
+prints that line and exits with the class's `exit_status`; it never shows a stack trace for these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CardError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "NonFiniteLossError",
+    "RecordError",
+    "SvpBenchError",
+    "UnavailableError",
+    "UsageError",
+    "nearest",
+    "unknown_name",
+]
+
+
+class SvpBenchError(Exception):
+    """Base of all errors that svp-bench raises on purpose. `exit_status` is what the command line returns."""
+
+    exit_status = 1
+
+
+class UsageError(SvpBenchError):
+    """The command was called wrongly: an unknown name, two flags that exclude each other, a missing argument."""
+
+    exit_status = 2
+
+
+class ConfigError(UsageError):
+    """A config file or a `--key value` does not fit: unknown key, wrong type, wrong value."""
+
+
+class CardError(SvpBenchError):
+    """A card in `tasks/` (or one of the user's) is malformed. The text begins with `file:line:`."""
+
+
+class DataError(SvpBenchError):
+    """The data on disk are missing, malformed or do not fit their card."""
+
+
+class CheckpointError(SvpBenchError):
+    """A checkpoint is missing, unreadable, unsafe or belongs to another architecture."""
+
+
+class RecordError(SvpBenchError):
+    """A result record is unreadable or does not follow its schema, or the results folder cannot be written."""
+
+
+class UnavailableError(SvpBenchError):
+    """Something that was asked for by name cannot run here (a scan backend, an optional package); says why."""
+
+
+class NonFiniteLossError(SvpBenchError):
+    """The training loss became NaN or infinite."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str | None:
+    """Return the entry of `allowed` that looks most like `name` (case ignored), or None if nothing is close.
+
+    >>> nearest("caltech", ["vtab/caltech101", "vtab/dtd"])
+    'vtab/caltech101'
+    """
+    by_key: dict[str, str] = {}
+    for entry in allowed:
+        by_key.setdefault(entry.lower(), entry)
+    wanted = name.lower()
+    hits = difflib.get_close_matches(wanted, by_key, n=1, cutoff=0.6)
+    if not hits:  # "caltech" for "vtab/caltech101": compare with the last part, and accept a unique containment
+        tails = {key.rsplit("/", 1)[-1].rsplit(".", 1)[-1]: key for key in reversed(by_key)}
+        tail = wanted.rsplit("/", 1)[-1].rsplit(".", 1)[-1]
+        hits = [tails[hit] for hit in difflib.get_close_matches(tail, tails, n=1, cutoff=0.6)]
+        if not hits and len(tail) >= 3:
+            inside = [key for key in by_key if tail in key]
+            hits = inside[:1]
+    return by_key[hits[0]] if hits else None
+
+
+def unknown_name(
+    kind: str,
+    name: str,
+    allowed: Iterable[str],
+    *,
+    where: str | None = None,
+    listing: str | None = None,
+    error: type[SvpBenchError] = UsageError,
+) -> SvpBenchError:
+    """Build the one error for a name that no registry knows.
+
+    Args:
+        kind: What the name should be, as a word: "task", "method", "config key".
+        name: What was given.
+        allowed: All valid names.
+        where: Where the name came from, e.g. "configs/vtab/dtd.yaml:3".
+        listing: The command that lists the valid names, e.g. "svp-bench tasks".
+        error: The class to build.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    names = sorted(allowed)
+    text = f"{where}: unknown {kind} {name!r}" if where else f"unknown {kind} {name!r}"
+    hit = nearest(name, names)
+    if hit:
+        text += f"; did you mean {hit!r}?"
+    elif names and len(names) <= 12:
+        text += f"; allowed: {', '.join(names)}"
+    if listing:
+        text += f" (`{listing}` lists all)"
+    return error(text)
