@@ -1,0 +1,38 @@
+"""The adaptation methods by name. Importing this package imports no torch; `METHODS.get(name)` loads one.
+
+A method of your own needs no entry here: point `class_path` of a method file at it and pass the file to `--method`, or
+let your package offer the entry point `svp_bench.methods`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from svp_bench.registry import Registry
+
+if TYPE_CHECKING:
+    from svp_bench.methods.base import Method as Method
+    from svp_bench.methods.build import create_model as create_model
+
+METHODS = Registry("method", listing="svp-bench methods", entry_points="svp_bench.methods")
+METHODS.add("svp", "svp_bench.methods.svp:SVP", "Selective Visual Prompting: token-wise prompts before each block")
+METHODS.add("vpt_shallow", "svp_bench.methods.vpt:VPTShallow", "visual prompt tokens inserted once, before block 0")
+METHODS.add("vpt_deep", "svp_bench.methods.vpt:VPTDeep", "visual prompt tokens, new ones before each block")
+METHODS.add("linear", "svp_bench.methods.linear:Linear", "linear probing: the head alone")
+METHODS.add("full", "svp_bench.methods.full:Full", "full fine-tuning: everything")
+
+_LAZY = {"Method": "svp_bench.methods.base", "create_model": "svp_bench.methods.build"}
+
+__all__ = ["METHODS", "Method", "create_model", "list_methods"]
+
+
+def list_methods() -> list[str]:
+    """Return the names of all methods, in the order of registration."""
+    return METHODS.names()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,63 @@
+"""What a method is: what it adds to the backbone, what trains, and what it promises."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+from svp_bench.errors import ConfigError, unknown_name
+from svp_bench.models import VisionMamba
+
+__all__ = ["Method"]
+
+
+class Method:
+    """A way to adapt a backbone. Subclass it, state the promises, build the adapter in `attach`.
+
+    The constructor's arguments are the method's settings: give each a type, a default and a line in the docstring, and
+    keep it as an attribute of the same name; configs, `--help` and records read them from there.
+
+    Attributes:
+        identity_at_start: The adapted model equals the frozen backbone before the first step.
+        mergeable: The trained part can be folded into the backbone's weights, at no cost when predicting.
+    """
+
+    identity_at_start: ClassVar[bool]
+    mergeable: ClassVar[bool] = False
+
+    def attach(self, model: VisionMamba) -> None:
+        """Set `model.adapter` to a module with everything that the method adds, and register its points.
+
+        Raises:
+            ConfigError: If the settings do not fit the model; says why.
+        """
+        raise NotImplementedError
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this name (in `model.named_parameters()`) is trained. Default: adapter and head."""
+        return name.startswith(("adapter.", "head."))
+
+    def adapter_parameters(self, model: VisionMamba) -> int:
+        """Return the number of trained parameters without the head, by the closed formula of the class docstring."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's arguments as they were given."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+def build_method(cls: type[Method], name: str, settings: dict[str, Any]) -> Method:
+    """Make a method from its settings.
+
+    Raises:
+        ConfigError: If it has no such argument; names the nearest.
+    """
+    allowed = list(inspect.signature(cls).parameters)
+    for key in settings:
+        if key not in allowed:
+            raise unknown_name(f"argument of the method {name}", key, allowed, error=ConfigError)
+    return cls(**settings)

@@ -1,0 +1,25 @@
+"""Linear probing."""
+
+from __future__ import annotations
+
+from svp_bench.methods.base import Method
+from svp_bench.models import VisionMamba
+
+__all__ = ["Linear"]
+
+
+class Linear(Method):
+    """The backbone stays as it is; only the head is trained.
+
+    Trained parameters besides the head: 0.
+    """
+
+    identity_at_start = True
+    mergeable = True
+
+    def attach(self, model: VisionMamba) -> None:
+        """Add nothing."""
+
+    def adapter_parameters(self, model: VisionMamba) -> int:
+        """Return 0."""
+        return 0

@@ -1,0 +1,169 @@
+"""Selective Visual Prompting (SVP)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svp_bench.errors import ConfigError
+from svp_bench.methods.base import Method
+from svp_bench.models import TokenState, VisionMamba
+
+__all__ = ["SVP"]
+
+
+class SVP(Method):
+    """Token-wise prompts before each block, made from the tokens themselves by two light paths.
+
+    Yao et al., "Selective Visual Prompting in Vision Mamba", AAAI 2025, arXiv:2412.08947. Before block i every patch
+    token x of the block input becomes::
+
+        x + α_g ⊙ SiLU(W_g x + b_g) + β_i ⊙ SiLU(U_i (D_i x + d_i) + u_i),   g = i // share_layers
+
+    The first term is Cross-Prompting, shared by `share_layers` consecutive blocks; the second is Inner-Prompting, one
+    bottleneck a block (no activation inside it, as released). The class token gets no prompt. α and β start at zero.
+
+    Trained parameters besides the head, for width D, hidden width h, |depths| prompted blocks in G groups::
+
+        cross: G (D² + D) + G D          inner: |depths| (2 D h + h + D) + |depths| D
+
+    i.e. ⌈24/s⌉ · 148,224 + 1,199,616 on Vim-S at h = 64.
+
+    Where this differs from the released code (zhoujiahuan1991/AAAI2025-SVP): there the tokens are changed in place and
+    the cross prompt of the k-th token after the class token is made from the already prompted k-th token before it;
+    the paper describes a prompt of each token from itself. `variant` offers both.
+
+    Args:
+        share_layers: Blocks that share one cross generator; the last group may be shorter.
+        hidden_dim: Width h of the inner bottleneck.
+        variant: `paper`: each token is prompted from itself. `released`: as the released code, see above; needs an
+            even number of patches.
+        dropout: On both prompts, while training.
+        include_cls: Prompt the class token too (variant `paper` only).
+        paths: Which of the two terms are there.
+        depths: Blocks that get a prompt; all if None.
+    """
+
+    identity_at_start = True
+
+    def __init__(
+        self,
+        share_layers: int = 8,
+        hidden_dim: int = 64,
+        variant: Literal["paper", "released"] = "paper",
+        dropout: float = 0.0,
+        include_cls: bool = False,
+        paths: Literal["both", "cross", "inner"] = "both",
+        depths: Sequence[int] | None = None,
+    ) -> None:
+        for name, value in (("share_layers", share_layers), ("hidden_dim", hidden_dim)):
+            if value < 1:
+                raise ConfigError(f"svp: {name} must be at least 1, not {value}")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"svp: dropout must be in [0, 1), not {dropout}")
+        for name, text, allowed in (
+            ("variant", variant, ("paper", "released")),
+            ("paths", paths, ("both", "cross", "inner")),
+        ):
+            if text not in allowed:
+                raise ConfigError(f"svp: {name} must be one of {', '.join(allowed)}, not {text!r}")
+        if include_cls and variant == "released":
+            raise ConfigError("svp: include_cls needs variant paper; the released code never prompts the class token")
+        self.share_layers = share_layers
+        self.hidden_dim = hidden_dim
+        self.variant = variant
+        self.dropout = dropout
+        self.include_cls = include_cls
+        self.paths = paths
+        self.depths = None if depths is None else list(depths)
+
+    def _depths(self, model: VisionMamba) -> list[int]:
+        depths = list(range(model.depth)) if self.depths is None else sorted(self.depths)
+        if not depths or len(set(depths)) != len(depths) or not set(depths) <= set(range(model.depth)):
+            raise ConfigError(f"svp: depths must be distinct blocks of 0..{model.depth - 1}, not {self.depths}")
+        return depths
+
+    def attach(self, model: VisionMamba) -> None:
+        """Build the generators and prompt the tokens before each block."""
+        patches = model.patch_embed.num_patches
+        if self.variant == "released" and patches % 2:
+            raise ConfigError(
+                f"svp: variant released needs an even number of patches, and this model has {patches}: the released "
+                "code pairs the tokens before and after the class token; use variant paper"
+            )
+        prompter = _Prompter(self, model.embed_dim, self._depths(model))
+        model.adapter = prompter
+        model.points.on_tokens(prompter.prompt)
+
+    def adapter_parameters(self, model: VisionMamba) -> int:
+        """Return G (D² + 2 D) + |depths| (2 D h + h + 2 D), each term if its path is there."""
+        width, hidden, depths = model.embed_dim, self.hidden_dim, self._depths(model)
+        groups = len({i // self.share_layers for i in depths})
+        cross = groups * (width * width + 2 * width) if self.paths != "inner" else 0
+        inner = len(depths) * (2 * width * hidden + hidden + 2 * width) if self.paths != "cross" else 0
+        return cross + inner
+
+
+class _Inner(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.up(self.down(x)))
+
+
+class _Prompter(nn.Module):
+    """The generators and scales of all blocks. Row r of `beta` belongs to the r-th prompted block, of `alpha` to the
+    r-th group that has a prompted block."""
+
+    def __init__(self, svp: SVP, width: int, depths: list[int]) -> None:
+        super().__init__()
+        self.share_layers = svp.share_layers
+        self.released = svp.variant == "released"
+        self.include_cls = svp.include_cls
+        self.rows = {layer: row for row, layer in enumerate(depths)}
+        groups = sorted({layer // svp.share_layers for layer in depths})
+        self.group_rows = {group: row for row, group in enumerate(groups)}
+        self.cross = self.inner = None
+        if svp.paths != "inner":
+            self.cross = nn.ModuleDict({str(group): nn.Linear(width, width) for group in groups})
+            self.alpha = nn.Parameter(torch.zeros(len(groups), width))
+        if svp.paths != "cross":
+            self.inner = nn.ModuleDict({str(layer): _Inner(width, svp.hidden_dim) for layer in depths})
+            self.beta = nn.Parameter(torch.zeros(len(depths), width))
+        self.dropout = nn.Dropout(svp.dropout)
+
+    def _prompt(self, layer: int, x: Tensor, cross_source: Tensor) -> Tensor:
+        """Prompts of the tokens x (B, T, D); the cross term is generated from `cross_source`."""
+        terms = []
+        group = layer // self.share_layers
+        if self.cross is not None:
+            scale = self.alpha[self.group_rows[group]]
+            terms.append(scale * F.silu(self.cross[str(group)](cross_source)))
+        if self.inner is not None:
+            terms.append(self.beta[self.rows[layer]] * self.inner[str(layer)](x))
+        total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+        prompts: Tensor = self.dropout(total)
+        return prompts
+
+    def prompt(self, layer: int, state: TokenState) -> TokenState:
+        if layer not in self.rows:
+            return state
+        x, middle = state.hidden, state.cls_index
+        if self.include_cls:
+            return state._replace(hidden=x + self._prompt(layer, x, x).to(x.dtype))
+        before, cls, after = x[:, :middle], x[:, middle : middle + 1], x[:, middle + 1 :]
+        if self.released:
+            prompted = before + self._prompt(layer, before, before).to(x.dtype)
+            rest = after + self._prompt(layer, after, prompted).to(x.dtype)
+            return state._replace(hidden=torch.cat([prompted, cls, rest], dim=1))
+        prompts = self._prompt(layer, x, x)
+        patch = torch.ones(x.shape[1], 1, dtype=x.dtype, device=x.device)
+        patch[middle] = 0
+        return state._replace(hidden=torch.addcmul(x, prompts.to(x.dtype), patch))

@@ -1,0 +1,53 @@
+"""The selective scan and the causal convolution behind Vision Mamba: one front, several backends.
+
+`selective_scan` and `causal_conv1d` follow mamba_ssm's and causal-conv1d's shapes. `bidirectional_scan` and
+`bidirectional_conv` are what the backbone calls: channels last, both directions at once, nothing flipped by the caller.
+Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from svp_bench.ops.backends import BACKENDS, BackendStatus, list_backends
+
+if TYPE_CHECKING:
+    from svp_bench.ops.interface import Choice as Choice
+    from svp_bench.ops.interface import Direction as Direction
+    from svp_bench.ops.interface import bidirectional_conv as bidirectional_conv
+    from svp_bench.ops.interface import bidirectional_scan as bidirectional_scan
+    from svp_bench.ops.interface import causal_conv1d as causal_conv1d
+    from svp_bench.ops.interface import choose as choose
+    from svp_bench.ops.interface import selective_scan as selective_scan
+
+_LAZY = (
+    "Choice",
+    "Direction",
+    "bidirectional_conv",
+    "bidirectional_scan",
+    "causal_conv1d",
+    "choose",
+    "selective_scan",
+)
+
+__all__ = [
+    "BACKENDS",
+    "BackendStatus",
+    "Choice",
+    "Direction",
+    "bidirectional_conv",
+    "bidirectional_scan",
+    "causal_conv1d",
+    "choose",
+    "list_backends",
+    "selective_scan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module("svp_bench.ops.interface"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

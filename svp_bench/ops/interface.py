@@ -1,0 +1,226 @@
+"""The front functions: argument checks, choice of a backend, and the layouts that callers know.
+
+Letters: B batch, L length (tokens), E channels (mamba's `dim`), N state size, W convolution width.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from svp_bench.errors import UnavailableError
+from svp_bench.ops.backends import BACKENDS
+
+__all__ = [
+    "Choice",
+    "Direction",
+    "bidirectional_conv",
+    "bidirectional_scan",
+    "causal_conv1d",
+    "choose",
+    "selective_scan",
+]
+
+
+class Choice(NamedTuple):
+    """A backend and why it was taken."""
+
+    name: str
+    reason: str
+
+
+class Direction(NamedTuple):
+    """What one direction of the scan reads, channels last.
+
+    Attributes:
+        u: Input after the convolution, (B, L, E).
+        delta: Step sizes before bias and softplus, (B, L, E).
+        A: State matrix, (E, N), negative.
+        B: Input matrix, (B, L, N).
+        C: Output matrix, (B, L, N).
+        D: Skip weight, (E,).
+        delta_bias: Added to `delta` before the softplus, (E,).
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    delta_bias: Tensor | None
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(BACKENDS.entry(name).target.split(":")[0])
+
+
+@cache
+def _choose(name: str, device: str, dtype: torch.dtype) -> Choice:
+    if name != "auto":
+        module = _module(name)
+        reason = module.unavailable() or module.unsupported(device, dtype)
+        if reason:
+            raise UnavailableError(f"the scan backend {name!r} was asked for and cannot run here: {reason}")
+        return Choice(name, "asked for by name")
+    skipped: list[str] = []
+    for entry in BACKENDS:
+        module = _module(entry.name)
+        reason = module.unavailable() or module.unsupported(device, dtype)
+        if reason is None:
+            why = f"auto: the first that runs on {device} with {str(dtype).removeprefix('torch.')}"
+            return Choice(entry.name, "; ".join([why, *skipped]))
+        skipped.append(f"{entry.name}: {reason}")
+    raise UnavailableError("no scan backend can run here: " + "; ".join(skipped))
+
+
+def choose(backend: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
+    """Return the backend that `backend` ("auto" or a name) stands for on this device and dtype, and the reason.
+
+    Raises:
+        UsageError: If no backend has that name; names the nearest.
+        UnavailableError: If the backend asked for by name cannot run here; gives the reason.
+    """
+    if backend != "auto":
+        BACKENDS.entry(backend)
+    return _choose(backend, torch.device(device).type, dtype)
+
+
+def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], letters: str) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {letters} = {shape}, not {tuple(tensor.shape)}")
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Selective scan of Mamba (Gu & Dao 2023, Algorithm 2), in mamba_ssm's layout.
+
+    With Δ = softplus(delta + delta_bias) and h₀ = 0, for each step t:
+    hₜ = exp(Δₜ A) ⊙ hₜ₋₁ + Δₜ Bₜ uₜ,  yₜ = Cₜ · hₜ + D uₜ,  and the result is y ⊙ SiLU(z).
+
+    Args:
+        u: (B, E, L).
+        delta: (B, E, L).
+        A: (E, N), real.
+        B: (B, N, L).
+        C: (B, N, L).
+        D: (E,) or None for no skip.
+        z: (B, E, L) or None for no gate.
+        delta_bias: (E,) or None.
+        delta_softplus: Apply the softplus to delta + delta_bias.
+        backend: "auto" or a name of `list_backends()`.
+
+    Returns:
+        (B, E, L) in the dtype of `u`. Half-precision inputs are accumulated in float32.
+
+    Raises:
+        ValueError: If a shape does not fit.
+        UsageError: If the backend is unknown.
+        UnavailableError: If the backend asked for cannot run here.
+    """
+    batch, dim, length = u.shape
+    state = A.shape[-1]
+    _check("delta", delta, (batch, dim, length), "(batch, dim, length)")
+    _check("A", A, (dim, state), "(dim, state)")
+    _check("B", B, (batch, state, length), "(batch, state, length)")
+    _check("C", C, (batch, state, length), "(batch, state, length)")
+    _check("D", D, (dim,), "(dim,)")
+    _check("z", z, (batch, dim, length), "(batch, dim, length)")
+    _check("delta_bias", delta_bias, (dim,), "(dim,)")
+    direction = Direction(u.mT, delta.mT, A, B.mT, C.mT, D, delta_bias)
+    module = _module(choose(backend, u.device, u.dtype).name)
+    y: Tensor = module.scan((direction,), (False,), None if z is None else z.mT, delta_softplus)
+    return y.mT
+
+
+def bidirectional_scan(forward: Direction, backward: Direction, z: Tensor, *, backend: str = "auto") -> Tensor:
+    """Mean of a scan over the tokens and one over the tokens in reversed order, gated by SiLU(z) (Vim, Algorithm 1).
+
+    `backward` is given in the natural token order as well: the scan runs from its last token to its first. Softplus is
+    applied to delta + delta_bias.
+
+    Args:
+        forward: What the forward scan reads.
+        backward: What the backward scan reads.
+        z: Gate, (B, L, E).
+        backend: "auto" or a name of `list_backends()`.
+
+    Returns:
+        (B, L, E).
+    """
+    module = _module(choose(backend, z.device, z.dtype).name)
+    y: Tensor = module.scan((forward, backward), (False, True), z, True)
+    return y
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Literal["silu", "swish"] | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Depth-wise causal convolution, in causal-conv1d's layout.
+
+    Args:
+        x: (B, E, L).
+        weight: (E, W).
+        bias: (E,) or None.
+        activation: "silu" (or its other name, "swish"), or None.
+        backend: "auto" or a name of `list_backends()`.
+
+    Returns:
+        (B, E, L): step t reads steps t - W + 1 … t, zeros before the first.
+
+    Raises:
+        ValueError: If a shape or the activation does not fit.
+    """
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"activation must be None, 'silu' or 'swish', not {activation!r}")
+    _check("weight", weight, (x.shape[1], weight.shape[-1]), "(dim, width)")
+    _check("bias", bias, (x.shape[1],), "(dim,)")
+    module = _module(choose(backend, x.device, x.dtype).name)
+    (y,) = module.conv(x.mT, (weight,), (bias,), (False,), activation is not None)
+    out: Tensor = y.mT
+    return out
+
+
+def bidirectional_conv(
+    x: Tensor,
+    forward: tuple[Tensor, Tensor | None],
+    backward: tuple[Tensor, Tensor | None],
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """SiLU of the causal convolution over the tokens, and of the one over the tokens in reversed order.
+
+    Args:
+        x: (B, L, E); may be a strided view.
+        forward: Weight (E, W) and bias (E,) of the forward direction.
+        backward: The same for the backward direction; its step t reads tokens t … t + W - 1.
+        backend: "auto" or a name of `list_backends()`.
+
+    Returns:
+        Two tensors (B, L, E), both in the natural token order.
+    """
+    module = _module(choose(backend, x.device, x.dtype).name)
+    u, u_b = module.conv(x, (forward[0], backward[0]), (forward[1], backward[1]), (False, True), True)
+    return u, u_b

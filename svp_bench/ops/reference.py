@@ -1,0 +1,284 @@
+"""The reference backend: the recurrences in plain PyTorch, on any device, right rather than fast.
+
+Every other backend is tested against this file. It keeps no state for the backward pass but one per chunk of steps:
+states are recomputed there, so that what autograd holds stays of the size of the inputs.
+
+Letters: B batch, L length, E channels, N state size, K directions (1 or 2), T steps of a chunk, W width.
+Inside, tensors are time first, (L, B, K, E), with the reversed directions already flipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from svp_bench.ops.interface import Direction
+
+__all__ = ["conv", "scan", "unavailable", "unsupported"]
+
+_CHUNK_BYTES = 32 * 2**20  # states of one chunk; large enough to hide the call overhead, small enough for caches
+_FIELDS = 7  # tensors of a Direction
+
+
+def unavailable() -> str | None:
+    """Return why this backend cannot run on this machine: it always can."""
+    return None
+
+
+def unsupported(device: str, dtype: torch.dtype) -> str | None:
+    """Return why this backend cannot take such tensors, or None if it can."""
+    return None if dtype.is_floating_point else f"it takes floating-point tensors, not {dtype}"
+
+
+def scan(directions: Sequence[Direction], reverse: Sequence[bool], z: Tensor | None, softplus: bool) -> Tensor:
+    """Mean over the directions of their selective scans, gated by SiLU(z).
+
+    Args:
+        directions: K directions, each in the natural token order.
+        reverse: Whether each runs from the last token to the first.
+        z: Gate (B, L, E), or None.
+        softplus: Apply the softplus to delta + delta_bias.
+
+    Returns:
+        (B, L, E) in the dtype of the first `u`.
+    """
+    flat = [tensor for direction in directions for tensor in direction]
+    y: Tensor = _Scan.apply(tuple(reverse), softplus, z, *flat)
+    return y
+
+
+class _Inputs:
+    """The directions side by side, time first, in the dtype of the accumulation."""
+
+    def __init__(self, reverse: tuple[bool, ...], softplus: bool, flat: Sequence[Tensor | None]) -> None:
+        u, delta, A, B, C, D, bias = (list(flat[i::_FIELDS]) for i in range(_FIELDS))
+        first = u[0]
+        assert first is not None
+        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.reverse = reverse
+        self.softplus = softplus
+        self.u = self.over_time(u)
+        self.A = self.per_channel(A)  # (K, E, N)
+        self.B = self.over_time(B)  # (L, B, K, N)
+        self.C = self.over_time(C)
+        self.D = None if D[0] is None else self.per_channel(D)  # (K, E)
+        raw = self.over_time(delta)
+        self.raw = raw if bias[0] is None else raw + self.per_channel(bias)
+        self.dt = F.softplus(self.raw) if softplus else self.raw  # (L, B, K, E)
+        step = self.u[0].numel() * self.A.shape[-1] * self.u.element_size() if len(self.u) else 1
+        self.chunk = max(8, _CHUNK_BYTES // max(step, 1))
+
+    def over_time(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """(B, L, X) of each direction → (L, B, K, X), reversed directions flipped."""
+        rows = [t.to(self.dtype) for t in tensors if t is not None]
+        return torch.stack([t.flip(1) if r else t for t, r in zip(rows, self.reverse, strict=True)], dim=2).transpose(
+            0, 1
+        )
+
+    def per_channel(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """(E, …) of each direction → (K, E, …)."""
+        return torch.stack([t.to(self.dtype) for t in tensors if t is not None])
+
+    def chunks(self) -> list[slice]:
+        length = len(self.u)
+        return [slice(start, min(start + self.chunk, length)) for start in range(0, length, self.chunk)]
+
+    def states(self, part: slice, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Decay exp(Δ A) and state h of each step of a chunk, both (T, B, K, E, N), from the state before it."""
+        dt = self.dt[part]
+        decay = torch.exp(dt.unsqueeze(-1) * self.A)
+        states = (dt * self.u[part]).unsqueeze(-1) * self.B[part].unsqueeze(-2)
+        for state, factor in zip(states.unbind(), decay.unbind(), strict=True):
+            h = torch.addcmul(state, factor, h, out=state)
+        return decay, states
+
+    def output(self, part: slice, states: Tensor) -> Tensor:
+        """C · h + D u of each step of a chunk, (T, B, K, E)."""
+        y = torch.matmul(states, self.C[part].unsqueeze(-1)).squeeze(-1)
+        return y if self.D is None else y + self.D * self.u[part]
+
+    def zero_state(self) -> Tensor:
+        return self.u.new_zeros(*self.u.shape[1:], self.A.shape[-1])
+
+    def natural(self, rows: Tensor) -> list[Tensor]:
+        """(L, B, K, X) → K tensors (B, L, X) in the natural token order."""
+        parts = rows.transpose(0, 1).unbind(dim=2)
+        return [p.flip(1) if r else p for p, r in zip(parts, self.reverse, strict=True)]
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reverse: tuple[bool, ...], softplus: bool, z: Tensor | None, *flat: Tensor | None) -> Tensor:
+        inputs = _Inputs(reverse, softplus, flat)
+        h = inputs.zero_state()
+        y = torch.empty_like(inputs.u)
+        before = []  # the state before each chunk
+        for part in inputs.chunks():
+            before.append(h)
+            _, states = inputs.states(part, h)
+            y[part] = inputs.output(part, states)
+            h = states[-1].clone()
+        ctx.settings = (reverse, softplus)
+        ctx.save_for_backward(z, *flat, *before)
+        out = sum(inputs.natural(y)) / len(reverse)
+        assert isinstance(out, Tensor)
+        assert flat[0] is not None
+        if z is not None:
+            out = out * F.silu(z.to(out.dtype))
+        return out.to(flat[0].dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        reverse, softplus = ctx.settings
+        count = _FIELDS * len(reverse)
+        z, flat, before = ctx.saved_tensors[0], ctx.saved_tensors[1 : count + 1], ctx.saved_tensors[count + 1 :]
+        need_z = ctx.needs_input_grad[2]
+        wanted = ctx.needs_input_grad[3:]
+        need = [any(wanted[i::_FIELDS]) for i in range(_FIELDS)]
+        inputs = _Inputs(reverse, softplus, flat)
+        grad = grad.to(inputs.dtype) / len(reverse)
+        z_wide = None if z is None else z.to(inputs.dtype)
+        dy_token = grad if z_wide is None else grad * F.silu(z_wide)
+        dy = inputs.over_time([dy_token] * len(reverse))
+        y = torch.empty_like(inputs.u) if need_z else None
+        grads = _sweep_back(inputs, dy, before, need, y)
+        grad_z = None
+        if y is not None and z_wide is not None:
+            sigmoid = torch.sigmoid(z_wide)
+            total = sum(inputs.natural(y))
+            assert isinstance(total, Tensor)
+            grad_z = (grad * total * sigmoid * (1 + z_wide * (1 - sigmoid))).to(z.dtype)
+        per_field = [inputs.natural(g) if i in (0, 1, 3, 4) else list(g) if g is not None else [] for i, g in grads]
+        out: list[Tensor | None] = []
+        for i, tensor in enumerate(flat):
+            direction, field = divmod(i, _FIELDS)
+            out.append(per_field[field][direction].to(tensor.dtype) if wanted[i] and tensor is not None else None)
+        return (None, None, grad_z, *out)
+
+
+def _sweep_back(
+    inputs: _Inputs, dy: Tensor, before: Sequence[Tensor], need: list[bool], y: Tensor | None
+) -> list[tuple[int, Any]]:
+    """Gradients of the seven fields, from the last chunk to the first; None where nobody asked.
+
+    Per step, with g the gradient of the state: gₜ = dyₜ Cₜ + decayₜ₊₁ ⊙ gₜ₊₁.
+    """
+    need_u, need_delta, need_A, need_B, need_C, need_D, need_bias = need
+    need_dt = need_delta or need_bias
+    du = torch.empty_like(inputs.u) if need_u else None
+    ddt = torch.empty_like(inputs.u) if need_dt else None
+    dB = torch.empty_like(inputs.B) if need_B else None
+    dC = torch.empty_like(inputs.C) if need_C else None
+    dA = torch.zeros_like(inputs.A) if need_A else None
+    dD = (dy * inputs.u).sum(dim=(0, 1)) if need_D else None
+    carry = inputs.zero_state()  # decayₜ₊₁ ⊙ gₜ₊₁ of the step after the chunk
+    for part, h in zip(reversed(inputs.chunks()), reversed(before), strict=True):
+        decay, states = inputs.states(part, h)
+        if y is not None:
+            y[part] = inputs.output(part, states)
+        u, dt, B, C = inputs.u[part], inputs.dt[part], inputs.B[part], inputs.C[part]
+        if dC is not None:
+            dC[part] = torch.einsum("tbke,tbken->tbkn", dy[part], states)
+        g = dy[part].unsqueeze(-1) * C.unsqueeze(-2)
+        for row, factor in zip(reversed(g.unbind()), reversed(decay.unbind()), strict=True):
+            row += carry
+            carry = row * factor
+        if dB is not None:
+            dB[part] = torch.einsum("tbken,tbke->tbkn", g, dt * u)
+        drive = torch.matmul(g, B.unsqueeze(-1)).squeeze(-1) if need_u or need_dt else None  # gradient of Δ u
+        if du is not None and drive is not None:
+            du[part] = drive * dt if inputs.D is None else drive * dt + dy[part] * inputs.D
+        if need_dt or need_A:
+            previous = torch.cat([h.unsqueeze(0), states[:-1]])
+            gate = g.mul_(previous).mul_(decay)  # gradient of Δ A
+            if ddt is not None and drive is not None:
+                ddt[part] = drive * u + (gate * inputs.A).sum(dim=-1)
+            if dA is not None:
+                dA += (gate * dt.unsqueeze(-1)).sum(dim=(0, 1))
+    if ddt is not None and inputs.softplus:
+        # F.softplus is the identity above its threshold of 20, as in mamba_ssm
+        ddt = torch.where(inputs.raw > 20, ddt, ddt * torch.sigmoid(inputs.raw))
+    dbias = ddt.sum(dim=(0, 1)) if need_bias and ddt is not None else None
+    fields = (du, ddt if need_delta else None, dA, dB, dC, dD, dbias)
+    return [(i, g) if g is not None else (-1, None) for i, g in enumerate(fields)]
+
+
+def conv(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
+) -> tuple[Tensor, ...]:
+    """Depth-wise causal convolution of the same input in each direction, with SiLU if `silu`.
+
+    Args:
+        x: (B, L, E).
+        weights: K weights (E, W).
+        biases: K biases (E,), or None.
+        reverse: Whether each direction runs from the last token to the first.
+        silu: Apply SiLU.
+
+    Returns:
+        K tensors (B, L, E).
+    """
+    return tuple(_Conv.apply(x, w, b, r, silu) for w, b, r in zip(weights, biases, reverse, strict=True))
+
+
+def _taps(weight: Tensor, length: int, reverse: bool) -> list[tuple[Tensor, slice, slice]]:
+    """For each tap its weight (E,), the steps that it writes and the steps that it reads."""
+    taps = []
+    for back, tap in enumerate(weight.flip(-1).unbind(dim=-1)):  # back: how many steps before (after, if reversed)
+        if back < length:
+            ahead, behind = slice(back, length), slice(0, length - back)
+            taps.append((tap, behind, ahead) if reverse else (tap, ahead, behind))
+    return taps
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    out = torch.zeros_like(x) if bias is None else bias.expand_as(x).clone()
+    for tap, write, read in _taps(weight, x.shape[1], reverse):
+        out[:, write].addcmul_(x[:, read], tap)
+    return out
+
+
+class _Conv(torch.autograd.Function):
+    """Saves its input only; what SiLU needs is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.settings = (reverse, silu)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        out = _convolve(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), reverse)
+        return (F.silu(out, inplace=True) if silu else out).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        reverse, silu = ctx.settings
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x_wide, weight_wide, grad = x.to(wide), weight.to(wide), grad.to(wide)
+        if silu:
+            before = _convolve(x_wide, weight_wide, None if bias is None else bias.to(wide), reverse)
+            sigmoid = torch.sigmoid(before)
+            grad = grad * sigmoid * (1 + before * (1 - sigmoid))
+        taps = _taps(weight_wide, x.shape[1], reverse)
+        grad_x = grad_weight = None
+        if need_x:
+            grad_x = torch.zeros_like(x_wide)
+            for tap, write, read in taps:
+                grad_x[:, read].addcmul_(grad[:, write], tap)
+            grad_x = grad_x.to(x.dtype)
+        if need_weight:
+            grad_weight = torch.zeros_like(weight_wide)
+            for back, (_, write, read) in enumerate(taps):
+                grad_weight[:, -1 - back] = (grad[:, write] * x_wide[:, read]).sum(dim=(0, 1))
+            grad_weight = grad_weight.to(weight.dtype)
+        grad_bias = grad.sum(dim=(0, 1)).to(bias.dtype) if need_bias else None
+        return grad_x, grad_weight, grad_bias, None, None
