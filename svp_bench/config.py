@@ -49,14 +49,14 @@ class Composed:
         values: The nested config.
         origins: Dotted key of each leaf → "file:line" of the layer that set it.
         method: Name of the method, or of its file.
-        tuned: Tuned table used: its file name and "sha256:…", or None.
+        tuned: Tuned table used: its name, its "sha256:…" and the keys it set, or None.
         notices: Lines for the user: what was overridden by what.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     method: str = ""
-    tuned: tuple[str, str] | None = None
+    tuned: tuple[str, str, tuple[str, ...]] | None = None
     notices: list[str] = field(default_factory=list)
 
     def get(self, key: str) -> Any:
@@ -286,10 +286,11 @@ def _apply_tuned(composed: Composed, suite: str, task: str, method: str) -> None
     tasks = node.keys(["selected_on", "search", "tasks"], [])["tasks"].mapping()
     if task not in tasks:
         return
-    for key, value in tasks[task].mapping().items():
+    entries = tasks[task].mapping()
+    for key, value in entries.items():
         layer: Any = value.value
         for part in reversed(key.split(".")):
             layer = {part: layer}
         composed.merge(layer, {key: f"{path}:{value.line}"})
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    composed.tuned = (f"{suite}/{method}.yaml", f"sha256:{digest}")
+    composed.tuned = (f"{suite}/{method}", f"sha256:{digest}", tuple(sorted(entries)))

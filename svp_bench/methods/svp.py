@@ -42,7 +42,7 @@ class SVP(Method):
         hidden_dim: Width h of the inner bottleneck.
         variant: `paper`: each token is prompted from itself. `released`: as the released code, see above; needs an
             even number of patches.
-        dropout: On both prompts, while training.
+        dropout: On each of the two prompts, while training.
         include_cls: Prompt the class token too (variant `paper` only).
         paths: Which of the two terms are there.
         depths: Blocks that get a prompt; all if None.
@@ -115,7 +115,8 @@ class _Inner(nn.Module):
         self.up = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.up(self.down(x)))
+        prompts: Tensor = self.up(self.down(x))
+        return F.silu(prompts)
 
 
 class _Prompter(nn.Module):
@@ -141,16 +142,14 @@ class _Prompter(nn.Module):
 
     def _prompt(self, layer: int, x: Tensor, cross_source: Tensor) -> Tensor:
         """Prompts of the tokens x (B, T, D); the cross term is generated from `cross_source`."""
-        terms = []
+        terms: list[Tensor] = []
         group = layer // self.share_layers
         if self.cross is not None:
             scale = self.alpha[self.group_rows[group]]
-            terms.append(scale * F.silu(self.cross[str(group)](cross_source)))
+            terms.append(scale * self.dropout(F.silu(self.cross[str(group)](cross_source))))
         if self.inner is not None:
-            terms.append(self.beta[self.rows[layer]] * self.inner[str(layer)](x))
-        total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-        prompts: Tensor = self.dropout(total)
-        return prompts
+            terms.append(self.beta[self.rows[layer]] * self.dropout(self.inner[str(layer)](x)))
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     def prompt(self, layer: int, state: TokenState) -> TokenState:
         if layer not in self.rows:

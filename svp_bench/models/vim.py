@@ -301,7 +301,7 @@ class VisionMamba(nn.Module):
         self.cls_index = patches // 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, embed_dim))  # row cls_index is the class token's
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()  # also for a model on the meta device
         mixer = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
         self.layers = nn.ModuleList(Block(embed_dim, rates[max(i - 1, 0)], **mixer) for i in range(depth))
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
@@ -394,7 +394,8 @@ class VisionMamba(nn.Module):
             hidden, residual = block(state.hidden, state.residual)
             state = TokenState(hidden, residual, state.cls_index)
         last = _add(state.residual, state.hidden, self.drop_path)
-        return self.norm_f(last), state.cls_index
+        # The residual stream is float32 at least; a half-precision model has a half-precision head.
+        return self.norm_f(last).to(self.norm_f.weight.dtype), state.cls_index
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, D), the class token after the final norm."""

@@ -135,8 +135,12 @@ def selective_scan(
         UsageError: If the backend is unknown.
         UnavailableError: If the backend asked for cannot run here.
     """
+    if u.ndim != 3:
+        raise ValueError(f"u must be (batch, dim, length), not {tuple(u.shape)}")
+    if A.ndim != 2:
+        raise ValueError(f"A must be (dim, state), not {tuple(A.shape)}")
     batch, dim, length = u.shape
-    state = A.shape[-1]
+    state = A.shape[1]
     _check("delta", delta, (batch, dim, length), "(batch, dim, length)")
     _check("A", A, (dim, state), "(dim, state)")
     _check("B", B, (batch, state, length), "(batch, state, length)")
@@ -195,6 +199,8 @@ def causal_conv1d(
     """
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation must be None, 'silu' or 'swish', not {activation!r}")
+    if x.ndim != 3:
+        raise ValueError(f"x must be (batch, dim, length), not {tuple(x.shape)}")
     _check("weight", weight, (x.shape[1], weight.shape[-1]), "(dim, width)")
     _check("bias", bias, (x.shape[1],), "(dim,)")
     module = _module(choose(backend, x.device, x.dtype).name)

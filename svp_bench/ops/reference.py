@@ -9,6 +9,7 @@ Inside, tensors are time first, (L, B, K, E), with the reversed directions alrea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["conv", "scan", "unavailable", "unsupported"]
 
-_CHUNK_BYTES = 32 * 2**20  # states of one chunk; large enough to hide the call overhead, small enough for caches
+_CHUNK_BYTES = 2 * 2**20  # states of one chunk: what stays in a core's cache
 _FIELDS = 7  # tensors of a Direction
 
 
@@ -72,7 +73,8 @@ class _Inputs:
         self.raw = raw if bias[0] is None else raw + self.per_channel(bias)
         self.dt = F.softplus(self.raw) if softplus else self.raw  # (L, B, K, E)
         step = self.u[0].numel() * self.A.shape[-1] * self.u.element_size() if len(self.u) else 1
-        self.chunk = max(8, _CHUNK_BYTES // max(step, 1))
+        # one state a chunk is saved for the backward pass: not more than √L of them
+        self.chunk = max(math.isqrt(len(self.u)) + 1, _CHUNK_BYTES // max(step, 1))
 
     def over_time(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """(B, L, X) of each direction → (L, B, K, X), reversed directions flipped."""

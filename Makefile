@@ -1,0 +1,86 @@
+# The verbs of svp-bench. `make` alone prints them. Only `setup` changes the environment; every verb that needs the
+# environment brings it about first.
+PYTHON ?= python3
+# The tested pins, for Python 3.11 and newer; `make setup CONSTRAINTS=` installs without them.
+CONSTRAINTS ?= constraints.txt
+# Two workers, because the suite spends its time in single-threaded Python; a file's tests stay on one worker, so that
+# fixtures shared by a file are made once.
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: setup
+setup: $(STAMP) ## make .venv and install everything into it (about three minutes, 6 GB)
+
+# Runs again when a dependency or a pin changes. The stamp is the last thing written: an install that fails leaves none.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@set -e; \
+	python=$(PYTHON); \
+	if $(BIN)/python -c '' 2>/dev/null; then python=$(BIN)/python; fi; \
+	if ! $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then \
+	  echo "svp-bench needs Python 3.10 or newer, and $$python is not; try: make setup PYTHON=python3.11" \
+	    "(remove $(VENV) first if it is there)" >&2; exit 1; \
+	fi; \
+	if [ -n "$(CONSTRAINTS)" ] && ! $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	  echo "the pins of $(CONSTRAINTS) need Python 3.11 or newer, and $$python is 3.10;" \
+	    "try: make setup PYTHON=python3.11, or make setup CONSTRAINTS= (the newest versions, unpinned)" >&2; exit 1; \
+	fi; \
+	echo "Setting up $(VENV): about three minutes and 6 GB the first time."; \
+	if [ $$python != $(BIN)/python ]; then $$python -m venv --clear $(VENV); fi; \
+	$(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'; \
+	touch $@
+
+.PHONY: lint
+lint: $(STAMP) ## check style, formatting and types; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(STAMP) ## fix what ruff can fix, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: test
+test: $(STAMP) ## the tests that every change must pass
+	$(BIN)/pytest -q -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
+
+.PHONY: test-all
+test-all: $(STAMP) ## the slow tests as well
+	$(BIN)/pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile
+
+.PHONY: test-gpu
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	$(BIN)/pytest -q -m gpu
+
+.PHONY: demo
+demo: $(STAMP) ## the main job on real digits that ship with the package
+	$(BIN)/svp-bench demo
+
+.PHONY: table
+table: $(STAMP) ## tables from all records, into results/tables/
+	$(BIN)/svp-bench table
+
+.PHONY: tensorboard
+tensorboard: $(STAMP) ## the curves of all runs, in the browser
+	$(BIN)/tensorboard --logdir runs
+
+# build/ is emptied first: setuptools would pack what an older version left there.
+.PHONY: wheel
+wheel: $(STAMP) ## build the wheel into dist/
+	rm -rf build
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+.PHONY: clean
+clean: ## remove what builds and checks leave behind; keeps .venv, data, runs and results
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find svp_bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

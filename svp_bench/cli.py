@@ -1,0 +1,88 @@
+"""The front door: `svp-bench VERB …`. Light verbs import no torch; every expected failure is one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from svp_bench import __version__
+from svp_bench.errors import SvpBenchError, unknown_name
+from svp_bench.verbs import HEAVY, VERBS
+
+__all__ = ["entry_point", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0 well, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except SvpBenchError as error:
+        text = " ".join(str(error).split())
+        print(f"svp-bench: error: {text}", file=sys.stderr, flush=True)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("svp-bench: interrupted", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:  # `svp-bench tasks | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"svp-bench {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb in HEAVY:
+        return _run_training(verb, rest)
+    if verb not in VERBS:
+        raise unknown_name("command", verb, [*HEAVY, *VERBS], listing="svp-bench --help")
+    return VERBS[verb].run(rest)
+
+
+def _run_training(verb: str, rest: list[str]) -> int:
+    from svp_bench.config import compose, split_flags
+
+    flags = split_flags(rest)
+    asks_help = "--help" in rest or "-h" in rest
+    if not asks_help:
+        compose(flags)  # fails in a second, before torch is imported
+    from svp_bench.train.cli import run
+
+    run(verb, flags)
+    return 0
+
+
+def _help() -> str:
+    lines = [
+        "usage: svp-bench COMMAND [--help] …",
+        "",
+        "Adapt pre-trained Vision Mamba models and compare the methods, honestly.",
+        "",
+        *(f"  {name:<10} {summary}" for name, summary in HEAVY.items()),
+        *(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()),
+        "",
+        "examples:",
+        "  svp-bench demo",
+        "  svp-bench fit --config configs/vtab/caltech101.yaml --data.root DIR",
+        "  svp-bench fit --config configs/vtab/caltech101.yaml --method linear",
+        "  svp-bench table",
+    ]
+    return "\n".join(lines)
+
+
+def entry_point() -> None:
+    """Run the command of this process and exit."""
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Data: lists of pictures, readers, the transform, the data module, and drawn pictures to try it all with.
+
+Importing this package is light. The names below are loaded when first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from svp_bench.data.lists import PictureList as PictureList
+    from svp_bench.data.lists import read_list as read_list
+    from svp_bench.data.locate import locate as locate
+    from svp_bench.data.module import Batch as Batch
+    from svp_bench.data.module import VisionDataModule as VisionDataModule
+    from svp_bench.data.samplers import EvalBatchSampler as EvalBatchSampler
+    from svp_bench.data.samplers import GlobalBatchSampler as GlobalBatchSampler
+    from svp_bench.data.sources import READERS as READERS
+    from svp_bench.data.sources import DataReport as DataReport
+    from svp_bench.data.sources import Source as Source
+    from svp_bench.data.sources import inspect as inspect
+    from svp_bench.data.sources import open_source as open_source
+    from svp_bench.data.synthetic import draw_task as draw_task
+    from svp_bench.data.transforms import resize_straight as resize_straight
+
+_PUBLIC = {
+    "READERS": "svp_bench.data.sources",
+    "Batch": "svp_bench.data.module",
+    "DataReport": "svp_bench.data.sources",
+    "EvalBatchSampler": "svp_bench.data.samplers",
+    "GlobalBatchSampler": "svp_bench.data.samplers",
+    "PictureList": "svp_bench.data.lists",
+    "Source": "svp_bench.data.sources",
+    "VisionDataModule": "svp_bench.data.module",
+    "draw_task": "svp_bench.data.synthetic",
+    "inspect": "svp_bench.data.sources",
+    "locate": "svp_bench.data.locate",
+    "open_source": "svp_bench.data.sources",
+    "read_list": "svp_bench.data.lists",
+    "resize_straight": "svp_bench.data.transforms",
+}
+
+__all__ = [
+    "READERS",
+    "Batch",
+    "DataReport",
+    "EvalBatchSampler",
+    "GlobalBatchSampler",
+    "PictureList",
+    "Source",
+    "VisionDataModule",
+    "draw_task",
+    "inspect",
+    "locate",
+    "open_source",
+    "read_list",
+    "resize_straight",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,69 @@
+"""Where a task's folder is: below the data root, in one of the places where people unpack `vtab-1k.zip`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from svp_bench.cards import SuiteCard, TaskCard
+from svp_bench.errors import DataError
+
+__all__ = ["ROOT_VARIABLE", "list_file", "locate"]
+
+ROOT_VARIABLE = "SVP_BENCH_DATA"
+
+# One archive holds all tasks of the suite; elsewhere the task's own page is where to go. Both places are named in the
+# README of V-PETL Bench and RepAdapter; no checksum of the archive is published.
+_ARCHIVES = {
+    "vtab": "vtab-1k.zip from https://huggingface.co/datasets/XiN0919/VTAB-1k (or the link in the README of "
+    "https://github.com/luogen1996/RepAdapter)"
+}
+
+
+def list_file(folder: Path, name: str) -> Path:
+    """Return the file of the list `name` in a task's folder."""
+    return folder / f"{name}.txt"
+
+
+def locate(card: TaskCard, suite: SuiteCard, root: Path | None = None) -> Path:
+    """Return the folder that holds the lists of a task.
+
+    `root` itself may be the task's folder; else its sub-folders `<task>`, `<suite>/<task>` and `<suite>/<suite>/<task>`
+    are tried (an archive unpacked into a folder of its own name doubles it). A place with all lists of the card goes
+    before one with some.
+
+    Args:
+        card: The task's card.
+        suite: The card of its suite.
+        root: The data root; by default $SVP_BENCH_DATA, else `data/` in the working directory.
+
+    Raises:
+        DataError: If no place holds a list; names all that were tried.
+    """
+    if root is not None:
+        given, source = root, "--data.root"
+    elif variable := os.environ.get(ROOT_VARIABLE):
+        given, source = Path(variable), f"${ROOT_VARIABLE}"
+    else:
+        given, source = Path("data"), "the default data root"
+    base = Path(os.path.abspath(given.expanduser()))
+
+    places = [base / card.folder, base / suite.folder / card.folder, base / suite.folder / suite.folder / card.folder]
+    if base.name == card.folder:
+        places.insert(0, base)
+    for wanted in (all, any):
+        for place in places:
+            if wanted(list_file(place, name).is_file() for name in card.counts):
+                return place
+
+    remedy = _ARCHIVES.get(card.suite) or f"the pictures of {card.source} as lists and folders"
+    raise DataError(
+        f"no data of {card.name}: none of {', '.join(map(str, places))} holds {_file_names(card)} "
+        f"({source} is {given}); get {remedy} and give its folder with --data.root DIR or ${ROOT_VARIABLE}, or try "
+        f"with drawn pictures: `svp-bench data draw`"
+    )
+
+
+def _file_names(card: TaskCard) -> str:
+    names = [f"{name}.txt" for name in card.counts]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

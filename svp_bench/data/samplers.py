@@ -1,0 +1,143 @@
+"""Which pictures go into which batch, on which process: pure functions of the seed, the epoch and the sizes.
+
+Both samplers yield whole batches, as lists of positions, to a `DataLoader(..., sampler=sampler, batch_size=None)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["EvalBatchSampler", "GlobalBatchSampler", "permutation"]
+
+
+def permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Return the order of `count` pictures in one epoch: int64 (count,), a pure function of its arguments.
+
+    It sorts raw PCG64 words, whose stream numpy promises to keep (NEP 19); that of its own `permutation` it does not.
+    """
+    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(words, kind="stable").astype(np.int64)
+
+
+def _share(start: int, stop: int, pieces: int, piece: int) -> slice:
+    """Return the `piece`-th of `pieces` contiguous parts of start..stop, whose sizes differ by one at most."""
+    size = stop - start
+    return slice(start + size * piece // pieces, start + size * (piece + 1) // pieces)
+
+
+class GlobalBatchSampler:
+    """Batches of one epoch that do not depend on the number of processes.
+
+    The epoch's order is cut into global batches of `batch_size` (the last may be smaller). Each global batch is cut
+    into `accumulate` contiguous micro-batches and each of these into one contiguous slice for each process, sizes
+    differing by one at most. All processes so yield the same number of batches, and an optimizer step always sees one
+    global batch, whole.
+
+    Args:
+        count: Pictures in the list.
+        batch_size: Pictures in a global batch, that is for one optimizer step; a multiple of world_size × accumulate.
+        seed: Seed of the order.
+        world_size: Number of processes.
+        rank: Which of them this is.
+        accumulate: Micro-batches that are accumulated for one optimizer step.
+        drop_last: Leave a smaller last batch out, unless it is the only one.
+        shuffle: Take a new order each epoch; else the order of the list.
+
+    Raises:
+        ValueError: If a number is out of range, the batch does not divide, or a slice would be empty.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        world_size: int = 1,
+        rank: int = 0,
+        *,
+        accumulate: int = 1,
+        drop_last: bool = False,
+        shuffle: bool = True,
+    ) -> None:
+        pieces = world_size * accumulate
+        if min(count, batch_size, world_size, accumulate) < 1 or not 0 <= rank < world_size or seed < 0:
+            raise ValueError(
+                f"out of range: {count=}, {batch_size=}, {seed=}, {world_size=}, {rank=}, {accumulate=}; "
+                f"all are at least 1, seed and rank at least 0, rank below world_size"
+            )
+        if batch_size % pieces:
+            raise ValueError(f"a batch of {batch_size} cannot be cut into {world_size} x {accumulate} equal parts")
+        bounds = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+        if drop_last and len(bounds) > 1 and bounds[-1][1] - bounds[-1][0] < batch_size:
+            bounds.pop()
+        smallest = bounds[-1][1] - bounds[-1][0]
+        if smallest < pieces:
+            raise ValueError(f"the last batch has {smallest} pictures, fewer than {world_size} x {accumulate} parts")
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+        self.world_size = world_size
+        self.rank = rank
+        self.accumulate = accumulate
+        self.shuffle = shuffle
+        self.epoch = 0
+        self._bounds = bounds
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is yielded next; Lightning calls it at the start of each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._bounds) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = permutation(self.count, self.seed, self.epoch) if self.shuffle else np.arange(self.count)
+        for start, stop in self._bounds:
+            for step in range(self.accumulate):
+                micro = _share(start, stop, self.accumulate, step)
+                yield order[_share(micro.start, micro.stop, self.world_size, self.rank)].tolist()
+
+    def loss_scale(self, batch_index: int) -> float:
+        """Return the factor for a batch's mean loss that makes the averages over processes and micro-batches exact.
+
+        It is 1 where all parts of the global batch are of one size, so always on one process without accumulation.
+        """
+        start, stop = self._bounds[batch_index // self.accumulate]
+        micro = _share(start, stop, self.accumulate, batch_index % self.accumulate)
+        mine = _share(micro.start, micro.stop, self.world_size, self.rank)
+        size: int = mine.stop - mine.start
+        return size * self.world_size * self.accumulate / (stop - start)
+
+
+class EvalBatchSampler:
+    """Each picture of a list exactly once over all processes, in the order of the list.
+
+    A process takes one contiguous slice of each global batch. The list is cut so that all slices differ by one picture
+    at most, hence all processes yield equally many batches wherever there are pictures enough.
+
+    Args:
+        count: Pictures in the list.
+        batch_size: Pictures on all processes together in one step; rounded up to a multiple of `world_size`.
+        world_size: Number of processes.
+        rank: Which of them this is.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(self, count: int, batch_size: int, world_size: int = 1, rank: int = 0) -> None:
+        if min(count, batch_size, world_size) < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"out of range: {count=}, {batch_size=}, {world_size=}, {rank=}")
+        in_one_step = -(-batch_size // world_size) * world_size
+        steps = -(-count // in_one_step)
+        slices = (_share(0, count, steps * world_size, step * world_size + rank) for step in range(steps))
+        self._batches = [list(range(part.start, part.stop)) for part in slices if part.start < part.stop]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)

@@ -1,0 +1,1 @@
+"""Training: the Lightning module, the callbacks, and the LightningCLI behind `fit`, `validate` and `test`."""

@@ -1,0 +1,107 @@
+"""What is measured along the way, for TensorBoard and for the record."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+__all__ = ["Meter", "peak_memory_mib"]
+
+
+class Meter(Callback):
+    """Images per second, gradient norm of the trained part, learning rate, wall times and peak memory.
+
+    Attributes:
+        seconds: Wall seconds by phase: "train_seconds", "test_seconds", "val_seconds".
+        images: Training pictures seen, all processes together.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.images = 0
+        self.epochs = 0
+        self._started: dict[str, float] = {}
+        self._epoch = (0.0, 0)  # when it began, and the pictures seen by then
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Training throughput over the whole run, validation left out; None before the first epoch has ended."""
+        seconds = self.seconds.get("train_seconds", 0.0)
+        return self.images / seconds if seconds > 0 and self.images else None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        if torch.cuda.is_available() and pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self._start("train_seconds")
+        self._epoch = (time.perf_counter(), self.images)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count pictures; log the learning rate and the throughput since the epoch began."""
+        self.images += len(batch.labels) * trainer.world_size
+        began, images = self._epoch
+        seconds = time.perf_counter() - began
+        pl_module.log("train/images_per_second", (self.images - images) / seconds, batch_size=1)
+        pl_module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Log the norm of the gradient of everything that trains, before clipping."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
+        pl_module.log("train/grad_norm", torch.linalg.vector_norm(torch.stack(norms)), batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._stop("train_seconds")
+        self.epochs += 1
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is not training time."""
+        if not trainer.sanity_checking:
+            self._stop("train_seconds")
+            self._start("val_seconds")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the clock of the epoch."""
+        if not trainer.sanity_checking:
+            self._stop("val_seconds")
+            if trainer.training:
+                self._start("train_seconds")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start("test_seconds")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._stop("test_seconds")
+
+    def _start(self, phase: str) -> None:
+        self._started[phase] = time.perf_counter()
+
+    def _stop(self, phase: str) -> None:
+        if phase in self._started:
+            spent = time.perf_counter() - self._started.pop(phase)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Return the peak memory in MiB: of the device's allocator on a GPU, of the whole process on a CPU.
+
+    None where the operating system does not say (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,521 @@
+"""`svp-bench fit | validate | test`: LightningCLI over a composed config, and the record at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from svp_bench import __version__
+from svp_bench.config import Composed, Flags, compose
+from svp_bench.data.locate import locate
+from svp_bench.data.module import VisionDataModule
+from svp_bench.errors import ConfigError, SvpBenchError, UsageError, unknown_name
+from svp_bench.methods import METHODS
+from svp_bench.methods.build import trained_parameters
+from svp_bench.ops import BACKENDS
+from svp_bench.results import record as rec
+from svp_bench.results.record import Correct, Metrics, Parameters, Record, Tuned
+from svp_bench.train.callbacks import Meter, peak_memory_mib
+from svp_bench.train.module import AdaptationModule
+from svp_bench.train.provenance import commit_and_dirty, device_name, library_versions
+
+__all__ = ["BenchCLI", "run"]
+
+_LINKED = {
+    "model.num_classes": "it follows from the task's card",
+    "model.image_size": "set --data.image_size",
+    "model.seed": "set --seed_everything",
+    "data.seed": "set --seed_everything",
+}
+_RUN_ID = "SVP_BENCH_RUN_ID"
+_NOT_SAVED = ("config", "ckpt_path", "weights_only", "verbose", "no_test")  # of one call, not of the run
+
+
+def run(verb: str, flags: Flags) -> None:
+    """Run one verb.
+
+    Raises:
+        SvpBenchError: For everything that a user can mend.
+    """
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(_no_chatter)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    try:
+        with _quiet():
+            BenchCLI(verb, flags)
+    finally:
+        logger.removeFilter(_no_chatter)
+
+
+def _no_chatter(record: logging.LogRecord) -> bool:
+    """Leave out Lightning's lines about devices that are not there, its advertisements, and what our header says."""
+    text = record.getMessage()
+    chatter = ("GPU available", "TPU available", "HPU available", "Tip:", "to estimate number of stepping batches")
+    return not any(part in text for part in chatter)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out warnings of libraries about things that are meant to be so here."""
+    with warnings.catch_warnings():
+        for pattern in (
+            r".*does not have many workers.*",  # training pictures are in memory
+            r".*LightningCLI's args parameter.*",  # the config is composed first
+            r".*`isinstance\(treespec, LeafSpec\)`.*",  # Lightning 2.6 with torch ≥ 2.9
+            r".*The number of training batches .* is smaller than the logging interval.*",
+            r".*Checkpoint directory .* exists and is not empty.*",
+            r".*GPU available but not used.*",
+            r".*in eval mode at the start of training.*",  # frozen parts are
+            r".*`LambdaLR`.*lr_scheduler.step.*",
+        ):
+            warnings.filterwarnings("ignore", pattern)
+        yield
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise ConfigError(_one_line(message)) from None
+
+
+def _one_line(message: str) -> str:
+    text = " ".join(str(message).split())
+    text = re.sub(r"^Parser key \"([^\"]+)\":", r"\1:", text)
+    return text if len(text) <= 600 else f"{text[:600]} …"
+
+
+class BenchCLI(LightningCLI):
+    """One verb over one composed config.
+
+    Args:
+        verb: fit, validate or test.
+        flags: The command line.
+    """
+
+    def __init__(self, verb: str, flags: Flags) -> None:
+        self.verb = verb
+        self.flags = flags
+        self.composed: Composed = compose(flags)
+        self.meter = Meter()
+        self.run_id = ""
+        self.run_dir = Path()
+        self.saved_config: dict[str, Any] = {}
+        text = yaml.safe_dump(self.composed.values, sort_keys=False)
+        super().__init__(
+            AdaptationModule,
+            VisionDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=[verb, "--config", text, *flags.rest],
+        )
+
+    # --- parsing -----------------------------------------------------------------------------------------------------
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser whose errors are ours."""
+        parser = _Parser(**{**kwargs, "exit_on_error": False})
+        parser.add_argument("-c", "--config", action="config", help="a config file; see the README")
+        return parser
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the verbs."""
+        known = LightningCLI.subcommands()
+        return {verb: known[verb] for verb in ("fit", "validate", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a run needs besides model, data and trainer, and state each fact once."""
+        parser.add_argument("--results_root", type=str, default="results", help="where records and tables go")
+        parser.add_argument("--runs_root", type=str, default="runs", help="where logs and checkpoints go")
+        parser.add_argument("--no_test", action="store_true", help="train only; the record is unscored")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check every key of every layer, then let jsonargparse check the values."""
+        known = {action.dest for action in self._subcommand_parsers[self.verb]._actions if action.dest != "help"}
+        for key in self._unknown(self.composed.values, known):
+            self._refuse(key, known, self.composed.origins.get(key) or _origin_below(self.composed.origins, key))
+        for key in self.flags.values:
+            if not self._fits(key, known):
+                self._refuse(key, known, None)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ConfigError(_one_line(str(error))) from None
+
+    def _fits(self, key: str, known: set[str]) -> bool:
+        """Whether a dotted key names an argument or something inside one (the method's own arguments apart)."""
+        if key in _LINKED:
+            return False
+        if key.startswith("model.method."):
+            tail = key.removeprefix("model.method.").removeprefix("init_args.")
+            return tail in ("class_path", "init_args") or tail.split(".")[0] in self._method_arguments()
+        if key in known:
+            return True
+        return any(key.startswith(f"{name}.") for name in known if name.count(".") == 1 and name != "model.method")
+
+    def _method_arguments(self) -> list[str]:
+        import inspect
+
+        from jsonargparse._util import import_object  # the same look-up that will instantiate the method
+
+        class_path = self.composed.get("model.method.class_path")
+        try:
+            return list(inspect.signature(import_object(str(class_path))).parameters)
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            origin = self.composed.origins.get("model.method.class_path", "the config")
+            raise ConfigError(f"{origin}: cannot import the method {class_path!r} ({error})") from None
+
+    def _unknown(self, values: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+        for name, value in values.items():
+            key = f"{prefix}{name}"
+            group = any(k.startswith(f"{key}.") for k in known) and key not in ("model.method",)
+            if key == "model.method" and isinstance(value, Mapping):
+                for part, inner in value.items():
+                    if part not in ("class_path", "init_args"):
+                        yield f"{key}.{part}"
+                    elif part == "init_args" and isinstance(inner, Mapping):
+                        yield from (f"{key}.init_args.{k}" for k in inner if not self._fits(f"{key}.{k}", known))
+            elif group and isinstance(value, Mapping):
+                yield from self._unknown(value, known, f"{key}.")
+            elif not self._fits(key, known):
+                yield key
+
+    def _refuse(self, key: str, known: set[str], where: str | None) -> None:
+        if key in _LINKED:
+            text = f"{key} is not set by hand: {_LINKED[key]}"
+            raise ConfigError(f"{where}: {text}" if where else text)
+        if key.startswith("model.method."):
+            name = key.rsplit(".", 1)[-1]
+            method = self.composed.method
+            raise unknown_name(
+                f"argument of the method {method}", name, self._method_arguments(), where=where, error=ConfigError
+            )
+        names = [k for k in known if k not in _LINKED]
+        kind = "config key" if where else "argument"
+        listing = f"svp-bench {self.verb} --help"
+        raise unknown_name(kind, key, names, where=where, listing=listing, error=ConfigError)
+
+    # --- before anything heavy ---------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Resolve the precision, name the run, and fail early: results folder, data, stage."""
+        config = self.config[self.verb]
+        for notice in self.composed.notices:
+            rank_zero_info(f"Note: {notice}")
+        self._resolve_precision(config.trainer)
+        config.trainer.use_distributed_sampler = False  # the data module's samplers divide the work
+        config.seed_everything = int(config.seed_everything)
+        if config.model.scan_backend != "auto":
+            BACKENDS.entry(config.model.scan_backend)
+        rec.check_writable(config.results_root)
+        data = VisionDataModule(**config.data.as_dict())  # cheap: reads cards only
+        if data.card.reader.kind == "lists":
+            locate(data.card, data.suite, Path(config.data.root) if config.data.root else None)
+        if self.verb == "validate":
+            data.require_val()
+        if self.verb == "test" and data.stage != "final":
+            raise UsageError("stage 'select' has no test list: test a run of --data.stage final")
+        self.saved_config = self._plain_config(config)
+        self._name_run(config, data)
+
+    def _resolve_precision(self, trainer: Namespace) -> None:
+        on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+        if trainer.precision is None:
+            trainer.precision = "bf16-mixed" if on_gpu else "32-true"
+        if str(trainer.precision) in ("16", "16-mixed", "16-true") and not on_gpu:
+            raise ConfigError(
+                f"trainer.precision {trainer.precision} needs a GPU; on a CPU use 32-true (or bf16-mixed, slower)"
+            )
+
+    def _plain_config(self, config: Namespace) -> dict[str, Any]:
+        parser = self._subcommand_parsers[self.verb]
+        text = parser.dump(config, skip_link_targets=False, skip_none=False, skip_validation=True, format="yaml")
+        plain: dict[str, Any] = yaml.safe_load(text)
+        for key in _NOT_SAVED:
+            plain.pop(key, None)
+        for key in _LINKED:  # facts of the card and of seed_everything, not settings
+            group, name = key.split(".")
+            plain.get(group, {}).pop(name, None)
+        return plain
+
+    def _name_run(self, config: Namespace, data: VisionDataModule) -> None:
+        digest = rec.setting_digest(self.saved_config, self._tuned())
+        method = self._method_name()
+        self.run_id = rec.new_run_id(method, config.seed_everything, digest)
+        if "LOCAL_RANK" in os.environ:  # a process that Lightning launched: the first one has named the run
+            self.run_id = os.environ.get(_RUN_ID, self.run_id)
+        os.environ[_RUN_ID] = self.run_id
+        self.run_dir = Path(config.runs_root) / data.card.name / self.run_id
+
+    def _method_name(self) -> str:
+        """The registered name of the method's class, else the class's own in lower case."""
+        class_path = str(self.saved_config["model"]["method"]["class_path"])
+        by_target = {entry.target.replace(":", "."): entry.name for entry in METHODS}
+        return by_target.get(class_path) or re.sub(r"(?<!^)(?=[A-Z][a-z])", "_", class_path.split(".")[-1]).lower()
+
+    def _tuned(self) -> Tuned | None:
+        return Tuned(*self.composed.tuned) if self.composed.tuned else None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer, with our callbacks, checkpoints and TensorBoard below the run's folder."""
+        config = self.config_init[self.verb].trainer
+        callbacks: list[Any] = [self.meter]
+        dry = bool(config.fast_dev_run)
+        if self.verb == "fit" and config.enable_checkpointing is not False and not dry:
+            folder = self.run_dir / "checkpoints"
+            callbacks.append(ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False))
+        if config.logger in (None, True) and self.verb == "fit" and not dry:
+            kwargs["logger"] = TensorBoardLogger(self.run_dir, name="", version="")
+        elif self.verb != "fit":
+            kwargs["logger"] = False
+        trainer_config = {**config.as_dict(), **kwargs}
+        trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *callbacks]
+        return Trainer(**trainer_config)
+
+    # --- the verbs ---------------------------------------------------------------------------------------------------
+
+    def fit(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
+        """Train; in stage final test once with the final weights; write the record whatever happens."""
+        config = self.config[self.verb]
+        datamodule.setup("fit")  # data errors stop the run before it leaves a trace
+        self._announce()
+        self._save_config()
+        status, reason = "failed", None
+        tested = False
+        try:
+            self.trainer.fit(model, datamodule=datamodule, **kwargs)
+            status, reason = self._outcome()
+            if datamodule.stage == "final" and status == "complete":
+                if config.no_test:
+                    status, reason = "unscored", "--no_test"
+                else:
+                    datamodule.unlock_test()
+                    self.trainer.test(model, datamodule=datamodule, verbose=False)
+                    tested = True
+        except KeyboardInterrupt:
+            status, reason = "interrupted", "stopped by the user"
+            raise
+        except Exception as error:
+            status, reason = "failed", _one_line(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._finish(status, reason, tested)
+
+    def validate(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
+        """Validate a checkpoint on val (stage select)."""
+        self._need_checkpoint(kwargs)
+        self.trainer.validate(model, datamodule=datamodule, **kwargs)
+
+    def test(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
+        """Test the final weights of a run made with `--no_test`, and complete its record.
+
+        A run that has a score is tested again for the eye only: its record stays.
+        """
+        self._need_checkpoint(kwargs)
+        path = Path(kwargs["ckpt_path"])
+        run_id = path.resolve().parent.parent.name
+        datamodule.unlock_test()
+        self.trainer.test(model, datamodule=datamodule, verbose=False, **kwargs)
+        metrics, correct = self._scores()
+        where = Path(self.config[self.verb].results_root) / "records" / datamodule.card.name / f"{run_id}.json"
+        print(f"top-1 {metrics.top1:.2f} % ({metrics.correct} of {metrics.count})")
+        if not where.is_file():
+            print(f"No record {where}: nothing is written. Give --results_root of the run to complete its record.")
+            return
+        old = rec.read_record(where)
+        if old.status != "unscored":
+            same = "the same" if old.metrics and old.metrics.correct == metrics.correct else "another number"
+            print(f"The record {where} has its score already ({same}); it is not changed.")
+            return
+        done = dataclasses.replace(
+            old,
+            status="complete",
+            status_reason=None,
+            metrics=metrics,
+            correct=correct,
+            times={**old.times, **self.meter.seconds},
+        )
+        rec.replace_record(done, self.config[self.verb].results_root)
+        print(f"Completed {where}")
+
+    def _need_checkpoint(self, kwargs: Mapping[str, Any]) -> None:
+        path = kwargs.get("ckpt_path")
+        if not path:
+            raise UsageError(
+                f"{self.verb} needs --ckpt_path runs/…/checkpoints/last.ckpt, and --config its config.yaml"
+            )
+        if not Path(path).is_file():
+            raise UsageError(f"no checkpoint {str(path)!r}; runs keep theirs in runs/<task>/<run>/checkpoints/")
+
+    # --- around a fit ------------------------------------------------------------------------------------------------
+
+    @rank_zero_only
+    def _announce(self) -> None:
+        model, data = self.model, self.datamodule
+        counts = self._parameters()
+        choice = model.scan_choice()
+        weights = "random weights" if model.checkpoint == "none" else f"weights {model.checkpoint}"
+        print(
+            f"{self.run_id}\n"
+            f"  task       {data.card.name} v{data.card.version}, stage {data.stage} "
+            f"({', '.join(f'{role} on {name}' for role, name in data.lists.items())})\n"
+            f"  backbone   {model.backbone_name}, {weights}, scan backend {choice.name} ({choice.reason})\n"
+            f"  method     {self._method_name()}: {counts.adapter:,} parameters + {counts.head:,} of the head train, "
+            f"of {counts.total:,}\n"
+            f"  files      {self.run_dir}",
+            flush=True,
+        )
+        if model.checkpoint == "none":
+            print("  Random weights: this run shows plumbing, not transfer; tables keep such rows apart.", flush=True)
+
+    @rank_zero_only
+    def _save_config(self) -> None:
+        try:
+            rec.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.saved_config, sort_keys=False))
+        except OSError as error:
+            raise SvpBenchError(f"cannot write to the runs folder {self.run_dir}: {error.strerror}") from None
+
+    def _outcome(self) -> tuple[str, str | None]:
+        """Whether the whole run was trained: `limit_*`, `fast_dev_run` and early ends make it truncated."""
+        trainer = self.config[self.verb].trainer
+        cut = [
+            f"trainer.{name} {trainer[name]}"
+            for name in ("limit_train_batches", "limit_test_batches", "limit_val_batches")
+            if trainer[name] not in (None, 1.0)
+        ]
+        if trainer.fast_dev_run:
+            cut.append("trainer.fast_dev_run")
+        if trainer.overfit_batches:
+            cut.append(f"trainer.overfit_batches {trainer.overfit_batches}")
+        planned = self.trainer.max_epochs
+        if self.trainer.interrupted:
+            return "interrupted", "stopped by the user"
+        if not cut and planned is not None and planned > 0 and self.trainer.current_epoch < planned:
+            cut.append(f"stopped after {self.trainer.current_epoch} of {planned} epochs")
+        return ("truncated", ", ".join(cut)) if cut else ("complete", None)
+
+    def _parameters(self) -> Parameters:
+        trained = trained_parameters(self.model.model)
+        head = sum(p.numel() for name, p in trained.items() if name.startswith("head."))
+        total = sum(p.numel() for p in self.model.model.parameters())
+        trainable = sum(p.numel() for p in trained.values())
+        return Parameters(trainable=trainable, head=head, adapter=trainable - head, total=total)
+
+    def _scores(self) -> tuple[Metrics, Correct]:
+        ((_, right, loss),) = self.model.tested
+        count, correct = len(right), int(right.sum())
+        digest = self.datamodule.test_list_digest
+        assert digest is not None
+        metrics = Metrics(top1=100.0 * correct / count, loss=float(loss.mean()), correct=correct, count=count)
+        bits = rec.pack_bits(right.numpy())
+        return metrics, Correct("base64+packbits", count, bits, self.datamodule.lists["test"], digest)
+
+    def _selection_scores(self) -> Metrics | None:
+        """Top-1 on val after the last epoch."""
+        values = self.trainer.callback_metrics
+        if "val/top1" not in values:
+            return None
+        data = self.datamodule
+        count = data.report.counts[data.lists["val"]]
+        top1 = float(values["val/top1"])
+        return Metrics(top1=100.0 * top1, loss=float(values["val/loss"]), correct=round(top1 * count), count=count)
+
+    @rank_zero_only
+    def _finish(self, status: str, reason: str | None, tested: bool) -> None:
+        record = self._record(status, reason, tested)
+        path = rec.write_record(record, self.config[self.verb].results_root)
+        if record.metrics is not None:
+            m = record.metrics
+            split = record.lists["test" if record.kind == "final" else "val"]
+            print(f"top-1 {m.top1:.2f} % on {split} ({m.correct} of {m.count})", flush=True)
+        print(f"Record ({status}): {path}", flush=True)
+        if record.kind == "final" and status == "complete":
+            print("Next: svp-bench table", flush=True)
+
+    def _record(self, status: str, reason: str | None, tested: bool) -> Record:
+        model, data = self.model, self.datamodule
+        metrics: Metrics | None = None
+        correct: Correct | None = None
+        if tested:
+            metrics, correct = self._scores()
+        elif data.stage == "select" and status == "complete":
+            metrics = self._selection_scores()
+        looked = data._report is not None
+        commit, dirty = commit_and_dirty()
+        tuned = self._tuned()
+        choice = model.scan_choice()
+        saved = self.run_dir / "checkpoints" / "last.ckpt"
+        source = str(model.checkpoint)
+        return Record(
+            schema=1,
+            run_id=self.run_id,
+            created=rec.timestamp(),
+            task=data.card.name,
+            task_version=data.card.version,
+            suite=data.card.suite,
+            kind="final" if data.stage == "final" else "selection",
+            status=status,
+            status_reason=reason,
+            method=self._method_name(),
+            method_args=model.method.settings(),
+            backbone=model.backbone_name,
+            checkpoint=source if source in ("hub", "embedded", "none") else Path(source).name,
+            checkpoint_digest=None if source == "none" else model.backbone_digest,
+            protocol=data.protocol.name,
+            protocol_version=data.protocol.version,
+            stage=data.stage,
+            lists=dict(data.lists),
+            data_variant=data.report.variant if looked else "card",
+            data_status=data.report.status if looked else "as_card",
+            data_notes=list(data.report.notes) if looked else [],
+            data_digest=data.report.digest if looked else None,
+            seed=int(self.config[self.verb].seed_everything),
+            config=self.saved_config,
+            config_digest=rec.config_digest(self.saved_config),
+            setting_digest=rec.setting_digest(self.saved_config, tuned),
+            tuned=tuned,
+            package_version=__version__,
+            commit=commit,
+            dirty=dirty,
+            libraries=library_versions(),
+            scan_backend=choice.name,
+            scan_reason=choice.reason,
+            device=device_name(self.trainer.strategy.root_device),
+            device_count=self.trainer.world_size,
+            precision=str(self.trainer.precision),
+            metrics=metrics,
+            correct=correct,
+            parameters=self._parameters(),
+            times={name: round(value, 3) for name, value in self.meter.seconds.items()},
+            epochs=self.meter.epochs,
+            images_per_second=self.meter.images_per_second,
+            peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device),
+            checkpoint_file=os.path.relpath(saved, self.config[self.verb].runs_root) if saved.is_file() else None,
+        )
+
+
+def _origin_below(origins: Mapping[str, str], key: str) -> str:
+    """Where a key that is no leaf came from: the place of its first leaf."""
+    return next((where for name, where in origins.items() if name.startswith(f"{key}.")), "the config")

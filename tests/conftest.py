@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported, here or in a subprocess of a test: workers of pytest-xdist, each with a pool of its own,
+# would fight over the cores; and one thread adds in one order, whatever the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+# The developer's own settings must not reach a test.
+os.environ.pop("SVP_BENCH_DATA", None)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    # Only what the test has imported: importing torch here would cost every light test its seconds.
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set up a Hugging Face hub without network, and return its cache folder: empty, and what a test puts into it.
+
+    Holds in this process and in the subprocesses of the test.
+    """
+    # It reads the environment once, when imported: import it before the changes, or they would outlive the test.
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    cache.mkdir()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return cache

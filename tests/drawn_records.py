@@ -1,0 +1,127 @@
+"""Records drawn for tests: complete and consistent, with made-up numbers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from svp_bench.results.record import (
+    SCHEMA,
+    Correct,
+    Metrics,
+    Parameters,
+    Record,
+    Tuned,
+    config_digest,
+    new_run_id,
+    setting_digest,
+)
+
+WEIGHTS = "sha256:" + "ab" * 32
+LIST = "sha256:" + "cd" * 32
+CONFIG: dict[str, Any] = {
+    "seed_everything": 0,
+    "trainer": {"max_epochs": 100, "accelerator": "cpu", "gradient_clip_val": 5.0, "logger": True},
+    "model": {
+        "backbone": "vim_small_patch16_224",
+        "checkpoint": "hub",
+        "num_classes": 10,
+        "learning_rate": 1e-3,
+        "method": {"class_path": "svp_bench.methods.svp.SVP", "init_args": {"share_layers": 1, "hidden_dim": 64}},
+    },
+    "data": {"task": "vtab/caltech101", "root": "data", "batch_size": 32},
+    "results_root": "results",
+}
+
+
+def make_record(
+    task: str = "vtab/caltech101",
+    method: str = "svp",
+    seed: int = 0,
+    right: int = 7,
+    count: int = 10,
+    changes: dict[str, Any] | None = None,
+    tuned: Tuned | None = None,
+    number: int = 0,
+    **fields: Any,
+) -> Record:
+    """Return a complete final record with `right` of `count` pictures classified rightly.
+
+    Args:
+        task: Full name.
+        method: Its name; also set in the config.
+        seed: The seed.
+        right: Pictures classified rightly.
+        count: Test pictures.
+        changes: Dotted config key → value.
+        tuned: The tuned table.
+        number: Goes into the run id and, as minutes, into `created`.
+        fields: Further fields of the record.
+    """
+    config = copy.deepcopy(CONFIG)
+    config["data"]["task"] = task
+    config["seed_everything"] = seed
+    config["model"]["method"]["class_path"] = f"svp_bench.methods.{method}"
+    for key, value in (changes or {}).items():
+        *folders, last = key.split(".")
+        node = config
+        for folder in folders:
+            node = node[folder]
+        node[last] = value
+    digest = setting_digest(config, tuned)
+    bits = np.arange(count) < right
+    record = Record(
+        schema=SCHEMA,
+        run_id=new_run_id(method, seed, digest, entropy=number.to_bytes(4, "big")),
+        created=f"2026-01-31T12:{number % 60:02d}:00+00:00",
+        task=task,
+        task_version=1,
+        suite=task.split("/")[0],
+        kind="final",
+        status="complete",
+        status_reason=None,
+        method=method,
+        method_args={"share_layers": 1, "hidden_dim": 64},
+        backbone="vim_small_patch16_224",
+        checkpoint="hub",
+        checkpoint_digest=WEIGHTS,
+        protocol="vtab-final",
+        protocol_version=1,
+        stage="final",
+        lists={"train": "train800val200", "test": "test"},
+        data_variant="card",
+        data_status="as_card",
+        data_notes=[],
+        data_digest=LIST,
+        seed=seed,
+        config=config,
+        config_digest=config_digest(config),
+        setting_digest=digest,
+        tuned=tuned,
+        package_version="0.1.0",
+        commit="0123456789abcdef0123456789abcdef01234567",
+        dirty=False,
+        libraries={"python": "3.11.9", "torch": "2.6.0"},
+        scan_backend="reference",
+        scan_reason="no other backend is installed",
+        device="cpu",
+        device_count=1,
+        precision="32-true",
+        metrics=Metrics(top1=100 * right / count, loss=0.75, correct=right, count=count),
+        correct=Correct.of(bits, "test", LIST),
+        parameters=Parameters(trainable=4_760_000, head=3_000, adapter=4_757_000, total=30_000_000),
+        times={"train_seconds": 12.5, "test_seconds": 1.25},
+        epochs=100,
+        images_per_second=80.5,
+        peak_memory_mib=None,
+        checkpoint_file=f"{task}/run/last.ckpt",
+    )
+    return dataclasses.replace(record, **fields)
+
+
+def unscored(record: Record, status: str = "unscored", reason: str | None = None) -> Record:
+    """Return `record` without scores."""
+    return dataclasses.replace(record, status=status, status_reason=reason, metrics=None, correct=None)

@@ -1,0 +1,633 @@
+"""Reading weights safely, loading them strictly, and finding them on a hub."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pickle
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference_vim
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tolerances import SAME_MATHS, relative_error
+from torch import Tensor
+
+import svp_bench
+from svp_bench.errors import CheckpointError
+from svp_bench.methods.build import adapt, create_backbone
+from svp_bench.methods.svp import SVP
+from svp_bench.models import VisionMamba, checkpoints
+from svp_bench.models.checkpoints import backbone_digest, load_checkpoint, read_state, resolve_checkpoint
+
+State = dict[str, Tensor]
+
+
+def nano(num_classes: int = 5, **arguments: Any) -> VisionMamba:
+    sizes: dict[str, Any] = {"img_size": 48, "embed_dim": 32, "depth": 2, "d_state": 4}
+    return VisionMamba(num_classes=num_classes, **{**sizes, **arguments}).eval()
+
+
+def trained(num_classes: int = 5, **arguments: Any) -> VisionMamba:
+    model = nano(num_classes, **arguments)
+    reference_vim.fill(model)
+    return model
+
+
+def published(model: VisionMamba, prefix: str = "") -> dict[str, Any]:
+    """What Vim's training script saves."""
+    state = {prefix + name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 3, *model.patch_embed.img_size)).sum().backward()
+    optimizer.step()
+    return {
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"_step": 3},
+        "epoch": 299,
+        "model_ema": {name: torch.zeros_like(value) for name, value in state.items()},
+        "scaler": {},
+        "args": argparse.Namespace(lr=1e-3, model="vim", data_path=None, betas=(0.9, 0.999)),
+    }
+
+
+def assert_equal(model: VisionMamba, state: State, *, but: tuple[str, ...] = ()) -> None:
+    for name, value in model.state_dict().items():
+        if not name.startswith(but or ("adapter.",)):
+            assert torch.equal(value, state[name]), name
+
+
+def refusal(model: VisionMamba, path: Path) -> str:
+    """The one-line message of a refused load, which must leave the model as it was."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(model, path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} was changed by a refused load"
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(path) in text
+    return text
+
+
+# ---------------------------------------------------------------------------------------- what can be read
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("form", ["published", "module", "plain", "state_dict", "half"])
+def test_forms_of_pickled_files(form: str, legacy: bool, tmp_path: Path) -> None:
+    source = trained()
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    if form == "half":
+        state = {name: value.half() for name, value in state.items()}
+    content: Any = {
+        "published": lambda: published(source),
+        "module": lambda: published(source, prefix="module."),
+        "plain": lambda: state,
+        "state_dict": lambda: {"state_dict": state, "epoch": 3},
+        "half": lambda: state,
+    }[form]()
+    path = tmp_path / "vim.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    model = nano()
+    report = svp_bench.load_checkpoint(model, path)
+    assert (report.path, report.head_replaced, report.pos_embed_resized) == (path, False, None)
+    assert_equal(model, {name: value.float() for name, value in state.items()})
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    source = trained()
+    path = tmp_path / "vim.safetensors"
+    save_file(source.state_dict(), path)
+    model = nano()
+    load_checkpoint(model, str(path))
+    assert_equal(model, source.state_dict())
+
+
+def test_weights_loaded_under_a_method_leave_its_part_alone(tmp_path: Path) -> None:
+    source = trained()
+    path = tmp_path / "vim.pth"
+    torch.save(published(source), path)
+    state = {name: value.clone() for name, value in torch.load(path, weights_only=False)["model"].items()}
+    model = adapt(nano(), SVP())
+    adapter = {name: reference_vim.drawn(name, value.shape) for name, value in model.adapter.state_dict().items()}  # type: ignore[union-attr]
+    model.adapter.load_state_dict(adapter)  # type: ignore[union-attr]
+    load_checkpoint(model, path)
+    assert_equal(model, state)
+    assert all(torch.equal(value, adapter[name]) for name, value in model.adapter.state_dict().items())  # type: ignore[union-attr]
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if n.startswith(("adapter.", "head."))
+    }
+
+
+def test_timm_loads_a_file_by_itself(tmp_path: Path) -> None:
+    source = timm.create_model("vim_nano_patch8_64")
+    reference_vim.fill(source)
+    path = tmp_path / "nano.pth"
+    torch.save({"model": source.state_dict()}, path)
+    overlay = {"file": str(path), "custom_load": True}
+    model = timm.create_model("vim_nano_patch8_64", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert_equal(model, source.state_dict())
+
+
+# -------------------------------------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize(("theirs", "ours", "replaced"), [(5, 5, False), (7, 5, True), (7, 1, True), (7, 0, True)])
+def test_the_head(theirs: int, ours: int, replaced: bool, tmp_path: Path) -> None:
+    source = trained(theirs)
+    path = tmp_path / "vim.pth"
+    torch.save(source.state_dict(), path)
+    model = nano(ours)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert load_checkpoint(model, path).head_replaced is replaced
+    assert_equal(model, source.state_dict(), but=("head.",))
+    for name in ("head.weight", "head.bias") if ours else ():
+        kept = before if replaced else source.state_dict()
+        assert torch.equal(model.state_dict()[name], kept[name])
+
+
+def test_a_two_layer_head_is_dropped(tmp_path: Path) -> None:
+    source = trained()
+    state = {name: value for name, value in source.state_dict().items() if not name.startswith("head.")}
+    state |= {"head.0.weight": torch.ones(16, 32), "head.0.bias": torch.ones(16)}
+    state |= {"head.1.weight": torch.ones(5, 16), "head.1.bias": torch.ones(5)}
+    path = tmp_path / "svp.pth"
+    torch.save({"model": state}, path)
+    model = nano()
+    head = model.head.weight.clone()  # type: ignore[operator, union-attr]
+    assert load_checkpoint(model, path).head_replaced
+    assert_equal(model, state, but=("head.",))
+    assert torch.equal(model.head.weight, head)  # type: ignore[arg-type]
+
+
+def test_a_file_without_head(tmp_path: Path) -> None:
+    source = trained(0)
+    path = tmp_path / "vim.pth"
+    torch.save(source.state_dict(), path)
+    model = nano(5)
+    assert not load_checkpoint(model, path).head_replaced
+    assert_equal(model, source.state_dict(), but=("head.",))
+
+
+# -------------------------------------------------------------------------------------- position embeddings
+
+
+def resized(rows: Tensor, side: int, height: int, width: int) -> Tensor:
+    """An own computation: (1, side² + 1, D), class token in the middle, to a grid of height × width."""
+    middle = side * side // 2
+    grid = torch.empty(1, rows.shape[2], side, side)
+    k = 0
+    for index in range(side * side + 1):
+        if index != middle:
+            grid[0, :, k // side, k % side] = rows[0, index]
+            k += 1
+    grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+    out = [grid[0, :, k // width, k % width] for k in range(height * width)]
+    out.insert(height * width // 2, rows[0, middle])
+    return torch.stack(out).unsqueeze(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "grid"),
+    [
+        ({"stride": 8}, (5, 5)),
+        ({"img_size": 80}, (5, 5)),
+        ({"img_size": 32}, (2, 2)),
+        ({"img_size": (32, 80)}, (2, 5)),
+        ({"img_size": 96, "stride": 8}, (11, 11)),
+    ],
+    ids=str,
+)
+def test_positions_are_resized_with_the_class_token_apart(
+    arguments: dict[str, Any], grid: tuple[int, int], tmp_path: Path
+) -> None:
+    source = trained()
+    with torch.no_grad():
+        source.pos_embed[0, 4] = 1e4  # the class token's row: in any other row it would show
+    path = tmp_path / "vim.pth"
+    torch.save(source.state_dict(), path)
+    model = nano(**arguments)
+    report = load_checkpoint(model, path)
+    assert report.pos_embed_resized == ((3, 3), grid)
+    middle = grid[0] * grid[1] // 2
+    assert torch.equal(model.pos_embed[0, middle], torch.full((32,), 1e4))
+    others = [k for k in range(grid[0] * grid[1] + 1) if k != middle]
+    expected = resized(source.pos_embed.detach(), 3, *grid)
+    assert relative_error(model.pos_embed[:, others], expected[:, others]) <= SAME_MATHS
+    assert_equal(model, source.state_dict(), but=("pos_embed",))
+
+
+def test_positions_of_the_same_grid_are_copied(tmp_path: Path) -> None:
+    source = trained(stride=8)
+    path = tmp_path / "vim.pth"
+    torch.save(source.state_dict(), path)
+    model = nano(stride=8)
+    assert load_checkpoint(model, path).pos_embed_resized is None
+    assert torch.equal(model.pos_embed, source.pos_embed)
+
+
+def test_positions_of_no_square_grid(tmp_path: Path) -> None:
+    path = tmp_path / "vim.pth"
+    torch.save(trained(img_size=(32, 48)).state_dict(), path)
+    assert "its position embedding has 6 patches, which is no square grid" in refusal(nano(), path)
+
+
+# ------------------------------------------------------------------------------------------------ strictness
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    state = trained().state_dict()
+    del state["layers.1.mixer.A_b_log"]
+    path = tmp_path / "vim.pth"
+    torch.save(state, path)
+    text = refusal(nano(), path)
+    assert "does not fit this model (width 32, depth 2): 1 missing (layers.1.mixer.A_b_log)" in text
+    assert "left over" not in text
+
+
+def test_a_left_over_tensor_is_named(tmp_path: Path) -> None:
+    state = {**trained().state_dict(), "layers.1.mixer.D_c": torch.ones(64), "dist_token": torch.ones(1, 1, 32)}
+    path = tmp_path / "vim.pth"
+    torch.save(state, path)
+    text = refusal(adapt(nano(), SVP()), path)
+    assert text.count(": 2 left over (dist_token, layers.1.mixer.D_c)") == 1
+    assert "missing" not in text
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    state = {**trained().state_dict(), "layers.0.mixer.D": torch.ones(65)}
+    path = tmp_path / "vim.safetensors"
+    save_file(state, path)
+    text = refusal(nano(), path)
+    assert "1 of another shape (first layers.0.mixer.D: (65,) in the file, (64,) in the model)" in text
+
+
+def test_a_long_list_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "vim.pth"
+    torch.save(trained(depth=1).state_dict(), path)
+    text = refusal(nano(), path)
+    assert re.search(r"17 missing \(layers\.1\.mixer\.A_b_log, .* and 13 more\)", text)
+    assert text.endswith("the file looks like a Vim of width 32 and depth 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("vim_nano_patch8_64", "vim_tiny (width 192, depth 24)"),
+        ("vim_tiny_patch16_224", "vim_nano (width 64, depth 8)"),
+    ],
+)
+def test_another_architecture_is_named(name: str, theirs: str, tmp_path: Path) -> None:
+    other = "vim_tiny_patch16_224" if name == "vim_nano_patch8_64" else "vim_nano_patch8_64"
+    path = tmp_path / "other.safetensors"
+    save_file(timm.create_model(other).state_dict(), path)
+    text = refusal(timm.create_model(name), path)
+    assert f"does not fit {name}: " in text
+    assert text.endswith(f"; the file looks like {theirs}")
+
+
+def test_weights_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "resnet.pth"
+    torch.save({"conv1.weight": torch.ones(3), "fc.bias": torch.ones(3)}, path)
+    text = refusal(nano(), path)
+    assert "missing" in text
+    assert "2 left over (conv1.weight, fc.bias)" in text
+    assert "looks like" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds list, not a state dict or a container of one"),
+        ({}, "holds dict, not a state dict or a container of one"),
+        ({"epoch": 3, "w": torch.ones(1)}, "is no state dict: 'epoch' is a int"),
+        (torch.ones(3), "holds Tensor, not a state dict"),
+        (argparse.Namespace(lr=1), "holds Namespace, not a state dict"),
+    ],
+    ids=["list", "empty", "mixed", "tensor", "namespace"],
+)
+def test_files_without_a_state_dict(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.pth"
+    torch.save(content, path)
+    assert message in refusal(nano(), path)
+
+
+# ---------------------------------------------------------------------------------- files that must not be trusted
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def save_evil(path: Path, marker: Path, form: str) -> None:
+    content = {"model": trained().state_dict(), "args": Evil(marker)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_pickled_code_is_refused_and_not_run(form: str, tmp_path: Path) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "evil.pth"
+    save_evil(path, marker, form)
+    text = refusal(nano(), path)
+    assert not marker.exists()
+    assert "refused: it is no checkpoint, or it holds pickled code or objects" in text
+    assert "nothing of it was run" in text
+    if form != "pickle":
+        assert re.search(r"\((posix|nt)\.mkdir\)", text)
+        torch.load(path, weights_only=False)
+        assert marker.exists()  # the file is as evil as it should be
+
+
+def test_namespace_is_allowed_only_while_loading(tmp_path: Path) -> None:
+    path = tmp_path / "vim.pth"
+    torch.save(published(trained()), path)
+    read_state(path)
+    with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace"):
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, 1000, -1000, -1])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_truncated_files(suffix: str, keep: int, tmp_path: Path) -> None:
+    path = tmp_path / f"vim{suffix}"
+    state = trained().state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    text = refusal(nano(), path)
+    if suffix == ".safetensors":
+        assert "not a readable safetensors file" in text
+    else:
+        assert "truncated or not a checkpoint" in text or "it is no checkpoint" in text
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello\nworld\n", b"<!doctype html><title>404</title>", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04"]
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_of_another_kind(suffix: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / f"page{suffix}"
+    path.write_bytes(content)
+    assert "not a" in refusal(nano(), path) or "no checkpoint" in refusal(nano(), path)
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("small")
+    state = {"model": {"w": torch.arange(6.0)}, "args": argparse.Namespace(lr=0.1)}
+    torch.save(state, folder / "zip.pth")
+    torch.save(state, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    save_file(state["model"], folder / "safe.safetensors")  # type: ignore[arg-type]
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_give_one_line(data: st.DataObject, small_files: dict[str, bytes], tmp_path: Path) -> None:
+    name = data.draw(st.sampled_from(sorted(small_files)))
+    content = bytearray(small_files[name])
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / name
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    message, values = "", []
+    try:
+        values = list(read_state(path).values())  # the damage may be in a number or a name
+    except CheckpointError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert values or message.startswith(str(path))
+    assert all(isinstance(value, Tensor) for value in values)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.pth"
+    text = refusal(nano(), path)
+    assert f"no checkpoint file '{path}'; give a path, or one of hub, embedded, none" in text
+    assert "no checkpoint file" in refusal(nano(), tmp_path)  # a folder
+
+
+# -------------------------------------------------------------------------------------------------- digests
+
+
+def test_the_digest_is_of_the_backbones_weights(tmp_path: Path) -> None:
+    model = trained()
+    digest = backbone_digest(model)
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
+    path = tmp_path / "vim.safetensors"
+    save_file(model.state_dict(), path)
+    other = adapt(nano(9), SVP())
+    assert backbone_digest(other) != digest
+    load_checkpoint(other, path)
+    assert backbone_digest(other) == digest
+    with torch.no_grad():
+        other.get_parameter("layers.0.mixer.D_b")[3] += 1e-6
+    assert backbone_digest(other) != digest
+
+
+# ------------------------------------------------------------------------------------- where weights come from
+
+
+def test_sources_by_name(tmp_path: Path) -> None:
+    assert resolve_checkpoint(None, "vim_nano_patch8_64") is None
+    assert resolve_checkpoint("none", "vim_nano_patch8_64") is None
+    path = tmp_path / "a.pth"
+    path.touch()
+    assert resolve_checkpoint(str(path), "vim_nano_patch8_64") == path
+    with pytest.raises(CheckpointError, match=r"unknown checkpoint 'hubb'; did you mean 'hub'\?"):
+        resolve_checkpoint("hubb", "vim_nano_patch8_64")
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint file '.*b\.pth'; --model\.checkpoint is hub, embedded, none or"
+    ):
+        resolve_checkpoint(tmp_path / "b.pth", "vim_nano_patch8_64")
+    with pytest.raises(CheckpointError, match=r"no weights of vim_base_patch16_224 are embedded in this package; use"):
+        resolve_checkpoint("embedded", "vim_base_patch16_224")
+    with pytest.raises(CheckpointError, match="no published checkpoint of vim_nano_patch8_64 is known; use --model"):
+        resolve_checkpoint("hub", "vim_nano_patch8_64")
+
+
+def test_embedded_weights_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "embedded" / "vim_nano_patch8_64.safetensors"
+    path.parent.mkdir()
+    source = timm.create_model("vim_nano_patch8_64")
+    reference_vim.fill(source)
+    save_file(source.state_dict(), path)
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "checkpoints.py"))
+    model = create_backbone("vim_nano_patch8_64", num_classes=10, checkpoint="embedded")
+    assert_equal(model, source.state_dict())
+
+
+REPO, FILE, COMMIT = "hustvl/Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth", "c0ffee" + "0" * 34
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of a Hugging Face hub as a download needs: metadata by HEAD, a redirect to another host, the file."""
+
+    daemon_threads = True
+
+    def __init__(self, content: bytes | None) -> None:
+        super().__init__(("127.0.0.1", 0), Page)
+        self.content = content
+        self.requests: list[str] = []
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+
+class Page(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        self.server.requests.append(f"{self.command} {self.path}")
+        content = self.server.content
+        if content is not None and self.path == f"/{REPO}/resolve/main/{FILE}":
+            self.send_response(302)  # the large files of the hub lie elsewhere
+            self.send_header("Location", f"http://localhost:{self.server.port}/files/1")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Linked-Size", str(len(content)))
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif content is not None and self.path == "/files/1":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and no setting of the developer's in the way."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    cache.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return cache
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    running: list[Hub] = []
+
+    def start(content: bytes | None) -> Hub:
+        server = Hub(content)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        running.append(server)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.port}")
+        return server
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def test_weights_from_the_hub_and_then_from_its_cache(hub_cache: Path, serve: Any, tmp_path: Path) -> None:
+    source = timm.create_model("vim_tiny_patch16_224")
+    reference_vim.fill(source)
+    path = tmp_path / FILE
+    torch.save({"model": source.state_dict(), "epoch": 299, "args": argparse.Namespace(lr=1e-3)}, path)
+    server = serve(path.read_bytes())
+    model = create_backbone("vim_tiny_patch16_224", num_classes=10, checkpoint="hub")
+    assert_equal(model, source.state_dict(), but=("head.",))
+    assert server.requests == [f"HEAD /{REPO}/resolve/main/{FILE}", "GET /files/1"]
+
+    server.shutdown()
+    server.server_close()
+    server.requests.clear()
+    found = resolve_checkpoint("hub", "vim_tiny_patch16_224")
+    assert found is not None
+    assert found.is_relative_to(hub_cache)
+    assert found.read_bytes() == path.read_bytes()
+    assert server.requests == []
+
+
+def one_line_without_network(seconds: float = 2.0) -> str:
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError) as caught:
+        resolve_checkpoint("hub", "vim_small_patch16_224")
+    assert time.perf_counter() - start < seconds
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in (
+        "cannot get the weights of vim_small_patch16_224: hustvl/Vim-small-midclstok is not in the local hub cache",
+        "https://huggingface.co/hustvl/Vim-small-midclstok/resolve/main/vim_s_midclstok_80p5acc.pth",
+        "--model.checkpoint PATH",
+        "--model.checkpoint none for random weights",
+    ):
+        assert part in text
+    return text
+
+
+def test_a_hub_that_refuses_the_connection(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:  # bound, not listening: nobody else can answer there
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        assert f"{endpoint} gave none (ConnectionRefusedError" in one_line_without_network()
+
+
+def test_a_machine_without_name_service(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(address: tuple[str, int], timeout: float | None = None) -> socket.socket:
+        assert address == ("huggingface.co", 443)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(checkpoints.socket, "create_connection", unknown)
+    assert "https://huggingface.co gave none (gaierror" in one_line_without_network()
+
+
+def test_a_hub_that_is_switched_off(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE is set" in one_line_without_network()
+
+
+def test_a_hub_without_the_file(hub_cache: Path, serve: Any) -> None:
+    server = serve(None)
+    assert f"http://127.0.0.1:{server.port} gave none (" in one_line_without_network(5.0)
+    assert not list(hub_cache.rglob("*.pth"))

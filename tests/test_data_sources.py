@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svp_bench.cards import ReaderSpec, TaskCard, load_suite, load_task
+from svp_bench.data import sources
+from svp_bench.data.lists import combined_digest, list_digest, read_list
+from svp_bench.data.sources import FilePictures, Source, in_threads, inspect, open_source
+from svp_bench.data.synthetic import draw_task
+from svp_bench.errors import CardError, DataError
+
+COUNTS = {"train800": 6, "val200": 3, "test": 5}
+DTD = load_task("vtab/dtd")
+
+
+def small(card: TaskCard = DTD, **changes: object) -> TaskCard:
+    """Return a card that says what `drawn` holds."""
+    return replace(card, counts={"train800": 6, "val200": 3, "train800val200": 9, "test": 5}, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    folder = draw_task(DTD, tmp_path, counts=COUNTS, size=16)
+    (folder / "DRAWN.txt").unlink()  # as if they were real
+    return folder
+
+
+def pictures(folder: Path, name: str = "train800") -> FilePictures:
+    return FilePictures(folder, name, read_list(folder / f"{name}.txt", DTD.classes))
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_reader_lists_offers_labels_digests_and_pictures(drawn: Path) -> None:
+    source = open_source(DTD, drawn.parent)
+    assert list(source.lists) == list(DTD.counts)
+    assert source.origin == str(drawn)
+    train = source.get("train800")
+    lines = read_list(drawn / "train800.txt", DTD.classes)
+    assert train.labels.tolist() == lines.labels.tolist()
+    assert train.digest == list_digest("train800", lines)
+    assert source.digest == combined_digest({name: source.get(name).digest for name in DTD.counts})
+    image = train.load(2)
+    assert image.mode == "RGB"
+    with Image.open(drawn / lines.paths[2]) as stored:
+        assert np.array_equal(np.asarray(image), np.asarray(stored.convert("RGB")))
+    assert train.where(2) == str(drawn / "images/train800/000002.jpg")
+
+
+def test_a_grey_file_comes_back_in_rgb(drawn: Path) -> None:
+    Image.new("L", (4, 4), 9).save(drawn / "images/test/000000.jpg")
+    image = open_source(DTD, drawn.parent).get("test").load(0)
+    assert image.mode == "RGB"
+
+
+def test_a_list_that_is_not_there_is_named(drawn: Path) -> None:
+    (drawn / "test.txt").unlink()
+    source = open_source(DTD, drawn.parent)
+    with pytest.raises(
+        DataError, match=r"/dtd has no list 'test' \(test\.txt\); it has: train800, val200, train800val200"
+    ):
+        source.get("test")
+
+
+def test_a_label_out_of_range_names_the_card(drawn: Path) -> None:
+    (drawn / "val200.txt").write_text("images/val200/000000.jpg 47\n")
+    with pytest.raises(
+        DataError, match=r"val200\.txt:1: label 47 is out of range, the card of vtab/dtd has 47 classes"
+    ):
+        open_source(DTD, drawn.parent)
+
+
+def test_the_reader_lists_has_no_options() -> None:
+    card = replace(DTD, reader=ReaderSpec("lists", {"size": 3}))
+    with pytest.raises(CardError, match=r"dtd\.yaml:1: the reader 'lists' has no options, the card gives 'size'"):
+        open_source(card)
+
+
+def test_an_unknown_reader_names_the_nearest() -> None:
+    with pytest.raises(CardError, match=r"dtd\.yaml:1: unknown reader 'list'; did you mean 'lists'"):
+        open_source(replace(DTD, reader=ReaderSpec("list", {})))
+
+
+# --- integrity -------------------------------------------------------------------------------------------------------
+
+
+def test_whole_pictures_pass_without_being_decoded(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(image: Image.Image) -> Image.Image:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(sources, "to_rgb", decode)
+    pictures(drawn).verify()
+
+
+def test_missing_pictures_are_counted_and_the_first_named(drawn: Path) -> None:
+    for number in (1, 4):
+        (drawn / f"images/train800/{number:06d}.jpg").unlink()
+    (drawn / "images/train800/000000.jpg").write_bytes(b"")  # a second trouble does not hide the first
+    with pytest.raises(DataError) as caught:
+        pictures(drawn).verify()
+    assert str(caught.value).startswith(f"2 of the 6 pictures of {drawn / 'train800.txt'} are missing, ")
+    assert f"the first is {drawn / 'images/train800/000001.jpg'};" in str(caught.value)
+
+
+def test_a_path_through_a_file_is_missing(drawn: Path) -> None:
+    (drawn / "train800.txt").write_text("train800.txt/a.jpg 0\n")
+    with pytest.raises(DataError, match=r"1 of the 1 pictures of .* are missing"):
+        pictures(drawn).verify()
+
+
+def in_format(kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def cut(kind: str, share: float = 0.6, **options: object) -> Callable[[], bytes]:
+    return lambda: (whole := in_format(kind, **options))[: int(len(whole) * share)]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda: b"", "an empty file"),
+        (lambda: b"<html>404 Not Found</html>", "no known picture format"),
+        (lambda: in_format("JPEG")[:2], "no known picture format"),
+        (cut("JPEG"), "truncated"),
+        (lambda: in_format("JPEG")[:-2], "truncated"),
+        (cut("PNG"), "truncated"),
+        (cut("GIF"), "truncated"),
+        (cut("WEBP", lossless=True), ".+"),
+        (cut("BMP"), "truncated"),
+    ],
+    ids=["empty", "html", "stub", "jpeg", "jpeg-end", "png", "gif", "webp", "bmp"],
+)
+def test_broken_pictures_are_named_with_the_reason(drawn: Path, content: Callable[[], bytes], reason: str) -> None:
+    path = drawn / "images/train800/000003.jpg"
+    path.write_bytes(content())
+    with pytest.raises(
+        DataError, match=rf"000003\.jpg: not a readable picture: .*{reason}.*; get the file again"
+    ) as caught:
+        pictures(drawn).verify()
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"000003\.jpg: cannot be decoded \(.+\); get the file again"):
+        pictures(drawn).load(3)
+
+
+def test_further_broken_pictures_are_counted(drawn: Path) -> None:
+    for number in (2, 3, 5):
+        (drawn / f"images/train800/{number:06d}.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"000002\.jpg: not a .* \(and 2 more of train800\.txt\);"):
+        pictures(drawn).verify()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("padding", [b"", b"\0\0\0\0"])
+def test_whole_files_pass_also_with_something_behind_their_end(drawn: Path, kind: str, padding: bytes) -> None:
+    (drawn / "images/train800/000003.jpg").write_bytes(in_format(kind) + padding)
+    pictures(drawn).verify()
+
+
+def test_a_folder_in_place_of_a_picture_is_named(drawn: Path) -> None:
+    path = drawn / "images/train800/000003.jpg"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"000003\.jpg: not a readable picture: Is a directory"):
+        pictures(drawn).verify()
+
+
+# --- card against disk -----------------------------------------------------------------------------------------------
+
+
+def test_data_as_the_card_says(drawn: Path) -> None:
+    card = small(digest=open_source(small(), drawn.parent).digest)
+    source = open_source(card, drawn.parent)
+    report = inspect(card, source, ["train800", "test"])
+    assert (report.variant, report.status, report.notes) == ("card", "as_card", ())
+    assert report.digest == source.digest
+    assert report.counts == card.counts
+
+
+def test_an_unpinned_digest_is_not_compared(drawn: Path) -> None:
+    assert inspect(small(digest=None), open_source(small(), drawn.parent), []).status == "as_card"
+
+
+def test_another_digest_is_a_difference(drawn: Path) -> None:
+    card = small(digest="sha256:" + "0" * 64)
+    report = inspect(card, open_source(card, drawn.parent), [])
+    assert report.status == "different"
+    assert len(report.notes) == 1
+    assert report.notes[0] == f"the digest is {report.digest}, the card says {card.digest}"
+
+
+def test_the_counts_of_a_variant_are_recognised(drawn: Path) -> None:
+    as_zip = dict(small().counts)
+    card = small(digest="sha256:" + "0" * 64, variants={"other": {**as_zip, "test": 4}, "zip": as_zip})
+    card = replace(card, counts={**as_zip, "test": 6})
+    report = inspect(card, open_source(card, drawn.parent), [])
+    assert (report.variant, report.status, report.notes) == ("zip", "as_card", ())
+
+
+def test_other_counts_are_differences_named_with_card_and_variants(drawn: Path) -> None:
+    card = replace(DTD, variants={"zip": {**DTD.counts, "test": 1881}})
+    report = inspect(card, open_source(card, drawn.parent), ["test"])
+    assert (report.variant, report.status) == ("card", "different")
+    assert report.notes == (
+        "train800 has 6 pictures, the card says 800",
+        "val200 has 3 pictures, the card says 200",
+        "train800val200 has 9 pictures, the card says 1000",
+        "test has 5 pictures, the card says 1880 (variant zip 1881)",
+    )
+
+
+def test_a_missing_list_that_is_not_used_is_a_difference_one_that_is_used_stops(drawn: Path) -> None:
+    (drawn / "val200.txt").unlink()
+    source = open_source(small(), drawn.parent)
+    report = inspect(small(), source, ["train800val200", "test"])
+    assert report.status == "different"
+    assert report.notes == (f"{drawn} lacks val200 (not needed in this stage)",)
+    with pytest.raises(DataError, match="has no list 'val200'"):
+        inspect(small(), source, ["train800", "val200"])
+
+
+def test_drawn_pictures_never_pass_for_real_ones(tmp_path: Path) -> None:
+    folder = draw_task(small(), tmp_path, counts=COUNTS, size=16)
+    report = inspect(small(), open_source(small(), tmp_path), [])
+    assert report.status == "different"
+    assert report.notes == (f"the pictures in {folder} are drawn, not real",)
+
+
+# --- digits ----------------------------------------------------------------------------------------------------------
+
+
+def digits(**options: int | str) -> Source:
+    card = load_task("demo/digits")
+    return open_source(replace(card, reader=ReaderSpec("digits", options)), suite=load_suite("demo"))
+
+
+def test_digits_are_scikit_learns_in_file_order() -> None:
+    from sklearn.datasets import load_digits
+
+    digits_there = load_digits()
+    source = digits()
+    parts = {"train": slice(0, 800), "val": slice(800, 1000), "trainval": slice(0, 1000), "test": slice(1000, 1797)}
+    for name, part in parts.items():
+        assert source.get(name).labels.tolist() == digits_there.target[part].tolist()
+        pixels = np.asarray(source.get(name).load(3))
+        assert pixels.shape == (8, 8, 3)
+        assert np.array_equal(pixels[..., 1], np.rint(digits_there.images[part][3] * 255 / 16))
+        source.get(name).verify()
+    assert source.get("test").where(0) == "digit 1000"
+    assert np.asarray(source.get("trainval").load(0)).max() > 200
+
+
+@pytest.mark.parametrize(("per_class", "train"), [(5, 4), (10, 8), (3, 2)])
+def test_few_digits_are_the_first_of_each_class(per_class: int, train: int) -> None:
+    labels = digits().get("trainval").labels
+    first = [np.flatnonzero(labels == digit)[:per_class] for digit in range(10)]
+    source = digits(per_class=per_class)
+
+    def numbers(name: str) -> list[int]:
+        found = [int(source.get(name).where(index).removeprefix("digit ")) for index in range(len(source.get(name)))]
+        assert found == sorted(found)
+        return found
+
+    assert numbers("trainval") == sorted(np.concatenate(first).tolist())
+    assert numbers("train") == sorted(np.concatenate([chosen[:train] for chosen in first]).tolist())
+    assert sorted(numbers("train") + numbers("val")) == numbers("trainval")
+    assert np.bincount(source.get("val").labels).tolist() == [per_class - train] * 10
+    assert source.get("test").digest == digits().get("test").digest
+    assert source.get("train").digest != digits().get("train").digest
+
+
+@pytest.mark.parametrize("name", ["demo/digits", "demo/digits-5shot", "demo/digits-10shot"])
+def test_the_shipped_digit_cards_are_true(name: str) -> None:
+    card = load_task(name)
+    report = inspect(card, open_source(card), list(card.counts))
+    assert (report.variant, report.status, report.notes) == ("card", "as_card", ())
+
+
+@pytest.mark.parametrize("per_class", [2, 0, -1, 1000])
+def test_per_class_out_of_range(per_class: int) -> None:
+    with pytest.raises(CardError, match=rf"digits\.yaml:1: per_class {per_class} is out of range, allowed: 3\.\.\d+ "):
+        digits(per_class=per_class)
+
+
+def test_unknown_and_mistyped_options_of_digits() -> None:
+    with pytest.raises(CardError, match="unknown option of the reader 'digits' 'per_clas'; did you mean 'per_class'"):
+        digits(per_clas=5)
+    with pytest.raises(CardError, match="option 'per_class' must be of type int, not 'five'"):
+        digits(per_class="five")
+    with pytest.raises(CardError, match="option 'per_class' must be of type int, not True"):
+        digits(per_class=True)
+
+
+def test_digit_cards_with_other_lists_or_classes_are_refused() -> None:
+    card = load_task("demo/digits")
+    with pytest.raises(CardError, match="unknown list of the reader 'digits' 'tests'; did you mean 'test'"):
+        open_source(replace(card, counts={"tests": 797}))
+    with pytest.raises(CardError, match="the digits have 10 classes, the card says 9"):
+        open_source(replace(card, classes=9))
+
+
+# --- threads and imports ---------------------------------------------------------------------------------------------
+
+
+def test_results_come_in_order_and_progress_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_PATIENCE_S", 0.0)
+    notes: list[str] = []
+    assert in_threads(lambda index: index * 2, 1000, "doubling", notes.append) == list(range(0, 2000, 2))
+    assert notes[0] == "doubling: 64 of 1,000"
+    assert len(notes) == 15  # none when all is done
+
+
+def test_a_quick_job_says_nothing() -> None:
+    notes: list[str] = []
+    in_threads(lambda index: index, 200, "counting", notes.append)
+    assert notes == []
+
+
+def test_the_first_error_comes_through() -> None:
+    def work(index: int) -> int:
+        if index in (70, 500):
+            raise DataError(f"picture {index}")
+        return index
+
+    with pytest.raises(DataError, match="picture 70"):
+        in_threads(work, 1000, "working")
+
+
+def test_reading_and_drawing_import_no_torch() -> None:
+    code = (
+        "import sys, svp_bench.data\n"
+        "from svp_bench.data import draw_task, inspect, locate, open_source, read_list, resize_straight\n"
+        "from svp_bench.data import EvalBatchSampler, GlobalBatchSampler\n"
+        "assert 'VisionDataModule' in dir(svp_bench.data)\n"
+        "heavy = {'torch', 'lightning', 'sklearn', 'pandas', 'timm'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_attribute_of_the_package_is_an_attribute_error() -> None:
+    import svp_bench.data
+
+    with pytest.raises(AttributeError, match=r"module 'svp_bench\.data' has no attribute 'nothing'"):
+        svp_bench.data.nothing  # noqa: B018
