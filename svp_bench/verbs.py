@@ -158,6 +158,19 @@ def _demo(argv: Sequence[str]) -> int:
     return run_demo(arguments.results_root, arguments.runs_root)
 
 
+def _predict(argv: Sequence[str]) -> int:
+    parser = _parser("predict")
+    parser.add_argument("--ckpt", required=True, help="runs/…/checkpoints/last.ckpt")
+    parser.add_argument("--images", required=True, nargs="+", help="pictures, or folders of pictures")
+    parser.add_argument("--output", help="a CSV file; standard output by default")
+    parser.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved")
+    parser.add_argument("--top", type=int, default=1, choices=range(1, 11), help="how many classes to name")
+    arguments = parser.parse_args(argv)
+    from svp_bench.train.predict import run_predict
+
+    return run_predict(arguments.ckpt, arguments.images, arguments.output, arguments.checkpoint, arguments.top)
+
+
 def _doctor(argv: Sequence[str]) -> int:
     _parser("doctor").parse_args(argv)
     import platform
@@ -178,6 +191,7 @@ def _doctor(argv: Sequence[str]) -> int:
 
 VERBS: dict[str, Verb] = {
     "demo": Verb("train four methods on real digits, offline, and show a table", _demo),
+    "predict": Verb("name the classes of pictures of your own with a trained run", _predict),
     "table": Verb("build the comparison tables from the records", _table),
     "tasks": Verb("list the tasks, or show one task's card", _tasks),
     "methods": Verb("list the methods, or show one method's recipe", _methods),

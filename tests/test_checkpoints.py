@@ -370,15 +370,18 @@ def test_namespace_is_allowed_only_while_loading(tmp_path: Path) -> None:
         torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 40, 1000, -1000, -1])
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_truncated_files(suffix: str, keep: int, tmp_path: Path) -> None:
-    path = tmp_path / f"vim{suffix}"
+@pytest.mark.parametrize("keep", [0, 1, 18, 40, 1000, -1000, -1])  # 18: within a number of the legacy format
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_truncated_files(form: str, keep: int, tmp_path: Path) -> None:
+    path = tmp_path / ("vim.safetensors" if form == "safetensors" else "vim.pth")
     state = trained().state_dict()
-    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
     path.write_bytes(path.read_bytes()[:keep])
     text = refusal(nano(), path)
-    if suffix == ".safetensors":
+    if form == "safetensors":
         assert "not a readable safetensors file" in text
     else:
         assert "truncated or not a checkpoint" in text or "it is no checkpoint" in text

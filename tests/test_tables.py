@@ -203,7 +203,10 @@ def test_a_hole_stays_a_hole(tmp_path: Path) -> None:
 
 
 def test_seeds_are_averaged_with_their_spread(tmp_path: Path) -> None:
-    records = [make_record("vtab/eurosat", seed=seed, right=right, count=1000) for seed, right in ((5, 700), (2, 721))]
+    records = [
+        make_record("vtab/eurosat", seed=seed, right=right, count=1000, number=number)
+        for number, (seed, right) in enumerate(((5, 700), (2, 721)))
+    ]
     texts = files(build([*records, make_record("vtab/dtd", seed=9)]), tmp_path)
     assert "71.05 ± 1.48" in texts["small.md"]
     lines = {line["task"]: line for line in read_csv(texts["small_long.csv"])}
@@ -295,12 +298,14 @@ def test_data_that_differ_are_marked(tmp_path: Path) -> None:
     assert "- † The files on disk differ from the task card" in texts["small.md"]
     assert read_csv(texts["small.csv"])[0]["data_different"] == "caltech101"
     assert "†" not in render_markdown(build(all_tasks()))
+    mixed = [make_record(seed=0, data_status="different"), make_record(seed=1)]
+    assert "70.00 ± 0.00†" in render_markdown(build(mixed))
 
 
 def test_data_variants_are_never_averaged(tmp_path: Path) -> None:
     records = [
-        make_record("vtab/dtd", seed=0, right=5, data_variant="zip"),
-        make_record("vtab/dtd", seed=1, right=9),
+        make_record("vtab/dtd", right=5, data_variant="archive"),
+        make_record("vtab/dtd", right=9),
         make_record("vtab/svhn", seed=0, right=3, data_variant="zip"),
     ]
     texts = files(build(records), tmp_path)
@@ -308,11 +313,11 @@ def test_data_variants_are_never_averaged(tmp_path: Path) -> None:
     assert (row["dtd"], row["svhn"], row["other_variants"]) == ("90.0000", "30.0000", "svhn=zip")
     assert "30.00‡" in texts["small.md"]
     assert "- ‡ Another variant of the data than the card's own: svhn (zip)." in texts["small.md"]
-    assert "in the long CSV file only: dtd (zip)." in texts["small.md"]
+    assert "in the long CSV file only: dtd (archive)." in texts["small.md"]
     lines = [line for line in read_csv(texts["small_long.csv"]) if line["task"] == "vtab/dtd"]
     assert [(line["data_variant"], line["mean"], line["status"]) for line in lines] == [
         ("card", "90.0000", "complete"),
-        ("zip", "50.0000", "not in the wide table"),
+        ("archive", "50.0000", "not in the wide table"),
     ]
 
 

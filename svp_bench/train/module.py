@@ -22,9 +22,9 @@ from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.ops import Choice, choose
 
-__all__ = ["AdaptationModule"]
+__all__ = ["SAVED_KEY", "AdaptationModule"]
 
-_SAVED = "svp_bench"  # our key in a Lightning checkpoint
+SAVED_KEY = "svp_bench"  # our key in a Lightning checkpoint
 
 
 class AdaptationModule(LightningModule):
@@ -227,7 +227,8 @@ class AdaptationModule(LightningModule):
         """Keep the trained part, and what it takes to build the rest."""
         trained = {f"model.{name}" for name in trained_parameters(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint[_SAVED] = self.identity()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint[SAVED_KEY] = {**self.identity(), "task": data.card.name, "protocol": data.protocol.name}
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint of the trained part belongs to, as plain values."""
@@ -248,7 +249,7 @@ class AdaptationModule(LightningModule):
         Raises:
             CheckpointError: If not; says what differs.
         """
-        theirs, ours = checkpoint.get(_SAVED), self.identity()
+        theirs, ours = checkpoint.get(SAVED_KEY), self.identity()
         if not isinstance(theirs, Mapping):
             raise CheckpointError("the file is no svp-bench checkpoint; backbone weights go to --model.checkpoint PATH")
         for key in ("backbone", "backbone_digest", "method", "method_args", "num_classes", "image_size"):

@@ -1,0 +1,142 @@
+"""`svp-bench predict`: a trained run on pictures of one's own."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from svp_bench.cards import class_names, load_protocol, load_task
+from svp_bench.data.transforms import resize_straight, to_rgb
+from svp_bench.errors import CheckpointError, DataError, SvpBenchError, UsageError
+from svp_bench.methods import METHODS
+from svp_bench.methods.base import build_method
+from svp_bench.models.checkpoints import load_pickle_safely
+from svp_bench.results.record import write_atomically
+from svp_bench.train.module import SAVED_KEY, AdaptationModule
+
+__all__ = ["load_run", "run_predict"]
+
+_BATCH = 32
+_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+
+def load_run(path: str | Path, checkpoint: str | None = None) -> tuple[AdaptationModule, Mapping[str, Any]]:
+    """Rebuild the model of a run from its checkpoint, in eval mode.
+
+    Args:
+        path: `runs/…/checkpoints/last.ckpt`.
+        checkpoint: Where the backbone's weights are now, if not where the run had them.
+
+    Returns:
+        The module, and what the checkpoint says about itself (task, protocol, backbone, method …).
+
+    Raises:
+        CheckpointError: If the file is no svp-bench checkpoint, or the backbone's weights are other ones.
+        UsageError: If its method is not registered here.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no checkpoint {str(path)!r}; runs keep theirs in runs/<task>/<run>/checkpoints/")
+    content = load_pickle_safely(path)
+    about = content.get(SAVED_KEY) if isinstance(content, Mapping) else None
+    if not isinstance(about, Mapping):
+        raise CheckpointError(f"{path}: no svp-bench checkpoint (backbone weights alone cannot predict)")
+    names = {entry.target.replace(":", "."): entry.name for entry in METHODS}
+    if about["method"] not in names:
+        raise UsageError(f"{path}: its method {about['method']!r} is not registered here (`svp-bench methods`)")
+    name = names[about["method"]]
+    module = AdaptationModule(
+        method=build_method(METHODS.get(name), name, dict(about["method_args"])),
+        backbone=about["backbone"],
+        checkpoint=checkpoint or about["checkpoint"],
+        num_classes=about["num_classes"],
+        image_size=about["image_size"][0],
+        seed=about["init_seed"],
+    )
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"], strict=False)  # strictness is on_load_checkpoint's
+    return module.eval(), about
+
+
+def find_pictures(places: Sequence[str]) -> list[Path]:
+    """Return the picture files among `places`: files as given, folders searched to the bottom, sorted.
+
+    Raises:
+        UsageError: If a place does not exist, or a folder holds no pictures.
+    """
+    found: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in _PICTURES and p.is_file())
+            if not inside:
+                raise UsageError(f"no pictures in {place} ({', '.join(_PICTURES)})")
+            found += inside
+        elif place.is_file():
+            found.append(place)
+        else:
+            raise UsageError(f"no picture or folder {str(place)!r}")
+    return found
+
+
+def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint: str | None, top: int) -> int:
+    """Write one CSV row a picture: path, then class, name and probability of the `top` best classes.
+
+    Args:
+        ckpt: The run's checkpoint.
+        places: Pictures and folders of pictures.
+        output: CSV file; standard output if None.
+        checkpoint: Where the backbone's weights are now, if not where the run had them.
+        top: How many classes a row names.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SvpBenchError: For everything that a user can mend.
+    """
+    pictures = find_pictures(places)
+    module, about = load_run(ckpt, checkpoint)
+    card = load_task(about["task"])
+    names = class_names(card)
+    interpolation = load_protocol(about["protocol"]).interpolation
+    top = min(top, module.num_classes)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", *(f"{column}{rank}" for rank in range(1, top + 1) for column in ("class", "name", "p"))])
+    for start in range(0, len(pictures), _BATCH):
+        part = pictures[start : start + _BATCH]
+        images = torch.from_numpy(np.stack([_read(path, about["image_size"][0], interpolation) for path in part]))
+        with torch.inference_mode():
+            best = module(images).softmax(dim=-1).topk(top)
+        for path, values, classes in zip(part, best.values.tolist(), best.indices.tolist(), strict=True):
+            row = zip(classes, values, strict=True)
+            writer.writerow([path, *_cells(row, names)])
+    if output is None:
+        sys.stdout.write(text.getvalue())
+    else:
+        try:
+            write_atomically(Path(output), text.getvalue())
+        except OSError as error:
+            raise SvpBenchError(f"cannot write {output}: {error.strerror}") from None
+    return 0
+
+
+def _cells(row: Iterator[tuple[int, float]], names: Sequence[str] | None) -> Iterator[str]:
+    for label, p in row:
+        yield from (str(label), names[label] if names else "", f"{p:.4f}")
+
+
+def _read(path: Path, size: int, interpolation: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    try:
+        with Image.open(path) as image:
+            return resize_straight(to_rgb(image), size, interpolation)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: not a readable picture ({type(error).__name__})") from None
