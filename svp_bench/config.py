@@ -212,6 +212,12 @@ def compose(flags: Flags) -> Composed:
         if _method_class(values):
             raise UsageError(f"{path}: a second config names a method; use --method {path} instead of --config")
         composed.merge(values, origins)
+    if composed.tuned:
+        name, digest, keys = composed.tuned
+        given = {key.replace("model.method.init_args.", "model.method.") for key in flags.values}
+        table = str(configs_dir() / "tuned")
+        kept = (k for k in keys if composed.origins.get(k, "").startswith(table))
+        composed.tuned = name, digest, tuple(k for k in kept if k.replace(".init_args.", ".") not in given)
     return composed
 
 

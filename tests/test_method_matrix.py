@@ -1,7 +1,7 @@
 """Every registered method on every available scan backend: it does what it declares, and no more.
 
-A new method needs nothing here: it is taken from the registry with its default settings. `VARIANTS` adds settings of our
-own methods that change what they build.
+A new method needs nothing here: it is taken from the registry with its default settings. `VARIANTS` adds settings of
+our own methods that change what they build.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("vpt_deep", {"position": "both", "length": 3}),
     ("vpt_deep", {"position": "spread", "length": 1, "mode": "accumulate"}),
 ]
+SIZES: dict[str, Any] = {"img_size": (48, 64), "embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 5}
 CASES = [*((name, {}) for name in METHODS.names()), *VARIANTS]
 IDS = [" ".join([name, *(f"{key}={value}" for key, value in arguments.items())]) for name, arguments in CASES]
 
@@ -50,8 +51,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def backbone(backend: str = "auto", **arguments: Any) -> VisionMamba:
     """A trained-looking Vim of 12 patches in a 3 × 4 grid."""
-    sizes: dict[str, Any] = {"img_size": (48, 64), "embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 5}
-    model = VisionMamba(**{**sizes, **arguments}, scan_backend=backend).eval()
+    model = VisionMamba(**{**SIZES, **arguments}, scan_backend=backend).eval()
     reference_vim.fill(model)
     return model
 
@@ -126,10 +126,7 @@ def test_the_count_is_the_formula(name: str, arguments: dict[str, Any]) -> None:
     counted = sum(p.numel() for n, p in trained_parameters(model).items() if not n.startswith("head."))
     assert made.adapter_parameters(model) == counted
     with torch.device("meta"):
-        assert made.adapter_parameters(VisionMamba(**_SIZES)) == counted  # known without building anything
-
-
-_SIZES: dict[str, Any] = {"img_size": (48, 64), "embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 5}
+        assert made.adapter_parameters(VisionMamba(**SIZES)) == counted  # known without building anything
 
 
 @matrix
@@ -160,6 +157,17 @@ def test_training_on_a_batch_of_one(name: str, arguments: dict[str, Any]) -> Non
     model = adapt(backbone(), method(name, arguments)).train()
     model(pictures(1)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained_parameters(model).values())
+
+
+@matrix
+def test_the_adapter_follows_the_backbones_precision_and_mode(name: str, arguments: dict[str, Any]) -> None:
+    model = adapt(backbone().double(), method(name, arguments))
+    assert not any(module.training for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model(pictures().double()).dtype == torch.float64
+    with torch.device("meta"):
+        empty = VisionMamba(**SIZES)
+    assert {p.device.type for p in adapt(empty, method(name, arguments)).parameters()} == {"meta"}
 
 
 @matrix
@@ -215,7 +223,7 @@ def test_every_tensor_point_reaches_the_output(name: str, layer: int, backend: s
     scale = torch.zeros((), requires_grad=True)
 
     def point(w: Tensor) -> Tensor:
-        return w + 0.1 * scale * reference_vim.drawn("noise", w.shape)
+        return w + 0.5 * scale * reference_vim.drawn("noise", w.shape)
 
     model.points.on_tensor(layer, name, point)
     assert_reaches(plain, model, scale)

@@ -60,6 +60,8 @@ def adapt(model: VisionMamba, method: Method) -> VisionMamba:
     if model.adapter is not None or getattr(model, "method", None) is not None:
         raise ConfigError("this model carries a method already; create a new one for another method")
     method.attach(model)
+    if model.adapter is not None:  # as the backbone: its device, precision and mode
+        model.adapter.to(model.cls_token).train(model.training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(method.trains(name))
     model.method = method  # type: ignore[assignment]  # a plain object, no module

@@ -66,6 +66,7 @@ STATUSES = ("complete", "unscored", "truncated", "failed", "interrupted")
 DATA_STATUSES = ("as_card", "different")
 ENCODING = "base64+packbits"
 
+# Callbacks and plugins stay in: some change the weights (averaging, precision).
 CELL_EXCLUDED: Mapping[str, str] = {
     # seeds: the runs of one cell differ in nothing else
     "seed_everything": "seed",
@@ -91,14 +92,12 @@ CELL_EXCLUDED: Mapping[str, str] = {
     "trainer.accumulate_grad_batches": "device: data.batch_size is global",
     "trainer.use_distributed_sampler": "device",
     "trainer.sync_batchnorm": "device",
-    "trainer.plugins": "device",
     "trainer.benchmark": "device",
     "trainer.deterministic": "device",
     "trainer.inference_mode": "device",
     # what is printed, watched and kept
     "no_test": "whether a run is scored is its status",
     "trainer.barebones": "logging",
-    "trainer.callbacks": "logging",
     "trainer.detect_anomaly": "logging",
     "trainer.enable_autolog_hparams": "logging",
     "trainer.enable_checkpointing": "logging",
