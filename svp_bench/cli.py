@@ -24,7 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()  # a closed pipe shows here, not when Python shuts down
+        return status
+    except SystemExit as stop:  # `--help` of a parser
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except SvpBenchError as error:
         text = " ".join(str(error).split())
         print(f"svp-bench: error: {text}", file=sys.stderr, flush=True)
@@ -56,8 +60,7 @@ def _run_training(verb: str, rest: list[str]) -> int:
     from svp_bench.config import compose, split_flags
 
     flags = split_flags(rest)
-    asks_help = "--help" in rest or "-h" in rest
-    if not asks_help:
+    if not flags.asks_help:
         compose(flags)  # fails in a second, before torch is imported
     from svp_bench.train.cli import run
 
@@ -85,4 +88,7 @@ def _help() -> str:
 
 def entry_point() -> None:
     """Run the command of this process and exit."""
+    # GNU OpenMP, read when torch is imported: idle threads soon sleep instead of spinning. On a machine that has other
+    # work, spinning threads make a step several times slower; on a quiet one it is the same.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.exit(main())

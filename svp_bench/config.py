@@ -22,6 +22,12 @@ from svp_bench.resources import configs_dir
 __all__ = ["Composed", "Flags", "compose", "split_flags"]
 
 DEFAULT_METHOD = "svp"
+# The groups of a config. As a whole they would come past the layers, with a method but without its recipe.
+_GROUPS = {
+    "--model": "--model.learning_rate 1e-4",
+    "--data": "--data.batch_size 16",
+    "--trainer": "--trainer.max_epochs 10",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,11 @@ class Flags:
     method: str | None
     rest: tuple[str, ...]
     values: Mapping[str, str]
+
+    @property
+    def asks_help(self) -> bool:
+        """Whether the command line asks for help, which needs no config."""
+        return "--help" in self.rest or "-h" in self.rest
 
 
 @dataclass
@@ -80,6 +91,8 @@ class Composed:
             old = into.get(key)
             replaced = "class_path" in value and _class_of(value) != _class_of(old) if isinstance(value, dict) else True
             if isinstance(value, dict) and isinstance(old, dict) and not replaced:
+                if value:
+                    self.origins.pop(dotted, None)  # it was empty, and a leaf, until now
                 self._merge(old, value, origin, f"{dotted}.")
                 continue
             for gone in [k for k in self.origins if k == dotted or k.startswith(f"{dotted}.")]:
@@ -120,6 +133,8 @@ def split_flags(argv: Sequence[str]) -> Flags:
                 value = queue.pop(0)
             (methods if name == "--method" else configs).append(value)
             continue
+        if name in _GROUPS:
+            raise UsageError(f"{name} is set key by key, e.g. {_GROUPS[name]}")
         if name in ("--model.method", "--model.method.class_path"):
             raise UsageError("the method is chosen with --method NAME (or FILE), which brings its recipe along")
         rest.append(argument)
@@ -147,8 +162,9 @@ def find_config(name: str) -> Path:
     for candidate in (shipped / tail, shipped / f"{tail}.yaml"):
         if tail and not Path(tail).is_absolute() and ".." not in Path(tail).parts and candidate.is_file():
             return candidate
-    known = [f"configs/{file.relative_to(shipped).as_posix()}" for file in sorted(shipped.glob("*/*.yaml"))]
-    raise unknown_name("config file", name, [k for k in known if not k.startswith("configs/method/")])
+    known = [file.relative_to(shipped).as_posix() for file in sorted(shipped.glob("[!mt]*/*.yaml"))]
+    form = "configs/{}" if path.suffix else "{}"
+    raise unknown_name("config file", name, [form.format(k if path.suffix else k[:-5]) for k in known])
 
 
 def method_layer(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
@@ -207,7 +223,8 @@ def compose(flags: Flags) -> Composed:
         layer, origins, label = method_layer(flags.method or DEFAULT_METHOD)
         _notice_overrides(composed, layer, task, label)
         composed.merge(layer, origins, label)
-        _apply_tuned(composed, card.suite, card.id, label)
+        if (flags.method or DEFAULT_METHOD) == label:  # a registered method: a file of one's own is no tuned one
+            _apply_tuned(composed, card.suite, card.id, label)
     for path, values, origins in further:
         if _method_class(values):
             raise UsageError(f"{path}: a second config names a method; use --method {path} instead of --config")
@@ -225,6 +242,15 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     node = read_yaml(path, error=ConfigError)
     if not isinstance(node.children, dict):
         raise ConfigError(f"{path}:1: a config is a mapping of keys, not {node.kind}")
+    for name, child in node.children.items():
+        if f"--{name}" in _GROUPS and not isinstance(child.children, dict):
+            raise child.error(f"{name} is a mapping of keys, not {child.kind}; leave it out if nothing is set")
+    model = node.children.get("model")
+    method = model.children.get("method") if model and isinstance(model.children, dict) else None
+    if method and not isinstance(method.children, dict):
+        raise method.error(
+            f"model.method is a mapping of class_path and init_args, not {method.kind}; a name goes to --method"
+        )
     return node.value, dict(_node_origins(node, ""))
 
 

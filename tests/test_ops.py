@@ -169,6 +169,7 @@ def test_optional_inputs(without: tuple[str, ...], softplus: bool, backend: str)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_extreme_step_sizes(dtype: torch.dtype, backend: str) -> None:
+    needs(backend, dtype)
     # softplus underflows to 0 (the state stands still), crosses its threshold of 20, makes exp(Δ A) underflow
     values = torch.tensor([-1e4, -200.0, -90.0, -20.0, 0.0, 19.99, 20.0, 20.01, 25.0, 88.0, 500.0])
     inputs = draw(len(values), state=3, dim=4, batch=1, dtype=dtype, without=("delta_bias",))
@@ -339,7 +340,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_backend, "_CHUNK_BYTES", 1)
     for a, b in zip(run(), whole, strict=True):
         assert relative_error(a, b) <= 1e-13
-    assert len(calls) == 18  # nine chunks there, nine back: the patch took effect
+    assert len(calls) == 2 * 8  # eight chunks there, eight back: the patch took effect
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -57,7 +57,8 @@ def adapt(model: VisionMamba, method: Method) -> VisionMamba:
     Raises:
         ConfigError: If the model carries a method already, or the settings do not fit it.
     """
-    if model.adapter is not None or getattr(model, "method", None) is not None:
+    taken = model.adapter is not None or getattr(model, "method", None) is not None
+    if taken:
         raise ConfigError("this model carries a method already; create a new one for another method")
     method.attach(model)
     if model.adapter is not None:  # as the backbone: its device, precision and mode

@@ -12,6 +12,7 @@ __all__ = ["BACKENDS", "BackendStatus", "list_backends"]
 BACKENDS = Registry("scan backend", listing="svp-bench doctor")
 # In the order in which `auto` tries them. A backend module offers `unavailable()`, `unsupported(device, dtype)`,
 # `scan` and `conv`; svp_bench/ops/reference.py is the model to follow.
+BACKENDS.add("cpu", "svp_bench.ops.cpu:scan", "fused vector kernels for CPUs, compiled by numba at the first call")
 BACKENDS.add("reference", "svp_bench.ops.reference:scan", "plain PyTorch, any device; right rather than fast")
 
 

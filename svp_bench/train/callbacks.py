@@ -19,12 +19,15 @@ class Meter(Callback):
     Attributes:
         seconds: Wall seconds by phase: "train_seconds", "test_seconds", "val_seconds".
         images: Training pictures seen, all processes together.
+        epochs: Completed training epochs.
+        validated_at: Optimizer steps that were done when val was last scored, or None.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.images = 0
         self.epochs = 0
+        self.validated_at: int | None = None
         self._started: dict[str, float] = {}
         self._epoch = (0.0, 0)  # when it began, and the pictures seen by then
 
@@ -44,15 +47,15 @@ class Meter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count pictures; log the learning rate and the throughput since the epoch began."""
+        """Count pictures; log the throughput since the epoch began."""
         self.images += len(batch.labels) * trainer.world_size
         began, images = self._epoch
         seconds = time.perf_counter() - began
         pl_module.log("train/images_per_second", (self.images - images) / seconds, batch_size=1)
-        pl_module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Log the norm of the gradient of everything that trains, before clipping."""
+        """Log the learning rate of this step, and the norm of the gradient of everything that trains, unclipped."""
+        pl_module.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
         pl_module.log("train/grad_norm", torch.linalg.vector_norm(torch.stack(norms)), batch_size=1)
@@ -72,6 +75,7 @@ class Meter(Callback):
         """Go on with the clock of the epoch."""
         if not trainer.sanity_checking:
             self._stop("val_seconds")
+            self.validated_at = trainer.global_step
             if trainer.training:
                 self._start("train_seconds")
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import os
 import re
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from jsonargparse._util import import_object  # the look-up that will instantiate the method
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -25,14 +32,15 @@ from svp_bench import __version__
 from svp_bench.config import Composed, Flags, compose
 from svp_bench.data.locate import locate
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import ConfigError, SvpBenchError, UsageError, unknown_name
+from svp_bench.errors import CheckpointError, ConfigError, RecordError, SvpBenchError, UsageError, unknown_name
 from svp_bench.methods import METHODS
 from svp_bench.methods.build import trained_parameters
+from svp_bench.models.checkpoints import load_pickle_safely
 from svp_bench.ops import BACKENDS
 from svp_bench.results import record as rec
 from svp_bench.results.record import Correct, Metrics, Parameters, Record, Tuned
 from svp_bench.train.callbacks import Meter, peak_memory_mib
-from svp_bench.train.module import AdaptationModule
+from svp_bench.train.module import SAVED_KEY, AdaptationModule
 from svp_bench.train.provenance import commit_and_dirty, device_name, library_versions
 
 __all__ = ["BenchCLI", "run"]
@@ -44,6 +52,9 @@ _LINKED = {
     "data.seed": "set --seed_everything",
 }
 _RUN_ID = "SVP_BENCH_RUN_ID"
+# A null may stand over a number of a lower layer (no gradient clipping), so a saved config keeps it.
+_RENAMED = tuple(map(int, metadata.version("jsonargparse").split(".")[:2])) >= (4, 49)
+_KEEP_NULLS = {"skip_unset" if _RENAMED else "skip_none": False}
 _NOT_SAVED = ("config", "ckpt_path", "weights_only", "verbose", "no_test")  # of one call, not of the run
 
 
@@ -56,11 +67,30 @@ def run(verb: str, flags: Flags) -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(_no_chatter)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    _make_importable(flags)
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with _quiet():
             BenchCLI(verb, flags)
+    except SystemExit as stop:
+        if stop.code or type(stop) is not SystemExit:  # what Lightning makes of ctrl-C and of SIGTERM
+            raise KeyboardInterrupt from None
+        raise
     finally:
         logger.removeFilter(_no_chatter)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves ctrl-C ignored
+
+
+def _make_importable(flags: Flags) -> None:
+    """Let a method's class come from the folder of its file, or from the working directory.
+
+    Behind all else on the path: nothing that is installed is hidden by a file that happens to lie there.
+    """
+    given = [Path(name) for name in (flags.method, *flags.configs) if name]
+    for folder in [*(path.parent for path in given if path.is_file()), Path()]:
+        if (place := str(folder.resolve())) not in sys.path:
+            sys.path.append(place)
 
 
 def _no_chatter(record: logging.LogRecord) -> bool:
@@ -92,13 +122,29 @@ class _Parser(LightningArgumentParser):
     """A parser whose errors are ours."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise ConfigError(_one_line(message)) from None
+        raise ConfigError(_explain(message)) from None
 
 
 def _one_line(message: str) -> str:
-    text = " ".join(str(message).split())
-    text = re.sub(r"^Parser key \"([^\"]+)\":", r"\1:", text)
+    text = " ".join(message.split())
     return text if len(text) <= 600 else f"{text[:600]} …"
+
+
+_WRONG_TYPE = re.compile(
+    r"(?:Does not validate against any of the Union subtypes Subtypes: \[(?P<union>.*?)\] Errors: .* Given value: "
+    r"|Expected a (?P<one>.*?)\. Got value: )(?P<value>.*)"
+)
+
+
+def _explain(message: str) -> str:
+    """Say what jsonargparse says of a wrong value in fewer words: key, what is expected, what was given."""
+    text = re.sub(r"^Parser key \"([^\"]+)\":", r"\1:", " ".join(message.split()))
+    found = _WRONG_TYPE.search(text)
+    if found is None:
+        return _one_line(text)
+    types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", found["union"] or found["one"])
+    types = re.sub(r"(?:typing\.)?Literal\[([^\]]*)\]", r"\1", types).replace("NoneType", "null")
+    return f"{text[: found.start()]}expected {' or '.join(types.rsplit(', ', 1))}, not {found['value']!r}"
 
 
 class BenchCLI(LightningCLI):
@@ -112,7 +158,7 @@ class BenchCLI(LightningCLI):
     def __init__(self, verb: str, flags: Flags) -> None:
         self.verb = verb
         self.flags = flags
-        self.composed: Composed = compose(flags)
+        self.composed: Composed = compose(flags) if not flags.asks_help else Composed()
         self.meter = Meter()
         self.run_id = ""
         self.run_dir = Path()
@@ -132,7 +178,7 @@ class BenchCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose errors are ours."""
         parser = _Parser(**{**kwargs, "exit_on_error": False})
-        parser.add_argument("-c", "--config", action="config", help="a config file; see the README")
+        parser.add_argument("-c", "--config", action="config", help="a config file; --method NAME swaps the method")
         return parser
 
     @staticmethod
@@ -148,21 +194,63 @@ class BenchCLI(LightningCLI):
         parser.add_argument("--no_test", action="store_true", help="train only; the record is unscored")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Check every key of every layer, then let jsonargparse check the values."""
-        known = {action.dest for action in self._subcommand_parsers[self.verb]._actions if action.dest != "help"}
+        actions = self._subcommand_parsers[self.verb]._actions
+        known = {action.dest for action in actions} - {"help", "config"}  # --config is ours: layers do not nest
         for key in self._unknown(self.composed.values, known):
             self._refuse(key, known, self.composed.origins.get(key) or _origin_below(self.composed.origins, key))
-        for key in self.flags.values:
+        for key in self.flags.values if not self.flags.asks_help else ():
             if not self._fits(key, known):
                 self._refuse(key, known, None)
         try:
             self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            raise ConfigError(_one_line(str(error))) from None
+        except (ArgumentError, ConfigError) as error:
+            text = _explain(str(error))
+            if "class_path" in text and "No module named" in text:
+                text += " (its module may lie beside the method file, in the working directory, or be installed)"
+            where = self._origin(text.partition(":")[0])
+            raise ConfigError(f"{where}: {text}" if where else text) from None
+        self._check_values(self.config[self.verb])
+
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from a checkpoint, as Lightning would: ours hold none, and others are read with care."""
+
+    def _origin(self, key: str) -> str | None:
+        """Where a config file sets a key, if the command line does not."""
+        if any(given == key or given.startswith(f"{key}.") for given in self.flags.values):
+            return None
+        return self.composed.origins.get(key) or _origin_below(self.composed.origins, key)
+
+    def _check_values(self, config: Namespace) -> None:
+        """Refuse what Lightning allows and a run here cannot have."""
+        seed, epochs = config.seed_everything, config.trainer.max_epochs
+        problem = self._null_where_none_fits(config)
+        if problem is None and (isinstance(seed, bool) or not 0 <= seed < 2**32):
+            problem = "seed_everything", f"is a whole number of 0 to {2**32 - 1}, not {seed}"
+        elif problem is None and (epochs is None or epochs < 1):
+            given = "null" if epochs is None else epochs
+            problem = "trainer.max_epochs", f"is at least 1, not {given}: the schedule needs an end"
+        if problem:
+            where = self._origin(problem[0])
+            raise ConfigError(f"{f'{where}: ' if where else ''}{' '.join(problem)}")
+
+    def _null_where_none_fits(self, config: Namespace) -> tuple[str, str] | None:
+        """Find an argument that is null and may not be: jsonargparse lets it pass."""
+        method = config.model.method
+        nulls = [key for key in ("seed_everything", "results_root", "runs_root") if config[key] is None]
+        for prefix, cls, values in (
+            ("model", AdaptationModule, config.model),
+            ("data", VisionDataModule, config.data),
+            ("model.method.init_args", import_object(method.class_path), method.get("init_args") or Namespace()),
+        ):
+            for name, value in vars(values).items():
+                if value is None and f"{prefix}.{name}" not in _LINKED and not _takes_null(cls, name):
+                    nulls.append(f"{prefix}.{name}")
+        return (nulls[0], "may not be null; leave it out for its default") if nulls else None
 
     def _fits(self, key: str, known: set[str]) -> bool:
         """Whether a dotted key names an argument or something inside one (the method's own arguments apart)."""
@@ -176,10 +264,6 @@ class BenchCLI(LightningCLI):
         return any(key.startswith(f"{name}.") for name in known if name.count(".") == 1 and name != "model.method")
 
     def _method_arguments(self) -> list[str]:
-        import inspect
-
-        from jsonargparse._util import import_object  # the same look-up that will instantiate the method
-
         class_path = self.composed.get("model.method.class_path")
         try:
             return list(inspect.signature(import_object(str(class_path))).parameters)
@@ -208,6 +292,8 @@ class BenchCLI(LightningCLI):
             raise ConfigError(f"{where}: {text}" if where else text)
         if key.startswith("model.method."):
             name = key.rsplit(".", 1)[-1]
+            if where and name in self._method_arguments():
+                raise ConfigError(f"{where}: model.method.{name} belongs below model.method.init_args")
             method = self.composed.method
             raise unknown_name(
                 f"argument of the method {method}", name, self._method_arguments(), where=where, error=ConfigError
@@ -226,10 +312,8 @@ class BenchCLI(LightningCLI):
             rank_zero_info(f"Note: {notice}")
         self._resolve_precision(config.trainer)
         config.trainer.use_distributed_sampler = False  # the data module's samplers divide the work
-        config.seed_everything = int(config.seed_everything)
         if config.model.scan_backend != "auto":
             BACKENDS.entry(config.model.scan_backend)
-        rec.check_writable(config.results_root)
         data = VisionDataModule(**config.data.as_dict())  # cheap: reads cards only
         if data.card.reader.kind == "lists":
             locate(data.card, data.suite, Path(config.data.root) if config.data.root else None)
@@ -239,6 +323,9 @@ class BenchCLI(LightningCLI):
             raise UsageError("stage 'select' has no test list: test a run of --data.stage final")
         self.saved_config = self._plain_config(config)
         self._name_run(config, data)
+        if self.verb == "fit":
+            _refuse_unwritable(Path(config.results_root) / "records" / data.card.name, "--results_root")
+            _refuse_unwritable(self.run_dir, "--runs_root")
 
     def _resolve_precision(self, trainer: Namespace) -> None:
         on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
@@ -251,7 +338,7 @@ class BenchCLI(LightningCLI):
 
     def _plain_config(self, config: Namespace) -> dict[str, Any]:
         parser = self._subcommand_parsers[self.verb]
-        text = parser.dump(config, skip_link_targets=False, skip_none=False, skip_validation=True, format="yaml")
+        text = parser.dump(config, skip_link_targets=False, skip_validation=True, format="yaml", **_KEEP_NULLS)
         plain: dict[str, Any] = yaml.safe_load(text)
         for key in _NOT_SAVED:
             plain.pop(key, None)
@@ -292,14 +379,21 @@ class BenchCLI(LightningCLI):
             kwargs["logger"] = False
         trainer_config = {**config.as_dict(), **kwargs}
         trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *callbacks]
-        return Trainer(**trainer_config)
+        try:
+            return Trainer(**trainer_config)
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            raise ConfigError(f"Lightning refuses these trainer settings: {_one_line(str(error))}") from None
 
     # --- the verbs ---------------------------------------------------------------------------------------------------
 
     def fit(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
         """Train; in stage final test once with the final weights; write the record whatever happens."""
         config = self.config[self.verb]
+        if kwargs.get("ckpt_path"):
+            raise UsageError("fit trains from the start and takes no --ckpt_path; `svp-bench test` scores a checkpoint")
+        datamodule.trainer = self.trainer  # the batch size is checked against devices and accumulation
         datamodule.setup("fit")  # data errors stop the run before it leaves a trace
+        rec.check_writable(config.results_root)
         self._announce()
         self._save_config()
         status, reason = "failed", None
@@ -314,7 +408,7 @@ class BenchCLI(LightningCLI):
                     datamodule.unlock_test()
                     self.trainer.test(model, datamodule=datamodule, verbose=False)
                     tested = True
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Lightning makes the one the other
             status, reason = "interrupted", "stopped by the user"
             raise
         except Exception as error:
@@ -336,10 +430,13 @@ class BenchCLI(LightningCLI):
         self._need_checkpoint(kwargs)
         path = Path(kwargs["ckpt_path"])
         run_id = path.resolve().parent.parent.name
-        datamodule.unlock_test()
-        self.trainer.test(model, datamodule=datamodule, verbose=False, **kwargs)
-        metrics, correct = self._scores()
         where = Path(self.config[self.verb].results_root) / "records" / datamodule.card.name / f"{run_id}.json"
+        datamodule.setup("test")
+        if where.is_file():
+            self._need_same_run(rec.read_record(where), where)
+        datamodule.unlock_test()
+        self.trainer.test(model, datamodule=datamodule, **{**kwargs, "verbose": False})
+        metrics, correct = self._scores()
         print(f"top-1 {metrics.top1:.2f} % ({metrics.correct} of {metrics.count})")
         if not where.is_file():
             print(f"No record {where}: nothing is written. Give --results_root of the run to complete its record.")
@@ -368,6 +465,28 @@ class BenchCLI(LightningCLI):
             )
         if not Path(path).is_file():
             raise UsageError(f"no checkpoint {str(path)!r}; runs keep theirs in runs/<task>/<run>/checkpoints/")
+        content = load_pickle_safely(Path(path))  # Lightning's own way depends on its version
+        if not isinstance(content, Mapping) or SAVED_KEY not in content:
+            raise CheckpointError(
+                f"{path}: no svp-bench checkpoint; weights of a backbone alone go to --model.checkpoint PATH"
+            )
+
+    def _need_same_run(self, old: Record, where: Path) -> None:
+        """Refuse to complete a record with a score that its settings or data did not give."""
+        if old.status != "unscored":
+            return
+        ours, theirs = (dict(_flat(rec.cell_config(config))) for config in (self.saved_config, old.config))
+        other = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+        if other:
+            raise UsageError(
+                f"the run of {where} was made with another {other[0]} ({theirs.get(other[0])}, "
+                f"here {ours.get(other[0])}); test it with its own config.yaml, unchanged"
+            )
+        if self.datamodule.report.digest != old.data_digest:
+            raise UsageError(
+                f"the run of {where} was trained with other lists of {old.task} than those found here; "
+                "give their folder with --data.root"
+            )
 
     # --- around a fit ------------------------------------------------------------------------------------------------
 
@@ -394,8 +513,9 @@ class BenchCLI(LightningCLI):
     def _save_config(self) -> None:
         try:
             rec.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.saved_config, sort_keys=False))
-        except OSError as error:
-            raise SvpBenchError(f"cannot write to the runs folder {self.run_dir}: {error.strerror}") from None
+        except RecordError as error:
+            reason = str(error).partition("; ")[0]
+            raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None
 
     def _outcome(self) -> tuple[str, str | None]:
         """Whether the whole run was trained: `limit_*`, `fast_dev_run` and early ends make it truncated."""
@@ -403,7 +523,7 @@ class BenchCLI(LightningCLI):
         cut = [
             f"trainer.{name} {trainer[name]}"
             for name in ("limit_train_batches", "limit_test_batches", "limit_val_batches")
-            if trainer[name] not in (None, 1.0)
+            if trainer[name] is not None and repr(trainer[name]) != "1.0"  # 1.0: all; 1: one batch
         ]
         if trainer.fast_dev_run:
             cut.append("trainer.fast_dev_run")
@@ -414,6 +534,8 @@ class BenchCLI(LightningCLI):
             return "interrupted", "stopped by the user"
         if not cut and planned is not None and planned > 0 and self.trainer.current_epoch < planned:
             cut.append(f"stopped after {self.trainer.current_epoch} of {planned} epochs")
+        if self.datamodule.stage == "select" and not cut and self.meter.validated_at != self.trainer.global_step:
+            cut.append("val was not scored after the last epoch")
         return ("truncated", ", ".join(cut)) if cut else ("complete", None)
 
     def _parameters(self) -> Parameters:
@@ -516,6 +638,41 @@ class BenchCLI(LightningCLI):
         )
 
 
-def _origin_below(origins: Mapping[str, str], key: str) -> str:
+def _seed(value: Any) -> int:
+    """The seed of data and model; what is no seed at all is refused once everything is parsed."""
+    return value if isinstance(value, int) else 0
+
+
+def _takes_null(cls: type, name: str) -> bool:
+    try:
+        hint = get_type_hints(cls.__init__).get(name, Any)  # type: ignore[misc]  # a class, no instance
+    except NameError:  # a hint of somebody's class that is there for type checkers alone
+        return True
+    return hint is Any or type(None) in get_args(hint)
+
+
+def _refuse_unwritable(folder: Path, flag: str) -> None:
+    """Say early, and without making it, that a folder cannot be written.
+
+    Raises:
+        RecordError: If a file stands in its way, or the folder above it cannot be written.
+    """
+    place = Path(os.path.abspath(folder))
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "is not a folder" if not place.is_dir() else "is not writable"
+        raise RecordError(f"cannot write into {folder}: {place} {why}; choose another folder with {flag} DIR")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _origin_below(origins: Mapping[str, str], key: str) -> str | None:
     """Where a key that is no leaf came from: the place of its first leaf."""
-    return next((where for name, where in origins.items() if name.startswith(f"{key}.")), "the config")
+    return next((where for name, where in origins.items() if name.startswith(f"{key}.")), None)

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from svp_bench.data.module import Batch
+from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.errors import CheckpointError, ConfigError, NonFiniteLossError
 from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
@@ -81,6 +82,8 @@ class AdaptationModule(LightningModule):
         for name, value in (("label_smoothing", label_smoothing), ("drop_path", drop_path)):
             _check_range(name, value, 0, 1, open_high=True)
         _check_range("warmup_start_factor", warmup_start_factor, 0, 1)
+        for beta in betas:
+            _check_range("betas", beta, 0, 1, open_high=True)
         self.method = method
         self.backbone_name = backbone
         self.checkpoint = checkpoint
@@ -104,6 +107,9 @@ class AdaptationModule(LightningModule):
                 drop_path_rate=drop_path,
                 scan_backend=scan_backend,
             )
+            if model.patch_embed.num_patches < 1:
+                side = model.patch_embed.patch_size[0]
+                raise ConfigError(f"data.image_size {image_size} is smaller than a patch of {backbone} ({side} pixels)")
             self.backbone_digest = backbone_digest(model)
             self.model = adapt(model, method)
         self.strict_loading = False  # our checkpoints hold the trained part only; on_load_checkpoint is strict about it
@@ -159,8 +165,8 @@ class AdaptationModule(LightningModule):
         self.log("train/loss", loss.detach(), batch_size=size, prog_bar=True)
         self.log("train/top1", self.train_top1, on_step=False, on_epoch=True, batch_size=size, prog_bar=True)
         # exact where an uneven last batch is spread over processes or accumulated: the mean over all its pictures
-        scale: float = self.trainer.train_dataloader.sampler.loss_scale(batch_idx)  # type: ignore[union-attr]
-        return loss * scale
+        sampler = getattr(self.trainer.train_dataloader, "sampler", None)  # Lightning's own under overfit_batches
+        return loss * sampler.loss_scale(batch_idx) if isinstance(sampler, GlobalBatchSampler) else loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Top-1 accuracy and loss on val."""

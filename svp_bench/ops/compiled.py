@@ -1,0 +1,72 @@
+"""Compiles the CPU kernels at their first call and keeps them in a folder of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cache_folder", "kernel"]
+
+_SOURCES = ("simd.py", "cpu_kernels.py")
+_lock = threading.RLock()
+_addresses: dict[str, int] = {}
+_alive: list[Any] = []  # compiled functions must not be collected
+
+
+def cache_folder() -> Path:
+    """Return where compiled kernels are kept: $SVP_BENCH_CACHE, else the user's cache folder."""
+    given = os.environ.get("SVP_BENCH_CACHE")
+    if given:
+        return Path(given) / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "svp-bench" / "kernels"
+
+
+@cache
+def _source_digest() -> str:
+    """Kernels of another source must not be taken from the cache (numba itself looks at one file only)."""
+    here = Path(__file__).parent
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in _SOURCES)).hexdigest()[:12]
+
+
+def kernel(name: str) -> int:
+    """Return the address of a kernel, compiled or read from the cache if this is its first call in the process."""
+    if name not in _addresses:
+        with _lock:
+            if name not in _addresses:
+                _addresses[name] = _load(name)
+    return _addresses[name]
+
+
+def _load(name: str) -> int:
+    import numba
+
+    from svp_bench.ops import cpu_kernels
+
+    folder = cache_folder() / _source_digest()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        keep = os.access(folder, os.W_OK)
+    except OSError:
+        keep = False
+    before = numba.config.CACHE_DIR
+    began = time.perf_counter()
+    try:
+        numba.config.CACHE_DIR = str(folder)  # read when a function is declared; other users of numba keep theirs
+        function = numba.cfunc(cpu_kernels.KERNEL, cache=keep)(getattr(cpu_kernels, name))
+    finally:
+        numba.config.CACHE_DIR = before
+    hit = bool(function.cache_hits)
+    if not hit:
+        where = f"kept in {folder}" if keep else f"not kept: {folder} cannot be written"
+        seconds = time.perf_counter() - began
+        sys.stderr.write(f"Compiled the CPU kernel {name} in {seconds:.1f} s ({where}).\n")
+    _alive.append(function)
+    address: int = function.address
+    return address

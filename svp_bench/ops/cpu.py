@@ -1,0 +1,335 @@
+"""The CPU backend: fused kernels, compiled on the user's machine by numba, no compiler needed.
+
+The scan of both directions, softplus, skip and gate are one kernel forward and one backward; convolution and SiLU
+another pair. Nothing is flipped or transposed. The backward pass recomputes the states from one saved every 16 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from svp_bench.ops.threads import run_kernel
+
+if TYPE_CHECKING:
+    from svp_bench.ops.interface import Direction
+
+__all__ = ["conv", "scan", "unavailable", "unsupported"]
+
+_FIELDS = 7
+_LOG2E = 1.4426950408889634
+_TASKS = 32  # at least as many tasks as this, so that many cores have work at batch 1; fixed, so that sums are too
+
+
+def unavailable() -> str | None:
+    """Return why the kernels cannot run on this machine, or None if they can."""
+    try:
+        import numba  # noqa: F401
+    except Exception as error:  # a broken numba raises many kinds
+        return f"numba cannot be imported ({type(error).__name__}: {error}); `pip install numba`"
+    return None
+
+
+def unsupported(device: str, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot take such tensors, or None if they can."""
+    if device != "cpu":
+        return f"it runs on CPUs, not on {device}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in float32, not in {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def scan(directions: Sequence[Direction], reverse: Sequence[bool], z: Tensor | None, softplus: bool) -> Tensor:
+    """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
+    flat = [tensor for direction in directions for tensor in direction]
+    y: Tensor = _Scan.apply(tuple(reverse), softplus, z, *flat)
+    return y
+
+
+def _rows(tensor: Tensor, width: int) -> Tensor:
+    """(B, L, X) as float32 with neighbouring channels side by side, padded with zeros to `width`."""
+    tensor = tensor.detach().float()
+    if tensor.shape[-1] != width:
+        tensor = torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
+    return tensor if tensor.stride(-1) == 1 or not tensor.numel() else tensor.contiguous()
+
+
+def _vector(tensor: Tensor | None, width: int, like: Tensor) -> Tensor:
+    """(E,) as float32, padded with zeros to `width`; zeros for None."""
+    out = like.new_zeros(width, dtype=torch.float32)
+    if tensor is not None:
+        out[: len(tensor)] = tensor.detach()
+    return out
+
+
+def _scan_fields() -> tuple[Sequence[str], Sequence[str]]:
+    from svp_bench.ops import cpu_kernels as kernels
+
+    return kernels.SHARED, kernels.DIRECTION
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+class _Block:
+    """The int64 block that a kernel reads, and the tensors it points into (which must outlive the call)."""
+
+    def __init__(
+        self,
+        shared: Mapping[str, Any],
+        directions: Sequence[Mapping[str, Any]],
+        shared_fields: Sequence[str],
+        direction_fields: Sequence[str],
+    ) -> None:
+        self.tensors: list[Tensor] = []
+        values = [self._value(shared.get(name, 0)) for name in shared_fields]
+        for direction in directions:
+            values += [self._value(direction.get(name, 0)) for name in direction_fields]
+        self.array = np.array(values, dtype=np.int64)
+
+    def _value(self, value: Tensor | int | bool | None) -> int:
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            return value.data_ptr()
+        return int(value or 0)
+
+    def run(self, name: str, tasks: int) -> None:
+        from svp_bench.ops.compiled import kernel
+
+        run_kernel(kernel(name), self.array.ctypes.data, tasks)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reverse: tuple[bool, ...], softplus: bool, z: Tensor | None, *flat: Tensor | None) -> Tensor:
+        first = flat[0]
+        assert first is not None
+        batch, length, channels = first.shape
+        out = first.new_empty(batch, length, channels, dtype=torch.float32)
+        saved: list[Tensor] = []
+        if out.numel():
+            problem = _Problem(reverse, softplus, z, flat)
+            saved = problem.forward(out, keep=any(ctx.needs_input_grad))
+            out = problem.cut
+        ctx.settings = (reverse, softplus)
+        ctx.save_for_backward(z, *flat, *saved)
+        return out.to(first.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        reverse, softplus = ctx.settings
+        count = _FIELDS * len(reverse)
+        z, flat, saved = ctx.saved_tensors[0], ctx.saved_tensors[1 : count + 1], ctx.saved_tensors[count + 1 :]
+        wanted = ctx.needs_input_grad[2:]
+        tensors = [z, *flat]
+        if not flat[0].numel():
+            return (None, None, *[torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)])
+        grads = _Problem(reverse, softplus, z, flat).backward(grad, saved, wanted)
+        out = [
+            g.to(t.dtype) if w and g is not None and t is not None else None
+            for g, t, w in zip(grads, tensors, wanted, strict=True)
+        ]
+        return (None, None, *out)
+
+
+class _Problem:
+    """One call's tensors in the kernels' layout."""
+
+    def __init__(
+        self, reverse: Sequence[bool], softplus: bool, z: Tensor | None, flat: Sequence[Tensor | None]
+    ) -> None:
+        from svp_bench.ops import cpu_kernels as kernels
+
+        first, A_first = flat[0], flat[2]
+        assert first is not None
+        assert A_first is not None
+        self.batch, self.length, self.channels = first.shape
+        self.states = A_first.shape[-1]
+        self.wide = _up(self.channels, kernels.TILE)
+        self.padded = _up(self.states, 8)
+        self.tiles = self.wide // kernels.TILE
+        self.chunks = _up(self.length, kernels.CHUNK) // kernels.CHUNK
+        self.z = None if z is None else _rows(z, self.wide)
+        self.cut: Tensor
+        self.shared: dict[str, Any] = {
+            "batch": self.batch,
+            "length": self.length,
+            "channels": self.wide,
+            "states": self.states,
+            "directions": len(reverse),
+            "softplus": softplus,
+            "chunks": self.chunks,
+            "z": self.z,
+            "z_batch": 0 if self.z is None else 4 * self.z.stride(0),
+            "z_row": 0 if self.z is None else 4 * self.z.stride(1),
+        }
+        self.directions: list[dict[str, Any]] = []
+        for i, back in enumerate(reverse):
+            u, delta, A, B, C, D, bias = flat[i * _FIELDS : (i + 1) * _FIELDS]
+            fields: dict[str, Any] = {"reverse": back, "A": self._tiled(A)}
+            for name, tensor, width in (
+                ("u", u, self.wide),
+                ("delta", delta, self.wide),
+                ("B", B, self.padded),
+                ("C", C, self.padded),
+            ):
+                assert tensor is not None
+                rows = _rows(tensor, width)
+                fields |= {name: rows, f"{name}_batch": 4 * rows.stride(0), f"{name}_row": 4 * rows.stride(1)}
+            fields["D"] = _vector(D, self.wide, first)
+            fields["bias"] = _vector(bias, self.wide, first)
+            self.directions.append(fields)
+
+    def _tiled(self, A: Tensor | None) -> Tensor:
+        """(E, N) → log2(e) A as (tiles, NP, 16)."""
+        assert A is not None
+        full = A.new_zeros(self.wide, self.padded, dtype=torch.float32)
+        full[: self.channels, : self.states] = A.detach().float() * _LOG2E
+        return full.view(self.tiles, -1, self.padded).transpose(1, 2).contiguous()
+
+    def forward(self, out: Tensor, keep: bool) -> list[Tensor]:
+        if self.wide != self.channels:
+            out = out.new_empty(self.batch, self.length, self.wide)
+        saved: list[Tensor] = []
+        if keep:
+            shape = (self.batch, self.tiles, self.chunks, self.padded, self.wide // self.tiles)
+            saved = [out.new_empty(shape) for _ in self.directions]
+        tasks = self.batch * self.tiles
+        own = [{**fields, "saved": saved[i] if keep else None} for i, fields in enumerate(self.directions)]
+        _Block({**self.shared, "tasks": tasks, "out": out}, own, *_scan_fields()).run("scan_forward", tasks)
+        self.cut = out[..., : self.channels]
+        return saved
+
+    def backward(self, grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+        dout = _rows(grad, self.wide)
+        groups = min(self.tiles, max(1, -(-_TASKS // self.batch)))
+        need_A = any(wanted[1 + i] for i in range(len(wanted) - 1) if i % _FIELDS in (2, 5))
+        rows = (self.batch, self.length, self.wide)
+        dz = dout.new_empty(rows) if wanted[0] else None
+        own = []
+        for fields, states in zip(self.directions, saved, strict=True):
+            results = {name: dout.new_empty(rows) for name in ("du", "ddelta")}
+            results |= {name: dout.new_empty(groups, self.batch, self.length, self.padded) for name in ("dB", "dC")}
+            if need_A:
+                results["dA"] = dout.new_empty(self.batch, self.tiles, self.padded, self.wide // self.tiles)
+                results["dD"] = dout.new_empty(self.batch, self.wide)
+            own.append({**fields, "saved": states, **results})
+        tasks = self.batch * groups
+        shared = {**self.shared, "tasks": tasks, "groups": groups, "need_A": need_A, "dz": dz, "dout": dout}
+        shared |= {"dout_batch": 4 * dout.stride(0), "dout_row": 4 * dout.stride(1)}
+        _Block(shared, own, *_scan_fields()).run("scan_backward", tasks)
+        grads: list[Tensor | None] = [None if dz is None else dz[..., : self.channels]]
+        for i, d in enumerate(own):
+            want = wanted[1 + i * _FIELDS : 1 + (i + 1) * _FIELDS]
+            for name in ("du", "ddelta"):
+                d[name] = d[name][..., : self.channels]
+            dA = None
+            if want[2]:
+                dA = d["dA"].sum(dim=0).transpose(1, 2).reshape(self.wide, self.padded)
+                dA = dA[: self.channels, : self.states]
+            grads += [
+                d["du"],
+                d["ddelta"],
+                dA,
+                d["dB"].sum(dim=0)[..., : self.states] if want[3] else None,
+                d["dC"].sum(dim=0)[..., : self.states] if want[4] else None,
+                d["dD"].sum(dim=0)[: self.channels] if want[5] else None,
+                d["ddelta"].sum(dim=(0, 1)) if want[6] else None,
+            ]
+        return grads
+
+
+def conv(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
+) -> tuple[Tensor, ...]:
+    """Depth-wise causal convolution of the same input in each direction; see reference.py."""
+    out: tuple[Tensor, ...] = _Conv.apply(x, tuple(reverse), silu, *weights, *biases)
+    return out
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, reverse: tuple[bool, ...], silu: bool, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.settings = (reverse, silu)
+        ctx.save_for_backward(x, *parameters)
+        batch, length, channels = x.shape
+        block, wide, rows = _conv_block(x, reverse, silu, parameters)
+        outs = [x.new_empty(batch, length, wide, dtype=torch.float32) for _ in reverse]
+        own = [{**row, "out": out} for row, out in zip(rows, outs, strict=True)]
+        _run_conv("conv_forward", block, own, batch * wide, x.numel())
+        results = tuple(out[..., :channels].to(x.dtype) for out in outs)
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        frozen = [r for i, r in enumerate(results) if not (need_x or need[i] or need[len(reverse) + i])]
+        ctx.mark_non_differentiable(*frozen)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        reverse, silu = ctx.settings
+        x, *parameters = ctx.saved_tensors
+        batch, length, channels = x.shape
+        count = len(reverse)
+        block, wide, rows = _conv_block(x, reverse, silu, parameters)
+        width = parameters[0].shape[-1]
+        need_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        empty = torch.zeros if not x.numel() else torch.empty
+        dx = empty(batch, length, wide) if need_x else None
+        own = []
+        for i, (row, grad) in enumerate(zip(rows, grads, strict=True)):
+            dout = _rows(grad, wide)
+            fields = {**row, "dout": dout, "dout_batch": 4 * dout.stride(0), "dout_row": 4 * dout.stride(1)}
+            fields["dweight"] = empty(batch, width, wide) if wanted[i] else None
+            fields["dbias"] = empty(batch, wide) if wanted[count + i] else None
+            own.append(fields)
+        _run_conv("conv_backward", {**block, "dx": dx}, own, batch * wide, x.numel())
+        out: list[Tensor | None] = [None if dx is None else dx[..., :channels].to(x.dtype), None, None]
+        for i, parameter in enumerate(parameters):
+            field = own[i % count]["dweight" if i < count else "dbias"]
+            if field is None:
+                out.append(None)
+                continue
+            total = field.sum(dim=0)
+            total = total.mT[:channels] if i < count else total[:channels]
+            out.append(total.to(parameter.dtype))
+        return tuple(out)
+
+
+def _conv_block(
+    x: Tensor, reverse: Sequence[bool], silu: bool, parameters: Sequence[Tensor | None]
+) -> tuple[dict[str, Any], int, list[dict[str, Any]]]:
+    """The shared fields, the padded channels, and the fields of each direction."""
+    from svp_bench.ops import cpu_kernels as kernels
+
+    wide = _up(x.shape[-1], kernels.TILE)
+    rows = _rows(x, wide)
+    count = len(reverse)
+    first = parameters[0]
+    assert first is not None
+    shared: dict[str, Any] = {"length": x.shape[1], "channels": wide, "directions": count, "silu": silu}
+    shared |= {"width": first.shape[-1], "x": rows, "x_batch": 4 * rows.stride(0), "x_row": 4 * rows.stride(1)}
+    own = []
+    for i, back in enumerate(reverse):
+        weight = parameters[i]
+        assert weight is not None
+        turned = x.new_zeros(weight.shape[-1], wide, dtype=torch.float32)
+        turned[:, : weight.shape[0]] = weight.detach().mT
+        own.append({"reverse": back, "weight": turned, "bias": _vector(parameters[count + i], wide, x)})
+    return shared, wide, own
+
+
+def _run_conv(name: str, shared: dict[str, Any], own: Sequence[dict[str, Any]], lanes: int, numel: int) -> None:
+    from svp_bench.ops import cpu_kernels as kernels
+
+    tasks = lanes // kernels.TILE
+    if numel:
+        _Block({**shared, "tasks": tasks}, own, kernels.CONV_SHARED, kernels.CONV_DIRECTION).run(name, tasks)
