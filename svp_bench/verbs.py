@@ -173,20 +173,38 @@ def _predict(argv: Sequence[str]) -> int:
 
 def _doctor(argv: Sequence[str]) -> int:
     _parser("doctor").parse_args(argv)
+    import os
     import platform
 
     import torch
 
     from svp_bench._version import __version__
-    from svp_bench.ops import list_backends
+    from svp_bench.ops import choose, list_backends
+    from svp_bench.ops.compiled import cache_folder
+    from svp_bench.ops.selftest import self_test
+    from svp_bench.ops.threads import pool_name
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    print(f"svp-bench {__version__}, Python {platform.python_version()}, torch {torch.__version__}, GPU: {gpu}")
-    print(f"torch uses {torch.get_num_threads()} threads")
-    rows = [("scan backend", "here", "about it")]
-    rows += [(b.name, "available" if b.available else f"no: {b.reason}", b.summary) for b in list_backends()]
-    _print_table(rows)
-    return 0
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
+    print(f"svp-bench {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(
+        f"CPU       {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads; kernels run on {pool_name()}"
+    )
+    print(f"GPU       {gpu}")
+    print(f"kernels   compiled ones are kept in {cache_folder()}")
+    print("\nScan backends, in the order in which `auto` tries them:")
+    for backend in list_backends():
+        print(f"  {backend.name:<10} {'available' if backend.available else 'not here':<10} {backend.summary}")
+        if backend.reason:
+            print(f"  {'':<10} {'':<10} {backend.reason}")
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        print(f"  auto on {device}: {choose('auto', device, torch.float32).name}")
+    print("\nSelf-test against the reference in float64 (outputs and all gradients):")
+    results = self_test()
+    for r in results:
+        verdict = "good" if r.passed else "WRONG: do not use it; please report"
+        times = f"first call {r.first:.2f} s, then {r.seconds:.3f} s"
+        print(f"  {r.name:<10} {r.device:<5} error {r.error:.1e}  {times}  {verdict}")
+    return 0 if all(r.passed for r in results) else 1
 
 
 VERBS: dict[str, Verb] = {
@@ -196,5 +214,5 @@ VERBS: dict[str, Verb] = {
     "tasks": Verb("list the tasks, or show one task's card", _tasks),
     "methods": Verb("list the methods, or show one method's recipe", _methods),
     "data": Verb("check the pictures on disk, or draw a small stand-in", _data),
-    "doctor": Verb("say which scan backends can run here, and why not", _doctor),
+    "doctor": Verb("say which scan backends run here, or why not; test them; compile their kernels", _doctor),
 }
