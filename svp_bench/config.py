@@ -220,10 +220,11 @@ def compose(flags: Flags) -> Composed:
     if flags.method is None and complete:
         composed.method = "(as in the config)"
     else:
-        layer, origins, label = method_layer(flags.method or DEFAULT_METHOD)
+        name = DEFAULT_METHOD if flags.method is None else flags.method
+        layer, origins, label = method_layer(name)
         _notice_overrides(composed, layer, task, label)
         composed.merge(layer, origins, label)
-        if (flags.method or DEFAULT_METHOD) == label:  # a registered method: a file of one's own is no tuned one
+        if name == label:  # a registered method: a file of one's own is no tuned one
             _apply_tuned(composed, card.suite, card.id, label)
     for path, values, origins in further:
         if _method_class(values):

@@ -8,7 +8,7 @@ et al., arXiv:2203.12119 (VPT); the released switches of hustvl/Vim.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,17 +114,27 @@ def logits(
     state: State, images: Tensor, *, stride: int, eps: float = 1e-5, before_block: BeforeBlock | None = None
 ) -> Tensor:
     """(B, 3, H, W) → (B, classes)."""
-    return features(state, images, stride=stride, eps=eps, before_block=before_block) @ state["head.weight"].T + state[
-        "head.bias"
-    ]
+    return (
+        features(state, images, stride=stride, eps=eps, before_block=before_block) @ state["head.weight"].T
+        + state["head.bias"]
+    )
 
 
-def svp(state: State, *, share_layers: int, variant: str = "paper", include_cls: bool = False) -> BeforeBlock:
-    """SVP's prompts, one token at a time; which paths and blocks there are is read from the names in the state."""
+def svp(
+    state: State,
+    *,
+    share_layers: int,
+    variant: str = "paper",
+    include_cls: bool = False,
+    depths: Sequence[int] | None = None,
+) -> BeforeBlock:
+    """SVP's prompts, one token at a time; which paths there are is read from the names in the state."""
     blocks = sorted({int(n.split(".")[2]) for n in state if n.startswith("adapter.inner.")})
     groups = sorted({int(n.split(".")[2]) for n in state if n.startswith("adapter.cross.")})
 
     def before_block(i: int, hidden: Tensor, residual: Tensor | None, cls: int) -> tuple[Tensor, Tensor | None, int]:
+        if depths is not None and i not in depths:
+            return hidden, residual, cls
         group = i // share_layers
         tokens = list(hidden.unbind(1))
         out = list(tokens)

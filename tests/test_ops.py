@@ -266,7 +266,7 @@ def test_the_reference_computes_no_other_gradient(monkeypatch: pytest.MonkeyPatc
 
     def watched(*args: Any) -> Any:
         grads = sweep(*args)
-        computed.append({name for name, (_, g) in zip(fields, grads, strict=True) if g is not None})
+        computed.append({name for name, g in zip(fields, grads, strict=True) if g is not None})
         return grads
 
     monkeypatch.setattr(reference_backend, "_sweep_back", watched)
@@ -340,7 +340,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_backend, "_CHUNK_BYTES", 1)
     for a, b in zip(run(), whole, strict=True):
         assert relative_error(a, b) <= 1e-13
-    assert len(calls) == 2 * 8  # eight chunks there, eight back: the patch took effect
+    assert len(calls) == 2 * 2 * 8  # two pictures, each in eight chunks there and eight back: the patch took effect
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -490,14 +490,30 @@ def test_saved_tensors_are_of_the_size_of_the_inputs(backend: str) -> None:
 
 def test_a_long_scan_in_chunks_saves_one_state_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = with_grad(draw(197, state=16, dim=64))
-    one_state = 2 * 64 * 16 * 4
+    one_state = 64 * 16 * 4  # of a picture
 
     def kept() -> int:
         return saved_bytes(lambda: selective_scan(**inputs, delta_softplus=True, backend="reference"))  # type: ignore[arg-type]
 
     whole = kept()
     monkeypatch.setattr(reference_backend, "_CHUNK_BYTES", 50 * one_state)
-    assert kept() - whole == 3 * one_state  # 197 steps: four chunks in place of one
+    assert kept() - whole == 2 * 3 * one_state  # two pictures, each in four chunks in place of one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slices_of_the_batch_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_state = 5 * 3 * 4
+    monkeypatch.setattr(reference_backend, "_CHUNK_STEPS", 8)
+    monkeypatch.setattr(reference_backend, "_CHUNK_BYTES", 2 * 8 * one_state)
+    inputs = draw(19, state=3, batch=5, dtype=dtype)
+    assert inputs["u"] is not None
+    assert reference_backend._slices([inputs["u"].mT, None, inputs["A"], *[None] * 4]) == [
+        slice(0, 2),
+        slice(2, 4),
+        slice(4, 6),
+    ]
+    assert_scan(inputs, "reference")
+    assert_scan({**inputs, "z": None, "D": None}, "reference")
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -24,6 +24,7 @@ from svp_bench.methods.svp import SVP
 from svp_bench.models import VisionMamba
 from svp_bench.models.vim import LINEAR_POINTS, TENSOR_POINTS, Mixer
 
+BACKENDS = [status.name for status in svp_bench.list_backends() if status.available]
 NANO: dict[str, Any] = {"embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 6}
 
 
@@ -47,10 +48,11 @@ def nano(**arguments: Any) -> VisionMamba:
     ],
     ids=str,
 )
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_and_gradients_equal_the_independent_implementation(
-    size: tuple[int, int], arguments: dict[str, Any]
+    backend: str, size: tuple[int, int], arguments: dict[str, Any]
 ) -> None:
-    model = nano(img_size=size, **arguments)
+    model = nano(img_size=size, scan_backend=backend, **arguments)
     state = reference_vim.fill(model)
     images = reference_vim.pictures(2, 3, *size)
     leaves = {name: value.requires_grad_() for name, value in state.items()}
@@ -67,8 +69,9 @@ def test_logits_and_gradients_equal_the_independent_implementation(
         assert relative_error(parameter.grad, wanted[name]) <= BACKBONE.backward, name
 
 
-def test_vim_tiny_equals_the_independent_implementation() -> None:
-    model = timm.create_model("vim_tiny_patch16_224").eval()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vim_tiny_equals_the_independent_implementation(backend: str) -> None:
+    model = timm.create_model("vim_tiny_patch16_224", scan_backend=backend).eval()
     state = reference_vim.fill(model)
     images = reference_vim.pictures(1, 3, 224, 224)
     with torch.no_grad():
@@ -443,9 +446,10 @@ def test_backbones_by_name() -> None:
 # --------------------------------------------------------------------------------------------- memory
 
 STEP = """
-import resource, time, torch, svp_bench
+import resource, sys, time, torch, svp_bench
 torch.set_num_threads(2)
 model = svp_bench.create_model("vim_small_patch16_224", num_classes=100, method="svp").train()
+model.set_scan_backend(sys.argv[1])
 trained = [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(trained, lr=1e-3)
 start = time.perf_counter()
@@ -457,15 +461,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - 
 
 
 @pytest.mark.slow
-def test_a_training_step_of_vim_small_fits_into_six_gib() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_training_step_of_vim_small_fits_into_six_gib(backend: str) -> None:
     root = Path(svp_bench.__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, timeout=1200, check=False
+        [sys.executable, "-c", STEP, backend],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     kibibytes, seconds = done.stdout.split()
-    print(f"peak {int(kibibytes) / 2**20:.2f} GiB, {float(seconds):.0f} s")
+    print(f"{backend}: peak {int(kibibytes) / 2**20:.2f} GiB, {float(seconds):.0f} s")
     assert int(kibibytes) < 6 * 2**20
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svp_bench.errors import ConfigError
 from svp_bench.methods.base import Method
 from svp_bench.models import TokenState, VisionMamba
+from svp_bench.ops import add_prompts
 
 __all__ = ["SVP"]
 
@@ -95,7 +96,7 @@ class SVP(Method):
                 f"svp: variant released needs an even number of patches, and this model has {patches}: the released "
                 "code pairs the tokens before and after the class token; use variant paper"
             )
-        prompter = _Prompter(self, model.embed_dim, self._depths(model))
+        prompter = _Prompter(self, model, self._depths(model))
         model.adapter = prompter
         model.points.on_tokens(prompter.prompt)
 
@@ -109,22 +110,26 @@ class SVP(Method):
 
 
 class _Inner(nn.Module):
+    """The inner bottleneck up to its SiLU."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.down = nn.Linear(width, hidden)
         self.up = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        prompts: Tensor = self.up(self.down(x))
-        return F.silu(prompts)
+        pre: Tensor = self.up(self.down(x))
+        return pre
 
 
 class _Prompter(nn.Module):
     """The generators and scales of all blocks. Row r of `beta` belongs to the r-th prompted block, of `alpha` to the
     r-th group that has a prompted block."""
 
-    def __init__(self, svp: SVP, width: int, depths: list[int]) -> None:
+    def __init__(self, svp: SVP, model: VisionMamba, depths: list[int]) -> None:
         super().__init__()
+        width = model.embed_dim
+        self.points = model.points  # a plain object: it knows the scan backend
         self.share_layers = svp.share_layers
         self.released = svp.variant == "released"
         self.include_cls = svp.include_cls
@@ -140,29 +145,32 @@ class _Prompter(nn.Module):
             self.beta = nn.Parameter(torch.zeros(len(depths), width))
         self.dropout = nn.Dropout(svp.dropout)
 
-    def _prompt(self, layer: int, x: Tensor, cross_source: Tensor) -> Tensor:
-        """Prompts of the tokens x (B, T, D); the cross term is generated from `cross_source`."""
-        terms: list[Tensor] = []
+    def _terms(self, layer: int, x: Tensor, cross_source: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Scale and pre-activation of each term for the tokens x (B, T, D); the cross term is made from its source."""
+        terms: list[tuple[Tensor, Tensor]] = []
         group = layer // self.share_layers
         if self.cross is not None:
-            scale = self.alpha[self.group_rows[group]]
-            terms.append(scale * self.dropout(F.silu(self.cross[str(group)](cross_source))))
+            terms.append((self.alpha[self.group_rows[group]], self.cross[str(group)](cross_source)))
         if self.inner is not None:
-            terms.append(self.beta[self.rows[layer]] * self.dropout(self.inner[str(layer)](x)))
-        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            terms.append((self.beta[self.rows[layer]], self.inner[str(layer)](x)))
+        return terms
+
+    def _add(self, layer: int, x: Tensor, cross_source: Tensor, spared: int | None = None) -> Tensor:
+        """The tokens x with their prompts added; the spared one gets none."""
+        terms = self._terms(layer, x, cross_source)
+        if self.training and self.dropout.p > 0:
+            prompts = torch.stack([scale * self.dropout(F.silu(pre)) for scale, pre in terms]).sum(dim=0).to(x.dtype)
+            if spared is not None:
+                prompts = prompts.index_fill(1, torch.tensor([spared], device=x.device), 0)
+            return x + prompts
+        return add_prompts(x, terms, spared, backend=self.points.scan_backend)
 
     def prompt(self, layer: int, state: TokenState) -> TokenState:
         if layer not in self.rows:
             return state
         x, middle = state.hidden, state.cls_index
-        if self.include_cls:
-            return state._replace(hidden=x + self._prompt(layer, x, x).to(x.dtype))
+        if not self.released:
+            return state._replace(hidden=self._add(layer, x, x, None if self.include_cls else middle))
         before, cls, after = x[:, :middle], x[:, middle : middle + 1], x[:, middle + 1 :]
-        if self.released:
-            prompted = before + self._prompt(layer, before, before).to(x.dtype)
-            rest = after + self._prompt(layer, after, prompted).to(x.dtype)
-            return state._replace(hidden=torch.cat([prompted, cls, rest], dim=1))
-        prompts = self._prompt(layer, x, x)
-        patch = torch.ones(x.shape[1], 1, dtype=x.dtype, device=x.device)
-        patch[middle] = 0
-        return state._replace(hidden=torch.addcmul(x, prompts.to(x.dtype), patch))
+        prompted = self._add(layer, before, before)
+        return state._replace(hidden=torch.cat([prompted, cls, self._add(layer, after, prompted)], dim=1))

@@ -23,7 +23,7 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from svp_bench.ops import Direction, bidirectional_conv, bidirectional_scan, choose
+from svp_bench.ops import Direction, add_norm, bidirectional_conv, bidirectional_scan, choose
 
 __all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "Block", "Mixer", "Points", "RMSNorm", "TokenState", "VisionMamba"]
 
@@ -65,9 +65,11 @@ class Points:
         linear: `f(x, y) -> y` by (layer, name of `LINEAR_POINTS`): may change the output y of a projection of x.
         tensor: `f(w) -> w` by (layer, name of `TENSOR_POINTS`): may change a tensor that a projection, the convolution
             or the scan reads.
+        scan_backend: The model's choice, for methods whose own operations have backends.
     """
 
     def __init__(self) -> None:
+        self.scan_backend = "auto"
         self.tokens: list[TokenPoint] = []
         self.linear: dict[tuple[int, str], list[LinearPoint]] = defaultdict(list)
         self.tensor: dict[tuple[int, str], list[TensorPoint]] = defaultdict(list)
@@ -240,16 +242,9 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(hidden, residual), each (B, L, D) → (mixer output, residual stream)."""
-        residual = _add(residual, hidden, self.drop_path)
-        return self.mixer(self.norm(residual).to(hidden.dtype)), residual
-
-
-def _add(residual: Tensor | None, hidden: Tensor, drop_path: nn.Module) -> Tensor:
-    """Add a branch to the residual stream, which is kept in float32 (or wider)."""
-    if residual is None:
-        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    branch: Tensor = drop_path(hidden)
-    return residual + branch
+        branch = hidden if residual is None else self.drop_path(hidden)
+        residual, normed = add_norm(branch, residual, self.norm.weight, self.norm.eps, backend=self.mixer.scan_backend)
+        return self.mixer(normed), residual
 
 
 class VisionMamba(nn.Module):
@@ -328,7 +323,7 @@ class VisionMamba(nn.Module):
             UnavailableError: If it cannot run here.
         """
         choose(name, self.cls_token.device, self.cls_token.dtype)
-        self.scan_backend = name
+        self.scan_backend = self.points.scan_backend = name
         for mixer in self.mixers:
             mixer.scan_backend = name
 
@@ -393,9 +388,10 @@ class VisionMamba(nn.Module):
                 state = point(i, state)
             hidden, residual = block(state.hidden, state.residual)
             state = TokenState(hidden, residual, state.cls_index)
-        last = _add(state.residual, state.hidden, self.drop_path)
-        # The residual stream is float32 at least; a half-precision model has a half-precision head.
-        return self.norm_f(last).to(self.norm_f.weight.dtype), state.cls_index
+        branch = state.hidden if state.residual is None else self.drop_path(state.hidden)
+        norm = self.norm_f
+        _, normed = add_norm(branch, state.residual, norm.weight, norm.eps, backend=self.scan_backend)
+        return normed, state.cls_index
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, D), the class token after the final norm."""

@@ -15,6 +15,8 @@ from svp_bench.ops.backends import BACKENDS, BackendStatus, list_backends
 if TYPE_CHECKING:
     from svp_bench.ops.interface import Choice as Choice
     from svp_bench.ops.interface import Direction as Direction
+    from svp_bench.ops.interface import add_norm as add_norm
+    from svp_bench.ops.interface import add_prompts as add_prompts
     from svp_bench.ops.interface import bidirectional_conv as bidirectional_conv
     from svp_bench.ops.interface import bidirectional_scan as bidirectional_scan
     from svp_bench.ops.interface import causal_conv1d as causal_conv1d
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 _LAZY = (
     "Choice",
     "Direction",
+    "add_norm",
+    "add_prompts",
     "bidirectional_conv",
     "bidirectional_scan",
     "causal_conv1d",
@@ -36,6 +40,8 @@ __all__ = [
     "BackendStatus",
     "Choice",
     "Direction",
+    "add_norm",
+    "add_prompts",
     "bidirectional_conv",
     "bidirectional_scan",
     "causal_conv1d",

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from svp_bench.ops import reference
 from svp_bench.ops.threads import run_kernel
 
 if TYPE_CHECKING:
     from svp_bench.ops.interface import Direction
 
-__all__ = ["conv", "scan", "unavailable", "unsupported"]
+__all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
 _FIELDS = 7
 _LOG2E = 1.4426950408889634
@@ -333,3 +334,122 @@ def _run_conv(name: str, shared: dict[str, Any], own: Sequence[dict[str, Any]], 
     tasks = lanes // kernels.TILE
     if numel:
         _Block({**shared, "tasks": tasks}, own, kernels.CONV_SHARED, kernels.CONV_DIRECTION).run(name, tasks)
+
+
+def _fits(*tensors: Tensor | None) -> bool:
+    """Whether the row kernels can take these: float32 rows of whole vectors. Others use PyTorch's operators."""
+    return all(t is None or (t.dtype == torch.float32 and t.shape[-1] % 8 == 0 and t.numel() > 0) for t in tensors)
+
+
+def add_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and norm it, in one pass; see reference.py."""
+    if not _fits(hidden, residual, weight):
+        return reference.add_norm(hidden, residual, weight, eps)
+    result: tuple[Tensor, Tensor] = _AddNorm.apply(hidden, residual, weight, eps)
+    return result
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        from svp_bench.ops import cpu_kernels as kernels
+
+        width = weight.shape[0]
+        rows = hidden.numel() // width
+        total, normed = torch.empty(hidden.shape), torch.empty(hidden.shape)
+        scales = torch.empty(rows)
+        fields = {"hidden": hidden.contiguous(), "residual": None if residual is None else residual.contiguous()}
+        fields |= {"total": total, "normed": normed, "scales": scales, "weight": weight.contiguous()}
+        _run_rows("norm_forward", kernels.NORM, rows, width, {**fields, "eps": torch.tensor([eps])})
+        ctx.save_for_backward(total, weight, scales)
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+        from svp_bench.ops import cpu_kernels as kernels
+
+        total, weight, scales = ctx.saved_tensors
+        width = weight.shape[0]
+        rows = total.numel() // width
+        dhidden = torch.empty(total.shape)
+        dweight = torch.empty(-(-rows // kernels.ROWS), width) if ctx.needs_input_grad[2] else None
+        fields = {"total": total, "weight": weight.contiguous(), "scales": scales, "dnormed": dnormed.contiguous()}
+        fields |= {"dtotal": None if dtotal is None else dtotal.contiguous(), "dhidden": dhidden, "dweight": dweight}
+        _run_rows("norm_backward", kernels.NORM, rows, width, fields)
+        need_hidden, need_residual = ctx.needs_input_grad[:2]
+        return (
+            dhidden if need_hidden else None,
+            dhidden if need_residual else None,
+            None if dweight is None else dweight.sum(dim=0),
+            None,
+        )
+
+
+def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], spared: int | None) -> Tensor:
+    """x + Σ scale ⊙ SiLU(pre) at every token but the spared one, in one pass; see reference.py."""
+    if not _fits(x, *(t for term in terms for t in term)):
+        return reference.add_prompts(x, terms, spared)
+    result: Tensor = _AddPrompts.apply(x, spared, *(t for term in terms for t in term))
+    return result
+
+
+class _AddPrompts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spared: int | None, *terms: Tensor) -> Tensor:
+        from svp_bench.ops import cpu_kernels as kernels
+
+        ctx.spared = spared
+        ctx.save_for_backward(*terms)
+        out = torch.empty(x.shape)
+        own = [{"scale": s.contiguous(), "pre": p.contiguous()} for s, p in zip(terms[::2], terms[1::2], strict=True)]
+        fields = {"x": x.contiguous(), "out": out, "length": x.shape[1], "spared": -1 if spared is None else spared}
+        fields["terms"] = len(own)
+        _run_rows("prompt_forward", kernels.PROMPT, x[..., 0].numel(), x.shape[-1], fields, own, kernels.PROMPT_TERM)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        from svp_bench.ops import cpu_kernels as kernels
+
+        terms = ctx.saved_tensors
+        width = dout.shape[-1]
+        rows = dout.numel() // width
+        tasks = -(-rows // kernels.ROWS)
+        own = [
+            {
+                "scale": scale.contiguous(),
+                "pre": pre.contiguous(),
+                "dpre": torch.empty(pre.shape),
+                "dscale": torch.empty(tasks, width),
+            }
+            for scale, pre in zip(terms[::2], terms[1::2], strict=True)
+        ]
+        fields = {
+            "dout": dout.contiguous(),
+            "length": dout.shape[1],
+            "spared": -1 if ctx.spared is None else ctx.spared,
+        }
+        fields["terms"] = len(own)
+        _run_rows("prompt_backward", kernels.PROMPT, rows, width, fields, own, kernels.PROMPT_TERM)
+        grads: list[Tensor | None] = []
+        for i, term in enumerate(own):
+            wanted = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
+            grads += [term["dscale"].sum(dim=0) if wanted[0] else None, term["dpre"] if wanted[1] else None]
+        return (dout if ctx.needs_input_grad[0] else None, None, *grads)
+
+
+def _run_rows(
+    name: str,
+    layout: Sequence[str],
+    rows: int,
+    width: int,
+    fields: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]] = (),
+    own_layout: Sequence[str] = (),
+) -> None:
+    from svp_bench.ops import cpu_kernels as kernels
+
+    tasks = -(-rows // kernels.ROWS)
+    _Block({**fields, "tasks": tasks, "rows": rows, "width": width}, own, layout, own_layout).run(name, tasks)

@@ -24,12 +24,14 @@ from svp_bench.ops.simd import (
     exp2,
     fma,
     load,
+    load_float,
     load_int,
     mul,
     sigmoid,
     softplus,
     splat,
     store,
+    store_float,
     sub,
     sums,
     take,
@@ -403,6 +405,147 @@ def conv_backward(block):
                         place = g + k * length * _VEC
                         total = _taps(place, _VEC, t, length, not reverse, weight, row, width, total)
                     store(dx + (b * length + t) * row + at, total)
+
+
+# The block of add + norm: rows of D channels (a multiple of 8); a task is `ROWS` of them.
+ROWS = 32
+NORM = ("counter", "tasks", "rows", "width", "eps", "hidden", "residual", "weight", "total", "normed", "scales")
+NORM += ("dnormed", "dtotal", "dhidden", "dweight")
+(_NM_ROWS, _NM_WIDTH, _NM_EPS, _NM_HIDDEN, _NM_RESIDUAL, _NM_WEIGHT, _NM_TOTAL, _NM_NORMED) = range(16, 80, 8)
+_NM_SCALES, _NM_DNORMED, _NM_DTOTAL, _NM_DHIDDEN, _NM_DWEIGHT = range(80, 120, 8)
+
+
+@njit
+def _total(value, place):
+    """Sum over the lanes of a vector, through a scratch place of eight floats."""
+    store(place, value)
+    total = ZERO
+    for j in range(LANES):
+        total += load_float(place + 4 * j)
+    return total
+
+
+def norm_forward(block):
+    """total = residual + hidden; normed = RMSNorm(total); keeps 1 / rms of each row."""
+    rows, width, tasks = load_int(block + _NM_ROWS), load_int(block + _NM_WIDTH), load_int(block + _TASKS)
+    hidden, residual = load_int(block + _NM_HIDDEN), load_int(block + _NM_RESIDUAL)
+    weight, total, normed = load_int(block + _NM_WEIGHT), load_int(block + _NM_TOTAL), load_int(block + _NM_NORMED)
+    scales, eps = load_int(block + _NM_SCALES), load_float(load_int(block + _NM_EPS))
+    scratch_array = np.empty(LANES, np.float32)
+    scratch = scratch_array.ctypes.data
+    while True:
+        task = take(block + _COUNTER)
+        if task >= tasks:
+            break
+        for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
+            at = r * width * 4
+            squares = splat(ZERO)
+            for c in range(0, width * 4, _VEC):
+                value = load(hidden + at + c)
+                if residual:
+                    value = add(value, load(residual + at + c))
+                store(total + at + c, value)
+                squares = fma(value, value, squares)
+            scale = ONE / np.sqrt(_total(squares, scratch) / np.float32(width) + eps)
+            store_float(scales + 4 * r, scale)
+            factor = splat(scale)
+            for c in range(0, width * 4, _VEC):
+                store(normed + at + c, mul(mul(load(total + at + c), factor), load(weight + c)))
+
+
+def norm_backward(block):
+    """Gradient of hidden (and residual: it is the same), and of the weight for each task, (tasks, D), if asked for."""
+    rows, width, tasks = load_int(block + _NM_ROWS), load_int(block + _NM_WIDTH), load_int(block + _TASKS)
+    weight, total, scales = load_int(block + _NM_WEIGHT), load_int(block + _NM_TOTAL), load_int(block + _NM_SCALES)
+    dnormed, dtotal = load_int(block + _NM_DNORMED), load_int(block + _NM_DTOTAL)
+    dhidden, dweight = load_int(block + _NM_DHIDDEN), load_int(block + _NM_DWEIGHT)
+    scratch_array = np.empty(LANES, np.float32)
+    scratch = scratch_array.ctypes.data
+    while True:
+        task = take(block + _COUNTER)
+        if task >= tasks:
+            break
+        if dweight:
+            for c in range(0, width * 4, _VEC):
+                store(dweight + task * width * 4 + c, splat(ZERO))
+        for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
+            at = r * width * 4
+            factor = splat(load_float(scales + 4 * r))
+            along = splat(ZERO)
+            for c in range(0, width * 4, _VEC):
+                slope = mul(load(dnormed + at + c), mul(load(total + at + c), factor))
+                along = fma(slope, load(weight + c), along)
+                if dweight:
+                    place = dweight + task * width * 4 + c
+                    store(place, add(load(place), slope))
+            mean = splat(_total(along, scratch) / np.float32(width))
+            for c in range(0, width * 4, _VEC):
+                value = mul(load(dnormed + at + c), load(weight + c))
+                value = sub(value, mul(mul(load(total + at + c), factor), mean))
+                value = mul(value, factor)
+                if dtotal:
+                    value = add(value, load(dtotal + at + c))
+                store(dhidden + at + c, value)
+
+
+# The block of prompts: out = x + Σ scale ⊙ SiLU(pre) over one or two terms, but for the token at `spared`.
+PROMPT = ("counter", "tasks", "rows", "width", "length", "spared", "terms", "x", "out", "dout")
+PROMPT_TERM = ("pre", "scale", "dpre", "dscale")
+_PR_ROWS, _PR_WIDTH, _PR_LENGTH, _PR_SPARED, _PR_TERMS, _PR_X, _PR_OUT, _PR_DOUT = range(16, 80, 8)
+_PR_FIRST, _PR_NEXT = 8 * len(PROMPT), 8 * len(PROMPT_TERM)
+_PR_PRE, _PR_SCALE, _PR_DPRE, _PR_DSCALE = range(0, 32, 8)
+
+
+def prompt_forward(block):
+    """Add the prompts; a task is `ROWS` tokens."""
+    rows, width, tasks = load_int(block + _PR_ROWS), load_int(block + _PR_WIDTH), load_int(block + _TASKS)
+    length, spared, terms = load_int(block + _PR_LENGTH), load_int(block + _PR_SPARED), load_int(block + _PR_TERMS)
+    x, out = load_int(block + _PR_X), load_int(block + _PR_OUT)
+    while True:
+        task = take(block + _COUNTER)
+        if task >= tasks:
+            break
+        for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
+            at = r * width * 4
+            prompted = r % length != spared
+            for c in range(0, width * 4, _VEC):
+                value = load(x + at + c)
+                if prompted:
+                    for k in range(terms):
+                        mine = block + _PR_FIRST + k * _PR_NEXT
+                        pre = load(load_int(mine + _PR_PRE) + at + c)
+                        value = fma(load(load_int(mine + _PR_SCALE) + c), mul(pre, sigmoid(pre)), value)
+                store(out + at + c, value)
+
+
+def prompt_backward(block):
+    """Gradients of the terms, and of the scales for each task, (tasks, D). That of x is that of the output."""
+    rows, width, tasks = load_int(block + _PR_ROWS), load_int(block + _PR_WIDTH), load_int(block + _TASKS)
+    length, spared, terms = load_int(block + _PR_LENGTH), load_int(block + _PR_SPARED), load_int(block + _PR_TERMS)
+    dout = load_int(block + _PR_DOUT)
+    while True:
+        task = take(block + _COUNTER)
+        if task >= tasks:
+            break
+        for k in range(terms):
+            mine = block + _PR_FIRST + k * _PR_NEXT
+            scale, pre, dpre = load_int(mine + _PR_SCALE), load_int(mine + _PR_PRE), load_int(mine + _PR_DPRE)
+            dscale = load_int(mine + _PR_DSCALE) + task * width * 4
+            for c in range(0, width * 4, _VEC):
+                total = splat(ZERO)
+                factor = load(scale + c)
+                for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
+                    at = r * width * 4 + c
+                    if r % length != spared:
+                        value = load(pre + at)
+                        s = sigmoid(value)
+                        g = load(dout + at)
+                        total = fma(g, mul(value, s), total)
+                        slope = mul(s, fma(value, sub(splat(ONE), s), splat(ONE)))
+                        store(dpre + at, mul(mul(g, factor), slope))
+                    else:
+                        store(dpre + at, splat(ZERO))
+                store(dscale + c, total)
 
 
 @njit

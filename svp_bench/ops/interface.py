@@ -6,9 +6,10 @@ Letters: B batch, L length (tokens), E channels (mamba's `dim`), N state size, W
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from svp_bench.ops.backends import BACKENDS
 __all__ = [
     "Choice",
     "Direction",
+    "add_norm",
+    "add_prompts",
     "bidirectional_conv",
     "bidirectional_scan",
     "causal_conv1d",
@@ -230,3 +233,45 @@ def bidirectional_conv(
     module = _module(choose(backend, x.device, x.dtype).name)
     u, u_b = module.conv(x, (forward[0], backward[0]), (forward[1], backward[1]), (False, True), True)
     return u, u_b
+
+
+def add_norm(
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and norm it, in one pass where the backend can.
+
+    Args:
+        hidden: The branch, (B, L, D).
+        residual: The stream, (B, L, D) in float32 or wider, or None.
+        weight: Of the RMSNorm, (D,).
+        eps: Of the RMSNorm.
+        backend: "auto" or a name of `list_backends()`; those without a kernel of their own use PyTorch's operators.
+
+    Returns:
+        (stream, normed stream): the first in float32 or wider, the second in the dtype of `hidden`.
+    """
+    result: tuple[Tensor, Tensor] = _function("add_norm", backend, hidden)(hidden, residual, weight, eps)
+    return result
+
+
+def add_prompts(
+    x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], spared: int | None, *, backend: str = "auto"
+) -> Tensor:
+    """x + Σ scale ⊙ SiLU(pre) at every token but the spared one, in one pass where the backend can.
+
+    Args:
+        x: (B, L, D).
+        terms: Pairs of a scale (D,) and what goes into SiLU, (B, L, D).
+        spared: The token that stays as it is, or None.
+        backend: As for `add_norm`.
+
+    Returns:
+        (B, L, D) in the dtype of `x`.
+    """
+    result: Tensor = _function("add_prompts", backend, x)(x, terms, spared)
+    return result
+
+
+def _function(name: str, backend: str, like: Tensor) -> Any:
+    module = _module(choose(backend, like.device, like.dtype).name)
+    return getattr(module, name, None) or getattr(_module("reference"), name)

@@ -1,7 +1,8 @@
 """The reference backend: the recurrences in plain PyTorch, on any device, right rather than fast.
 
 Every other backend is tested against this file. It keeps no state for the backward pass but one per chunk of steps:
-states are recomputed there, so that what autograd holds stays of the size of the inputs.
+states are recomputed there, so that what autograd holds stays of the size of the inputs. The batch is worked through in
+slices, so that chunks can be long (few states are kept) and yet small in memory.
 
 Letters: B batch, L length, E channels, N state size, K directions (1 or 2), T steps of a chunk, W width.
 Inside, tensors are time first, (L, B, K, E), with the reversed directions already flipped.
@@ -21,9 +22,10 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from svp_bench.ops.interface import Direction
 
-__all__ = ["conv", "scan", "unavailable", "unsupported"]
+__all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
-_CHUNK_BYTES = 2 * 2**20  # states of one chunk: what stays in a core's cache
+_CHUNK_BYTES = 8 * 2**20  # states of one chunk of steps; small enough for caches
+_CHUNK_STEPS = 64  # steps that a chunk should have: the batch is worked through in slices so small that they fit
 _FIELDS = 7  # tensors of a Direction
 
 
@@ -72,9 +74,7 @@ class _Inputs:
         raw = self.over_time(delta)
         self.raw = raw if bias[0] is None else raw + self.per_channel(bias)
         self.dt = F.softplus(self.raw) if softplus else self.raw  # (L, B, K, E)
-        step = self.u[0].numel() * self.A.shape[-1] * self.u.element_size() if len(self.u) else 1
-        # one state a chunk is saved for the backward pass: not more than √L of them
-        self.chunk = max(math.isqrt(len(self.u)) + 1, _CHUNK_BYTES // max(step, 1))
+        self.chunk = _plan(flat)[1]
 
     def over_time(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """(B, L, X) of each direction → (L, B, K, X), reversed directions flipped."""
@@ -108,66 +108,113 @@ class _Inputs:
     def zero_state(self) -> Tensor:
         return self.u.new_zeros(*self.u.shape[1:], self.A.shape[-1])
 
-    def natural(self, rows: Tensor) -> list[Tensor]:
-        """(L, B, K, X) → K tensors (B, L, X) in the natural token order."""
-        parts = rows.transpose(0, 1).unbind(dim=2)
-        return [p.flip(1) if r else p for p, r in zip(parts, self.reverse, strict=True)]
+    def natural(self, steps: Tensor, direction: int) -> Tensor:
+        """(L, B, K, X) → (B, L, X) of one direction, in the natural token order."""
+        part = steps[:, :, direction].transpose(0, 1)
+        return part.flip(1) if self.reverse[direction] else part
+
+    def mean(self, steps: Tensor) -> Tensor:
+        """(L, B, K, X) → (B, L, X), the mean over the directions in the natural token order."""
+        total = self.natural(steps, 0)
+        for direction in range(1, len(self.reverse)):
+            total = total + self.natural(steps, direction)
+        return total / len(self.reverse)
+
+
+def _plan(flat: Sequence[Tensor | None]) -> tuple[int, int]:
+    """Pictures of a slice of the batch, and steps of a chunk, such that `_CHUNK_STEPS` states of a slice fit."""
+    u, A = flat[0], flat[2]
+    assert u is not None
+    assert A is not None
+    length = max(u.shape[1], 1)
+    state = max(1, len(flat) // _FIELDS * A.numel() * max(u.element_size(), 4))  # bytes, of one picture
+    pictures = max(1, _CHUNK_BYTES // (state * min(length, _CHUNK_STEPS)))
+    # one state a chunk is saved for the backward pass: not more than √L of them
+    return pictures, max(math.isqrt(length) + 1, _CHUNK_BYTES // (state * pictures))
+
+
+def _slices(batch: int, pictures: int) -> list[slice]:
+    return [slice(start, min(start + pictures, batch)) for start in range(0, batch, pictures)]
+
+
+def _rows(flat: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
+    """A slice of the batch: of the activations, which have three axes; weights stay whole."""
+    return [t[rows] if t is not None and t.ndim == 3 else t for t in flat]
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reverse: tuple[bool, ...], softplus: bool, z: Tensor | None, *flat: Tensor | None) -> Tensor:
-        inputs = _Inputs(reverse, softplus, flat)
-        h = inputs.zero_state()
-        y = torch.empty_like(inputs.u)
-        before = []  # the state before each chunk
-        for part in inputs.chunks():
-            before.append(h)
-            _, states = inputs.states(part, h)
-            y[part] = inputs.output(part, states)
-            h = states[-1].clone()
+        u, A = flat[0], flat[2]
+        assert u is not None
+        assert A is not None
+        batch, length, channels = u.shape
+        pictures, steps = _plan(flat)
+        wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+        out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        # The state before each chunk but the first, which starts from zero. One tensor, allocated first: small ones,
+        # kept among large ones that go, would leave holes in the heap.
+        kept = max(0, -(-length // steps) - 1)
+        before = torch.empty(batch, kept, len(reverse), channels, A.shape[-1], dtype=wide, device=u.device)
+        for rows in _slices(batch, pictures):
+            inputs = _Inputs(reverse, softplus, _rows(flat, rows))
+            h = inputs.zero_state()
+            y = torch.empty_like(inputs.u)
+            for number, part in enumerate(inputs.chunks()):
+                if number > 0:
+                    before[rows, number - 1] = h
+                _, states = inputs.states(part, h)
+                y[part] = inputs.output(part, states)
+                h = states[-1].clone()
+            mean = inputs.mean(y)
+            out[rows] = mean if z is None else mean * F.silu(z[rows].to(mean.dtype))
         ctx.settings = (reverse, softplus)
-        ctx.save_for_backward(z, *flat, *before)
-        out = sum(inputs.natural(y)) / len(reverse)
-        assert isinstance(out, Tensor)
-        assert flat[0] is not None
-        if z is not None:
-            out = out * F.silu(z.to(out.dtype))
-        return out.to(flat[0].dtype)
+        ctx.save_for_backward(before, z, *flat)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         reverse, softplus = ctx.settings
-        count = _FIELDS * len(reverse)
-        z, flat, before = ctx.saved_tensors[0], ctx.saved_tensors[1 : count + 1], ctx.saved_tensors[count + 1 :]
+        before, z, *flat = ctx.saved_tensors
         need_z = ctx.needs_input_grad[2]
         wanted = ctx.needs_input_grad[3:]
         need = [any(wanted[i::_FIELDS]) for i in range(_FIELDS)]
-        inputs = _Inputs(reverse, softplus, flat)
-        grad = grad.to(inputs.dtype) / len(reverse)
-        z_wide = None if z is None else z.to(inputs.dtype)
-        dy_token = grad if z_wide is None else grad * F.silu(z_wide)
-        dy = inputs.over_time([dy_token] * len(reverse))
-        y = torch.empty_like(inputs.u) if need_z else None
-        grads = _sweep_back(inputs, dy, before, need, y)
-        grad_z = None
-        if y is not None and z_wide is not None:
-            sigmoid = torch.sigmoid(z_wide)
-            total = sum(inputs.natural(y))
-            assert isinstance(total, Tensor)
-            grad_z = (grad * total * sigmoid * (1 + z_wide * (1 - sigmoid))).to(z.dtype)
-        per_field = [inputs.natural(g) if i in (0, 1, 3, 4) else list(g) if g is not None else [] for i, g in grads]
-        out: list[Tensor | None] = []
-        for i, tensor in enumerate(flat):
-            direction, field = divmod(i, _FIELDS)
-            out.append(per_field[field][direction].to(tensor.dtype) if wanted[i] and tensor is not None else None)
-        return (None, None, grad_z, *out)
+        grad_z = torch.empty_like(z) if need_z else None
+        # Of activations, each slice writes its own part; of weights, the sum over the slices, rounded once at the end.
+        wide = torch.float64 if flat[0].dtype == torch.float64 else torch.float32
+        grads: list[Tensor | None] = [None] * len(flat)
+        for i, t in enumerate(flat):
+            if wanted[i]:
+                grads[i] = torch.empty_like(t) if t.ndim == 3 else torch.zeros_like(t, dtype=wide)
+        for rows in _slices(len(grad), _plan(flat)[0]):
+            inputs = _Inputs(reverse, softplus, _rows(flat, rows))
+            dy_token = grad[rows].to(inputs.dtype) / len(reverse)
+            z_wide = None if z is None else z[rows].to(inputs.dtype)
+            y = torch.empty_like(inputs.u) if need_z else None
+            dy = inputs.over_time([dy_token if z_wide is None else dy_token * F.silu(z_wide)] * len(reverse))
+            starts = [inputs.zero_state(), *before[rows].unbind(dim=1)]
+            fields = _sweep_back(inputs, dy, starts, need, y)
+            if y is not None and z_wide is not None and grad_z is not None:
+                sigmoid = torch.sigmoid(z_wide)
+                grad_z[rows] = grad[rows] * inputs.mean(y) * sigmoid * (1 + z_wide * (1 - sigmoid))
+            for i, total in enumerate(grads):
+                direction, field = divmod(i, _FIELDS)
+                if total is not None and total.ndim == 3:
+                    total[rows] = inputs.natural(fields[field], direction)
+                elif total is not None:
+                    total += fields[field][direction]
+        return (
+            None,
+            None,
+            grad_z,
+            *(None if g is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True)),
+        )
 
 
 def _sweep_back(
     inputs: _Inputs, dy: Tensor, before: Sequence[Tensor], need: list[bool], y: Tensor | None
-) -> list[tuple[int, Any]]:
+) -> tuple[Any, ...]:
     """Gradients of the seven fields, from the last chunk to the first; None where nobody asked.
 
     Per step, with g the gradient of the state: gₜ = dyₜ Cₜ + decayₜ₊₁ ⊙ gₜ₊₁.
@@ -208,8 +255,7 @@ def _sweep_back(
         # F.softplus is the identity above its threshold of 20, as in mamba_ssm
         ddt = torch.where(inputs.raw > 20, ddt, ddt * torch.sigmoid(inputs.raw))
     dbias = ddt.sum(dim=(0, 1)) if need_bias and ddt is not None else None
-    fields = (du, ddt if need_delta else None, dA, dB, dC, dD, dbias)
-    return [(i, g) if g is not None else (-1, None) for i, g in enumerate(fields)]
+    return du, ddt if need_delta else None, dA, dB, dC, dD, dbias
 
 
 def conv(
@@ -284,3 +330,40 @@ class _Conv(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         grad_bias = grad.sum(dim=(0, 1)).to(bias.dtype) if need_bias else None
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def add_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and norm it.
+
+    Args:
+        hidden: The branch, (B, L, D).
+        residual: The stream, (B, L, D) in float32 or wider, or None.
+        weight: Of the RMSNorm, (D,).
+        eps: Of the RMSNorm.
+
+    Returns:
+        (stream, normed stream): the first in float32 or wider, the second in the dtype of `hidden`.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    total = hidden.to(wide) if residual is None else residual + hidden
+    return total, F.rms_norm(total, weight.shape, weight.to(total.dtype), eps).to(hidden.dtype)
+
+
+def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], spared: int | None) -> Tensor:
+    """x + Σ scale ⊙ SiLU(pre) at every token but the spared one.
+
+    Args:
+        x: (B, L, D).
+        terms: Pairs of a scale (D,) and what goes into SiLU, (B, L, D).
+        spared: The token that stays as it is, or None.
+
+    Returns:
+        (B, L, D) in the dtype of `x`.
+    """
+    prompts = sum(scale * F.silu(pre) for scale, pre in terms)
+    assert isinstance(prompts, Tensor)
+    if spared is None:
+        return x + prompts.to(x.dtype)
+    prompted = torch.ones(x.shape[1], 1, dtype=x.dtype, device=x.device)
+    prompted[spared] = 0
+    return torch.addcmul(x, prompts.to(x.dtype), prompted)

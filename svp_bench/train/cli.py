@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
 import os
 import re
 import signal
@@ -534,6 +535,10 @@ class BenchCLI(LightningCLI):
             return "interrupted", "stopped by the user"
         if not cut and planned is not None and planned > 0 and self.trainer.current_epoch < planned:
             cut.append(f"stopped after {self.trainer.current_epoch} of {planned} epochs")
+        if not cut and planned is not None:
+            steps = planned * math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+            if self.trainer.global_step < steps:
+                cut.append(f"stopped after {self.trainer.global_step} of {steps} steps")
         if self.datamodule.stage == "select" and not cut and self.meter.validated_at != self.trainer.global_step:
             cut.append("val was not scored after the last epoch")
         return ("truncated", ", ".join(cut)) if cut else ("complete", None)
@@ -640,7 +645,7 @@ class BenchCLI(LightningCLI):
 
 def _seed(value: Any) -> int:
     """The seed of data and model; what is no seed at all is refused once everything is parsed."""
-    return value if isinstance(value, int) else 0
+    return int(value) if isinstance(value, int) else 0
 
 
 def _takes_null(cls: type, name: str) -> bool:

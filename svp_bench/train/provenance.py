@@ -18,7 +18,8 @@ _WHAT_COUNTS = ("svp_bench", "tasks", "configs")  # a changed README does not ma
 
 def library_versions() -> dict[str, str]:
     """Return Python's version and those of the libraries that a number depends on."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), **versions, "torch": str(torch.__version__)}  # with its build: +cu126
 
 
 def commit_and_dirty() -> tuple[str | None, bool | None]:
