@@ -507,11 +507,8 @@ def test_slices_of_the_batch_change_nothing(dtype: torch.dtype, monkeypatch: pyt
     monkeypatch.setattr(reference_backend, "_CHUNK_BYTES", 2 * 8 * one_state)
     inputs = draw(19, state=3, batch=5, dtype=dtype)
     assert inputs["u"] is not None
-    assert reference_backend._slices([inputs["u"].mT, None, inputs["A"], *[None] * 4]) == [
-        slice(0, 2),
-        slice(2, 4),
-        slice(4, 6),
-    ]
+    assert reference_backend._plan([inputs["u"].mT, None, inputs["A"], *[None] * 4]) == (2, 8)
+    assert reference_backend._slices(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert_scan(inputs, "reference")
     assert_scan({**inputs, "z": None, "D": None}, "reference")
 

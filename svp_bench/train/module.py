@@ -199,7 +199,7 @@ class AdaptationModule(LightningModule):
         if not torch.isfinite(loss).all():
             raise NonFiniteLossError("the loss on the test list is not finite: the trained weights are of no use")
         self.tested = [(index[order], right[order], loss[order])]
-        self.log("test/top1", 100.0 * right.double().mean().float(), rank_zero_only=True)
+        self.log("test/top1", right.double().mean().float(), rank_zero_only=True)
         self.log("test/loss", loss.mean().float(), rank_zero_only=True)
 
     # --- the recipe --------------------------------------------------------------------------------------------------

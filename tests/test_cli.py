@@ -1,0 +1,160 @@
+"""The front door as a program: light verbs stay light, help helps, and every way in is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import METHODS, SMALL, TASK, command, draw, run, settle, small
+
+from svp_bench import __version__
+from svp_bench.cards import list_tasks
+from svp_bench.verbs import HEAVY, VERBS
+
+HEAVY_PACKAGES = ("torch", "torchvision", "torchmetrics", "lightning", "timm", "jsonargparse", "tensorboard")
+SCRIPT = Path(sys.executable).with_name("svp-bench")
+
+PROBE = """
+import json, sys
+from svp_bench.cli import main
+status = main(json.loads(sys.argv[1]))
+heavy = sorted(name for name in json.loads(sys.argv[2]) if name in sys.modules)
+print(json.dumps([status, heavy]), file=sys.stderr)
+"""
+
+
+def fresh(*argv: str, cwd: Path | None = None) -> tuple[int, list[str], str]:
+    """Run a command in a process of its own; return its status, the heavy packages that it imported, its output."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(argv), json.dumps(HEAVY_PACKAGES)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    status, heavy = json.loads(done.stderr.splitlines()[-1])
+    return status, heavy, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--help"], ["usage: svp-bench COMMAND", *HEAVY, *VERBS]),
+        (["--version"], [f"svp-bench {__version__}\n"]),
+        (["tasks"], [*list_tasks(), "classes", "natural", "structured"]),
+        (["tasks", "demo"], ["demo/digits", "797"]),
+        (["tasks", "vtab/dtd"], ["name: vtab/dtd\n", "classes: 47\n"]),
+        (["tasks", "--help"], ["usage: svp-bench tasks"]),
+        (["methods"], METHODS),
+        (["methods", "svp"], ["share_layers: 8", "learning_rate: 1.0e-3"]),
+        (["table"], ["ecord"]),
+        (["table", "--help"], ["--published"]),
+        (["data", "check", "demo"], ["demo/digits", "as_card", "train 800, val 200, trainval 1000, test 797"]),
+        (["fit", "--config", "configs/vtab/dtdd.yaml"], []),
+        (["predict", "--help"], ["--images"]),
+        (["demo", "--help"], ["--results_root"]),
+        (["doctor", "--help"], ["usage: svp-bench doctor"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0] in ("--help", "--version", "fit", *VERBS) else "",
+)
+def test_a_light_command_imports_nothing_heavy(argv: list[str], words: list[str], tmp_path: Path) -> None:
+    status, heavy, out = fresh(*argv, cwd=tmp_path)
+    assert status == (2 if argv[0] == "fit" else 0)
+    assert heavy == []
+    assert [word for word in words if word not in out] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_draw_is_light_and_draws(tmp_path: Path) -> None:
+    status, heavy, out = fresh("data", "draw", "vtab/svhn", "--root", "drawn", cwd=tmp_path)
+    assert (status, heavy) == (0, [])
+    assert "Drew a stand-in for vtab/svhn" in out
+    assert (tmp_path / "drawn/svhn/DRAWN.txt").is_file()
+    assert command("data", "check", "vtab/svhn", "--root", str(tmp_path / "drawn")).status == 0
+
+
+@pytest.mark.parametrize("way", [[str(SCRIPT)], [sys.executable, "-m", "svp_bench"]], ids=["script", "module"])
+def test_every_way_in_is_the_same(way: list[str], tmp_path: Path) -> None:
+    for argv, status in ((["methods"], 0), (["methods", "lineer"], 2), (["--version"], 0)):
+        here = command(*argv)
+        done = subprocess.run([*way, *argv], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert (done.returncode, done.stdout, done.stderr) == (here.status, here.out, here.err)
+        assert here.status == status
+
+
+@pytest.mark.parametrize("verb", [*HEAVY])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_the_heavy_verbs_needs_no_config(verb: str, flag: str) -> None:
+    outcome = command(verb, flag)
+    assert outcome.status == 0
+    assert outcome.err == ""
+    for words in ("--config", "--method", "--model.learning_rate", "--data.batch_size", "--trainer.max_epochs"):
+        assert words in outcome.out
+    assert "--results_root" in outcome.out
+
+
+def test_help_says_what_an_argument_means() -> None:
+    text = " ".join(command("fit", "--help", "--config", "configs/vtab/dtd.yaml").out.split())
+    assert "Peak learning rate. It does not change with the batch size or the number of devices." in text
+    assert "Pictures for one optimizer step, over all processes and accumulated batches." in text
+
+
+def test_the_verbs_of_the_help_are_those_that_run() -> None:
+    out = run("--help").out
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and not line.startswith("  svp-")]
+    assert listed == [*HEAVY, *VERBS]
+    assert run("help").out == run("-h").out == out
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    """As under `svp-bench tasks | head -1`: the reader goes away, whether before or after the first byte."""
+    for argv in (["tasks"], ["--help"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([SCRIPT, *argv], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+        os.close(writer)
+        assert done.stderr == ""
+        assert done.returncode == 1
+
+
+def test_the_table_shows_published_numbers_marked_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(tmp_path, monkeypatch)
+    run(*small("--method", "linear"))
+    plain, quoted = run("table").out, run("table", "--published").out
+    assert "published, not measured here" not in plain
+    assert "published, not measured here" in quoted
+    assert run("table", "--suite", "vtab", "--suite", "demo").status == 0
+
+
+def test_the_header_of_a_run_says_what_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(tmp_path, monkeypatch)
+    lines = run(*small("--method", "vpt_deep")).out.splitlines()
+    head = {line.split()[0]: line for line in lines[1:5]}
+    assert head["task"] == f"  task       {TASK} v1, stage final (train on train800val200, test on test)"
+    backbone = SMALL["model.backbone"]
+    assert head["backbone"].startswith(f"  backbone   {backbone}, random weights, scan backend reference (")
+    assert head["method"].startswith("  method     vpt_deep: 384 parameters + 1,700 of the head train, of ")
+    assert lines[5] == "  Random weights: this run shows plumbing, not transfer; tables keep such rows apart."
+    assert lines[-1] == "Next: svp-bench table"
+
+
+def test_a_task_needs_no_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(tmp_path, monkeypatch)
+    draw(tmp_path / "data", "vtab/dtd")
+    with_file = run(*small("--data.task", "vtab/dtd", "--method", "linear")).record
+    argv = small("--data.task", "vtab/dtd", "--method", "linear")
+    without = run("fit", *argv[3:]).record
+    assert without["config_digest"] == with_file["config_digest"]
+    assert without["task"] == "vtab/dtd"
+
+
+def test_every_run_gets_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(tmp_path, monkeypatch)
+    names = {run(*small("--method", "linear")).record["run_id"] for _ in range(2)}
+    assert len(names) == 2
+    assert all(name.startswith("linear-") and "-seed0-" in name for name in names)
