@@ -74,6 +74,18 @@ table: $(STAMP) ## tables from all records, into results/tables/
 tensorboard: $(STAMP) ## the curves of all runs, in the browser
 	$(BIN)/tensorboard --logdir runs
 
+# Peers are installed beside ours into an environment that borrows the packages of .venv.
+PEERS := $(VENV)/peers
+$(PEERS)/installed.stamp: $(STAMP)
+	$(BIN)/python -m venv --clear $(PEERS)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > "$$($(PEERS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -q --no-deps mambapy==1.2.0
+	touch $@
+
+.PHONY: bench
+bench: $(PEERS)/installed.stamp ## measure this machine against the floor and the peers (about ten minutes)
+	$(BIN)/python benchmarks/cpu.py --peers $(PEERS)/bin/python --output benchmarks/results/cpu.json
+
 # build/ is emptied first: setuptools would pack what an older version left there.
 .PHONY: wheel
 wheel: $(STAMP) ## build the wheel into dist/

@@ -302,13 +302,14 @@ class VisionMamba(nn.Module):
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self.norm_f = RMSNorm(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head: nn.Module = nn.Identity()
         self.adapter: nn.Module | None = None
         self.points = Points()
         for layer, mix in enumerate(self.mixers):
             mix.layer, mix.points = layer, self.points
         self.set_scan_backend(scan_backend)
         self.init_weights()
+        self.reset_classifier(num_classes)  # last: the random backbone of a seed must not depend on the classes
 
     @property
     def mixers(self) -> list[Mixer]:
@@ -342,12 +343,6 @@ class VisionMamba(nn.Module):
             nn.init.zeros_(self.patch_embed.proj.bias)
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
-        self._init_head()
-
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that take no weight decay besides biases and one-dimensional ones (Vim's list)."""
@@ -367,10 +362,12 @@ class VisionMamba(nn.Module):
         if global_pool not in (None, "token"):
             raise ValueError(f"Vim reads its class token (global_pool='token'); {global_pool!r} is not offered")
         self.num_classes = num_classes
-        reference = self.norm_f.weight
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.head.to(device=reference.device, dtype=reference.dtype)
-        self._init_head()
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = head = nn.Linear(self.embed_dim, num_classes)
+            trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+            head.to(device=self.norm_f.weight.device, dtype=self.norm_f.weight.dtype)
 
     def embed(self, images: Tensor) -> TokenState:
         """(B, 3, H, W) → the token sequence before block 0, class token in the middle, positions added."""

@@ -59,7 +59,7 @@ def scan(directions: Sequence[Direction], reverse: Sequence[bool], z: Tensor | N
 class _Inputs:
     """The directions side by side, time first, in the dtype of the accumulation."""
 
-    def __init__(self, reverse: tuple[bool, ...], softplus: bool, flat: Sequence[Tensor | None]) -> None:
+    def __init__(self, reverse: tuple[bool, ...], softplus: bool, flat: Sequence[Tensor | None], steps: int) -> None:
         u, delta, A, B, C, D, bias = (list(flat[i::_FIELDS]) for i in range(_FIELDS))
         first = u[0]
         assert first is not None
@@ -74,7 +74,7 @@ class _Inputs:
         raw = self.over_time(delta)
         self.raw = raw if bias[0] is None else raw + self.per_channel(bias)
         self.dt = F.softplus(self.raw) if softplus else self.raw  # (L, B, K, E)
-        self.chunk = _plan(flat)[1]
+        self.chunk = steps
 
     def over_time(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """(B, L, X) of each direction → (L, B, K, X), reversed directions flipped."""
@@ -128,7 +128,7 @@ def _plan(flat: Sequence[Tensor | None]) -> tuple[int, int]:
     assert A is not None
     length = max(u.shape[1], 1)
     state = max(1, len(flat) // _FIELDS * A.numel() * max(u.element_size(), 4))  # bytes, of one picture
-    pictures = max(1, _CHUNK_BYTES // (state * min(length, _CHUNK_STEPS)))
+    pictures = max(1, min(len(u), _CHUNK_BYTES // (state * min(length, _CHUNK_STEPS))))
     # one state a chunk is saved for the backward pass: not more than √L of them
     return pictures, max(math.isqrt(length) + 1, _CHUNK_BYTES // (state * pictures))
 
@@ -157,7 +157,7 @@ class _Scan(torch.autograd.Function):
         kept = max(0, -(-length // steps) - 1)
         before = torch.empty(batch, kept, len(reverse), channels, A.shape[-1], dtype=wide, device=u.device)
         for rows in _slices(batch, pictures):
-            inputs = _Inputs(reverse, softplus, _rows(flat, rows))
+            inputs = _Inputs(reverse, softplus, _rows(flat, rows), steps)
             h = inputs.zero_state()
             y = torch.empty_like(inputs.u)
             for number, part in enumerate(inputs.chunks()):
@@ -187,8 +187,9 @@ class _Scan(torch.autograd.Function):
         for i, t in enumerate(flat):
             if wanted[i]:
                 grads[i] = torch.empty_like(t) if t.ndim == 3 else torch.zeros_like(t, dtype=wide)
-        for rows in _slices(len(grad), _plan(flat)[0]):
-            inputs = _Inputs(reverse, softplus, _rows(flat, rows))
+        pictures, steps = _plan(flat)
+        for rows in _slices(len(grad), pictures):
+            inputs = _Inputs(reverse, softplus, _rows(flat, rows), steps)
             dy_token = grad[rows].to(inputs.dtype) / len(reverse)
             z_wide = None if z is None else z[rows].to(inputs.dtype)
             y = torch.empty_like(inputs.u) if need_z else None
