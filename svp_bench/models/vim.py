@@ -221,14 +221,30 @@ class Mixer(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, L, D) → (B, L, D)."""
         x, z = self.project("in_proj", hidden).chunk(2, dim=-1)
-        u, u_b = bidirectional_conv(
-            x,
-            (self.tensor("conv1d.weight"), self.tensor("conv1d.bias")),
-            (self.tensor("conv1d_b.weight"), self.tensor("conv1d_b.bias")),
+        ahead = (self.tensor("conv1d.weight"), self.tensor("conv1d.bias"))
+        back = (self.tensor("conv1d_b.weight"), self.tensor("conv1d_b.bias"))
+
+        def convolve(x: Tensor = x) -> tuple[Tensor, Tensor]:
+            return bidirectional_conv(x, ahead, back, backend=self.scan_backend)
+
+        u, u_b = convolve()
+        y = bidirectional_scan(
+            self.direction("", u),
+            self.direction("_b", u_b),
+            z,
+            # where nothing else holds u for the backward pass, convolving again is cheaper than keeping it
+            remake=None if self._keeps_u() else torch.no_grad()(convolve),
             backend=self.scan_backend,
         )
-        y = bidirectional_scan(self.direction("", u), self.direction("_b", u_b), z, backend=self.scan_backend)
         return self.project("out_proj", y)
+
+    def _keeps_u(self) -> bool:
+        """Whether autograd keeps the convolved inputs anyway: a trained or changed x_proj needs them."""
+        names = ("x_proj", "x_proj_b")
+        trained = any(self.get_parameter(f"{name}.weight").requires_grad for name in names)
+        linear, tensor = self.points.linear, self.points.tensor
+        changed = any(linear.get((self.layer, n)) or tensor.get((self.layer, f"{n}.weight")) for n in names)
+        return trained or changed
 
 
 class Block(nn.Module):

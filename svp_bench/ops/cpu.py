@@ -45,10 +45,16 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def scan(directions: Sequence[Direction], reverse: Sequence[bool], z: Tensor | None, softplus: bool) -> Tensor:
+def scan(
+    directions: Sequence[Direction],
+    reverse: Sequence[bool],
+    z: Tensor | None,
+    softplus: bool,
+    remake: reference.Remake | None = None,
+) -> Tensor:
     """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
     flat = [tensor for direction in directions for tensor in direction]
-    y: Tensor = _Scan.apply(tuple(reverse), softplus, z, *flat)
+    y: Tensor = _Scan.apply(tuple(reverse), softplus, remake, z, *flat)
     return y
 
 
@@ -108,7 +114,14 @@ class _Block:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, reverse: tuple[bool, ...], softplus: bool, z: Tensor | None, *flat: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        reverse: tuple[bool, ...],
+        softplus: bool,
+        remake: reference.Remake | None,
+        z: Tensor | None,
+        *flat: Tensor | None,
+    ) -> Tensor:
         first = flat[0]
         assert first is not None
         batch, length, channels = first.shape
@@ -118,26 +131,32 @@ class _Scan(torch.autograd.Function):
             problem = _Problem(reverse, softplus, z, flat)
             saved = problem.forward(out, keep=any(ctx.needs_input_grad))
             out = problem.cut
-        ctx.settings = (reverse, softplus)
-        ctx.save_for_backward(z, *flat, *saved)
+        ctx.settings = (reverse, softplus, remake)
+        ctx.save_for_backward(z, *reference.forget(flat, remake), *saved)
         return out.to(first.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reverse, softplus = ctx.settings
+        reverse, softplus, remake = ctx.settings
         count = _FIELDS * len(reverse)
-        z, flat, saved = ctx.saved_tensors[0], ctx.saved_tensors[1 : count + 1], ctx.saved_tensors[count + 1 :]
-        wanted = ctx.needs_input_grad[2:]
+        z, saved = ctx.saved_tensors[0], ctx.saved_tensors[count + 1 :]
+        flat: list[Any] = reference.recall(ctx.saved_tensors[1 : count + 1], remake)
+        wanted = ctx.needs_input_grad[3:]
         tensors = [z, *flat]
         if not flat[0].numel():
-            return (None, None, *[torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)])
+            return (
+                None,
+                None,
+                None,
+                *[torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)],
+            )
         grads = _Problem(reverse, softplus, z, flat).backward(grad, saved, wanted)
         out = [
             g.to(t.dtype) if w and g is not None and t is not None else None
             for g, t, w in zip(grads, tensors, wanted, strict=True)
         ]
-        return (None, None, *out)
+        return (None, None, None, *out)
 
 
 class _Problem:

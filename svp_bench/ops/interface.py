@@ -6,7 +6,7 @@ Letters: B batch, L length (tokens), E channels (mamba's `dim`), N state size, W
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -157,7 +157,14 @@ def selective_scan(
     return y.mT
 
 
-def bidirectional_scan(forward: Direction, backward: Direction, z: Tensor, *, backend: str = "auto") -> Tensor:
+def bidirectional_scan(
+    forward: Direction,
+    backward: Direction,
+    z: Tensor,
+    *,
+    remake: Callable[[], Sequence[Tensor]] | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Mean of a scan over the tokens and one over the tokens in reversed order, gated by SiLU(z) (Vim, Algorithm 1).
 
     `backward` is given in the natural token order as well: the scan runs from its last token to its first. Softplus is
@@ -167,13 +174,30 @@ def bidirectional_scan(forward: Direction, backward: Direction, z: Tensor, *, ba
         forward: What the forward scan reads.
         backward: What the backward scan reads.
         z: Gate, (B, L, E).
+        remake: Computes both `u` again. If given, a backend need not keep them for the backward pass.
         backend: "auto" or a name of `list_backends()`.
 
     Returns:
         (B, L, E).
+
+    Raises:
+        ValueError: If a shape does not fit.
     """
+    batch, length, dim = z.shape
+    for direction in (forward, backward):
+        state = direction.A.shape[-1]
+        for name, shape, letters in (
+            ("u", (batch, length, dim), "(batch, length, dim)"),
+            ("delta", (batch, length, dim), "(batch, length, dim)"),
+            ("A", (dim, state), "(dim, state)"),
+            ("B", (batch, length, state), "(batch, length, state)"),
+            ("C", (batch, length, state), "(batch, length, state)"),
+            ("D", (dim,), "(dim,)"),
+            ("delta_bias", (dim,), "(dim,)"),
+        ):
+            _check(name, getattr(direction, name), shape, letters)
     module = _module(choose(backend, z.device, z.dtype).name)
-    y: Tensor = module.scan((forward, backward), (False, True), z, True)
+    y: Tensor = module.scan((forward, backward), (False, True), z, True, remake)
     return y
 
 

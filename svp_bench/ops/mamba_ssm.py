@@ -62,7 +62,13 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def scan(directions: Sequence[Direction], reverse: Sequence[bool], z: Tensor | None, softplus: bool) -> Tensor:
+def scan(
+    directions: Sequence[Direction],
+    reverse: Sequence[bool],
+    z: Tensor | None,
+    softplus: bool,
+    remake: Callable[[], Sequence[Tensor]] | None = None,  # its own kernel decides what it keeps
+) -> Tensor:
     """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
     found = _functions()
     assert not isinstance(found, str)

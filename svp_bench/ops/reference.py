@@ -11,7 +11,7 @@ Inside, tensors are time first, (L, B, K, E), with the reversed directions alrea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +39,16 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point else f"it takes floating-point tensors, not {dtype}"
 
 
-def scan(directions: Sequence[Direction], reverse: Sequence[bool], z: Tensor | None, softplus: bool) -> Tensor:
+Remake = Callable[[], Sequence[Tensor]]
+
+
+def scan(
+    directions: Sequence[Direction],
+    reverse: Sequence[bool],
+    z: Tensor | None,
+    softplus: bool,
+    remake: Remake | None = None,
+) -> Tensor:
     """Mean over the directions of their selective scans, gated by SiLU(z).
 
     Args:
@@ -47,13 +56,27 @@ def scan(directions: Sequence[Direction], reverse: Sequence[bool], z: Tensor | N
         reverse: Whether each runs from the last token to the first.
         z: Gate (B, L, E), or None.
         softplus: Apply the softplus to delta + delta_bias.
+        remake: Computes the `u` of all directions again; if given they are not kept for the backward pass.
 
     Returns:
         (B, L, E) in the dtype of the first `u`.
     """
     flat = [tensor for direction in directions for tensor in direction]
-    y: Tensor = _Scan.apply(tuple(reverse), softplus, z, *flat)
+    y: Tensor = _Scan.apply(tuple(reverse), softplus, remake, z, *flat)
     return y
+
+
+def forget(flat: Sequence[Tensor | None], remake: Remake | None) -> list[Tensor | None]:
+    """The fields of all directions without each `u`, if those can be made again."""
+    return [None if remake is not None and i % _FIELDS == 0 else t for i, t in enumerate(flat)]
+
+
+def recall(flat: Sequence[Tensor | None], remake: Remake | None) -> list[Tensor | None]:
+    """The inverse of `forget`."""
+    full = list(flat)
+    if remake is not None:
+        full[::_FIELDS] = [u.detach() for u in remake()]
+    return full
 
 
 class _Inputs:
@@ -144,7 +167,14 @@ def _rows(flat: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, reverse: tuple[bool, ...], softplus: bool, z: Tensor | None, *flat: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        reverse: tuple[bool, ...],
+        softplus: bool,
+        remake: Remake | None,
+        z: Tensor | None,
+        *flat: Tensor | None,
+    ) -> Tensor:
         u, A = flat[0], flat[2]
         assert u is not None
         assert A is not None
@@ -168,17 +198,18 @@ class _Scan(torch.autograd.Function):
                 h = states[-1].clone()
             mean = inputs.mean(y)
             out[rows] = mean if z is None else mean * F.silu(z[rows].to(mean.dtype))
-        ctx.settings = (reverse, softplus)
-        ctx.save_for_backward(before, z, *flat)
+        ctx.settings = (reverse, softplus, remake)
+        ctx.save_for_backward(before, z, *forget(flat, remake))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reverse, softplus = ctx.settings
-        before, z, *flat = ctx.saved_tensors
-        need_z = ctx.needs_input_grad[2]
-        wanted = ctx.needs_input_grad[3:]
+        reverse, softplus, remake = ctx.settings
+        before, z, *kept = ctx.saved_tensors
+        flat: list[Any] = recall(kept, remake)
+        need_z = ctx.needs_input_grad[3]
+        wanted = ctx.needs_input_grad[4:]
         need = [any(wanted[i::_FIELDS]) for i in range(_FIELDS)]
         grad_z = torch.empty_like(z) if need_z else None
         # Of activations, each slice writes its own part; of weights, the sum over the slices, rounded once at the end.
@@ -206,6 +237,7 @@ class _Scan(torch.autograd.Function):
                 elif total is not None:
                     total += fields[field][direction]
         return (
+            None,
             None,
             None,
             grad_z,
