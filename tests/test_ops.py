@@ -635,3 +635,33 @@ def test_messages(call: Callable[[Any], object], error: type[Exception], message
     with pytest.raises(error, match=message) as caught:
         call(draw(7))
     assert "\n" not in str(caught.value)
+
+
+def test_what_can_be_made_again_is_not_kept(backend: str) -> None:
+    x = torch.randn(2, 33, 16, requires_grad=True)
+    weights = [(torch.randn(16, 4), torch.randn(16)) for _ in range(2)]
+    others = [torch.randn(2, 33, n) for n in (16, 3, 3, 16, 3, 3, 16)]
+    A, D, bias = -torch.rand(16, 3), torch.randn(16), torch.randn(16)
+    calls = 0
+
+    def convolve() -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        return bidirectional_conv(x, weights[0], weights[1], backend=backend)
+
+    def run(remake: bool) -> tuple[Tensor, Tensor, int]:
+        kept: set[int] = set()
+        u, u_b = convolve()
+        ahead = Direction(u, others[0], A, others[1], others[2], D, bias)
+        back = Direction(u_b, others[3], A, others[4], others[5], D, bias)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
+            y = bidirectional_scan(ahead, back, others[6], remake=convolve if remake else None, backend=backend)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        return y, gradient, len(kept & {u.data_ptr(), u_b.data_ptr()})
+
+    y, gradient, kept = run(remake=False)
+    assert (kept, calls) == (2, 1)
+    again, gradient_again, kept_again = run(remake=True)
+    assert (kept_again, calls) == (0, 3)  # once forward, once back
+    assert torch.equal(y, again)
+    assert torch.equal(gradient, gradient_again)
