@@ -65,7 +65,8 @@ class TaskCard:
         source: Address of the data set's home page.
         licence: Terms of the data in a few words.
         citation: Key in `references.bib`.
-        digest: "sha256:<64 hex digits>" of the data as first seen, or None while unseen.
+        digest: "sha256:<64 hex digits>" over all lists as first seen, or None while unseen. With the reader `lists`, of
+            their lines (list names, paths, labels), not of pixels; with `digits`, of pixels and labels.
         variants: Other known forms of the data: name → list lengths (all of them, not only those that differ).
         notes: What a reader of a number on this task should know.
         reader: How the data are read: the card's own reader, else the suite's.

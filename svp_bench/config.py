@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from svp_bench.cards import load_protocol, load_suite, load_task
-from svp_bench.errors import ConfigError, UsageError, unknown_name
+from svp_bench.errors import ConfigError, UsageError, nearest, unknown_name
 from svp_bench.methods import METHODS
 from svp_bench.plain_yaml import Node, read_yaml
 from svp_bench.resources import configs_dir
@@ -22,6 +22,7 @@ from svp_bench.resources import configs_dir
 __all__ = ["Composed", "Flags", "compose", "split_flags"]
 
 DEFAULT_METHOD = "svp"
+_BACKBONE_KEYS = ("backbone", "checkpoint", "scan_backend")  # of a saved config's `model`, what is not its method's
 # The groups of a config. As a whole they would come past the layers, with a method but without its recipe.
 _GROUPS = {
     "--model": "--model.learning_rate 1e-4",
@@ -204,6 +205,11 @@ def compose(flags: Flags) -> Composed:
     files = [(path, *_load(path)) for path in map(find_config, flags.configs)]
     task_name = flags.values.get("data.task") or _last(files, ("data", "task"))
     if not task_name:
+        for _, values, origins in files:
+            for key in values.get("data") or ():  # a mistyped key is the likelier reason
+                if nearest(str(key), ["task"]):
+                    place = origins.get(f"data.{key}", "the config")
+                    raise unknown_name("config key", f"data.{key}", ["data.task"], where=place, error=ConfigError)
         raise UsageError("no task: give a config, e.g. --config configs/vtab/caltech101.yaml (`svp-bench tasks`)")
     card = load_task(str(task_name))
     suite = load_suite(card.suite)
@@ -214,9 +220,14 @@ def compose(flags: Flags) -> Composed:
     composed.merge(dict(protocol.training), dict.fromkeys(_leaves(protocol.training), where))
 
     task, further = files[:1], files[1:]
-    for _, values, origins in task:
-        composed.merge(values, origins)
     complete = bool(task and _method_class(task[0][1]))
+    for path, values, origins in task:
+        if complete and flags.method is not None:  # a saved config: its recipe is its method's
+            values = {**values, "model": {k: v for k, v in values["model"].items() if k in _BACKBONE_KEYS}}
+            composed.notices.append(
+                f"of {path} only task, trainer and backbone are kept; --method brings its own recipe"
+            )
+        composed.merge(values, origins)
     if flags.method is None and complete:
         composed.method = "(as in the config)"
     else:

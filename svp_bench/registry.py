@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -103,4 +104,7 @@ class Registry:
         self._loaded = True
         for point in metadata.entry_points(group=self._group or ""):
             distribution = point.dist.name if point.dist else "another package"
-            self.add(point.name, point.value, f"(from {distribution})")
+            try:
+                self.add(point.name, point.value, f"(from {distribution})")
+            except ValueError as error:  # somebody else's mistake must not take down every command
+                warnings.warn(f"left out a {self.kind} of {distribution}: {error}", stacklevel=2)

@@ -179,7 +179,7 @@ def _doctor(argv: Sequence[str]) -> int:
     import torch
 
     from svp_bench._version import __version__
-    from svp_bench.ops import choose, list_backends
+    from svp_bench.ops import backend_statuses, choose
     from svp_bench.ops.compiled import cache_folder
     from svp_bench.ops.selftest import self_test
     from svp_bench.ops.threads import pool_name
@@ -192,7 +192,7 @@ def _doctor(argv: Sequence[str]) -> int:
     print(f"GPU       {gpu}")
     print(f"kernels   compiled ones are kept in {cache_folder()}")
     print("\nScan backends, in the order in which `auto` tries them:")
-    for backend in list_backends():
+    for backend in backend_statuses():
         print(f"  {backend.name:<10} {'available' if backend.available else 'not here':<10} {backend.summary}")
         if backend.reason:
             print(f"  {'':<10} {'':<10} {backend.reason}")

@@ -22,6 +22,7 @@ from svp_bench.results.record import (
 
 WEIGHTS = "sha256:" + "ab" * 32
 LIST = "sha256:" + "cd" * 32
+OTHER_LIST = "sha256:" + "ef" * 32
 CONFIG: dict[str, Any] = {
     "seed_everything": 0,
     "trainer": {"max_epochs": 100, "accelerator": "cpu", "gradient_clip_val": 5.0, "logger": True},
@@ -120,6 +121,12 @@ def make_record(
         checkpoint_file=f"{task}/run/last.ckpt",
     )
     return dataclasses.replace(record, **fields)
+
+
+def drawn_record(task: str = "vtab/caltech101", method: str = "svp", **fields: Any) -> Record:
+    """Return a record of a run on a drawn stand-in; see `make_record`."""
+    data = {"data_variant": "drawn", "data_status": "different", "data_digest": OTHER_LIST}
+    return make_record(task, method, **{**data, "data_notes": ["the pictures are drawn, not real"], **fields})
 
 
 def unscored(record: Record, status: str = "unscored", reason: str | None = None) -> Record:

@@ -501,3 +501,20 @@ def test_any_command_line_is_split_or_refused_in_one_line(argv: list[str]) -> No
         return
     taken = 2 * len(flags.configs) + 2 * bool(flags.method)
     assert len(argv) - taken <= len(flags.rest) <= len(argv)
+
+
+def test_a_saved_config_gives_nothing_of_its_recipe_to_another_method(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(
+        "model:\n  method:\n    class_path: svp_bench.methods.vpt.VPTDeep\n    init_args: {length: 3}\n"
+        "  label_smoothing: 0.3\n  learning_rate: 7.0\n  backbone: vim_tiny_patch16_224\n"
+        "data:\n  task: vtab/dtd\n",
+        encoding="utf-8",
+    )
+    composed = compose(split_flags(["--config", str(saved), "--method", "svp"]))
+    fresh = compose(split_flags(["--config", "configs/vtab/dtd.yaml", "--method", "svp"]))
+    assert composed.get("model.label_smoothing") == fresh.get("model.label_smoothing") == 0.0
+    assert composed.get("model.learning_rate") == fresh.get("model.learning_rate")
+    assert composed.get("model.method") == fresh.get("model.method")
+    assert composed.get("model.backbone") == "vim_tiny_patch16_224"
+    assert any("--method brings its own recipe" in notice for notice in composed.notices)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from svp_bench.cards import load_task
 from svp_bench.data import module as module_file
-from svp_bench.data.lists import list_digest, read_list
+from svp_bench.data.lists import combined_digest, list_digest, read_list
 from svp_bench.data.module import Batch, VisionDataModule
 from svp_bench.data.sources import FilePictures
 from svp_bench.data.synthetic import draw_task
@@ -336,6 +336,17 @@ def test_data_as_the_card_says_make_no_warning() -> None:
 def test_the_digest_of_the_test_list_is_that_of_its_lines(root: Path) -> None:
     expected = list_digest("test", read_list(root / "dtd" / "test.txt", 47))
     assert ready(root).test_list_digest == expected
+
+
+def test_the_digest_of_a_run_is_that_of_the_lists_of_its_stage(own: Path) -> None:
+    def digest(*names: str) -> str:
+        return combined_digest({name: list_digest(name, read_list(own / f"{name}.txt", 47)) for name in names})
+
+    final = ready(own.parent).report
+    assert (final.digest, final.variant) == (digest("train800val200", "test"), "drawn")
+    assert ready(own.parent, stage="select").report.digest == digest("train800", "val200")
+    (own / "val200.txt").unlink()
+    assert ready(own.parent).report.digest == final.digest
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

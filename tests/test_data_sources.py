@@ -187,8 +187,29 @@ def test_data_as_the_card_says(drawn: Path) -> None:
     source = open_source(card, drawn.parent)
     report = inspect(card, source, ["train800", "test"])
     assert (report.variant, report.status, report.notes) == ("card", "as_card", ())
-    assert report.digest == source.digest
     assert report.counts == card.counts
+
+
+def test_the_digest_is_over_the_lists_in_use_and_the_cards_over_all(drawn: Path) -> None:
+    card = small(digest=open_source(small(), drawn.parent).digest)
+    source = open_source(card, drawn.parent)
+    used = ["train800val200", "test"]
+    whole, final = inspect(card, source, sorted(source.lists)), inspect(card, source, used)
+    assert (whole.digest, whole.status) == (card.digest, "as_card")
+    assert final.digest == combined_digest({name: source.get(name).digest for name in used}) != card.digest
+    assert final.status == "as_card"
+    (drawn / "val200.txt").unlink()
+    assert inspect(card, open_source(card, drawn.parent), used).digest == final.digest
+    (drawn / "test.txt").write_text("".join(reversed((drawn / "test.txt").read_text().splitlines(keepends=True))))
+    assert inspect(card, open_source(card, drawn.parent), used).digest != final.digest
+
+
+def test_a_list_that_is_not_in_use_still_has_to_be_as_pinned(drawn: Path) -> None:
+    card = small(digest=open_source(small(), drawn.parent).digest)
+    (drawn / "val200.txt").write_text("".join(reversed((drawn / "val200.txt").read_text().splitlines(keepends=True))))
+    source = open_source(card, drawn.parent)
+    report = inspect(card, source, ["train800val200", "test"])
+    assert report.notes == (f"the digest is {source.digest}, the card says {card.digest}",)
 
 
 def test_an_unpinned_digest_is_not_compared(drawn: Path) -> None:
@@ -197,7 +218,7 @@ def test_an_unpinned_digest_is_not_compared(drawn: Path) -> None:
 
 def test_another_digest_is_a_difference(drawn: Path) -> None:
     card = small(digest="sha256:" + "0" * 64)
-    report = inspect(card, open_source(card, drawn.parent), [])
+    report = inspect(card, open_source(card, drawn.parent), list(card.counts))
     assert report.status == "different"
     assert len(report.notes) == 1
     assert report.notes[0] == f"the digest is {report.digest}, the card says {card.digest}"
@@ -236,8 +257,11 @@ def test_a_missing_list_that_is_not_used_is_a_difference_one_that_is_used_stops(
 def test_drawn_pictures_never_pass_for_real_ones(tmp_path: Path) -> None:
     folder = draw_task(small(), tmp_path, counts=COUNTS, size=16)
     report = inspect(small(), open_source(small(), tmp_path), [])
-    assert report.status == "different"
+    assert (report.variant, report.status) == ("drawn", "different")
     assert report.notes == (f"the pictures in {folder} are drawn, not real",)
+    other_counts = inspect(DTD, open_source(DTD, tmp_path), [])
+    assert other_counts.variant == "drawn"
+    assert "test has 5 pictures, the card says 1880" in other_counts.notes
 
 
 # --- digits ----------------------------------------------------------------------------------------------------------
@@ -288,6 +312,7 @@ def test_the_shipped_digit_cards_are_true(name: str) -> None:
     card = load_task(name)
     report = inspect(card, open_source(card), list(card.counts))
     assert (report.variant, report.status, report.notes) == ("card", "as_card", ())
+    assert report.digest == card.digest  # as `svp-bench data check` prints it
 
 
 @pytest.mark.parametrize("per_class", [2, 0, -1, 1000])

@@ -25,8 +25,9 @@ from svp_bench.methods.base import Method, build_method
 from svp_bench.methods.build import adapt, create_model, trained_parameters
 from svp_bench.models import TokenState, VisionMamba
 from svp_bench.models.vim import LINEAR_POINTS, TENSOR_POINTS
+from svp_bench.ops import backend_statuses
 
-BACKENDS = [status.name for status in svp_bench.list_backends() if status.available]
+BACKENDS = [status.name for status in backend_statuses() if status.available]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("svp", {"variant": "released", "share_layers": 2}),
     ("svp", {"paths": "cross", "share_layers": 2, "include_cls": True}),

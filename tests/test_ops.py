@@ -14,10 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import svp_bench
 from svp_bench.errors import UnavailableError, UsageError
-from svp_bench.ops import Direction, bidirectional_conv, bidirectional_scan, causal_conv1d, choose, selective_scan
+from svp_bench.ops import (
+    Direction,
+    backend_statuses,
+    bidirectional_conv,
+    bidirectional_scan,
+    causal_conv1d,
+    choose,
+    selective_scan,
+)
 from svp_bench.ops import reference as reference_backend
 
-BACKENDS = [status.name for status in svp_bench.list_backends() if status.available]
+BACKENDS = [status.name for status in backend_statuses() if status.available]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
@@ -522,7 +530,8 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def test_backends_are_listed_with_a_reason() -> None:
-    rows = svp_bench.list_backends()
+    rows = backend_statuses()
+    assert svp_bench.list_backends() == [row.name for row in rows]
     assert "reference" in [row.name for row in rows if row.available]
     for row in rows:
         assert row.summary
@@ -665,3 +674,22 @@ def test_what_can_be_made_again_is_not_kept(backend: str) -> None:
     assert (kept_again, calls) == (0, 3)  # once forward, once back
     assert torch.equal(y, again)
     assert torch.equal(gradient, gradient_again)
+
+
+def test_autocast_does_not_reach_into_the_scan(backend: str) -> None:
+    torch.manual_seed(0)
+    x, z = torch.randn(2, 17, 16), torch.randn(2, 17, 16)
+    rows = [torch.randn(2, 17, n) for n in (16, 3, 3, 16, 3, 3)]
+    A, D, bias, weight = -torch.rand(16, 3), torch.randn(16), torch.randn(16), torch.randn(16, 4)
+
+    def run() -> Tensor:
+        u, u_b = bidirectional_conv(x, (weight, None), (weight, None), backend=backend)
+        ahead, back = (
+            Direction(u, rows[0], A, rows[1], rows[2], D, bias),
+            Direction(u_b, rows[3], A, *rows[4:], D, bias),
+        )
+        return bidirectional_scan(ahead, back, z, backend=backend)
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(run(), plain.double()) <= 1e-6

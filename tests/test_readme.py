@@ -45,6 +45,10 @@ def test_every_verb_and_target_is_real() -> None:
         assert f"\n{target}:" in makefile or target in ("itself",), target
 
 
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"^[A-Z]+_[A-Z]+$", TEXT, flags=re.MULTILINE)
+
+
 def test_the_paths_that_it_names_are_there() -> None:
     for path in re.findall(r"\]\(([^)#:]+)\)", TEXT):
         assert (ROOT / path).exists(), path

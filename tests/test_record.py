@@ -279,6 +279,7 @@ def edit(data: dict[str, Any], dotted: str, value: Any) -> None:
         ("run_id", "../x", "'run_id' must be a name of letters"),
         ("dirty", 0, "'dirty' must be true, false or null, not 0"),
         ("data_status", "ok", "'data_status' must be one of as_card, different"),
+        ("data_digest", None, "'data_digest' is null; a run that is complete has read its lists"),
         ("data_notes", "none", "'data_notes' must be a list of texts"),
         ("lists", {"train": 1}, "'lists' must be an object of texts"),
         ("times.train_seconds", "12", "'times' must be an object of finite numbers"),
@@ -379,7 +380,7 @@ def test_no_records_are_no_problem(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", ["truncated", "failed", "interrupted"])
 def test_runs_without_scores_can_be_written(tmp_path: Path, status: str) -> None:
-    record = unscored(make_record(), status, "loss is NaN in step 12")
+    record = unscored(make_record(data_digest=None), status, "loss is NaN in step 12")
     assert read_record(write_record(record, tmp_path)) == record
     assert json.loads(record.text())["metrics"] == {}
 
@@ -508,6 +509,7 @@ def test_an_unscored_record_stays_unless_it_becomes_complete(tmp_path: Path) -> 
         ({"seed": 1}, "seed"),
         ({"checkpoint_digest": LIST}, "checkpoint_digest"),
         ({"protocol_version": 2}, "protocol_version"),
+        ({"data_digest": WEIGHTS}, "data_digest"),
         ({"created": "2026-02-01T12:00:00+00:00"}, "created"),
     ],
 )

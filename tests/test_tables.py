@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_records import LIST, WEIGHTS, make_record, unscored
+from drawn_records import LIST, OTHER_LIST, WEIGHTS, drawn_record, make_record, unscored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -313,12 +313,113 @@ def test_data_variants_are_never_averaged(tmp_path: Path) -> None:
     assert (row["dtd"], row["svhn"], row["other_variants"]) == ("90.0000", "30.0000", "svhn=zip")
     assert "30.00‡" in texts["small.md"]
     assert "- ‡ Another variant of the data than the card's own: svhn (zip)." in texts["small.md"]
-    assert "in the long CSV file only: dtd (archive)." in texts["small.md"]
+    assert "- dtd, svp: also 50.00 (1 seed) on other data, variant archive (lists cdcd" in texts["small.md"]
     lines = [line for line in read_csv(texts["small_long.csv"]) if line["task"] == "vtab/dtd"]
     assert [(line["data_variant"], line["mean"], line["status"]) for line in lines] == [
         ("card", "90.0000", "complete"),
         ("archive", "50.0000", "not in the wide table"),
     ]
+
+
+def test_runs_on_other_lists_are_neither_averaged_nor_superseded(tmp_path: Path) -> None:
+    records = [
+        make_record(seed=0, right=9, number=1),
+        make_record(seed=0, right=5, number=2, data_digest=OTHER_LIST),  # the same seed, newer
+        make_record(seed=1, right=7, number=0),
+        make_record(seed=2, right=1, number=3, data_digest=OTHER_LIST),
+        make_record(seed=3, right=2, number=4, data_digest=OTHER_LIST),
+    ]
+    first = build(records)
+    assert first.left_out == ()
+    (row,) = rows_of(first).values()
+    (shown,), (apart,) = row.cells.values(), row.apart
+    assert (shown.data_digest, shown.seeds, round(shown.mean, 2)) == (OTHER_LIST, (0, 2, 3), 26.67)  # more seeds
+    assert (apart.data_digest, apart.seeds, apart.mean) == (LIST, (0, 1), 80.0)
+    line = (
+        "caltech101, svp: also 80.00 (2 seeds) on other data, variant card (lists cdcdcdcdcdcd); in the long CSV only."
+    )
+    texts = files(first, tmp_path)
+    assert f"\n- {line}\n" in texts["small.md"]
+    assert line in " ".join(render_terminal(first).split())
+    assert [
+        (cell["data_digest"], cell["mean"], cell["status"])
+        for cell in read_csv(texts["small_long.csv"])
+        if cell["status"] != "missing"
+    ] == [(OTHER_LIST, "26.6667", "complete"), (LIST, "80.0000", "not in the wide table")]
+    assert files(build(records[::-1]), tmp_path) == texts
+
+
+@pytest.mark.parametrize(
+    ("shown", "apart"),
+    [
+        ({"number": 1}, {"number": 2, "data_status": "different"}),
+        ({"number": 2}, {"number": 1}),
+        ({"number": 1, "data_status": "different"}, {"number": 2, "data_status": "different", "data_variant": "zip"}),
+        ({"number": 1, "data_variant": "zip"}, {"number": 2, "data_status": "different"}),
+        ({"number": 1, "data_status": "different"}, {"number": 2, "data_status": "different", "data_variant": "drawn"}),
+    ],
+    ids=["as-card", "newest", "card-before-variant", "status-before-variant", "stand-in-last"],
+)
+def test_which_data_are_shown(shown: dict[str, Any], apart: dict[str, Any]) -> None:
+    records = [make_record(right=8, **shown), make_record(right=3, data_digest=OTHER_LIST, **apart)]
+    for given_records in (records, records[::-1]):
+        (row,) = rows_of(build(given_records)).values()
+        assert [cell.mean for cell in row.cells.values()] == [80.0]
+        assert [cell.mean for cell in row.apart] == [30.0]
+
+
+def test_a_real_run_is_shown_before_newer_drawn_ones() -> None:
+    real = make_record("vtab/dtd", right=6, number=1)
+    table = build([real, *(drawn_record("vtab/dtd", seed=seed, right=10, number=2 + seed) for seed in (0, 1))])
+    (row,) = rows_of(table).values()
+    assert (row.cells["vtab/dtd"].mean, row.drawn, table.left_out) == (60.0, False, ())
+    page = render_markdown(table)
+    assert "- dtd, svp: also 100.00 (2 seeds) on a drawn stand-in (lists efefefefefef); in the long CSV only." in page
+    assert "§" not in page
+
+
+def test_a_row_with_a_drawn_cell_is_marked_and_never_ranked(tmp_path: Path) -> None:
+    stand_in = [drawn_record("vtab/dtd", "full", right=990, count=1000), *all_tasks("full", 990)]
+    stand_in = [r for r in stand_in if r.task != "vtab/dtd" or r.data_variant == "drawn"]
+    table = build([*stand_in, *all_tasks("svp", 700), *all_tasks("linear", 600)])
+    assert {name: row.rank for name, row in rows_of(table).items()} == {"svp": 1, "linear": 2, "full": None}
+    assert [row.label for row in table.sections[0].rows] == ["svp", "linear", "full"]
+    texts = files(table, tmp_path)
+    # the task itself, its group and both means; the other groups are real
+    assert (
+        "| – | full | 99.00 | 99.00§ | 99.00 | 99.00 | 99.00 | 99.00 | 99.00§ | 99.00 | 99.00 | 99.00§ | 99.00§ | 6/6 |"
+        in texts["small.md"]
+    )
+    assert "- § Drawn stand-in, not the data set: rows with such a cell are not ranked.\n" in texts["small.md"]
+    assert "†" not in texts["small.md"]
+    assert "‡" not in texts["small.md"]
+    row = read_csv(texts["small.csv"])[-1]
+    assert (row["rank"], row["data_different"], row["other_variants"]) == ("", "dtd", "dtd=drawn")
+    assert "\n§ Drawn stand-in, not the data set" in render_terminal(table)
+    wide = render_terminal(build([drawn_record(task) for task in VTAB.tasks], VTAB))
+    assert "caltech101" not in wide  # where the tasks do not fit, the means carry the mark
+    assert "70.00§" in wide
+
+
+def test_rows_on_other_lists_than_each_other_are_told_apart() -> None:
+    note = "The rows are not all on the same lists of pictures: dtd."
+    mixed = [
+        make_record("vtab/dtd"),
+        make_record("vtab/dtd", "linear", data_digest=OTHER_LIST),
+        make_record("vtab/svhn"),
+    ]
+    assert f"- {note}\n" in render_markdown(build(mixed))
+    assert note in render_terminal(build(mixed))
+    assert "not all on the same lists" not in render_markdown(build([*all_tasks("svp"), *all_tasks("linear")]))
+
+
+def test_records_made_with_uncommitted_changes_are_counted() -> None:
+    records = [make_record(seed=seed, dirty=dirty) for seed, dirty in enumerate((True, False, None, True))]
+    table = build([*records, make_record(seed=9, backbone="vim_tiny_patch16_224")])
+    note = "2 of 4 records were made with uncommitted changes."
+    assert render_markdown(table).count("uncommitted") == 1
+    assert f"\n- {note}\n" in render_markdown(table)
+    assert f"\n{note}\n" in render_terminal(table)
 
 
 # ---- what does not enter

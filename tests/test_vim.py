@@ -23,8 +23,9 @@ from svp_bench.methods.build import adapt, create_backbone
 from svp_bench.methods.svp import SVP
 from svp_bench.models import VisionMamba
 from svp_bench.models.vim import LINEAR_POINTS, TENSOR_POINTS, Mixer
+from svp_bench.ops import backend_statuses
 
-BACKENDS = [status.name for status in svp_bench.list_backends() if status.available]
+BACKENDS = [status.name for status in backend_statuses() if status.available]
 NANO: dict[str, Any] = {"embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 6}
 
 

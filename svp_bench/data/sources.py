@@ -103,11 +103,13 @@ class Source:
         origin: Where they are, for messages.
         lists: Name → pictures, for the lists that are there.
         notes: What sets these data apart from what the card means, beyond what their counts and digest show.
+        drawn: Are they a drawn stand-in, not the data set?
     """
 
     origin: str
     lists: Mapping[str, Pictures]
     notes: tuple[str, ...] = ()
+    drawn: bool = False
 
     def get(self, name: str) -> Pictures:
         """Return the pictures of one list.
@@ -134,10 +136,11 @@ class DataReport:
     """How the data found compare with the card.
 
     Attributes:
-        variant: "card", or the name of the card's variant whose counts they have.
+        variant: "card", the name of the card's variant whose counts they have, or "drawn" for a drawn stand-in.
         status: "as_card" (also for a variant) or "different".
         notes: One line for each difference.
-        digest: Of all lists found.
+        digest: "sha256:…" over the lists that were named as used: what a record stores, so that a list which a stage
+            does not read makes no difference. Over all lists of the card, it is the number that a card pins.
         counts: Name of each list found → its number of pictures.
     """
 
@@ -174,13 +177,12 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
     Args:
         card: The task's card.
         source: What its reader returned.
-        lists: Names of the lists that will be used.
+        lists: Names of the lists that will be used; `DataReport.digest` is over these.
 
     Raises:
         DataError: If a list that will be used is not there.
     """
-    for name in lists:
-        source.get(name)
+    digest = combined_digest({name: source.get(name).digest for name in lists})
     counts = {name: len(pictures) for name, pictures in source.lists.items()}
     notes = list(source.notes)
     missing = [name for name in card.counts if name not in counts]
@@ -205,7 +207,9 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
     same_lists = variant == "card" and counts == dict(card.counts)
     if same_lists and card.digest is not None and source.digest != card.digest:
         notes.append(f"the digest is {source.digest}, the card says {card.digest}")
-    return DataReport(variant, "different" if notes else "as_card", tuple(notes), source.digest, counts)
+    if source.drawn:
+        variant = "drawn"
+    return DataReport(variant, "different" if notes else "as_card", tuple(notes), digest, counts)
 
 
 # --- lists of picture files ------------------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ def open_lists(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
         if path.exists():
             lists[name] = FilePictures(folder, name, read_list(path, card.classes, task=card.name))
     drawn = (folder / DRAWN_MARK).exists()
-    return Source(str(folder), lists, (f"the pictures in {folder} are drawn, not real",) if drawn else ())
+    return Source(str(folder), lists, (f"the pictures in {folder} are drawn, not real",) if drawn else (), drawn)
 
 
 class FilePictures(Pictures):

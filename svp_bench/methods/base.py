@@ -31,7 +31,7 @@ class Method:
         Raises:
             ConfigError: If the settings do not fit the model; says why.
         """
-        raise NotImplementedError
+        raise ConfigError(f"the method {type(self).__name__} must define attach(model)")
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name (in `model.named_parameters()`) is trained. Default: adapter and head."""
@@ -39,7 +39,7 @@ class Method:
 
     def adapter_parameters(self, model: VisionMamba) -> int:
         """Return the number of trained parameters without the head, by the closed formula of the class docstring."""
-        raise NotImplementedError
+        raise ConfigError(f"the method {type(self).__name__} must define adapter_parameters(model)")
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's arguments as they were given."""

@@ -65,6 +65,12 @@ def adapt(model: VisionMamba, method: Method) -> VisionMamba:
         model.adapter.to(model.cls_token).train(model.training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(method.trains(name))
+    counted = sum(p.numel() for name, p in trained_parameters(model).items() if not name.startswith("head."))
+    if (claimed := method.adapter_parameters(model)) != counted:
+        raise ConfigError(
+            f"{type(method).__name__}: adapter_parameters() says {claimed} and {counted} parameters train besides the "
+            "head; correct the formula"
+        )
     model.method = method  # type: ignore[assignment]  # a plain object, no module
     return model
 

@@ -188,6 +188,8 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Pa
     if left_over:
         parts.append(f"{len(left_over)} left over ({_some(left_over)})")
     text = f"{path}: does not fit {_model_name(model)}: " + "; ".join(parts)
+    if left_over and not (missing or wrong) and all(name.startswith("adapter.") for name in left_over):
+        raise CheckpointError(f"{text}; the file holds a method's adapter too: save the backbone alone")
     fit = _guess(state)
     raise CheckpointError(f"{text}; the file looks like {fit}" if fit else text)
 
@@ -258,6 +260,8 @@ def resolve_checkpoint(source: str | Path | None, architecture: str) -> Path | N
             )
         return path
     path = Path(source).expanduser()
+    if path.is_dir():
+        raise CheckpointError(f"--model.checkpoint {str(source)!r} is a folder; give the file of the weights")
     if not path.is_file():
         looks_like_name = path.suffix == "" and path.parent == Path(".")
         if looks_like_name:

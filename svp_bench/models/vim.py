@@ -23,7 +23,7 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from svp_bench.ops import Direction, add_norm, bidirectional_conv, bidirectional_scan, choose
+from svp_bench.ops import Direction, add_norm, bidirectional_conv, bidirectional_scan, require
 
 __all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "Block", "Mixer", "Points", "RMSNorm", "TokenState", "VisionMamba"]
 
@@ -68,7 +68,8 @@ class Points:
         scan_backend: The model's choice, for methods whose own operations have backends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 1) -> None:
+        self.depth = depth
         self.scan_backend = "auto"
         self.tokens: list[TokenPoint] = []
         self.linear: dict[tuple[int, str], list[LinearPoint]] = defaultdict(list)
@@ -84,6 +85,7 @@ class Points:
         Raises:
             ValueError: If there is no such projection.
         """
+        self._check_layer(layer)
         if name not in LINEAR_POINTS:
             raise ValueError(f"no linear projection {name!r}; there are {', '.join(LINEAR_POINTS)}")
         self.linear[layer, name].append(point)
@@ -94,9 +96,14 @@ class Points:
         Raises:
             ValueError: If there is no such tensor.
         """
+        self._check_layer(layer)
         if name not in TENSOR_POINTS:
             raise ValueError(f"no tensor {name!r}; there are {', '.join(TENSOR_POINTS)}")
         self.tensor[layer, name].append(point)
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.depth:
+            raise ValueError(f"no block {layer}; there are 0..{self.depth - 1}")
 
 
 class RMSNorm(nn.Module):
@@ -320,7 +327,7 @@ class VisionMamba(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Identity()
         self.adapter: nn.Module | None = None
-        self.points = Points()
+        self.points = Points(depth)
         for layer, mix in enumerate(self.mixers):
             mix.layer, mix.points = layer, self.points
         self.set_scan_backend(scan_backend)
@@ -339,7 +346,7 @@ class VisionMamba(nn.Module):
             UsageError: If there is none of that name.
             UnavailableError: If it cannot run here.
         """
-        choose(name, self.cls_token.device, self.cls_token.dtype)
+        require(name)
         self.scan_backend = self.points.scan_backend = name
         for mixer in self.mixers:
             mixer.scan_backend = name
@@ -449,7 +456,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _hub(size: str, file: str) -> dict[str, Any]:
-    return _cfg(hf_hub_id=f"hustvl/Vim-{size}-midclstok", hf_hub_filename=file, custom_load=True)
+    return _cfg(hf_hub_id=f"hustvl/Vim-{size}-midclstok", hf_hub_filename=file, custom_load="hf")
 
 
 default_cfgs = generate_default_cfgs(

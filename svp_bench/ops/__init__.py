@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from svp_bench.ops.backends import BACKENDS, BackendStatus, list_backends
+from svp_bench.ops.backends import BACKENDS, BackendStatus, backend_statuses, list_backends, require
 
 if TYPE_CHECKING:
     from svp_bench.ops.interface import Choice as Choice
@@ -42,11 +42,13 @@ __all__ = [
     "Direction",
     "add_norm",
     "add_prompts",
+    "backend_statuses",
     "bidirectional_conv",
     "bidirectional_scan",
     "causal_conv1d",
     "choose",
     "list_backends",
+    "require",
     "selective_scan",
 ]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
+from svp_bench.errors import UnavailableError
 from svp_bench.registry import Registry
 
-__all__ = ["BACKENDS", "BackendStatus", "list_backends"]
+__all__ = ["BACKENDS", "BackendStatus", "backend_statuses", "list_backends", "require"]
 
 BACKENDS = Registry("scan backend", listing="svp-bench doctor")
 # In the order in which `auto` tries them. A backend module offers `unavailable()`, `unsupported(device, dtype)`,
@@ -37,7 +38,25 @@ class BackendStatus:
         return self.reason is None
 
 
-def list_backends() -> list[BackendStatus]:
+def list_backends() -> list[str]:
+    """Return the names of all scan backends, in the order in which `auto` tries them."""
+    return BACKENDS.names()
+
+
+def require(name: str) -> None:
+    """Check that a backend asked for by name ("auto" is always fine) exists and can run on this machine.
+
+    Raises:
+        UsageError: If there is none of that name; names the nearest.
+        UnavailableError: If it cannot run here; gives the reason.
+    """
+    if name != "auto":
+        module = importlib.import_module(BACKENDS.entry(name).target.split(":")[0])
+        if reason := module.unavailable():
+            raise UnavailableError(f"the scan backend {name!r} was asked for and cannot run here: {reason}")
+
+
+def backend_statuses() -> list[BackendStatus]:
     """Return every scan backend with its availability on this machine, in the order in which `auto` tries them."""
     rows = []
     for entry in BACKENDS:

@@ -95,6 +95,11 @@ def choose(backend: str, device: torch.device | str, dtype: torch.dtype) -> Choi
     return _choose(backend, torch.device(device).type, dtype)
 
 
+def _no_autocast(like: Tensor) -> torch.autocast:
+    """The operations choose their own precision (float32 accumulation): autocast must not reach into them."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], letters: str) -> None:
     if tensor is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must be {letters} = {shape}, not {tuple(tensor.shape)}")
@@ -153,7 +158,8 @@ def selective_scan(
     _check("delta_bias", delta_bias, (dim,), "(dim,)")
     direction = Direction(u.mT, delta.mT, A, B.mT, C.mT, D, delta_bias)
     module = _module(choose(backend, u.device, u.dtype).name)
-    y: Tensor = module.scan((direction,), (False,), None if z is None else z.mT, delta_softplus)
+    with _no_autocast(u):
+        y: Tensor = module.scan((direction,), (False,), None if z is None else z.mT, delta_softplus)
     return y.mT
 
 
@@ -197,7 +203,8 @@ def bidirectional_scan(
         ):
             _check(name, getattr(direction, name), shape, letters)
     module = _module(choose(backend, z.device, z.dtype).name)
-    y: Tensor = module.scan((forward, backward), (False, True), z, True, remake)
+    with _no_autocast(z):
+        y: Tensor = module.scan((forward, backward), (False, True), z, True, remake)
     return y
 
 
@@ -231,7 +238,8 @@ def causal_conv1d(
     _check("weight", weight, (x.shape[1], weight.shape[-1]), "(dim, width)")
     _check("bias", bias, (x.shape[1],), "(dim,)")
     module = _module(choose(backend, x.device, x.dtype).name)
-    (y,) = module.conv(x.mT, (weight,), (bias,), (False,), activation is not None)
+    with _no_autocast(x):
+        (y,) = module.conv(x.mT, (weight,), (bias,), (False,), activation is not None)
     out: Tensor = y.mT
     return out
 
@@ -255,7 +263,8 @@ def bidirectional_conv(
         Two tensors (B, L, E), both in the natural token order.
     """
     module = _module(choose(backend, x.device, x.dtype).name)
-    u, u_b = module.conv(x, (forward[0], backward[0]), (forward[1], backward[1]), (False, True), True)
+    with _no_autocast(x):
+        u, u_b = module.conv(x, (forward[0], backward[0]), (forward[1], backward[1]), (False, True), True)
     return u, u_b
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svp_bench.ops.backends import BACKENDS, list_backends
+from svp_bench.ops.backends import BACKENDS, backend_statuses
 from svp_bench.ops.interface import Direction, bidirectional_conv, bidirectional_scan
 
 __all__ = ["SelfTest", "self_test"]
@@ -43,7 +43,7 @@ class SelfTest(NamedTuple):
 def self_test() -> list[SelfTest]:
     """Run every available backend on a small problem, forward and backward, against the reference in float64."""
     results = []
-    for status in list_backends():
+    for status in backend_statuses():
         for device in ("cpu", "cuda"):
             module = importlib.import_module(BACKENDS.entry(status.name).target.split(":")[0])
             if status.available and module.unsupported(device, torch.float32) is None:

@@ -4,8 +4,9 @@ A record is `<results root>/records/<suite>/<task>/<run_id>.json`, pretty-printe
 of `Record`'s fields, the keys of inner mappings in alphabetical order, so equal records are equal bytes. Files are
 written aside, fsynced and renamed. Nothing changes afterwards, except that an unscored record may become complete.
 
-A *cell* is task, protocol, backbone, checkpoint digest, data variant, method and `config_digest`; its seeds are
-averaged. A table *row* is the same with `setting_digest` instead: without the task and what a tuned table set for it.
+A *cell* is task, protocol, backbone, checkpoint digest, data variant, data digest, method and `config_digest`; its
+seeds are averaged. A table *row* is protocol, backbone, checkpoint digest, method and `setting_digest`: the config
+without the task and what a tuned table set for it.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ _TASK = re.compile(r"[a-z0-9][a-z0-9_-]*/[a-z0-9][a-z0-9_-]*")
 _CREATED = "%Y-%m-%dT%H:%M:%S+00:00"
 _SAME_RUN = (
     *("run_id", "created", "kind", "seed", "method", "backbone", "checkpoint_digest", "task_version", "protocol"),
-    *("protocol_version", "data_variant", "config_digest", "setting_digest"),
+    *("protocol_version", "data_variant", "data_digest", "config_digest", "setting_digest"),
 )
 _TOP1_TOLERANCE = 1e-3  # percent: top1 may have gone through float32
 
@@ -228,15 +229,17 @@ class Record:
         method_args: The method's arguments, resolved.
         backbone: Registered model name.
         checkpoint: The source of the weights: "hub", "embedded", "none", or the name of the file.
-        checkpoint_digest: Digest of the weights' file; null if and only if `checkpoint` is "none" (random weights).
+        checkpoint_digest: Digest of the backbone's tensors (names, shapes, float32 values; without head and adapter),
+            not of the file they came in; null if and only if `checkpoint` is "none" (random weights).
         protocol: Name of the protocol card.
         protocol_version: Its version.
         stage: "final" or "select".
         lists: Role → list, e.g. {"train": "train800val200", "test": "test"}.
-        data_variant: "card", or the name of a variant on the card.
+        data_variant: "card", the name of a variant on the card, or "drawn" (a stand-in, not the data set).
         data_status: "as_card", or "different" if count or digest differ from the card.
         data_notes: What differs, a line each.
-        data_digest: Digest of the lists on disk; null if a failed run never read them.
+        data_digest: Digest of the lists on disk that this stage reads; null if a run failed or was stopped before it
+            had read them. Runs on other data are another cell.
         seed: The one seed of the run.
         config: The resolved config.
         config_digest: `config_digest(config)`.
@@ -693,6 +696,8 @@ def _check_facts(record: Record, where: str) -> None:
         raise refuse("suite", f"is {record.suite!r}, but the task is {record.task!r}")
     if (record.checkpoint_digest is None) != (record.checkpoint == "none"):
         raise refuse("checkpoint_digest", f"is {record.checkpoint_digest!r} for the checkpoint {record.checkpoint!r}")
+    if record.status in ("complete", "unscored") and record.data_digest is None:
+        raise refuse("data_digest", f"is null; a run that is {record.status} has read its lists")
     if record.status not in ("complete", "unscored") and record.status_reason is None:
         raise refuse("status_reason", f"is null; a run that is {record.status} says why")
     for key in ("config_digest", "setting_digest"):

@@ -1,9 +1,10 @@
 """Tables, derived from records and never edited: the same records give the same bytes, in whatever order they are read.
 
-A row is protocol, backbone, checkpoint digest, method and setting; a cell is a row on one task and one variant of its
-data. Only complete final records enter. The seeds of a cell are averaged; a cell without a record stays a hole, and so
-does every mean that would need it. Complete rows are ranked among rows of the same protocol, backbone and checkpoint,
-by the mean over all tasks. Rows on random weights stand apart and are not ranked. What does not enter is listed below.
+A row is protocol, backbone, checkpoint digest, method and setting; a cell is a row on the same data of one task. Only
+complete final records enter. The seeds of a cell are averaged; nothing is averaged over different data. A cell without
+a record stays a hole, and so does every mean that would need it. Complete rows are ranked among rows of the same
+protocol, backbone and checkpoint, by the mean over all tasks; not so rows with a drawn stand-in for data, and rows on
+random weights, which stand apart. What does not enter is listed below.
 """
 
 from __future__ import annotations
@@ -42,20 +43,23 @@ __all__ = [
 HOLE = "–"
 QUOTED = "published, not measured here"
 _CARD = "card"  # the data variant that follows the task card itself
+_DRAWN = "drawn"  # the data variant of drawn pictures
 _DIGITS = 4  # decimals in CSV files; two means that agree in them share a rank
 _WIDTH = 100
 _NARROW = 20  # characters that a column of text keeps when the terminal is too narrow for all
 _PLUMBING = "The backbone has random weights: these rows show plumbing, not science, and are not ranked."
+_STAND_IN = "§ Drawn stand-in, not the data set: rows with such a cell are not ranked."
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One task of a row: the mean of its seeds.
+    """One task of a row, on the same data and with the same config: the mean of its seeds.
 
     Attributes:
         task: Full name.
         task_version: Version of its card.
-        variant: Data variant: "card", or a variant's name.
+        variant: Data variant: "card", a variant's name, or "drawn".
+        data_digest: Of the lists that the runs read.
         config_digest: Of the runs' config.
         mean: Mean accuracy in percent.
         std: Sample standard deviation over the seeds (n - 1), None for one seed.
@@ -67,12 +71,18 @@ class Cell:
     task: str
     task_version: int
     variant: str
+    data_digest: str | None
     config_digest: str
     mean: float
     std: float | None
     seeds: tuple[int, ...]
     different: bool
     adapter: tuple[int, int]
+
+    @property
+    def drawn(self) -> bool:
+        """Are the data a drawn stand-in?"""
+        return self.variant == _DRAWN
 
 
 @dataclass(frozen=True)
@@ -84,11 +94,12 @@ class Row:
         label: The name, with what tells its settings apart if there are several.
         setting_digest: See `record.setting_digest`.
         cells: Task → the cell that is shown; a hole has no entry.
-        apart: Further cells, on other data variants of tasks that have a cell; shown in the long CSV only.
+        apart: Further cells, on other data (or with other tuned values) of tasks that have a cell; they stand in the
+            long CSV and in a line each below the table.
         groups: Group → mean of its tasks, None if one of them is a hole.
         task_mean: Mean over all tasks, or None.
         group_mean: Mean over the group means, or None.
-        rank: 1 is best; None for incomplete rows and for random weights.
+        rank: 1 is best; None for incomplete rows, for rows with a drawn cell, and for random weights.
     """
 
     method: str
@@ -100,6 +111,11 @@ class Row:
     task_mean: float | None
     group_mean: float | None
     rank: int | None = None
+
+    @property
+    def drawn(self) -> bool:
+        """Is any cell on a drawn stand-in?"""
+        return any(cell.drawn for cell in self.cells.values())
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -127,6 +143,8 @@ class Section:
         checkpoint_digest: None for random weights.
         precisions: Of its runs, sorted.
         rows: Ranked ones first.
+        records: Number of records in it.
+        dirty: How many of them were made with uncommitted changes.
     """
 
     protocol: str
@@ -137,6 +155,8 @@ class Section:
     checkpoint_digest: str | None
     precisions: tuple[str, ...]
     rows: tuple[Row, ...]
+    records: int
+    dirty: int
 
     @property
     def random(self) -> bool:
@@ -246,7 +266,7 @@ def _reason_to_leave_out(record: Record, suite: SuiteCard, task_versions: Mappin
 def _newest_of_each_seed(records: list[Record]) -> tuple[list[Record], list[LeftOut]]:
     by_seed: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda record: (record.created, record.run_id)):
-        by_seed[(*_row_key(record), record.task, record.data_variant, record.config_digest, record.seed)].append(record)
+        by_seed[(*_row_key(record), record.task, *_cell_key(record), record.seed)].append(record)
     newest = [runs[-1] for runs in by_seed.values()]
     superseded = [
         LeftOut(old, "superseded", f"{runs[-1].run_id} is a newer run of the same cell and seed")
@@ -265,6 +285,11 @@ def _row_key(record: Record) -> tuple[Any, ...]:
         record.method,
         record.setting_digest,
     )
+
+
+def _cell_key(record: Record) -> tuple[str, str, str]:
+    """What tells the cells of one row and task apart. Only failed runs lack a data digest, and none of them enters."""
+    return record.data_variant, record.data_digest or "", record.config_digest
 
 
 def _suite_of(problem: Problem) -> str | None:
@@ -288,19 +313,26 @@ def _section(suite: SuiteCard, records: list[Record], rules: Mapping[tuple[str, 
         checkpoint_digest=first.checkpoint_digest,
         precisions=tuple(sorted({record.precision for record in records})),
         rows=tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)),
+        records=len(records),
+        dirty=sum(record.dirty is True for record in records),
     )
 
 
 def _row(suite: SuiteCard, method: str, label: str, records: list[Record]) -> Row:
-    by_cell: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    by_cell: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in records:
-        by_cell[record.task, record.data_variant, record.config_digest].append(record)
-    # The data of the card itself come first; of further variants, the first by name
-    order = sorted(by_cell, key=lambda key: (key[0], key[1] != _CARD, key[1], key[2]))
+        by_cell[(record.task, *_cell_key(record))].append(record)
+    newest_first = sorted(
+        by_cell, key=lambda key: (max((run.created, run.run_id) for run in by_cell[key]), key), reverse=True
+    )
+    # The first cell of a task is shown: data as the card says, and never a stand-in if there is anything else
+    shown_first = sorted(
+        (_cell(by_cell[key]) for key in newest_first),
+        key=lambda cell: (cell.task, cell.drawn, cell.different, cell.variant != _CARD, -len(cell.seeds)),
+    )
     cells: dict[str, Cell] = {}
     apart: list[Cell] = []
-    for key in order:
-        cell = _cell(by_cell[key])
+    for cell in shown_first:
         if cell.task in cells:
             apart.append(cell)
         else:
@@ -332,6 +364,7 @@ def _cell(runs: list[Record]) -> Cell:
         task=runs[0].task,
         task_version=runs[0].task_version,
         variant=runs[0].data_variant,
+        data_digest=runs[0].data_digest,
         config_digest=runs[0].config_digest,
         mean=mean,
         std=std,
@@ -351,14 +384,15 @@ def _mean_or_hole(cells: Sequence[Cell | None]) -> float | None:
 
 
 def _in_order(rows: list[Row], ranked: bool) -> list[Row]:
-    """Rank the complete rows (1, 2, 2, 4: equal means share a rank) and put them first; sort the others by name."""
+    """Rank the complete rows on real data (1, 2, 2, 4: equal means share a rank); behind them the others, by name."""
     by_name = sorted(rows, key=lambda row: (row.label, row.setting_digest))
     if not ranked:
         return by_name
-    scores = [round(row.task_mean, _DIGITS) for row in by_name if row.task_mean is not None]
+    means = [None if row.task_mean is None or row.drawn else round(row.task_mean, _DIGITS) for row in by_name]
+    scores = [mean for mean in means if mean is not None]
     placed = [
-        row if row.task_mean is None else replace(row, rank=1 + sum(x > round(row.task_mean, _DIGITS) for x in scores))
-        for row in by_name
+        row if mean is None else replace(row, rank=1 + sum(x > mean for x in scores))
+        for row, mean in zip(by_name, means, strict=True)
     ]
     return sorted(placed, key=lambda row: len(rows) + 1 if row.rank is None else row.rank)
 
@@ -440,15 +474,26 @@ def _shown_columns(suite: SuiteCard, tasks: bool = True) -> list[int]:
 
 def _texts(row: Row, suite: SuiteCard, spread: bool) -> list[str]:
     """The scores of `row` as text with two decimals, marks and, with `spread`, the deviation over seeds."""
+    drawn = {task for task, cell in row.cells.items() if cell.drawn}
+    groups = [{f"{suite.name}/{task}" for task in tasks} for tasks in suite.groups.values()]
+    averaged = [*groups, set(suite.tasks), set(suite.tasks)]
     texts = []
     for index, score in enumerate(_scores(row, suite)):
         text = HOLE if score is None else f"{score:.2f}"
         cell = row.cells.get(suite.tasks[index]) if index < len(suite.tasks) else None
         if cell is not None:
             text += f" ± {cell.std:.2f}" if spread and cell.std is not None else ""
-            text += ("†" if cell.different else "") + ("‡" if cell.variant != _CARD else "")
+            text += _marks(cell)
+        elif score is not None and drawn & averaged[index - len(suite.tasks)]:
+            text += "§"
         texts.append(text)
     return texts
+
+
+def _marks(cell: Cell) -> str:
+    if cell.drawn:
+        return "§"
+    return ("†" if cell.different else "") + ("‡" if cell.variant != _CARD else "")
 
 
 def _span(low: int, high: int) -> str:
@@ -497,18 +542,46 @@ def _notes(section: Section, suite: SuiteCard) -> list[str]:
         f"Cards: {_versions(cells)}.",
         "Accuracy in percent. ± is the standard deviation over seeds; there are no confidence intervals yet.",
     ]
-    if any(cell.different for cell in cells):
+    if any("†" in _marks(cell) for cell in cells):
         notes.append("† The files on disk differ from the task card in count or digest; the records say how.")
-    variants = sorted({f"{cell.task.split('/')[1]} ({cell.variant})" for cell in cells if cell.variant != _CARD})
+    variants = sorted({f"{cell.task.split('/')[1]} ({cell.variant})" for cell in cells if "‡" in _marks(cell)})
     if variants:
         notes.append(f"‡ Another variant of the data than the card's own: {', '.join(variants)}.")
-    apart = sorted({f"{cell.task.split('/')[1]} ({cell.variant})" for row in section.rows for cell in row.apart})
-    if apart:
-        notes.append(f"Measured on further variants, in the long CSV file only: {', '.join(apart)}.")
+    if any(cell.drawn for cell in cells):
+        notes.append(_STAND_IN)
+    notes += _data_notes(section, suite)
+    notes += _dirty_notes(section)
     shared = "; ".join(", ".join(group) for group in suite.same_pictures)
     if shared:
         notes.append(f"Tasks that share their pictures, and are not independent: {shared}.")
     return notes
+
+
+def _data_notes(section: Section, suite: SuiteCard) -> list[str]:
+    """Where the data of a task are not the same throughout: between rows, and within one."""
+    digests: dict[str, set[str | None]] = defaultdict(set)
+    for row in section.rows:
+        for task, cell in row.cells.items():
+            digests[task].add(cell.data_digest)
+    mixed = [task.split("/")[1] for task in suite.tasks if len(digests[task]) > 1]
+    notes = [f"The rows are not all on the same lists of pictures: {', '.join(mixed)}."] if mixed else []
+    for row in section.rows:
+        for cell in row.apart:
+            shown = row.cells[cell.task]
+            same = (cell.variant, cell.data_digest) == (shown.variant, shown.data_digest)
+            kind = "a drawn stand-in" if cell.drawn else f"other data, variant {cell.variant}"
+            where = "with another config" if same else f"on {kind} (lists {_value(cell.data_digest)})"
+            seeds = f"{len(cell.seeds)} seed{'' if len(cell.seeds) == 1 else 's'}"
+            notes.append(
+                f"{cell.task.split('/')[1]}, {row.label}: also {cell.mean:.2f} ({seeds}) {where}; in the long CSV only."
+            )
+    return notes
+
+
+def _dirty_notes(section: Section) -> list[str]:
+    if not section.dirty:
+        return []
+    return [f"{section.dirty} of {section.records} records were made with uncommitted changes."]
 
 
 def _versions(cells: Sequence[Cell]) -> str:
@@ -585,16 +658,22 @@ def render_terminal(table: Table) -> str:
         lines += fitting
         if section.random:
             lines.append(_PLUMBING)
-        if any(cell.different for row in section.rows for cell in row.cells.values()):
+        marks = {mark for row in section.rows for cell in row.cells.values() for mark in _marks(cell)}
+        if "†" in marks:
             lines.append("† The files on disk differ from the task card.")
-        if any(cell.variant != _CARD for row in section.rows for cell in row.cells.values()):
+        if "‡" in marks:
             lines.append("‡ Another variant of the data than the card's own.")
+        if "§" in marks:
+            lines.append(_STAND_IN)
+        for note in (*_data_notes(section, suite), *_dirty_notes(section)):
+            lines += textwrap.wrap(note, _WIDTH, subsequent_indent="  ")
     if table.published:
         grid = _published_terminal_grid(table)
         lines += ["", f"Quoted: {QUOTED}", *_terminal_grid(grid, 3), *_not_quoted(table, grid)]
         lines += [f"[{number}] {text}" for number, text in enumerate(_citations(table).values(), 1)]
     if _counts(table):
         lines += ["", f"Not in the table: {_counts(table)}"]
+        lines += [f"  {problem.path}: {_one_line(problem.reason)}" for problem in table.problems]
     return "\n".join(lines) + "\n"
 
 
@@ -759,18 +838,19 @@ def _wide_csv(table: Table) -> str:
 
 
 def _long_csv(table: Table) -> str:
-    head = [*_SECTION_COLUMNS, "row", "method", "setting_digest", "task", "task_version", "data_variant", "data_status"]
+    head = [*_SECTION_COLUMNS, "row", "method", "setting_digest", "task", "task_version"]
+    head += ["data_variant", "data_digest", "data_status"]
     lines: list[Sequence[object]] = [[*head, "mean", "std", "n", "seeds", "status"]]
     for section in table.sections:
         for row in section.rows:
             facts = [*_section_facts(section), row.label, row.method, row.setting_digest]
             for task in table.suite.tasks:
                 if task not in row.cells:
-                    lines.append([*facts, task, "", "", "", "", "", 0, "", "missing"])
+                    lines.append([*facts, task, "", "", "", "", "", "", 0, "", "missing"])
                 cells = [row.cells[task]] if task in row.cells else []
                 for cell in [*cells, *(cell for cell in row.apart if cell.task == task)]:
                     status = "complete" if cell is row.cells[task] else "not in the wide table"
-                    data = [cell.variant, "different" if cell.different else "as_card"]
+                    data = [cell.variant, cell.data_digest or "", "different" if cell.different else "as_card"]
                     spread = [_number(cell.mean), _number(cell.std), len(cell.seeds)]
                     seeds = " ".join(map(str, cell.seeds))
                     lines.append([*facts, task, cell.task_version, *data, *spread, seeds, status])

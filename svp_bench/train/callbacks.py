@@ -37,6 +37,11 @@ class Meter(Callback):
         seconds = self.seconds.get("train_seconds", 0.0)
         return self.images / seconds if seconds > 0 and self.images else None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the peak of an earlier run of this process."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         if torch.cuda.is_available() and pl_module.device.type == "cuda":
@@ -96,13 +101,21 @@ class Meter(Callback):
             self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
 
+_measured = 0  # runs of this process whose peak was asked for
+
+
 def peak_memory_mib(device: torch.device) -> float | None:
     """Return the peak memory in MiB: of the device's allocator on a GPU, of the whole process on a CPU.
 
-    None where the operating system does not say (Windows).
+    None where the operating system does not say (Windows), and for later runs of a process on a CPU: the peak of a
+    process cannot be reset, so it may be that of an earlier run.
     """
+    global _measured
+    _measured += 1
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if _measured > 1:
+        return None
     try:
         import resource
     except ImportError:

@@ -37,7 +37,7 @@ from svp_bench.errors import CheckpointError, ConfigError, RecordError, SvpBench
 from svp_bench.methods import METHODS
 from svp_bench.methods.build import trained_parameters
 from svp_bench.models.checkpoints import load_pickle_safely
-from svp_bench.ops import BACKENDS
+from svp_bench.ops import BACKENDS, Choice
 from svp_bench.results import record as rec
 from svp_bench.results.record import Correct, Metrics, Parameters, Record, Tuned
 from svp_bench.train.callbacks import Meter, peak_memory_mib
@@ -104,7 +104,9 @@ def _no_chatter(record: logging.LogRecord) -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out warnings of libraries about things that are meant to be so here."""
+    shape = warnings.formatwarning
     with warnings.catch_warnings():
+        warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
         for pattern in (
             r".*does not have many workers.*",  # training pictures are in memory
             r".*LightningCLI's args parameter.*",  # the config is composed first
@@ -114,9 +116,13 @@ def _quiet() -> Iterator[None]:
             r".*GPU available but not used.*",
             r".*in eval mode at the start of training.*",  # frozen parts are
             r".*`LambdaLR`.*lr_scheduler.step.*",
+            r".*The dirpath has changed.*",
         ):
             warnings.filterwarnings("ignore", pattern)
-        yield
+        try:
+            yield
+        finally:
+            warnings.formatwarning = shape
 
 
 class _Parser(LightningArgumentParser):
@@ -269,6 +275,12 @@ class BenchCLI(LightningCLI):
         except (ImportError, AttributeError, ValueError, TypeError) as error:
             origin = self.composed.origins.get("model.method.class_path", "the config")
             raise ConfigError(f"{origin}: cannot import the method {class_path!r} ({error})") from None
+        except Exception as error:  # what somebody's module raises while it is imported, a SyntaxError for one
+            where = f"{error.filename}:{error.lineno}: " if isinstance(error, SyntaxError) else ""
+            text = error.msg if isinstance(error, SyntaxError) else error
+            raise ConfigError(
+                f"{origin}: the module of the method {class_path!r} fails: {where}{type(error).__name__}: {text}"
+            ) from None
 
     def _unknown(self, values: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
         for name, value in values.items():
@@ -309,6 +321,7 @@ class BenchCLI(LightningCLI):
         config = self.config[self.verb]
         for notice in self.composed.notices:
             rank_zero_info(f"Note: {notice}")
+        self.commit, self.dirty = commit_and_dirty()  # of the code that is running, whatever happens to it meanwhile
         self._resolve_precision(config.trainer)
         config.trainer.use_distributed_sampler = False  # the data module's samplers divide the work
         if config.model.scan_backend != "auto":
@@ -390,6 +403,8 @@ class BenchCLI(LightningCLI):
         config = self.config[self.verb]
         if kwargs.get("ckpt_path"):
             raise UsageError("fit trains from the start and takes no --ckpt_path; `svp-bench test` scores a checkpoint")
+        self._scan_choice()  # a backend asked for by name runs on this device, or the run ends here
+        model.run_id = self.run_id
         datamodule.trainer = self.trainer  # the batch size is checked against devices and accumulation
         datamodule.setup("fit")  # data errors stop the run before it leaves a trace
         rec.check_writable(config.results_root)
@@ -424,39 +439,47 @@ class BenchCLI(LightningCLI):
     def test(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
         """Test the final weights of a run made with `--no_test`, and complete its record.
 
+        Weights without a record, of another stage, or of an earlier epoch are refused: the test list chooses nothing.
         A run that has a score is tested again for the eye only: its record stays.
         """
-        self._need_checkpoint(kwargs)
-        path = Path(kwargs["ckpt_path"])
-        run_id = path.resolve().parent.parent.name
-        where = Path(self.config[self.verb].results_root) / "records" / datamodule.card.name / f"{run_id}.json"
+        about, epochs = self._need_checkpoint(kwargs)
+        root = self.config[self.verb].results_root
+        where = Path(root) / "records" / str(about["task"]) / f"{about['run_id']}.json"
+        if about["stage"] != "final":
+            raise UsageError(
+                f"{kwargs['ckpt_path']}: weights of stage {about['stage']!r} are never tested; refit first"
+            )
+        if not where.is_file():
+            raise UsageError(f"no record {where}: only recorded runs are tested; give the run's --results_root")
+        old = rec.read_record(where)
+        if epochs != old.epochs:
+            raise UsageError(
+                f"{kwargs['ckpt_path']}: not the final weights of its run ({epochs} of {old.epochs} epochs)"
+            )
+        self._scan_choice()
         datamodule.setup("test")
-        if where.is_file():
-            self._need_same_run(rec.read_record(where), where)
+        self._need_same_run(old, where)
         datamodule.unlock_test()
         self.trainer.test(model, datamodule=datamodule, **{**kwargs, "verbose": False})
+        self._complete(old, where)
+
+    @rank_zero_only
+    def _complete(self, old: Record, where: Path) -> None:
         metrics, correct = self._scores()
         print(f"top-1 {metrics.top1:.2f} % ({metrics.correct} of {metrics.count})")
-        if not where.is_file():
-            print(f"No record {where}: nothing is written. Give --results_root of the run to complete its record.")
-            return
-        old = rec.read_record(where)
         if old.status != "unscored":
             same = "the same" if old.metrics and old.metrics.correct == metrics.correct else "another number"
             print(f"The record {where} has its score already ({same}); it is not changed.")
             return
+        times = {**old.times, **self.meter.seconds}
         done = dataclasses.replace(
-            old,
-            status="complete",
-            status_reason=None,
-            metrics=metrics,
-            correct=correct,
-            times={**old.times, **self.meter.seconds},
+            old, status="complete", status_reason=None, metrics=metrics, correct=correct, times=times
         )
         rec.replace_record(done, self.config[self.verb].results_root)
         print(f"Completed {where}")
 
-    def _need_checkpoint(self, kwargs: Mapping[str, Any]) -> None:
+    def _need_checkpoint(self, kwargs: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
+        """Return what a checkpoint says about its run, and the epochs it has seen."""
         path = kwargs.get("ckpt_path")
         if not path:
             raise UsageError(
@@ -469,6 +492,7 @@ class BenchCLI(LightningCLI):
             raise CheckpointError(
                 f"{path}: no svp-bench checkpoint; weights of a backbone alone go to --model.checkpoint PATH"
             )
+        return content[SAVED_KEY], int(content["epoch"]) + 1
 
     def _need_same_run(self, old: Record, where: Path) -> None:
         """Refuse to complete a record with a score that its settings or data did not give."""
@@ -489,11 +513,15 @@ class BenchCLI(LightningCLI):
 
     # --- around a fit ------------------------------------------------------------------------------------------------
 
+    def _scan_choice(self) -> Choice:
+        choice: Choice = self.model.scan_choice(self.trainer.strategy.root_device, str(self.trainer.precision))
+        return choice
+
     @rank_zero_only
     def _announce(self) -> None:
         model, data = self.model, self.datamodule
         counts = self._parameters()
-        choice = model.scan_choice()
+        choice = self._scan_choice()
         weights = "random weights" if model.checkpoint == "none" else f"weights {model.checkpoint}"
         print(
             f"{self.run_id}\n"
@@ -549,8 +577,11 @@ class BenchCLI(LightningCLI):
         return Parameters(trainable=trainable, head=head, adapter=trainable - head, total=total)
 
     def _scores(self) -> tuple[Metrics, Correct]:
-        ((_, right, loss),) = self.model.tested
+        ((index, right, loss),) = self.model.tested
         count, correct = len(right), int(right.sum())
+        expected = self.datamodule.report.counts[self.datamodule.lists["test"]]
+        if not torch.equal(index, torch.arange(expected)):
+            raise SvpBenchError(f"the test read {count} pictures, not each of the {expected} once; please report this")
         digest = self.datamodule.test_list_digest
         assert digest is not None
         metrics = Metrics(top1=100.0 * correct / count, loss=float(loss.mean()), correct=correct, count=count)
@@ -576,8 +607,11 @@ class BenchCLI(LightningCLI):
             split = record.lists["test" if record.kind == "final" else "val"]
             print(f"top-1 {m.top1:.2f} % on {split} ({m.correct} of {m.count})", flush=True)
         print(f"Record ({status}): {path}", flush=True)
+        checkpoint = self.run_dir / "checkpoints" / "last.ckpt"
         if record.kind == "final" and status == "complete":
             print("Next: svp-bench table", flush=True)
+        elif status == "unscored":
+            print(f"Next: svp-bench test --config {self.run_dir / 'config.yaml'} --ckpt_path {checkpoint}", flush=True)
 
     def _record(self, status: str, reason: str | None, tested: bool) -> Record:
         model, data = self.model, self.datamodule
@@ -588,9 +622,8 @@ class BenchCLI(LightningCLI):
         elif data.stage == "select" and status == "complete":
             metrics = self._selection_scores()
         looked = data._report is not None
-        commit, dirty = commit_and_dirty()
         tuned = self._tuned()
-        choice = model.scan_choice()
+        choice = self._scan_choice()
         saved = self.run_dir / "checkpoints" / "last.ckpt"
         source = str(model.checkpoint)
         return Record(
@@ -622,8 +655,8 @@ class BenchCLI(LightningCLI):
             setting_digest=rec.setting_digest(self.saved_config, tuned),
             tuned=tuned,
             package_version=__version__,
-            commit=commit,
-            dirty=dirty,
+            commit=self.commit,
+            dirty=self.dirty,
             libraries=library_versions(),
             scan_backend=choice.name,
             scan_reason=choice.reason,
@@ -637,7 +670,7 @@ class BenchCLI(LightningCLI):
             epochs=self.meter.epochs,
             images_per_second=self.meter.images_per_second,
             peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device),
-            checkpoint_file=os.path.relpath(saved, self.config[self.verb].runs_root) if saved.is_file() else None,
+            checkpoint_file=saved.relative_to(self.config[self.verb].runs_root).as_posix() if saved.is_file() else None,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from svp_bench.ops import Choice, choose
 
 __all__ = ["SAVED_KEY", "AdaptationModule"]
 
+_DTYPES = {"64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}  # of activations, by precision
 SAVED_KEY = "svp_bench"  # our key in a Lightning checkpoint
 
 
@@ -84,6 +86,7 @@ class AdaptationModule(LightningModule):
         _check_range("warmup_start_factor", warmup_start_factor, 0, 1)
         for beta in betas:
             _check_range("betas", beta, 0, 1, open_high=True)
+        _check_settings(method)
         self.method = method
         self.backbone_name = backbone
         self.checkpoint = checkpoint
@@ -119,6 +122,7 @@ class AdaptationModule(LightningModule):
         self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
         self.val_loss = MeanMetric()
+        self.run_id: str | None = None  # of the run that trains this, for its checkpoints
         self.tested: list[tuple[Tensor, Tensor, Tensor]] = []  # (index, right, loss) of each test batch
         self.train()  # Lightning takes the modes as it finds them
 
@@ -134,9 +138,13 @@ class AdaptationModule(LightningModule):
         logits: Tensor = self.model(self.normalise(images))
         return logits
 
-    def scan_choice(self) -> Choice:
-        """Return the scan backend that runs on this device, and why."""
-        return choose(self.model.scan_backend, self.device, torch.float32)
+    def scan_choice(self, device: torch.device, precision: str) -> Choice:
+        """Return the scan backend that runs on a device at a precision ("bf16-mixed", …), and why.
+
+        Raises:
+            UnavailableError: If a backend was asked for by name and cannot run there.
+        """
+        return choose(self.model.scan_backend, device, _DTYPES.get(precision.split("-")[0], torch.float32))
 
     def train(self, mode: bool = True) -> AdaptationModule:
         """Switch to training mode; frozen parts stay in eval mode unless `frozen_mode` is train."""
@@ -185,7 +193,7 @@ class AdaptationModule(LightningModule):
         logits = self(batch.images).float()
         right = logits.argmax(dim=-1) == batch.labels
         loss = F.cross_entropy(logits, batch.labels, reduction="none")
-        self.tested.append((batch.index.cpu(), right.cpu(), loss.double().cpu()))
+        self.tested.append((batch.index.cpu(), right.cpu(), loss.cpu().double()))
 
     def on_test_epoch_end(self) -> None:
         """Bring the pictures of all processes together, in the order of the list."""
@@ -236,7 +244,8 @@ class AdaptationModule(LightningModule):
         trained = {f"model.{name}" for name in trained_parameters(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        checkpoint[SAVED_KEY] = {**self.identity(), "task": data.card.name, "protocol": data.protocol.name}
+        about = {**self.identity(), "task": data.card.name, "protocol": data.protocol.name}
+        checkpoint[SAVED_KEY] = {**about, "stage": data.stage, "run_id": self.run_id}
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint of the trained part belongs to, as plain values."""
@@ -294,3 +303,14 @@ def _check_range(
         right = ")" if open_high or high == math.inf else "]"
         bounds = f"{'(' if open_low else '['}{low:g}, {'∞' if high == math.inf else f'{high:g}'}{right}"
         raise ConfigError(f"model.{name} must be in {bounds}, not {value}")
+
+
+def _check_settings(method: Method) -> None:
+    """Records and checkpoints hold a method's settings: find out now that they can, not after the training."""
+    name = type(method).__name__
+    try:
+        json.dumps(method.settings(), allow_nan=False)
+    except AttributeError as error:
+        raise ConfigError(f"{name}: keep each constructor argument as an attribute of its name ({error})") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: its settings must be plain numbers, texts, lists and mappings ({error})") from None

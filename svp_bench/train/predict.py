@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from svp_bench.cards import class_names, load_protocol, load_task
 from svp_bench.data.transforms import resize_straight, to_rgb
-from svp_bench.errors import CheckpointError, DataError, SvpBenchError, UsageError
+from svp_bench.errors import CheckpointError, DataError, RecordError, SvpBenchError, UsageError
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
 from svp_bench.models.checkpoints import load_pickle_safely
@@ -124,8 +124,8 @@ def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint
     else:
         try:
             write_atomically(Path(output), text.getvalue())
-        except OSError as error:
-            raise SvpBenchError(f"cannot write {output}: {error.strerror}") from None
+        except RecordError as error:
+            raise SvpBenchError(f"{str(error).partition('; ')[0]}; choose another --output") from None
     return 0
 
 

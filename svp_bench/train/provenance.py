@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,8 @@ _WHAT_COUNTS = ("svp_bench", "tasks", "configs")  # a changed README does not ma
 def library_versions() -> dict[str, str]:
     """Return Python's version and those of the libraries that a number depends on."""
     versions = {name: metadata.version(name) for name in _LIBRARIES}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        versions["numba"] = metadata.version("numba")  # it compiles the CPU kernels
     return {"python": platform.python_version(), **versions, "torch": str(torch.__version__)}  # with its build: +cu126
 
 
@@ -30,7 +34,7 @@ def commit_and_dirty() -> tuple[str | None, bool | None]:
     git = ["git", "-C", str(root)]
     try:
         top = subprocess.run([*git, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, timeout=20)
-        if top.returncode or top.stdout.split("\n")[0] != str(root):  # inside somebody else's repository
+        if top.returncode or Path(top.stdout.split("\n")[0]) != root:  # inside somebody else's repository
             return None, None
         status = subprocess.run(
             [*git, "status", "--porcelain", "--", *_WHAT_COUNTS], capture_output=True, text=True, timeout=60
