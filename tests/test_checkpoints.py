@@ -591,6 +591,18 @@ def test_weights_from_the_hub_and_then_from_its_cache(hub_cache: Path, serve: An
     assert server.requests == []
 
 
+def test_timm_itself_loads_a_published_file_from_the_hub(hub_cache: Path, serve: Any, tmp_path: Path) -> None:
+    """`timm.create_model(…, pretrained=True)`: through our loader, since timm's would refuse the container."""
+    source = timm.create_model("vim_tiny_patch16_224")
+    reference_vim.fill(source)
+    path = tmp_path / FILE
+    torch.save({"model": source.state_dict(), "epoch": 299, "args": argparse.Namespace(lr=1e-3)}, path)
+    serve(path.read_bytes())
+    assert resolve_checkpoint("hub", "vim_tiny_patch16_224") is not None  # into the cache, where timm finds it
+    model = timm.create_model("vim_tiny_patch16_224", pretrained=True)
+    assert_equal(model, source.state_dict())
+
+
 def one_line_without_network(seconds: float = 2.0) -> str:
     start = time.perf_counter()
     with pytest.raises(CheckpointError) as caught:

@@ -435,7 +435,49 @@ def test_a_method_that_cannot_be_imported_names_its_file(tmp_path: Path, monkeyp
     assert "beside the method file" in line
 
 
+def test_a_module_of_ones_own_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(tmp_path, monkeypatch)
+    file = own_method(tmp_path / "mine", "own_broken", "LastBlocks")
+    with (tmp_path / "mine/own_broken.py").open("a") as module:
+        module.write("\nx = (\n")
+    line = complaint(command(*small("--method", file)), 2)
+    assert "the module of the method 'own_broken.LastBlocks' fails" in line
+    assert "SyntaxError: '(' was never closed" in line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("return sum(", "return 1 + sum(", "parameters train besides the head; correct the formula"),
+        ("self.tail = tail", "self.size = tail", "keep each constructor argument as an attribute of its name"),
+        ("self.tail = tail", "self.tail = {tail}", "its settings must be plain numbers, texts, lists and mappings"),
+        ("def adapter_parameters", "def other", "must define adapter_parameters(model)"),
+    ],
+)
+def test_a_method_of_ones_own_is_held_to_its_promises(
+    old: str, new: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(tmp_path, monkeypatch)
+    stem = f"own_{abs(hash(new))}"
+    file = own_method(tmp_path / "mine", stem, "LastBlocks")
+    module = tmp_path / f"mine/{stem}.py"
+    text = module.read_text()
+    assert old in text
+    module.write_text(text.replace(old, new).replace("model.depth - self.tail", "model.depth - 1"))
+    line = complaint(command(*small("--method", file)), 2)
+    assert words in line
+    assert "LastBlocks" in line
+    assert not Path("runs").exists()
+
+
 # ---- names of configs
+
+
+def test_a_mistyped_task_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(tmp_path, monkeypatch)
+    Path("mine.yaml").write_text("data:\n  taks: vtab/dtd\n")
+    line = complaint(command("fit", "--config", "mine.yaml"), 2)
+    assert "mine.yaml:2: unknown config key 'data.taks'; did you mean 'data.task'?" in line
 
 
 @pytest.mark.parametrize(

@@ -812,3 +812,13 @@ def test_data_may_lie_anywhere(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     record = run(*line("--method", "linear", "--results_root", "r", "--runs_root", "q", data__root=None)).record
     assert record["config_digest"] == digest
     assert {name.split("/")[0] for name in files()} >= {"r", "q"}
+
+
+def test_the_record_names_the_backend_that_ran(place: Path) -> None:
+    """In float64 the CPU kernels cannot run; the reference does, and header and record say so."""
+    outcome = run(*line("--method", "linear", "--trainer.precision", "64-true", model__scan_backend="auto"))
+    assert outcome.record["scan_backend"] == "reference"
+    assert "cpu: it computes in float32" in outcome.record["scan_reason"]
+    assert "scan backend reference" in outcome.out
+    text = complaint(command(*line("--trainer.precision", "64-true", model__scan_backend="cpu")), 1)
+    assert "the scan backend 'cpu' was asked for and cannot run here: it computes in float32" in text

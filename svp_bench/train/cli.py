@@ -270,10 +270,10 @@ class BenchCLI(LightningCLI):
 
     def _method_arguments(self) -> list[str]:
         class_path = self.composed.get("model.method.class_path")
+        origin = self.composed.origins.get("model.method.class_path", "the config")
         try:
             return list(inspect.signature(import_object(str(class_path))).parameters)
         except (ImportError, AttributeError, ValueError, TypeError) as error:
-            origin = self.composed.origins.get("model.method.class_path", "the config")
             raise ConfigError(f"{origin}: cannot import the method {class_path!r} ({error})") from None
         except Exception as error:  # what somebody's module raises while it is imported, a SyntaxError for one
             where = f"{error.filename}:{error.lineno}: " if isinstance(error, SyntaxError) else ""
