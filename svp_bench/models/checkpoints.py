@@ -104,8 +104,8 @@ def load_pickle_safely(path: Path) -> Any:
             f"{path}: refused: it is no checkpoint, or it holds pickled code or objects{what} beside tensors and plain "
             "data; nothing of it was run. Save the state dict alone, best as .safetensors, where you trust the file"
         ) from None
-    except Exception as error:  # a damaged file can make the reader raise anything (struct.error, MemoryError, …)
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({_first_line(error)})") from None
+    except Exception:  # a damaged file can make the reader raise anything (struct.error, MemoryError, …)
+        raise CheckpointError(f"{path}: truncated or not a checkpoint; get the file again, or give another") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -585,8 +585,7 @@ class BenchCLI(LightningCLI):
         digest = self.datamodule.test_list_digest
         assert digest is not None
         metrics = Metrics(top1=100.0 * correct / count, loss=float(loss.mean()), correct=correct, count=count)
-        bits = rec.pack_bits(right.numpy())
-        return metrics, Correct("base64+packbits", count, bits, self.datamodule.lists["test"], digest)
+        return metrics, Correct.of(right.numpy(), self.datamodule.lists["test"], digest)
 
     def _selection_scores(self) -> Metrics | None:
         """Top-1 on val after the last epoch."""
