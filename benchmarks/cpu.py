@@ -119,14 +119,20 @@ def stepper(model: torch.nn.Module, batch: int = BATCH) -> Callable[[], None]:
 
 
 def whole_model(size: str, rounds: int) -> dict[str, float]:
-    floor, model = Floor(SIZES[size]), model_of(size, "svp")
+    floor, model, bare = Floor(SIZES[size]), model_of(size, "svp"), model_of(size, "linear")
     images = torch.randn(BATCH, 3, 224, 224)
 
-    def forward() -> None:
+    def forward(model: torch.nn.Module) -> None:
         with torch.no_grad():
             model(images)
 
-    works = {"step": stepper(model), "floor_step": floor.step, "forward": forward, "floor_forward": floor.forward}
+    works = {
+        "step": stepper(model),
+        "floor_step": floor.step,
+        "forward": lambda: forward(bare),
+        "floor_forward": floor.forward,
+        "forward_with_prompts": lambda: forward(model),
+    }
     times = in_turns(works, rounds)
     return {
         **times,

@@ -181,6 +181,7 @@ def _doctor(argv: Sequence[str]) -> int:
     from svp_bench._version import __version__
     from svp_bench.ops import backend_statuses, choose
     from svp_bench.ops.compiled import cache_folder
+    from svp_bench.ops.memory import keep_freed_memory
     from svp_bench.ops.selftest import self_test
     from svp_bench.ops.threads import pool_name
 
@@ -189,6 +190,7 @@ def _doctor(argv: Sequence[str]) -> int:
     print(
         f"CPU       {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads; kernels run on {pool_name()}"
     )
+    print(f"memory    freed: {keep_freed_memory()}")
     print(f"GPU       {gpu}")
     print(f"kernels   compiled ones are kept in {cache_folder()}")
     print("\nScan backends, in the order in which `auto` tries them:")

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from svp_bench.ops.memory import keep_freed_memory
+
 __all__ = ["cache_folder", "kernel"]
 
 _SOURCES = ("simd.py", "cpu_kernels.py")
@@ -46,6 +48,8 @@ def kernel(name: str) -> int:
 
 def _load(name: str) -> int:
     import numba
+
+    keep_freed_memory()
 
     from svp_bench.ops import cpu_kernels
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
 _FIELDS = 7
-_LOG2E = 1.4426950408889634
 _TASKS = 32  # at least as many tasks as this, so that many cores have work at batch 1; fixed, so that sums are too
 
 
@@ -66,8 +65,18 @@ def _rows(tensor: Tensor, width: int) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or not tensor.numel() else tensor.contiguous()
 
 
+def _table(tensor: Tensor, rows: int) -> Tensor:
+    """(E, X) as float32 without gaps, padded with zeros to `rows`."""
+    tensor = tensor.detach().float()
+    if len(tensor) != rows:
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, rows - len(tensor)))
+    return tensor.contiguous()
+
+
 def _vector(tensor: Tensor | None, width: int, like: Tensor) -> Tensor:
     """(E,) as float32, padded with zeros to `width`; zeros for None."""
+    if tensor is not None and len(tensor) == width:
+        return tensor.detach().float().contiguous()
     out = like.new_zeros(width, dtype=torch.float32)
     if tensor is not None:
         out[: len(tensor)] = tensor.detach()
@@ -193,7 +202,8 @@ class _Problem:
         self.directions: list[dict[str, Any]] = []
         for i, back in enumerate(reverse):
             u, delta, A, B, C, D, bias = flat[i * _FIELDS : (i + 1) * _FIELDS]
-            fields: dict[str, Any] = {"reverse": back, "A": self._tiled(A)}
+            assert A is not None
+            fields: dict[str, Any] = {"reverse": back, "A": _table(A, self.wide), "A_row": 4 * self.states}
             for name, tensor, width in (
                 ("u", u, self.wide),
                 ("delta", delta, self.wide),
@@ -206,13 +216,6 @@ class _Problem:
             fields["D"] = _vector(D, self.wide, first)
             fields["bias"] = _vector(bias, self.wide, first)
             self.directions.append(fields)
-
-    def _tiled(self, A: Tensor | None) -> Tensor:
-        """(E, N) → log2(e) A as (tiles, NP, 16)."""
-        assert A is not None
-        full = A.new_zeros(self.wide, self.padded, dtype=torch.float32)
-        full[: self.channels, : self.states] = A.detach().float() * _LOG2E
-        return full.view(self.tiles, -1, self.padded).transpose(1, 2).contiguous()
 
     def forward(self, out: Tensor, keep: bool) -> list[Tensor]:
         if self.wide != self.channels:
@@ -341,9 +344,7 @@ def _conv_block(
     for i, back in enumerate(reverse):
         weight = parameters[i]
         assert weight is not None
-        turned = x.new_zeros(weight.shape[-1], wide, dtype=torch.float32)
-        turned[:, : weight.shape[0]] = weight.detach().mT
-        own.append({"reverse": back, "weight": turned, "bias": _vector(parameters[count + i], wide, x)})
+        own.append({"reverse": back, "weight": _table(weight, wide), "bias": _vector(parameters[count + i], wide, x)})
     return shared, wide, own
 
 
@@ -357,7 +358,7 @@ def _run_conv(name: str, shared: dict[str, Any], own: Sequence[dict[str, Any]], 
 
 def _fits(*tensors: Tensor | None) -> bool:
     """Whether the row kernels can take these: float32 rows of whole vectors. Others use PyTorch's operators."""
-    return all(t is None or (t.dtype == torch.float32 and t.shape[-1] % 8 == 0 and t.numel() > 0) for t in tensors)
+    return all(t is None or (t.dtype == torch.float32 and t.shape[-1] % 16 == 0 and t.numel() > 0) for t in tensors)
 
 
 def add_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,12 @@ Each kernel is one C function of one argument, the address of a block of int64: 
 tensors. Threads that run it take tasks from the counter until none is left; what a task computes does not depend on
 who runs it, and all sums are added up in a fixed order, so reruns agree to the last bit.
 
-Layout: channels last, float32. A *tile* is 16 neighbouring channels, one cache line; a *half* of it is one vector.
+Layout: channels last, float32. A *tile* is 16 neighbouring channels: one cache line, one vector.
 Letters as in reference.py: B batch, L length, E channels (a multiple of 16), N states (padded to NP, a multiple of 8),
 K directions. Addresses are in bytes; strides are in bytes too.
+
+Work is done on four vectors side by side (four states, or four steps), see simd.py. A reversed direction walks with
+negative strides. Steps that are missing in the last four of a pass are taken from its last step once more.
 """
 
 # mypy: ignore-errors
@@ -21,43 +24,104 @@ from svp_bench.ops.simd import (
     LANES,
     add,
     broadcast,
-    exp2,
+    exp2_4,
+    exp2_bounded_4,
     fma,
+    gather,
+    larger,
     load,
     load_float,
     load_int,
     mul,
-    sigmoid,
-    softplus,
+    prefetch,
+    silu,
+    silu_4,
+    silu_slope,
+    silu_slope_4,
+    softplus_4,
+    softplus_slope_4,
     splat,
     store,
     store_float,
+    store_sums,
     sub,
-    sums,
     take,
+    within,
 )
 
-TILE = 2 * LANES
-CHUNK = 16  # steps between two saved states; the states and decays of a chunk fit the first-level cache
+TILE = LANES
+CHUNK = 16  # steps between two saved states
 _LINE = 4 * TILE  # bytes of a tile
-_VEC = 4 * LANES  # bytes of a half
 LN2 = np.float32(0.6931471805599453)
-HALF = np.float32(0.5)
+LOG2E = np.float32(1.4426950408889634)
 ONE = np.float32(1.0)
 ZERO = np.float32(0.0)
+BOUND = np.float32(126.0)  # exponents of two up to here need no care
 
 # A block begins with the shared fields; then come the fields of each direction.
 SHARED = ("counter", "tasks", "batch", "length", "channels", "states", "directions", "softplus", "groups", "chunks")
 SHARED += ("z", "z_batch", "z_row", "out", "dout", "dout_batch", "dout_row", "dz", "need_A")
-DIRECTION = ("reverse", "u", "u_batch", "u_row", "delta", "delta_batch", "delta_row", "A", "B", "B_batch", "B_row")
-DIRECTION += ("C", "C_batch", "C_row", "D", "bias", "saved", "du", "ddelta", "dB", "dC", "dA", "dD")
+DIRECTION = ("reverse", "u", "u_batch", "u_row", "delta", "delta_batch", "delta_row", "A", "A_row", "B", "B_batch")
+DIRECTION += ("B_row", "C", "C_batch", "C_row", "D", "bias", "saved", "du", "ddelta", "dB", "dC", "dA", "dD")
 
 _COUNTER, _TASKS, _BATCH, _LENGTH, _CHANNELS, _STATES, _DIRECTIONS, _SOFTPLUS, _GROUPS, _CHUNKS = range(0, 80, 8)
 _Z, _Z_BATCH, _Z_ROW, _OUT, _DOUT, _DOUT_BATCH, _DOUT_ROW, _DZ, _NEED_A = range(80, 152, 8)
 _FIRST = 8 * len(SHARED)
 _NEXT = 8 * len(DIRECTION)
-_REVERSE, _U, _U_BATCH, _U_ROW, _DELTA, _DELTA_BATCH, _DELTA_ROW, _A, _B, _B_BATCH, _B_ROW = range(0, 88, 8)
-_C, _C_BATCH, _C_ROW, _D, _BIAS, _SAVED, _DU, _DDELTA, _DB, _DC, _DA, _DD = range(88, 184, 8)
+_REVERSE, _U, _U_BATCH, _U_ROW, _DELTA, _DELTA_BATCH, _DELTA_ROW, _A, _A_ROW, _B, _B_BATCH = range(0, 88, 8)
+_B_ROW, _C, _C_BATCH, _C_ROW, _D, _BIAS, _SAVED, _DU, _DDELTA, _DB, _DC, _DA, _DD = range(88, 192, 8)
+
+
+@njit
+def _clear(place, lines):
+    for i in range(lines):
+        store(place + i * _LINE, splat(ZERO))
+
+
+@njit
+def _turn(A, A_row, states, padded, place):
+    """Write log2(e) A of a tile, (16, N), as lines of one state each, zeros for those beyond N; return max |·|."""
+    largest = splat(ZERO)
+    for n in range(states):
+        value = mul(gather(A + 4 * n, A_row), splat(LOG2E))
+        store(place + n * _LINE, value)
+        largest = larger(largest, value)
+    _clear(place + states * _LINE, padded - states)
+    return largest
+
+
+def _forward_states(decays):
+    @njit
+    def run(h, A, dts, B, B_step, C, C_step, y, y_step, steps):
+        """Four states through a chunk: h is read and written, C · h added to y."""
+        a0, a1, a2, a3 = load(A), load(A + _LINE), load(A + 2 * _LINE), load(A + 3 * _LINE)
+        h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
+        for _i in range(steps):
+            dt, w, total = load(dts), load(dts + CHUNK * _LINE), load(y)
+            e0, e1, e2, e3 = decays(mul(dt, a0), mul(dt, a1), mul(dt, a2), mul(dt, a3))
+            w0, w1, w2, w3 = (
+                mul(w, broadcast(B)),
+                mul(w, broadcast(B + 4)),
+                mul(w, broadcast(B + 8)),
+                mul(w, broadcast(B + 12)),
+            )
+            h0, h1, h2, h3 = fma(e0, h0, w0), fma(e1, h1, w1), fma(e2, h2, w2), fma(e3, h3, w3)
+            total = fma(h1, broadcast(C + 4), fma(h0, broadcast(C), total))
+            store(y, fma(h3, broadcast(C + 12), fma(h2, broadcast(C + 8), total)))
+            dts += _LINE
+            B += B_step
+            C += C_step
+            y += y_step
+        store(h, h0)
+        store(h + _LINE, h1)
+        store(h + 2 * _LINE, h2)
+        store(h + 3 * _LINE, h3)
+
+    return run
+
+
+_forward_states_any = _forward_states(exp2_4)
+_forward_states_bounded = _forward_states(exp2_bounded_4)
 
 
 def scan_forward(block):
@@ -74,9 +138,11 @@ def scan_forward(block):
     chunks = load_int(block + _CHUNKS)
     tasks = load_int(block + _TASKS)
     tiles = channels // TILE
-    h_array = np.empty(padded * TILE, np.float32)
-    y_array = np.empty(length * TILE, np.float32)
-    h, y = h_array.ctypes.data, y_array.ctypes.data
+    scratch = np.empty((2 * padded + length + 2 * CHUNK + 1) * TILE, np.float32)
+    h = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE
+    A = h + padded * _LINE
+    dts = A + padded * _LINE  # Δ of a chunk's steps, then Δ u
+    y = dts + 2 * CHUNK * _LINE
     scale = splat(np.float32(1.0 / directions))
     while True:
         task = take(block + _COUNTER)
@@ -85,66 +151,225 @@ def scan_forward(block):
         b, tile = task // tiles, task % tiles
         for k in range(directions):
             mine = block + _FIRST + k * _NEXT
-            reverse = load_int(mine + _REVERSE)
+            u_step, delta_step = load_int(mine + _U_ROW), load_int(mine + _DELTA_ROW)
+            B_step, C_step, y_step = load_int(mine + _B_ROW), load_int(mine + _C_ROW), _LINE
             u = load_int(mine + _U) + b * load_int(mine + _U_BATCH) + tile * _LINE
             delta = load_int(mine + _DELTA) + b * load_int(mine + _DELTA_BATCH) + tile * _LINE
             B = load_int(mine + _B) + b * load_int(mine + _B_BATCH)
             C = load_int(mine + _C) + b * load_int(mine + _C_BATCH)
-            u_row, delta_row = load_int(mine + _U_ROW), load_int(mine + _DELTA_ROW)
-            B_row, C_row = load_int(mine + _B_ROW), load_int(mine + _C_ROW)
-            A = load_int(mine + _A) + tile * padded * _LINE
+            y_k = y
+            if load_int(mine + _REVERSE):
+                last = length - 1
+                u, delta, B, C = u + last * u_step, delta + last * delta_step, B + last * B_step, C + last * C_step
+                y_k = y + last * _LINE
+                u_step, delta_step, B_step, C_step, y_step = -u_step, -delta_step, -B_step, -C_step, -y_step
+            A_row = load_int(mine + _A_ROW)
+            largest = _turn(load_int(mine + _A) + tile * TILE * A_row, A_row, states, padded, A)
             saved = load_int(mine + _SAVED)
-            D0 = load(load_int(mine + _D) + tile * _LINE)
-            D1 = load(load_int(mine + _D) + tile * _LINE + _VEC)
-            bias0 = load(load_int(mine + _BIAS) + tile * _LINE)
-            bias1 = load(load_int(mine + _BIAS) + tile * _LINE + _VEC)
-            for n in range(padded * 2):
-                store(h + n * _VEC, splat(ZERO))
-            for s in range(length):
-                t = length - 1 - s if reverse else s
-                if saved and s % CHUNK == 0:
-                    place = saved + ((b * tiles + tile) * chunks + s // CHUNK) * padded * _LINE
-                    for n in range(padded * 2):
-                        store(place + n * _VEC, load(h + n * _VEC))
-                dt0 = add(load(delta + t * delta_row), bias0)
-                dt1 = add(load(delta + t * delta_row + _VEC), bias1)
-                if plus:
-                    dt0, dt1 = softplus(dt0), softplus(dt1)
-                u0, u1 = load(u + t * u_row), load(u + t * u_row + _VEC)
-                w0, w1 = mul(dt0, u0), mul(dt1, u1)
-                y0, y1 = mul(D0, u0), mul(D1, u1)
-                for n in range(states):
-                    Bn = broadcast(B + t * B_row + 4 * n)
-                    Cn = broadcast(C + t * C_row + 4 * n)
-                    at = n * _LINE
-                    h0 = fma(exp2(mul(dt0, load(A + at))), load(h + at), mul(w0, Bn))
-                    h1 = fma(exp2(mul(dt1, load(A + at + _VEC))), load(h + at + _VEC), mul(w1, Bn))
-                    store(h + at, h0)
-                    store(h + at + _VEC, h1)
-                    y0, y1 = fma(h0, Cn, y0), fma(h1, Cn, y1)
-                place = y + t * _LINE
-                if k > 0:
-                    y0, y1 = add(y0, load(place)), add(y1, load(place + _VEC))
-                store(place, y0)
-                store(place + _VEC, y1)
+            D = load(load_int(mine + _D) + tile * _LINE)
+            bias = load(load_int(mine + _BIAS) + tile * _LINE)
+            _clear(h, padded)
+            for chunk in range(chunks):
+                first = chunk * CHUNK
+                steps = min(CHUNK, length - first)
+                if saved:
+                    place = saved + ((b * tiles + tile) * chunks + chunk) * padded * _LINE
+                    for n in range(padded):
+                        store(place + n * _LINE, load(h + n * _LINE))
+                for s in range(first + CHUNK, min(first + 2 * CHUNK, length)):
+                    prefetch(delta + s * delta_step)
+                    prefetch(u + s * u_step)
+                top = splat(ZERO)
+                for i in range(0, steps, 4):
+                    s0, s1 = first + i, first + min(i + 1, steps - 1)
+                    s2, s3 = first + min(i + 2, steps - 1), first + min(i + 3, steps - 1)
+                    dt0, dt1 = add(load(delta + s0 * delta_step), bias), add(load(delta + s1 * delta_step), bias)
+                    dt2, dt3 = add(load(delta + s2 * delta_step), bias), add(load(delta + s3 * delta_step), bias)
+                    if plus:
+                        dt0, dt1, dt2, dt3 = softplus_4(dt0, dt1, dt2, dt3)
+                    u0, u1, u2, u3 = (
+                        load(u + s0 * u_step),
+                        load(u + s1 * u_step),
+                        load(u + s2 * u_step),
+                        load(u + s3 * u_step),
+                    )
+                    top = larger(larger(larger(larger(top, dt0), dt1), dt2), dt3)
+                    place = dts + i * _LINE
+                    store(place, dt0)
+                    store(place + _LINE, dt1)
+                    store(place + 2 * _LINE, dt2)
+                    store(place + 3 * _LINE, dt3)
+                    place += CHUNK * _LINE
+                    store(place, mul(dt0, u0))
+                    store(place + _LINE, mul(dt1, u1))
+                    store(place + 2 * _LINE, mul(dt2, u2))
+                    store(place + 3 * _LINE, mul(dt3, u3))
+                    p0, p1, p2, p3 = y_k + s0 * y_step, y_k + s1 * y_step, y_k + s2 * y_step, y_k + s3 * y_step
+                    y0, y1, y2, y3 = mul(D, u0), mul(D, u1), mul(D, u2), mul(D, u3)
+                    if k > 0:
+                        y0, y1, y2, y3 = add(y0, load(p0)), add(y1, load(p1)), add(y2, load(p2)), add(y3, load(p3))
+                    store(p0, y0)
+                    store(p1, y1)
+                    store(p2, y2)
+                    store(p3, y3)
+                B_at, C_at, y_at = B + first * B_step, C + first * C_step, y_k + first * y_step
+                if within(mul(top, largest), BOUND):
+                    for n in range(0, padded, 4):
+                        _forward_states_bounded(
+                            *(h + n * _LINE, A + n * _LINE, dts, B_at + 4 * n, B_step, C_at + 4 * n, C_step),
+                            *(y_at, y_step, steps),
+                        )
+                else:
+                    for n in range(0, padded, 4):
+                        _forward_states_any(
+                            *(h + n * _LINE, A + n * _LINE, dts, B_at + 4 * n, B_step, C_at + 4 * n, C_step),
+                            *(y_at, y_step, steps),
+                        )
         z = load_int(block + _Z)
         out = load_int(block + _OUT) + (b * length * channels + tile * TILE) * 4
-        for t in range(length):
-            for half in range(2):
-                value = mul(load(y + t * _LINE + half * _VEC), scale)
-                if z:
-                    gate = load(
-                        z + b * load_int(block + _Z_BATCH) + t * load_int(block + _Z_ROW) + tile * _LINE + half * _VEC
-                    )
-                    value = mul(value, mul(gate, sigmoid(gate)))
-                store(out + t * channels * 4 + half * _VEC, value)
+        z_row, row = load_int(block + _Z_ROW), channels * 4
+        if z:
+            z += b * load_int(block + _Z_BATCH) + tile * _LINE
+        for t0 in range(0, length, 4):
+            t1, t2, t3 = min(t0 + 1, length - 1), min(t0 + 2, length - 1), min(t0 + 3, length - 1)
+            y0, y1 = mul(load(y + t0 * _LINE), scale), mul(load(y + t1 * _LINE), scale)
+            y2, y3 = mul(load(y + t2 * _LINE), scale), mul(load(y + t3 * _LINE), scale)
+            if z:
+                z0, z1, z2, z3 = silu_4(
+                    load(z + t0 * z_row), load(z + t1 * z_row), load(z + t2 * z_row), load(z + t3 * z_row)
+                )
+                y0, y1, y2, y3 = mul(y0, z0), mul(y1, z1), mul(y2, z2), mul(y3, z3)
+            store(out + t0 * row, y0)
+            store(out + t1 * row, y1)
+            store(out + t2 * row, y2)
+            store(out + t3 * row, y3)
+
+
+def _again_states(decays):
+    @njit
+    def run(h, decay, A, dts, B, B_step, C, C_step, y, steps):
+        """Four states through a chunk again: states and decays are kept, C · h is added to y if y is not 0."""
+        a0, a1, a2, a3 = load(A), load(A + _LINE), load(A + 2 * _LINE), load(A + 3 * _LINE)
+        h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
+        for _i in range(steps):
+            h += 4 * _LINE
+            dt, w = load(dts), load(dts + CHUNK * _LINE)
+            e0, e1, e2, e3 = decays(mul(dt, a0), mul(dt, a1), mul(dt, a2), mul(dt, a3))
+            w0, w1, w2, w3 = (
+                mul(w, broadcast(B)),
+                mul(w, broadcast(B + 4)),
+                mul(w, broadcast(B + 8)),
+                mul(w, broadcast(B + 12)),
+            )
+            h0, h1, h2, h3 = fma(e0, h0, w0), fma(e1, h1, w1), fma(e2, h2, w2), fma(e3, h3, w3)
+            store(decay, e0)
+            store(decay + _LINE, e1)
+            store(decay + 2 * _LINE, e2)
+            store(decay + 3 * _LINE, e3)
+            store(h, h0)
+            store(h + _LINE, h1)
+            store(h + 2 * _LINE, h2)
+            store(h + 3 * _LINE, h3)
+            if y:
+                total = fma(h1, broadcast(C + 4), fma(h0, broadcast(C), load(y)))
+                store(y, fma(h3, broadcast(C + 12), fma(h2, broadcast(C + 8), total)))
+                y += _LINE
+            dts += _LINE
+            decay += 4 * _LINE
+            B += B_step
+            C += C_step
+
+    return run
+
+
+_again_states_any = _again_states(exp2_4)
+_again_states_bounded = _again_states(exp2_bounded_4)
+
+
+def _back_states(need_A):
+    @njit
+    def run(g, h, decay, A, dA, dts, B, B_step, C, C_step, for_B, for_C, steps):
+        """Four states back through a chunk. `dts` holds lines of Δ, Δ u, the gradient of y, and two sums over the
+        states, CHUNK of each."""
+        a0, a1, a2, a3 = load(A), load(A + _LINE), load(A + 2 * _LINE), load(A + 3 * _LINE)
+        g0, g1, g2, g3 = load(g), load(g + _LINE), load(g + 2 * _LINE), load(g + 3 * _LINE)
+        if need_A:
+            d0, d1, d2, d3 = load(dA), load(dA + _LINE), load(dA + 2 * _LINE), load(dA + 3 * _LINE)
+        last = steps - 1
+        dts += last * _LINE
+        B, C = B + last * B_step, C + last * C_step
+        h += steps * 4 * _LINE
+        decay += last * 4 * _LINE
+        for_B, for_C = for_B + last * 4 * _LINE, for_C + last * 4 * _LINE
+        h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
+        for _i in range(steps):
+            h -= 4 * _LINE
+            w, dy = load(dts + CHUNK * _LINE), load(dts + 2 * CHUNK * _LINE)
+            drive, rate = load(dts + 3 * CHUNK * _LINE), load(dts + 4 * CHUNK * _LINE)
+            g0, g1 = fma(dy, broadcast(C), g0), fma(dy, broadcast(C + 4), g1)
+            g2, g3 = fma(dy, broadcast(C + 8), g2), fma(dy, broadcast(C + 12), g3)
+            store(for_C, fma(dy, h0, load(for_C)))
+            store(for_C + _LINE, fma(dy, h1, load(for_C + _LINE)))
+            store(for_C + 2 * _LINE, fma(dy, h2, load(for_C + 2 * _LINE)))
+            store(for_C + 3 * _LINE, fma(dy, h3, load(for_C + 3 * _LINE)))
+            store(for_B, fma(w, g0, load(for_B)))
+            store(for_B + _LINE, fma(w, g1, load(for_B + _LINE)))
+            store(for_B + 2 * _LINE, fma(w, g2, load(for_B + 2 * _LINE)))
+            store(for_B + 3 * _LINE, fma(w, g3, load(for_B + 3 * _LINE)))
+            drive = fma(g1, broadcast(B + 4), fma(g0, broadcast(B), drive))
+            drive = fma(g3, broadcast(B + 12), fma(g2, broadcast(B + 8), drive))
+            store(dts + 3 * CHUNK * _LINE, drive)
+            g0, g1 = mul(g0, load(decay)), mul(g1, load(decay + _LINE))
+            g2, g3 = mul(g2, load(decay + 2 * _LINE)), mul(g3, load(decay + 3 * _LINE))
+            h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
+            t0, t1, t2, t3 = mul(g0, h0), mul(g1, h1), mul(g2, h2), mul(g3, h3)  # gradients of Δ A
+            rate = fma(t3, a3, fma(t2, a2, fma(t1, a1, fma(t0, a0, rate))))
+            store(dts + 4 * CHUNK * _LINE, rate)
+            if need_A:
+                dt = load(dts)
+                d0, d1, d2, d3 = fma(t0, dt, d0), fma(t1, dt, d1), fma(t2, dt, d2), fma(t3, dt, d3)
+            dts -= _LINE
+            decay -= 4 * _LINE
+            for_B -= 4 * _LINE
+            for_C -= 4 * _LINE
+            B -= B_step
+            C -= C_step
+        store(g, g0)
+        store(g + _LINE, g1)
+        store(g + 2 * _LINE, g2)
+        store(g + 3 * _LINE, g3)
+        if need_A:
+            store(dA, d0)
+            store(dA + _LINE, d1)
+            store(dA + 2 * _LINE, d2)
+            store(dA + 3 * _LINE, d3)
+
+    return run
+
+
+_back_states_A = _back_states(True)
+_back_states_frozen = _back_states(False)
+
+
+@njit
+def _store_row_sums(row, sums, padded, i):
+    """Write the sums over the lanes of `sums`, (NP / 4, CHUNK, 4, 16), at step i, one float a state."""
+    for n in range(0, padded, 8):
+        left = sums + (n // 4 * CHUNK + i) * 4 * _LINE
+        right = left + 4 * CHUNK * _LINE
+        store_sums(
+            row + 4 * n,
+            *(load(left), load(left + _LINE), load(left + 2 * _LINE), load(left + 3 * _LINE)),
+            *(load(right), load(right + _LINE), load(right + 2 * _LINE), load(right + 3 * _LINE)),
+        )
 
 
 def scan_backward(block):
     """Gradients of `scan_forward`; a task is one picture × one group of tiles.
 
     dB and dC are summed over the channels of a group, (groups, B, L, NP); dA, (B, tiles, NP, 16), and dD, (B, E), over
-    the steps of a picture. The caller adds up the rest.
+    the steps of a picture. The caller adds up the rest. Chunk by chunk from the last, and in it tile by tile, the
+    states are made again and walked back; sums over channels stay vectors until a chunk is done.
     """
     length = load_int(block + _LENGTH)
     channels = load_int(block + _CHANNELS)
@@ -158,150 +383,152 @@ def scan_backward(block):
     tasks = load_int(block + _TASKS)
     need_A = load_int(block + _NEED_A)
     tiles = channels // TILE
+    most = tiles // groups + 1
     z, dz, dout = load_int(block + _Z), load_int(block + _DZ), load_int(block + _DOUT)
-    z_batch, z_row = load_int(block + _Z_BATCH), load_int(block + _Z_ROW)
-    dout_batch, dout_row = load_int(block + _DOUT_BATCH), load_int(block + _DOUT_ROW)
-    line = padded * _VEC  # bytes of the states of one half at one step
-    h_array = np.empty((CHUNK + 1) * padded * LANES, np.float32)
-    decay_array = np.empty(CHUNK * padded * LANES, np.float32)
-    g_array = np.empty(2 * padded * LANES, np.float32)
-    dt_array = np.empty(CHUNK * LANES, np.float32)
-    b_array = np.empty(LANES * LANES, np.float32)
-    c_array = np.empty(LANES * LANES, np.float32)
-    y_array = np.empty(length * TILE, np.float32)
-    dA_array = np.empty(2 * padded * LANES, np.float32)
-    h, decay, g, dts = h_array.ctypes.data, decay_array.ctypes.data, g_array.ctypes.data, dt_array.ctypes.data
-    for_B, for_C, y, dA_sum = b_array.ctypes.data, c_array.ctypes.data, y_array.ctypes.data, dA_array.ctypes.data
+    z_row, dout_row, row = load_int(block + _Z_ROW), load_int(block + _DOUT_ROW), channels * 4
+    scratch = np.empty((most * (2 * padded + 1) + CHUNK * (8 + 2 * padded + 8) + 4 + 1) * TILE, np.float32)
+    g = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE
+    As = g + most * padded * _LINE  # of each tile, then its max |A|
+    dts = As + most * (padded + 1) * _LINE  # lines of Δ, Δ u, gradient of y, two sums, slope of Δ, slope of the gate, y
+    for_B = dts + 8 * CHUNK * _LINE
+    for_C = for_B + CHUNK * padded * _LINE
+    decay = for_C + CHUNK * padded * _LINE
+    h = decay + 4 * CHUNK * _LINE
+    w, dy = dts + CHUNK * _LINE, dts + 2 * CHUNK * _LINE
+    drive, rate = dts + 3 * CHUNK * _LINE, dts + 4 * CHUNK * _LINE
+    slope, gate, y = dts + 5 * CHUNK * _LINE, dts + 6 * CHUNK * _LINE, dts + 7 * CHUNK * _LINE
     scale = splat(np.float32(1.0 / directions))
     while True:
         task = take(block + _COUNTER)
         if task >= tasks:
             break
         b, group = task // groups, task % groups
+        start, stop = group * tiles // groups, (group + 1) * tiles // groups
         for k in range(directions):
             mine = block + _FIRST + k * _NEXT
-            size = length * padded * 4
-            for place in (load_int(mine + _DB), load_int(mine + _DC)):
-                for n in range(length * padded // LANES):
-                    store(place + (group * batch + b) * size + n * _VEC, splat(ZERO))
-        for tile in range(group * tiles // groups, (group + 1) * tiles // groups):
-            for k in range(directions):
-                mine = block + _FIRST + k * _NEXT
-                reverse = load_int(mine + _REVERSE)
-                u = load_int(mine + _U) + b * load_int(mine + _U_BATCH) + tile * _LINE
-                delta = load_int(mine + _DELTA) + b * load_int(mine + _DELTA_BATCH) + tile * _LINE
-                B = load_int(mine + _B) + b * load_int(mine + _B_BATCH)
-                C = load_int(mine + _C) + b * load_int(mine + _C_BATCH)
-                u_row, delta_row = load_int(mine + _U_ROW), load_int(mine + _DELTA_ROW)
-                B_row, C_row = load_int(mine + _B_ROW), load_int(mine + _C_ROW)
-                A = load_int(mine + _A) + tile * padded * _LINE
-                dB = load_int(mine + _DB) + (group * batch + b) * length * padded * 4
-                dC = load_int(mine + _DC) + (group * batch + b) * length * padded * 4
-                du = load_int(mine + _DU) + (b * length * channels + tile * TILE) * 4
-                ddelta = load_int(mine + _DDELTA) + (b * length * channels + tile * TILE) * 4
-                row = channels * 4
-                saved = load_int(mine + _SAVED) + (b * tiles + tile) * chunks * padded * _LINE
-                dD0, dD1 = splat(ZERO), splat(ZERO)
-                for n in range(2 * padded):
-                    store(g + n * _VEC, splat(ZERO))
-                    store(dA_sum + n * _VEC, splat(ZERO))
-                for chunk in range(chunks - 1, -1, -1):
-                    first = chunk * CHUNK
-                    steps = min(CHUNK, length - first)
-                    for half in range(2):
-                        D = load(load_int(mine + _D) + tile * _LINE + half * _VEC)
-                        bias = load(load_int(mine + _BIAS) + tile * _LINE + half * _VEC)
-                        own_g = g + half * line
-                        # forward again through the chunk, keeping its states and decays
-                        for n in range(padded):
-                            store(h + n * _VEC, load(saved + chunk * padded * _LINE + n * _LINE + half * _VEC))
-                        for i in range(steps):
-                            s = first + i
-                            t = length - 1 - s if reverse else s
-                            dt = add(load(delta + t * delta_row + half * _VEC), bias)
-                            if plus:
-                                dt = softplus(dt)
-                            store(dts + i * _VEC, dt)
-                            ut = load(u + t * u_row + half * _VEC)
-                            w = mul(dt, ut)
-                            yt = mul(D, ut)
-                            now = h + i * line
-                            for n in range(states):
-                                a = exp2(mul(dt, load(A + n * _LINE + half * _VEC)))
-                                store(decay + i * line + n * _VEC, a)
-                                state = fma(a, load(now + n * _VEC), mul(w, broadcast(B + t * B_row + 4 * n)))
-                                store(now + line + n * _VEC, state)
-                                if dz:
-                                    yt = fma(state, broadcast(C + t * C_row + 4 * n), yt)
-                            for n in range(states, padded):
-                                store(decay + i * line + n * _VEC, splat(ONE))
-                                store(now + line + n * _VEC, splat(ZERO))
-                            if dz:
-                                place = y + t * _LINE + half * _VEC
-                                store(place, yt if k == 0 else add(yt, load(place)))
-                        # and back
-                        for i in range(steps - 1, -1, -1):
-                            s = first + i
-                            t = length - 1 - s if reverse else s
-                            dy = mul(load(dout + b * dout_batch + t * dout_row + tile * _LINE + half * _VEC), scale)
-                            if z:
-                                gate = load(z + b * z_batch + t * z_row + tile * _LINE + half * _VEC)
-                                dy = mul(dy, mul(gate, sigmoid(gate)))
-                            dt = load(dts + i * _VEC)
-                            ut = load(u + t * u_row + half * _VEC)
-                            w = mul(dt, ut)
-                            drive, rate = splat(ZERO), splat(ZERO)
-                            for start in range(0, padded, LANES):
-                                for j in range(LANES):
-                                    n = start + j
-                                    at = i * line + n * _VEC
-                                    a = load(decay + at)
-                                    gn = fma(dy, broadcast(C + t * C_row + 4 * n), load(own_g + n * _VEC))
-                                    store(for_C + j * _VEC, mul(dy, load(h + line + at)))
-                                    store(for_B + j * _VEC, mul(gn, w))
-                                    drive = fma(gn, broadcast(B + t * B_row + 4 * n), drive)
-                                    gn = mul(gn, a)
-                                    store(own_g + n * _VEC, gn)
-                                    turn = mul(gn, load(h + at))  # gradient of Δ A
-                                    rate = fma(turn, load(A + n * _LINE + half * _VEC), rate)
-                                    if need_A:
-                                        place = dA_sum + half * line + n * _VEC
-                                        store(place, fma(turn, dt, load(place)))
-                                place = dB + (t * padded + start) * 4
-                                store(place, add(load(place), _across(for_B)))
-                                place = dC + (t * padded + start) * 4
-                                store(place, add(load(place), _across(for_C)))
-                            store(du + t * row + half * _VEC, fma(drive, dt, mul(dy, D)))
-                            ddt = fma(drive, ut, mul(rate, splat(LN2)))
-                            if plus:
-                                ddt = mul(ddt, sigmoid(add(load(delta + t * delta_row + half * _VEC), bias)))
-                            store(ddelta + t * row + half * _VEC, ddt)
-                            if need_A:
-                                if half == 0:
-                                    dD0 = fma(dy, ut, dD0)
-                                else:
-                                    dD1 = fma(dy, ut, dD1)
-                if need_A:
-                    place = load_int(mine + _DA) + (b * tiles + tile) * padded * _LINE
-                    for n in range(padded):
-                        store(place + n * _LINE, load(dA_sum + n * _VEC))
-                        store(place + n * _LINE + _VEC, load(dA_sum + line + n * _VEC))
-                    place = load_int(mine + _DD) + (b * channels + tile * TILE) * 4
-                    store(place, dD0)
-                    store(place + _VEC, dD1)
-            if dz:
-                for t in range(length):
-                    for half in range(2):
-                        at = tile * _LINE + half * _VEC
-                        gate = load(z + b * z_batch + t * z_row + at)
-                        s = sigmoid(gate)
-                        slope = mul(s, fma(gate, sub(splat(ONE), s), splat(ONE)))
-                        value = mul(load(dout + b * dout_batch + t * dout_row + at), mul(slope, scale))
-                        value = mul(value, load(y + t * _LINE + half * _VEC))
-                        store(dz + (b * length + t) * channels * 4 + at, value)
+            u_step, delta_step = load_int(mine + _U_ROW), load_int(mine + _DELTA_ROW)
+            B_step, C_step = load_int(mine + _B_ROW), load_int(mine + _C_ROW)
+            B = load_int(mine + _B) + b * load_int(mine + _B_BATCH)
+            C = load_int(mine + _C) + b * load_int(mine + _C_BATCH)
+            dB = load_int(mine + _DB) + (group * batch + b) * length * padded * 4
+            dC = load_int(mine + _DC) + (group * batch + b) * length * padded * 4
+            origin, sign = 0, 1  # step s is token origin + sign · s
+            if load_int(mine + _REVERSE):
+                origin, sign = length - 1, -1
+            _clear(g, (stop - start) * padded)
+            A_row = load_int(mine + _A_ROW)
+            for tile in range(start, stop):
+                A = As + (tile - start) * (padded + 1) * _LINE
+                largest = _turn(load_int(mine + _A) + tile * TILE * A_row, A_row, states, padded, A)
+                store(A + padded * _LINE, largest)
+            if need_A:
+                _clear(load_int(mine + _DA) + (b * tiles + start) * padded * _LINE, (stop - start) * padded)
+                _clear(load_int(mine + _DD) + b * row + start * _LINE, stop - start)
+            for chunk in range(chunks - 1, -1, -1):
+                first = chunk * CHUNK
+                steps = min(CHUNK, length - first)
+                t_first = origin + sign * first
+                B_at, C_at = B + t_first * B_step, C + t_first * C_step
+                _clear(for_B, 2 * CHUNK * padded)
+                for tile in range(start, stop):
+                    at = tile * _LINE
+                    u = load_int(mine + _U) + b * load_int(mine + _U_BATCH) + at
+                    delta = load_int(mine + _DELTA) + b * load_int(mine + _DELTA_BATCH) + at
+                    dout_at = dout + b * load_int(block + _DOUT_BATCH) + at
+                    z_at = z + b * load_int(block + _Z_BATCH) + at
+                    du = load_int(mine + _DU) + b * length * row + at
+                    ddelta = load_int(mine + _DDELTA) + b * length * row + at
+                    dz_at = dz + b * length * row + at
+                    A = As + (tile - start) * (padded + 1) * _LINE
+                    dA = load_int(mine + _DA) + (b * tiles + tile) * padded * _LINE
+                    saved = load_int(mine + _SAVED) + ((b * tiles + tile) * chunks + chunk) * padded * _LINE
+                    D = load(load_int(mine + _D) + at)
+                    bias = load(load_int(mine + _BIAS) + at)
+                    top = splat(ZERO)
+                    for i in range(0, steps, 4):
+                        t0, t1 = t_first + sign * i, t_first + sign * min(i + 1, steps - 1)
+                        t2, t3 = t_first + sign * min(i + 2, steps - 1), t_first + sign * min(i + 3, steps - 1)
+                        line = i * _LINE
+                        v0, v1 = add(load(delta + t0 * delta_step), bias), add(load(delta + t1 * delta_step), bias)
+                        v2, v3 = add(load(delta + t2 * delta_step), bias), add(load(delta + t3 * delta_step), bias)
+                        if plus:
+                            v0, v1, v2, v3, s0, s1, s2, s3 = softplus_slope_4(v0, v1, v2, v3)
+                            _put(slope + line, s0, s1, s2, s3)
+                        top = larger(larger(larger(larger(top, v0), v1), v2), v3)
+                        _put(dts + line, v0, v1, v2, v3)
+                        u0, u1 = load(u + t0 * u_step), load(u + t1 * u_step)
+                        u2, u3 = load(u + t2 * u_step), load(u + t3 * u_step)
+                        _put(w + line, mul(v0, u0), mul(v1, u1), mul(v2, u2), mul(v3, u3))
+                        _put(y + line, mul(D, u0), mul(D, u1), mul(D, u2), mul(D, u3))
+                        v0, v1 = mul(load(dout_at + t0 * dout_row), scale), mul(load(dout_at + t1 * dout_row), scale)
+                        v2, v3 = mul(load(dout_at + t2 * dout_row), scale), mul(load(dout_at + t3 * dout_row), scale)
+                        if z:
+                            u0, u1, u2, u3, s0, s1, s2, s3 = silu_slope_4(
+                                *(load(z_at + t0 * z_row), load(z_at + t1 * z_row)),
+                                *(load(z_at + t2 * z_row), load(z_at + t3 * z_row)),
+                            )
+                            _put(gate + line, mul(v0, s0), mul(v1, s1), mul(v2, s2), mul(v3, s3))
+                            v0, v1, v2, v3 = mul(v0, u0), mul(v1, u1), mul(v2, u2), mul(v3, u3)
+                        _put(dy + line, v0, v1, v2, v3)
+                        _put(drive + line, splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO))
+                        _put(rate + line, splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO))
+                    bounded = within(mul(top, load(A + padded * _LINE)), BOUND)
+                    y_again = y if dz else 0
+                    for n in range(0, padded, 4):
+                        store(h, load(saved + n * _LINE))
+                        store(h + _LINE, load(saved + (n + 1) * _LINE))
+                        store(h + 2 * _LINE, load(saved + (n + 2) * _LINE))
+                        store(h + 3 * _LINE, load(saved + (n + 3) * _LINE))
+                        again = (
+                            *(h, decay, A + n * _LINE, dts, B_at + 4 * n, sign * B_step, C_at + 4 * n, sign * C_step),
+                            *(y_again, steps),
+                        )
+                        if bounded:
+                            _again_states_bounded(*again)
+                        else:
+                            _again_states_any(*again)
+                        back = (
+                            *(g + ((tile - start) * padded + n) * _LINE, h, decay, A + n * _LINE, dA + n * _LINE, dts),
+                            *(B_at + 4 * n, sign * B_step, C_at + 4 * n, sign * C_step),
+                            *(for_B + n * CHUNK * _LINE, for_C + n * CHUNK * _LINE, steps),
+                        )
+                        if need_A:
+                            _back_states_A(*back)
+                        else:
+                            _back_states_frozen(*back)
+                    total = splat(ZERO)
+                    for i in range(steps):
+                        t, line = t_first + sign * i, i * _LINE
+                        ut, driven, force = load(u + t * u_step), load(drive + line), load(dy + line)
+                        store(du + t * row, fma(driven, load(dts + line), mul(force, D)))
+                        total = fma(force, ut, total)
+                        v = fma(driven, ut, mul(load(rate + line), splat(LN2)))
+                        if plus:
+                            v = mul(v, load(slope + line))
+                        store(ddelta + t * row, v)
+                        if dz:
+                            v = load(y + line)
+                            # this direction's y waits in dz for the last one's
+                            v = add(v, load(dz_at + t * row)) if k > 0 else v
+                            store(dz_at + t * row, mul(v, load(gate + line)) if k == directions - 1 else v)
+                    if need_A:
+                        place = load_int(mine + _DD) + b * row + at
+                        store(place, add(load(place), total))
+                for i in range(steps):
+                    t = t_first + sign * i
+                    _store_row_sums(dB + t * padded * 4, for_B, padded, i)
+                    _store_row_sums(dC + t * padded * 4, for_C, padded, i)
 
 
-# The block of a convolution: shared fields, then those of each direction. Weights are (W, E).
+@njit
+def _put(place, v0, v1, v2, v3):
+    store(place, v0)
+    store(place + _LINE, v1)
+    store(place + 2 * _LINE, v2)
+    store(place + 3 * _LINE, v3)
+
+
+# The block of a convolution: shared fields, then those of each direction. Weights are (E, W).
 CONV_SHARED = ("counter", "tasks", "length", "channels", "directions", "silu", "width", "x", "x_batch", "x_row", "dx")
 CONV_DIRECTION = ("reverse", "weight", "bias", "out", "dout", "dout_batch", "dout_row", "dweight", "dbias")
 (_CV_LENGTH, _CV_CHANNELS, _CV_DIRECTIONS, _CV_SILU, _CV_WIDTH, _CV_X, _CV_X_BATCH, _CV_X_ROW, _CV_DX) = range(
@@ -313,101 +540,149 @@ _CV_DWEIGHT, _CV_DBIAS = 56, 64
 
 
 @njit
-def _taps(x, x_row, t, length, reverse, weight, row, width, bias):
-    """Bias plus the taps of the convolution at step t, one half."""
-    value = bias
+def _turn_taps(weight, width, place):
+    """Write the weights of a tile, (16, W), as lines of one tap each, that of the step itself first."""
     for back in range(width):
-        source = t + back if reverse else t - back
-        if 0 <= source < length:
-            value = fma(load(weight + (width - 1 - back) * row), load(x + source * x_row), value)
-    return value
+        store(place + back * _LINE, gather(weight + (width - 1 - back) * 4, width * 4))
+
+
+@njit
+def _taps_4(place, step, taps, width, v0, v1, v2, v3):
+    """Add the taps of four neighbouring steps; the tap of `back` steps before reads `back · step` bytes further."""
+    for back in range(width):
+        tap = load(taps + back * _LINE)
+        v0, v1 = fma(tap, load(place), v0), fma(tap, load(place + _LINE), v1)
+        v2, v3 = fma(tap, load(place + 2 * _LINE), v2), fma(tap, load(place + 3 * _LINE), v3)
+        place += step
+    return v0, v1, v2, v3
 
 
 def conv_forward(block):
-    """Depth-wise causal convolution (and SiLU) of one input in each direction; a task is one picture × one tile."""
+    """Depth-wise causal convolution (and SiLU) of one input in each direction; a task is one picture × one tile.
+
+    The tile is copied to a scratch place between zeros, so that no tap has to look where it reads.
+    """
     length, channels = load_int(block + _CV_LENGTH), load_int(block + _CV_CHANNELS)
-    directions, silu = load_int(block + _CV_DIRECTIONS), load_int(block + _CV_SILU)
+    directions, silu_after = load_int(block + _CV_DIRECTIONS), load_int(block + _CV_SILU)
     width, tasks, tiles = load_int(block + _CV_WIDTH), load_int(block + _TASKS), channels // TILE
     x_row, row = load_int(block + _CV_X_ROW), channels * 4
+    margin = width + 2
+    scratch = np.zeros((2 * margin + length + width + 1) * TILE, np.float32)
+    copy = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE + margin * _LINE
+    taps = copy + (length + margin) * _LINE
     while True:
         task = take(block + _COUNTER)
         if task >= tasks:
             break
         b, tile = task // tiles, task % tiles
+        at = tile * _LINE
+        x = load_int(block + _CV_X) + b * load_int(block + _CV_X_BATCH) + at
+        for t in range(length):
+            store(copy + t * _LINE, load(x + t * x_row))
         for k in range(directions):
             mine = block + _CV_FIRST + k * _CV_NEXT
-            reverse = load_int(mine + _CV_REVERSE)
-            for half in range(2):
-                at = tile * _LINE + half * _VEC
-                x = load_int(block + _CV_X) + b * load_int(block + _CV_X_BATCH) + at
-                weight = load_int(mine + _CV_WEIGHT) + at
-                bias = load(load_int(mine + _CV_BIAS) + at)
-                out = load_int(mine + _CV_OUT) + b * length * row + at
-                for t in range(length):
-                    value = _taps(x, x_row, t, length, reverse, weight, row, width, bias)
-                    if silu:
-                        value = mul(value, sigmoid(value))
-                    store(out + t * row, value)
+            step = _LINE if load_int(mine + _CV_REVERSE) else -_LINE
+            _turn_taps(load_int(mine + _CV_WEIGHT) + at * width, width, taps)
+            bias = load(load_int(mine + _CV_BIAS) + at)
+            out = load_int(mine + _CV_OUT) + b * length * row + at
+            for t in range(0, length, 4):
+                v0, v1, v2, v3 = _taps_4(copy + t * _LINE, step, taps, width, bias, bias, bias, bias)
+                if silu_after:
+                    v0, v1, v2, v3 = silu_4(v0, v1, v2, v3)
+                store(out + t * row, v0)
+                if t + 1 < length:
+                    store(out + (t + 1) * row, v1)
+                if t + 2 < length:
+                    store(out + (t + 2) * row, v2)
+                if t + 3 < length:
+                    store(out + (t + 3) * row, v3)
 
 
 def conv_backward(block):
     """Gradients of `conv_forward`; those of weight, (B, W, E), and bias, (B, E), if asked for, for each picture."""
     length, channels = load_int(block + _CV_LENGTH), load_int(block + _CV_CHANNELS)
-    directions, silu = load_int(block + _CV_DIRECTIONS), load_int(block + _CV_SILU)
+    directions, silu_after = load_int(block + _CV_DIRECTIONS), load_int(block + _CV_SILU)
     width, tasks, tiles = load_int(block + _CV_WIDTH), load_int(block + _TASKS), channels // TILE
     x_row, row, dx = load_int(block + _CV_X_ROW), channels * 4, load_int(block + _CV_DX)
-    g_array = np.empty(directions * length * LANES, np.float32)
-    g = g_array.ctypes.data
+    margin = width + 2
+    size = (2 * margin + length) * _LINE
+    scratch = np.zeros(((directions + 1) * (2 * margin + length) + directions * width + 1) * TILE, np.float32)
+    copy = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE + margin * _LINE
+    g = copy + size  # gradients before the SiLU, for each direction, between zeros as well
+    taps = g + directions * size - margin * _LINE
     while True:
         task = take(block + _COUNTER)
         if task >= tasks:
             break
         b, tile = task // tiles, task % tiles
-        for half in range(2):
-            at = tile * _LINE + half * _VEC
-            x = load_int(block + _CV_X) + b * load_int(block + _CV_X_BATCH) + at
-            for k in range(directions):
-                mine = block + _CV_FIRST + k * _CV_NEXT
-                reverse = load_int(mine + _CV_REVERSE)
-                weight = load_int(mine + _CV_WEIGHT) + at
-                bias = load(load_int(mine + _CV_BIAS) + at)
-                dout = load_int(mine + _CV_DOUT) + b * load_int(mine + _CV_DOUT_BATCH) + at
-                dout_row = load_int(mine + _CV_DOUT_ROW)
+        at = tile * _LINE
+        x = load_int(block + _CV_X) + b * load_int(block + _CV_X_BATCH) + at
+        for t in range(length):
+            store(copy + t * _LINE, load(x + t * x_row))
+        for k in range(directions):
+            mine = block + _CV_FIRST + k * _CV_NEXT
+            step = _LINE if load_int(mine + _CV_REVERSE) else -_LINE
+            taps_k = taps + k * width * _LINE
+            _turn_taps(load_int(mine + _CV_WEIGHT) + at * width, width, taps_k)
+            bias = load(load_int(mine + _CV_BIAS) + at)
+            dout = load_int(mine + _CV_DOUT) + b * load_int(mine + _CV_DOUT_BATCH) + at
+            dout_row = load_int(mine + _CV_DOUT_ROW)
+            own = g + k * size
+            for t in range(0, length, 4):
+                t1, t2, t3 = min(t + 1, length - 1), min(t + 2, length - 1), min(t + 3, length - 1)
+                v0, v1, v2, v3 = (
+                    load(dout + t * dout_row),
+                    load(dout + t1 * dout_row),
+                    load(dout + t2 * dout_row),
+                    load(dout + t3 * dout_row),
+                )
+                if silu_after:
+                    s0, s1, s2, s3 = _taps_4(copy + t * _LINE, step, taps_k, width, bias, bias, bias, bias)
+                    s0, s1, s2, s3 = silu_slope_4(s0, s1, s2, s3)[4:]
+                    v0, v1, v2, v3 = mul(v0, s0), mul(v1, s1), mul(v2, s2), mul(v3, s3)
+                store(own + t * _LINE, v0)
+                if t + 1 < length:
+                    store(own + (t + 1) * _LINE, v1)
+                if t + 2 < length:
+                    store(own + (t + 2) * _LINE, v2)
+                if t + 3 < length:
+                    store(own + (t + 3) * _LINE, v3)
+            dweight, dbias = load_int(mine + _CV_DWEIGHT), load_int(mine + _CV_DBIAS)
+            if dweight:
+                for back in range(width):
+                    even, odd = splat(ZERO), splat(ZERO)
+                    place = copy + back * step
+                    for t in range(0, length - 1, 2):
+                        even = fma(load(own + t * _LINE), load(place + t * _LINE), even)
+                        odd = fma(load(own + (t + 1) * _LINE), load(place + (t + 1) * _LINE), odd)
+                    if length % 2:
+                        even = fma(load(own + (length - 1) * _LINE), load(place + (length - 1) * _LINE), even)
+                    store(dweight + (b * width + width - 1 - back) * row + at, add(even, odd))
+            if dbias:
+                total = splat(ZERO)
                 for t in range(length):
-                    value = load(dout + t * dout_row)
-                    if silu:
-                        pre = _taps(x, x_row, t, length, reverse, weight, row, width, bias)
-                        s = sigmoid(pre)
-                        value = mul(value, mul(s, fma(pre, sub(splat(ONE), s), splat(ONE))))
-                    store(g + (k * length + t) * _VEC, value)
-                dweight, dbias = load_int(mine + _CV_DWEIGHT), load_int(mine + _CV_DBIAS)
-                if dweight:
-                    for back in range(width):
-                        total = splat(ZERO)
-                        for t in range(length):
-                            source = t + back if reverse else t - back
-                            if 0 <= source < length:
-                                total = fma(load(g + (k * length + t) * _VEC), load(x + source * x_row), total)
-                        store(dweight + (b * width + width - 1 - back) * row + at, total)
-                if dbias:
-                    total = splat(ZERO)
-                    for t in range(length):
-                        total = add(total, load(g + (k * length + t) * _VEC))
-                    store(dbias + b * row + at, total)
-            if dx:
-                for t in range(length):
-                    total = splat(ZERO)
-                    for k in range(directions):
-                        mine = block + _CV_FIRST + k * _CV_NEXT
-                        reverse = load_int(mine + _CV_REVERSE)
-                        weight = load_int(mine + _CV_WEIGHT) + at
-                        # the taps run the other way: step t was read by the steps after it
-                        place = g + k * length * _VEC
-                        total = _taps(place, _VEC, t, length, not reverse, weight, row, width, total)
-                    store(dx + (b * length + t) * row + at, total)
+                    total = add(total, load(own + t * _LINE))
+                store(dbias + b * row + at, total)
+        if dx:
+            for t in range(0, length, 4):
+                v0, v1, v2, v3 = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
+                for k in range(directions):
+                    mine = block + _CV_FIRST + k * _CV_NEXT
+                    # the taps run the other way: step t was read by the steps after it
+                    step = -_LINE if load_int(mine + _CV_REVERSE) else _LINE
+                    taps_k = taps + k * width * _LINE
+                    v0, v1, v2, v3 = _taps_4(g + k * size + t * _LINE, step, taps_k, width, v0, v1, v2, v3)
+                place = dx + (b * length + t) * row + at
+                store(place, v0)
+                if t + 1 < length:
+                    store(place + row, v1)
+                if t + 2 < length:
+                    store(place + 2 * row, v2)
+                if t + 3 < length:
+                    store(place + 3 * row, v3)
 
 
-# The block of add + norm: rows of D channels (a multiple of 8); a task is `ROWS` of them.
+# The block of add + norm: rows of D channels (a multiple of 16); a task is `ROWS` of them.
 ROWS = 32
 NORM = ("counter", "tasks", "rows", "width", "eps", "hidden", "residual", "weight", "total", "normed", "scales")
 NORM += ("dnormed", "dtotal", "dhidden", "dweight")
@@ -417,7 +692,7 @@ _NM_SCALES, _NM_DNORMED, _NM_DTOTAL, _NM_DHIDDEN, _NM_DWEIGHT = range(80, 120, 8
 
 @njit
 def _total(value, place):
-    """Sum over the lanes of a vector, through a scratch place of eight floats."""
+    """Sum over the lanes of a vector, through a scratch place."""
     store(place, value)
     total = ZERO
     for j in range(LANES):
@@ -440,7 +715,7 @@ def norm_forward(block):
         for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
             at = r * width * 4
             squares = splat(ZERO)
-            for c in range(0, width * 4, _VEC):
+            for c in range(0, width * 4, _LINE):
                 value = load(hidden + at + c)
                 if residual:
                     value = add(value, load(residual + at + c))
@@ -449,7 +724,7 @@ def norm_forward(block):
             scale = ONE / np.sqrt(_total(squares, scratch) / np.float32(width) + eps)
             store_float(scales + 4 * r, scale)
             factor = splat(scale)
-            for c in range(0, width * 4, _VEC):
+            for c in range(0, width * 4, _LINE):
                 store(normed + at + c, mul(mul(load(total + at + c), factor), load(weight + c)))
 
 
@@ -466,20 +741,20 @@ def norm_backward(block):
         if task >= tasks:
             break
         if dweight:
-            for c in range(0, width * 4, _VEC):
+            for c in range(0, width * 4, _LINE):
                 store(dweight + task * width * 4 + c, splat(ZERO))
         for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
             at = r * width * 4
             factor = splat(load_float(scales + 4 * r))
             along = splat(ZERO)
-            for c in range(0, width * 4, _VEC):
+            for c in range(0, width * 4, _LINE):
                 slope = mul(load(dnormed + at + c), mul(load(total + at + c), factor))
                 along = fma(slope, load(weight + c), along)
                 if dweight:
                     place = dweight + task * width * 4 + c
                     store(place, add(load(place), slope))
             mean = splat(_total(along, scratch) / np.float32(width))
-            for c in range(0, width * 4, _VEC):
+            for c in range(0, width * 4, _LINE):
                 value = mul(load(dnormed + at + c), load(weight + c))
                 value = sub(value, mul(mul(load(total + at + c), factor), mean))
                 value = mul(value, factor)
@@ -508,13 +783,13 @@ def prompt_forward(block):
         for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
             at = r * width * 4
             prompted = r % length != spared
-            for c in range(0, width * 4, _VEC):
+            for c in range(0, width * 4, _LINE):
                 value = load(x + at + c)
                 if prompted:
                     for k in range(terms):
                         mine = block + _PR_FIRST + k * _PR_NEXT
                         pre = load(load_int(mine + _PR_PRE) + at + c)
-                        value = fma(load(load_int(mine + _PR_SCALE) + c), mul(pre, sigmoid(pre)), value)
+                        value = fma(load(load_int(mine + _PR_SCALE) + c), silu(pre), value)
                 store(out + at + c, value)
 
 
@@ -531,35 +806,19 @@ def prompt_backward(block):
             mine = block + _PR_FIRST + k * _PR_NEXT
             scale, pre, dpre = load_int(mine + _PR_SCALE), load_int(mine + _PR_PRE), load_int(mine + _PR_DPRE)
             dscale = load_int(mine + _PR_DSCALE) + task * width * 4
-            for c in range(0, width * 4, _VEC):
+            for c in range(0, width * 4, _LINE):
                 total = splat(ZERO)
                 factor = load(scale + c)
                 for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
                     at = r * width * 4 + c
                     if r % length != spared:
                         value = load(pre + at)
-                        s = sigmoid(value)
                         g = load(dout + at)
-                        total = fma(g, mul(value, s), total)
-                        slope = mul(s, fma(value, sub(splat(ONE), s), splat(ONE)))
-                        store(dpre + at, mul(mul(g, factor), slope))
+                        total = fma(g, silu(value), total)
+                        store(dpre + at, mul(mul(g, factor), silu_slope(value)))
                     else:
                         store(dpre + at, splat(ZERO))
                 store(dscale + c, total)
-
-
-@njit
-def _across(place):
-    return sums(
-        load(place),
-        load(place + _VEC),
-        load(place + 2 * _VEC),
-        load(place + 3 * _VEC),
-        load(place + 4 * _VEC),
-        load(place + 5 * _VEC),
-        load(place + 6 * _VEC),
-        load(place + 7 * _VEC),
-    )
 
 
 KERNEL = types.void(types.int64)

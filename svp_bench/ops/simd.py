@@ -1,6 +1,8 @@
-"""A vector of eight floats for numba, so that kernels say which operations run side by side instead of hoping for it.
+"""A vector of sixteen floats for numba, so that kernels say which operations run side by side instead of hoping for it.
 
-LLVM lowers the vectors to what the processor has: one AVX register, two NEON ones, half an AVX-512 one.
+LLVM lowers a vector to what the processor has: one AVX-512 register, two AVX ones, four NEON ones. Functions that end
+in 4 do the same to four vectors, one operation after the other on all four: the operations of one vector wait for each
+other, and a processor sees only some sixty operations ahead, too few to find the next vector's by itself.
 Addresses are integers in bytes.
 """
 
@@ -10,12 +12,13 @@ Addresses are integers in bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
-LANES = 8
+LANES = 16
 
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
@@ -82,7 +85,7 @@ def fma(context, a, b, c):
 
 @intrinsic
 def splat(context, value):
-    """Eight times the same float32."""
+    """Sixteen times the same float32."""
 
     def build(context, builder, signature, arguments):
         one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), arguments[0], _I32(0))
@@ -97,7 +100,7 @@ def _pointer(builder, address, kind):
 
 @intrinsic
 def load(context, address):
-    """Eight neighbouring floats."""
+    """Sixteen neighbouring floats."""
 
     def build(context, builder, signature, arguments):
         return builder.load(_pointer(builder, arguments[0], _VECTOR), align=4)
@@ -107,7 +110,7 @@ def load(context, address):
 
 @intrinsic
 def store(context, address, value):
-    """Write eight neighbouring floats."""
+    """Write sixteen neighbouring floats."""
 
     def build(context, builder, signature, arguments):
         builder.store(arguments[1], _pointer(builder, arguments[0], _VECTOR), align=4)
@@ -118,7 +121,7 @@ def store(context, address, value):
 
 @intrinsic
 def broadcast(context, address):
-    """Eight times the float at an address."""
+    """Sixteen times the float at an address."""
 
     def build(context, builder, signature, arguments):
         value = builder.load(_pointer(builder, arguments[0], _F32), align=4)
@@ -126,6 +129,22 @@ def broadcast(context, address):
         return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _splat_int(0))
 
     return vector(types.int64), build
+
+
+@intrinsic
+def gather(context, address, step):
+    """Sixteen floats that lie `step` bytes apart."""
+
+    def build(context, builder, signature, arguments):
+        address, step = arguments
+        value = ir.Constant(_VECTOR, ir.Undefined)
+        for i in range(LANES):
+            place = builder.add(address, builder.mul(step, ir.IntType(64)(i)))
+            one = builder.load(_pointer(builder, place, _F32), align=4)
+            value = builder.insert_element(value, one, _I32(i))
+        return value
+
+    return vector(types.int64, types.int64), build
 
 
 @intrinsic
@@ -179,93 +198,172 @@ _LOG1P = (
 )
 
 
-def _horner(builder, x, coefficients):
-    value = _splat(coefficients[-1])
+def _each(operation: Callable, *rows):
+    """One operation on vectors that stand next to each other in the code."""
+    return [operation(*arguments) for arguments in zip(*rows, strict=True)]
+
+
+def _horner(builder, xs, coefficients):
+    values = [_splat(coefficients[-1])] * len(xs)
     for coefficient in reversed(coefficients[:-1]):
-        value = _fma(builder, value, x, _splat(coefficient))
-    return value
+        values = [_fma(builder, value, x, _splat(coefficient)) for value, x in zip(values, xs, strict=True)]
+    return values
 
 
-def _exp2(builder, x):
-    low, high = _splat(-126.0), _splat(126.0)
-    x = builder.select(builder.fcmp_ordered(">", x, low), x, low)
-    x = builder.select(builder.fcmp_ordered("<", x, high), x, high)
+def _exp2(builder, xs, bounded=False):
+    if not bounded:
+        for sign, limit in ((">", _splat(-126.0)), ("<", _splat(126.0))):
+            xs = [builder.select(builder.fcmp_ordered(sign, x, limit), x, limit) for x in xs]
     magic = _splat(12582912.0)  # 1.5 · 2²³: adding it rounds to an integer, which then stands in the low bits
-    shifted = builder.fadd(x, magic)
-    fraction = builder.fsub(x, builder.fsub(shifted, magic))
-    value = builder.bitcast(_horner(builder, fraction, _EXP2), _INTS)
-    exponent = builder.shl(builder.bitcast(shifted, _INTS), _splat_int(23))
-    return builder.bitcast(builder.add(value, exponent), _VECTOR)
+    shifted = [builder.fadd(x, magic) for x in xs]
+    rounded = [builder.fsub(x, magic) for x in shifted]
+    fractions = _each(builder.fsub, xs, rounded)
+    exponents = [builder.shl(builder.bitcast(x, _INTS), _splat_int(23)) for x in shifted]
+    values = [builder.bitcast(x, _INTS) for x in _horner(builder, fractions, _EXP2)]
+    return [builder.bitcast(x, _VECTOR) for x in _each(builder.add, values, exponents)]
+
+
+def _sigmoid(builder, xs):
+    powers = _exp2(builder, [builder.fmul(x, _splat(-1.4426950408889634)) for x in xs])
+    return [builder.fdiv(_splat(1.0), builder.fadd(_splat(1.0), power)) for power in powers]
+
+
+def _softplus(builder, xs):
+    """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), and its slope, the sigmoid."""
+    zero, one = _splat(0.0), _splat(1.0)
+    positive = [builder.fcmp_ordered(">", x, zero) for x in xs]
+    sizes = [builder.select(p, x, builder.fsub(zero, x)) for p, x in zip(positive, xs, strict=True)]
+    ys = _exp2(builder, [builder.fmul(size, _splat(-1.4426950408889634)) for size in sizes])
+    small = [builder.fcmp_ordered("<", size, _splat(87.0)) for size in sizes]  # beyond, exp underflows to 0
+    ys = [builder.select(s, y, zero) for s, y in zip(small, ys, strict=True)]
+    tails = _each(builder.fmul, ys, _horner(builder, ys, _LOG1P))
+    heads = [builder.select(p, x, zero) for p, x in zip(positive, xs, strict=True)]
+    slopes = [builder.fdiv(builder.select(p, one, y), builder.fadd(one, y)) for p, y in zip(positive, ys, strict=True)]
+    return _each(builder.fadd, heads, tails), slopes
+
+
+def _silu(builder, xs):
+    """x σ(x) and its slope σ(x) (1 + x (1 - σ(x)))."""
+    gates = _sigmoid(builder, xs)
+    values = _each(builder.fmul, xs, gates)
+    rests = [_fma(builder, x, builder.fsub(_splat(1.0), g), _splat(1.0)) for x, g in zip(xs, gates, strict=True)]
+    return values, _each(builder.fmul, gates, rests)
+
+
+def _tuple(context, builder, values):
+    return context.make_tuple(builder, types.UniTuple(vector, len(values)), values)
+
+
+def _four(function: Callable) -> Callable:
+    """An intrinsic of four vectors; the function returns lists of four, which are joined to one tuple."""
+
+    @intrinsic
+    def operation(context, a, b, c, d):
+        def build(context, builder, signature, arguments):
+            return _tuple(context, builder, function(builder, list(arguments)))
+
+        return types.UniTuple(vector, count)(vector, vector, vector, vector), build
+
+    probe = ir.IRBuilder(ir.Function(ir.Module(), ir.FunctionType(ir.VoidType(), []), "probe").append_basic_block())
+    count = len(function(probe, [_splat(0.0)] * 4))
+    return operation
+
+
+exp2_4 = _four(_exp2)
+# without the bounds: every |x| must be at most 126
+exp2_bounded_4 = _four(lambda builder, xs: _exp2(builder, xs, bounded=True))
+softplus_4 = _four(lambda builder, xs: _softplus(builder, xs)[0])
+softplus_slope_4 = _four(lambda builder, xs: [*chain(*_softplus(builder, xs))])
+silu_4 = _four(lambda builder, xs: _silu(builder, xs)[0])
+silu_slope_4 = _four(lambda builder, xs: [*chain(*_silu(builder, xs))])
 
 
 @intrinsic
-def exp2(context, x):
-    """2 to the power of x, relative error below 1e-6; x is cut to ±126 (a NaN becomes the lower bound)."""
+def silu(context, x):
+    """x σ(x)."""
 
     def build(context, builder, signature, arguments):
-        return _exp2(builder, arguments[0])
+        return _silu(builder, list(arguments))[0][0]
 
     return vector(vector), build
 
 
-def _sigmoid(builder, x):
-    power = _exp2(builder, builder.fmul(x, _splat(-1.4426950408889634)))
-    return builder.fdiv(_splat(1.0), builder.fadd(_splat(1.0), power))
-
-
 @intrinsic
-def sigmoid(context, x):
-    """1 / (1 + exp(-x))."""
+def silu_slope(context, x):
+    """The derivative of x σ(x)."""
 
     def build(context, builder, signature, arguments):
-        return _sigmoid(builder, arguments[0])
+        return _silu(builder, list(arguments))[1][0]
 
     return vector(vector), build
 
 
 @intrinsic
-def softplus(context, x):
-    """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|))."""
+def larger(context, a, b):
+    """max(a, |b|) of each lane; a NaN in b wins."""
 
     def build(context, builder, signature, arguments):
-        (x,) = arguments
-        zero = _splat(0.0)
-        positive = builder.fcmp_ordered(">", x, zero)
-        size = builder.select(positive, x, builder.fsub(zero, x))
-        y = _exp2(builder, builder.fmul(size, _splat(-1.4426950408889634)))
-        tail = builder.fmul(y, _horner(builder, y, _LOG1P))
-        tail = builder.select(builder.fcmp_ordered("<", size, _splat(87.0)), tail, zero)  # exp underflows to 0
-        return builder.fadd(builder.select(positive, x, zero), tail)
+        a, b = arguments
+        b = builder.select(builder.fcmp_ordered("<", b, _splat(0.0)), builder.fsub(_splat(0.0), b), b)
+        return builder.select(builder.fcmp_ordered(">=", a, b), a, b)
 
-    return vector(vector), build
+    return vector(vector, vector), build
 
 
 @intrinsic
-def sums(context, v0, v1, v2, v3, v4, v5, v6, v7):
-    """Lane i holds the sum over the lanes of the i-th vector, always added up in the same order."""
+def within(context, x, limit):
+    """Whether every lane is at most a limit (not so if one is NaN)."""
 
     def build(context, builder, signature, arguments):
-        rows = list(arguments)
-        # each level adds halves of two vectors and keeps both results side by side: 8 → 4 → 2 → 1 vectors
+        x, limit = arguments
+        one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), limit, _I32(0))
+        limits = builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _splat_int(0))
+        bits = builder.bitcast(builder.fcmp_unordered(">", x, limits), ir.IntType(LANES))
+        return builder.icmp_unsigned("==", bits, ir.IntType(LANES)(0))
+
+    return types.boolean(vector, types.float32), build
+
+
+@intrinsic
+def prefetch(context, address):
+    """Ask for the cache line at an address, which need not be a valid one."""
+
+    def build(context, builder, signature, arguments):
+        byte = ir.IntType(8).as_pointer()
+        function = builder.module.globals.get("llvm.prefetch.p0")
+        if function is None:
+            kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+            function = ir.Function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [_pointer(builder, arguments[0], ir.IntType(8)), _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
+@intrinsic
+def store_sums(context, address, v0, v1, v2, v3, v4, v5, v6, v7):
+    """Write eight floats, each the sum over the lanes of one vector, always added up in the same order."""
+
+    def build(context, builder, signature, arguments):
+        place, *rows = arguments
+        # fold each vector to eight lanes, then merge pairs: blocks of 8, 4, 2 lanes of each vector, 1 at last
+        first = ir.Constant(ir.VectorType(_I32, 8), list(range(8)))
+        second = ir.Constant(ir.VectorType(_I32, 8), list(range(8, 16)))
+        rows = [builder.fadd(builder.shuffle_vector(v, v, first), builder.shuffle_vector(v, v, second)) for v in rows]
         for width in (4, 2, 1):
-            left, right = [], []
-            for start in range(0, LANES, 2 * width):
-                left += [start + i for i in range(width)]
-                right += [start + width + i for i in range(width)]
+            one, two = [], []
+            for start in range(0, 8, 2 * width):
+                for source in (0, 8):
+                    one += [source + start + i for i in range(width)]
+                    two += [source + start + width + i for i in range(width)]
             merged = []
             half = len(rows) // 2
             for a, b in zip(rows[:half], rows[half:], strict=True):
-                # the sums of `a` go where the first part of each block is, those of `b` where the second is
-                order_a, order_b = [], []
-                for start in range(0, LANES, 2 * width):
-                    order_a += [start + i for i in range(width)] + [LANES + start + i for i in range(width)]
-                    order_b += [start + width + i for i in range(width)] + [
-                        LANES + start + width + i for i in range(width)
-                    ]
-                one = builder.shuffle_vector(a, b, ir.Constant(_INTS, order_a))
-                two = builder.shuffle_vector(a, b, ir.Constant(_INTS, order_b))
-                merged.append(builder.fadd(one, two))
+                left = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, 8), one))
+                right = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, 8), two))
+                merged.append(builder.fadd(left, right))
             rows = merged
-        return rows[0]
+        builder.store(rows[0], _pointer(builder, place, ir.VectorType(_F32, 8)), align=4)
+        return context.get_dummy_value()
 
-    return vector(*[vector] * LANES), build
+    return types.void(types.int64, *[vector] * 8), build
