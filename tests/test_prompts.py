@@ -122,7 +122,7 @@ def test_the_two_variants_differ_and_the_first_half_does_not() -> None:
     for variant in ("paper", "released"):
         model = adapted(SVP(variant=variant, share_layers=2))  # type: ignore[arg-type]
         reference_vim.fill(model)
-        out[variant] = model.points.tokens[0](1, TokenState(hidden, None, 6)).hidden
+        out[variant] = model.points.tokens[0](1, TokenState(hidden, None, 6)).settled().hidden
     assert relative_error(out["paper"][:, :6], out["released"][:, :6]) <= 1e-6
     assert torch.equal(out["paper"][:, 6], out["released"][:, 6])
     assert relative_error(out["paper"][:, 7:], out["released"][:, 7:]) > 1e-3
@@ -133,7 +133,7 @@ def test_the_class_token_is_never_prompted(variant: Any) -> None:
     model = adapted(SVP(variant=variant))
     reference_vim.fill(model)
     hidden = reference_vim.pictures(2, 13, 32).requires_grad_()
-    state = model.points.tokens[0](0, TokenState(hidden, None, 6))
+    state = model.points.tokens[0](0, TokenState(hidden, None, 6)).settled()
     assert torch.equal(state.hidden[:, 6], hidden[:, 6])
     assert not any(torch.equal(state.hidden[:, t], hidden[:, t]) for t in range(13) if t != 6)
     trained = list(trained_parameters(model).values())
@@ -150,11 +150,11 @@ def test_paper_prompts_are_made_from_the_token_itself(include_cls: bool) -> None
     model = adapted(SVP(include_cls=include_cls))
     reference_vim.fill(model)
     hidden = reference_vim.pictures(1, 13, 32)
-    before = model.points.tokens[0](2, TokenState(hidden, None, 6)).hidden
+    before = model.points.tokens[0](2, TokenState(hidden, None, 6)).settled().hidden
     for token in range(13):
         changed = hidden.clone()
         changed[:, token] += 1
-        after = model.points.tokens[0](2, TokenState(changed, None, 6)).hidden
+        after = model.points.tokens[0](2, TokenState(changed, None, 6)).settled().hidden
         moved = (after != before).any(dim=-1)[0].nonzero().flatten().tolist()
         assert moved == [token]
         prompts = after - changed - (before - hidden)
@@ -165,11 +165,11 @@ def test_released_prompts_are_made_from_the_token_before_too() -> None:
     model = adapted(SVP(variant="released"))
     reference_vim.fill(model)
     hidden = reference_vim.pictures(1, 13, 32)
-    before = model.points.tokens[0](2, TokenState(hidden, None, 6)).hidden
+    before = model.points.tokens[0](2, TokenState(hidden, None, 6)).settled().hidden
     for token in range(13):
         changed = hidden.clone()
         changed[:, token] += 1
-        after = model.points.tokens[0](2, TokenState(changed, None, 6)).hidden
+        after = model.points.tokens[0](2, TokenState(changed, None, 6)).settled().hidden
         moved = (after != before).any(dim=-1)[0].nonzero().flatten().tolist()
         assert moved == ([token, token + 7] if token < 6 else [token])
 
@@ -227,11 +227,11 @@ def test_svps_dropout_is_of_each_prompt_and_only_while_training() -> None:
         model.get_parameter("adapter.alpha").fill_(1.0)
         model.get_parameter("adapter.beta").fill_(10.0)
     state = TokenState(torch.zeros(2, 13, 32), None, 6)
-    still = model.points.tokens[0](0, state).hidden
+    still = model.points.tokens[0](0, state).settled().hidden
     patches = [t for t in range(13) if t != 6]
     assert torch.allclose(still[:, patches], torch.full((2, 12, 32), 11.0))
     model.train()
-    values = model.points.tokens[0](0, state).hidden[:, patches].round().unique().tolist()
+    values = model.points.tokens[0](0, state).settled().hidden[:, patches].round().unique().tolist()
     assert values == [0.0, 2.0, 20.0, 22.0]
 
 
@@ -396,12 +396,12 @@ def test_vpts_initialisation(deep: bool) -> None:
 def test_vpts_dropout_is_drawn_for_each_picture() -> None:
     model = adapted(VPTShallow(4, "suffix", dropout=0.5)).train()
     state = TokenState(torch.zeros(3, 13, 32), None, 6)
-    prompts = model.points.tokens[0](0, state).hidden[:, 13:]
+    prompts = model.points.tokens[0](0, state).settled().hidden[:, 13:]
     kept = model.get_parameter("adapter.prompts")[0] * 2
     assert ((prompts == 0) | (prompts == kept)).all()
     assert not torch.equal(prompts[0], prompts[1])
     model.eval()
-    assert torch.equal(model.points.tokens[0](0, state).hidden[:, 13:], (kept / 2).expand(3, 4, 32))
+    assert torch.equal(model.points.tokens[0](0, state).settled().hidden[:, 13:], (kept / 2).expand(3, 4, 32))
 
 
 @pytest.mark.parametrize(

@@ -309,9 +309,9 @@ def test_drop_paths_follow_the_released_rule() -> None:
 def test_dropping_the_last_branch_leaves_the_stream() -> None:
     model = nano(depth=2, drop_path_rate=0.999999).train()  # block 0: 0, block 1: 0, the last: dropped
     tokens, _ = model.forward_tokens(images := reference_vim.pictures(2, 3, 48, 48))
-    state = model.embed(images)
-    hidden, residual = model.layers[0](state.hidden, None)
-    assert relative_error(tokens, model.norm_f(residual + hidden)) <= SAME_MATHS
+    state = model.layers[0](model.embed(images))
+    assert state.residual is not None
+    assert relative_error(tokens, model.norm_f(state.residual + state.hidden)) <= SAME_MATHS
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 64), (47, 48)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from svp_bench.errors import ConfigError
 from svp_bench.methods.base import Method
 from svp_bench.models import TokenState, VisionMamba
-from svp_bench.ops import add_prompts
+from svp_bench.ops import Prompts, add_prompts
 
 __all__ = ["SVP"]
 
@@ -155,22 +155,29 @@ class _Prompter(nn.Module):
             terms.append((self.beta[self.rows[layer]], self.inner[str(layer)](x)))
         return terms
 
-    def _add(self, layer: int, x: Tensor, cross_source: Tensor, spared: int | None = None) -> Tensor:
-        """The tokens x with their prompts added; the spared one gets none."""
+    def _drop(self, x: Tensor, terms: list[tuple[Tensor, Tensor]], spared: int | None) -> Tensor:
+        """The tokens x with prompts of which dropout took a part."""
+        prompts = torch.stack([scale * self.dropout(F.silu(pre)) for scale, pre in terms]).sum(dim=0).to(x.dtype)
+        if spared is not None:
+            prompts = prompts.index_fill(1, torch.tensor([spared], device=x.device), 0)
+        return x + prompts
+
+    def _add(self, layer: int, x: Tensor, cross_source: Tensor) -> Tensor:
+        """The tokens x with their prompts added."""
         terms = self._terms(layer, x, cross_source)
         if self.training and self.dropout.p > 0:
-            prompts = torch.stack([scale * self.dropout(F.silu(pre)) for scale, pre in terms]).sum(dim=0).to(x.dtype)
-            if spared is not None:
-                prompts = prompts.index_fill(1, torch.tensor([spared], device=x.device), 0)
-            return x + prompts
-        return add_prompts(x, terms, spared, backend=self.points.scan_backend)
+            return self._drop(x, terms, None)
+        return add_prompts(x, terms, None, backend=self.points.scan_backend)
 
     def prompt(self, layer: int, state: TokenState) -> TokenState:
         if layer not in self.rows:
             return state
         x, middle = state.hidden, state.cls_index
-        if not self.released:
-            return state._replace(hidden=self._add(layer, x, x, None if self.include_cls else middle))
-        before, cls, after = x[:, :middle], x[:, middle : middle + 1], x[:, middle + 1 :]
-        prompted = self._add(layer, before, before)
-        return state._replace(hidden=torch.cat([prompted, cls, self._add(layer, after, prompted)], dim=1))
+        if self.released:
+            before, cls, after = x[:, :middle], x[:, middle : middle + 1], x[:, middle + 1 :]
+            prompted = self._add(layer, before, before)
+            return state._replace(hidden=torch.cat([prompted, cls, self._add(layer, after, prompted)], dim=1))
+        terms, spared = self._terms(layer, x, x), None if self.include_cls else middle
+        if self.training and self.dropout.p > 0:
+            return state._replace(hidden=self._drop(x, terms, spared))
+        return state._replace(prompts=Prompts(terms, spared))  # the block adds them

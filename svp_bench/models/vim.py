@@ -23,7 +23,7 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from svp_bench.ops import Direction, add_norm, bidirectional_conv, bidirectional_scan, require
+from svp_bench.ops import Direction, Prompts, add_norm, add_prompts, bidirectional_conv, bidirectional_scan, require
 
 __all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "Block", "Mixer", "Points", "RMSNorm", "TokenState", "VisionMamba"]
 
@@ -45,11 +45,20 @@ class TokenState(NamedTuple):
             yet added to the residual stream.
         residual: The residual stream, (B, L, D), or None before block 0.
         cls_index: Where the class token stands.
+        prompts: What is still to be added to `hidden`: the block does it in one pass with the residual stream. A point
+            may leave prompts here; no point finds any, since they are added before the next one is called.
     """
 
     hidden: Tensor
     residual: Tensor | None
     cls_index: int
+    prompts: Prompts | None = None
+
+    def settled(self, scan_backend: str = "auto") -> TokenState:
+        """Return the state with its prompts added to `hidden`."""
+        if self.prompts is None:
+            return self
+        return self._replace(hidden=add_prompts(self.hidden, *self.prompts, backend=scan_backend), prompts=None)
 
 
 TokenPoint = Callable[[int, TokenState], TokenState]
@@ -263,11 +272,14 @@ class Block(nn.Module):
         self.mixer = Mixer(width, **mixer)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(hidden, residual), each (B, L, D) → (mixer output, residual stream)."""
-        branch = hidden if residual is None else self.drop_path(hidden)
-        residual, normed = add_norm(branch, residual, self.norm.weight, self.norm.eps, backend=self.mixer.scan_backend)
-        return self.mixer(normed), residual
+    def forward(self, state: TokenState) -> TokenState:
+        """Tokens (B, L, D) → hidden: the mixer's output, residual: the stream."""
+        backend, norm = self.mixer.scan_backend, self.norm
+        if state.residual is not None and isinstance(self.drop_path, DropPath) and self.drop_path.training:
+            state = state.settled(backend)
+            state = state._replace(hidden=self.drop_path(state.hidden))
+        stream, normed = add_norm(state.hidden, state.residual, norm.weight, norm.eps, state.prompts, backend=backend)
+        return TokenState(self.mixer(normed), stream, state.cls_index)
 
 
 class VisionMamba(nn.Module):
@@ -405,9 +417,8 @@ class VisionMamba(nn.Module):
         state = self.embed(images)
         for i, block in enumerate(self.layers):
             for point in self.points.tokens:
-                state = point(i, state)
-            hidden, residual = block(state.hidden, state.residual)
-            state = TokenState(hidden, residual, state.cls_index)
+                state = point(i, state.settled(self.scan_backend))
+            state = block(state)
         branch = state.hidden if state.residual is None else self.drop_path(state.hidden)
         norm = self.norm_f
         _, normed = add_norm(branch, state.residual, norm.weight, norm.eps, backend=self.scan_backend)

@@ -15,6 +15,7 @@ from svp_bench.ops.backends import BACKENDS, BackendStatus, backend_statuses, li
 if TYPE_CHECKING:
     from svp_bench.ops.interface import Choice as Choice
     from svp_bench.ops.interface import Direction as Direction
+    from svp_bench.ops.interface import Prompts as Prompts
     from svp_bench.ops.interface import add_norm as add_norm
     from svp_bench.ops.interface import add_prompts as add_prompts
     from svp_bench.ops.interface import bidirectional_conv as bidirectional_conv
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _LAZY = (
     "Choice",
     "Direction",
+    "Prompts",
     "add_norm",
     "add_prompts",
     "bidirectional_conv",
@@ -40,6 +42,7 @@ __all__ = [
     "BackendStatus",
     "Choice",
     "Direction",
+    "Prompts",
     "add_norm",
     "add_prompts",
     "backend_statuses",

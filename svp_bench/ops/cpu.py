@@ -18,7 +18,7 @@ from svp_bench.ops import reference
 from svp_bench.ops.threads import run_kernel
 
 if TYPE_CHECKING:
-    from svp_bench.ops.interface import Direction
+    from svp_bench.ops.interface import Direction, Prompts
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -361,27 +361,62 @@ def _fits(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.dtype == torch.float32 and t.shape[-1] % 16 == 0 and t.numel() > 0) for t in tensors)
 
 
-def add_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add a branch to the residual stream and norm it, in one pass; see reference.py."""
-    if not _fits(hidden, residual, weight):
-        return reference.add_norm(hidden, residual, weight, eps)
-    result: tuple[Tensor, Tensor] = _AddNorm.apply(hidden, residual, weight, eps)
+def add_norm(
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: Prompts | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add a branch (and prompts) to the residual stream and norm it, in one pass; see reference.py."""
+    terms = () if prompts is None else [t for term in prompts.terms for t in term]
+    if not _fits(hidden, residual, weight, *terms):
+        return reference.add_norm(hidden, residual, weight, eps, prompts)
+    spared = None if prompts is None else prompts.spared
+    result: tuple[Tensor, Tensor] = _AddNorm.apply(hidden, residual, weight, eps, spared, *terms)
     return result
+
+
+def _terms(terms: Sequence[Tensor], length: int, spared: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The shared fields of the prompts, and those of each term."""
+    own = [{"scale": s.contiguous(), "pre": p.contiguous()} for s, p in zip(terms[::2], terms[1::2], strict=True)]
+    return {"length": length, "spared": -1 if spared is None else spared, "terms": len(own)}, own
+
+
+def _with_gradients(own: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
+    from svp_bench.ops import cpu_kernels as kernels
+
+    tasks = -(-rows // kernels.ROWS)
+    return [
+        {**term, "dpre": torch.empty(term["pre"].shape), "dscale": torch.empty(tasks, term["pre"].shape[-1])}
+        for term in own
+    ]
+
+
+def _term_gradients(own: Sequence[Mapping[str, Any]], wanted: Sequence[bool]) -> list[Tensor | None]:
+    grads: list[Tensor | None] = []
+    for i, term in enumerate(own):
+        grads += [term["dscale"].sum(dim=0) if wanted[2 * i] else None, term["dpre"] if wanted[2 * i + 1] else None]
+    return grads
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        spared: int | None,
+        *terms: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         from svp_bench.ops import cpu_kernels as kernels
 
-        width = weight.shape[0]
-        rows = hidden.numel() // width
         total, normed = torch.empty(hidden.shape), torch.empty(hidden.shape)
-        scales = torch.empty(rows)
+        scales = torch.empty(hidden[..., 0].numel())
+        shared, own = _terms(terms, hidden.shape[1], spared)
         fields = {"hidden": hidden.contiguous(), "residual": None if residual is None else residual.contiguous()}
         fields |= {"total": total, "normed": normed, "scales": scales, "weight": weight.contiguous()}
-        _run_rows("norm_forward", kernels.NORM, rows, width, {**fields, "eps": torch.tensor([eps])})
-        ctx.save_for_backward(total, weight, scales)
+        _run_rows("norm_forward", kernels.NORM, hidden, {**shared, **fields, "eps": torch.tensor([eps])}, own)
+        ctx.save_for_backward(total, weight, scales, *terms)
+        ctx.spared = spared
         return total, normed
 
     @staticmethod
@@ -389,20 +424,23 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor) -> tuple[Tensor | None, ...]:
         from svp_bench.ops import cpu_kernels as kernels
 
-        total, weight, scales = ctx.saved_tensors
-        width = weight.shape[0]
-        rows = total.numel() // width
+        total, weight, scales, *terms = ctx.saved_tensors
+        rows = len(scales)
+        need_hidden, need_residual, need_weight = ctx.needs_input_grad[:3]
         dhidden = torch.empty(total.shape)
-        dweight = torch.empty(-(-rows // kernels.ROWS), width) if ctx.needs_input_grad[2] else None
+        dweight = torch.empty(-(-rows // kernels.ROWS), len(weight)) if need_weight else None
+        shared, own = _terms(terms, total.shape[1], ctx.spared)
+        own = _with_gradients(own, rows)
         fields = {"total": total, "weight": weight.contiguous(), "scales": scales, "dnormed": dnormed.contiguous()}
         fields |= {"dtotal": None if dtotal is None else dtotal.contiguous(), "dhidden": dhidden, "dweight": dweight}
-        _run_rows("norm_backward", kernels.NORM, rows, width, fields)
-        need_hidden, need_residual = ctx.needs_input_grad[:2]
+        _run_rows("norm_backward", kernels.NORM, total, {**shared, **fields}, own)
         return (
             dhidden if need_hidden else None,
             dhidden if need_residual else None,
             None if dweight is None else dweight.sum(dim=0),
             None,
+            None,
+            *_term_gradients(own, ctx.needs_input_grad[5:]),
         )
 
 
@@ -422,10 +460,8 @@ class _AddPrompts(torch.autograd.Function):
         ctx.spared = spared
         ctx.save_for_backward(*terms)
         out = torch.empty(x.shape)
-        own = [{"scale": s.contiguous(), "pre": p.contiguous()} for s, p in zip(terms[::2], terms[1::2], strict=True)]
-        fields = {"x": x.contiguous(), "out": out, "length": x.shape[1], "spared": -1 if spared is None else spared}
-        fields["terms"] = len(own)
-        _run_rows("prompt_forward", kernels.PROMPT, x[..., 0].numel(), x.shape[-1], fields, own, kernels.PROMPT_TERM)
+        shared, own = _terms(terms, x.shape[1], spared)
+        _run_rows("prompt_forward", kernels.PROMPT, x, {**shared, "x": x.contiguous(), "out": out}, own)
         return out
 
     @staticmethod
@@ -433,43 +469,19 @@ class _AddPrompts(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         from svp_bench.ops import cpu_kernels as kernels
 
-        terms = ctx.saved_tensors
-        width = dout.shape[-1]
-        rows = dout.numel() // width
-        tasks = -(-rows // kernels.ROWS)
-        own = [
-            {
-                "scale": scale.contiguous(),
-                "pre": pre.contiguous(),
-                "dpre": torch.empty(pre.shape),
-                "dscale": torch.empty(tasks, width),
-            }
-            for scale, pre in zip(terms[::2], terms[1::2], strict=True)
-        ]
-        fields = {
-            "dout": dout.contiguous(),
-            "length": dout.shape[1],
-            "spared": -1 if ctx.spared is None else ctx.spared,
-        }
-        fields["terms"] = len(own)
-        _run_rows("prompt_backward", kernels.PROMPT, rows, width, fields, own, kernels.PROMPT_TERM)
-        grads: list[Tensor | None] = []
-        for i, term in enumerate(own):
-            wanted = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
-            grads += [term["dscale"].sum(dim=0) if wanted[0] else None, term["dpre"] if wanted[1] else None]
-        return (dout if ctx.needs_input_grad[0] else None, None, *grads)
+        shared, own = _terms(ctx.saved_tensors, dout.shape[1], ctx.spared)
+        own = _with_gradients(own, dout[..., 0].numel())
+        _run_rows("prompt_backward", kernels.PROMPT, dout, {**shared, "dout": dout.contiguous()}, own)
+        return (dout if ctx.needs_input_grad[0] else None, None, *_term_gradients(own, ctx.needs_input_grad[2:]))
 
 
 def _run_rows(
-    name: str,
-    layout: Sequence[str],
-    rows: int,
-    width: int,
-    fields: Mapping[str, Any],
-    own: Sequence[Mapping[str, Any]] = (),
-    own_layout: Sequence[str] = (),
+    name: str, layout: Sequence[str], like: Tensor, fields: Mapping[str, Any], own: Sequence[Mapping[str, Any]]
 ) -> None:
+    """Run a kernel over the rows of a tensor (B, L, D)."""
     from svp_bench.ops import cpu_kernels as kernels
 
+    rows, width = like[..., 0].numel(), like.shape[-1]
     tasks = -(-rows // kernels.ROWS)
-    _Block({**fields, "tasks": tasks, "rows": rows, "width": width}, own, layout, own_layout).run(name, tasks)
+    block = _Block({**fields, "tasks": tasks, "rows": rows, "width": width}, own, layout, kernels.PROMPT_TERM)
+    block.run(name, tasks)

@@ -682,12 +682,19 @@ def conv_backward(block):
                     store(place + 3 * row, v3)
 
 
-# The block of add + norm: rows of D channels (a multiple of 16); a task is `ROWS` of them.
+# The blocks of the row kernels: rows of D channels (a multiple of 16); a task is `ROWS` of them. After the shared
+# fields come those of the prompts, Σ scale ⊙ SiLU(pre), which are added at every token but the one at `spared`.
 ROWS = 32
-NORM = ("counter", "tasks", "rows", "width", "eps", "hidden", "residual", "weight", "total", "normed", "scales")
-NORM += ("dnormed", "dtotal", "dhidden", "dweight")
-(_NM_ROWS, _NM_WIDTH, _NM_EPS, _NM_HIDDEN, _NM_RESIDUAL, _NM_WEIGHT, _NM_TOTAL, _NM_NORMED) = range(16, 80, 8)
-_NM_SCALES, _NM_DNORMED, _NM_DTOTAL, _NM_DHIDDEN, _NM_DWEIGHT = range(80, 120, 8)
+NORM = ("counter", "tasks", "rows", "width", "length", "spared", "terms", "eps", "hidden", "residual", "weight")
+NORM += ("total", "normed", "scales", "dnormed", "dtotal", "dhidden", "dweight")
+PROMPT = ("counter", "tasks", "rows", "width", "length", "spared", "terms", "x", "out", "dout")
+PROMPT_TERM = ("pre", "scale", "dpre", "dscale")
+_RW_ROWS, _RW_WIDTH, _RW_LENGTH, _RW_SPARED, _RW_TERMS = range(16, 56, 8)
+_NM_EPS, _NM_HIDDEN, _NM_RESIDUAL, _NM_WEIGHT, _NM_TOTAL, _NM_NORMED, _NM_SCALES = range(56, 112, 8)
+_NM_DNORMED, _NM_DTOTAL, _NM_DHIDDEN, _NM_DWEIGHT = range(112, 144, 8)
+_PR_X, _PR_OUT, _PR_DOUT = range(56, 80, 8)
+_NM_FIRST, _PR_FIRST, _PR_NEXT = 8 * len(NORM), 8 * len(PROMPT), 8 * len(PROMPT_TERM)
+_PR_PRE, _PR_SCALE, _PR_DPRE, _PR_DSCALE = range(0, 32, 8)
 
 
 @njit
@@ -700,12 +707,101 @@ def _total(value, place):
     return total
 
 
+@njit
+def _add_prompts(first, terms, x, at, row, out):
+    """out = x + prompts, one row of `row` bytes; `at` is where the row begins in each `pre`."""
+    whole = row // (4 * _LINE) * 4 * _LINE
+    for c in range(0, whole, 4 * _LINE):
+        v0, v1 = load(x + c), load(x + c + _LINE)
+        v2, v3 = load(x + c + 2 * _LINE), load(x + c + 3 * _LINE)
+        for k in range(terms):
+            mine = first + k * _PR_NEXT
+            pre, scale = load_int(mine + _PR_PRE) + at + c, load_int(mine + _PR_SCALE) + c
+            p0, p1, p2, p3 = silu_4(load(pre), load(pre + _LINE), load(pre + 2 * _LINE), load(pre + 3 * _LINE))
+            v0, v1 = fma(load(scale), p0, v0), fma(load(scale + _LINE), p1, v1)
+            v2, v3 = fma(load(scale + 2 * _LINE), p2, v2), fma(load(scale + 3 * _LINE), p3, v3)
+        _put(out + c, v0, v1, v2, v3)
+    for c in range(whole, row, _LINE):
+        value = load(x + c)
+        for k in range(terms):
+            mine = first + k * _PR_NEXT
+            value = fma(load(load_int(mine + _PR_SCALE) + c), silu(load(load_int(mine + _PR_PRE) + at + c)), value)
+        store(out + c, value)
+
+
+@njit
+def _back_prompts(first, terms, dout, at, row, task, prompted):
+    """Gradients of the terms for one row: of `pre`, and of `scale`, added to the row of this task, (tasks, D)."""
+    whole = row // (4 * _LINE) * 4 * _LINE
+    if not prompted:
+        for k in range(terms):
+            _clear(load_int(first + k * _PR_NEXT + _PR_DPRE) + at, row // _LINE)
+        return
+    for k in range(terms):
+        mine = first + k * _PR_NEXT
+        pre, scale = load_int(mine + _PR_PRE) + at, load_int(mine + _PR_SCALE)
+        dpre, dscale = load_int(mine + _PR_DPRE) + at, load_int(mine + _PR_DSCALE) + task * row
+        for c in range(0, whole, 4 * _LINE):
+            g0, g1 = load(dout + c), load(dout + c + _LINE)
+            g2, g3 = load(dout + c + 2 * _LINE), load(dout + c + 3 * _LINE)
+            p0, p1, p2, p3, s0, s1, s2, s3 = silu_slope_4(
+                *(load(pre + c), load(pre + c + _LINE), load(pre + c + 2 * _LINE), load(pre + c + 3 * _LINE))
+            )
+            place = dscale + c
+            p0, p1 = fma(g0, p0, load(place)), fma(g1, p1, load(place + _LINE))
+            p2, p3 = fma(g2, p2, load(place + 2 * _LINE)), fma(g3, p3, load(place + 3 * _LINE))
+            _put(place, p0, p1, p2, p3)
+            place = scale + c
+            g0, g1 = mul(g0, load(place)), mul(g1, load(place + _LINE))
+            g2, g3 = mul(g2, load(place + 2 * _LINE)), mul(g3, load(place + 3 * _LINE))
+            _put(dpre + c, mul(g0, s0), mul(g1, s1), mul(g2, s2), mul(g3, s3))
+        for c in range(whole, row, _LINE):
+            value, g = load(pre + c), load(dout + c)
+            store(dscale + c, fma(g, silu(value), load(dscale + c)))
+            store(dpre + c, mul(mul(g, load(scale + c)), silu_slope(value)))
+
+
+@njit
+def _clear_scales(first, terms, task, row):
+    for k in range(terms):
+        _clear(load_int(first + k * _PR_NEXT + _PR_DSCALE) + task * row, row // _LINE)
+
+
+def prompt_forward(block):
+    """out = x + prompts."""
+    rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
+    length, spared, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    x, out, first = load_int(block + _PR_X), load_int(block + _PR_OUT), block + _PR_FIRST
+    while True:
+        task = take(block + _COUNTER)
+        if task >= tasks:
+            break
+        for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
+            there = terms if r % length != spared else 0
+            _add_prompts(first, there, x + r * row, r * row, row, out + r * row)
+
+
+def prompt_backward(block):
+    """Gradients of the terms. That of x is that of the output."""
+    rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
+    length, spared, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    dout, first = load_int(block + _PR_DOUT), block + _PR_FIRST
+    while True:
+        task = take(block + _COUNTER)
+        if task >= tasks:
+            break
+        _clear_scales(first, terms, task, row)
+        for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
+            _back_prompts(first, terms, dout + r * row, r * row, row, task, r % length != spared)
+
+
 def norm_forward(block):
-    """total = residual + hidden; normed = RMSNorm(total); keeps 1 / rms of each row."""
-    rows, width, tasks = load_int(block + _NM_ROWS), load_int(block + _NM_WIDTH), load_int(block + _TASKS)
-    hidden, residual = load_int(block + _NM_HIDDEN), load_int(block + _NM_RESIDUAL)
+    """total = residual + hidden + prompts; normed = RMSNorm(total); keeps 1 / rms of each row."""
+    rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
+    length, spared, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    hidden, residual, first = load_int(block + _NM_HIDDEN), load_int(block + _NM_RESIDUAL), block + _NM_FIRST
     weight, total, normed = load_int(block + _NM_WEIGHT), load_int(block + _NM_TOTAL), load_int(block + _NM_NORMED)
-    scales, eps = load_int(block + _NM_SCALES), load_float(load_int(block + _NM_EPS))
+    scales, eps, width = load_int(block + _NM_SCALES), load_float(load_int(block + _NM_EPS)), np.float32(row // 4)
     scratch_array = np.empty(LANES, np.float32)
     scratch = scratch_array.ctypes.data
     while True:
@@ -713,27 +809,36 @@ def norm_forward(block):
         if task >= tasks:
             break
         for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
-            at = r * width * 4
+            at = r * row
+            source = hidden + at
+            if terms and r % length != spared:
+                _add_prompts(first, terms, source, at, row, total + at)
+                source = total + at
             squares = splat(ZERO)
-            for c in range(0, width * 4, _LINE):
-                value = load(hidden + at + c)
+            for c in range(0, row, _LINE):
+                value = load(source + c)
                 if residual:
                     value = add(value, load(residual + at + c))
                 store(total + at + c, value)
                 squares = fma(value, value, squares)
-            scale = ONE / np.sqrt(_total(squares, scratch) / np.float32(width) + eps)
+            scale = ONE / np.sqrt(_total(squares, scratch) / width + eps)
             store_float(scales + 4 * r, scale)
             factor = splat(scale)
-            for c in range(0, width * 4, _LINE):
+            for c in range(0, row, _LINE):
                 store(normed + at + c, mul(mul(load(total + at + c), factor), load(weight + c)))
 
 
 def norm_backward(block):
-    """Gradient of hidden (and residual: it is the same), and of the weight for each task, (tasks, D), if asked for."""
-    rows, width, tasks = load_int(block + _NM_ROWS), load_int(block + _NM_WIDTH), load_int(block + _TASKS)
+    """Gradients of hidden (and residual: it is the same), of the terms, and of the weight for each task, (tasks, D).
+
+    That of the weight only if asked for.
+    """
+    rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
+    length, spared, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
     weight, total, scales = load_int(block + _NM_WEIGHT), load_int(block + _NM_TOTAL), load_int(block + _NM_SCALES)
     dnormed, dtotal = load_int(block + _NM_DNORMED), load_int(block + _NM_DTOTAL)
     dhidden, dweight = load_int(block + _NM_DHIDDEN), load_int(block + _NM_DWEIGHT)
+    first, width = block + _NM_FIRST, np.float32(row // 4)
     scratch_array = np.empty(LANES, np.float32)
     scratch = scratch_array.ctypes.data
     while True:
@@ -741,84 +846,27 @@ def norm_backward(block):
         if task >= tasks:
             break
         if dweight:
-            for c in range(0, width * 4, _LINE):
-                store(dweight + task * width * 4 + c, splat(ZERO))
+            _clear(dweight + task * row, row // _LINE)
+        _clear_scales(first, terms, task, row)
         for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
-            at = r * width * 4
+            at = r * row
             factor = splat(load_float(scales + 4 * r))
             along = splat(ZERO)
-            for c in range(0, width * 4, _LINE):
+            for c in range(0, row, _LINE):
                 slope = mul(load(dnormed + at + c), mul(load(total + at + c), factor))
                 along = fma(slope, load(weight + c), along)
                 if dweight:
-                    place = dweight + task * width * 4 + c
+                    place = dweight + task * row + c
                     store(place, add(load(place), slope))
-            mean = splat(_total(along, scratch) / np.float32(width))
-            for c in range(0, width * 4, _LINE):
+            mean = splat(_total(along, scratch) / width)
+            for c in range(0, row, _LINE):
                 value = mul(load(dnormed + at + c), load(weight + c))
                 value = sub(value, mul(mul(load(total + at + c), factor), mean))
                 value = mul(value, factor)
                 if dtotal:
                     value = add(value, load(dtotal + at + c))
                 store(dhidden + at + c, value)
-
-
-# The block of prompts: out = x + Σ scale ⊙ SiLU(pre) over one or two terms, but for the token at `spared`.
-PROMPT = ("counter", "tasks", "rows", "width", "length", "spared", "terms", "x", "out", "dout")
-PROMPT_TERM = ("pre", "scale", "dpre", "dscale")
-_PR_ROWS, _PR_WIDTH, _PR_LENGTH, _PR_SPARED, _PR_TERMS, _PR_X, _PR_OUT, _PR_DOUT = range(16, 80, 8)
-_PR_FIRST, _PR_NEXT = 8 * len(PROMPT), 8 * len(PROMPT_TERM)
-_PR_PRE, _PR_SCALE, _PR_DPRE, _PR_DSCALE = range(0, 32, 8)
-
-
-def prompt_forward(block):
-    """Add the prompts; a task is `ROWS` tokens."""
-    rows, width, tasks = load_int(block + _PR_ROWS), load_int(block + _PR_WIDTH), load_int(block + _TASKS)
-    length, spared, terms = load_int(block + _PR_LENGTH), load_int(block + _PR_SPARED), load_int(block + _PR_TERMS)
-    x, out = load_int(block + _PR_X), load_int(block + _PR_OUT)
-    while True:
-        task = take(block + _COUNTER)
-        if task >= tasks:
-            break
-        for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
-            at = r * width * 4
-            prompted = r % length != spared
-            for c in range(0, width * 4, _LINE):
-                value = load(x + at + c)
-                if prompted:
-                    for k in range(terms):
-                        mine = block + _PR_FIRST + k * _PR_NEXT
-                        pre = load(load_int(mine + _PR_PRE) + at + c)
-                        value = fma(load(load_int(mine + _PR_SCALE) + c), silu(pre), value)
-                store(out + at + c, value)
-
-
-def prompt_backward(block):
-    """Gradients of the terms, and of the scales for each task, (tasks, D). That of x is that of the output."""
-    rows, width, tasks = load_int(block + _PR_ROWS), load_int(block + _PR_WIDTH), load_int(block + _TASKS)
-    length, spared, terms = load_int(block + _PR_LENGTH), load_int(block + _PR_SPARED), load_int(block + _PR_TERMS)
-    dout = load_int(block + _PR_DOUT)
-    while True:
-        task = take(block + _COUNTER)
-        if task >= tasks:
-            break
-        for k in range(terms):
-            mine = block + _PR_FIRST + k * _PR_NEXT
-            scale, pre, dpre = load_int(mine + _PR_SCALE), load_int(mine + _PR_PRE), load_int(mine + _PR_DPRE)
-            dscale = load_int(mine + _PR_DSCALE) + task * width * 4
-            for c in range(0, width * 4, _LINE):
-                total = splat(ZERO)
-                factor = load(scale + c)
-                for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
-                    at = r * width * 4 + c
-                    if r % length != spared:
-                        value = load(pre + at)
-                        g = load(dout + at)
-                        total = fma(g, silu(value), total)
-                        store(dpre + at, mul(mul(g, factor), silu_slope(value)))
-                    else:
-                        store(dpre + at, splat(ZERO))
-                store(dscale + c, total)
+            _back_prompts(first, terms, dhidden + at, at, row, task, r % length != spared)
 
 
 KERNEL = types.void(types.int64)

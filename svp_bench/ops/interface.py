@@ -20,6 +20,7 @@ from svp_bench.ops.backends import BACKENDS
 __all__ = [
     "Choice",
     "Direction",
+    "Prompts",
     "add_norm",
     "add_prompts",
     "bidirectional_conv",
@@ -57,6 +58,18 @@ class Direction(NamedTuple):
     C: Tensor
     D: Tensor | None
     delta_bias: Tensor | None
+
+
+class Prompts(NamedTuple):
+    """Prompts that are still to be added: Σ scale ⊙ SiLU(pre).
+
+    Attributes:
+        terms: Pairs of a scale (D,) and what goes into SiLU, (B, L, D).
+        spared: The token that gets none, or None.
+    """
+
+    terms: Sequence[tuple[Tensor, Tensor]]
+    spared: int | None
 
 
 @cache
@@ -269,21 +282,28 @@ def bidirectional_conv(
 
 
 def add_norm(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, backend: str = "auto"
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    prompts: Prompts | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch to the residual stream and norm it, in one pass where the backend can.
+    """Add a branch (and prompts) to the residual stream and norm it, in one pass where the backend can.
 
     Args:
         hidden: The branch, (B, L, D).
         residual: The stream, (B, L, D) in float32 or wider, or None.
         weight: Of the RMSNorm, (D,).
         eps: Of the RMSNorm.
+        prompts: What `add_prompts` would add to the branch, or None.
         backend: "auto" or a name of `list_backends()`; those without a kernel of their own use PyTorch's operators.
 
     Returns:
         (stream, normed stream): the first in float32 or wider, the second in the dtype of `hidden`.
     """
-    result: tuple[Tensor, Tensor] = _function("add_norm", backend, hidden)(hidden, residual, weight, eps)
+    result: tuple[Tensor, Tensor] = _function("add_norm", backend, hidden)(hidden, residual, weight, eps, prompts)
     return result
 
 

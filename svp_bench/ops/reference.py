@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from svp_bench.ops.interface import Direction
+    from svp_bench.ops.interface import Direction, Prompts
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -365,18 +365,23 @@ class _Conv(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def add_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add a branch to the residual stream and norm it.
+def add_norm(
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: Prompts | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add a branch (and prompts) to the residual stream and norm it.
 
     Args:
         hidden: The branch, (B, L, D).
         residual: The stream, (B, L, D) in float32 or wider, or None.
         weight: Of the RMSNorm, (D,).
         eps: Of the RMSNorm.
+        prompts: What `add_prompts` is to add to the branch before, or None.
 
     Returns:
         (stream, normed stream): the first in float32 or wider, the second in the dtype of `hidden`.
     """
+    if prompts is not None:
+        hidden = add_prompts(hidden, *prompts)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     total = hidden.to(wide) if residual is None else residual + hidden
     return total, F.rms_norm(total, weight.shape, weight.to(total.dtype), eps).to(hidden.dtype)
