@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
 _FIELDS = 7
-_TASKS = 32  # at least as many tasks as this, so that many cores have work at batch 1; fixed, so that sums are too
+_TASKS = 16  # at least as many tasks as this, so that many cores have work at batch 1; fixed, so that sums are too
 
 
 def unavailable() -> str | None:
@@ -184,6 +184,7 @@ class _Problem:
         self.wide = _up(self.channels, kernels.TILE)
         self.padded = _up(self.states, 8)
         self.tiles = self.wide // kernels.TILE
+        self.groups = min(self.tiles, max(1, -(-_TASKS // self.batch)))
         self.chunks = _up(self.length, kernels.CHUNK) // kernels.CHUNK
         self.z = None if z is None else _rows(z, self.wide)
         self.cut: Tensor
@@ -195,6 +196,7 @@ class _Problem:
             "directions": len(reverse),
             "softplus": softplus,
             "chunks": self.chunks,
+            "groups": self.groups,
             "z": self.z,
             "z_batch": 0 if self.z is None else 4 * self.z.stride(0),
             "z_row": 0 if self.z is None else 4 * self.z.stride(1),
@@ -232,7 +234,7 @@ class _Problem:
 
     def backward(self, grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
         dout = _rows(grad, self.wide)
-        groups = min(self.tiles, max(1, -(-_TASKS // self.batch)))
+        groups = self.groups
         need_A = any(wanted[1 + i] for i in range(len(wanted) - 1) if i % _FIELDS in (2, 5))
         rows = (self.batch, self.length, self.wide)
         dz = dout.new_empty(rows) if wanted[0] else None
@@ -245,7 +247,7 @@ class _Problem:
                 results["dD"] = dout.new_empty(self.batch, self.wide)
             own.append({**fields, "saved": states, **results})
         tasks = self.batch * groups
-        shared = {**self.shared, "tasks": tasks, "groups": groups, "need_A": need_A, "dz": dz, "dout": dout}
+        shared = {**self.shared, "tasks": tasks, "need_A": need_A, "dz": dz, "dout": dout}
         shared |= {"dout_batch": 4 * dout.stride(0), "dout_row": 4 * dout.stride(1)}
         _Block(shared, own, *_scan_fields()).run("scan_backward", tasks)
         grads: list[Tensor | None] = [None if dz is None else dz[..., : self.channels]]
@@ -261,12 +263,16 @@ class _Problem:
                 d["du"],
                 d["ddelta"],
                 dA,
-                d["dB"].sum(dim=0)[..., : self.states] if want[3] else None,
-                d["dC"].sum(dim=0)[..., : self.states] if want[4] else None,
+                _over_groups(d["dB"])[..., : self.states] if want[3] else None,
+                _over_groups(d["dC"])[..., : self.states] if want[4] else None,
                 d["dD"].sum(dim=0)[: self.channels] if want[5] else None,
                 d["ddelta"].sum(dim=(0, 1)) if want[6] else None,
             ]
         return grads
+
+
+def _over_groups(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(dim=0)
 
 
 def conv(

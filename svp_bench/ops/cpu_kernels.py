@@ -51,6 +51,7 @@ from svp_bench.ops.simd import (
 
 TILE = LANES
 CHUNK = 16  # steps between two saved states
+BLOCK = 12  # tiles whose steps of a chunk wait in the second-level cache
 _LINE = 4 * TILE  # bytes of a tile
 LN2 = np.float32(0.6931471805599453)
 LOG2E = np.float32(1.4426950408889634)
@@ -70,6 +71,14 @@ _FIRST = 8 * len(SHARED)
 _NEXT = 8 * len(DIRECTION)
 _REVERSE, _U, _U_BATCH, _U_ROW, _DELTA, _DELTA_BATCH, _DELTA_ROW, _A, _A_ROW, _B, _B_BATCH = range(0, 88, 8)
 _B_ROW, _C, _C_BATCH, _C_ROW, _D, _BIAS, _SAVED, _DU, _DDELTA, _DB, _DC, _DA, _DD = range(88, 192, 8)
+
+
+@njit
+def _put(place, v0, v1, v2, v3):
+    store(place, v0)
+    store(place + _LINE, v1)
+    store(place + 2 * _LINE, v2)
+    store(place + 3 * _LINE, v3)
 
 
 @njit
@@ -122,6 +131,15 @@ def _forward_states(decays):
 
 _forward_states_any = _forward_states(exp2_4)
 _forward_states_bounded = _forward_states(exp2_bounded_4)
+
+
+@njit
+def _turn_group(mine, start, stop, states, padded, As):
+    """`_turn` for each tile of a group; the largest of a tile follows its states."""
+    A, A_row = load_int(mine + _A), load_int(mine + _A_ROW)
+    for tile in range(start, stop):
+        place = As + (tile - start) * (padded + 1) * _LINE
+        store(place + padded * _LINE, _turn(A + tile * TILE * A_row, A_row, states, padded, place))
 
 
 def scan_forward(block):
@@ -195,15 +213,8 @@ def scan_forward(block):
                     )
                     top = larger(larger(larger(larger(top, dt0), dt1), dt2), dt3)
                     place = dts + i * _LINE
-                    store(place, dt0)
-                    store(place + _LINE, dt1)
-                    store(place + 2 * _LINE, dt2)
-                    store(place + 3 * _LINE, dt3)
-                    place += CHUNK * _LINE
-                    store(place, mul(dt0, u0))
-                    store(place + _LINE, mul(dt1, u1))
-                    store(place + 2 * _LINE, mul(dt2, u2))
-                    store(place + 3 * _LINE, mul(dt3, u3))
+                    _put(place, dt0, dt1, dt2, dt3)
+                    _put(place + CHUNK * _LINE, mul(dt0, u0), mul(dt1, u1), mul(dt2, u2), mul(dt3, u3))
                     p0, p1, p2, p3 = y_k + s0 * y_step, y_k + s1 * y_step, y_k + s2 * y_step, y_k + s3 * y_step
                     y0, y1, y2, y3 = mul(D, u0), mul(D, u1), mul(D, u2), mul(D, u3)
                     if k > 0:
@@ -368,8 +379,9 @@ def scan_backward(block):
     """Gradients of `scan_forward`; a task is one picture × one group of tiles.
 
     dB and dC are summed over the channels of a group, (groups, B, L, NP); dA, (B, tiles, NP, 16), and dD, (B, E), over
-    the steps of a picture. The caller adds up the rest. Chunk by chunk from the last, and in it tile by tile, the
-    states are made again and walked back; sums over channels stay vectors until a chunk is done.
+    the steps of a picture. The caller adds up the rest. Chunk by chunk from the last, a block of tiles at a time: their
+    steps are read row by row, then the states of each tile are made again and walked back. Sums over channels stay
+    vectors until the chunk is done.
     """
     length = load_int(block + _LENGTH)
     channels = load_int(block + _CHANNELS)
@@ -386,17 +398,18 @@ def scan_backward(block):
     most = tiles // groups + 1
     z, dz, dout = load_int(block + _Z), load_int(block + _DZ), load_int(block + _DOUT)
     z_row, dout_row, row = load_int(block + _Z_ROW), load_int(block + _DOUT_ROW), channels * 4
-    scratch = np.empty((most * (2 * padded + 1) + CHUNK * (8 + 2 * padded + 8) + 4 + 1) * TILE, np.float32)
+    own = 8 * CHUNK * _LINE  # bytes of a tile's lines: Δ, Δ u, gradient of y, two sums, slopes of Δ and the gate, y
+    count = most * (2 * padded + 1) + BLOCK * (1 + 8 * CHUNK) + CHUNK * (2 * padded + 8) + 4 + 1
+    scratch = np.empty(count * TILE, np.float32)
     g = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE
-    As = g + most * padded * _LINE  # of each tile, then its max |A|
-    dts = As + most * (padded + 1) * _LINE  # lines of Δ, Δ u, gradient of y, two sums, slope of Δ, slope of the gate, y
-    for_B = dts + 8 * CHUNK * _LINE
+    As = g + most * padded * _LINE
+    tops = As + most * (padded + 1) * _LINE
+    lines = tops + BLOCK * _LINE
+    for_B = lines + BLOCK * own
     for_C = for_B + CHUNK * padded * _LINE
     decay = for_C + CHUNK * padded * _LINE
     h = decay + 4 * CHUNK * _LINE
-    w, dy = dts + CHUNK * _LINE, dts + 2 * CHUNK * _LINE
-    drive, rate = dts + 3 * CHUNK * _LINE, dts + 4 * CHUNK * _LINE
-    slope, gate, y = dts + 5 * CHUNK * _LINE, dts + 6 * CHUNK * _LINE, dts + 7 * CHUNK * _LINE
+    part = CHUNK * _LINE
     scale = splat(np.float32(1.0 / directions))
     while True:
         task = take(block + _COUNTER)
@@ -404,23 +417,25 @@ def scan_backward(block):
             break
         b, group = task // groups, task % groups
         start, stop = group * tiles // groups, (group + 1) * tiles // groups
+        dout_at = dout + b * load_int(block + _DOUT_BATCH)
+        z_at, dz_at = z + b * load_int(block + _Z_BATCH), dz + b * length * row
         for k in range(directions):
             mine = block + _FIRST + k * _NEXT
             u_step, delta_step = load_int(mine + _U_ROW), load_int(mine + _DELTA_ROW)
             B_step, C_step = load_int(mine + _B_ROW), load_int(mine + _C_ROW)
+            u = load_int(mine + _U) + b * load_int(mine + _U_BATCH)
+            delta = load_int(mine + _DELTA) + b * load_int(mine + _DELTA_BATCH)
             B = load_int(mine + _B) + b * load_int(mine + _B_BATCH)
             C = load_int(mine + _C) + b * load_int(mine + _C_BATCH)
+            D_at, bias_at = load_int(mine + _D), load_int(mine + _BIAS)
+            du, ddelta = load_int(mine + _DU) + b * length * row, load_int(mine + _DDELTA) + b * length * row
             dB = load_int(mine + _DB) + (group * batch + b) * length * padded * 4
             dC = load_int(mine + _DC) + (group * batch + b) * length * padded * 4
             origin, sign = 0, 1  # step s is token origin + sign · s
             if load_int(mine + _REVERSE):
                 origin, sign = length - 1, -1
             _clear(g, (stop - start) * padded)
-            A_row = load_int(mine + _A_ROW)
-            for tile in range(start, stop):
-                A = As + (tile - start) * (padded + 1) * _LINE
-                largest = _turn(load_int(mine + _A) + tile * TILE * A_row, A_row, states, padded, A)
-                store(A + padded * _LINE, largest)
+            _turn_group(mine, start, stop, states, padded, As)
             if need_A:
                 _clear(load_int(mine + _DA) + (b * tiles + start) * padded * _LINE, (stop - start) * padded)
                 _clear(load_int(mine + _DD) + b * row + start * _LINE, stop - start)
@@ -430,102 +445,106 @@ def scan_backward(block):
                 t_first = origin + sign * first
                 B_at, C_at = B + t_first * B_step, C + t_first * C_step
                 _clear(for_B, 2 * CHUNK * padded)
-                for tile in range(start, stop):
-                    at = tile * _LINE
-                    u = load_int(mine + _U) + b * load_int(mine + _U_BATCH) + at
-                    delta = load_int(mine + _DELTA) + b * load_int(mine + _DELTA_BATCH) + at
-                    dout_at = dout + b * load_int(block + _DOUT_BATCH) + at
-                    z_at = z + b * load_int(block + _Z_BATCH) + at
-                    du = load_int(mine + _DU) + b * length * row + at
-                    ddelta = load_int(mine + _DDELTA) + b * length * row + at
-                    dz_at = dz + b * length * row + at
-                    A = As + (tile - start) * (padded + 1) * _LINE
-                    dA = load_int(mine + _DA) + (b * tiles + tile) * padded * _LINE
-                    saved = load_int(mine + _SAVED) + ((b * tiles + tile) * chunks + chunk) * padded * _LINE
-                    D = load(load_int(mine + _D) + at)
-                    bias = load(load_int(mine + _BIAS) + at)
-                    top = splat(ZERO)
+                for left in range(start, stop, BLOCK):
+                    right = min(left + BLOCK, stop)
+                    _clear(tops, right - left)
                     for i in range(0, steps, 4):
                         t0, t1 = t_first + sign * i, t_first + sign * min(i + 1, steps - 1)
                         t2, t3 = t_first + sign * min(i + 2, steps - 1), t_first + sign * min(i + 3, steps - 1)
-                        line = i * _LINE
-                        v0, v1 = add(load(delta + t0 * delta_step), bias), add(load(delta + t1 * delta_step), bias)
-                        v2, v3 = add(load(delta + t2 * delta_step), bias), add(load(delta + t3 * delta_step), bias)
-                        if plus:
-                            v0, v1, v2, v3, s0, s1, s2, s3 = softplus_slope_4(v0, v1, v2, v3)
-                            _put(slope + line, s0, s1, s2, s3)
-                        top = larger(larger(larger(larger(top, v0), v1), v2), v3)
-                        _put(dts + line, v0, v1, v2, v3)
-                        u0, u1 = load(u + t0 * u_step), load(u + t1 * u_step)
-                        u2, u3 = load(u + t2 * u_step), load(u + t3 * u_step)
-                        _put(w + line, mul(v0, u0), mul(v1, u1), mul(v2, u2), mul(v3, u3))
-                        _put(y + line, mul(D, u0), mul(D, u1), mul(D, u2), mul(D, u3))
-                        v0, v1 = mul(load(dout_at + t0 * dout_row), scale), mul(load(dout_at + t1 * dout_row), scale)
-                        v2, v3 = mul(load(dout_at + t2 * dout_row), scale), mul(load(dout_at + t3 * dout_row), scale)
-                        if z:
-                            u0, u1, u2, u3, s0, s1, s2, s3 = silu_slope_4(
-                                *(load(z_at + t0 * z_row), load(z_at + t1 * z_row)),
-                                *(load(z_at + t2 * z_row), load(z_at + t3 * z_row)),
+                        for tile in range(left, right):
+                            at, line = tile * _LINE, lines + (tile - left) * own + i * _LINE
+                            bias, D, place = load(bias_at + at), load(D_at + at), delta + at
+                            v0, v1 = add(load(place + t0 * delta_step), bias), add(load(place + t1 * delta_step), bias)
+                            v2, v3 = add(load(place + t2 * delta_step), bias), add(load(place + t3 * delta_step), bias)
+                            if plus:
+                                v0, v1, v2, v3, s0, s1, s2, s3 = softplus_slope_4(v0, v1, v2, v3)
+                                _put(line + 5 * part, s0, s1, s2, s3)
+                            place = tops + (tile - left) * _LINE
+                            store(place, larger(larger(larger(larger(load(place), v0), v1), v2), v3))
+                            _put(line, v0, v1, v2, v3)
+                            place = u + at
+                            u0, u1 = load(place + t0 * u_step), load(place + t1 * u_step)
+                            u2, u3 = load(place + t2 * u_step), load(place + t3 * u_step)
+                            _put(line + part, mul(v0, u0), mul(v1, u1), mul(v2, u2), mul(v3, u3))
+                            _put(line + 7 * part, mul(D, u0), mul(D, u1), mul(D, u2), mul(D, u3))
+                            place = dout_at + at
+                            v0, v1 = mul(load(place + t0 * dout_row), scale), mul(load(place + t1 * dout_row), scale)
+                            v2, v3 = mul(load(place + t2 * dout_row), scale), mul(load(place + t3 * dout_row), scale)
+                            if z:
+                                place = z_at + at
+                                u0, u1, u2, u3, s0, s1, s2, s3 = silu_slope_4(
+                                    *(load(place + t0 * z_row), load(place + t1 * z_row)),
+                                    *(load(place + t2 * z_row), load(place + t3 * z_row)),
+                                )
+                                _put(line + 6 * part, mul(v0, s0), mul(v1, s1), mul(v2, s2), mul(v3, s3))
+                                v0, v1, v2, v3 = mul(v0, u0), mul(v1, u1), mul(v2, u2), mul(v3, u3)
+                            _put(line + 2 * part, v0, v1, v2, v3)
+                            _put(line + 3 * part, splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO))
+                            _put(line + 4 * part, splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO))
+                    for tile in range(left, right):
+                        A, line = As + (tile - start) * (padded + 1) * _LINE, lines + (tile - left) * own
+                        dA = load_int(mine + _DA) + (b * tiles + tile) * padded * _LINE
+                        saved = load_int(mine + _SAVED) + ((b * tiles + tile) * chunks + chunk) * padded * _LINE
+                        bounded = within(mul(load(tops + (tile - left) * _LINE), load(A + padded * _LINE)), BOUND)
+                        y = line + 7 * part if dz else 0
+                        for n in range(0, padded, 4):
+                            place = saved + n * _LINE
+                            _put(h, load(place), load(place + _LINE), load(place + 2 * _LINE), load(place + 3 * _LINE))
+                            again = (
+                                *(
+                                    h,
+                                    decay,
+                                    A + n * _LINE,
+                                    line,
+                                    B_at + 4 * n,
+                                    sign * B_step,
+                                    C_at + 4 * n,
+                                    sign * C_step,
+                                ),
+                                *(y, steps),
                             )
-                            _put(gate + line, mul(v0, s0), mul(v1, s1), mul(v2, s2), mul(v3, s3))
-                            v0, v1, v2, v3 = mul(v0, u0), mul(v1, u1), mul(v2, u2), mul(v3, u3)
-                        _put(dy + line, v0, v1, v2, v3)
-                        _put(drive + line, splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO))
-                        _put(rate + line, splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO))
-                    bounded = within(mul(top, load(A + padded * _LINE)), BOUND)
-                    y_again = y if dz else 0
-                    for n in range(0, padded, 4):
-                        store(h, load(saved + n * _LINE))
-                        store(h + _LINE, load(saved + (n + 1) * _LINE))
-                        store(h + 2 * _LINE, load(saved + (n + 2) * _LINE))
-                        store(h + 3 * _LINE, load(saved + (n + 3) * _LINE))
-                        again = (
-                            *(h, decay, A + n * _LINE, dts, B_at + 4 * n, sign * B_step, C_at + 4 * n, sign * C_step),
-                            *(y_again, steps),
-                        )
-                        if bounded:
-                            _again_states_bounded(*again)
-                        else:
-                            _again_states_any(*again)
-                        back = (
-                            *(g + ((tile - start) * padded + n) * _LINE, h, decay, A + n * _LINE, dA + n * _LINE, dts),
-                            *(B_at + 4 * n, sign * B_step, C_at + 4 * n, sign * C_step),
-                            *(for_B + n * CHUNK * _LINE, for_C + n * CHUNK * _LINE, steps),
-                        )
-                        if need_A:
-                            _back_states_A(*back)
-                        else:
-                            _back_states_frozen(*back)
-                    total = splat(ZERO)
+                            if bounded:
+                                _again_states_bounded(*again)
+                            else:
+                                _again_states_any(*again)
+                            back = (
+                                *(
+                                    g + ((tile - start) * padded + n) * _LINE,
+                                    h,
+                                    decay,
+                                    A + n * _LINE,
+                                    dA + n * _LINE,
+                                    line,
+                                ),
+                                *(B_at + 4 * n, sign * B_step, C_at + 4 * n, sign * C_step),
+                                *(for_B + n * CHUNK * _LINE, for_C + n * CHUNK * _LINE, steps),
+                            )
+                            if need_A:
+                                _back_states_A(*back)
+                            else:
+                                _back_states_frozen(*back)
                     for i in range(steps):
-                        t, line = t_first + sign * i, i * _LINE
-                        ut, driven, force = load(u + t * u_step), load(drive + line), load(dy + line)
-                        store(du + t * row, fma(driven, load(dts + line), mul(force, D)))
-                        total = fma(force, ut, total)
-                        v = fma(driven, ut, mul(load(rate + line), splat(LN2)))
-                        if plus:
-                            v = mul(v, load(slope + line))
-                        store(ddelta + t * row, v)
-                        if dz:
-                            v = load(y + line)
-                            # this direction's y waits in dz for the last one's
-                            v = add(v, load(dz_at + t * row)) if k > 0 else v
-                            store(dz_at + t * row, mul(v, load(gate + line)) if k == directions - 1 else v)
-                    if need_A:
-                        place = load_int(mine + _DD) + b * row + at
-                        store(place, add(load(place), total))
+                        t = t_first + sign * i
+                        for tile in range(left, right):
+                            at, line = tile * _LINE, lines + (tile - left) * own + i * _LINE
+                            ut, driven, force = load(u + t * u_step + at), load(line + 3 * part), load(line + 2 * part)
+                            store(du + t * row + at, fma(driven, load(line), mul(force, load(D_at + at))))
+                            v = fma(driven, ut, mul(load(line + 4 * part), splat(LN2)))
+                            if plus:
+                                v = mul(v, load(line + 5 * part))
+                            store(ddelta + t * row + at, v)
+                            if dz:
+                                v, place = load(line + 7 * part), dz_at + t * row + at
+                                # this direction's y waits in dz for the last one's
+                                v = add(v, load(place)) if k > 0 else v
+                                store(place, mul(v, load(line + 6 * part)) if k == directions - 1 else v)
+                            if need_A:
+                                place = load_int(mine + _DD) + b * row + at
+                                store(place, fma(force, ut, load(place)))
                 for i in range(steps):
                     t = t_first + sign * i
                     _store_row_sums(dB + t * padded * 4, for_B, padded, i)
                     _store_row_sums(dC + t * padded * 4, for_C, padded, i)
-
-
-@njit
-def _put(place, v0, v1, v2, v3):
-    store(place, v0)
-    store(place + _LINE, v1)
-    store(place + 2 * _LINE, v2)
-    store(place + 3 * _LINE, v3)
 
 
 # The block of a convolution: shared fields, then those of each direction. Weights are (E, W).
