@@ -305,7 +305,9 @@ def report(result: Mapping[str, Any]) -> str:
     for size, row in result["model"].items():
         for what in ("step", "forward"):
             ours, floor, ratio = row[what], row[f"floor_{what}"], row[f"{what}_ratio"]
-            lines.append(f"  Vim-{size:<6} SVP {what:<22} {ours:8.3f} s {floor:8.3f} s {ratio:8.2f}")
+            label = "SVP step" if what == "step" else "forward"
+            lines.append(f"  Vim-{size:<6} {label:<26} {ours:8.3f} s {floor:8.3f} s {ratio:8.2f}")
+        lines.append(f"  Vim-{size:<6} {'forward with prompts':<26} {row['forward_with_prompts']:8.3f} s")
     if "full" in result:
         lines.append(f"  full fine-tuning over SVP, time a matrix FLOP: {result['full']['per_flop_ratio']:.2f}")
     if "memory_gib" in result:
