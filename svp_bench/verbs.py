@@ -171,6 +171,18 @@ def _predict(argv: Sequence[str]) -> int:
     return run_predict(arguments.ckpt, arguments.images, arguments.output, arguments.checkpoint, arguments.top)
 
 
+def _versions(*names: str) -> list[str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return found
+
+
 def _doctor(argv: Sequence[str]) -> int:
     _parser("doctor").parse_args(argv)
     import os
@@ -191,6 +203,8 @@ def _doctor(argv: Sequence[str]) -> int:
         f"CPU       {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads; kernels run on {pool_name()}"
     )
     print(f"memory    freed: {keep_freed_memory()}")
+    packages = _versions("numba", "llvmlite", "triton", "mamba-ssm", "causal-conv1d", "lightning", "timm")
+    print(f"packages  {', '.join(packages)}")
     print(f"GPU       {gpu}")
     print(f"kernels   compiled ones are kept in {cache_folder()}")
     print("\nScan backends, in the order in which `auto` tries them:")
