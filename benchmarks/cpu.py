@@ -223,7 +223,7 @@ def unbind_step(rounds: int) -> dict[str, Any]:
     """SVP step of Vim-S with the unbind form in both directions, at two depths; the whole is extrapolated from them."""
     import svp_bench.models.vim as vim
 
-    def in_vim(forward: Direction, backward: Direction, z: Tensor, *, backend: str) -> Tensor:
+    def in_vim(forward: Direction, backward: Direction, z: Tensor, *, remake: object, backend: str) -> Tensor:
         ys = []
         for d, back in ((forward, False), (backward, True)):
             u, delta, B, C = (

@@ -28,8 +28,8 @@ OPS = {
     # Unit roundoff 6e-8. A state passes through up to 197 multiplications, which costs some tens of units; gradients of
     # A, D and the bias sum over batch and length on top of that.
     torch.float32: Tolerance(2e-6, 5e-6),
-    # Everything between is float32, so what is left is one rounding to 8 bits: at most 2^-9 of the largest entry. The
-    # factor of two lets a backend round once more, say before a matrix product.
+    # Everything between is float32, so what is left is one rounding to 8 bits: at most 2^-8 of the largest entry, and
+    # there is no room for another.
     torch.bfloat16: Tolerance(2**-8, 2**-8),
 }
 

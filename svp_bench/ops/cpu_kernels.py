@@ -8,6 +8,9 @@ Layout: channels last, float32. A *tile* is 16 neighbouring channels: one cache 
 Letters as in reference.py: B batch, L length, E channels (a multiple of 16), N states (padded to NP, a multiple of 8),
 K directions. Addresses are in bytes; strides are in bytes too.
 
+Scratch memory is an array of which only the address is used. numba frees an array after its last use, so each kernel
+uses it once more at its end.
+
 Work is done on four vectors side by side (four states, or four steps), see simd.py. A reversed direction walks with
 negative strides. Steps that are missing in the last four of a pass are taken from its last step once more.
 """
@@ -254,6 +257,7 @@ def scan_forward(block):
             store(out + t1 * row, y1)
             store(out + t2 * row, y2)
             store(out + t3 * row, y3)
+    scratch[0] = ZERO  # see above: the array must live until here
 
 
 def _again_states(decays):
@@ -545,6 +549,7 @@ def scan_backward(block):
                     t = t_first + sign * i
                     _store_row_sums(dB + t * padded * 4, for_B, padded, i)
                     _store_row_sums(dC + t * padded * 4, for_C, padded, i)
+    scratch[0] = ZERO  # see above: the array must live until here
 
 
 # The block of a convolution: shared fields, then those of each direction. Weights are (E, W).
@@ -615,6 +620,7 @@ def conv_forward(block):
                     store(out + (t + 2) * row, v2)
                 if t + 3 < length:
                     store(out + (t + 3) * row, v3)
+    scratch[0] = ZERO  # see above: the array must live until here
 
 
 def conv_backward(block):
@@ -699,6 +705,7 @@ def conv_backward(block):
                     store(place + 2 * row, v2)
                 if t + 3 < length:
                     store(place + 3 * row, v3)
+    scratch[0] = ZERO  # see above: the array must live until here
 
 
 # The blocks of the row kernels: rows of D channels (a multiple of 16); a task is `ROWS` of them. After the shared
@@ -845,6 +852,7 @@ def norm_forward(block):
             factor = splat(scale)
             for c in range(0, row, _LINE):
                 store(normed + at + c, mul(mul(load(total + at + c), factor), load(weight + c)))
+    scratch_array[0] = ZERO  # see above: the array must live until here
 
 
 def norm_backward(block):
@@ -886,6 +894,7 @@ def norm_backward(block):
                     value = add(value, load(dtotal + at + c))
                 store(dhidden + at + c, value)
             _back_prompts(first, terms, dhidden + at, at, row, task, r % length != spared)
+    scratch_array[0] = ZERO  # see above: the array must live until here
 
 
 KERNEL = types.void(types.int64)

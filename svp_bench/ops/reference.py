@@ -306,7 +306,8 @@ def conv(
     Returns:
         K tensors (B, L, E).
     """
-    return tuple(_Conv.apply(x, w, b, r, silu) for w, b, r in zip(weights, biases, reverse, strict=True))
+    out: tuple[Tensor, ...] = _Conv.apply(x, tuple(reverse), silu, *weights, *biases)
+    return out
 
 
 def _taps(weight: Tensor, length: int, reverse: bool) -> list[tuple[Tensor, slice, slice]]:
@@ -330,39 +331,62 @@ class _Conv(torch.autograd.Function):
     """Saves its input only; what SiLU needs is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+    def forward(
+        ctx: Any, x: Tensor, reverse: tuple[bool, ...], silu: bool, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *parameters)
         ctx.settings = (reverse, silu)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        out = _convolve(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), reverse)
-        return (F.silu(out, inplace=True) if silu else out).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x_wide, outs = x.to(wide), []
+        for weight, bias, back in _Conv.each(parameters, reverse, wide):
+            out = _convolve(x_wide, weight, bias, back)
+            outs.append((F.silu(out, inplace=True) if silu else out).to(x.dtype))
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        count = len(reverse)
+        ctx.mark_non_differentiable(*[o for i, o in enumerate(outs) if not (need_x or need[i] or need[count + i])])
+        return tuple(outs)
+
+    @staticmethod
+    def each(
+        parameters: Sequence[Tensor | None], reverse: Sequence[bool], wide: torch.dtype
+    ) -> list[tuple[Tensor, Tensor | None, bool]]:
+        """Weight and bias of each direction in float32 or wider, and which way it runs."""
+        count, rows = len(reverse), []
+        for weight, bias, back in zip(parameters[:count], parameters[count:], reverse, strict=True):
+            assert weight is not None
+            rows.append((weight.to(wide), None if bias is None else bias.to(wide), back))
+        return rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
         reverse, silu = ctx.settings
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x_wide, weight_wide, grad = x.to(wide), weight.to(wide), grad.to(wide)
-        if silu:
-            before = _convolve(x_wide, weight_wide, None if bias is None else bias.to(wide), reverse)
-            sigmoid = torch.sigmoid(before)
-            grad = grad * sigmoid * (1 + before * (1 - sigmoid))
-        taps = _taps(weight_wide, x.shape[1], reverse)
-        grad_x = grad_weight = None
-        if need_x:
-            grad_x = torch.zeros_like(x_wide)
-            for tap, write, read in taps:
-                grad_x[:, read].addcmul_(grad[:, write], tap)
-            grad_x = grad_x.to(x.dtype)
-        if need_weight:
-            grad_weight = torch.zeros_like(weight_wide)
-            for back, (_, write, read) in enumerate(taps):
-                grad_weight[:, -1 - back] = (grad[:, write] * x_wide[:, read]).sum(dim=(0, 1))
-            grad_weight = grad_weight.to(weight.dtype)
-        grad_bias = grad.sum(dim=(0, 1)).to(bias.dtype) if need_bias else None
-        return grad_x, grad_weight, grad_bias, None, None
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        count, wide = len(reverse), torch.promote_types(x.dtype, torch.float32)
+        x_wide = x.to(wide)
+        grad_x = torch.zeros_like(x_wide) if need_x else None  # of all directions, rounded once
+        grad_parameters: list[Tensor | None] = [None] * (2 * count)
+        for i, (weight, bias, back) in enumerate(_Conv.each(parameters, reverse, wide)):
+            if not (need_x or need[i] or need[count + i]):
+                continue
+            grad = grads[i].to(wide)
+            if silu:
+                before = _convolve(x_wide, weight, bias, back)
+                sigmoid = torch.sigmoid(before)
+                grad = grad * sigmoid * (1 + before * (1 - sigmoid))
+            taps = _taps(weight, x.shape[1], back)
+            if grad_x is not None:
+                for tap, write, read in taps:
+                    grad_x[:, read].addcmul_(grad[:, write], tap)
+            if need[i]:
+                grad_weight = torch.zeros_like(weight)
+                for age, (_, write, read) in enumerate(taps):
+                    grad_weight[:, -1 - age] = (grad[:, write] * x_wide[:, read]).sum(dim=(0, 1))
+                grad_parameters[i] = grad_weight.to(parameters[i].dtype)
+            if need[count + i]:
+                grad_parameters[count + i] = grad.sum(dim=(0, 1)).to(parameters[count + i].dtype)
+        return (None if grad_x is None else grad_x.to(x.dtype), None, None, *grad_parameters)
 
 
 def add_norm(

@@ -38,6 +38,19 @@ def _executor(process: int, threads: int) -> ThreadPoolExecutor:  # one a proces
     return ThreadPoolExecutor(threads, thread_name_prefix="svp-bench")
 
 
+_alone = False
+
+
+def _after_fork() -> None:
+    """A forked process has the pool's books but not its threads: waiting for them would never end."""
+    global _alone
+    _alone = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def pool_name() -> str:
     """Return which threads run the kernels, for `svp-bench doctor`."""
     return "PyTorch's OpenMP threads" if _gomp() is not None else "a thread pool of their own"
@@ -46,12 +59,14 @@ def pool_name() -> str:
 def run_kernel(kernel: int, block: int, tasks: int) -> None:
     """Run a kernel that takes its tasks from a counter in its block, on as many threads as PyTorch uses.
 
+    In a forked process it is one thread. (PyTorch's own operators hang there unless told to use one as well.)
+
     Args:
         kernel: Address of the C function, `void kernel(int64_t block)`.
         block: Its argument.
         tasks: How many tasks there are; no more threads than that are used.
     """
-    threads = min(torch.get_num_threads(), tasks)
+    threads = 1 if _alone else min(torch.get_num_threads(), tasks)
     if threads <= 1:
         _KERNEL(kernel)(block)
         return
