@@ -33,6 +33,7 @@ from svp_bench.ops import Direction, bidirectional_scan, selective_scan
 
 SIZES = {"tiny": 192, "small": 384}
 BATCH = 8
+UNBIND_DEPTHS = (1, 4)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -189,7 +190,11 @@ def isolated_scan(rounds: int, peers: str | None) -> dict[str, Any]:
     }
     if peers:
         command = [peers, __file__, "--as-peer"]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        where = {
+            **os.environ,
+            "PYTHONPATH": str(Path(svp_bench.__file__).parents[1]),
+        }  # that environment has not installed us
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=where)
         found = json.loads(answer.stdout.splitlines()[-1]) if answer.returncode == 0 else {}
         for name, times in found.items():
             rows["forward"][name], rows["forward_backward"][name] = times
@@ -219,8 +224,8 @@ def peer_times() -> dict[str, tuple[float, float]]:
     return {"mamba.py": (times["f"], times["fb"])}
 
 
-def unbind_step(rounds: int) -> dict[str, Any]:
-    """SVP step of Vim-S with the unbind form in both directions, at two depths; the whole is extrapolated from them."""
+def unbind_step(rounds: int, ours: float) -> dict[str, Any]:
+    """SVP step of Vim-S with the unbind form both ways, extrapolated from two depths, beside our whole step."""
     import svp_bench.models.vim as vim
 
     def in_vim(forward: Direction, backward: Direction, z: Tensor, *, remake: object, backend: str) -> Tensor:
@@ -234,8 +239,7 @@ def unbind_step(rounds: int) -> dict[str, Any]:
         return (ys[0] + ys[1]) / 2 * F.silu(z)
 
     times = {}
-    for depth in (1, 2):
-        works = {"cpu": stepper(model_of("small", "svp", depth=depth))}
+    for depth in UNBIND_DEPTHS:
         step = stepper(model_of("small", "svp", depth=depth))
 
         def unbind(step: Callable[[], None] = step) -> None:
@@ -245,9 +249,10 @@ def unbind_step(rounds: int) -> dict[str, Any]:
             finally:
                 vim.bidirectional_scan = bidirectional_scan
 
-        times[depth] = in_turns({**works, "unbind": unbind}, rounds)
-    whole = {name: times[1][name] + 23 * (times[2][name] - times[1][name]) for name in ("cpu", "unbind")}
-    return {"extrapolated_from_depths": [1, 2], **whole, "unbind_over_cpu": whole["unbind"] / whole["cpu"]}
+        times[depth] = in_turns({"unbind": unbind}, rounds)["unbind"]
+    few, more = UNBIND_DEPTHS
+    whole = times[few] + (24 - few) * (times[more] - times[few]) / (more - few)
+    return {"extrapolated_from_depths": UNBIND_DEPTHS, "cpu": ours, "unbind": whole, "unbind_over_cpu": whole / ours}
 
 
 def scaling(rounds: int) -> list[dict[str, Any]]:
@@ -270,6 +275,15 @@ def scaling(rounds: int) -> list[dict[str, Any]]:
         spent = in_turns({"scan": work}, rounds)["scan"]
         rows.append({"batch": batch, "length": length, "seconds": spent, "per_token": spent / (batch * length)})
     return rows
+
+
+def peak_gib() -> float:
+    """Peak resident GiB of this program; `ru_maxrss` would count the program that started it as well."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes, where there is no /proc
 
 
 def peak_memory(size: str) -> float:
@@ -320,7 +334,7 @@ def report(result: Mapping[str, Any]) -> str:
         )
     if "unbind_step" in result:
         row = result["unbind_step"]
-        lines += ["", "SVP step of Vim-S, extrapolated from 1 and 2 blocks"]
+        lines += ["", "SVP step of Vim-S; the unbind form extrapolated from 1 and 4 blocks"]
         lines.append(
             f"  ours {row['cpu']:.2f} s, unbind form {row['unbind']:.1f} s: {row['unbind_over_cpu']:.1f} times"
         )
@@ -346,9 +360,9 @@ def main() -> None:
     if arguments.memory:
         step = stepper(model_of(arguments.memory, "svp"))
         step(), step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        print(peak_gib())
         return
-    rounds = 3 if arguments.quick else 5
+    rounds = 3 if arguments.quick else 9
     result: dict[str, Any] = {"schema": 1, "machine": machine(), "model": {}}
     for size in ("tiny",) if arguments.quick else ("tiny", "small"):
         result["model"][size] = whole_model(size, rounds)
@@ -356,7 +370,7 @@ def main() -> None:
     if not arguments.quick:
         result["full"] = full_against_svp("small", 3)
         result["memory_gib"] = peak_memory("small")
-        result["unbind_step"] = unbind_step(2)
+        result["unbind_step"] = unbind_step(3, result["model"]["small"]["step"])
     result["scan"] = isolated_scan(2 if arguments.quick else 3, arguments.peers)
     result["scaling"] = scaling(rounds)
     print(report(result))
