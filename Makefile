@@ -58,6 +58,10 @@ test: $(STAMP) ## the tests that every change must pass
 test-all: $(STAMP) ## the slow tests as well
 	$(BIN)/pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile
 
+.PHONY: fuzz
+fuzz: $(STAMP) ## 10,000 cases of odd cards, configs, lists, splits, pictures, checkpoints and records (about six minutes)
+	SVP_BENCH_FUZZ=10000 $(BIN)/pytest -q tests/test_fuzz.py -n $(WORKERS)
+
 .PHONY: test-gpu
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/pytest -q -m gpu

@@ -29,6 +29,7 @@ __all__ = [
     "SuiteCard",
     "TaskCard",
     "class_names",
+    "displayed_class_names",
     "list_suites",
     "list_tasks",
     "load_protocol",
@@ -72,6 +73,7 @@ class TaskCard:
         reader: How the data are read: the card's own reader, else the suite's.
         class_names: File beside the card with one class name a line, or None.
         path: The card's file.
+        other_folders: Further names that the folder has in other releases of the data, tried after `folder`.
     """
 
     name: str
@@ -90,6 +92,7 @@ class TaskCard:
     reader: ReaderSpec
     class_names: str | None
     path: Path = field(compare=False)
+    other_folders: tuple[str, ...] = ()
 
     @property
     def suite(self) -> str:
@@ -119,6 +122,7 @@ class SuiteCard:
         citation: Key in `references.bib`.
         notes: What a reader of the suite's averages should know.
         path: The card's file.
+        other_folders: Further names of the folder, tried after `folder`: that of a suite which shares its data.
     """
 
     name: str
@@ -133,6 +137,7 @@ class SuiteCard:
     citation: str
     notes: str
     path: Path = field(compare=False)
+    other_folders: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -149,7 +154,8 @@ class ProtocolCard:
         version: Goes up when anything here changes that moves a number.
         title: One line for people.
         image_size: Height and width of the model's input in pixels.
-        resize: "straight": both sides to `image_size`, the aspect ratio is not kept.
+        resize: "straight": both sides to `image_size`, the aspect ratio is not kept; "centre_crop": the shorter side to
+            `image_size` / 0.875, then the square in the middle.
         interpolation: "bicubic" (Pillow's, which averages when it shrinks).
         augmentation: "none".
         normalisation: "backbone": mean and standard deviation that the backbone was trained with.
@@ -297,6 +303,15 @@ def class_names(card: TaskCard) -> list[str] | None:
     return names
 
 
+def displayed_class_names(card: TaskCard) -> list[str]:
+    """Return what to call a task's classes, in the order of their labels: their names, else "class 0", "class 1" …
+
+    Raises:
+        CardError: If the card names a file of class names that is malformed, see `class_names`.
+    """
+    return class_names(card) or [f"class {label}" for label in range(card.classes)]
+
+
 def _root(root: Path | None) -> Path:
     if root is None:
         return tasks_dir()
@@ -329,7 +344,7 @@ _CITATION = re.compile(r"[A-Za-z][A-Za-z0-9:_.+-]*")
 
 # The only ones that the transforms know. A card that promised another would be a false statement about its numbers.
 _CHOICES = {
-    "resize": ["straight"],
+    "resize": ["straight", "centre_crop"],
     "interpolation": ["bicubic"],
     "augmentation": ["none"],
     "normalisation": ["backbone"],
@@ -354,7 +369,7 @@ _PROTOCOL_KEYS = ("name", "version", "title", "image_size", *_CHOICES, "stages",
 
 
 def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
-    keys = card.keys(_TASK_KEYS, ["variants", "notes", "reader", "class_names"])
+    keys = card.keys(_TASK_KEYS, ["variants", "notes", "reader", "class_names", "other_folders"])
     name = f"{card.path.parent.name}/{card.path.stem}"
     _fits_place(keys["name"], name)
 
@@ -399,11 +414,12 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
         reader=_reader(keys["reader"]) if "reader" in keys else suite.reader,
         class_names=names_file,
         path=card.path,
+        other_folders=_folders(keys["other_folders"]) if "other_folders" in keys else (),
     )
 
 
 def _suite(card: Node, cards: list[str], protocols: list[str]) -> SuiteCard:
-    keys = card.keys(_SUITE_KEYS, ["same_pictures", "notes"])
+    keys = card.keys(_SUITE_KEYS, ["same_pictures", "notes", "other_folders"])
     _fits_place(keys["name"], card.path.stem)
 
     groups: dict[str, tuple[str, ...]] = {}
@@ -445,6 +461,7 @@ def _suite(card: Node, cards: list[str], protocols: list[str]) -> SuiteCard:
         citation=keys["citation"].text(_CITATION, "a key of references.bib"),
         notes=keys["notes"].prose() if "notes" in keys else "",
         path=card.path,
+        other_folders=_folders(keys["other_folders"]) if "other_folders" in keys else (),
     )
 
 
@@ -484,6 +501,10 @@ def _fits_place(name: Node, expected: str) -> None:
 
 def _counts(node: Node) -> dict[str, int]:
     return {name: count.positive() for name, count in node.mapping(_ID).items()}
+
+
+def _folders(node: Node) -> tuple[str, ...]:
+    return tuple(folder.text(_FILE, "a single folder name") for folder in node.sequence())
 
 
 def _reader(node: Node) -> ReaderSpec:

@@ -107,6 +107,7 @@ def _data(argv: Sequence[str]) -> int:
     draw.add_argument("task", help="e.g. vtab/caltech101")
     draw.add_argument("--root", required=True, help="the data root to write below")
     draw.add_argument("--seed", type=int, default=0)
+    draw.add_argument("--layout", help="of a JSON split: json (the default), or native for the data set's own files")
     arguments = parser.parse_args(argv)
     return _check_data(arguments) if arguments.action == "check" else _draw_data(arguments)
 
@@ -142,7 +143,7 @@ def _draw_data(arguments: Any) -> int:
     from svp_bench.cards import load_task
     from svp_bench.data.synthetic import draw_task
 
-    folder = draw_task(load_task(arguments.task), Path(arguments.root), seed=arguments.seed)
+    folder = draw_task(load_task(arguments.task), Path(arguments.root), seed=arguments.seed, layout=arguments.layout)
     print(f"Drew a stand-in for {arguments.task} in {folder} (not the real pictures: records will say so).")
     print(f"Next: svp-bench fit --config configs/{arguments.task}.yaml --data.root {arguments.root} ...")
     return 0

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svp_bench import config as module
-from svp_bench.cards import load_protocol
+from svp_bench.cards import load_protocol, load_suite
 from svp_bench.config import Composed, compose, find_config, split_flags
 from svp_bench.errors import ConfigError, UsageError
 from svp_bench.methods import METHODS as REGISTRY
@@ -302,7 +302,9 @@ def test_every_shipped_config_parses(path: Path, tmp_path: Path, monkeypatch: py
     values = printed_config("fit", "--config", str(path))
     assert values["data"]["task"] == f"{path.parent.name}/{path.stem}"
     assert values["model"]["method"] == method_file("svp")["model"]["method"]
-    assert values["trainer"]["gradient_clip_val"] == 5.0
+    protocol = load_protocol(load_suite(path.parent.name).protocol)
+    assert values["trainer"]["gradient_clip_val"] == protocol.training["trainer"].get("gradient_clip_val")
+    assert values["trainer"]["max_epochs"] == protocol.training["trainer"]["max_epochs"]
     assert list(tmp_path.iterdir()) == []
 
 

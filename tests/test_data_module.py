@@ -296,7 +296,7 @@ def test_broken_data_stop_before_any_picture_is_decoded(
     def decode(*_: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(module_file, "resize_straight", decode)
+    monkeypatch.setattr(module_file.View, "__call__", decode)
     (own / file).unlink()
     if content is not None:
         (own / file).write_text(content)

@@ -757,8 +757,16 @@ def test_two_models_in_two_threads(threads: int) -> None:
 
 
 def small_scan() -> list[Tensor]:
-    """Some tiles, so that two threads would share the work; not so large that torch's own operators would."""
+    """Some tiles, so that two threads would share the work; not so large that torch's own operators would.
+
+    With gradients where autograd has no threads of its own: with a CUDA device it has, and refuses to work in a fork.
+    """
     inputs, cotangent = scan_inputs(Size(17, 5, 40, 2, "plain", True, True, True), torch.float32, both=True)
+    if torch.cuda.is_available():
+        one, two = (Direction(*(inputs[f"{name}{k}"] for name in FIELDS)) for k in "12")  # type: ignore[arg-type]
+        z = inputs["z"]
+        assert z is not None
+        return [bidirectional_scan(one, two, z, backend="cpu")]
     return list(run_scan(inputs, cotangent, True, "cpu").values())
 
 

@@ -36,6 +36,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("vpt_shallow", {"position": "around_cls", "length": 3, "dropout": 0.3}),
     ("vpt_deep", {"position": "both", "length": 3}),
     ("vpt_deep", {"position": "spread", "length": 1, "mode": "accumulate"}),
+    ("lora", {"targets": ["embed", "X", "Z", "d", "B", "C", "dt_proj"], "rank": 5, "dropout": 0.0}),
+    ("lora", {"targets": ["in_proj", "X", "x_proj", "B", "out_proj"], "rank": 40, "scale": 2.0, "dropout": 0.3}),
+    ("adapter", {"hidden_dim": 3, "activation": "none", "include_cls": False}),
+    ("offset", {"depths": [2, 0], "include_cls": True}),
+    ("bias", {"which": ["conv1d", "patch_embed"]}),
 ]
 SIZES: dict[str, Any] = {"img_size": (48, 64), "embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 5}
 CASES = [*((name, {}) for name in METHODS.names()), *VARIANTS]

@@ -16,6 +16,7 @@ import svp_bench
 from svp_bench.errors import UnavailableError, UsageError
 from svp_bench.ops import (
     Direction,
+    Remake,
     backend_statuses,
     bidirectional_conv,
     bidirectional_scan,
@@ -653,18 +654,20 @@ def test_what_can_be_made_again_is_not_kept(backend: str) -> None:
     A, D, bias = -torch.rand(16, 3), torch.randn(16), torch.randn(16)
     calls = 0
 
-    def convolve() -> tuple[Tensor, Tensor]:
+    def convolve(x: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal calls
         calls += 1
         return bidirectional_conv(x, weights[0], weights[1], backend=backend)
 
     def run(remake: bool) -> tuple[Tensor, Tensor, int]:
         kept: set[int] = set()
-        u, u_b = convolve()
+        u, u_b = convolve(x)
         ahead = Direction(u, others[0], A, others[1], others[2], D, bias)
         back = Direction(u_b, others[3], A, others[4], others[5], D, bias)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
-            y = bidirectional_scan(ahead, back, others[6], remake=convolve if remake else None, backend=backend)
+            y = bidirectional_scan(
+                ahead, back, others[6], remake=Remake(convolve, x) if remake else None, backend=backend
+            )
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
         return y, gradient, len(kept & {u.data_ptr(), u_b.data_ptr()})
 

@@ -23,6 +23,7 @@ from svp_bench.results.record import (
     SETTING_EXCLUDED,
     Correct,
     Metrics,
+    PerClass,
     Record,
     Tuned,
     cell_config,
@@ -244,12 +245,47 @@ def test_historic_records_load(path: Path) -> None:
 
 def test_the_historic_record_pins_what_a_digest_leaves_out() -> None:
     record = read_record(HISTORIC / "schema-1.json")
-    for key in CELL_EXCLUDED:
+    later = {"model.grad_checkpointing", "model.compile"}  # no older record has them
+    for key in CELL_EXCLUDED.keys() - later:
         node: Any = record.config
         for part in key.split("."):
             node = node[part]
     assert record.config_digest == "sha256:d78ed4a07fedf91566771744520f8afa28ba162546476fcc2139be94ef00a31c"
     assert record.setting_digest == "sha256:0d3d12810a83a9a0a95de6a733442f24e3cfba18352ae1d369b4edad04d6b6b5"
+
+
+# 7 of 10, by class: 4 of 6, 3 of 4 and none of none (balanced: 70.83), with all that is optional
+SCORED = Metrics(
+    top1=70.0,
+    loss=0.75,
+    correct=7,
+    count=10,
+    top5=90.0,
+    balanced_accuracy=100 * (4 / 6 + 3 / 4) / 2,
+    nll=0.75,
+    ece=12.5,
+    per_class=PerClass(correct=(4, 3, 0), count=(6, 4, 0)),
+)
+
+
+def test_optional_scores_come_back_and_are_absent_where_they_are_not_known(tmp_path: Path) -> None:
+    record = make_record(metrics=SCORED)
+    assert read_record(write_record(record, tmp_path)) == record
+    written = record.to_json()["metrics"]
+    assert written["per_class"] == {"correct": [4, 3, 0], "count": [6, 4, 0]}
+    assert list(written) == [field.name for field in dataclasses.fields(Metrics)]
+    few = dataclasses.replace(SCORED, top5=None)
+    assert "top5" not in make_record(metrics=few).to_json()["metrics"]
+    assert Record.from_json(make_record(metrics=few).to_json()).metrics == few
+    assert set(make_record().to_json()["metrics"]) == {"top1", "loss", "correct", "count"}
+
+
+@pytest.mark.parametrize("key", ["top5", "balanced_accuracy", "nll", "ece"])
+def test_a_score_that_is_no_number_is_not_written(tmp_path: Path, key: str) -> None:
+    record = make_record(metrics=dataclasses.replace(SCORED, **{key: float("nan")}))
+    with pytest.raises(RecordError, match=f"'metrics.{key}' is nan, which JSON cannot hold"):
+        write_record(record, tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def edit(data: dict[str, Any], dotted: str, value: Any) -> None:
@@ -264,7 +300,8 @@ def edit(data: dict[str, Any], dotted: str, value: Any) -> None:
     [
         ("schema", 2, r"'schema' is 2; this svp-bench \S+ reads schema 1"),
         ("sede", 1, "unknown record key 'sede'; did you mean 'seed'"),
-        ("metrics.top2", 1, r"unknown record key 'metrics.top2'; did you mean 'top1'"),
+        ("metrics.top2", 1, r"unknown record key 'metrics.top2'; did you mean 'top[15]'"),
+        ("metrics.per_class.wrong", [], r"unknown record key 'metrics.per_class.wrong'; allowed: correct, count"),
         ("seed", "0", "'seed' must be an integer, not '0'"),
         ("seed", True, "'seed' must be an integer, not True"),
         ("task_version", 0, "'task_version' must be an integer of at least 1, not 0"),
@@ -304,6 +341,25 @@ def edit(data: dict[str, Any], dotted: str, value: Any) -> None:
         ("metrics.loss", None, "'metrics.loss' must be a finite number, not None"),
         ("metrics.correct", 11, "'metrics.correct' is 11 of only 10"),
         ("metrics.count", 0, "'metrics.count' must be an integer of at least 1, not 0"),
+        ("metrics.top5", None, "'metrics.top5' must be a finite number, not None"),
+        ("metrics.top5", 60.0, "'metrics.top5' is 60.0, less than top1 70.0"),
+        ("metrics.top5", 101, "'metrics.top5' is 101.0, which is no percentage"),
+        ("metrics.top5", True, "'metrics.top5' must be a finite number, not True"),
+        ("metrics.balanced_accuracy", -1, "'metrics.balanced_accuracy' is -1.0, which is no percentage"),
+        ("metrics.balanced_accuracy", 71.0, "'metrics.balanced_accuracy' is 71.0, but metrics.per_class gives 70.83"),
+        ("metrics.ece", "3", "'metrics.ece' must be a finite number, not '3'"),
+        ("metrics.ece", 100.5, "'metrics.ece' is 100.5, which is no percentage"),
+        ("metrics.nll", 0.5, "'metrics.nll' is 0.5, but metrics.loss, the same number, is 0.75"),
+        ("metrics.per_class", [], r"metrics.per_class must be a JSON object, not \[\]"),
+        ("metrics.per_class", {"correct": []}, "the key 'metrics.per_class.count' is missing"),
+        ("metrics.per_class.count", None, "'metrics.per_class.count' must be a list of integers of at least 0"),
+        ("metrics.per_class.count", [10, 0.0], "'metrics.per_class.count' must be a list of integers of at least 0"),
+        ("metrics.per_class.count", [11, -1], "'metrics.per_class.count' must be a list of integers of at least 0"),
+        ("metrics.per_class.count", [10, False], "'metrics.per_class.count' must be a list of integers of at least 0"),
+        ("metrics.per_class.count", [6, 4], "'metrics.per_class' has 3 classes in correct and 2 in count"),
+        ("metrics.per_class.count", [6, 4, 1], "'metrics.per_class.count' adds up to 11, but metrics.count is 10"),
+        ("metrics.per_class.correct", [5, 3, 0], "'metrics.per_class.correct' adds up to 8, but metrics.correct is 7"),
+        ("metrics.per_class.correct", [2, 5, 0], "'metrics.per_class' has 5 of only 4 right in class 1"),
         ("correct", None, "'correct' is null; a complete final record has one bit for each test picture"),
         ("correct.bits", "/wA=", "'correct.bits' has 8 ones, but metrics.correct is 7"),
         ("correct.bits", "/g==", "'correct.bits' does not fit: the packed bits are 1 bytes; 10 bits need 2"),
@@ -313,7 +369,7 @@ def edit(data: dict[str, Any], dotted: str, value: Any) -> None:
     ],
 )
 def test_hand_edited_records_are_refused(tmp_path: Path, key: str, value: Any, message: str) -> None:
-    path = write_record(make_record(), tmp_path)
+    path = write_record(make_record(metrics=SCORED), tmp_path)
     data = json.loads(path.read_text(encoding="utf-8"))
     edit(data, key, value)
     path.write_text(json.dumps(data), encoding="utf-8")

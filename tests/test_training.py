@@ -228,7 +228,14 @@ def test_every_list_and_picture_is_read_once(scored: SimpleNamespace) -> None:
 def test_the_run_folder_holds_config_checkpoint_and_curves(scored: SimpleNamespace) -> None:
     folder = scored.place / scored.run.folder
     left = {name for name in files(folder) if not name.startswith("events.out.tfevents")}
-    assert left == {"checkpoints/last.ckpt", "config.yaml", "hparams.yaml"}
+    assert left == {
+        "checkpoints/last.ckpt",
+        "config.yaml",
+        "hparams.yaml",
+        "lock",
+        "test_confusion.csv",
+        "test_per_class.csv",
+    }
     assert yaml.safe_load((folder / "config.yaml").read_text()) == scored.record["config"]
 
 
@@ -277,6 +284,12 @@ def test_the_checkpoint_holds_the_trained_part_and_what_it_belongs_to(scored: Si
         "protocol": "vtab-final",
         "stage": "final",
         "run_id": scored.record["run_id"],
+        "data_digest": scored.record["data_digest"],
+        "head_hidden": None,
+        "input_attention": None,
+        "ema_decay": None,
+        "ema_evaluate": False,
+        "view": {"resize": "straight", "interpolation": "bicubic", "crop_ratio": 0.875},
     }
 
 

@@ -490,3 +490,33 @@ def test_features_differ_between_tokens_and_pictures() -> None:
     for row in range(0, 48, 16):
         for column in range(0, 48, 16):
             assert images.grad[..., row : row + 16, column : column + 16].abs().max() > 0
+
+
+@pytest.mark.parametrize("method", ["svp", "vpt_deep", "full"])
+def test_gradient_checkpointing_changes_memory_alone(method: str) -> None:
+    """The same logits and gradients to the bit, also with dropout; what is kept between is the input of each layer."""
+    arguments = {"dropout": 0.3} if method != "full" else {}
+    model = svp_bench.create_model("vim_nano_patch8_64", num_classes=3, method=method, **arguments).train()
+    images = torch.randn(2, 3, 64, 64)
+    found = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        torch.manual_seed(0)
+        model.zero_grad(set_to_none=True)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            logits = model(images)
+        logits.square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((logits.detach(), gradients, kept))
+    (plain, before, kept), (again, after, kept_again) = found
+    assert torch.equal(plain, again)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert kept_again < kept / 5

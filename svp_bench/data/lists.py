@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from svp_bench.errors import DataError
 
-__all__ = ["PictureList", "combined_digest", "list_digest", "read_list"]
+__all__ = ["PictureList", "check_path", "combined_digest", "list_digest", "read_list"]
 
 # Label of at most 18 digits: fits int64, and keeps `int` away from texts that it refuses for their length.
 _LINE = re.compile(r"(?P<path>.*[^ \t])[ \t]+(?P<label>-?[0-9]{1,18})")
@@ -94,13 +94,25 @@ def _parse(entry: str, where: str) -> tuple[str, int]:
         raise DataError(
             f"{where}: found {_SHOW.repr(entry)}, expected `path label`: a relative path, blanks, an integer label"
         )
-    picture = match["path"]
+    check_path(match["path"], where)
+    return match["path"], int(match["label"])
+
+
+def check_path(picture: str, where: str) -> None:
+    """Check that the path of a listed picture is relative and stays below the folder that it is relative to.
+
+    Args:
+        picture: The path as listed.
+        where: What lists it, for the message: "file:line".
+
+    Raises:
+        DataError: If it does not.
+    """
     posix, windows = PurePosixPath(picture), PureWindowsPath(picture)  # a list may have been written on either
     if posix.is_absolute() or windows.root or windows.drive:
         raise DataError(f"{where}: {_SHOW.repr(picture)} is an absolute path; paths are relative to the task's folder")
     if ".." in (*posix.parts, *windows.parts):
         raise DataError(f"{where}: {_SHOW.repr(picture)} leads out of the task's folder; '..' is not allowed")
-    return picture, int(match["label"])
 
 
 def list_digest(name: str, pictures: PictureList) -> str:

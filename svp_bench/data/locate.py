@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from svp_bench.cards import SuiteCard, TaskCard
 from svp_bench.errors import DataError
 
-__all__ = ["ROOT_VARIABLE", "list_file", "locate"]
+__all__ = ["ROOT_VARIABLE", "find_folder", "list_file", "locate"]
 
 ROOT_VARIABLE = "SVP_BENCH_DATA"
 
@@ -40,6 +41,41 @@ def locate(card: TaskCard, suite: SuiteCard, root: Path | None = None) -> Path:
     Raises:
         DataError: If no place holds a list; names all that were tried.
     """
+    remedy = _ARCHIVES.get(card.suite) or f"the pictures of {card.source} as lists and folders"
+    forms = [
+        lambda place, wanted=wanted: wanted(list_file(place, name).is_file() for name in card.counts)
+        for wanted in (all, any)
+    ]
+    return find_folder(card, suite, root, forms, _file_names(card), remedy)
+
+
+def find_folder(
+    card: TaskCard,
+    suite: SuiteCard,
+    root: Path | None,
+    forms: Sequence[Callable[[Path], bool]],
+    content: str,
+    remedy: str,
+    *,
+    shared: bool = False,
+) -> Path:
+    """Return the folder of a task's data: the first place that has the first of `forms` which any place has.
+
+    The places are the names of the task's folder below the root, below the names of the suite's folder, and below that
+    folder doubled; and the root itself, if it has such a name.
+
+    Args:
+        card: The task's card.
+        suite: The card of its suite.
+        root: The data root, as in `locate`.
+        forms: Tests of a place, the form of the data that is preferred first.
+        content: What would be found there, for the message: "train.txt or test.txt".
+        remedy: What to get, for the message.
+        shared: Are the data found also where the root, or the suite's folder, holds several data sets side by side?
+
+    Raises:
+        DataError: If no place has any of the forms; names all that were tried.
+    """
     if root is not None:
         given, source = root, "--data.root"
     elif variable := os.environ.get(ROOT_VARIABLE):
@@ -48,17 +84,21 @@ def locate(card: TaskCard, suite: SuiteCard, root: Path | None = None) -> Path:
         given, source = Path("data"), "the default data root"
     base = Path(os.path.abspath(given.expanduser()))
 
-    places = [base / card.folder, base / suite.folder / card.folder, base / suite.folder / suite.folder / card.folder]
-    if base.name == card.folder:
+    names = (card.folder, *card.other_folders)
+    suites = (suite.folder, *suite.other_folders)
+    above = [base, *(base / name for name in suites), *(base / name / name for name in suites)]
+    places = [folder / name for folder in above for name in names]
+    if base.name in names:
         places.insert(0, base)
-    for wanted in (all, any):
+    if shared:
+        places += [folder for folder in above if folder not in places]
+    for form in forms:
         for place in places:
-            if wanted(list_file(place, name).is_file() for name in card.counts):
+            if form(place):
                 return place
 
-    remedy = _ARCHIVES.get(card.suite) or f"the pictures of {card.source} as lists and folders"
     raise DataError(
-        f"no data of {card.name}: none of {', '.join(map(str, places))} holds {_file_names(card)} "
+        f"no data of {card.name}: none of {', '.join(map(str, places))} holds {content} "
         f"({source} is {given}); get {remedy} and give its folder with --data.root DIR or ${ROOT_VARIABLE}, or try "
         f"with drawn pictures: `svp-bench data draw`"
     )

@@ -9,8 +9,9 @@ What makes it different from a plain one:
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,12 +19,22 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from svp_bench.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite, load_task
-from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler
+from svp_bench.cards import (
+    ProtocolCard,
+    SuiteCard,
+    TaskCard,
+    displayed_class_names,
+    load_protocol,
+    load_suite,
+    load_task,
+)
+from svp_bench.data.augment import Augment, Augmenter, Mixing
+from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler, Positions
 from svp_bench.data.sources import DataReport, Pictures, Source, cpu_count, in_threads, inspect, open_source
-from svp_bench.data.transforms import resize_straight
+from svp_bench.data.transforms import CROP_RATIO, INTERPOLATIONS, RESIZES, View
 from svp_bench.errors import ConfigError, DataError, UsageError, unknown_name
 
 __all__ = ["MEMORY_LIMIT_BYTES", "Batch", "VisionDataModule"]
@@ -66,17 +77,43 @@ class VisionDataModule(LightningDataModule):
         seed: Seed of the order of the training pictures.
         drop_last: Leave a smaller last batch out of an epoch, unless it is the only one.
         image_size: Height and width of the pictures in pixels; by default the protocol's.
+        resize: How a picture is brought to that size: straight (both sides, the aspect ratio is lost) or centre_crop
+            (shorter side to image_size / crop_ratio, then the square in the middle); by default the protocol's.
+        interpolation: bicubic, bilinear or lanczos; by default the protocol's.
+        crop_ratio: Share of the shorter side that centre_crop and the training crop `random` keep; 0.875 by default.
+        train_crop: Crop of training pictures by chance: random_resized (Inception's) or random (shorter side to
+            image_size / crop_ratio, then a random square, as VPT's FGVC recipe); by default none, they are seen as in
+            evaluation.
+        crop_scale: Range of the area of random_resized, as a share of the picture; 0.08 to 1 by default.
+        crop_aspect: Range of its width / height; 3/4 to 4/3 by default.
+        flip: Probability of a horizontal flip of a training picture. Flips, and crops too, change what some tasks ask
+            for (VTAB's structured ones): no default recipe has them.
+        rand_augment: RandAugment by a specification of timm's, e.g. rand-m9-mstd0.5-inc1.
+        color_jitter: Range of brightness, contrast and saturation, factors of 1 ± this. Refused beside rand_augment,
+            where timm leaves it out without a word.
+        random_erasing: Probability that a rectangle of a training picture becomes noise (timm's mode "pixel"), on the
+            device, after normalisation.
+        mixup: α of mixup: each training batch is mixed with its mirror image, λ from Beta(α, α); null or 0 for none.
+        cutmix: α of cutmix; with both, each batch gets one of them.
+        mix_probability: That a batch is mixed, if mixup or cutmix is on; 1 by default.
+        mix_switch_probability: That it is by cutmix, if both are on; 0.5 by default.
+        repeats: Times that each training picture appears in a row, otherwise augmented, in an epoch of unchanged length
+            (repeated augmentation); 1 by default.
+
+    A null means its default. What chance does to a picture follows from (seed, epoch, position, repetition) alone.
 
     Attributes:
         card: The task's card.
         suite: The card of its suite.
         protocol: The protocol card.
         num_classes: Number of classes.
+        class_names: What to call them, in the order of their labels.
         image_size: Height and width of the pictures in pixels.
         lists: Role ("train", "val", "test") → name of the list that plays it in this stage.
 
     Raises:
         UsageError: If the task, protocol or stage is unknown, or the protocol reads lists that the task has not.
+        CardError: If a card, or the task's file of class names, is malformed.
         ConfigError: If a number is out of range.
     """
 
@@ -92,6 +129,21 @@ class VisionDataModule(LightningDataModule):
         seed: int = 0,
         drop_last: bool = False,
         image_size: int | None = None,
+        resize: Literal["straight", "centre_crop"] | None = None,
+        interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None,
+        crop_ratio: float | None = None,
+        train_crop: Literal["random", "random_resized"] | None = None,
+        crop_scale: tuple[float, float] | None = None,
+        crop_aspect: tuple[float, float] | None = None,
+        flip: float | None = None,
+        rand_augment: str | None = None,
+        color_jitter: float | None = None,
+        random_erasing: float | None = None,
+        mixup: float | None = None,
+        cutmix: float | None = None,
+        mix_probability: float | None = None,
+        mix_switch_probability: float | None = None,
+        repeats: int | None = None,
     ) -> None:
         super().__init__()
         self.card: TaskCard = load_task(task)
@@ -108,6 +160,7 @@ class VisionDataModule(LightningDataModule):
                     f"which {self.card.name} lacks; it has: {', '.join(self.card.counts)}"
                 )
         self.num_classes = self.card.classes
+        self.class_names: list[str] = displayed_class_names(self.card)
         self.image_size = _at_least(1, "image_size", self.protocol.image_size if image_size is None else image_size)
         self.batch_size = _at_least(1, "batch_size", batch_size)
         self.eval_batch_size = _at_least(
@@ -116,6 +169,35 @@ class VisionDataModule(LightningDataModule):
         self.num_workers = num_workers if num_workers == "auto" else _at_least(0, "num_workers", num_workers)
         self.seed = _at_least(0, "seed", seed)
         self.drop_last = drop_last
+        _one_of("resize", resize, RESIZES)
+        _one_of("interpolation", interpolation, INTERPOLATIONS)
+        _one_of("train_crop", train_crop, ("random", "random_resized"))
+        self.view = View(
+            self.image_size,
+            self.protocol.resize if resize is None else resize,
+            self.protocol.interpolation if interpolation is None else interpolation,
+            _between(0, 1, "crop_ratio", CROP_RATIO if crop_ratio is None else crop_ratio, open_low=True),
+        )
+        if crop_ratio is not None and self.view.resize != "centre_crop" and train_crop != "random":
+            raise ConfigError("--data.crop_ratio belongs to --data.resize centre_crop or --data.train_crop random")
+        for name, value in (("flip", flip), ("random_erasing", random_erasing), ("color_jitter", color_jitter)):
+            _between(0, 1, name, 0.0 if value is None else value)
+        self.augment = Augment(
+            train_crop,
+            None if crop_scale is None else _range("crop_scale", crop_scale, 1),
+            None if crop_aspect is None else _range("crop_aspect", crop_aspect, math.inf),
+            flip or None,
+            rand_augment,
+            color_jitter or None,
+        )
+        self.random_erasing = random_erasing or 0.0
+        self.mixing = Mixing(
+            _between(0, math.inf, "mixup", mixup or 0.0),
+            _between(0, math.inf, "cutmix", cutmix or 0.0),
+            _between(0, 1, "mix_probability", 1.0 if mix_probability is None else mix_probability),
+            _between(0, 1, "mix_switch_probability", 0.5 if mix_switch_probability is None else mix_switch_probability),
+        )
+        self.repeats = _at_least(1, "repeats", 1 if repeats is None else repeats)
         self._root = None if root is None else Path(root)
         self._source: Source | None = None
         self._report: DataReport | None = None
@@ -175,18 +257,20 @@ class VisionDataModule(LightningDataModule):
         return self._source.get(self.lists[role])
 
     def _dataset(self, role: str) -> _Pictures:
-        """Return the pictures of a role: decoded and kept, unless they are for test or too many."""
+        """Return the pictures of a role: decoded and kept, unless they are for test, cropped by chance or too many."""
         if role not in self._datasets:
-            pictures, size, interpolation = self._pictures(role), self.image_size, self.protocol.interpolation
+            pictures, size = self._pictures(role), self.image_size
+            augmenter = Augmenter(self.augment, self.view, self.seed) if role == "train" and self.augment else None
+            cropped = augmenter is not None and augmenter.needs_original
             bytes_decoded = len(pictures) * 3 * size * size
-            keep = role != "test" and bytes_decoded <= MEMORY_LIMIT_BYTES
-            if role != "test" and not keep:
+            keep = role != "test" and not cropped and bytes_decoded <= MEMORY_LIMIT_BYTES
+            if role != "test" and not cropped and not keep:
                 rank_zero_info(
                     f"{pictures.name} would take {bytes_decoded / 2**30:.1f} GiB decoded; its pictures are decoded "
                     f"anew in each epoch"
                 )
             kind = _KeptPictures if keep else _Pictures
-            self._datasets[role] = kind(pictures, size, interpolation)
+            self._datasets[role] = kind(pictures, self.view, augmenter)
         return self._datasets[role]
 
     # --- loaders -----------------------------------------------------------------------------------------------------
@@ -208,6 +292,8 @@ class VisionDataModule(LightningDataModule):
             rank,
             accumulate=accumulate,
             drop_last=self.drop_last,
+            repeats=self.repeats,
+            pairs=bool(self.mixing),
         )
         return self._loader(dataset, sampler)
 
@@ -261,7 +347,7 @@ class VisionDataModule(LightningDataModule):
         return self._loader(dataset, EvalBatchSampler(len(dataset), self.eval_batch_size, world_size, rank))
 
     def _loader(self, dataset: _Pictures, sampler: GlobalBatchSampler | EvalBatchSampler) -> DataLoader[Batch]:
-        workers = 0 if isinstance(dataset, _KeptPictures) else self._workers(len(dataset))
+        workers = 0 if dataset.ready_made else self._workers(len(dataset))
         return _Loader(
             dataset,
             sampler=sampler,
@@ -293,7 +379,11 @@ class VisionDataModule(LightningDataModule):
         parts = world_size * accumulate
         given = f"--data.batch_size {self.batch_size}"
         shared = f"{world_size} processes x {accumulate} accumulated batches = {parts} parts"
-        if count < parts:
+        least = parts  # pictures that a batch needs
+        if self.mixing and parts > 1:
+            least = 2 * parts - 1  # mixed pictures are shared out in pairs, the last of which may be half
+            shared += " of two pictures, which mixup and cutmix need"
+        if count < least:
             raise ConfigError(
                 f"{self.lists['train']} has {count} pictures, fewer than {shared}; use fewer devices "
                 f"or a smaller --trainer.accumulate_grad_batches"
@@ -301,13 +391,13 @@ class VisionDataModule(LightningDataModule):
         fit = [
             size
             for size in range(parts, max(count, self.batch_size) + parts, parts)
-            if self._last(count, size) >= parts
+            if self._last(count, size) >= least
         ]
         near = sorted(sorted(fit, key=lambda size: (abs(size - self.batch_size), size))[:2])
         allowed = " or ".join(map(str, near))
         if self.batch_size % parts:
             raise ConfigError(f"{given} cannot be divided by {shared}; {allowed} would fit")
-        if self._last(count, self.batch_size) < parts:
+        if self._last(count, self.batch_size) < least:
             raise ConfigError(
                 f"{given} leaves a last batch of {self._last(count, self.batch_size)} of the {count} pictures, "
                 f"fewer than {shared}; {allowed} would fit, or leave it out with --data.drop_last true"
@@ -322,38 +412,69 @@ class VisionDataModule(LightningDataModule):
 class _Pictures(Dataset[Batch]):
     """The pictures of one list, decoded when asked for; indexed by a list of positions, it returns a whole batch."""
 
-    def __init__(self, pictures: Pictures, size: int, interpolation: str) -> None:
+    def __init__(self, pictures: Pictures, view: View, augmenter: Augmenter | None = None) -> None:
         self._pictures = pictures
-        self._size = size
-        self._interpolation = interpolation
+        self._view = view
+        self._augmenter = augmenter
         self._labels = torch.from_numpy(pictures.labels)
 
     def __len__(self) -> int:
         return len(self._labels)
 
+    @property
+    def ready_made(self) -> bool:
+        """Whether a batch is a matter of indexing."""
+        return False
+
     def __getitem__(self, positions: list[int] | int) -> Batch:
         index = torch.as_tensor(positions).reshape(-1)  # a single one: Lightning's overfit_batches
-        return Batch(self._images(index), self._labels[index], index)
+        return Batch(self._augmented(positions, index), self._labels[index], index)
+
+    def _augmented(self, positions: list[int] | int, index: torch.Tensor) -> torch.Tensor:
+        if self._augmenter is None:
+            return self._images(index)
+        # Lightning's own sampler, of overfit_batches, knows no epoch: the pictures stay the same
+        drawn = positions if isinstance(positions, Positions) else Positions(index.tolist())
+        return torch.from_numpy(
+            np.stack(
+                [
+                    self._augmenter(self._original(position), drawn.epoch, position, copy)
+                    for position, copy in zip(drawn, drawn.copies, strict=True)
+                ]
+            )
+        )
+
+    def _original(self, position: int) -> Image.Image:
+        """Return what augmentation begins with: the stored picture if it crops it, else the picture at its size."""
+        assert self._augmenter is not None
+        if self._augmenter.needs_original:
+            return self._pictures.load(position)
+        (image,) = self._images(torch.tensor([position])).numpy()
+        return Image.fromarray(image.transpose(1, 2, 0))
 
     def _images(self, index: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.stack([self._decode(position) for position in index.tolist()]))
 
     def _decode(self, position: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        return resize_straight(self._pictures.load(position), self._size, self._interpolation)
+        return self._view(self._pictures.load(position))
 
 
 class _KeptPictures(_Pictures):
     """The pictures of one list, decoded at once and kept in one uint8 tensor."""
 
-    def __init__(self, pictures: Pictures, size: int, interpolation: str) -> None:
-        super().__init__(pictures, size, interpolation)
-        kept = np.empty((len(pictures), 3, size, size), dtype=np.uint8)
+    def __init__(self, pictures: Pictures, view: View, augmenter: Augmenter | None = None) -> None:
+        super().__init__(pictures, view, augmenter)
+        kept = np.empty((len(pictures), 3, view.size, view.size), dtype=np.uint8)
 
         def decode(position: int) -> None:
             kept[position] = self._decode(position)
 
         in_threads(decode, len(pictures), f"decoding the pictures of {pictures.name}", rank_zero_info)
         self._kept = torch.from_numpy(kept)
+
+    @property
+    def ready_made(self) -> bool:
+        return self._augmenter is None
 
     def _images(self, index: torch.Tensor) -> torch.Tensor:
         return self._kept[index]
@@ -375,3 +496,28 @@ def _at_least(least: int, name: str, value: int) -> int:
     if value < least:
         raise ConfigError(f"--data.{name} {value} is out of range, allowed: {least} and above")
     return value
+
+
+def _between(low: float, high: float, name: str, value: float, *, open_low: bool = False) -> float:
+    if not (low < value if open_low else low <= value) or not value <= high or not math.isfinite(value):
+        upper = "" if high == math.inf else f" to {high:g}"
+        raise ConfigError(
+            f"--data.{name} {value:g} is out of range, allowed: {'above ' if open_low else ''}{low:g}"
+            f"{upper or ' and above'}"
+        )
+    return value
+
+
+def _range(name: str, values: tuple[float, float], high: float) -> tuple[float, float]:
+    low, top = values
+    if not 0 < low <= top <= high or not math.isfinite(top):
+        upper = "" if high == math.inf else f", at most {high:g}"
+        raise ConfigError(
+            f"--data.{name} {list(values)} is out of range, allowed: [low, high] above 0, low not above high{upper}"
+        )
+    return low, top
+
+
+def _one_of(name: str, value: str | None, allowed: Iterable[str]) -> None:
+    if value is not None and value not in allowed:
+        raise unknown_name(f"--data.{name}", value, allowed, error=ConfigError)

@@ -5,12 +5,12 @@ Both samplers yield whole batches, as lists of positions, to a `DataLoader(..., 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EvalBatchSampler", "GlobalBatchSampler", "permutation"]
+__all__ = ["EvalBatchSampler", "GlobalBatchSampler", "Positions", "permutation"]
 
 
 def permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -22,10 +22,29 @@ def permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
-def _share(start: int, stop: int, pieces: int, piece: int) -> slice:
-    """Return the `piece`-th of `pieces` contiguous parts of start..stop, whose sizes differ by one at most."""
-    size = stop - start
-    return slice(start + size * piece // pieces, start + size * (piece + 1) // pieces)
+def _share(start: int, stop: int, pieces: int, piece: int, unit: int = 1) -> slice:
+    """Return the `piece`-th of `pieces` contiguous parts of start..stop, whose sizes differ by one unit at most.
+
+    Units are not cut; the last one may be smaller.
+    """
+    units = -(-(stop - start) // unit)
+    first, last = (min(start + units * number // pieces * unit, stop) for number in (piece, piece + 1))
+    return slice(first, last)
+
+
+class Positions(list[int]):
+    """The positions of one training batch, and what else decides how its pictures are augmented.
+
+    Args:
+        positions: Positions in the list.
+        epoch: The epoch that they are drawn for.
+        copies: For each, how many times the picture came before in this epoch; all 0 if None.
+    """
+
+    def __init__(self, positions: Sequence[int], epoch: int = 0, copies: Sequence[int] | None = None) -> None:
+        super().__init__(positions)
+        self.epoch = epoch
+        self.copies = [0] * len(self) if copies is None else list(copies)
 
 
 class GlobalBatchSampler:
@@ -45,6 +64,12 @@ class GlobalBatchSampler:
         accumulate: Micro-batches that are accumulated for one optimizer step.
         drop_last: Leave a smaller last batch out, unless it is the only one.
         shuffle: Take a new order each epoch; else the order of the list.
+        repeats: Times that a picture appears, one after the other, before the next one comes; the epoch keeps its
+            length, so it holds fewer different pictures. Repeated augmentation (Hoffer et al., CVPR 2020), as timm's
+            `RepeatAugSampler` without its rounding of the epoch to 256.
+        pairs: Put the first and the last picture of a global batch side by side, then the second and the last but one,
+            and so on, and let no slice part them: whoever mixes each picture with its neighbour then mixes the global
+            batch with its mirror image, as timm's `Mixup` does on one process, whatever the number of processes.
 
     Raises:
         ValueError: If a number is out of range, the batch does not divide, or a slice would be empty.
@@ -61,11 +86,13 @@ class GlobalBatchSampler:
         accumulate: int = 1,
         drop_last: bool = False,
         shuffle: bool = True,
+        repeats: int = 1,
+        pairs: bool = False,
     ) -> None:
         pieces = world_size * accumulate
-        if min(count, batch_size, world_size, accumulate) < 1 or not 0 <= rank < world_size or seed < 0:
+        if min(count, batch_size, world_size, accumulate, repeats) < 1 or not 0 <= rank < world_size or seed < 0:
             raise ValueError(
-                f"out of range: {count=}, {batch_size=}, {seed=}, {world_size=}, {rank=}, {accumulate=}; "
+                f"out of range: {count=}, {batch_size=}, {seed=}, {world_size=}, {rank=}, {accumulate=}, {repeats=}; "
                 f"all are at least 1, seed and rank at least 0, rank below world_size"
             )
         if batch_size % pieces:
@@ -76,6 +103,11 @@ class GlobalBatchSampler:
         smallest = bounds[-1][1] - bounds[-1][0]
         if smallest < pieces:
             raise ValueError(f"the last batch has {smallest} pictures, fewer than {world_size} x {accumulate} parts")
+        unit = 2 if pairs else 1
+        if -(-smallest // unit) < pieces:
+            raise ValueError(
+                f"the last batch has {smallest} pictures, fewer pairs than {world_size} x {accumulate} parts"
+            )
         self.count = count
         self.batch_size = batch_size
         self.seed = seed
@@ -83,22 +115,54 @@ class GlobalBatchSampler:
         self.rank = rank
         self.accumulate = accumulate
         self.shuffle = shuffle
+        self.repeats = repeats
+        self.pairs = pairs
         self.epoch = 0
+        self._unit = unit
         self._bounds = bounds
+        self._skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is yielded next; Lightning calls it at the start of each."""
         self.epoch = epoch
 
+    def skip(self, batches: int) -> None:
+        """Leave out the first batches of the next epoch that is iterated: a run goes on within it.
+
+        Args:
+            batches: Micro-batches of this process; a multiple of `accumulate`.
+
+        Raises:
+            ValueError: If it is no multiple of `accumulate`, or there are not as many.
+        """
+        if batches % self.accumulate or not 0 <= batches <= len(self):
+            raise ValueError(f"cannot skip {batches} of {len(self)} batches, {self.accumulate} of which make a step")
+        self._skipped = batches
+
     def __len__(self) -> int:
         return len(self._bounds) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
+        first, self._skipped = self._skipped, 0
         order = permutation(self.count, self.seed, self.epoch) if self.shuffle else np.arange(self.count)
-        for start, stop in self._bounds:
-            for step in range(self.accumulate):
-                micro = _share(start, stop, self.accumulate, step)
-                yield order[_share(micro.start, micro.stop, self.world_size, self.rank)].tolist()
+        for batch_index in range(first, len(self)):
+            places = self._places(batch_index)
+            copies = (places % self.repeats).tolist()
+            yield Positions(order[places // self.repeats].tolist(), self.epoch, copies)
+
+    def _places(self, batch_index: int) -> npt.NDArray[np.int64]:
+        """Return the places in the epoch that this process takes in a micro-batch, in their order there."""
+        start, stop = self._bounds[batch_index // self.accumulate]
+        places = np.arange(start, stop)
+        if self.pairs:  # first, last, second, last but one, ...
+            places = np.stack([places, places[::-1]], axis=1).reshape(-1)[: len(places)]
+        micro = _share(0, len(places), self.accumulate, batch_index % self.accumulate, self._unit)
+        return places[_share(micro.start, micro.stop, self.world_size, self.rank, self._unit)]
+
+    def copies(self, batch_index: int) -> list[int]:
+        """Return, for each picture of a batch, how many times it came before in the epoch."""
+        copies: list[int] = (self._places(batch_index) % self.repeats).tolist()
+        return copies
 
     def loss_scale(self, batch_index: int) -> float:
         """Return the factor for a batch's mean loss that makes the averages over processes and micro-batches exact.
@@ -106,10 +170,7 @@ class GlobalBatchSampler:
         It is 1 where all parts of the global batch are of one size, so always on one process without accumulation.
         """
         start, stop = self._bounds[batch_index // self.accumulate]
-        micro = _share(start, stop, self.accumulate, batch_index % self.accumulate)
-        mine = _share(micro.start, micro.stop, self.world_size, self.rank)
-        size: int = mine.stop - mine.start
-        return size * self.world_size * self.accumulate / (stop - start)
+        return len(self._places(batch_index)) * self.world_size * self.accumulate / (stop - start)
 
 
 class EvalBatchSampler:

@@ -30,6 +30,7 @@ from svp_bench.registry import Registry
 __all__ = [
     "DRAWN_MARK",
     "READERS",
+    "ArrayPictures",
     "DataReport",
     "FilePictures",
     "Note",
@@ -41,10 +42,17 @@ __all__ = [
     "open_digits",
     "open_lists",
     "open_source",
+    "reader_options",
 ]
 
 READERS = Registry("reader")
 READERS.add("lists", "svp_bench.data.sources:open_lists", "a folder of picture files and lists of `path label` lines")
+READERS.add(
+    "json_split",
+    "svp_bench.data.readers:open_json_split",
+    "train.json, val.json and test.json (path to class id), else the files that the data set itself has",
+)
+READERS.add("torchvision", "svp_bench.data.readers:open_torchvision", "a data set that torchvision reads")
 READERS.add("digits", "svp_bench.data.sources:open_digits", "scikit-learn's handwritten digits, 8 x 8, which it ships")
 
 DRAWN_MARK = "DRAWN.txt"  # lies in task folders that hold drawn pictures, so that no number on them passes for real
@@ -104,12 +112,14 @@ class Source:
         lists: Name → pictures, for the lists that are there.
         notes: What sets these data apart from what the card means, beyond what their counts and digest show.
         drawn: Are they a drawn stand-in, not the data set?
+        variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
     """
 
     origin: str
     lists: Mapping[str, Pictures]
     notes: tuple[str, ...] = ()
     drawn: bool = False
+    variant: str | None = None
 
     def get(self, name: str) -> Pictures:
         """Return the pictures of one list.
@@ -189,19 +199,22 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
     if missing:
         notes.append(f"{source.origin} lacks {', '.join(missing)} (not needed in this stage)")
 
-    variant = "card"
-    for known, expected in {"card": card.counts, **card.variants}.items():
+    forms = {"card": card.counts, **card.variants}
+    possible = forms if source.variant is None else {source.variant: forms[source.variant]}
+    meant = forms[source.variant or "card"]
+    others = card.variants if source.variant is None else {}
+    variant = source.variant or "card"
+    for known, expected in possible.items():
         if all(counts[name] == expected[name] for name in counts):
             variant = known
             break
     else:
         for name, count in counts.items():
-            if count != card.counts[name]:
-                also = [
-                    f"{known} {full[name]}" for known, full in card.variants.items() if full[name] != card.counts[name]
-                ]
+            if count != meant[name]:
+                also = [f"{known} {full[name]}" for known, full in others.items() if full[name] != meant[name]]
                 known_as = f" (variant {', '.join(also)})" if also else ""
-                notes.append(f"{name} has {count} pictures, the card says {card.counts[name]}{known_as}")
+                says = "the card says" if variant == "card" else f"the card's variant {variant} says"
+                notes.append(f"{name} has {count} pictures, {says} {meant[name]}{known_as}")
 
     # A card pins the digest of its own counts; a variant, or a part of the lists, has another by nature.
     same_lists = variant == "card" and counts == dict(card.counts)
@@ -222,7 +235,7 @@ def open_lists(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
         CardError: If the card gives options; this reader has none.
         DataError: If no folder is found, or a list is malformed.
     """
-    _options(card, {})
+    reader_options(card, {})
     folder = locate(card, suite, root)
     Image.init()  # all formats, before threads race for the rarer ones: the loser would not know its file's format
     lists: dict[str, Pictures] = {}
@@ -241,11 +254,13 @@ class FilePictures(Pictures):
         folder: The task's folder, which the paths are relative to.
         name: Name of the list.
         pictures: Its lines.
+        listing: What lists them, for messages; by default the list's own file.
     """
 
-    def __init__(self, folder: Path, name: str, pictures: PictureList) -> None:
+    def __init__(self, folder: Path, name: str, pictures: PictureList, listing: str | None = None) -> None:
         self.folder = folder
         self.name = name
+        self._listing = listing or str(list_file(folder, name))
         self.paths = pictures.paths
         self.labels = pictures.labels
         self.digest = list_digest(name, pictures)
@@ -280,13 +295,18 @@ class FilePictures(Pictures):
         missing = [index for index, problem in found if problem == _MISSING]
         if missing:
             raise DataError(
-                f"{len(missing)} of the {len(self)} pictures of {list_file(self.folder, self.name)} are missing, "
-                f"the first is {self.where(missing[0])}; get the data again, whole"
+                f"{len(missing)} of the {len(self)} pictures of {self._listing} are missing, "
+                f"the first is {self.where(missing[0])}{self._other_case(missing[0])}; get the data again, whole"
             )
         if found:
             index, problem = found[0]
-            more = f" (and {len(found) - 1} more of {self.name}.txt)" if len(found) > 1 else ""
+            more = f" (and {len(found) - 1} more of {Path(self._listing).name})" if len(found) > 1 else ""
             raise DataError(f"{self.where(index)}: not a readable picture: {problem}{more}; get the file again")
+
+    def _other_case(self, index: int) -> str:
+        path = self.folder / self.paths[index]
+        other = path.with_suffix(path.suffix.swapcase())
+        return f" (there is {other.name}, in other case)" if other != path and other.is_file() else ""
 
     def _problem(self, index: int) -> str | None:
         try:
@@ -344,7 +364,7 @@ def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     Raises:
         CardError: If an option or list is unknown, `per_class` out of range, or the number of classes wrong.
     """
-    option = _options(card, {"per_class": int}).get("per_class")
+    option = reader_options(card, {"per_class": int}).get("per_class")
     per_class = None if option is None else int(option)
     from sklearn.datasets import load_digits  # takes a second to import
 
@@ -381,12 +401,20 @@ def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
         raise unknown_name(
             "list of the reader 'digits'", unknown[0], positions, where=f"{card.path}:1", error=CardError
         )
-    lists = {name: _ArrayPictures(name, pixels, labels, positions[name]) for name in card.counts}
+    lists = {name: ArrayPictures(name, pixels, labels, positions[name]) for name in card.counts}
     return Source("scikit-learn's digits", lists)
 
 
-class _ArrayPictures(Pictures):
-    """Some of the grey pictures of an array; `where` counts in the whole array."""
+class ArrayPictures(Pictures):
+    """Some of the pictures of an array; `where` counts in the whole array.
+
+    Args:
+        name: Name of the list.
+        pixels: uint8 (N, H, W), grey, or (N, H, W, 3), of the whole array.
+        labels: int64 (N,) of the whole array.
+        positions: int64, which of them are in the list.
+        what: What one is called in a message, before its number.
+    """
 
     def __init__(
         self,
@@ -394,8 +422,10 @@ class _ArrayPictures(Pictures):
         pixels: npt.NDArray[np.uint8],
         labels: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
+        what: str = "digit",
     ) -> None:
         self.name = name
+        self._what = what
         self.labels = labels[positions]
         self._pixels = pixels[positions]
         self._positions = positions
@@ -403,16 +433,20 @@ class _ArrayPictures(Pictures):
         self.digest = "sha256:" + hashlib.sha256(b"\n".join(content)).hexdigest()
 
     def where(self, index: int) -> str:
-        """Return the picture's number in scikit-learn's array."""
-        return f"digit {self._positions[index]}"
+        """Return the picture's number in the whole array."""
+        return f"{self._what} {self._positions[index]}"
 
     def load(self, index: int) -> Image.Image:
         """Return one picture."""
         return Image.fromarray(self._pixels[index]).convert("RGB")
 
 
-def _options(card: TaskCard, known: Mapping[str, type]) -> Mapping[str, int | str | float | bool]:
-    """Return the card's reader options, checked against the `known` names and types."""
+def reader_options(card: TaskCard, known: Mapping[str, type]) -> Mapping[str, int | str | float | bool]:
+    """Return the card's reader options, checked against the `known` names and types.
+
+    Raises:
+        CardError: If one is unknown or of another type.
+    """
     reader = card.reader
     for name, value in reader.options.items():
         if name not in known:

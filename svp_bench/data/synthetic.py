@@ -1,4 +1,7 @@
-"""Drawn tasks: complete folders in the form of `vtab-1k`, made from a card, to try and test everything without data.
+"""Drawn tasks: complete folders in the form that a card's reader reads, to try and test everything without data.
+
+The forms: `vtab-1k` (lists of files), JSON splits, the own files of the data sets that these split, and the folders and
+archives that torchvision reads.
 
 The pictures are learnable: a class sets hue, direction and width of the stripes; noise, brightness, phase, size vary.
 Every folder carries a mark (`DRAWN.txt`), by which records and tables tell its numbers from real ones.
@@ -14,22 +17,30 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
+import itertools
+import json
 import os
+import pickle
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from svp_bench.cards import TaskCard
+from svp_bench.cards import TaskCard, class_names
 from svp_bench.data.locate import list_file
+from svp_bench.data.readers import NATIVE_FORMS, optional_import
 from svp_bench.data.sources import DRAWN_MARK
 from svp_bench.errors import DataError, UsageError, unknown_name
 
-__all__ = ["DEFAULT_SIZE", "draw_picture", "draw_task"]
+__all__ = ["DEFAULT_SIZE", "LAYOUTS", "QUIRKS", "draw_picture", "draw_task"]
+
+LAYOUTS = ("json", "native")
+QUIRKS = ("text_ids", "val_lacks_class", "val_in_train", "upper_case")  # of released JSON splits
 
 DEFAULT_SIZE = 48
 _GREY_EVERY = 10  # the pictures whose number ends in 7 are stored in grey
@@ -42,30 +53,39 @@ def draw_task(
     counts: Mapping[str, int] | None = None,
     size: int | None = None,
     seed: int = 0,
+    layout: str | None = None,
+    quirks: Sequence[str] = (),
 ) -> Path:
-    """Draw a whole task folder: each list, and its pictures as `images/<list>/NNNNNN.jpg`, numbered anew in each list.
+    """Draw a whole task folder in the form that the card's reader reads.
 
+    Of a task that is read from lists: each list, and its pictures as `images/<list>/NNNNNN.jpg`, numbered anew in each.
     A list whose name joins those of two others (`train800val200`) holds the pictures of both, stored a second time, as
     in the community's archive. The same arguments draw the same folder (to the byte, with the same numpy and Pillow).
 
     Args:
-        card: A task that is read from lists.
+        card: A task that is read from files.
         root: The data root to draw below; made if need be.
-        counts: List → number of pictures, for some or all lists; by default a tenth of the card's, 8 to 100.
-        size: Mean height and width in pixels; both vary by a quarter.
+        counts: List → number of pictures, for some or all lists; by default a tenth of the card's, 8 to 100. Where the
+            reader makes val from the training pictures by a rule, their sum counts, and the rule decides.
+        size: Mean height and width in pixels; both vary by a quarter. (CIFAR and SVHN are always 32 × 32.)
         seed: Another seed draws other pictures and labels.
+        layout: Of a task with a JSON split: "json" (the default), or "native" for the data set's own files.
+        quirks: What released JSON splits are known for: "text_ids" ("001" for 1), "val_lacks_class" (a class of train
+            is not in val.json), "val_in_train" (train.json repeats val.json), "upper_case" (names that end in .JPG).
 
     Returns:
         The new folder, `root/<card.folder>`. It appears whole or not at all.
 
     Raises:
-        UsageError: If the task is not read from lists, or a count, size or seed does not fit.
+        UsageError: If the task is not read from files, or a count, size, seed, layout or quirk does not fit.
         DataError: If the folder exists and is not empty, or cannot be written.
+        UnavailableError: If MATLAB's files are to be written, and scipy is not installed.
     """
-    if card.reader.kind != "lists":
+    if card.reader.kind not in _DRAWERS:
         raise UsageError(
             f"{card.name} is read by {card.reader.kind!r}, not from lists of files; it needs no drawn pictures"
         )
+    _check_form(card, layout, quirks)
     size = DEFAULT_SIZE if size is None else size
     if seed < 0:
         raise UsageError(f"seed {seed} is out of range; a seed is 0 or above")
@@ -79,7 +99,10 @@ def draw_task(
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{card.folder}.", suffix=".part", dir=root) as aside:
             drawn = Path(aside) / card.folder
-            _draw(card, drawn, wanted, size, seed)
+            drawn.mkdir()
+            _DRAWERS[card.reader.kind](card, drawn, wanted, size, seed, layout, quirks)
+            mark = f"Drawn by svp-bench for {card.name} (seed {seed}): these pictures are not real data.\n"
+            _write(drawn / DRAWN_MARK, mark)
             if target.is_dir():
                 target.rmdir()
             os.replace(drawn, target)
@@ -104,7 +127,10 @@ def _counts(card: TaskCard, given: Mapping[str, int]) -> dict[str, int]:
             raise UsageError(f"count {count} of {name!r} is out of range; a list holds at least one picture")
     counts = {name: given.get(name, min(full, max(8, full // 10), 100)) for name, full in card.counts.items()}
     for name in counts:
-        if parts := _joined(card, name):
+        parts: Sequence[str] | None = _joined(card, name)
+        if name == "refit" and "refit" in card.reader.options:
+            parts = ("train",) if card.reader.options["refit"] == "train" else ("train", "val")
+        if parts:
             total = sum(counts[part] for part in parts)
             if given.get(name, total) != total:
                 raise UsageError(f"count {given[name]} of {name!r} does not fit: {' + '.join(parts)} make {total}")
@@ -112,7 +138,30 @@ def _counts(card: TaskCard, given: Mapping[str, int]) -> dict[str, int]:
     return counts
 
 
-def _draw(card: TaskCard, folder: Path, counts: Mapping[str, int], size: int, seed: int) -> None:
+def _check_form(card: TaskCard, layout: str | None, quirks: Sequence[str]) -> None:
+    for quirk in quirks:
+        if quirk not in QUIRKS:
+            raise unknown_name("quirk", quirk, QUIRKS)
+    if layout is not None and layout not in LAYOUTS:
+        raise unknown_name("layout", layout, LAYOUTS)
+    split = card.reader.kind == "json_split"
+    if (layout is not None or quirks) and not split:
+        raise UsageError(f"{card.name} is read by {card.reader.kind!r}; only JSON splits have layouts and quirks")
+    if layout == "native" and "native" not in card.reader.options:
+        raise UsageError(f"{card.name} has no native form; draw its JSON split")
+    if layout == "native" and quirks:
+        raise UsageError(f"quirks ({', '.join(quirks)}) are of the JSON split, not of the layout 'native'")
+
+
+def _draw_lists(
+    card: TaskCard,
+    folder: Path,
+    counts: Mapping[str, int],
+    size: int,
+    seed: int,
+    layout: str | None,
+    quirks: Sequence[str],
+) -> None:
     lines: dict[str, list[tuple[str, int]]] = {}
     for name in sorted(counts, key=lambda name: _joined(card, name) is not None):  # joined lists copy what is drawn
         images = folder / "images" / name
@@ -134,9 +183,231 @@ def _draw(card: TaskCard, folder: Path, counts: Mapping[str, int], size: int, se
         lines[name] = [(f"images/{name}/{number:06d}.jpg", label) for number, label in enumerate(labels)]
     for name, entries in lines.items():
         _write(list_file(folder, name), "".join(f"{path} {label}\n" for path, label in entries))
-    _write(
-        folder / DRAWN_MARK, f"Drawn by svp-bench for {card.name} (seed {seed}): these pictures are not real data.\n"
+
+
+# --- JSON splits and the own files of their data sets -----------------------------------------------------------------
+
+
+def _draw_split(
+    card: TaskCard,
+    folder: Path,
+    counts: Mapping[str, int],
+    size: int,
+    seed: int,
+    layout: str | None,
+    quirks: Sequence[str],
+) -> None:
+    form = NATIVE_FORMS[str(card.reader.options.get("native", "text_files"))]
+    parts: dict[str, dict[str, int]] = {}  # list -> path -> class id
+    number = 0
+    known: list[int] = []
+    for name in ("train", "val", "test"):
+        rng = _generator(seed, card.name, name)
+        if name == "train":
+            labels = rng.permutation(np.arange(counts[name]) % card.classes).tolist()
+            known = sorted(set(labels))
+        else:  # classes that train has; val without the first, which shifts a map that is built anew
+            of = known[1:] if name == "val" and "val_lacks_class" in quirks and len(known) > 1 else known
+            labels = [of[index] for index in rng.permutation(np.arange(counts[name]) % len(of)).tolist()]
+        parts[name] = {}
+        for label in labels:
+            number += 1
+            class_id = label + 1 if layout == "native" or "text_ids" in quirks else 3 * label + 5  # ids may have gaps
+            path = form.path.format(number=number, class_id=class_id)
+            if "upper_case" in quirks and number % 4 == 0:
+                path = path.removesuffix(".jpg") + ".JPG"
+            file = folder / form.pictures / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw_picture(label, card.classes, rng, size)).save(file, format="JPEG")
+            parts[name][path] = class_id
+    if layout == "native":
+        _WRITERS[form.files](folder, parts["train"], parts["val"], parts["test"])
+        return
+    if "val_in_train" in quirks:
+        parts["train"] = dict(sorted({**parts["train"], **parts["val"]}.items()))
+    for name, ids in parts.items():
+        entries = {path: f"{class_id:03d}" if "text_ids" in quirks else class_id for path, class_id in ids.items()}
+        _write(folder / f"{name}.json", json.dumps(entries))
+
+
+def _write_text_files(folder: Path, train: dict[str, int], val: dict[str, int], test: dict[str, int]) -> None:
+    entries = [
+        (path, class_id, split) for part, split in ((train | val, 1), (test, 0)) for path, class_id in part.items()
+    ]
+    entries.sort()
+    for name, column in zip(
+        ("images", "image_class_labels", "train_test_split"), zip(*entries, strict=True), strict=True
+    ):
+        _write(folder / f"{name}.txt", "".join(f"{number} {value}\n" for number, value in enumerate(column, 1)))
+
+
+def _write_flowers_mat(folder: Path, train: dict[str, int], val: dict[str, int], test: dict[str, int]) -> None:
+    count = len(train) + len(val) + len(test)
+    labels = np.zeros((1, count), dtype=np.uint8)
+    numbers: dict[str, Any] = {}
+    for key, part in (("trnid", train), ("valid", val), ("tstid", test)):
+        numbers[key] = np.array([[int(Path(path).stem.partition("_")[2]) for path in part]], dtype=np.uint16)
+        labels[0, numbers[key][0].astype(int) - 1] = list(part.values())
+    _savemat(folder / "setid.mat", numbers)
+    _savemat(folder / "imagelabels.mat", {"labels": labels})
+
+
+def _write_list_mats(folder: Path, train: dict[str, int], val: dict[str, int], test: dict[str, int]) -> None:
+    for name, part in (("train_list", train | val), ("test_list", test)):
+        paths = np.empty((len(part), 1), dtype=object)
+        paths[:, 0] = list(part)
+        labels = np.array([list(part.values())], dtype=np.uint8).T
+        _savemat(folder / f"{name}.mat", {"file_list": paths, "labels": labels})
+
+
+def _write_annotations_mat(folder: Path, train: dict[str, int], val: dict[str, int], test: dict[str, int]) -> None:
+    entries = [
+        (path, class_id, split) for part, split in ((train | val, 0), (test, 1)) for path, class_id in part.items()
+    ]
+    kinds = [("relative_im_path", object), ("class", object), ("test", object)]
+    _savemat(folder / "cars_annos.mat", {"annotations": np.array([sorted(entries)], dtype=kinds)})
+
+
+_WRITERS: Mapping[tuple[str, ...], Callable[[Path, dict[str, int], dict[str, int], dict[str, int]], None]] = {
+    NATIVE_FORMS[name].files: write
+    for name, write in (
+        ("text_files", _write_text_files),
+        ("flowers_mat", _write_flowers_mat),
+        ("list_mats", _write_list_mats),
+        ("annotations_mat", _write_annotations_mat),
     )
+}
+
+
+def _savemat(path: Path, content: Mapping[str, Any]) -> None:
+    optional_import("scipy.io", "scipy", f"writing {path.name}").savemat(path, content)
+
+
+# --- what torchvision reads -----------------------------------------------------------------------------------------
+
+
+def _draw_torchvision(
+    card: TaskCard,
+    folder: Path,
+    counts: Mapping[str, int],
+    size: int,
+    seed: int,
+    layout: str | None,
+    quirks: Sequence[str],
+) -> None:
+    official = card.reader.options.get("val") == "official"
+    sizes = {"train": counts["train"], "val": counts["val"]} if official else {"train": counts["train"] + counts["val"]}
+    sizes["test"] = counts["test"]
+    names = class_names(card) or [f"{label:05d}" for label in range(card.classes)]
+    write = _TORCHVISION_WRITERS[str(card.reader.options["set"])]
+    labels: dict[str, list[int]] = {}
+    pictures: dict[str, list[npt.NDArray[np.uint8]]] = {}
+    for split, count in sizes.items():
+        rng = _generator(seed, card.name, split)
+        labels[split] = rng.permutation(np.arange(count) % card.classes).tolist()
+        pictures[split] = [draw_picture(label, card.classes, rng, size) for label in labels[split]]
+    write(folder, names, labels, pictures)
+
+
+_Labels = Mapping[str, list[int]]  # split -> label of each picture
+_Drawings = Mapping[str, list[npt.NDArray[np.uint8]]]
+
+
+def _thumbnails(pictures: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+    """Return them as uint8 (N, 32, 32, 3)."""
+    return np.stack([np.asarray(Image.fromarray(picture).resize((32, 32))) for picture in pictures])
+
+
+def _write_cifar(folder: Path, key: str, batches: Mapping[str, Any], meta: tuple[str, str, list[str]]) -> None:
+    folder.mkdir()
+    for file, (pictures, labels) in batches.items():
+        rows = _thumbnails(pictures).transpose(0, 3, 1, 2).reshape(len(labels), -1) if pictures else None
+        data = np.zeros((0, 3072), dtype=np.uint8) if rows is None else np.ascontiguousarray(rows)
+        (folder / file).write_bytes(pickle.dumps({"data": data, key: labels}))
+    (folder / meta[0]).write_bytes(pickle.dumps({meta[1]: meta[2]}))
+
+
+def _write_cifar10(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
+    batches: dict[str, Any] = {"test_batch": (pictures["test"], labels["test"])}
+    bounds = np.linspace(0, len(labels["train"]), 6).astype(int).tolist()  # five files
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds), 1):
+        batches[f"data_batch_{number}"] = (pictures["train"][start:stop], labels["train"][start:stop])
+    _write_cifar(folder / "cifar-10-batches-py", "labels", batches, ("batches.meta", "label_names", names))
+
+
+def _write_cifar100(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
+    batches = {split: (pictures[split], labels[split]) for split in labels}
+    _write_cifar(folder / "cifar-100-python", "fine_labels", batches, ("meta", "fine_label_names", names))
+
+
+def _write_svhn(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
+    for split in labels:
+        digits = np.array([[label or 10 for label in labels[split]]], dtype=np.uint8).T  # 10 stands for the digit 0
+        pixels = np.ascontiguousarray(_thumbnails(pictures[split]).transpose(1, 2, 3, 0))
+        _savemat(folder / f"{split}_32x32.mat", {"X": pixels, "y": digits})
+
+
+def _write_dtd(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
+    (folder / "dtd" / "dtd" / "labels").mkdir(parents=True)
+    for split in labels:
+        paths = [f"{names[label]}/{names[label]}_{split}{n:04d}.jpg" for n, label in enumerate(labels[split])]
+        _save_all(folder / "dtd" / "dtd" / "images", paths, pictures[split])
+        _write(folder / "dtd" / "dtd" / "labels" / f"{split}1.txt", "".join(f"{path}\n" for path in paths))
+
+
+def _write_food101(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
+    (folder / "food-101" / "meta").mkdir(parents=True)
+    offset = 1000
+    for split in labels:
+        listed: dict[str, list[str]] = {name: [] for name in names}
+        for number, label in enumerate(labels[split], offset):
+            listed[names[label]].append(f"{names[label]}/{number}")
+        paths = [f"{names[label]}/{number}.jpg" for number, label in enumerate(labels[split], offset)]
+        offset += len(paths)
+        _save_all(folder / "food-101" / "images", paths, pictures[split])
+        _write(folder / "food-101" / "meta" / f"{split}.json", json.dumps(listed))
+
+
+def _write_gtsrb(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
+    base = folder / "gtsrb" / "GTSRB"
+    if len({*labels["train"]}) < len(names):
+        raise UsageError(
+            f"torchvision numbers the class folders that it finds: draw at least {len(names)} for training"
+        )
+    seen = [0] * len(names)
+    paths = []
+    for label in labels["train"]:
+        paths.append(f"{label:05d}/{seen[label] // 3:05d}_{seen[label] % 3:05d}.ppm")  # tracks of three
+        seen[label] += 1
+    _save_all(base / "Training", paths, pictures["train"])
+    paths = [f"{number:05d}.ppm" for number in range(len(labels["test"]))]
+    _save_all(base / "Final_Test" / "Images", paths, pictures["test"])
+    rows = [f"{path};{label}\n" for path, label in zip(paths, labels["test"], strict=True)]
+    _write(folder / "gtsrb" / "GT-final_test.csv", "".join(["Filename;ClassId\n", *rows]))
+
+
+_TORCHVISION_WRITERS: Mapping[str, Callable[[Path, list[str], _Labels, _Drawings], None]] = {
+    "CIFAR10": _write_cifar10,
+    "CIFAR100": _write_cifar100,
+    "DTD": _write_dtd,
+    "Food101": _write_food101,
+    "GTSRB": _write_gtsrb,
+    "SVHN": _write_svhn,
+}
+
+
+def _save_all(folder: Path, paths: list[str], pictures: list[npt.NDArray[np.uint8]]) -> None:
+    for path, picture in zip(paths, pictures, strict=True):
+        file = folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(file)
+
+
+_DRAWERS: Mapping[str, Callable[..., None]] = {
+    "lists": _draw_lists,
+    "json_split": _draw_split,
+    "torchvision": _draw_torchvision,
+}
 
 
 def draw_picture(label: int, classes: int, rng: np.random.Generator, size: int) -> npt.NDArray[np.uint8]:

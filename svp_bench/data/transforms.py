@@ -7,13 +7,19 @@ applied: the pixels are taken as stored.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from svp_bench.errors import unknown_name
 
-__all__ = ["INTERPOLATIONS", "resize_straight", "to_rgb"]
+__all__ = ["CROP_RATIO", "INTERPOLATIONS", "RESIZES", "View", "resize_straight", "shorter_side", "to_array", "to_rgb"]
+
+RESIZES = ("straight", "centre_crop")
+CROP_RATIO = 0.875  # of timm and torchvision: 224 of 256
 
 # All of Pillow's: they average over the covered area when they shrink (antialiasing), unlike plain tensor resizes.
 INTERPOLATIONS = {
@@ -61,4 +67,51 @@ def resize_straight(image: Image.Image, size: int, interpolation: str = "bicubic
     if interpolation not in INTERPOLATIONS:
         raise unknown_name("interpolation", interpolation, INTERPOLATIONS)
     resized = image if image.size == (size, size) else image.resize((size, size), INTERPOLATIONS[interpolation])
-    return np.ascontiguousarray(np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1))
+    return to_array(resized)
+
+
+def to_array(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Return an RGB picture as uint8 (3, H, W), contiguous."""
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def shorter_side(size: int, crop_ratio: float) -> int:
+    """Return the length of the shorter side before a crop of `size` pixels: size / crop_ratio rounded down, as timm."""
+    return math.floor(size / crop_ratio)
+
+
+@dataclass(frozen=True)
+class View:
+    """From an RGB picture to the model's size, without chance: what evaluation sees.
+
+    Attributes:
+        size: Height and width of the result in pixels.
+        resize: `straight`: see `resize_straight`. `centre_crop`: the shorter side is resized to size / crop_ratio, the
+            aspect ratio kept, and the square in the middle is cut out (torchvision's Resize and CenterCrop).
+        interpolation: A name of `INTERPOLATIONS`.
+        crop_ratio: Share of the shorter side that a crop keeps.
+
+    Raises:
+        UsageError: If the resize or the interpolation is unknown.
+    """
+
+    size: int
+    resize: str = "straight"
+    interpolation: str = "bicubic"
+    crop_ratio: float = CROP_RATIO
+
+    def __post_init__(self) -> None:
+        if self.resize not in RESIZES:
+            raise unknown_name("resize", self.resize, RESIZES)
+        if self.interpolation not in INTERPOLATIONS:
+            raise unknown_name("interpolation", self.interpolation, INTERPOLATIONS)
+
+    def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Return the picture as uint8 (3, size, size)."""
+        if self.resize == "straight":
+            return resize_straight(image, self.size, self.interpolation)
+        from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]  # slow to import
+
+        mode = F.InterpolationMode(self.interpolation)
+        resized = F.resize(image, [shorter_side(self.size, self.crop_ratio)], interpolation=mode)
+        return to_array(F.center_crop(resized, [self.size, self.size]))

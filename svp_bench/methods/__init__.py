@@ -21,6 +21,10 @@ METHODS.add("vpt_shallow", "svp_bench.methods.vpt:VPTShallow", "visual prompt to
 METHODS.add("vpt_deep", "svp_bench.methods.vpt:VPTDeep", "visual prompt tokens, new ones before each block")
 METHODS.add("linear", "svp_bench.methods.linear:Linear", "linear probing: the head alone")
 METHODS.add("full", "svp_bench.methods.full:Full", "full fine-tuning: everything")
+METHODS.add("lora", "svp_bench.methods.lora:LoRA", "low-rank updates of projections or of rows of them; merges away")
+METHODS.add("adapter", "svp_bench.methods.adapter:Adapter", "a bottleneck after each mixer, on all tokens")
+METHODS.add("offset", "svp_bench.methods.offset:Offset", "one trained vector for all patch tokens before each block")
+METHODS.add("bias", "svp_bench.methods.bias:Bias", "trained differences on biases; merges away")
 
 _LAZY = {"Method": "svp_bench.methods.base", "create_model": "svp_bench.methods.build"}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar
 
+import torch
+
 from svp_bench.errors import ConfigError, unknown_name
 from svp_bench.models import VisionMamba
 
@@ -19,7 +21,7 @@ class Method:
 
     Attributes:
         identity_at_start: The adapted model equals the frozen backbone before the first step.
-        mergeable: The trained part can be folded into the backbone's weights, at no cost when predicting.
+        mergeable: The trained part can be folded into the backbone's weights, at no cost when predicting: see `merge`.
     """
 
     identity_at_start: ClassVar[bool]
@@ -40,6 +42,38 @@ class Method:
     def adapter_parameters(self, model: VisionMamba) -> int:
         """Return the number of trained parameters without the head, by the closed formula of the class docstring."""
         raise ConfigError(f"the method {type(self).__name__} must define adapter_parameters(model)")
+
+    def merge(self, model: VisionMamba) -> None:
+        """Fold what was trained into the backbone's own weights, in place, and take the adapter and its points away.
+
+        What is left is a plain backbone under the published names, at no cost when predicting, with the same logits up
+        to rounding. What was frozen stays frozen; the model may get another method.
+
+        Raises:
+            ConfigError: If the method does not merge, or the model does not carry it.
+        """
+        name = type(self).__name__
+        if not self.mergeable:
+            raise ConfigError(f"the method {name} does not merge into the backbone's weights; predict with its adapter")
+        if getattr(model, "method", None) is not self:
+            raise ConfigError(f"this model does not carry this {name}; call model.method.merge(model)")
+        with torch.no_grad():
+            self.fold(model)
+        if model.adapter is not None:
+            model.points.remove(model.adapter)
+        model.adapter = None
+        model.method = None  # type: ignore[assignment]  # as `adapt` sets it
+
+    def fold(self, model: VisionMamba) -> None:
+        """Write into the backbone's weights, in place, what the adapter adds to them; `merge` does the rest.
+
+        A mergeable method with an adapter defines this. Called without gradients.
+
+        Raises:
+            ConfigError: If it does not.
+        """
+        if model.adapter is not None:
+            raise ConfigError(f"the method {type(self).__name__} is declared mergeable and must define fold(model)")
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's arguments as they were given."""

@@ -22,8 +22,18 @@ import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from svp_bench.ops import Direction, Prompts, add_norm, add_prompts, bidirectional_conv, bidirectional_scan, require
+from svp_bench.ops import (
+    Direction,
+    Prompts,
+    Remake,
+    add_norm,
+    add_prompts,
+    bidirectional_conv,
+    bidirectional_scan,
+    require,
+)
 
 __all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "Block", "Mixer", "Points", "RMSNorm", "TokenState", "VisionMamba"]
 
@@ -71,7 +81,10 @@ class Points:
 
     Attributes:
         tokens: `f(layer, state) -> state`, called before each block in the order of registration.
-        linear: `f(x, y) -> y` by (layer, name of `LINEAR_POINTS`): may change the output y of a projection of x.
+        patch_embed: `f(images, y) -> y`, called after the patch embedding of images (B, 3, H, W), before class token
+            and positions: may change its output y (B, P, D).
+        linear: `f(x, y) -> y` by (layer, name of `LINEAR_POINTS`): may change the output y of a projection of x. y is
+            the point's own: it may be changed in place.
         tensor: `f(w) -> w` by (layer, name of `TENSOR_POINTS`): may change a tensor that a projection, the convolution
             or the scan reads.
         scan_backend: The model's choice, for methods whose own operations have backends.
@@ -81,12 +94,17 @@ class Points:
         self.depth = depth
         self.scan_backend = "auto"
         self.tokens: list[TokenPoint] = []
+        self.patch_embed: list[LinearPoint] = []
         self.linear: dict[tuple[int, str], list[LinearPoint]] = defaultdict(list)
         self.tensor: dict[tuple[int, str], list[TensorPoint]] = defaultdict(list)
 
     def on_tokens(self, point: TokenPoint) -> None:
         """Call `point` before each block."""
         self.tokens.append(point)
+
+    def on_patch_embed(self, point: LinearPoint) -> None:
+        """Call `point` after the patch embedding."""
+        self.patch_embed.append(point)
 
     def on_linear(self, layer: int, name: str, point: LinearPoint) -> None:
         """Call `point` after the projection `name` of block `layer`.
@@ -109,6 +127,13 @@ class Points:
         if name not in TENSOR_POINTS:
             raise ValueError(f"no tensor {name!r}; there are {', '.join(TENSOR_POINTS)}")
         self.tensor[layer, name].append(point)
+
+    def remove(self, owner: nn.Module) -> None:
+        """Take away the points that belong to `owner`: itself, its submodules, and methods of these."""
+        parts = {id(module) for module in owner.modules()}
+        places: list[list[Any]] = [self.tokens, self.patch_embed, *self.linear.values(), *self.tensor.values()]
+        for place in places:
+            place[:] = [point for point in place if id(getattr(point, "__self__", point)) not in parts]
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.depth:
@@ -240,16 +265,16 @@ class Mixer(nn.Module):
         ahead = (self.tensor("conv1d.weight"), self.tensor("conv1d.bias"))
         back = (self.tensor("conv1d_b.weight"), self.tensor("conv1d_b.bias"))
 
-        def convolve(x: Tensor = x) -> tuple[Tensor, Tensor]:
+        def convolve(x: Tensor) -> tuple[Tensor, Tensor]:
             return bidirectional_conv(x, ahead, back, backend=self.scan_backend)
 
-        u, u_b = convolve()
+        u, u_b = convolve(x)
         y = bidirectional_scan(
             self.direction("", u),
             self.direction("_b", u_b),
             z,
             # where nothing else holds u for the backward pass, convolving again is cheaper than keeping it
-            remake=None if self._keeps_u() else torch.no_grad()(convolve),
+            remake=None if self._keeps_u() else Remake(torch.no_grad()(convolve), x),
             backend=self.scan_backend,
         )
         return self.project("out_proj", y)
@@ -340,6 +365,7 @@ class VisionMamba(nn.Module):
         self.head: nn.Module = nn.Identity()
         self.adapter: nn.Module | None = None
         self.points = Points(depth)
+        self.grad_checkpointing = False
         for layer, mix in enumerate(self.mixers):
             mix.layer, mix.points = layer, self.points
         self.set_scan_backend(scan_backend)
@@ -407,18 +433,32 @@ class VisionMamba(nn.Module):
     def embed(self, images: Tensor) -> TokenState:
         """(B, 3, H, W) → the token sequence before block 0, class token in the middle, positions added."""
         tokens = self.patch_embed(images)
+        for point in self.points.patch_embed:
+            tokens = point(images, tokens)
         cls = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
         middle = self.cls_index
         sequence = torch.cat([tokens[:, :middle], cls, tokens[:, middle:]], dim=1)
         return TokenState(sequence + self.pos_embed, None, middle)
 
+    def _layer(self, layer: int, block: nn.Module, state: TokenState) -> TokenState:
+        """What the methods do before a block, and the block."""
+        for point in self.points.tokens:
+            state = point(layer, state.settled(self.scan_backend))
+        after: TokenState = block(state)
+        return after
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the input of each layer alone and compute the layer again in the backward pass (timm's name for it)."""
+        self.grad_checkpointing = enable
+
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, int]:
         """(B, 3, H, W) → all tokens after the final norm, (B, L, D), and the place of the class token."""
         state = self.embed(images)
         for i, block in enumerate(self.layers):
-            for point in self.points.tokens:
-                state = point(i, state.settled(self.scan_backend))
-            state = block(state)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                state = checkpoint(self._layer, i, block, state, use_reentrant=False)
+            else:
+                state = self._layer(i, block, state)
         branch = state.hidden if state.residual is None else self.drop_path(state.hidden)
         norm = self.norm_f
         _, normed = add_norm(branch, state.residual, norm.weight, norm.eps, backend=self.scan_backend)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from svp_bench.ops.interface import Choice as Choice
     from svp_bench.ops.interface import Direction as Direction
     from svp_bench.ops.interface import Prompts as Prompts
+    from svp_bench.ops.interface import Remake as Remake
     from svp_bench.ops.interface import add_norm as add_norm
     from svp_bench.ops.interface import add_prompts as add_prompts
     from svp_bench.ops.interface import bidirectional_conv as bidirectional_conv
@@ -28,6 +29,7 @@ _LAZY = (
     "Choice",
     "Direction",
     "Prompts",
+    "Remake",
     "add_norm",
     "add_prompts",
     "bidirectional_conv",
@@ -43,6 +45,7 @@ __all__ = [
     "Choice",
     "Direction",
     "Prompts",
+    "Remake",
     "add_norm",
     "add_prompts",
     "backend_statuses",

@@ -18,7 +18,7 @@ from svp_bench.ops import reference
 from svp_bench.ops.threads import run_kernel
 
 if TYPE_CHECKING:
-    from svp_bench.ops.interface import Direction, Prompts
+    from svp_bench.ops.interface import Direction, Prompts, Remake
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -49,7 +49,7 @@ def scan(
     reverse: Sequence[bool],
     z: Tensor | None,
     softplus: bool,
-    remake: reference.Remake | None = None,
+    remake: Remake | None = None,
 ) -> Tensor:
     """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
     flat = [tensor for direction in directions for tensor in direction]
@@ -127,7 +127,7 @@ class _Scan(torch.autograd.Function):
         ctx: Any,
         reverse: tuple[bool, ...],
         softplus: bool,
-        remake: reference.Remake | None,
+        remake: Remake | None,
         z: Tensor | None,
         *flat: Tensor | None,
     ) -> Tensor:
@@ -140,17 +140,18 @@ class _Scan(torch.autograd.Function):
             problem = _Problem(reverse, softplus, z, flat)
             saved = problem.forward(out, keep=any(ctx.needs_input_grad))
             out = problem.cut
-        ctx.settings = (reverse, softplus, remake)
+        ctx.settings = (reverse, softplus, None if remake is None else remake.make)
         ctx.save_for_backward(z, *reference.forget(flat, remake), *saved)
         return out.to(first.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reverse, softplus, remake = ctx.settings
-        count = _FIELDS * len(reverse)
-        z, saved = ctx.saved_tensors[0], ctx.saved_tensors[count + 1 :]
-        flat: list[Any] = reference.recall(ctx.saved_tensors[1 : count + 1], remake)
+        reverse, softplus, make = ctx.settings
+        count = _FIELDS * len(reverse) + 1  # of the fields, and what u is made from
+        kept = ctx.saved_tensors  # asked for once: gradient checkpointing allows no more
+        z, saved = kept[0], kept[count + 1 :]
+        flat: list[Any] = reference.recall(kept[1 : count + 1], make)
         wanted = ctx.needs_input_grad[3:]
         tensors = [z, *flat]
         if not flat[0].numel():

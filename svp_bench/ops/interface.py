@@ -21,6 +21,7 @@ __all__ = [
     "Choice",
     "Direction",
     "Prompts",
+    "Remake",
     "add_norm",
     "add_prompts",
     "bidirectional_conv",
@@ -58,6 +59,19 @@ class Direction(NamedTuple):
     C: Tensor
     D: Tensor | None
     delta_bias: Tensor | None
+
+
+class Remake(NamedTuple):
+    """How to make the inputs of a scan again. What it takes is named apart, so that autograd saves it: whoever packs
+    saved tensors away (gradient checkpointing, offloading) sees it.
+
+    Attributes:
+        make: x → the `u` of all directions; builds no graph.
+        x: What it takes.
+    """
+
+    make: Callable[[Tensor], Sequence[Tensor]]
+    x: Tensor
 
 
 class Prompts(NamedTuple):
@@ -181,7 +195,7 @@ def bidirectional_scan(
     backward: Direction,
     z: Tensor,
     *,
-    remake: Callable[[], Sequence[Tensor]] | None = None,
+    remake: Remake | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Mean of a scan over the tokens and one over the tokens in reversed order, gated by SiLU(z) (Vim, Algorithm 1).
@@ -193,7 +207,7 @@ def bidirectional_scan(
         forward: What the forward scan reads.
         backward: What the backward scan reads.
         z: Gate, (B, L, E).
-        remake: Computes both `u` again. If given, a backend need not keep them for the backward pass.
+        remake: How to compute both `u` again. If given, a backend need not keep them for the backward pass.
         backend: "auto" or a name of `list_backends()`.
 
     Returns:

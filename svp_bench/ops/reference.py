@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from svp_bench.ops.interface import Direction, Prompts
+    from svp_bench.ops.interface import Direction, Prompts, Remake
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -39,9 +39,6 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point else f"it takes floating-point tensors, not {dtype}"
 
 
-Remake = Callable[[], Sequence[Tensor]]
-
-
 def scan(
     directions: Sequence[Direction],
     reverse: Sequence[bool],
@@ -56,7 +53,7 @@ def scan(
         reverse: Whether each runs from the last token to the first.
         z: Gate (B, L, E), or None.
         softplus: Apply the softplus to delta + delta_bias.
-        remake: Computes the `u` of all directions again; if given they are not kept for the backward pass.
+        remake: How to compute the `u` of all directions again; if given they are not kept for the backward pass.
 
     Returns:
         (B, L, E) in the dtype of the first `u`.
@@ -67,15 +64,16 @@ def scan(
 
 
 def forget(flat: Sequence[Tensor | None], remake: Remake | None) -> list[Tensor | None]:
-    """The fields of all directions without each `u`, if those can be made again."""
-    return [None if remake is not None and i % _FIELDS == 0 else t for i, t in enumerate(flat)]
+    """What to save: the fields of all directions, and last what each `u` is made from, if it is made again."""
+    kept = [None if remake is not None and i % _FIELDS == 0 else t for i, t in enumerate(flat)]
+    return [*kept, None if remake is None else remake.x]
 
 
-def recall(flat: Sequence[Tensor | None], remake: Remake | None) -> list[Tensor | None]:
+def recall(saved: Sequence[Tensor | None], make: Callable[[Tensor], Sequence[Tensor]] | None) -> list[Tensor | None]:
     """The inverse of `forget`."""
-    full = list(flat)
-    if remake is not None:
-        full[::_FIELDS] = [u.detach() for u in remake()]
+    *full, x = saved
+    if make is not None and x is not None:
+        full[::_FIELDS] = [u.detach() for u in make(x)]
     return full
 
 
@@ -198,16 +196,16 @@ class _Scan(torch.autograd.Function):
                 h = states[-1].clone()
             mean = inputs.mean(y)
             out[rows] = mean if z is None else mean * F.silu(z[rows].to(mean.dtype))
-        ctx.settings = (reverse, softplus, remake)
+        ctx.settings = (reverse, softplus, None if remake is None else remake.make)
         ctx.save_for_backward(before, z, *forget(flat, remake))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reverse, softplus, remake = ctx.settings
+        reverse, softplus, make = ctx.settings
         before, z, *kept = ctx.saved_tensors
-        flat: list[Any] = recall(kept, remake)
+        flat: list[Any] = recall(kept, make)
         need_z = ctx.needs_input_grad[3]
         wanted = ctx.needs_input_grad[4:]
         need = [any(wanted[i::_FIELDS]) for i in range(_FIELDS)]

@@ -45,6 +45,7 @@ def _after_fork() -> None:
     """A forked process has the pool's books but not its threads: waiting for them would never end."""
     global _alone
     _alone = True
+    torch.set_num_threads(1)  # PyTorch's operators would wait for them just so
 
 
 if hasattr(os, "register_at_fork"):
@@ -59,7 +60,7 @@ def pool_name() -> str:
 def run_kernel(kernel: int, block: int, tasks: int) -> None:
     """Run a kernel that takes its tasks from a counter in its block, on as many threads as PyTorch uses.
 
-    In a forked process it is one thread. (PyTorch's own operators hang there unless told to use one as well.)
+    In a forked process it is one thread.
 
     Args:
         kernel: Address of the C function, `void kernel(int64_t block)`.

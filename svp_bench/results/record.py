@@ -42,12 +42,14 @@ __all__ = [
     "Correct",
     "Metrics",
     "Parameters",
+    "PerClass",
     "Problem",
     "Record",
     "Tuned",
     "cell_config",
     "check_writable",
     "config_digest",
+    "continue_record",
     "new_run_id",
     "pack_bits",
     "read_record",
@@ -86,6 +88,8 @@ CELL_EXCLUDED: Mapping[str, str] = {
     "data.eval_batch_size": "device: each picture is scored by itself",
     "data.num_workers": "device",
     "model.scan_backend": "device: every backend is tested against the reference",
+    "model.grad_checkpointing": "device: memory for time, the same numbers",
+    "model.compile": "device: the same sums in another order",
     "trainer.accelerator": "device",
     "trainer.devices": "device",
     "trainer.num_nodes": "device",
@@ -153,20 +157,56 @@ class Tuned:
 
 
 @dataclass(frozen=True)
+class PerClass:
+    """The pictures of each class; the position in a list is the class.
+
+    Attributes:
+        correct: Pictures of the class that are classified rightly.
+        count: Pictures of the class; 0 if the list has none.
+    """
+
+    correct: tuple[int, ...]
+    count: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Metrics:
     """What the test (or, in a selection record, the val) list gave.
+
+    What is None is left out of the JSON: older records have the first four alone.
 
     Attributes:
         top1: Accuracy in percent.
         loss: Mean cross entropy without label smoothing, in nats.
         correct: Pictures classified rightly.
         count: Pictures in the list.
+        top5: Top-5 accuracy in percent; None for tasks of fewer than six classes.
+        balanced_accuracy: Mean accuracy of the classes that occur in the list, in percent.
+        nll: Mean negative log-likelihood in nats: `loss`, by its other name.
+        ece: Expected calibration error in percent (top label, 15 bins of equal width; Guo et al. 2017).
+        per_class: Right and all pictures of each class.
     """
 
     top1: float
     loss: float
     correct: int
     count: int
+    top5: float | None = None
+    balanced_accuracy: float | None = None
+    nll: float | None = None
+    ece: float | None = None
+    per_class: PerClass | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known as plain JSON values; the order of the keys is that of the fields.
+
+        Raises:
+            RecordError: If a number is not finite; names the key.
+        """
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.per_class is not None:
+            known["per_class"] = {"correct": self.per_class.correct, "count": self.per_class.count}
+        return {key: _plain(value, f"metrics.{key}") for key, value in known.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -318,7 +358,9 @@ class Record:
         data: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (Tuned, Metrics, Correct, Parameters)):
+            if isinstance(value, Metrics):
+                data[field.name] = value.to_json()
+            elif isinstance(value, (Tuned, Correct, Parameters)):
                 inner = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
                 data[field.name] = {key: _plain(item, f"{field.name}.{key}") for key, item in inner.items()}
             elif isinstance(value, Mapping):
@@ -515,13 +557,14 @@ class _Fields:
         self._where, self._inside = where, f"{inside}." if inside else ""
         if not isinstance(data, Mapping):
             raise RecordError(f"{where}: {inside or 'the record'} must be a JSON object, not {_short.repr(data)}")
-        names = [field.name for field in dataclasses.fields(cls)]
+        fields = dataclasses.fields(cls)
+        names = [field.name for field in fields]
         for key in data:
             if key not in names:
                 raise unknown_name("record key", f"{self._inside}{key}", names, where=where, error=RecordError)
-        for name in names:
-            if name not in data:
-                raise RecordError(f"{where}: the key {self._inside + name!r} is missing")
+        for field in fields:
+            if field.name not in data and field.default is dataclasses.MISSING:
+                raise RecordError(f"{where}: the key {self._inside + field.name!r} is missing")
         self._data = data
 
     def _take(self, key: str, wanted: str, fits: Callable[[Any], bool]) -> Any:
@@ -557,6 +600,17 @@ class _Fields:
     def number(self, key: str) -> float:
         return float(self._take(key, "a finite number", _is_number))
 
+    def number_if_there(self, key: str) -> float | None:
+        return self.number(key) if key in self._data else None
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        def fits(value: Any) -> bool:
+            return isinstance(value, list) and all(
+                isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
+            )
+
+        return tuple(self._take(key, "a list of integers of at least 0", fits))
+
     def number_or_null(self, key: str) -> float | None:
         return None if self._data[key] is None else self.number(key)
 
@@ -579,8 +633,11 @@ class _Fields:
     def holds(self, key: str, nothing: Any) -> bool:
         return bool(self._data[key] != nothing)
 
+    def has(self, key: str) -> bool:
+        return key in self._data
+
     def inner(self, key: str, cls: type) -> _Fields:
-        return _Fields(self._data[key], cls, self._where, key)
+        return _Fields(self._data[key], cls, self._where, f"{self._inside}{key}")
 
 
 def _is_number(value: Any) -> bool:
@@ -666,7 +723,17 @@ def _parse_metrics(record: _Fields) -> Metrics | None:
         loss=take.number("loss"),
         correct=take.integer("correct"),
         count=take.integer("count", 1),
+        top5=take.number_if_there("top5"),
+        balanced_accuracy=take.number_if_there("balanced_accuracy"),
+        nll=take.number_if_there("nll"),
+        ece=take.number_if_there("ece"),
+        per_class=_parse_per_class(take) if take.has("per_class") else None,
     )
+
+
+def _parse_per_class(metrics: _Fields) -> PerClass:
+    take = metrics.inner("per_class", PerClass)
+    return PerClass(correct=take.integers("correct"), count=take.integers("count"))
 
 
 def _parse_correct(record: _Fields) -> Correct | None:
@@ -729,6 +796,8 @@ def _check_scores(record: Record, refuse: Callable[[str, str], RecordError]) -> 
         raise refuse("metrics.correct", f"is {metrics.correct} of only {metrics.count}")
     if metrics is not None and abs(metrics.top1 - 100 * metrics.correct / metrics.count) > _TOP1_TOLERANCE:
         raise refuse("metrics.top1", f"is {metrics.top1}, but {metrics.correct} of {metrics.count} are right")
+    if metrics is not None:
+        _check_metrics(metrics, refuse)
     if correct is None:
         return
     try:
@@ -739,6 +808,33 @@ def _check_scores(record: Record, refuse: Callable[[str, str], RecordError]) -> 
         raise refuse("correct.count", f"is {correct.count}, but metrics.count is {metrics and metrics.count}")
     if ones != metrics.correct:
         raise refuse("correct.bits", f"has {ones} ones, but metrics.correct is {metrics.correct}")
+
+
+def _check_metrics(metrics: Metrics, refuse: Callable[[str, str], RecordError]) -> None:
+    """Refuse optional scores that contradict the others."""
+    for key in ("top5", "balanced_accuracy", "ece"):
+        value = getattr(metrics, key)
+        if value is not None and not 0 <= value <= 100 + _TOP1_TOLERANCE:
+            raise refuse(f"metrics.{key}", f"is {value}, which is no percentage")
+    if metrics.top5 is not None and metrics.top5 < metrics.top1 - _TOP1_TOLERANCE:
+        raise refuse("metrics.top5", f"is {metrics.top5}, less than top1 {metrics.top1}")
+    if metrics.nll is not None and metrics.nll != metrics.loss:
+        raise refuse("metrics.nll", f"is {metrics.nll}, but metrics.loss, the same number, is {metrics.loss}")
+    if metrics.per_class is None:
+        return
+    correct, count = metrics.per_class.correct, metrics.per_class.count
+    if len(correct) != len(count):
+        raise refuse("metrics.per_class", f"has {len(correct)} classes in correct and {len(count)} in count")
+    for name, given, total in (("correct", correct, metrics.correct), ("count", count, metrics.count)):
+        if sum(given) != total:
+            raise refuse(f"metrics.per_class.{name}", f"adds up to {sum(given)}, but metrics.{name} is {total}")
+    for label, (right, pictures) in enumerate(zip(correct, count, strict=True)):
+        if right > pictures:
+            raise refuse("metrics.per_class", f"has {right} of only {pictures} right in class {label}")
+    shares = [100 * right / pictures for right, pictures in zip(correct, count, strict=True) if pictures]
+    mean = math.fsum(shares) / len(shares)
+    if metrics.balanced_accuracy is not None and abs(metrics.balanced_accuracy - mean) > _TOP1_TOLERANCE:
+        raise refuse("metrics.balanced_accuracy", f"is {metrics.balanced_accuracy}, but metrics.per_class gives {mean}")
 
 
 def _version() -> str:
@@ -825,7 +921,7 @@ def write_record(record: Record, results_root: Path | str) -> Path:
 
 
 def replace_record(record: Record, results_root: Path | str) -> Path:
-    """Replace the unscored record of a run by its complete one, the only change a record ever sees; return its path.
+    """Replace the unscored record of a run by its complete one; return its path.
 
     Raises:
         RecordError: If there is no unscored record of this run, `record` is not complete, or they are not of one run.
@@ -836,6 +932,24 @@ def replace_record(record: Record, results_root: Path | str) -> Path:
     if old.status != "unscored" or record.status != "complete":
         raise RecordError(f"{path}: only an unscored record may become complete, not {old.status} → {record.status}")
     for key in _SAME_RUN:
+        if getattr(old, key) != getattr(record, key):
+            raise RecordError(f"{path}: {key!r} of the run is {getattr(old, key)!r}, not {getattr(record, key)!r}")
+    write_atomically(path, text)
+    return path
+
+
+def continue_record(record: Record, results_root: Path | str) -> Path:
+    """Replace the record of the first part of a run, which was interrupted or failed and then went on; return its path.
+
+    Raises:
+        RecordError: If the run was complete already, or the two are not of one run.
+    """
+    text = _checked_text(record)
+    path = record_path(record, results_root)
+    old = read_record(path)
+    if old.status == "complete":
+        raise RecordError(f"{path}: the run is complete already; a complete record is never replaced")
+    for key in ("run_id", "kind", "seed", "setting_digest"):
         if getattr(old, key) != getattr(record, key):
             raise RecordError(f"{path}: {key!r} of the run is {getattr(old, key)!r}, not {getattr(record, key)!r}")
     write_atomically(path, text)

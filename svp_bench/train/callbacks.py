@@ -31,6 +31,23 @@ class Meter(Callback):
         self._started: dict[str, float] = {}
         self._epoch = (0.0, 0)  # when it began, and the pictures seen by then
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on later counts on from; the epoch at hand is over where a checkpoint is written."""
+        seconds = dict(self.seconds)
+        for phase, began in self._started.items():
+            seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
+        return {
+            "seconds": seconds,
+            "images": self.images,
+            "epochs": self.epochs,
+            "validated_at": self.validated_at,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on."""
+        self.seconds, self.images = dict(state_dict["seconds"]), state_dict["images"]
+        self.epochs, self.validated_at = state_dict["epochs"], state_dict["validated_at"]
+
     @property
     def images_per_second(self) -> float | None:
         """Training throughput over the whole run, validation left out; None before the first epoch has ended."""

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -41,8 +41,19 @@ from svp_bench.ops import BACKENDS, Choice
 from svp_bench.results import record as rec
 from svp_bench.results.record import Correct, Metrics, Parameters, Record, Tuned
 from svp_bench.train.callbacks import Meter, peak_memory_mib
+from svp_bench.train.metrics import Evaluation, describe, write_tables
 from svp_bench.train.module import SAVED_KEY, AdaptationModule
 from svp_bench.train.provenance import commit_and_dirty, device_name, library_versions
+from svp_bench.train.resume import (
+    CHECKPOINT,
+    AtomicCheckpointIO,
+    Found,
+    Preempted,
+    StepSeeds,
+    Stopper,
+    find_run,
+    locked,
+)
 
 __all__ = ["BenchCLI", "run"]
 
@@ -56,7 +67,7 @@ _RUN_ID = "SVP_BENCH_RUN_ID"
 # A null may stand over a number of a lower layer (no gradient clipping), so a saved config keeps it.
 _RENAMED = tuple(map(int, metadata.version("jsonargparse").split(".")[:2])) >= (4, 49)
 _KEEP_NULLS = {"skip_unset" if _RENAMED else "skip_none": False}
-_NOT_SAVED = ("config", "ckpt_path", "weights_only", "verbose", "no_test")  # of one call, not of the run
+_NOT_SAVED = ("config", "ckpt_path", "weights_only", "verbose", "no_test", "resume")  # of one call, not of the run
 
 
 def run(verb: str, flags: Flags) -> None:
@@ -97,7 +108,10 @@ def _make_importable(flags: Flags) -> None:
 def _no_chatter(record: logging.LogRecord) -> bool:
     """Leave out Lightning's lines about devices that are not there, its advertisements, and what our header says."""
     text = record.getMessage()
-    chatter = ("GPU available", "TPU available", "HPU available", "Tip:", "to estimate number of stepping batches")
+    chatter = (
+        *("GPU available", "TPU available", "HPU available", "Tip:", "to estimate number of stepping batches"),
+        "`weights_only` was not set",  # our reader is strict anyway
+    )
     return not any(part in text for part in chatter)
 
 
@@ -117,6 +131,7 @@ def _quiet() -> Iterator[None]:
             r".*in eval mode at the start of training.*",  # frozen parts are
             r".*`LambdaLR`.*lr_scheduler.step.*",
             r".*The dirpath has changed.*",
+            r".*functools.lru_cache.*",  # torch.compile, of choices that do not change
         ):
             warnings.filterwarnings("ignore", pattern)
         try:
@@ -167,8 +182,10 @@ class BenchCLI(LightningCLI):
         self.flags = flags
         self.composed: Composed = compose(flags) if not flags.asks_help else Composed()
         self.meter = Meter()
+        self.stopper: Stopper | None = None
         self.run_id = ""
         self.run_dir = Path()
+        self.resumed: Found | None = None
         self.saved_config: dict[str, Any] = {}
         text = yaml.safe_dump(self.composed.values, sort_keys=False)
         super().__init__(
@@ -197,6 +214,11 @@ class BenchCLI(LightningCLI):
         parser.add_argument("--results_root", type=str, default="results", help="where records and tables go")
         parser.add_argument("--runs_root", type=str, default="runs", help="where logs and checkpoints go")
         parser.add_argument("--no_test", action="store_true", help="train only; the record is unscored")
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on with the last unfinished run of this setting and seed, from its last checkpoint",
+        )
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
@@ -363,10 +385,25 @@ class BenchCLI(LightningCLI):
         digest = rec.setting_digest(self.saved_config, self._tuned())
         method = self._method_name()
         self.run_id = rec.new_run_id(method, config.seed_everything, digest)
+        runs, records = Path(config.runs_root) / data.card.name, Path(config.results_root) / "records" / data.card.name
         if "LOCAL_RANK" in os.environ:  # a process that Lightning launched: the first one has named the run
             self.run_id = os.environ.get(_RUN_ID, self.run_id)
+        elif config.get("resume"):
+            tuned = self._tuned()
+            found = find_run(runs, records, config.seed_everything, lambda c: rec.setting_digest(c, tuned) == digest)
+            if found is None:
+                rank_zero_info(f"Note: --resume: no run of this setting and seed in {runs}; this one begins.")
+            else:
+                self.run_id = found.folder.name
         os.environ[_RUN_ID] = self.run_id
-        self.run_dir = Path(config.runs_root) / data.card.name / self.run_id
+        self.run_dir = runs / self.run_id
+        if config.get("resume") and self.run_dir.is_dir():
+            place, checkpoint = records / f"{self.run_id}.json", self.run_dir / CHECKPOINT
+            self.resumed = Found(
+                self.run_dir,
+                checkpoint if checkpoint.is_file() else None,
+                rec.read_record(place) if place.is_file() else None,
+            )
 
     def _method_name(self) -> str:
         """The registered name of the method's class, else the class's own in lower case."""
@@ -384,9 +421,23 @@ class BenchCLI(LightningCLI):
         dry = bool(config.fast_dev_run)
         if self.verb == "fit" and config.enable_checkpointing is not False and not dry:
             folder = self.run_dir / "checkpoints"
-            callbacks.append(ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False))
+            self.stopper = Stopper(folder / CHECKPOINT.name)
+            callbacks += [
+                self.stopper,
+                ModelCheckpoint(
+                    folder,
+                    filename=CHECKPOINT.stem,
+                    save_top_k=1,
+                    enable_version_counter=False,
+                    save_on_train_epoch_end=True,  # after the epoch's validation, if there is one
+                ),
+            ]
+        if self.verb == "fit":
+            callbacks.append(StepSeeds(int(self.config_init[self.verb].seed_everything)))
+            kwargs["plugins"] = [*(config.plugins or []), AtomicCheckpointIO()]
         if config.logger in (None, True) and self.verb == "fit" and not dry:
-            kwargs["logger"] = TensorBoardLogger(self.run_dir, name="", version="")
+            # what was logged after the last checkpoint will be logged once more
+            kwargs["logger"] = TensorBoardLogger(self.run_dir, name="", version="", purge_step=self._steps_done())
         elif self.verb != "fit":
             kwargs["logger"] = False
         trainer_config = {**config.as_dict(), **kwargs}
@@ -396,6 +447,12 @@ class BenchCLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"Lightning refuses these trainer settings: {_one_line(str(error))}") from None
 
+    def _steps_done(self) -> int | None:
+        """Optimizer steps behind the checkpoint that this run goes on from."""
+        if self.resumed is None:
+            return None
+        return int(load_pickle_safely(self.resumed.checkpoint)["global_step"]) if self.resumed.checkpoint else 0
+
     # --- the verbs ---------------------------------------------------------------------------------------------------
 
     def fit(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
@@ -403,25 +460,46 @@ class BenchCLI(LightningCLI):
         config = self.config[self.verb]
         if kwargs.get("ckpt_path"):
             raise UsageError("fit trains from the start and takes no --ckpt_path; `svp-bench test` scores a checkpoint")
+        if self.resumed is not None and self.resumed.finished:
+            print(
+                f"Nothing to go on with: {self.run_id} is complete; its record is in {config.results_root}", flush=True
+            )
+            return
         self._scan_choice()  # a backend asked for by name runs on this device, or the run ends here
         model.run_id = self.run_id
         datamodule.trainer = self.trainer  # the batch size is checked against devices and accumulation
         datamodule.setup("fit")  # data errors stop the run before it leaves a trace
         rec.check_writable(config.results_root)
-        self._announce()
-        self._save_config()
+        if self.resumed is not None and self.resumed.checkpoint is not None:
+            self._need_same_data(self.resumed.checkpoint)
+            kwargs["ckpt_path"] = str(self.resumed.checkpoint)
+        with self._alone(), self.stopper.listening() if self.stopper else nullcontext():
+            self._announce()
+            self._save_config()
+            try:
+                self._fit(model, datamodule, kwargs)
+            except Preempted:
+                self._say_how_to_go_on()
+
+    def _fit(self, model: AdaptationModule, datamodule: VisionDataModule, kwargs: dict[str, Any]) -> None:
+        """Train, test, and write the record, unless the run is to go on later."""
         status, reason = "failed", None
-        tested = False
+        tested = preempted = False
         try:
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
             status, reason = self._outcome()
+            if datamodule.stage == "select" and status == "complete" and model.validated is None:
+                self.trainer.validate(model, datamodule=datamodule, verbose=False)  # resumed after the last epoch
             if datamodule.stage == "final" and status == "complete":
-                if config.no_test:
+                if self.config[self.verb].no_test:
                     status, reason = "unscored", "--no_test"
                 else:
                     datamodule.unlock_test()
                     self.trainer.test(model, datamodule=datamodule, verbose=False)
                     tested = True
+        except Preempted:
+            preempted = True
+            raise
         except (KeyboardInterrupt, SystemExit):  # Lightning makes the one the other
             status, reason = "interrupted", "stopped by the user"
             raise
@@ -429,7 +507,33 @@ class BenchCLI(LightningCLI):
             status, reason = "failed", _one_line(f"{type(error).__name__}: {error}")
             raise
         finally:
-            self._finish(status, reason, tested)
+            if not preempted:
+                self._finish(status, reason, tested)
+
+    def _need_same_data(self, checkpoint: Path) -> None:
+        """Refuse to go on with other pictures than those that the run began with."""
+        theirs = load_pickle_safely(checkpoint).get(SAVED_KEY, {}).get("data_digest")
+        if theirs != self.datamodule.report.digest:
+            raise UsageError(
+                f"{checkpoint}: the run began with other lists of {self.datamodule.card.name} than those found here; "
+                "give their folder with --data.root, or begin anew without --resume"
+            )
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """No other process trains this run; the processes of one run are one."""
+        dry = bool(self.config[self.verb].trainer.fast_dev_run)
+        return nullcontext() if dry or not self.trainer.is_global_zero else locked(self.run_dir)
+
+    @rank_zero_only
+    def _say_how_to_go_on(self) -> None:
+        saved = self.run_dir / CHECKPOINT
+        what = f"saved: {saved}" if saved.is_file() else "nothing to save yet"
+        name = self.stopper.asked.name if self.stopper and self.stopper.asked else "a signal"
+        epoch, steps = self.trainer.current_epoch, self.trainer.global_step
+        print(
+            f"Stopped by {name} in epoch {epoch}, after {steps} steps; {what}\nGo on: the same command with --resume",
+            flush=True,
+        )
 
     def validate(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
         """Validate a checkpoint on val (stage select)."""
@@ -466,7 +570,7 @@ class BenchCLI(LightningCLI):
     @rank_zero_only
     def _complete(self, old: Record, where: Path) -> None:
         metrics, correct = self._scores()
-        print(f"top-1 {metrics.top1:.2f} % ({metrics.correct} of {metrics.count})")
+        print(describe(metrics, old.lists["test"]))
         if old.status != "unscored":
             same = "the same" if old.metrics and old.metrics.correct == metrics.correct else "another number"
             print(f"The record {where} has its score already ({same}); it is not changed.")
@@ -477,6 +581,7 @@ class BenchCLI(LightningCLI):
         )
         rec.replace_record(done, self.config[self.verb].results_root)
         print(f"Completed {where}")
+        self._write_tables("test", Path(self.config[self.verb].runs_root) / old.task / old.run_id)
 
     def _need_checkpoint(self, kwargs: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
         """Return what a checkpoint says about its run, and the epochs it has seen."""
@@ -577,35 +682,48 @@ class BenchCLI(LightningCLI):
         return Parameters(trainable=trainable, head=head, adapter=trainable - head, total=total)
 
     def _scores(self) -> tuple[Metrics, Correct]:
-        ((index, right, loss),) = self.model.tested
-        count, correct = len(right), int(right.sum())
-        expected = self.datamodule.report.counts[self.datamodule.lists["test"]]
-        if not torch.equal(index, torch.arange(expected)):
-            raise SvpBenchError(f"the test read {count} pictures, not each of the {expected} once; please report this")
+        evaluation = self._of_the_whole_list("test", self.model.tested)
         digest = self.datamodule.test_list_digest
         assert digest is not None
-        metrics = Metrics(top1=100.0 * correct / count, loss=float(loss.mean()), correct=correct, count=count)
-        return metrics, Correct.of(right.numpy(), self.datamodule.lists["test"], digest)
+        return evaluation.for_record(), Correct.of(evaluation.right, self.datamodule.lists["test"], digest)
 
     def _selection_scores(self) -> Metrics | None:
-        """Top-1 on val after the last epoch."""
-        values = self.trainer.callback_metrics
-        if "val/top1" not in values:
+        """The scores on val after the last epoch."""
+        if self.model.validated is None:
             return None
-        data = self.datamodule
-        count = data.report.counts[data.lists["val"]]
-        top1 = float(values["val/top1"])
-        return Metrics(top1=100.0 * top1, loss=float(values["val/loss"]), correct=round(top1 * count), count=count)
+        return self._of_the_whole_list("val", self.model.validated).for_record()
+
+    def _of_the_whole_list(self, role: str, evaluation: Evaluation | None) -> Evaluation:
+        expected = self.datamodule.report.counts[self.datamodule.lists[role]]
+        index = torch.empty(0) if evaluation is None else evaluation.scores.index
+        if evaluation is None or not torch.equal(index, torch.arange(expected)):
+            raise SvpBenchError(
+                f"the {role} list gave {len(index)} pictures, not each of the {expected} once; please report this"
+            )
+        return evaluation
+
+    def _write_tables(self, role: str, folder: Path) -> None:
+        """Write the confusions and the accuracy of each class beside the run's checkpoint, and say where."""
+        evaluation = self.model.tested if role == "test" else self.model.validated
+        assert evaluation is not None
+        try:
+            confusion, per_class = write_tables(evaluation, self.datamodule.class_names, folder, role)
+        except RecordError as error:
+            reason = str(error).partition("; ")[0]
+            raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None
+        print(f"Confusion matrix: {confusion}; accuracy of each class: {per_class}", flush=True)
 
     @rank_zero_only
     def _finish(self, status: str, reason: str | None, tested: bool) -> None:
         record = self._record(status, reason, tested)
-        path = rec.write_record(record, self.config[self.verb].results_root)
+        again = self.resumed is not None and self.resumed.record is not None  # of the part before an interruption
+        path = (rec.continue_record if again else rec.write_record)(record, self.config[self.verb].results_root)
+        role = "test" if record.kind == "final" else "val"
         if record.metrics is not None:
-            m = record.metrics
-            split = record.lists["test" if record.kind == "final" else "val"]
-            print(f"top-1 {m.top1:.2f} % on {split} ({m.correct} of {m.count})", flush=True)
+            print(describe(record.metrics, record.lists[role]), flush=True)
         print(f"Record ({status}): {path}", flush=True)
+        if record.metrics is not None:
+            self._write_tables(role, self.run_dir)
         checkpoint = self.run_dir / "checkpoints" / "last.ckpt"
         if record.kind == "final" and status == "complete":
             print("Next: svp-bench table", flush=True)

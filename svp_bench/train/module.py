@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from svp_bench.data.augment import Mix, erase
 from svp_bench.data.module import Batch
 from svp_bench.data.samplers import GlobalBatchSampler
-from svp_bench.errors import CheckpointError, ConfigError, NonFiniteLossError
+from svp_bench.errors import CheckpointError, ConfigError, NonFiniteLossError, unknown_name
 from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.ops import Choice, choose
+from svp_bench.train.metrics import (
+    Evaluation,
+    PictureScores,
+    confusion_picture,
+    evaluate,
+    in_order,
+    per_class_markdown,
+    score_pictures,
+)
+from svp_bench.train.recipe import EMA, Schedule, hidden_head, make_optimizer, mix, simam, soft_targets
 
 __all__ = ["SAVED_KEY", "AdaptationModule"]
 
@@ -31,7 +43,7 @@ SAVED_KEY = "svp_bench"  # our key in a Lightning checkpoint
 
 
 class AdaptationModule(LightningModule):
-    """Adapts a backbone to a task with a method, by AdamW with linear warm-up and cosine decay.
+    """Adapts a backbone to a task with a method, by AdamW or SGD with linear warm-up and cosine decay.
 
     Args:
         method: What is added and what trains.
@@ -40,7 +52,8 @@ class AdaptationModule(LightningModule):
         num_classes: Classes of the task; the data module says how many.
         image_size: Height and width of the pictures; the data module says.
         learning_rate: Peak learning rate. It does not change with the batch size or the number of devices.
-        weight_decay: Of AdamW; biases, one-dimensional tensors and the backbone's own list take none.
+        weight_decay: Of the optimizer. Biases, one-dimensional tensors and the backbone's own list take none; tables of
+            scales (SVP's alpha and beta, groups or blocks × width) are two-dimensional and take it, as released.
         betas: Of AdamW.
         warmup_epochs: Epochs of linear warm-up, clipped to the run.
         warmup_start_factor: The warm-up starts at this fraction of the learning rate.
@@ -49,7 +62,26 @@ class AdaptationModule(LightningModule):
         frozen_mode: eval: dropout and drop path of the frozen backbone are off; train: they are on.
         drop_path: Drop path rate of the backbone.
         scan_backend: auto, or a name of `svp_bench.list_backends()`.
+        grad_checkpointing: Keep the input of each layer alone and compute the layer again in the backward pass: less
+            memory, the same numbers, about a third more time.
+        compile: Let torch.compile fuse what lies between the scan and the convolution. The first step takes minutes.
         seed: Of the random initial weights (head, adapter, and the backbone without a checkpoint).
+        optimizer: adamw or sgd; adamw by default.
+        eps: Of AdamW; 1e-8 by default.
+        momentum: Of SGD; 0.9 by default.
+        warmup_learning_rate: The warm-up starts at this learning rate, whatever `warmup_start_factor` says.
+        cosine_start: Where the cosine begins: warmup_end, or run_start, of which the warm-up then covers the first part
+            (timm's way); warmup_end by default.
+        schedule_interval: The learning rate changes with each step or each epoch; step by default.
+        cooldown_epochs: Last epochs of the run, at `min_learning_rate`: the cosine ends before them; 0 by default.
+            (timm counts them on top of its epochs; here `trainer.max_epochs` is the whole run.)
+        head_hidden: Width of a first linear layer of the head, without an activation after it; none by default.
+        input_attention: simam: SimAM on the normalised picture; none by default.
+        ema_decay: Keep a moving average of the trained weights with this decay, beside them in the checkpoint; none by
+            default.
+        ema_evaluate: Validate, test and predict with the averaged weights; false by default.
+
+    A null of an argument that may be null means its default.
 
     Raises:
         UsageError: If the backbone or scan backend is unknown.
@@ -74,7 +106,20 @@ class AdaptationModule(LightningModule):
         frozen_mode: Literal["eval", "train"] = "eval",
         drop_path: float = 0.0,
         scan_backend: str = "auto",
+        grad_checkpointing: bool = False,
+        compile: bool = False,  # named as torch's
         seed: int = 0,
+        optimizer: Literal["adamw", "sgd"] | None = None,
+        eps: float | None = None,
+        momentum: float | None = None,
+        warmup_learning_rate: float | None = None,
+        cosine_start: Literal["warmup_end", "run_start"] | None = None,
+        schedule_interval: Literal["step", "epoch"] | None = None,
+        cooldown_epochs: float | None = None,
+        head_hidden: int | None = None,
+        input_attention: Literal["simam"] | None = None,
+        ema_decay: float | None = None,
+        ema_evaluate: bool | None = None,
     ) -> None:
         super().__init__()
         _check_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
@@ -86,6 +131,27 @@ class AdaptationModule(LightningModule):
         _check_range("warmup_start_factor", warmup_start_factor, 0, 1)
         for beta in betas:
             _check_range("betas", beta, 0, 1, open_high=True)
+        if eps is not None:
+            _check_range("eps", eps, 0, math.inf, open_low=True)
+        if momentum is not None:
+            _check_range("momentum", momentum, 0, 1, open_high=True)
+        if warmup_learning_rate is not None:
+            _check_range("warmup_learning_rate", warmup_learning_rate, 0, math.inf)
+        _check_range("cooldown_epochs", cooldown_epochs or 0, 0, math.inf)
+        if head_hidden is not None:
+            _check_range("head_hidden", head_hidden, 1, math.inf)
+        if ema_decay is not None:
+            _check_range("ema_decay", ema_decay, 0, 1, open_low=True, open_high=True)
+        elif ema_evaluate:
+            raise ConfigError("model.ema_evaluate needs averaged weights: set model.ema_decay, e.g. 0.9999")
+        _check_one_of("optimizer", optimizer, ("adamw", "sgd"))
+        _check_one_of("cosine_start", cosine_start, ("warmup_end", "run_start"))
+        _check_one_of("schedule_interval", schedule_interval, ("step", "epoch"))
+        _check_one_of("input_attention", input_attention, ("simam",))
+        if optimizer == "sgd" and eps is not None:
+            raise ConfigError("model.eps belongs to model.optimizer adamw, not to sgd")
+        if optimizer != "sgd" and momentum is not None:
+            raise ConfigError("model.momentum belongs to model.optimizer sgd; AdamW has model.betas")
         _check_settings(method)
         self.method = method
         self.backbone_name = backbone
@@ -100,6 +166,17 @@ class AdaptationModule(LightningModule):
         self.label_smoothing = label_smoothing
         self.frozen_mode = frozen_mode
         self.init_seed = seed
+        self.optimizer_name = optimizer or "adamw"
+        self.eps = eps
+        self.momentum = momentum
+        self.warmup_learning_rate = warmup_learning_rate
+        self.whole_cosine = cosine_start == "run_start"
+        self.schedule_interval = schedule_interval or "step"
+        self.cooldown_epochs = cooldown_epochs or 0.0
+        self.head_hidden = head_hidden
+        self.input_attention = input_attention
+        self.ema_decay = ema_decay
+        self.ema_evaluate = bool(ema_evaluate)
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             model = create_backbone(
@@ -114,16 +191,23 @@ class AdaptationModule(LightningModule):
                 side = model.patch_embed.patch_size[0]
                 raise ConfigError(f"data.image_size {image_size} is smaller than a patch of {backbone} ({side} pixels)")
             self.backbone_digest = backbone_digest(model)
+            if head_hidden is not None:
+                hidden_head(model, head_hidden)
             self.model = adapt(model, method)
+        self.model.set_grad_checkpointing(grad_checkpointing)
+        if compile:
+            self.model.compile(dynamic=False)  # in place: the names of the parameters stay
+        self.ema = EMA(ema_decay, trained_parameters(self.model)) if ema_decay is not None else None
         self.strict_loading = False  # our checkpoints hold the trained part only; on_load_checkpoint is strict about it
         cfg: Any = self.model.pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1) * 255, persistent=False)
-        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.val_loss = MeanMetric()
+        # unchecked: the labels were, when they were read; and a task may have one class, which torchmetrics refuses
+        self.train_top1 = MulticlassAccuracy(max(2, num_classes), average="micro", validate_args=False)
         self.run_id: str | None = None  # of the run that trains this, for its checkpoints
-        self.tested: list[tuple[Tensor, Tensor, Tensor]] = []  # (index, right, loss) of each test batch
+        self.validated: Evaluation | None = None  # the last validation, of all processes; none before training
+        self.tested: Evaluation | None = None
+        self._scored: list[PictureScores] = []  # the batches of the evaluation at hand, of this process
         self.train()  # Lightning takes the modes as it finds them
 
     # --- the forward pass --------------------------------------------------------------------------------------------
@@ -135,7 +219,17 @@ class AdaptationModule(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Uint8 (B, 3, H, W) → logits (B, classes)."""
-        logits: Tensor = self.model(self.normalise(images))
+        return self._logits(self.normalise(images))
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Normalised float (B, 3, H, W) → logits (B, classes)."""
+        if self.input_attention is not None:
+            images = simam(images)
+        if self.ema is not None and self.ema_evaluate and not self.training:
+            averaged = {name: weight.to(images.device) for name, weight in self.ema.weights.items()}
+            logits: Tensor = torch.func.functional_call(self.model, averaged, (images,))
+        else:
+            logits = self.model(images)
         return logits
 
     def scan_choice(self, device: torch.device, precision: str) -> Choice:
@@ -160,9 +254,13 @@ class AdaptationModule(LightningModule):
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross entropy of one batch."""
-        logits = self(batch.images)
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+        """Cross entropy of one batch, after what chance does to it on the device: random erasing, mixup, cutmix.
+
+        The accuracy that is logged is against each picture's own class, also where it is mixed with another.
+        """
+        images, targets = self._perturbed(batch, batch_idx)
+        logits = self._logits(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"the training loss became {loss.item()} in epoch {self.current_epoch}, step {self.global_step}; try a "
@@ -176,66 +274,166 @@ class AdaptationModule(LightningModule):
         sampler = getattr(self.trainer.train_dataloader, "sampler", None)  # Lightning's own under overfit_batches
         return loss * sampler.loss_scale(batch_idx) if isinstance(sampler, GlobalBatchSampler) else loss
 
+    def _perturbed(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Return normalised pictures (B, 3, H, W) and targets: labels (B,), or (B, classes) where pictures are mixed.
+
+        All draws follow from (seed, epoch, picture) or (seed, epoch, step): no process or resumed run changes them.
+        """
+        images = self.normalise(batch.images)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None or not (data.random_erasing or data.mixing):
+            return images, batch.labels
+        epoch = self.current_epoch
+        if data.random_erasing:
+            sampler = getattr(self.trainer.train_dataloader, "sampler", None)
+            copies = sampler.copies(batch_idx) if isinstance(sampler, GlobalBatchSampler) else None
+            images = erase(images, data.random_erasing, data.seed, epoch, batch.index.tolist(), copies)
+        if not data.mixing:
+            return images, batch.labels
+        step = batch_idx // self.trainer.accumulate_grad_batches
+        drawn: Mix = data.mixing.draw(data.seed, epoch, step, images.shape[2], images.shape[3])
+        return mix(images, drawn), soft_targets(batch.labels, self.num_classes, drawn)
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the pictures of an earlier validation."""
+        self._scored = []
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Top-1 accuracy and loss on val."""
-        logits = self(batch.images).float()
-        self.val_top1(logits, batch.labels)
-        self.val_loss(F.cross_entropy(logits, batch.labels, reduction="none"))
-        self.log("val/top1", self.val_top1, batch_size=len(batch.labels), prog_bar=True)
-        self.log("val/loss", self.val_loss, batch_size=len(batch.labels))
+        """Score each picture of a batch of val."""
+        self._scored.append(score_pictures(self(batch.images).float(), batch.labels, batch.index))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the numbers of val; no picture, no number.
+
+        Raises:
+            NonFiniteLossError: If a picture's loss is not finite.
+        """
+        evaluation = self._evaluation("val")
+        if evaluation is None or self.trainer.sanity_checking:
+            return
+        self.validated = evaluation
+        self._log_scalars("val", evaluation)
+        if self.trainer.state.fn == TrainerFn.VALIDATING:  # no training will end
+            self._show("val", evaluation)
+
+    def on_train_end(self) -> None:
+        """Show the last validation in TensorBoard."""
+        if self.validated is not None:
+            self._show("val", self.validated)
 
     def on_test_epoch_start(self) -> None:
         """Forget an earlier test."""
-        self.tested = []
+        self._scored, self.tested = [], None
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep which pictures are right: the record stores one bit for each."""
-        logits = self(batch.images).float()
-        right = logits.argmax(dim=-1) == batch.labels
-        loss = F.cross_entropy(logits, batch.labels, reduction="none")
-        self.tested.append((batch.index.cpu(), right.cpu(), loss.cpu().double()))
+        """Score each picture of a batch of the test list."""
+        self._scored.append(score_pictures(self(batch.images).float(), batch.labels, batch.index))
 
     def on_test_epoch_end(self) -> None:
-        """Bring the pictures of all processes together, in the order of the list."""
-        parts = self.tested
+        """Log the numbers of the test list, and show the confusions in TensorBoard.
+
+        Raises:
+            NonFiniteLossError: If a picture's loss is not finite.
+        """
+        self.tested = self._evaluation("test")
+        if self.tested is None:
+            return
+        self._log_scalars("test", self.tested)
+        self._show("test", self.tested)
+
+    def _evaluation(self, role: str) -> Evaluation | None:
+        """Bring the pictures of all processes together, in the order of the list; None if there are none."""
+        parts, self._scored = self._scored, []
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, parts)
             parts = [part for rank in gathered for part in rank]
-        index, right, loss = (torch.cat(column) for column in zip(*parts, strict=True))
-        order = index.argsort()
-        if not torch.isfinite(loss).all():
-            raise NonFiniteLossError("the loss on the test list is not finite: the trained weights are of no use")
-        self.tested = [(index[order], right[order], loss[order])]
-        self.log("test/top1", right.double().mean().float(), rank_zero_only=True)
-        self.log("test/loss", loss.mean().float(), rank_zero_only=True)
+        if not parts:
+            return None
+        scores = in_order(parts)
+        if not torch.isfinite(scores.loss).all():
+            raise NonFiniteLossError(f"the loss on the {role} list is not finite: the trained weights are of no use")
+        return evaluate(scores, self.num_classes)
+
+    def _log_scalars(self, role: str, evaluation: Evaluation) -> None:
+        for name, value in evaluation.scalars().items():
+            # all processes have the same value, and callbacks may watch it on each: the largest is exact, a mean is not
+            self.log(f"{role}/{name}", value, prog_bar=name == "top1", sync_dist=True, reduce_fx="max")
+
+    def _show(self, role: str, evaluation: Evaluation) -> None:
+        """Put the confusion matrix and the accuracy of each class into TensorBoard, if that is logged to."""
+        if not self.trainer.is_global_zero:
+            return
+        names = self.trainer.datamodule.class_names  # type: ignore[attr-defined]
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                picture = confusion_picture(evaluation.confusion, names)
+                step = self.trainer.global_step
+                logger.experiment.add_image(f"{role}/confusion", picture, step, dataformats="HWC")
+                logger.experiment.add_text(f"{role}/per_class", per_class_markdown(evaluation, names), step)
 
     # --- the recipe --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with the usual exclusions from weight decay; linear warm-up, then cosine, step by step."""
+        """AdamW or SGD with the usual exclusions from weight decay; linear warm-up, then cosine.
+
+        Raises:
+            ConfigError: If the cooldown leaves no epoch for the cosine.
+        """
         spared = self.model.no_weight_decay()
         decay: list[torch.nn.Parameter] = []
         no_decay: list[torch.nn.Parameter] = []
         for name, parameter in trained_parameters(self.model).items():
+            # tables of scales (groups or blocks × width) are two-dimensional and so take the decay, as in SVP's code
             exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in spared
             (no_decay if exempt else decay).append(parameter)
         groups = [
             {"params": decay, "weight_decay": self.weight_decay},
             {"params": no_decay, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate, betas=self.betas)
-        total = int(self.trainer.estimated_stepping_batches)
+        optimizer = make_optimizer(
+            [g for g in groups if g["params"]],
+            self.optimizer_name,
+            self.learning_rate,
+            betas=self.betas,
+            eps=self.eps,
+            momentum=self.momentum,
+        )
         epochs = self.trainer.max_epochs or 1
+        by_epoch = self.schedule_interval == "epoch"
+        total = epochs if by_epoch else int(self.trainer.estimated_stepping_batches)
+        if 0 < epochs <= self.cooldown_epochs:
+            raise ConfigError(
+                f"model.cooldown_epochs {self.cooldown_epochs:g} leaves nothing of the {epochs} epochs of "
+                "trainer.max_epochs for the cosine"
+            )
         warmup = round(total * self.warmup_epochs / epochs) if epochs > 0 else 0
         if warmup > total:
             rank_zero_info(
                 f"The warm-up of {self.warmup_epochs:g} epochs is longer than the run of {epochs}: clipped to the run."
             )
             warmup = total
-        factor = _Schedule(warmup, total, self.warmup_start_factor, self.min_learning_rate / self.learning_rate)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        end = total - (round(total * self.cooldown_epochs / epochs) if epochs > 0 else 0)
+        start = self.warmup_start_factor
+        if self.warmup_learning_rate is not None:
+            start = self.warmup_learning_rate / self.learning_rate
+        floor = self.min_learning_rate / self.learning_rate
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(warmup, end, start, floor, self.whole_cosine))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.schedule_interval}}
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Do one optimizer step, and take the new weights into their average."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.ema is not None:
+            self.ema.update(trained_parameters(self.model))
 
     # --- checkpoints: the trained part only, checked strictly --------------------------------------------------------
 
@@ -245,7 +443,13 @@ class AdaptationModule(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         about = {**self.identity(), "task": data.card.name, "protocol": data.protocol.name}
-        checkpoint[SAVED_KEY] = {**about, "stage": data.stage, "run_id": self.run_id}
+        digest = data.report.digest  # a run goes on with the lists that it began with
+        checkpoint[SAVED_KEY] = {**about, "stage": data.stage, "run_id": self.run_id, "data_digest": digest}
+        view = data.view
+        checkpoint[SAVED_KEY]["view"] = {"resize": view.resize, "crop_ratio": view.crop_ratio}
+        checkpoint[SAVED_KEY]["view"]["interpolation"] = view.interpolation
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.weights
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint of the trained part belongs to, as plain values."""
@@ -258,6 +462,10 @@ class AdaptationModule(LightningModule):
             "method_args": self.method.settings(),
             "num_classes": self.num_classes,
             "image_size": list(self.model.patch_embed.img_size),
+            "head_hidden": self.head_hidden,
+            "input_attention": self.input_attention,
+            "ema_decay": self.ema_decay,
+            "ema_evaluate": self.ema_evaluate,
         }
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -269,7 +477,8 @@ class AdaptationModule(LightningModule):
         theirs, ours = checkpoint.get(SAVED_KEY), self.identity()
         if not isinstance(theirs, Mapping):
             raise CheckpointError("the file is no svp-bench checkpoint; backbone weights go to --model.checkpoint PATH")
-        for key in ("backbone", "backbone_digest", "method", "method_args", "num_classes", "image_size"):
+        keys = ("backbone", "backbone_digest", "method", "method_args", "num_classes", "image_size")
+        for key in (*keys, "head_hidden", "input_attention", "ema_decay"):
             if theirs.get(key) != ours[key]:
                 raise CheckpointError(
                     f"the checkpoint was trained with {key} = {theirs.get(key)!r}, this run has {ours[key]!r}; "
@@ -280,19 +489,8 @@ class AdaptationModule(LightningModule):
         if expected != found:
             odd = sorted(set(expected) ^ set(found)) or [k for k in expected if expected[k] != found[k]]
             raise CheckpointError(f"the checkpoint does not hold exactly the trained part; first difference: {odd[0]}")
-
-
-class _Schedule:
-    """Factor of the learning rate at each step: linear warm-up, then cosine to `floor`."""
-
-    def __init__(self, warmup: int, total: int, start: float, floor: float) -> None:
-        self.warmup, self.total, self.start, self.floor = warmup, total, start, min(floor, 1.0)
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return self.start + (1 - self.start) * step / self.warmup
-        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
-        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
+        if self.ema is not None:
+            self.ema.load(checkpoint.get("ema", {}))
 
 
 def _check_range(
@@ -303,6 +501,11 @@ def _check_range(
         right = ")" if open_high or high == math.inf else "]"
         bounds = f"{'(' if open_low else '['}{low:g}, {'∞' if high == math.inf else f'{high:g}'}{right}"
         raise ConfigError(f"model.{name} must be in {bounds}, not {value}")
+
+
+def _check_one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise unknown_name(f"model.{name}", value, allowed, error=ConfigError)
 
 
 def _check_settings(method: Method) -> None:

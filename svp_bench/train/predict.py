@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from svp_bench.cards import class_names, load_protocol, load_task
-from svp_bench.data.transforms import resize_straight, to_rgb
+from svp_bench.cards import displayed_class_names, load_protocol, load_task
+from svp_bench.data.transforms import View, to_rgb
 from svp_bench.errors import CheckpointError, DataError, RecordError, SvpBenchError, UsageError
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
@@ -60,6 +60,10 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> tuple[Adaptatio
         num_classes=about["num_classes"],
         image_size=about["image_size"][0],
         seed=about["init_seed"],
+        head_hidden=about.get("head_hidden"),  # older checkpoints say nothing of these four
+        input_attention=about.get("input_attention"),
+        ema_decay=about.get("ema_decay"),
+        ema_evaluate=about.get("ema_evaluate"),
     )
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"], strict=False)  # strictness is on_load_checkpoint's
@@ -89,6 +93,8 @@ def find_pictures(places: Sequence[str]) -> list[Path]:
 def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint: str | None, top: int) -> int:
     """Write one CSV row a picture: path, then class, name and probability of the `top` best classes.
 
+    Where a task's card names no file of class names, they are called "class 0", "class 1" …
+
     Args:
         ckpt: The run's checkpoint.
         places: Pictures and folders of pictures.
@@ -105,15 +111,17 @@ def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint
     pictures = find_pictures(places)
     module, about = load_run(ckpt, checkpoint)
     card = load_task(about["task"])
-    names = class_names(card)
-    interpolation = load_protocol(about["protocol"]).interpolation
+    names = displayed_class_names(card)
+    protocol = load_protocol(about["protocol"])
+    seen = about.get("view", {"resize": protocol.resize, "interpolation": protocol.interpolation})
+    view = View(about["image_size"][0], **seen)
     top = min(top, module.num_classes)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", *(f"{column}{rank}" for rank in range(1, top + 1) for column in ("class", "name", "p"))])
     for start in range(0, len(pictures), _BATCH):
         part = pictures[start : start + _BATCH]
-        images = torch.from_numpy(np.stack([_read(path, about["image_size"][0], interpolation) for path in part]))
+        images = torch.from_numpy(np.stack([_read(path, view) for path in part]))
         with torch.inference_mode():
             best = module(images).softmax(dim=-1).topk(top)
         for path, values, classes in zip(part, best.values.tolist(), best.indices.tolist(), strict=True):
@@ -129,14 +137,14 @@ def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint
     return 0
 
 
-def _cells(row: Iterator[tuple[int, float]], names: Sequence[str] | None) -> Iterator[str]:
+def _cells(row: Iterator[tuple[int, float]], names: Sequence[str]) -> Iterator[str]:
     for label, p in row:
-        yield from (str(label), names[label] if names else "", f"{p:.4f}")
+        yield from (str(label), names[label], f"{p:.4f}")
 
 
-def _read(path: Path, size: int, interpolation: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _read(path: Path, view: View) -> np.ndarray[Any, np.dtype[np.uint8]]:
     try:
         with Image.open(path) as image:
-            return resize_straight(to_rgb(image), size, interpolation)
+            return view(to_rgb(image))
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise DataError(f"{path}: not a readable picture ({type(error).__name__})") from None

@@ -1,0 +1,252 @@
+"""Augmentation as a pure function of (seed, epoch, picture): no worker, process or resumed run changes a pixel.
+
+timm and torchvision draw from three global random states (Python's, numpy's, torch's). Here these are seeded anew for
+each picture or step, from a key that says which it is, and are put back afterwards.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from timm.data import Mixup, rand_augment_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
+from timm.data.mixup import cutmix_bbox_and_lam
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision.transforms import v2  # type: ignore[import-untyped]
+
+from svp_bench.data.transforms import View, shorter_side, to_array
+from svp_bench.errors import ConfigError
+
+__all__ = ["Augment", "Augmenter", "Mix", "Mixing", "erase", "mirror", "seeded"]
+
+CROP_SCALE = (0.08, 1.0)  # timm's, as torchvision's and Inception's (Szegedy et al., CVPR 2015)
+CROP_ASPECT = (3 / 4, 4 / 3)
+
+
+class _Draw(IntEnum):
+    """What is drawn: no two of them may read the same stream."""
+
+    PICTURE = 1
+    ERASING = 2
+    MIXING = 3
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's (CPU) random states from a key of whole numbers; restore them afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # the state that timm draws from
+    words = np.random.SeedSequence(key).generate_state(6)
+    random.seed(int(words[0]) << 32 | int(words[1]))
+    np.random.seed(words[2:4])  # noqa: NPY002
+    torch.default_generator.manual_seed(
+        int(words[4]) << 31 | int(words[5]) >> 1
+    )  # not torch.cuda's: nothing draws there
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What chance does to a training picture. Each field is off if None.
+
+    Attributes:
+        crop: `random_resized`: a rectangle of random area and aspect ratio, resized to the square. `random`: the
+            shorter side is resized to size / crop_ratio, and a random square is cut out.
+        scale: Range of the area of `random_resized`, as a share of the picture; `CROP_SCALE` if None.
+        aspect: Range of its width / height; `CROP_ASPECT` if None.
+        flip: Probability of a horizontal flip.
+        rand_augment: RandAugment (Cubuk et al., 2020) as a specification of timm's, e.g. "rand-m9-mstd0.5-inc1".
+            Uncovered pixels take ImageNet's mean colour.
+        color_jitter: Range of brightness, contrast and saturation: each by a factor of 1 ± this.
+
+    Raises:
+        ConfigError: If timm does not understand the specification, or two fields exclude each other.
+    """
+
+    crop: str | None = None
+    scale: tuple[float, float] | None = None
+    aspect: tuple[float, float] | None = None
+    flip: float | None = None
+    rand_augment: str | None = None
+    color_jitter: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rand_augment is not None and self.color_jitter is not None:
+            raise ConfigError(
+                "--data.color_jitter has no effect beside --data.rand_augment: timm leaves it out then; set one of them"
+            )
+        if self.crop != "random_resized" and (self.scale is not None or self.aspect is not None):
+            name = "crop_scale" if self.scale is not None else "crop_aspect"
+            raise ConfigError(
+                f"--data.{name} belongs to --data.train_crop random_resized, not to {self.crop or 'none'}"
+            )
+        if self.rand_augment is not None:
+            try:
+                if not self.rand_augment.startswith("rand-"):
+                    raise ValueError
+                rand_augment_transform(self.rand_augment, {})
+            except (AssertionError, ValueError, KeyError):
+                raise ConfigError(
+                    f"--data.rand_augment {self.rand_augment!r} is no RandAugment of timm's; for example: "
+                    "rand-m9-mstd0.5-inc1"
+                ) from None
+
+    def __bool__(self) -> bool:
+        """Whether chance does anything at all."""
+        return any(getattr(self, field.name) is not None for field in fields(self))
+
+
+class Augmenter:
+    """Applies an `Augment` to pictures.
+
+    Args:
+        augment: What is done.
+        view: How a picture is brought to its size where no random crop does.
+        seed: Of all draws.
+    """
+
+    def __init__(self, augment: Augment, view: View, seed: int) -> None:
+        self.needs_original = augment.crop is not None
+        self._view = view
+        self._seed = seed
+        steps: list[object] = []
+        mode = v2.InterpolationMode(view.interpolation)
+        if augment.crop == "random_resized":
+            scale, aspect = augment.scale or CROP_SCALE, augment.aspect or CROP_ASPECT
+            steps.append(RandomResizedCropAndInterpolation(view.size, scale, aspect, view.interpolation))
+        elif augment.crop == "random":
+            steps.append(v2.Resize(shorter_side(view.size, view.crop_ratio), mode))
+            steps.append(v2.RandomCrop(view.size))
+        if augment.flip:
+            steps.append(v2.RandomHorizontalFlip(augment.flip))
+        if augment.rand_augment is not None:  # the settings that timm's own training transforms pass on
+            fill = tuple(min(255, round(255 * x)) for x in IMAGENET_DEFAULT_MEAN)
+            settings = {
+                "translate_const": int(view.size * 0.45),
+                "img_mean": fill,
+                "interpolation": Image.Resampling[view.interpolation.upper()],
+            }
+            steps.append(rand_augment_transform(augment.rand_augment, settings))
+        if augment.color_jitter:
+            steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
+        self._steps = steps
+
+    def __call__(self, image: Image.Image, epoch: int, index: int, copy: int) -> npt.NDArray[np.uint8]:
+        """Return an RGB picture, augmented.
+
+        Args:
+            image: As stored if `needs_original`, else at the view's size.
+            epoch: The epoch.
+            index: Position of the picture in its list.
+            copy: How many times it came before in this epoch.
+
+        Returns:
+            uint8 (3, size, size), contiguous.
+        """
+        with seeded(self._seed, _Draw.PICTURE, epoch, index, copy):
+            for step in self._steps:
+                image = step(image)  # type: ignore[operator]
+        return to_array(image)
+
+
+def erase(
+    images: Tensor, probability: float, seed: int, epoch: int, index: list[int], copies: list[int] | None = None
+) -> Tensor:
+    """Random erasing (Zhong et al., AAAI 2020) in place: a rectangle of normal noise, mode "pixel" of timm's.
+
+    It belongs after normalisation, for which the noise is of the pictures' own scale. The noise is drawn on the CPU, so
+    that a picture is the same on every device.
+
+    Args:
+        images: Normalised float (B, 3, H, W), on any device.
+        probability: That a picture is changed.
+        seed: Of all draws.
+        epoch: The epoch.
+        index: Positions of the B pictures in their list.
+        copies: How many times each came before in this epoch; 0 if None.
+
+    Returns:
+        `images`.
+    """
+    erasing = RandomErasing(probability, mode="pixel", device="cpu")
+    for image, position, copy in zip(images, index, copies or [0] * len(index), strict=True):
+        with seeded(seed, _Draw.ERASING, epoch, position, copy):
+            erasing(image)
+    return images
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the pictures of one step are mixed.
+
+    Attributes:
+        share: λ, what a picture keeps of itself (cutmix: of its area).
+        box: (top, bottom, left, right) of what cutmix takes from the partner, in pixels; None for mixup.
+    """
+
+    share: float
+    box: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Mixup (Zhang et al., ICLR 2018) and cutmix (Yun et al., ICCV 2019), one draw for a whole batch (timm's "batch").
+
+    Attributes:
+        mixup: α of mixup's Beta(α, α); 0 for no mixup.
+        cutmix: α of cutmix's; 0 for no cutmix.
+        probability: That a step is mixed at all.
+        switch_probability: That it is by cutmix, where both are on.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    probability: float = 1.0
+    switch_probability: float = 0.5
+
+    def __bool__(self) -> bool:
+        """Whether anything is ever mixed."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
+
+    def draw(self, seed: int, epoch: int, step: int, height: int, width: int) -> Mix:
+        """Return the mix of one optimizer step: a pure function of its arguments.
+
+        Args:
+            seed: Of all draws.
+            epoch: The epoch.
+            step: The optimizer step within the epoch.
+            height: Of the pictures, in pixels.
+            width: Of the pictures, in pixels.
+        """
+        timm_mixup = Mixup(self.mixup, self.cutmix, prob=self.probability, switch_prob=self.switch_probability)
+        with seeded(seed, _Draw.MIXING, epoch, step):
+            share, by_cutmix = timm_mixup._params_per_batch()
+            if not by_cutmix or share == 1:
+                return Mix(float(share))
+            box, share = cutmix_bbox_and_lam((height, width), share)
+        top, bottom, left, right = map(int, box)
+        return Mix(float(share), (top, bottom, left, right))
+
+
+def mirror(values: Tensor) -> Tensor:
+    """Return each entry's neighbour of the same pair: 1, 0, 3, 2, ...; a last one without a neighbour stays itself.
+
+    Args:
+        values: (B, ...), as `GlobalBatchSampler(pairs=True)` orders a batch.
+    """
+    partner = torch.arange(len(values), device=values.device) ^ 1
+    return values[partner.clamp(max=len(values) - 1)]

@@ -1,0 +1,105 @@
+"""A bottleneck adapter after each mixer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svp_bench.errors import ConfigError
+from svp_bench.methods.base import Method
+from svp_bench.models import VisionMamba
+
+__all__ = ["ACTIVATIONS", "Adapter"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "none": lambda x: x,
+}
+
+
+class Adapter(Method):
+    """A sequential bottleneck on the output of each mixer: y + s · (U act(D y + d) + u).
+
+    The adapter of Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, arXiv:1902.00751, which
+    stands behind a sublayer and before its output is added to the residual stream; a Vim block has one sublayer, its
+    mixer. The last block has one too, for the class token: only that token is read behind the last mixer. U and u start
+    at zero.
+
+    SVP's inner prompt before block i ≥ 1 is a bottleneck in the same place, behind the mixer of block i - 1. It differs
+    in the activation (after U, not inside), in scales per channel, in leaving out the class token, in having one before
+    block 0 and none behind the last block: a control for what "prompting" adds to "adapting".
+
+    Trained parameters besides the head, for depth L, width D, hidden width h: L (2 D h + h + D), and one block less
+    without the class token. On Vim-S at h = 64 that is 1,190,400; SVP's inner path at the same width has D more a block
+    (1,199,616), and no width comes nearer.
+
+    Args:
+        hidden_dim: Width h of the bottleneck.
+        activation: Inside the bottleneck.
+        scale: s, multiplies what is added.
+        include_cls: Adapt the class token too. Without it the last block has no adapter, which nothing would read.
+    """
+
+    identity_at_start = True
+
+    def __init__(
+        self,
+        hidden_dim: int = 64,
+        activation: Literal["relu", "gelu", "silu", "none"] = "relu",
+        scale: float = 0.1,
+        include_cls: bool = True,
+    ) -> None:
+        if hidden_dim < 1:
+            raise ConfigError(f"adapter: hidden_dim must be at least 1, not {hidden_dim}")
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"adapter: activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+        if not 0 < scale < math.inf:
+            raise ConfigError(f"adapter: scale must be above 0, not {scale}")
+        self.hidden_dim = hidden_dim
+        self.activation = activation
+        self.scale = scale
+        self.include_cls = include_cls
+
+    def _layers(self, model: VisionMamba) -> range:
+        return range(model.depth if self.include_cls else model.depth - 1)
+
+    def attach(self, model: VisionMamba) -> None:
+        """Build `adapter.{layer}` and put it behind out_proj, the last step of the mixer."""
+        if not self._layers(model):
+            raise ConfigError("adapter: a model of one block needs include_cls true; nothing would read the others")
+        adapter = nn.ModuleDict()
+        spared = None if self.include_cls else model.cls_index
+        for layer in self._layers(model):
+            part = adapter[str(layer)] = _Bottleneck(self, model.embed_dim, spared)
+            model.points.on_linear(layer, "out_proj", part)
+        model.adapter = adapter
+
+    def adapter_parameters(self, model: VisionMamba) -> int:
+        """Return L (2 D h + h + D), with L - 1 for L without the class token."""
+        width, hidden = model.embed_dim, self.hidden_dim
+        return len(self._layers(model)) * (2 * width * hidden + hidden + width)
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, adapter: Adapter, width: int, spared: int | None) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, adapter.hidden_dim)
+        self.up = nn.Linear(adapter.hidden_dim, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+        self.activation = adapter.activation
+        self.scale = adapter.scale
+        self.spared = spared
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        added: Tensor = self.up(ACTIVATIONS[self.activation](self.down(y)))
+        if self.spared is not None:
+            added = added * (torch.arange(y.shape[1], device=y.device) != self.spared).unsqueeze(-1)
+        return torch.add(y, added, alpha=self.scale)

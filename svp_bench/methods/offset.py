@@ -1,0 +1,67 @@
+"""A static prompt: the same trained vector for every patch token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from svp_bench.errors import ConfigError
+from svp_bench.methods.base import Method
+from svp_bench.models import TokenState, VisionMamba
+
+__all__ = ["Offset"]
+
+
+class Offset(Method):
+    """A trained vector per block, added to every patch token of the block input: x + v_i.
+
+    SVP (Yao et al., AAAI 2025, arXiv:2412.08947) with prompts that do not depend on the token: the same places, the
+    same spared class token. A control for what is gained by making prompts from the input. The vectors start at zero.
+
+    Trained parameters besides the head: |depths| · D.
+
+    Args:
+        include_cls: Add it to the class token too.
+        depths: Blocks that get a vector; all if None.
+    """
+
+    identity_at_start = True
+
+    def __init__(self, include_cls: bool = False, depths: Sequence[int] | None = None) -> None:
+        self.include_cls = include_cls
+        self.depths = None if depths is None else list(depths)
+
+    def _depths(self, model: VisionMamba) -> list[int]:
+        depths = list(range(model.depth)) if self.depths is None else sorted(self.depths)
+        if not depths or len(set(depths)) != len(depths) or not set(depths) <= set(range(model.depth)):
+            raise ConfigError(f"offset: depths must be distinct blocks of 0..{model.depth - 1}, not {self.depths}")
+        return depths
+
+    def attach(self, model: VisionMamba) -> None:
+        """Build `adapter.offset`, a row for each block of `depths`, and add it before each of them."""
+        offsets = _Offsets(self._depths(model), model.embed_dim, self.include_cls)
+        model.adapter = offsets
+        model.points.on_tokens(offsets.add)
+
+    def adapter_parameters(self, model: VisionMamba) -> int:
+        """Return |depths| · D."""
+        return len(self._depths(model)) * model.embed_dim
+
+
+class _Offsets(nn.Module):
+    def __init__(self, depths: list[int], width: int, include_cls: bool) -> None:
+        super().__init__()
+        self.rows = {layer: row for row, layer in enumerate(depths)}
+        self.include_cls = include_cls
+        self.offset = nn.Parameter(torch.zeros(len(depths), width))
+
+    def add(self, layer: int, state: TokenState) -> TokenState:
+        if layer not in self.rows:
+            return state
+        hidden = state.hidden
+        added: Tensor = self.offset[self.rows[layer]].to(hidden.dtype)
+        if not self.include_cls:  # one row a token, zero for the class token; the same for all pictures
+            added = added * (torch.arange(hidden.shape[1], device=hidden.device) != state.cls_index).unsqueeze(-1)
+        return state._replace(hidden=hidden + added)

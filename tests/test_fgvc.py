@@ -1,0 +1,513 @@
+"""FGVC: what its cards say, JSON splits with all that is known to be wrong with them, and the data sets' own files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from drawn_records import make_record
+from helpers import command, complaint, run, settle, small
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from svp_bench.cards import TaskCard, list_tasks, load_protocol, load_suite, load_task
+from svp_bench.data import draw_task, inspect, open_source
+from svp_bench.data.sources import DRAWN_MARK, FilePictures, Source
+from svp_bench.errors import CardError, DataError, UnavailableError, UsageError
+from svp_bench.results.record import write_record
+
+# Classes, pictures of train.json without those of val.json, of val.json and of test.json (counted in the released
+# split), then official training and test pictures (the data sets' own pages).
+FACTS = {
+    "cub": (200, 5393, 600, 5794, 5994, 5794),
+    "nabirds": (555, 21536, 2393, 24633, 23929, 24633),
+    "oxford_flowers": (102, 1020, 1020, 6149, 2040, 6149),
+    "stanford_dogs": (120, 10800, 1200, 8580, 12000, 8580),
+    "stanford_cars": (196, 7329, 815, 8041, 8144, 8041),
+}
+NAMES = [f"fgvc/{task}" for task in FACTS]
+COUNTS = {"train": 12, "val": 5, "test": 7}
+CUB = load_task("fgvc/cub")
+
+
+def draw(root: Path, card: TaskCard = CUB, *quirks: str, layout: str | None = None) -> Path:
+    """Draw a task that does not say that it is drawn: its counts then decide what it is."""
+    folder = draw_task(card, root, counts=COUNTS, size=12, layout=layout, quirks=quirks)
+    (folder / DRAWN_MARK).unlink()
+    return folder
+
+
+def change(path: Path, **changes: object) -> None:
+    """Set entries of a JSON file; None takes one out."""
+    entries = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in entries.items() if value is not None}))
+
+
+def entries(folder: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return content
+
+
+def pictures(source: Source, name: str) -> dict[str, int]:
+    """Path -> label of one list."""
+    of = source.get(name)
+    assert isinstance(of, FilePictures)
+    return dict(zip(of.paths, of.labels.tolist(), strict=True))
+
+
+def verify(source: Source) -> None:
+    for of in source.lists.values():
+        of.verify()
+
+
+# --- the cards -------------------------------------------------------------------------------------------------------
+
+
+def test_the_suite_is_one_group_of_five() -> None:
+    suite = load_suite("fgvc")
+    assert dict(suite.groups) == {"fgvc": tuple(FACTS)}
+    assert (suite.table, suite.folder, suite.protocol) == ("fgvc", "FGVC", "fgvc-final")
+    assert list_tasks("fgvc") == NAMES
+
+
+@pytest.mark.parametrize("task", FACTS)
+def test_a_card_states_the_numbers_of_the_split_and_of_its_source(task: str) -> None:
+    classes, train, val, test, official, official_test = FACTS[task]
+    card = load_task(f"fgvc/{task}")
+    assert card.classes == classes
+    assert card.counts == {"train": train, "val": val, "trainval": train + val, "test": test}
+    variant = card.variants["official"]
+    assert (variant["trainval"], variant["test"]) == (official, official_test)
+    assert variant["train"] + variant["val"] == official
+    assert variant["val"] == (val if task == "oxford_flowers" else official // 10)  # an official val, or every tenth
+
+
+def test_the_protocol_has_the_lists_of_both_stages() -> None:
+    protocol = load_protocol("fgvc-final")
+    assert protocol.stages == {
+        "select": {"train": "train", "val": "val"},
+        "final": {"train": "trainval", "test": "test"},
+    }
+    assert (protocol.resize, protocol.training["trainer"]["max_epochs"]) == ("centre_crop", 100)
+
+
+# --- JSON splits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_task_is_drawn_and_read_in_both_forms(tmp_path: Path, name: str) -> None:
+    card = load_task(name)
+    draw(tmp_path / "json", card)
+    source = open_source(card, tmp_path / "json")
+    verify(source)
+    assert {key: len(of) for key, of in source.lists.items()} == {**COUNTS, "trainval": 17}
+    assert inspect(card, source, ["trainval", "test"]).variant == "card"
+
+    draw(tmp_path / "native", card, layout="native")
+    source = open_source(card, tmp_path / "native")
+    verify(source)
+    counts = {key: len(of) for key, of in source.lists.items()}
+    tenth = COUNTS if name == "fgvc/oxford_flowers" else {"train": 16, "val": 1, "test": 7}
+    assert counts == {**tenth, "trainval": 17}
+    report = inspect(card, source, ["trainval", "test"])
+    assert (report.variant, report.status) == ("official", "different")  # a few pictures are not the variant's
+    assert any("the card's variant official says" in note for note in report.notes)
+
+
+def test_labels_are_the_ranks_of_the_ids_in_train(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    ranks = {class_id: rank for rank, class_id in enumerate(sorted({*entries(folder, "train").values()}))}
+    assert sorted(ranks) != list(ranks.values())  # ids are no labels
+    source = open_source(CUB, tmp_path)
+    for name in COUNTS:
+        assert pictures(source, name) == {path: ranks[value] for path, value in entries(folder, name).items()}
+
+
+def test_ids_may_be_texts_and_give_the_same_labels(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    numbers = {name: pictures(open_source(CUB, tmp_path), name) for name in COUNTS}
+    for name in COUNTS:  # not padded: as texts, "11" would come before "5"
+        change(folder / f"{name}.json", **{path: str(value) for path, value in entries(folder, name).items()})
+    assert {name: pictures(open_source(CUB, tmp_path), name) for name in COUNTS} == numbers
+    padded = draw(tmp_path / "padded", CUB, "text_ids")
+    assert {*map(type, entries(padded, "val").values())} == {str}
+    assert set(pictures(open_source(CUB, tmp_path / "padded"), "train").values()) == set(range(12))
+
+
+def test_a_class_that_val_lacks_shifts_no_label(tmp_path: Path) -> None:
+    card = load_task("fgvc/nabirds")
+    folder = draw(tmp_path, card, "val_lacks_class")
+    train, val = entries(folder, "train"), entries(folder, "val")
+    assert min(train.values()) not in val.values()
+    source = open_source(card, tmp_path)
+    label_of = {train[path]: label for path, label in pictures(source, "train").items()}
+    assert pictures(source, "val") == {path: label_of[value] for path, value in val.items()}
+    anew = {value: rank for rank, value in enumerate(sorted({*val.values()}))}  # what released loaders do
+    assert pictures(source, "val") != {path: anew[value] for path, value in val.items()}
+
+
+def test_val_inside_train_is_taken_out_of_train_and_kept_in_trainval(tmp_path: Path) -> None:
+    card = load_task("fgvc/stanford_cars")
+    folder = draw(tmp_path, card, "val_in_train")
+    train, val = entries(folder, "train"), entries(folder, "val")
+    assert val.keys() < train.keys()
+    source = open_source(card, tmp_path)
+    assert pictures(source, "train").keys() == train.keys() - val.keys()
+    assert list(pictures(source, "trainval")) == list(train)
+    assert not pictures(source, "val").keys() & pictures(source, "train").keys()
+
+
+def test_upper_case_names_are_read(tmp_path: Path) -> None:
+    folder = draw(tmp_path, CUB, "upper_case")
+    assert any(path.endswith(".JPG") for path in entries(folder, "train"))
+    verify(open_source(CUB, tmp_path))
+
+
+@pytest.mark.parametrize("place", ["CUB_200_2011", "cub", "FGVC/CUB_200_2011", "FGVC/FGVC/cub"])
+@pytest.mark.parametrize("images", ["images", "Images", ""])
+def test_folders_and_picture_roots_go_by_several_names(tmp_path: Path, place: str, images: str) -> None:
+    folder = draw(tmp_path / "drawn")
+    target = tmp_path / "root" / place
+    target.parent.mkdir(parents=True)
+    folder.rename(target)
+    if images:
+        (target / "images").rename(target / images)
+    else:
+        for child in (target / "images").iterdir():
+            child.rename(target / child.name)
+    verify(open_source(CUB, tmp_path / "root"))
+    if Path(place).name == CUB.folder:
+        verify(open_source(CUB, target))
+
+
+def test_no_data_names_all_places_and_what_to_get(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        open_source(CUB, tmp_path)
+    text = str(caught.value)
+    for place in ("CUB_200_2011", "cub", "FGVC/CUB_200_2011", "FGVC/FGVC/cub"):
+        assert f"{tmp_path / place}" in text
+    for file in ("train.json", "test.json", "train_test_split.txt", "https://github.com/KMnP/vpt", CUB.source):
+        assert file in text
+    assert "\n" not in text
+
+
+def test_pictures_in_none_of_the_roots(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    (folder / "images").rename(folder / "pictures")
+    with pytest.raises(
+        DataError, match=r"train\.json: its pictures are in none of .+/images, .+/Images, .+CUB_200_2011 "
+    ):
+        open_source(CUB, tmp_path)
+
+
+def test_a_name_in_other_case_is_pointed_out(tmp_path: Path) -> None:
+    folder = draw(tmp_path, CUB, "upper_case")
+    path = next(path for path in entries(folder, "train") if path.endswith(".JPG"))
+    file = folder / "images" / path
+    file.rename(file.with_suffix(".jpg"))
+    with pytest.raises(DataError, match=rf"the first is .+\.JPG \(there is {file.stem}\.jpg, in other case\); get"):
+        open_source(CUB, tmp_path).get("train").verify()
+
+
+def test_listed_pictures_that_are_absent_are_counted(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    for path in list(entries(folder, "val"))[:2]:
+        (folder / "images" / path).unlink()
+    with pytest.raises(DataError, match=r"2 of the 5 pictures of .+/val\.json are missing, the first is .+\.jpg; get"):
+        open_source(CUB, tmp_path).get("val").verify()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train.json", "{", r"train\.json: not JSON \(.+\); get the split again"),
+        ("val.json", "\xff", r"val\.json: not JSON"),
+        ("train.json", "[1]", r"train\.json: found \[1\], expected one object of picture path -> class id"),
+        ("test.json", "{}", r"test\.json: found \{\}, expected one object"),
+        ("train.json", '{"a.jpg": 1, "b.jpg": 2, "a.jpg": 1}', r"train\.json: 'a\.jpg' is listed twice"),
+        ("train.json", '{"a.jpg": 1.0}', r"class id of 'a\.jpg' is 1\.0, expected a whole number or a text of digits"),
+        ("train.json", '{"a.jpg": true}', r"class id of 'a\.jpg' is True"),
+        ("train.json", '{"a.jpg": null}', r"class id of 'a\.jpg' is None"),
+        ("train.json", '{"a.jpg": "owl"}', r"class id of 'a\.jpg' is 'owl'"),
+        ("train.json", '{"/a.jpg": 1}', r"train\.json: '/a\.jpg' is an absolute path"),
+        ("train.json", '{"../a.jpg": 1}', r"train\.json: '\.\./a\.jpg' leads out of"),
+        ("val.json", '{"a.jpg": 999}', r"val\.json: class id 999 of 'a\.jpg' is not among those of .+train\.json"),
+        ("test.json", '{"a.jpg": "007"}', r"test\.json: class id 7 of 'a\.jpg' is not among those"),
+        (
+            "val.json",
+            None,
+            r"CUB_200_2011 has a JSON split without val\.json; get train\.json, val\.json and test\.json",
+        ),
+    ],
+)
+def test_a_broken_split_is_one_line(tmp_path: Path, file: str, content: str | None, message: str) -> None:
+    folder = draw(tmp_path)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content.encode("latin1"))
+    with pytest.raises(DataError, match=message) as caught:
+        open_source(CUB, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_test_pictures_in_training_stop_it(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    path, value = next(iter(entries(folder, "train").items()))
+    change(folder / "test.json", **{path: value})
+    with pytest.raises(DataError, match=r"test\.json: 1 test pictures are also listed for training, the first is '"):
+        open_source(CUB, tmp_path)
+
+
+def test_two_ids_for_one_picture_stop_it(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    (path, value), (_, other) = list(entries(folder, "train").items())[:2]
+    change(folder / "val.json", **{path: other})
+    with pytest.raises(DataError, match=rf"val\.json: '.+' has class id {other}, in .+train\.json {value}"):
+        open_source(CUB, tmp_path)
+
+
+def test_nothing_but_val_leaves_nothing_to_train_on(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    (folder / "val.json").write_text((folder / "train.json").read_text())
+    with pytest.raises(DataError, match="none is left to train on"):
+        open_source(CUB, tmp_path)
+
+
+def test_more_classes_than_the_card_stop_it_and_fewer_are_a_difference(tmp_path: Path) -> None:
+    draw(tmp_path)
+    with pytest.raises(DataError, match=r"train\.json: 12 classes, but the card of fgvc/cub has 11"):
+        open_source(replace(CUB, classes=11), tmp_path)
+    assert any("has 12 classes, the card says 200" in note for note in open_source(CUB, tmp_path).notes)
+    assert open_source(replace(CUB, classes=12), tmp_path).notes == ()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.text(max_size=5),
+        st.one_of(st.integers(-5, 5), st.text(max_size=3), st.floats(), st.none(), st.booleans()),
+        max_size=4,
+    )
+)
+def test_whatever_a_split_holds_it_is_read_or_refused_in_one_line(tmp_path: Path, content: dict[str, Any]) -> None:
+    folder = tmp_path / "CUB_200_2011"
+    if not folder.exists():
+        draw(tmp_path)
+    (folder / "val.json").write_text(json.dumps(content))
+    try:
+        source, refusal = open_source(CUB, tmp_path), ""
+    except DataError as error:
+        source, refusal = None, str(error)
+    if source is None:
+        assert len(refusal.splitlines()) == 1
+    else:
+        assert len(source.get("val")) == len(content)
+
+
+def test_as_on_the_card(tmp_path: Path) -> None:
+    draw(tmp_path)
+    card = replace(CUB, counts={**COUNTS, "trainval": 17}, classes=12)
+    report = inspect(card, open_source(card, tmp_path), list(card.counts))
+    assert (report.variant, report.status, report.notes) == ("card", "as_card", ())
+
+
+# --- the data sets' own files ----------------------------------------------------------------------------------------
+
+
+def test_val_of_the_official_form_is_every_tenth_in_official_order(tmp_path: Path) -> None:
+    draw_task(CUB, tmp_path, counts={"train": 30, "val": 5, "test": 4}, size=12, layout="native")
+    lines = (tmp_path / "CUB_200_2011" / "images.txt").read_text().splitlines()
+    split = (tmp_path / "CUB_200_2011" / "train_test_split.txt").read_text().splitlines()
+    official = [line.split()[1] for line, flag in zip(lines, split, strict=True) if flag.endswith(" 1")]
+    source = open_source(CUB, tmp_path)
+    assert list(pictures(source, "val")) == [official[9], official[19], official[29]]
+    assert list(pictures(source, "train")) == [path for path in official if path not in pictures(source, "val")]
+    assert list(pictures(source, "trainval")) == official
+
+
+def test_the_json_split_goes_before_the_own_files_and_is_never_called_official(tmp_path: Path) -> None:
+    native = draw(tmp_path / "native", layout="native")
+    folder = draw(tmp_path / "json")
+    for file in native.glob("*.txt"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    source = open_source(CUB, tmp_path / "json")
+    assert (source.variant, len(source.get("val"))) == ("card", 5)
+    counts = {name: len(of) for name, of in source.lists.items()}
+    card = replace(CUB, variants={"official": counts})  # even if it had its counts
+    assert inspect(card, source, ["test"]).variant == "card"
+    (folder / "val.json").unlink()  # a part of a split is no reason to take another
+    with pytest.raises(DataError, match=r"has a JSON split without val\.json"):
+        open_source(CUB, tmp_path / "json")
+
+
+def test_the_official_form_is_as_on_the_card_by_the_variants_counts(tmp_path: Path) -> None:
+    draw(tmp_path, layout="native")
+    counts = {"train": 16, "val": 1, "trainval": 17, "test": 7}
+    card = replace(CUB, classes=12, variants={"official": counts})
+    report = inspect(card, open_source(card, tmp_path), ["trainval", "test"])
+    assert (report.variant, report.status, report.notes) == ("official", "as_card", ())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("images.txt", "1\n", r"images\.txt:1: found '1': expected `<picture id> <value>`"),
+        ("images.txt", "1 a.jpg\n1 b.jpg\n", r"images\.txt:2: found '1 b\.jpg': the id is given twice"),
+        ("images.txt", "1 a.jpg\n2 a.jpg\n", r"images\.txt: 'a\.jpg' is listed twice"),
+        ("images.txt", "1 a.jpg\n99 b.jpg\n", r"image_class_labels\.txt: lacks the picture 99 \(b\.jpg\)"),
+        ("train_test_split.txt", None, r"lacks train_test_split\.txt; get train\.json"),
+        ("train_test_split.txt", "2", r"picture 1 has '2', expected 1 or 0"),
+        ("train_test_split.txt", "1", r"its files list no test picture"),
+        ("image_class_labels.txt", "x", r"class id of '.+' is 'x', expected a whole number"),
+    ],
+)
+def test_broken_own_files_are_one_line(tmp_path: Path, file: str, content: str | None, message: str) -> None:
+    folder = draw(tmp_path, layout="native")
+    if content is None:
+        (folder / file).unlink()
+    elif len(content) == 1:
+        (folder / file).write_text("".join(f"{number} {content}\n" for number in range(1, 25)))
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(DataError, match=message):
+        open_source(CUB, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("fgvc/oxford_flowers", "setid.mat"),
+        ("fgvc/oxford_flowers", "imagelabels.mat"),
+        ("fgvc/stanford_dogs", "test_list.mat"),
+        ("fgvc/stanford_cars", "cars_annos.mat"),
+    ],
+)
+def test_broken_mat_files_are_one_line(tmp_path: Path, name: str, file: str) -> None:
+    from scipy.io import savemat
+
+    card = load_task(name)
+    folder = draw(tmp_path, card, layout="native")
+    savemat(folder / file, {"other": np.zeros(3)})
+    with pytest.raises(DataError, match=rf"{file}: cannot be read \(KeyError: '\w+'\); get the file again"):
+        open_source(card, tmp_path)
+    (folder / file).write_bytes(b"MATLAB" * 3)
+    with pytest.raises(DataError, match=rf"{file}: cannot be read \(.+\); get the file again") as caught:
+        open_source(card, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_mat_files_without_scipy_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = load_task("fgvc/stanford_cars")
+    draw(tmp_path, card, layout="native")
+    original = importlib.import_module
+
+    def without_scipy(name: str, package: str | None = None) -> Any:
+        if name.startswith("scipy"):
+            raise ModuleNotFoundError("No module named 'scipy'")
+        return original(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", without_scipy)
+    with pytest.raises(
+        UnavailableError, match=r"reading cars_annos\.mat needs scipy \(.+\); install it: pip install scipy"
+    ):
+        open_source(card, tmp_path)
+
+
+# --- cards that ask for what is not there -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counts": {"trian": 1}}, "unknown list of the reader 'json_split' 'trian'; did you mean 'train'"),
+        ({"variants": {}}, "the option 'native' needs the counts of the variant 'official'"),
+        ({"options": {"native": "text_file"}}, "unknown native form 'text_file'; did you mean 'text_files'"),
+        ({"options": {"refit": "all"}}, "unknown list to refit on 'all'; allowed: train, trainval"),
+        ({"options": {"refit": "train"}}, "the option 'refit' is given, but counts has no list 'refit'"),
+        ({"options": {"roots": "x"}}, "unknown option of the reader 'json_split' 'roots'"),
+    ],
+)
+def test_wrong_cards_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    if "options" in changes:
+        changes = {"reader": replace(CUB.reader, options=changes["options"])}
+    with pytest.raises(CardError, match=f"cub.yaml:1: {message}"):
+        open_source(replace(CUB, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "message"),
+    [
+        ("fgvc/cub", {"layout": "jsn"}, "unknown layout 'jsn'; did you mean 'json'"),
+        ("fgvc/cub", {"quirks": ["text_id"]}, "unknown quirk 'text_id'; did you mean 'text_ids'"),
+        ("fgvc/cub", {"layout": "native", "quirks": ["text_ids"]}, "are of the JSON split, not of the layout 'native'"),
+        ("vtab/dtd", {"layout": "json"}, "vtab/dtd is read by 'lists'; only JSON splits have layouts and quirks"),
+    ],
+)
+def test_wrong_ways_to_draw_are_named(tmp_path: Path, task: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        draw_task(load_task(task), tmp_path, **arguments)
+
+
+# --- from the front door ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_drawing_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(tmp_path, monkeypatch)
+    draw_task(CUB, tmp_path / "data", counts=COUNTS, size=16, quirks=["text_ids", "val_in_train"])
+    outcome = run(*small(config="configs/fgvc/cub.yaml"))
+    record = outcome.record
+    assert (record["task"], record["protocol"], record["lists"]) == (
+        "fgvc/cub",
+        "fgvc-final",
+        {"train": "trainval", "test": "test"},
+    )
+    assert (record["data_variant"], record["data_status"], record["metrics"]["count"]) == ("drawn", "different", 7)
+    select = run(*small("--data.stage", "select", config="configs/fgvc/cub.yaml")).record
+    assert (select["kind"], select["lists"], select["metrics"]["count"]) == (
+        "selection",
+        {"train": "train", "val": "val"},
+        5,
+    )
+    table = run("table", "--suite", "fgvc").out
+    assert "FGVC" in table
+    assert "1/5" in table
+
+
+def test_a_whole_suite_is_tabled_with_its_published_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, (name, right) in enumerate(zip(NAMES, (5, 6, 7, 8, 9), strict=True)):
+        fields = {"protocol": "fgvc-final", "lists": {"train": "trainval", "test": "test"}}
+        write_record(make_record(name, right=right, number=number, **fields), "results")
+    table = run("table", "--suite", "fgvc", "--published").out
+    assert "5/5" in table
+    assert "70.0" in table  # the mean of 50 … 90
+    assert "88.54" in table  # V-PETL Bench, full fine-tuning
+
+
+def test_drawing_and_checking_from_the_command_line(tmp_path: Path) -> None:
+    for layout in ("json", "native"):
+        outcome = run("data", "draw", "fgvc/stanford_cars", "--root", str(tmp_path / layout), "--layout", layout)
+        assert "Next: svp-bench fit --config configs/fgvc/stanford_cars.yaml" in outcome.out
+        checked = run("data", "check", "fgvc/stanford_cars", "--root", str(tmp_path / layout))
+        assert "are drawn, not real" in checked.out
+    wrong = command("data", "draw", "fgvc/cub", "--root", str(tmp_path), "--layout", "mat")
+    assert "unknown layout 'mat'" in complaint(wrong, 2)
+
+
+def test_a_picture_that_cannot_be_read_names_its_split(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    for path in list(entries(folder, "test"))[:2]:
+        (folder / "images" / path).write_bytes(b"no picture")
+    with pytest.raises(
+        DataError, match=r"not a readable picture: no known picture format \(and 1 more of test\.json\)"
+    ):
+        open_source(CUB, tmp_path).get("test").verify()
+    with Image.open(folder / "images" / next(iter(entries(folder, "train")))) as image:
+        assert image.format == "JPEG"

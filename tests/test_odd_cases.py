@@ -1,0 +1,107 @@
+"""Runs that are unusual and right: other picture sizes, odd pictures and labels, odd places, two at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import BACKBONE, command, complaint, draw, run, settle
+from helpers import small as line
+from PIL import Image
+
+from svp_bench.results.record import read_records
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return settle(tmp_path, monkeypatch)
+
+
+def lists(name: str) -> Path:
+    (path,) = Path("data").rglob(f"{name}.txt")
+    return path
+
+
+@pytest.mark.parametrize("side", ["8", "24", "40", "64"])
+def test_pictures_of_another_size(place: Path, side: str) -> None:
+    record = run(*line(data__image_size=side)).record
+    assert record["status"] == "complete"
+    assert record["config"]["data"]["image_size"] == int(side)
+
+
+def test_pictures_smaller_than_a_patch(place: Path) -> None:
+    told = complaint(command(*line(data__image_size="7")), 2)
+    assert f"data.image_size 7 is smaller than a patch of {BACKBONE} (8 pixels)" in told
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16", "LA"])
+def test_pictures_in_another_mode(place: Path, mode: str) -> None:
+    """Grey, black and white, palette, transparency, four inks, 16 bits."""
+    for path in sorted(Path("data").rglob("*.jpg")):
+        with Image.open(path) as image:
+            changed = image.convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+        changed.save(path, "TIFF" if mode in ("CMYK", "I;16") else "PNG")
+    assert run(*line()).record["status"] == "complete"
+
+
+def test_a_class_without_training_pictures(place: Path) -> None:
+    """The card has 100 classes and 17 training pictures: most have none; nothing is invented for them."""
+    record = run(*line()).record
+    assert record["parameters"]["head"] == 100 * 16 + 100
+    assert record["metrics"]["count"] == 9
+
+
+def test_all_pictures_of_one_class(place: Path) -> None:
+    for name in ("train800", "val200", "train800val200", "test"):
+        path = lists(name)
+        path.write_text("".join(f"{entry.split()[0]} 0\n" for entry in path.read_text().splitlines()))
+    record = run(*line("--method", "full", trainer__max_epochs="3", data__batch_size="17")).record
+    assert record["status"] == "complete"
+    assert 0 <= record["metrics"]["top1"] <= 100
+
+
+@pytest.mark.parametrize("size", ["17", "18", "500"])
+def test_a_batch_as_large_as_the_data_set_or_larger(place: Path, size: str) -> None:
+    outcome = run(*line("--data.drop_last", "true", data__batch_size=size, trainer__max_epochs="2"))
+    assert outcome.record["status"] == "complete"
+    assert outcome.record["epochs"] == 2
+
+
+@pytest.mark.parametrize("batch", ["1", "16"])
+def test_a_batch_of_one_picture(place: Path, batch: str) -> None:
+    """Either all are, or the last of an epoch is."""
+    assert run(*line(data__batch_size=batch)).record["status"] == "complete"
+
+
+def test_a_place_with_blanks_and_other_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / "Büro für Größen 中文 [x] 'y' #1"
+    odd.mkdir()
+    settle(odd, monkeypatch)
+    draw(odd / "mes données")
+    outcome = run(*line("--results_root", "mes résultats", "--runs_root", "läufe 1", data__root="mes données"))
+    assert outcome.record_path.is_file()
+    assert outcome.record_path.parts[0] == "mes résultats"
+    assert run("table", "--results_root", "mes résultats").status == 0
+
+
+def test_two_runs_into_one_folder_at_once(place: Path) -> None:
+    """Of one setting and seed, at one moment: two runs, two records, nothing mixed."""
+    script = (
+        f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}]\nimport helpers\nhelpers.register_backbone()\n"
+    )
+    Path("program.py").write_text(f"{script}from svp_bench.cli import entry_point\nentry_point()\n")
+    argv = [sys.executable, "program.py", *line()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(argv, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    for process in both:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    records, problems = read_records("results")
+    assert not problems
+    assert len({record.run_id for record in records}) == 2
+    one, other = records
+    assert one.correct == other.correct
+    assert one.setting_digest == other.setting_digest
+    assert len(list(Path("runs/vtab/cifar").iterdir())) == 2
