@@ -134,6 +134,18 @@ def test_in_stage_select_and_with_accumulation(place: Path, monkeypatch: pytest.
     assert steady(again.record) == steady(whole.record)
 
 
+@needs_signals
+def test_within_an_epoch_a_step_stays_as_many_batches(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the number is free: what a record compares does not depend on it."""
+    flags = (*FLAGS, "--trainer.accumulate_grad_batches")
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert command(*small("--data.drop_last", "true", *flags, "2")).status == 0
+    told = complaint(command(*small("--data.drop_last", "true", *flags, "1", "--resume")), 2)
+    assert "counts 2 batches for a step: go on with --trainer.accumulate_grad_batches 2, not 1" in told
+    run(*small("--data.drop_last", "true", *flags, "2", "--resume"))
+
+
 def test_what_there_is_to_go_on_with(place: Path) -> None:
     first = command(*small(*FLAGS, "--resume"))
     assert first.status == 0

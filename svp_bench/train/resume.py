@@ -167,15 +167,16 @@ class Stopper(Callback):
         self._training = False
         self._skip = 0  # batches of the current epoch that are done, in a checkpoint within an epoch
         self._saving_at = 0
+        self._accumulate = self._accumulated = 1  # batches for an optimizer step: of this run, of its checkpoint
         self._old: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of its epoch a checkpoint has behind it; 0 at the end of one."""
-        return {"batches": self._saving_at}
+        """How many batches of its epoch a checkpoint has behind it (0 at the end of one), and how many make a step."""
+        return {"batches": self._saving_at, "accumulate": self._accumulate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on within the epoch."""
-        self._skip = int(state_dict["batches"])
+        self._skip, self._accumulated = int(state_dict["batches"]), int(state_dict["accumulate"])
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -207,6 +208,12 @@ class Stopper(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on a signal waits for the end of a step; a run that goes on within an epoch skips what is done."""
+        self._accumulate = trainer.accumulate_grad_batches
+        if self._skip and self._accumulated != self._accumulate:
+            raise UsageError(
+                f"the checkpoint lies within an epoch and counts {self._accumulated} batches for a step: go on with "
+                f"--trainer.accumulate_grad_batches {self._accumulated}, not {self._accumulate}"
+            )
         self._training = True
         self._listen()  # Lightning has taken the signals meanwhile, with its own idea of them
         sampler = getattr(trainer.train_dataloader, "sampler", None)
