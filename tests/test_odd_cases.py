@@ -31,6 +31,17 @@ def test_pictures_of_another_size(place: Path, side: str) -> None:
     assert record["config"]["data"]["image_size"] == int(side)
 
 
+def test_pictures_that_are_no_squares(place: Path) -> None:
+    """32 high and 48 wide: 4 × 6 patches, for training, test and the pictures that a run predicts."""
+    outcome = run(*line(data__image_size="[32, 48]"))
+    assert outcome.record["config"]["data"]["image_size"] == [32, 48]
+    shown = run("predict", "--ckpt", str(outcome.folder / "checkpoints/last.ckpt"), "--images", "data/cifar/images")
+    assert shown.status == 0
+    for flags in (("--data.resize", "centre_crop"), ("--data.train_crop", "random_resized")):
+        told = complaint(command(*line(*flags, data__image_size="[32, 48]")), 2)
+        assert "makes squares, and the pictures are 32 x 48; use --data.resize straight" in told
+
+
 def test_pictures_smaller_than_a_patch(place: Path) -> None:
     told = complaint(command(*line(data__image_size="7")), 2)
     assert f"data.image_size 7 is smaller than a patch of {BACKBONE} (8 pixels)" in told

@@ -32,6 +32,8 @@ __all__ = ["Augment", "Augmenter", "Mix", "Mixing", "erase", "mirror", "seeded"]
 CROP_SCALE = (0.08, 1.0)  # timm's, as torchvision's and Inception's (Szegedy et al., CVPR 2015)
 CROP_ASPECT = (3 / 4, 4 / 3)
 
+_CROPS = "--data.train_crop"
+
 
 class _Draw(IntEnum):
     """What is drawn: no two of them may read the same stream."""
@@ -127,16 +129,17 @@ class Augmenter:
         mode = v2.InterpolationMode(view.interpolation)
         if augment.crop == "random_resized":
             scale, aspect = augment.scale or CROP_SCALE, augment.aspect or CROP_ASPECT
-            steps.append(RandomResizedCropAndInterpolation(view.size, scale, aspect, view.interpolation))
+            steps.append(RandomResizedCropAndInterpolation(view.side(_CROPS), scale, aspect, view.interpolation))
         elif augment.crop == "random":
-            steps.append(v2.Resize(shorter_side(view.size, view.crop_ratio), mode))
-            steps.append(v2.RandomCrop(view.size))
+            side = view.side(_CROPS)
+            steps.append(v2.Resize(shorter_side(side, view.crop_ratio), mode))
+            steps.append(v2.RandomCrop(side))
         if augment.flip:
             steps.append(v2.RandomHorizontalFlip(augment.flip))
         if augment.rand_augment is not None:  # the settings that timm's own training transforms pass on
             fill = tuple(min(255, round(255 * x)) for x in IMAGENET_DEFAULT_MEAN)
             settings = {
-                "translate_const": int(view.size * 0.45),
+                "translate_const": int(min(view.sides) * 0.45),
                 "img_mean": fill,
                 "interpolation": Image.Resampling[view.interpolation.upper()],
             }

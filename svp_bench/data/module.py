@@ -34,7 +34,7 @@ from svp_bench.cards import (
 from svp_bench.data.augment import Augment, Augmenter, Mixing
 from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler, Positions
 from svp_bench.data.sources import DataReport, Pictures, Source, cpu_count, in_threads, inspect, open_source
-from svp_bench.data.transforms import CROP_RATIO, INTERPOLATIONS, RESIZES, View
+from svp_bench.data.transforms import CROP_RATIO, INTERPOLATIONS, RESIZES, View, sides
 from svp_bench.errors import ConfigError, DataError, UsageError, unknown_name
 
 __all__ = ["MEMORY_LIMIT_BYTES", "Batch", "VisionDataModule"]
@@ -76,7 +76,8 @@ class VisionDataModule(LightningDataModule):
             for each core, at most 8, and none for a small list.
         seed: Seed of the order of the training pictures.
         drop_last: Leave a smaller last batch out of an epoch, unless it is the only one.
-        image_size: Height and width of the pictures in pixels; by default the protocol's.
+        image_size: Height and width of the pictures in pixels, or one number for both; by default the protocol's. Not a
+            square: with `resize` straight and without crops.
         resize: How a picture is brought to that size: straight (both sides, the aspect ratio is lost) or centre_crop
             (shorter side to image_size / crop_ratio, then the square in the middle); by default the protocol's.
         interpolation: bicubic, bilinear or lanczos; by default the protocol's.
@@ -128,7 +129,7 @@ class VisionDataModule(LightningDataModule):
         num_workers: int | Literal["auto"] = "auto",
         seed: int = 0,
         drop_last: bool = False,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         resize: Literal["straight", "centre_crop"] | None = None,
         interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None,
         crop_ratio: float | None = None,
@@ -161,7 +162,9 @@ class VisionDataModule(LightningDataModule):
                 )
         self.num_classes = self.card.classes
         self.class_names: list[str] = displayed_class_names(self.card)
-        self.image_size = _at_least(1, "image_size", self.protocol.image_size if image_size is None else image_size)
+        self.image_size = self.protocol.image_size if image_size is None else image_size
+        for side in sides(self.image_size):
+            _at_least(1, "image_size", side)
         self.batch_size = _at_least(1, "batch_size", batch_size)
         self.eval_batch_size = _at_least(
             1, "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size
@@ -172,6 +175,8 @@ class VisionDataModule(LightningDataModule):
         _one_of("resize", resize, RESIZES)
         _one_of("interpolation", interpolation, INTERPOLATIONS)
         _one_of("train_crop", train_crop, ("random", "random_resized"))
+        if train_crop is not None:
+            View(self.image_size).side("--data.train_crop")
         self.view = View(
             self.image_size,
             self.protocol.resize if resize is None else resize,
@@ -259,10 +264,10 @@ class VisionDataModule(LightningDataModule):
     def _dataset(self, role: str) -> _Pictures:
         """Return the pictures of a role: decoded and kept, unless they are for test, cropped by chance or too many."""
         if role not in self._datasets:
-            pictures, size = self._pictures(role), self.image_size
+            pictures = self._pictures(role)
             augmenter = Augmenter(self.augment, self.view, self.seed) if role == "train" and self.augment else None
             cropped = augmenter is not None and augmenter.needs_original
-            bytes_decoded = len(pictures) * 3 * size * size
+            bytes_decoded = len(pictures) * 3 * math.prod(self.view.sides)
             keep = role != "test" and not cropped and bytes_decoded <= MEMORY_LIMIT_BYTES
             if role != "test" and not cropped and not keep:
                 rank_zero_info(
@@ -464,7 +469,7 @@ class _KeptPictures(_Pictures):
 
     def __init__(self, pictures: Pictures, view: View, augmenter: Augmenter | None = None) -> None:
         super().__init__(pictures, view, augmenter)
-        kept = np.empty((len(pictures), 3, view.size, view.size), dtype=np.uint8)
+        kept = np.empty((len(pictures), 3, *view.sides), dtype=np.uint8)
 
         def decode(position: int) -> None:
             kept[position] = self._decode(position)

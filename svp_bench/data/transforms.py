@@ -14,9 +14,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from svp_bench.errors import unknown_name
+from svp_bench.errors import ConfigError, unknown_name
 
-__all__ = ["CROP_RATIO", "INTERPOLATIONS", "RESIZES", "View", "resize_straight", "shorter_side", "to_array", "to_rgb"]
+__all__ = [
+    "CROP_RATIO",
+    "INTERPOLATIONS",
+    "RESIZES",
+    "View",
+    "resize_straight",
+    "shorter_side",
+    "sides",
+    "to_array",
+    "to_rgb",
+]
 
 RESIZES = ("straight", "centre_crop")
 CROP_RATIO = 0.875  # of timm and torchvision: 224 of 256
@@ -50,24 +60,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_straight(image: Image.Image, size: int, interpolation: str = "bicubic") -> npt.NDArray[np.uint8]:
-    """Resize both sides to `size`, whatever the aspect ratio: no crop loses a part that the label speaks of.
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) of a size that may be one number for both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def resize_straight(
+    image: Image.Image, size: int | tuple[int, int], interpolation: str = "bicubic"
+) -> npt.NDArray[np.uint8]:
+    """Resize both sides, whatever the aspect ratio: no crop loses a part that the label speaks of.
 
     Args:
         image: An RGB picture.
-        size: Height and width of the result in pixels.
+        size: Height and width of the result in pixels, or one number for both.
         interpolation: A name of `INTERPOLATIONS`.
 
     Returns:
-        uint8 (3, size, size), contiguous.
+        uint8 (3, height, width), contiguous.
 
     Raises:
         UsageError: If the interpolation is unknown.
     """
     if interpolation not in INTERPOLATIONS:
         raise unknown_name("interpolation", interpolation, INTERPOLATIONS)
-    resized = image if image.size == (size, size) else image.resize((size, size), INTERPOLATIONS[interpolation])
-    return to_array(resized)
+    height, width = sides(size)
+    fits = image.size == (width, height)
+    return to_array(image if fits else image.resize((width, height), INTERPOLATIONS[interpolation]))
 
 
 def to_array(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -85,7 +103,7 @@ class View:
     """From an RGB picture to the model's size, without chance: what evaluation sees.
 
     Attributes:
-        size: Height and width of the result in pixels.
+        size: Height and width of the result in pixels, or one number for both.
         resize: `straight`: see `resize_straight`. `centre_crop`: the shorter side is resized to size / crop_ratio, the
             aspect ratio kept, and the square in the middle is cut out (torchvision's Resize and CenterCrop).
         interpolation: A name of `INTERPOLATIONS`.
@@ -93,9 +111,10 @@ class View:
 
     Raises:
         UsageError: If the resize or the interpolation is unknown.
+        ConfigError: If a crop is to be no square.
     """
 
-    size: int
+    size: int | tuple[int, int]
     resize: str = "straight"
     interpolation: str = "bicubic"
     crop_ratio: float = CROP_RATIO
@@ -105,13 +124,34 @@ class View:
             raise unknown_name("resize", self.resize, RESIZES)
         if self.interpolation not in INTERPOLATIONS:
             raise unknown_name("interpolation", self.interpolation, INTERPOLATIONS)
+        if self.resize == "centre_crop":
+            self.side("--data.resize centre_crop")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the result in pixels."""
+        return sides(self.size)
+
+    def side(self, what: str) -> int:
+        """Return the side of the square that `what` needs.
+
+        Raises:
+            ConfigError: If the result is no square.
+        """
+        height, width = self.sides
+        if height != width:
+            raise ConfigError(
+                f"{what} makes squares, and the pictures are {height} x {width}; use --data.resize straight"
+            )
+        return height
 
     def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Return the picture as uint8 (3, size, size)."""
+        """Return the picture as uint8 (3, height, width)."""
         if self.resize == "straight":
             return resize_straight(image, self.size, self.interpolation)
         from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]  # slow to import
 
         mode = F.InterpolationMode(self.interpolation)
-        resized = F.resize(image, [shorter_side(self.size, self.crop_ratio)], interpolation=mode)
-        return to_array(F.center_crop(resized, [self.size, self.size]))
+        side = self.side("--data.resize centre_crop")
+        resized = F.resize(image, [shorter_side(side, self.crop_ratio)], interpolation=mode)
+        return to_array(F.center_crop(resized, [side, side]))

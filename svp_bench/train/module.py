@@ -95,7 +95,7 @@ class AdaptationModule(LightningModule):
         backbone: str = "vim_small_patch16_224",
         checkpoint: str = "hub",
         num_classes: int = 1000,
-        image_size: int = 224,
+        image_size: int | tuple[int, int] = 224,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),

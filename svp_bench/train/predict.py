@@ -58,7 +58,7 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> tuple[Adaptatio
         backbone=about["backbone"],
         checkpoint=checkpoint or about["checkpoint"],
         num_classes=about["num_classes"],
-        image_size=about["image_size"][0],
+        image_size=tuple(about["image_size"]),
         seed=about["init_seed"],
         head_hidden=about.get("head_hidden"),  # older checkpoints say nothing of these four
         input_attention=about.get("input_attention"),
@@ -114,7 +114,7 @@ def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint
     names = displayed_class_names(card)
     protocol = load_protocol(about["protocol"])
     seen = about.get("view", {"resize": protocol.resize, "interpolation": protocol.interpolation})
-    view = View(about["image_size"][0], **seen)
+    view = View(tuple(about["image_size"]), **seen)
     top = min(top, module.num_classes)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
