@@ -286,9 +286,18 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes, where there is no /proc
 
 
-def peak_memory(size: str) -> float:
+def grad_checkpointing(size: str, rounds: int) -> dict[str, float]:
+    """What gradient checkpointing costs and saves: the SVP step without and with it."""
+    plain, again = model_of(size, "svp"), model_of(size, "svp")
+    again.set_grad_checkpointing()
+    times = in_turns({"plain": stepper(plain), "checkpointed": stepper(again)}, rounds)
+    memory = {"plain_gib": peak_memory(size), "checkpointed_gib": peak_memory(size, "--checkpoint")}
+    return {**times, **memory, "time_ratio": times["checkpointed"] / times["plain"]}
+
+
+def peak_memory(size: str, *flags: str) -> float:
     """Peak resident GiB of a process that makes two SVP steps."""
-    command = [sys.executable, __file__, "--memory", size]
+    command = [sys.executable, __file__, "--memory", size, *flags]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(answer.stdout.splitlines()[-1])
 
@@ -324,6 +333,12 @@ def report(result: Mapping[str, Any]) -> str:
         lines.append(f"  Vim-{size:<6} {'forward with prompts':<26} {row['forward_with_prompts']:8.3f} s")
     if "full" in result:
         lines.append(f"  full fine-tuning over SVP, time a matrix FLOP: {result['full']['per_flop_ratio']:.2f}")
+    if "grad_checkpointing" in result:
+        row = result["grad_checkpointing"]
+        lines.append(
+            f"  gradient checkpointing, Vim-S step: {row['plain']:.2f} s and {row['plain_gib']:.2f} GiB without, "
+            f"{row['checkpointed']:.2f} s and {row['checkpointed_gib']:.2f} GiB with it"
+        )
     if "memory_gib" in result:
         lines.append(f"  peak memory of the Vim-S step: {result['memory_gib']:.2f} GiB")
     lines += ["", "One-way scan, batch 8, dim 768, length 197, 16 states     forward   fwd + bwd"]
@@ -352,13 +367,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--as-peer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.as_peer:
         print(json.dumps(peer_times()))
         return
     if arguments.memory:
-        step = stepper(model_of(arguments.memory, "svp"))
+        model = model_of(arguments.memory, "svp")
+        model.set_grad_checkpointing(arguments.checkpoint)
+        step = stepper(model)
         step(), step()
         print(peak_gib())
         return
@@ -369,7 +387,8 @@ def main() -> None:
         gc.collect()
     if not arguments.quick:
         result["full"] = full_against_svp("small", 3)
-        result["memory_gib"] = peak_memory("small")
+        result["grad_checkpointing"] = grad_checkpointing("small", 3)
+        result["memory_gib"] = result["grad_checkpointing"]["plain_gib"]
         result["unbind_step"] = unbind_step(3, result["model"]["small"]["step"])
     result["scan"] = isolated_scan(2 if arguments.quick else 3, arguments.peers)
     result["scaling"] = scaling(rounds)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import BACKBONE, command, complaint, draw, run, settle
 from helpers import small as line
 from PIL import Image
@@ -116,3 +118,32 @@ def test_two_runs_into_one_folder_at_once(place: Path) -> None:
     assert one.correct == other.correct
     assert one.setting_digest == other.setting_digest
     assert len(list(Path("runs/vtab/cifar").iterdir())) == 2
+
+
+@pytest.mark.parametrize("method", ["svp", "full", "lora"])
+def test_mixed_precision_on_a_cpu(place: Path, method: str) -> None:
+    """In bfloat16 the run ends near the one in float32."""
+    exact = run(*line("--method", method, trainer__max_epochs="2")).record
+    mixed = run(*line("--method", method, trainer__max_epochs="2", trainer__precision="bf16-mixed")).record
+    assert mixed["precision"] == "bf16-mixed"
+    assert mixed["metrics"]["loss"] == pytest.approx(exact["metrics"]["loss"], rel=0.02)
+
+
+def test_gradients_are_clipped(place: Path) -> None:
+    """AdamW divides by the gradient's size plus 1e-8: gradients clipped to far below that move nothing."""
+    moved = []
+    for norm in ("1000", "1.0e-14"):
+        outcome = run(*line("--method", "linear", "--trainer.gradient_clip_val", norm, trainer__max_epochs="2"))
+        state = torch.load(outcome.folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        moved.append(float(state["model.head.bias"].abs().max()))  # it starts at zero
+    assert moved[0] > 1e-4
+    assert moved[1] < 1e-7
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_a_compiled_run_ends_as_the_plain_one(place: Path) -> None:
+    plain = run(*line("--model.grad_checkpointing", "true")).record
+    compiled = run(*line("--model.compile", "true")).record
+    assert compiled["metrics"]["loss"] == pytest.approx(plain["metrics"]["loss"], rel=1e-4)
+    assert compiled["setting_digest"] == plain["setting_digest"]
