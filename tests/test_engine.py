@@ -39,7 +39,9 @@ from svp_bench.methods.build import create_model, trained_parameters
 from svp_bench.models import TokenState, VisionMamba
 from svp_bench.ops import (
     Direction,
+    Prompts,
     add_norm,
+    add_prompts,
     backend_statuses,
     bidirectional_conv,
     bidirectional_scan,
@@ -987,3 +989,81 @@ def test_later_steps_ask_for_no_fresh_pages() -> None:
     kept, given_back = (end(process).answer for process in [start(FAULTS, **{memory.SWITCH: v}) for v in ("1", "0")])
     assert given_back > 0
     assert kept < given_back / 10
+
+
+# ---------------------------------------------------------------------------------- 12. what must not go unseen
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("name", ["u1", "delta1", "A1", "B1", "C1", "D1", "bias1", "z"])
+def test_a_nan_is_never_lost(name: str, softplus: bool) -> None:
+    """Also one in the last state of A alone: a diverged weight must show in the loss."""
+    inputs, _ = scan_inputs(Size(9, 16, 20, 2, "plain", True, True, True), torch.float32, both=False)
+    poisoned = {key: None if t is None else t.clone() for key, t in inputs.items()}
+    tensor = poisoned[name]
+    assert tensor is not None
+    tensor[(-1,) * tensor.ndim] = float("nan")
+    one = Direction(*(poisoned[f"{field}1"] for field in FIELDS))  # type: ignore[arg-type]
+    z = poisoned["z"]
+    u, delta, A, B, C, D, bias = one
+    y = selective_scan(u.mT, delta.mT, A, B.mT, C.mT, D, None if z is None else z.mT, bias, softplus, backend="cpu")
+    assert y.isnan().any()
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_reach_the_kernels(dtype: torch.dtype) -> None:
+    model = create_model("vim_nano_patch8_64", num_classes=3, method="svp")
+    images = torch.randn(2, 3, 64, 64)
+
+    def step() -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        logits = model(images)
+        logits.square().sum().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = step()
+    torch.set_default_dtype(dtype)
+    try:
+        found = step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@needs_cpu_kernels
+def test_tensors_elsewhere_and_of_other_shapes_are_refused() -> None:
+    h, weight = torch.randn(2, 5, 32), torch.ones(32)
+    with pytest.raises(ValueError, match="one on meta"):
+        add_norm(h, torch.empty(2, 5, 32, device="meta"), weight, 1e-5, backend="cpu")
+    for residual, scale, other in ((torch.randn(1, 5, 32), weight, h), (h, torch.ones(16), h), (h, weight, h[:1])):
+        with pytest.raises(ValueError, match="must be"):
+            add_norm(h, residual, weight, 1e-5, Prompts([(scale, other)], 2), backend="cpu")
+    with pytest.raises(ValueError, match=r"spared must be a token of 0\.\.4, not -1"):
+        add_prompts(h, [(weight, h)], -1, backend="cpu")
+    taps = torch.randn(32, 4), None
+    for other in ((torch.randn(32, 2), None), (torch.randn(16, 4), None), (torch.randn(32, 4), torch.ones(1))):
+        with pytest.raises(ValueError, match="must be"):
+            bidirectional_conv(h, taps, other, backend="cpu")
+
+
+@pytest.mark.parametrize("missing", ["D1", "D2", "bias1", "bias2"])
+def test_one_direction_without_skip_or_bias(missing: str) -> None:
+    """As if it had zeros there, on every backend."""
+    inputs, cotangent = scan_inputs(Size(9, 4, 20, 2, "plain", True, True, True), torch.float32, both=True)
+    there = inputs[missing]
+    assert there is not None
+    for backend in ("reference", "cpu"):
+        without = run_scan({**inputs, missing: None}, cotangent, True, backend)["y"]
+        zeros = run_scan({**inputs, missing: torch.zeros_like(there)}, cotangent, True, backend)["y"]
+        assert relative_error(without, zeros) < 1e-6
+
+
+def test_a_changed_convolution_is_noticed_in_the_backward_pass() -> None:
+    model = create_model("vim_nano_patch8_64", num_classes=3, method="svp")
+    loss = model(torch.randn(2, 3, 64, 64)).square().sum()
+    with torch.no_grad():
+        model.get_parameter("layers.1.mixer.conv1d.weight").mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -666,7 +666,7 @@ def test_what_can_be_made_again_is_not_kept(backend: str) -> None:
         back = Direction(u_b, others[3], A, others[4], others[5], D, bias)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
             y = bidirectional_scan(
-                ahead, back, others[6], remake=Remake(convolve, x) if remake else None, backend=backend
+                ahead, back, others[6], remake=Remake(convolve, (x,)) if remake else None, backend=backend
             )
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
         return y, gradient, len(kept & {u.data_ptr(), u_b.data_ptr()})

@@ -265,16 +265,16 @@ class Mixer(nn.Module):
         ahead = (self.tensor("conv1d.weight"), self.tensor("conv1d.bias"))
         back = (self.tensor("conv1d_b.weight"), self.tensor("conv1d_b.bias"))
 
-        def convolve(x: Tensor) -> tuple[Tensor, Tensor]:
-            return bidirectional_conv(x, ahead, back, backend=self.scan_backend)
+        def convolve(x: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+            return bidirectional_conv(x, parts[:2], parts[2:], backend=self.scan_backend)  # type: ignore[arg-type]
 
-        u, u_b = convolve(x)
+        u, u_b = convolve(x, *ahead, *back)
         y = bidirectional_scan(
             self.direction("", u),
             self.direction("_b", u_b),
             z,
             # where nothing else holds u for the backward pass, convolving again is cheaper than keeping it
-            remake=None if self._keeps_u() else Remake(torch.no_grad()(convolve), x),
+            remake=None if self._keeps_u() else Remake(torch.no_grad()(convolve), (x, *ahead, *back)),
             backend=self.scan_backend,
         )
         return self.project("out_proj", y)

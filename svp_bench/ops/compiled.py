@@ -63,7 +63,7 @@ def _load(name: str) -> int:
     began = time.perf_counter()
     try:
         numba.config.CACHE_DIR = str(folder)  # read when a function is declared; other users of numba keep theirs
-        function = numba.cfunc(cpu_kernels.KERNEL, cache=keep)(getattr(cpu_kernels, name))
+        function = numba.cfunc(cpu_kernels.KERNEL, cache=keep, error_model="numpy")(getattr(cpu_kernels, name))
     finally:
         numba.config.CACHE_DIR = before
     hit = bool(function.cache_hits)

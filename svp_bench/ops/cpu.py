@@ -7,6 +7,7 @@ another pair. Nothing is flipped or transposed. The backward pass recomputes the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
 _FIELDS = 7
+_DENSE: Any = {"memory_format": torch.contiguous_format}
 _TASKS = 16  # at least as many tasks as this, so that many cores have work at batch 1; fixed, so that sums are too
 
 
@@ -111,6 +113,12 @@ class _Block:
 
     def _value(self, value: Tensor | int | bool | None) -> int:
         if isinstance(value, Tensor):
+            # a kernel reads whatever the address says: nothing but this may get there
+            if value.device.type != "cpu" or value.dtype != torch.float32 or (value.numel() and not value.data_ptr()):
+                raise ValueError(
+                    f"the cpu backend takes tensors in the CPU's memory, not one on {value.device} "
+                    f"({str(value.dtype).removeprefix('torch.')}); put all tensors of a call on one device"
+                )
             self.tensors.append(value)
             return value.data_ptr()
         return int(value or 0)
@@ -140,18 +148,18 @@ class _Scan(torch.autograd.Function):
             problem = _Problem(reverse, softplus, z, flat)
             saved = problem.forward(out, keep=any(ctx.needs_input_grad))
             out = problem.cut
-        ctx.settings = (reverse, softplus, None if remake is None else remake.make)
+        ctx.settings = (reverse, softplus, remake.make if remake else None, len(remake.inputs) if remake else 0)
         ctx.save_for_backward(z, *reference.forget(flat, remake), *saved)
         return out.to(first.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reverse, softplus, make = ctx.settings
-        count = _FIELDS * len(reverse) + 1  # of the fields, and what u is made from
+        reverse, softplus, make, inputs = ctx.settings
+        count = _FIELDS * len(reverse) + inputs  # of the fields, and what u is made from
         kept = ctx.saved_tensors  # asked for once: gradient checkpointing allows no more
-        z, saved = kept[0], kept[count + 1 :]
-        flat: list[Any] = reference.recall(kept[1 : count + 1], make)
+        z, saved = kept[0], [states.contiguous() for states in kept[count + 1 :]]
+        flat: list[Any] = reference.recall(kept[1 : count + 1], len(reverse), make)
         wanted = ctx.needs_input_grad[3:]
         tensors = [z, *flat]
         if not flat[0].numel():
@@ -312,14 +320,15 @@ class _Conv(torch.autograd.Function):
         block, wide, rows = _conv_block(x, reverse, silu, parameters)
         width = parameters[0].shape[-1]
         need_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        empty = torch.zeros if not x.numel() else torch.empty
-        dx = empty(batch, length, wide) if need_x else None
+        like = x.new_zeros if not x.numel() else x.new_empty
+        empty = partial(like, dtype=torch.float32)
+        dx = empty((batch, length, wide)) if need_x else None
         own = []
         for i, (row, grad) in enumerate(zip(rows, grads, strict=True)):
             dout = _rows(grad, wide)
             fields = {**row, "dout": dout, "dout_batch": 4 * dout.stride(0), "dout_row": 4 * dout.stride(1)}
-            fields["dweight"] = empty(batch, width, wide) if wanted[i] else None
-            fields["dbias"] = empty(batch, wide) if wanted[count + i] else None
+            fields["dweight"] = empty((batch, width, wide)) if wanted[i] else None
+            fields["dbias"] = empty((batch, wide)) if wanted[count + i] else None
             own.append(fields)
         _run_conv("conv_backward", {**block, "dx": dx}, own, batch * wide, x.numel())
         out: list[Tensor | None] = [None if dx is None else dx[..., :channels].to(x.dtype), None, None]
@@ -391,7 +400,7 @@ def _with_gradients(own: Sequence[dict[str, Any]], rows: int) -> list[dict[str, 
 
     tasks = -(-rows // kernels.ROWS)
     return [
-        {**term, "dpre": torch.empty(term["pre"].shape), "dscale": torch.empty(tasks, term["pre"].shape[-1])}
+        {**term, "dpre": torch.empty_like(term["pre"]), "dscale": term["pre"].new_empty(tasks, term["pre"].shape[-1])}
         for term in own
     ]
 
@@ -416,12 +425,12 @@ class _AddNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         from svp_bench.ops import cpu_kernels as kernels
 
-        total, normed = torch.empty(hidden.shape), torch.empty(hidden.shape)
-        scales = torch.empty(hidden[..., 0].numel())
+        total, normed = torch.empty_like(hidden, **_DENSE), torch.empty_like(hidden, **_DENSE)
+        scales = hidden.new_empty(hidden[..., 0].numel())
         shared, own = _terms(terms, hidden.shape[1], spared)
         fields = {"hidden": hidden.contiguous(), "residual": None if residual is None else residual.contiguous()}
         fields |= {"total": total, "normed": normed, "scales": scales, "weight": weight.contiguous()}
-        _run_rows("norm_forward", kernels.NORM, hidden, {**shared, **fields, "eps": torch.tensor([eps])}, own)
+        _run_rows("norm_forward", kernels.NORM, hidden, {**shared, **fields, "eps": hidden.new_full((1,), eps)}, own)
         ctx.save_for_backward(total, weight, scales, *terms)
         ctx.spared = spared
         return total, normed
@@ -434,8 +443,9 @@ class _AddNorm(torch.autograd.Function):
         total, weight, scales, *terms = ctx.saved_tensors
         rows = len(scales)
         need_hidden, need_residual, need_weight = ctx.needs_input_grad[:3]
-        dhidden = torch.empty(total.shape)
-        dweight = torch.empty(-(-rows // kernels.ROWS), len(weight)) if need_weight else None
+        total, scales = total.contiguous(), scales.contiguous()  # a hook may have brought them back in another form
+        dhidden = torch.empty_like(total)
+        dweight = total.new_empty(-(-rows // kernels.ROWS), len(weight)) if need_weight else None
         shared, own = _terms(terms, total.shape[1], ctx.spared)
         own = _with_gradients(own, rows)
         fields = {"total": total, "weight": weight.contiguous(), "scales": scales, "dnormed": dnormed.contiguous()}
@@ -466,7 +476,7 @@ class _AddPrompts(torch.autograd.Function):
 
         ctx.spared = spared
         ctx.save_for_backward(*terms)
-        out = torch.empty(x.shape)
+        out = torch.empty_like(x, **_DENSE)
         shared, own = _terms(terms, x.shape[1], spared)
         _run_rows("prompt_forward", kernels.PROMPT, x, {**shared, "x": x.contiguous(), "out": out}, own)
         return out

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -66,12 +67,12 @@ class Remake(NamedTuple):
     saved tensors away (gradient checkpointing, offloading) sees it.
 
     Attributes:
-        make: x → the `u` of all directions; builds no graph.
-        x: What it takes.
+        make: inputs → the `u` of all directions; builds no graph.
+        inputs: What it takes, the weights of the convolution among them: autograd then sees it if they change.
     """
 
-    make: Callable[[Tensor], Sequence[Tensor]]
-    x: Tensor
+    make: Callable[..., Sequence[Tensor]]
+    inputs: tuple[Tensor | None, ...]
 
 
 class Prompts(NamedTuple):
@@ -122,8 +123,10 @@ def choose(backend: str, device: torch.device | str, dtype: torch.dtype) -> Choi
     return _choose(backend, torch.device(device).type, dtype)
 
 
-def _no_autocast(like: Tensor) -> torch.autocast:
+def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """The operations choose their own precision (float32 accumulation): autocast must not reach into them."""
+    if not torch.amp.is_autocast_available(like.device.type):
+        return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
 
 
@@ -217,8 +220,8 @@ def bidirectional_scan(
         ValueError: If a shape does not fit.
     """
     batch, length, dim = z.shape
+    state = forward.A.shape[-1]
     for direction in (forward, backward):
-        state = direction.A.shape[-1]
         for name, shape, letters in (
             ("u", (batch, length, dim), "(batch, length, dim)"),
             ("delta", (batch, length, dim), "(batch, length, dim)"),
@@ -289,6 +292,9 @@ def bidirectional_conv(
     Returns:
         Two tensors (B, L, E), both in the natural token order.
     """
+    for weight, bias in (forward, backward):
+        _check("weight", weight, (x.shape[-1], forward[0].shape[-1]), "(dim, width)")
+        _check("bias", bias, (x.shape[-1],), "(dim,)")
     module = _module(choose(backend, x.device, x.dtype).name)
     with _no_autocast(x):
         u, u_b = module.conv(x, (forward[0], backward[0]), (forward[1], backward[1]), (False, True), True)
@@ -317,6 +323,10 @@ def add_norm(
     Returns:
         (stream, normed stream): the first in float32 or wider, the second in the dtype of `hidden`.
     """
+    _check("residual", residual, tuple(hidden.shape), "that of hidden")
+    _check("weight", weight, (hidden.shape[-1],), "(width,)")
+    if prompts is not None:
+        _check_prompts(hidden, prompts.terms, prompts.spared)
     result: tuple[Tensor, Tensor] = _function("add_norm", backend, hidden)(hidden, residual, weight, eps, prompts)
     return result
 
@@ -335,8 +345,17 @@ def add_prompts(
     Returns:
         (B, L, D) in the dtype of `x`.
     """
+    _check_prompts(x, terms, spared)
     result: Tensor = _function("add_prompts", backend, x)(x, terms, spared)
     return result
+
+
+def _check_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], spared: int | None) -> None:
+    for scale, pre in terms:
+        _check("scale", scale, (x.shape[-1],), "(width,)")
+        _check("pre", pre, tuple(x.shape), "that of the tokens")
+    if spared is not None and not 0 <= spared < x.shape[1]:
+        raise ValueError(f"spared must be a token of 0..{x.shape[1] - 1}, not {spared}")
 
 
 def _function(name: str, backend: str, like: Tensor) -> Any:

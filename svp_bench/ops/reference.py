@@ -65,15 +65,18 @@ def scan(
 
 def forget(flat: Sequence[Tensor | None], remake: Remake | None) -> list[Tensor | None]:
     """What to save: the fields of all directions, and last what each `u` is made from, if it is made again."""
-    kept = [None if remake is not None and i % _FIELDS == 0 else t for i, t in enumerate(flat)]
-    return [*kept, None if remake is None else remake.x]
+    if remake is None:
+        return list(flat)
+    return [*(None if i % _FIELDS == 0 else t for i, t in enumerate(flat)), *remake.inputs]
 
 
-def recall(saved: Sequence[Tensor | None], make: Callable[[Tensor], Sequence[Tensor]] | None) -> list[Tensor | None]:
+def recall(
+    saved: Sequence[Tensor | None], directions: int, make: Callable[..., Sequence[Tensor]] | None
+) -> list[Tensor | None]:
     """The inverse of `forget`."""
-    *full, x = saved
-    if make is not None and x is not None:
-        full[::_FIELDS] = [u.detach() for u in make(x)]
+    full, inputs = list(saved[: _FIELDS * directions]), saved[_FIELDS * directions :]
+    if make is not None:
+        full[::_FIELDS] = [u.detach() for u in make(*inputs)]
     return full
 
 
@@ -91,9 +94,9 @@ class _Inputs:
         self.A = self.per_channel(A)  # (K, E, N)
         self.B = self.over_time(B)  # (L, B, K, N)
         self.C = self.over_time(C)
-        self.D = None if D[0] is None else self.per_channel(D)  # (K, E)
+        self.D = None if all(d is None for d in D) else self.per_channel(D)  # (K, E)
         raw = self.over_time(delta)
-        self.raw = raw if bias[0] is None else raw + self.per_channel(bias)
+        self.raw = raw if all(b is None for b in bias) else raw + self.per_channel(bias)
         self.dt = F.softplus(self.raw) if softplus else self.raw  # (L, B, K, E)
         self.chunk = steps
 
@@ -105,8 +108,11 @@ class _Inputs:
         )
 
     def per_channel(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """(E, …) of each direction → (K, E, …)."""
-        return torch.stack([t.to(self.dtype) for t in tensors if t is not None])
+        """(E, …) of each direction → (K, E, …); zeros for a direction that has none."""
+        one = next(t for t in tensors if t is not None)
+        return torch.stack(
+            [torch.zeros_like(one, dtype=self.dtype) if t is None else t.to(self.dtype) for t in tensors]
+        )
 
     def chunks(self) -> list[slice]:
         length = len(self.u)
@@ -196,7 +202,7 @@ class _Scan(torch.autograd.Function):
                 h = states[-1].clone()
             mean = inputs.mean(y)
             out[rows] = mean if z is None else mean * F.silu(z[rows].to(mean.dtype))
-        ctx.settings = (reverse, softplus, None if remake is None else remake.make)
+        ctx.settings = (reverse, softplus, remake.make if remake else None)
         ctx.save_for_backward(before, z, *forget(flat, remake))
         return out
 
@@ -205,7 +211,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         reverse, softplus, make = ctx.settings
         before, z, *kept = ctx.saved_tensors
-        flat: list[Any] = recall(kept, make)
+        flat: list[Any] = recall(kept, len(reverse), make)
         need_z = ctx.needs_input_grad[3]
         wanted = ctx.needs_input_grad[4:]
         need = [any(wanted[i::_FIELDS]) for i in range(_FIELDS)]

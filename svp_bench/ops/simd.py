@@ -210,10 +210,18 @@ def _horner(builder, xs, coefficients):
     return values
 
 
+def _or_nan(builder, xs, values):
+    """The values, but NaN where x is one: integer arithmetic on the bits of a NaN can make a number of it."""
+    odd = [builder.fcmp_unordered("uno", x, x) for x in xs]
+    return [builder.select(o, x, value) for o, x, value in zip(odd, xs, values, strict=True)]
+
+
 def _exp2(builder, xs, bounded=False):
     if not bounded:
+        given = xs
         for sign, limit in ((">", _splat(-126.0)), ("<", _splat(126.0))):
             xs = [builder.select(builder.fcmp_ordered(sign, x, limit), x, limit) for x in xs]
+        return _or_nan(builder, given, _exp2(builder, xs, bounded=True))
     magic = _splat(12582912.0)  # 1.5 · 2²³: adding it rounds to an integer, which then stands in the low bits
     shifted = [builder.fadd(x, magic) for x in xs]
     rounded = [builder.fsub(x, magic) for x in shifted]
@@ -239,7 +247,7 @@ def _softplus(builder, xs):
     tails = _each(builder.fmul, ys, _horner(builder, ys, _LOG1P))
     heads = [builder.select(p, x, zero) for p, x in zip(positive, xs, strict=True)]
     slopes = [builder.fdiv(builder.select(p, one, y), builder.fadd(one, y)) for p, y in zip(positive, ys, strict=True)]
-    return _each(builder.fadd, heads, tails), slopes
+    return _or_nan(builder, xs, _each(builder.fadd, heads, tails)), _or_nan(builder, xs, slopes)
 
 
 def _silu(builder, xs):
@@ -300,12 +308,12 @@ def silu_slope(context, x):
 
 @intrinsic
 def larger(context, a, b):
-    """max(a, |b|) of each lane; a NaN in b wins."""
+    """max(a, |b|) of each lane; a NaN in either wins."""
 
     def build(context, builder, signature, arguments):
         a, b = arguments
         b = builder.select(builder.fcmp_ordered("<", b, _splat(0.0)), builder.fsub(_splat(0.0), b), b)
-        return builder.select(builder.fcmp_ordered(">=", a, b), a, b)
+        return _or_nan(builder, [a], [builder.select(builder.fcmp_ordered(">=", a, b), a, b)])[0]
 
     return vector(vector, vector), build
 

@@ -176,7 +176,7 @@ class Stopper(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on within the epoch."""
-        self._skip, self._accumulated = int(state_dict["batches"]), int(state_dict["accumulate"])
+        self._skip, self._accumulated = int(state_dict["batches"]), int(state_dict.get("accumulate", 1))
 
     @contextmanager
     def listening(self) -> Iterator[None]:
