@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from svp_bench.errors import ConfigError, unknown_name
 from svp_bench.models import VisionMamba
 
-__all__ = ["Method"]
+__all__ = ["Method", "chosen_blocks"]
 
 
 class Method:
@@ -95,3 +96,15 @@ def build_method(cls: type[Method], name: str, settings: dict[str, Any]) -> Meth
         if key not in allowed:
             raise unknown_name(f"argument of the method {name}", key, allowed, error=ConfigError)
     return cls(**settings)
+
+
+def chosen_blocks(method: str, depths: Sequence[int] | None, model: VisionMamba) -> list[int]:
+    """Return the blocks that a method acts on, in order; all of the model's if `depths` is None.
+
+    Raises:
+        ConfigError: If they are not distinct blocks of the model, or none.
+    """
+    blocks = list(range(model.depth)) if depths is None else sorted(depths)
+    if not blocks or len(set(blocks)) != len(blocks) or not set(blocks) <= set(range(model.depth)):
+        raise ConfigError(f"{method}: depths must be distinct blocks of 0..{model.depth - 1}, not {depths}")
+    return blocks

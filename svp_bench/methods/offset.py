@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svp_bench.errors import ConfigError
-from svp_bench.methods.base import Method
+from svp_bench.methods.base import Method, chosen_blocks
 from svp_bench.models import TokenState, VisionMamba
 
 __all__ = ["Offset"]
@@ -33,21 +32,15 @@ class Offset(Method):
         self.include_cls = include_cls
         self.depths = None if depths is None else list(depths)
 
-    def _depths(self, model: VisionMamba) -> list[int]:
-        depths = list(range(model.depth)) if self.depths is None else sorted(self.depths)
-        if not depths or len(set(depths)) != len(depths) or not set(depths) <= set(range(model.depth)):
-            raise ConfigError(f"offset: depths must be distinct blocks of 0..{model.depth - 1}, not {self.depths}")
-        return depths
-
     def attach(self, model: VisionMamba) -> None:
         """Build `adapter.offset`, a row for each block of `depths`, and add it before each of them."""
-        offsets = _Offsets(self._depths(model), model.embed_dim, self.include_cls)
+        offsets = _Offsets(chosen_blocks("offset", self.depths, model), model.embed_dim, self.include_cls)
         model.adapter = offsets
         model.points.on_tokens(offsets.add)
 
     def adapter_parameters(self, model: VisionMamba) -> int:
         """Return |depths| · D."""
-        return len(self._depths(model)) * model.embed_dim
+        return len(chosen_blocks("offset", self.depths, model)) * model.embed_dim
 
 
 class _Offsets(nn.Module):

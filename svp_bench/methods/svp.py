@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svp_bench.errors import ConfigError
-from svp_bench.methods.base import Method
+from svp_bench.methods.base import Method, chosen_blocks
 from svp_bench.models import TokenState, VisionMamba
 from svp_bench.ops import Prompts, add_prompts
 
@@ -82,12 +82,6 @@ class SVP(Method):
         self.paths = paths
         self.depths = None if depths is None else list(depths)
 
-    def _depths(self, model: VisionMamba) -> list[int]:
-        depths = list(range(model.depth)) if self.depths is None else sorted(self.depths)
-        if not depths or len(set(depths)) != len(depths) or not set(depths) <= set(range(model.depth)):
-            raise ConfigError(f"svp: depths must be distinct blocks of 0..{model.depth - 1}, not {self.depths}")
-        return depths
-
     def attach(self, model: VisionMamba) -> None:
         """Build the generators and prompt the tokens before each block."""
         patches = model.patch_embed.num_patches
@@ -96,13 +90,13 @@ class SVP(Method):
                 f"svp: variant released needs an even number of patches, and this model has {patches}: the released "
                 "code pairs the tokens before and after the class token; use variant paper"
             )
-        prompter = _Prompter(self, model, self._depths(model))
+        prompter = _Prompter(self, model, chosen_blocks("svp", self.depths, model))
         model.adapter = prompter
         model.points.on_tokens(prompter.prompt)
 
     def adapter_parameters(self, model: VisionMamba) -> int:
         """Return G (D² + 2 D) + |depths| (2 D h + h + 2 D), each term if its path is there."""
-        width, hidden, depths = model.embed_dim, self.hidden_dim, self._depths(model)
+        width, hidden, depths = model.embed_dim, self.hidden_dim, chosen_blocks("svp", self.depths, model)
         groups = len({i // self.share_layers for i in depths})
         cross = groups * (width * width + 2 * width) if self.paths != "inner" else 0
         inner = len(depths) * (2 * width * hidden + hidden + 2 * width) if self.paths != "cross" else 0
