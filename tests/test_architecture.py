@@ -41,6 +41,7 @@ LIGHT_MODULES = [
     "svp_bench",
     "svp_bench.cards",
     "svp_bench.results.record",
+    "svp_bench.results.files",
     "svp_bench.results.tables",
     "svp_bench.data",
     "svp_bench.methods",

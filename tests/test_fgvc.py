@@ -20,7 +20,7 @@ from svp_bench.cards import TaskCard, list_tasks, load_protocol, load_suite, loa
 from svp_bench.data import draw_task, inspect, open_source
 from svp_bench.data.sources import DRAWN_MARK, FilePictures, Source
 from svp_bench.errors import CardError, DataError, UnavailableError, UsageError
-from svp_bench.results.record import write_record
+from svp_bench.results.files import write_record
 
 # Classes, pictures of train.json without those of val.json, of val.json and of test.json (counted in the released
 # split), then official training and test pictures (the data sets' own pages).

@@ -31,7 +31,9 @@ from svp_bench.data.lists import read_list
 from svp_bench.errors import SvpBenchError
 from svp_bench.models.checkpoints import load_checkpoint
 from svp_bench.resources import configs_dir, tasks_dir
-from svp_bench.results.record import read_record, read_records, setting_digest, unpack_bits, write_record
+from svp_bench.results.bits import unpack_bits
+from svp_bench.results.digests import setting_digest
+from svp_bench.results.files import read_record, read_records, write_record
 
 KINDS = 8  # of the properties below, which share the cases
 CASES = max(10, int(os.environ.get("SVP_BENCH_FUZZ", "400")) // KINDS)

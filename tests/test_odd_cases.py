@@ -13,7 +13,7 @@ from helpers import BACKBONE, command, complaint, draw, run, settle
 from helpers import small as line
 from PIL import Image
 
-from svp_bench.results.record import read_records
+from svp_bench.results.files import read_records
 
 
 @pytest.fixture

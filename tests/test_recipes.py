@@ -38,7 +38,7 @@ from svp_bench.errors import ConfigError, SvpBenchError
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.methods.svp import SVP
 from svp_bench.resources import configs_dir
-from svp_bench.results.record import config_digest, setting_digest
+from svp_bench.results.digests import config_digest, setting_digest
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.predict import load_run
 from svp_bench.train.recipe import EMA, Schedule, hidden_head, make_optimizer, mix, simam, soft_targets

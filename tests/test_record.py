@@ -17,30 +17,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svp_bench.errors import RecordError
-from svp_bench.results import record as module
-from svp_bench.results.record import (
+from svp_bench.results import files as module
+from svp_bench.results.bits import pack_bits, unpack_bits
+from svp_bench.results.digests import (
     CELL_EXCLUDED,
     SETTING_EXCLUDED,
-    Correct,
-    Metrics,
-    PerClass,
-    Record,
-    Tuned,
     cell_config,
-    check_writable,
     config_digest,
-    new_run_id,
-    pack_bits,
+    setting_config,
+    setting_digest,
+)
+from svp_bench.results.files import (
+    check_writable,
     read_record,
     read_records,
     replace_record,
-    setting_config,
-    setting_digest,
-    timestamp,
-    unpack_bits,
     write_atomically,
     write_record,
 )
+from svp_bench.results.record import Correct, Metrics, PerClass, Record, Tuned, new_run_id, timestamp
 
 HISTORIC = Path(__file__).parent / "historic_records"
 NOON = datetime(2026, 1, 31, 12, tzinfo=timezone.utc)
@@ -475,9 +470,9 @@ def test_another_runs_record_is_never_overwritten(tmp_path: Path) -> None:
 CRASH = """
 import os, sys
 from drawn_records import make_record
-from svp_bench.results import record
-record.os.replace = lambda *_: os._exit(9)
-record.write_record(make_record(), sys.argv[1])
+from svp_bench.results import files
+files.os.replace = lambda *_: os._exit(9)
+files.write_record(make_record(), sys.argv[1])
 """
 
 

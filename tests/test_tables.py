@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from svp_bench.cards import ReaderSpec, SuiteCard, load_protocol, load_suite
 from svp_bench.errors import RecordError, UsageError
 from svp_bench.results import tables as module
+from svp_bench.results.files import Problem, write_record
 from svp_bench.results.published import PublishedRow, load_published
-from svp_bench.results.record import Parameters, Problem, Record, Tuned, write_record
+from svp_bench.results.record import Parameters, Record, Tuned
 from svp_bench.results.tables import (
     HOLE,
     Row,

@@ -29,7 +29,10 @@ from svp_bench.data import sources
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DRAWN_MARK
 from svp_bench.models.checkpoints import backbone_digest
-from svp_bench.results.record import Record, config_digest, read_record, setting_digest, unpack_bits
+from svp_bench.results.bits import unpack_bits
+from svp_bench.results.digests import config_digest, setting_digest
+from svp_bench.results.files import read_record
+from svp_bench.results.record import Record
 from svp_bench.train.module import AdaptationModule
 
 TRAINED, TESTED = COUNTS["train800"] + COUNTS["val200"], COUNTS["test"]

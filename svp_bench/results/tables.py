@@ -23,8 +23,10 @@ from typing import Any
 
 from svp_bench.cards import ProtocolCard, SuiteCard, list_suites, load_protocol, load_suite, load_task
 from svp_bench.errors import UsageError
+from svp_bench.results.digests import setting_config
+from svp_bench.results.files import Problem, read_records, write_atomically
 from svp_bench.results.published import WHOLE, PublishedRow, load_published, mean_names
-from svp_bench.results.record import Problem, Record, read_records, setting_config, write_atomically
+from svp_bench.results.record import Record
 
 __all__ = [
     "Cell",

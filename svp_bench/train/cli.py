@@ -38,8 +38,16 @@ from svp_bench.methods import METHODS
 from svp_bench.methods.build import trained_parameters
 from svp_bench.models.checkpoints import load_pickle_safely
 from svp_bench.ops import BACKENDS, Choice
-from svp_bench.results import record as rec
-from svp_bench.results.record import Correct, Metrics, Parameters, Record, Tuned
+from svp_bench.results.digests import cell_config, config_digest, setting_digest
+from svp_bench.results.files import (
+    check_writable,
+    continue_record,
+    read_record,
+    replace_record,
+    write_atomically,
+    write_record,
+)
+from svp_bench.results.record import Correct, Metrics, Parameters, Record, Tuned, new_run_id, timestamp
 from svp_bench.train.callbacks import Meter, peak_memory_mib
 from svp_bench.train.metrics import Evaluation, describe, write_tables
 from svp_bench.train.module import SAVED_KEY, AdaptationModule
@@ -382,15 +390,15 @@ class BenchCLI(LightningCLI):
         return plain
 
     def _name_run(self, config: Namespace, data: VisionDataModule) -> None:
-        digest = rec.setting_digest(self.saved_config, self._tuned())
+        digest = setting_digest(self.saved_config, self._tuned())
         method = self._method_name()
-        self.run_id = rec.new_run_id(method, config.seed_everything, digest)
+        self.run_id = new_run_id(method, config.seed_everything, digest)
         runs, records = Path(config.runs_root) / data.card.name, Path(config.results_root) / "records" / data.card.name
         if "LOCAL_RANK" in os.environ:  # a process that Lightning launched: the first one has named the run
             self.run_id = os.environ.get(_RUN_ID, self.run_id)
         elif config.get("resume"):
             tuned = self._tuned()
-            found = find_run(runs, records, config.seed_everything, lambda c: rec.setting_digest(c, tuned) == digest)
+            found = find_run(runs, records, config.seed_everything, lambda c: setting_digest(c, tuned) == digest)
             if found is None:
                 rank_zero_info(f"Note: --resume: no run of this setting and seed in {runs}; this one begins.")
             else:
@@ -402,7 +410,7 @@ class BenchCLI(LightningCLI):
             self.resumed = Found(
                 self.run_dir,
                 checkpoint if checkpoint.is_file() else None,
-                rec.read_record(place) if place.is_file() else None,
+                read_record(place) if place.is_file() else None,
             )
 
     def _method_name(self) -> str:
@@ -469,7 +477,7 @@ class BenchCLI(LightningCLI):
         model.run_id = self.run_id
         datamodule.trainer = self.trainer  # the batch size is checked against devices and accumulation
         datamodule.setup("fit")  # data errors stop the run before it leaves a trace
-        rec.check_writable(config.results_root)
+        check_writable(config.results_root)
         if self.resumed is not None and self.resumed.checkpoint is not None:
             self._need_same_data(self.resumed.checkpoint)
             kwargs["ckpt_path"] = str(self.resumed.checkpoint)
@@ -555,7 +563,7 @@ class BenchCLI(LightningCLI):
             )
         if not where.is_file():
             raise UsageError(f"no record {where}: only recorded runs are tested; give the run's --results_root")
-        old = rec.read_record(where)
+        old = read_record(where)
         if epochs != old.epochs:
             raise UsageError(
                 f"{kwargs['ckpt_path']}: not the final weights of its run ({epochs} of {old.epochs} epochs)"
@@ -579,7 +587,7 @@ class BenchCLI(LightningCLI):
         done = dataclasses.replace(
             old, status="complete", status_reason=None, metrics=metrics, correct=correct, times=times
         )
-        rec.replace_record(done, self.config[self.verb].results_root)
+        replace_record(done, self.config[self.verb].results_root)
         print(f"Completed {where}")
         self._write_tables("test", Path(self.config[self.verb].runs_root) / old.task / old.run_id)
 
@@ -603,7 +611,7 @@ class BenchCLI(LightningCLI):
         """Refuse to complete a record with a score that its settings or data did not give."""
         if old.status != "unscored":
             return
-        ours, theirs = (dict(_flat(rec.cell_config(config))) for config in (self.saved_config, old.config))
+        ours, theirs = (dict(_flat(cell_config(config))) for config in (self.saved_config, old.config))
         other = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
         if other:
             raise UsageError(
@@ -644,7 +652,7 @@ class BenchCLI(LightningCLI):
     @rank_zero_only
     def _save_config(self) -> None:
         try:
-            rec.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.saved_config, sort_keys=False))
+            write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.saved_config, sort_keys=False))
         except RecordError as error:
             reason = str(error).partition("; ")[0]
             raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None
@@ -717,7 +725,7 @@ class BenchCLI(LightningCLI):
     def _finish(self, status: str, reason: str | None, tested: bool) -> None:
         record = self._record(status, reason, tested)
         again = self.resumed is not None and self.resumed.record is not None  # of the part before an interruption
-        path = (rec.continue_record if again else rec.write_record)(record, self.config[self.verb].results_root)
+        path = (continue_record if again else write_record)(record, self.config[self.verb].results_root)
         role = "test" if record.kind == "final" else "val"
         if record.metrics is not None:
             print(describe(record.metrics, record.lists[role]), flush=True)
@@ -746,7 +754,7 @@ class BenchCLI(LightningCLI):
         return Record(
             schema=1,
             run_id=self.run_id,
-            created=rec.timestamp(),
+            created=timestamp(),
             task=data.card.name,
             task_version=data.card.version,
             suite=data.card.suite,
@@ -768,8 +776,8 @@ class BenchCLI(LightningCLI):
             data_digest=data.report.digest if looked else None,
             seed=int(self.config[self.verb].seed_everything),
             config=self.saved_config,
-            config_digest=rec.config_digest(self.saved_config),
-            setting_digest=rec.setting_digest(self.saved_config, tuned),
+            config_digest=config_digest(self.saved_config),
+            setting_digest=setting_digest(self.saved_config, tuned),
             tuned=tuned,
             package_version=__version__,
             commit=self.commit,

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from svp_bench.results.record import Metrics, PerClass, write_atomically
+from svp_bench.results.files import write_atomically
+from svp_bench.results.record import Metrics, PerClass
 
 __all__ = [
     "Evaluation",

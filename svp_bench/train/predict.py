@@ -19,7 +19,7 @@ from svp_bench.errors import CheckpointError, DataError, RecordError, SvpBenchEr
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
 from svp_bench.models.checkpoints import load_pickle_safely
-from svp_bench.results.record import write_atomically
+from svp_bench.results.files import write_atomically
 from svp_bench.train.module import SAVED_KEY, AdaptationModule
 
 __all__ = ["load_run", "run_predict"]

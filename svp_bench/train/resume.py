@@ -23,7 +23,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.errors import SvpBenchError, UsageError
 from svp_bench.models.checkpoints import load_pickle_safely
-from svp_bench.results import record as rec
+from svp_bench.results.files import read_record
 from svp_bench.results.record import Record
 
 __all__ = ["AtomicCheckpointIO", "Found", "Preempted", "StepSeeds", "Stopper", "find_run", "locked"]
@@ -106,7 +106,7 @@ def find_run(folder: Path, records: Path, seed: int, same_setting: Callable[[Map
         place = records / f"{path.name}.json"
         checkpoint = path / CHECKPOINT
         found = Found(
-            path, checkpoint if checkpoint.is_file() else None, rec.read_record(place) if place.is_file() else None
+            path, checkpoint if checkpoint.is_file() else None, read_record(place) if place.is_file() else None
         )
         if not found.finished:
             return found
