@@ -1,0 +1,356 @@
+"""From a command line and its composed config to one checked, resolved config, through LightningCLI's parser."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from jsonargparse._util import import_object  # the look-up that will instantiate the method
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from svp_bench.config import Composed, Flags, compose
+from svp_bench.data.module import VisionDataModule
+from svp_bench.errors import ConfigError, unknown_name
+from svp_bench.methods import METHODS
+from svp_bench.ops import BACKENDS
+from svp_bench.results.digests import config_digest, setting_digest
+from svp_bench.results.record import Tuned
+from svp_bench.train.module import AdaptationModule
+
+__all__ = ["ConfigCLI", "Resolved", "one_line", "resolve"]
+
+_LINKED = {
+    "model.num_classes": "it follows from the task's card",
+    "model.image_size": "set --data.image_size",
+    "model.seed": "set --seed_everything",
+    "data.seed": "set --seed_everything",
+}
+# A null may stand over a number of a lower layer (no gradient clipping), so a saved config keeps it.
+_RENAMED = tuple(map(int, metadata.version("jsonargparse").split(".")[:2])) >= (4, 49)
+_KEEP_NULLS = {"skip_unset" if _RENAMED else "skip_none": False}
+_NOT_SAVED = ("config", "ckpt_path", "weights_only", "verbose", "no_test", "resume")  # of one call, not of the run
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A command line, resolved: what a record will hold of it.
+
+    Attributes:
+        config: The resolved config.
+        method: The method's name.
+        tuned: The tuned table or frozen choice it takes values from, or None.
+        seed: The run's seed.
+        results_root: Where records go.
+        runs_root: Where logs and checkpoints go.
+    """
+
+    config: dict[str, Any]
+    method: str
+    tuned: Tuned | None
+    seed: int
+    results_root: Path
+    runs_root: Path
+
+    @property
+    def task(self) -> str:
+        """The task's full name."""
+        return str(self.config["data"]["task"])
+
+    @property
+    def config_digest(self) -> str:
+        """Of the cell."""
+        return config_digest(self.config)
+
+    @property
+    def setting_digest(self) -> str:
+        """Of the table row."""
+        return setting_digest(self.config, self.tuned)
+
+
+class _Done(Exception):  # not an error: all that was asked for is known
+    pass
+
+
+def resolve(flags: Flags, verb: str = "fit") -> Resolved:
+    """Parse and check a command line, and stop before anything is built: about a sixth of a second.
+
+    Raises:
+        UsageError: If a name or file is unknown.
+        ConfigError: If a key or value does not fit.
+    """
+
+    class _Resolver(ConfigCLI):
+        def before_instantiate_classes(self) -> None:
+            raise _Done
+
+    resolver = _Resolver.__new__(_Resolver)
+    with suppress(_Done):
+        resolver.__init__(verb, flags)  # type: ignore[misc]  # LightningCLI does all its work there
+    return resolver.resolved()
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise ConfigError(_explain(message)) from None
+
+
+def one_line(message: str) -> str:
+    """Put a message on one line, cut at 600 characters."""
+    text = " ".join(message.split())
+    return text if len(text) <= 600 else f"{text[:600]} …"
+
+
+_WRONG_TYPE = re.compile(
+    r"(?:Does not validate against any of the Union subtypes Subtypes: \[(?P<union>.*?)\] Errors: .* Given value: "
+    r"|Expected a (?P<one>.*?)\. Got value: )(?P<value>.*)"
+)
+
+
+def _explain(message: str) -> str:
+    """Say what jsonargparse says of a wrong value in fewer words: key, what is expected, what was given."""
+    text = re.sub(r"^Parser key \"([^\"]+)\":", r"\1:", " ".join(message.split()))
+    found = _WRONG_TYPE.search(text)
+    if found is None:
+        return one_line(text)
+    types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", found["union"] or found["one"])
+    types = re.sub(r"(?:typing\.)?Literal\[([^\]]*)\]", r"\1", types).replace("NoneType", "null")
+    return f"{text[: found.start()]}expected {' or '.join(types.rsplit(', ', 1))}, not {found['value']!r}"
+
+
+class ConfigCLI(LightningCLI):
+    """The parsing half of one verb: one composed config, every key of every layer checked.
+
+    Args:
+        verb: fit, validate or test.
+        flags: The command line.
+    """
+
+    def __init__(self, verb: str, flags: Flags) -> None:
+        self.verb = verb
+        self.flags = flags
+        self.composed: Composed = compose(flags) if not flags.asks_help else Composed()
+        text = yaml.safe_dump(self.composed.values, sort_keys=False)
+        super().__init__(
+            AdaptationModule,
+            VisionDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=[verb, "--config", text, *flags.rest],
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser whose errors are ours."""
+        parser = _Parser(**{**kwargs, "exit_on_error": False})
+        parser.add_argument("-c", "--config", action="config", help="a config file; --method NAME swaps the method")
+        return parser
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there
+        """Return the verb at hand alone: a parser of each would take most of the start."""
+        return {self.verb: LightningCLI.subcommands()[self.verb]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a run needs besides model, data and trainer, and state each fact once."""
+        parser.add_argument("--results_root", type=str, default="results", help="where records and tables go")
+        parser.add_argument("--runs_root", type=str, default="runs", help="where logs and checkpoints go")
+        parser.add_argument("--no_test", action="store_true", help="train only; the record is unscored")
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on with the last unfinished run of this setting and seed, from its last checkpoint",
+        )
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check every key of every layer, then let jsonargparse check the values."""
+        actions = self._subcommand_parsers[self.verb]._actions
+        known = {action.dest for action in actions} - {"help", "config"}  # --config is ours: layers do not nest
+        for key in self._unknown(self.composed.values, known):
+            self._refuse(key, known, self.composed.origins.get(key) or _origin_below(self.composed.origins, key))
+        for key in self.flags.values if not self.flags.asks_help else ():
+            if not self._fits(key, known):
+                self._refuse(key, known, None)
+        try:
+            self.config = parser.parse_args(args)
+        except (ArgumentError, ConfigError) as error:
+            text = _explain(str(error))
+            if "class_path" in text and "No module named" in text:
+                text += " (its module may lie beside the method file, in the working directory, or be installed)"
+            where = self._origin(text.partition(":")[0])
+            raise ConfigError(f"{where}: {text}" if where else text) from None
+        self._check_values(self.config[self.verb])
+
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from a checkpoint, as Lightning would: ours hold none, and others are read with care."""
+
+    def _origin(self, key: str) -> str | None:
+        """Where a config file sets a key, if the command line does not."""
+        if any(given == key or given.startswith(f"{key}.") for given in self.flags.values):
+            return None
+        return self.composed.origins.get(key) or _origin_below(self.composed.origins, key)
+
+    def _check_values(self, config: Namespace) -> None:
+        """Refuse what Lightning allows and a run here cannot have."""
+        seed, epochs = config.seed_everything, config.trainer.max_epochs
+        problem = self._null_where_none_fits(config)
+        if problem is None and (isinstance(seed, bool) or not 0 <= seed < 2**32):
+            problem = "seed_everything", f"is a whole number of 0 to {2**32 - 1}, not {seed}"
+        elif problem is None and (epochs is None or epochs < 1):
+            given = "null" if epochs is None else epochs
+            problem = "trainer.max_epochs", f"is at least 1, not {given}: the schedule needs an end"
+        if problem:
+            where = self._origin(problem[0])
+            raise ConfigError(f"{f'{where}: ' if where else ''}{' '.join(problem)}")
+
+    def _null_where_none_fits(self, config: Namespace) -> tuple[str, str] | None:
+        """Find an argument that is null and may not be: jsonargparse lets it pass."""
+        method = config.model.method
+        nulls = [key for key in ("seed_everything", "results_root", "runs_root") if config[key] is None]
+        for prefix, cls, values in (
+            ("model", AdaptationModule, config.model),
+            ("data", VisionDataModule, config.data),
+            ("model.method.init_args", import_object(method.class_path), method.get("init_args") or Namespace()),
+        ):
+            for name, value in vars(values).items():
+                if value is None and f"{prefix}.{name}" not in _LINKED and not _takes_null(cls, name):
+                    nulls.append(f"{prefix}.{name}")
+        return (nulls[0], "may not be null; leave it out for its default") if nulls else None
+
+    def _fits(self, key: str, known: set[str]) -> bool:
+        """Whether a dotted key names an argument or something inside one (the method's own arguments apart)."""
+        if key in _LINKED:
+            return False
+        if key.startswith("model.method."):
+            tail = key.removeprefix("model.method.").removeprefix("init_args.")
+            return tail in ("class_path", "init_args") or tail.split(".")[0] in self._method_arguments()
+        if key in known:
+            return True
+        return any(key.startswith(f"{name}.") for name in known if name.count(".") == 1 and name != "model.method")
+
+    def _method_arguments(self) -> list[str]:
+        class_path = self.composed.get("model.method.class_path")
+        origin = self.composed.origins.get("model.method.class_path", "the config")
+        try:
+            return list(inspect.signature(import_object(str(class_path))).parameters)
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            raise ConfigError(f"{origin}: cannot import the method {class_path!r} ({error})") from None
+        except Exception as error:  # what somebody's module raises while it is imported, a SyntaxError for one
+            where = f"{error.filename}:{error.lineno}: " if isinstance(error, SyntaxError) else ""
+            text = error.msg if isinstance(error, SyntaxError) else error
+            raise ConfigError(
+                f"{origin}: the module of the method {class_path!r} fails: {where}{type(error).__name__}: {text}"
+            ) from None
+
+    def _unknown(self, values: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+        for name, value in values.items():
+            key = f"{prefix}{name}"
+            group = any(k.startswith(f"{key}.") for k in known) and key not in ("model.method",)
+            if key == "model.method" and isinstance(value, Mapping):
+                for part, inner in value.items():
+                    if part not in ("class_path", "init_args"):
+                        yield f"{key}.{part}"
+                    elif part == "init_args" and isinstance(inner, Mapping):
+                        yield from (f"{key}.init_args.{k}" for k in inner if not self._fits(f"{key}.{k}", known))
+            elif group and isinstance(value, Mapping):
+                yield from self._unknown(value, known, f"{key}.")
+            elif not self._fits(key, known):
+                yield key
+
+    def _refuse(self, key: str, known: set[str], where: str | None) -> None:
+        if key in _LINKED:
+            text = f"{key} is not set by hand: {_LINKED[key]}"
+            raise ConfigError(f"{where}: {text}" if where else text)
+        if key.startswith("model.method."):
+            name = key.rsplit(".", 1)[-1]
+            if where and name in self._method_arguments():
+                raise ConfigError(f"{where}: model.method.{name} belongs below model.method.init_args")
+            method = self.composed.method
+            raise unknown_name(
+                f"argument of the method {method}", name, self._method_arguments(), where=where, error=ConfigError
+            )
+        names = [k for k in known if k not in _LINKED]
+        kind = "config key" if where else "argument"
+        listing = f"svp-bench {self.verb} --help"
+        raise unknown_name(kind, key, names, where=where, listing=listing, error=ConfigError)
+
+    # --- what is resolved ---------------------------------------------------------------------------------------------
+
+    def resolved(self) -> Resolved:
+        """Return the config as a record will hold it."""
+        config = self.config[self.verb]
+        _resolve_precision(config.trainer)
+        config.trainer.use_distributed_sampler = False  # the data module's samplers divide the work
+        if config.model.scan_backend != "auto":
+            BACKENDS.entry(config.model.scan_backend)
+        plain = self._plain_config(config)
+        return Resolved(
+            config=plain,
+            method=_method_name(str(plain["model"]["method"]["class_path"])),
+            tuned=_tuned(self.composed),
+            seed=int(config.seed_everything),
+            results_root=Path(config.results_root),
+            runs_root=Path(config.runs_root),
+        )
+
+    def _plain_config(self, config: Namespace) -> dict[str, Any]:
+        parser = self._subcommand_parsers[self.verb]
+        text = parser.dump(config, skip_link_targets=False, skip_validation=True, format="yaml", **_KEEP_NULLS)
+        plain: dict[str, Any] = yaml.safe_load(text)
+        for key in _NOT_SAVED:
+            plain.pop(key, None)
+        for key in _LINKED:  # facts of the card and of seed_everything, not settings
+            group, name = key.split(".")
+            plain.get(group, {}).pop(name, None)
+        return plain
+
+
+def _resolve_precision(trainer: Namespace) -> None:
+    on_gpu = torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")
+    if trainer.precision is None:
+        trainer.precision = "bf16-mixed" if on_gpu else "32-true"
+    if str(trainer.precision) in ("16", "16-mixed", "16-true") and not on_gpu:
+        raise ConfigError(
+            f"trainer.precision {trainer.precision} needs a GPU; on a CPU use 32-true (or bf16-mixed, slower)"
+        )
+
+
+def _method_name(class_path: str) -> str:
+    """The registered name of the method's class, else the class's own in lower case."""
+    by_target = {entry.target.replace(":", "."): entry.name for entry in METHODS}
+    return by_target.get(class_path) or re.sub(r"(?<!^)(?=[A-Z][a-z])", "_", class_path.split(".")[-1]).lower()
+
+
+def _tuned(composed: Composed) -> Tuned | None:
+    return Tuned(*composed.tuned) if composed.tuned else None
+
+
+def _seed(value: Any) -> int:
+    """The seed of data and model; what is no seed at all is refused once everything is parsed."""
+    return int(value) if isinstance(value, int) else 0
+
+
+def _takes_null(cls: type, name: str) -> bool:
+    try:
+        hint = get_type_hints(cls.__init__).get(name, Any)  # type: ignore[misc]  # a class, no instance
+    except NameError:  # a hint of somebody's class that is there for type checkers alone
+        return True
+    return hint is Any or type(None) in get_args(hint)
+
+
+def _origin_below(origins: Mapping[str, str], key: str) -> str | None:
+    """Where a key that is no leaf came from: the place of its first leaf."""
+    return next((where for name, where in origins.items() if name.startswith(f"{key}.")), None)

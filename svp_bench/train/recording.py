@@ -1,0 +1,190 @@
+"""From a run that has ended to its record: status, scores, and all that made them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+
+from svp_bench import __version__
+from svp_bench.data.module import VisionDataModule
+from svp_bench.errors import RecordError, SvpBenchError
+from svp_bench.methods.build import trained_parameters
+from svp_bench.ops import Choice
+from svp_bench.results.record import Correct, Metrics, Parameters, Record, timestamp
+from svp_bench.train.callbacks import Meter, peak_memory_mib
+from svp_bench.train.metrics import Evaluation, write_tables
+from svp_bench.train.module import AdaptationModule
+from svp_bench.train.parsing import Resolved
+from svp_bench.train.provenance import device_name, library_versions
+from svp_bench.train.resume import CHECKPOINT
+
+__all__ = ["Recorder"]
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """What a record is made of.
+
+    Attributes:
+        run_id: The run's name.
+        run_dir: Its folder.
+        resolved: Its resolved config.
+        commit: Commit of the checkout, or None.
+        dirty: Whether code, cards or configs differ from it.
+        model: The Lightning module.
+        data: The data module.
+        trainer: The trainer.
+        meter: What was measured along the way.
+    """
+
+    run_id: str
+    run_dir: Path
+    resolved: Resolved
+    commit: str | None
+    dirty: bool | None
+    model: AdaptationModule
+    data: VisionDataModule
+    trainer: Trainer
+    meter: Meter
+
+    def scan_choice(self) -> Choice:
+        """Return the scan backend that runs, and why.
+
+        Raises:
+            UnavailableError: If a backend was asked for by name and cannot run on the device.
+        """
+        return self.model.scan_choice(self.trainer.strategy.root_device, str(self.trainer.precision))
+
+    def outcome(self) -> tuple[str, str | None]:
+        """Whether the whole run was trained: `limit_*`, `fast_dev_run` and early ends make it truncated."""
+        trainer = self.resolved.config["trainer"]
+        cut = [
+            f"trainer.{name} {trainer[name]}"
+            for name in ("limit_train_batches", "limit_test_batches", "limit_val_batches")
+            if trainer.get(name) is not None and repr(trainer[name]) != "1.0"  # 1.0: all; 1: one batch
+        ]
+        if trainer.get("fast_dev_run"):
+            cut.append("trainer.fast_dev_run")
+        if trainer.get("overfit_batches"):
+            cut.append(f"trainer.overfit_batches {trainer['overfit_batches']}")
+        planned = self.trainer.max_epochs
+        if self.trainer.interrupted:
+            return "interrupted", "stopped by the user"
+        if not cut and planned is not None and planned > 0 and self.trainer.current_epoch < planned:
+            cut.append(f"stopped after {self.trainer.current_epoch} of {planned} epochs")
+        if not cut and planned is not None:
+            steps = planned * math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+            if self.trainer.global_step < steps:
+                cut.append(f"stopped after {self.trainer.global_step} of {steps} steps")
+        if self.data.stage == "select" and not cut and self.meter.validated_at != self.trainer.global_step:
+            cut.append("val was not scored after the last epoch")
+        return ("truncated", ", ".join(cut)) if cut else ("complete", None)
+
+    def parameters(self) -> Parameters:
+        """Count the parameters."""
+        trained = trained_parameters(self.model.model)
+        head = sum(p.numel() for name, p in trained.items() if name.startswith("head."))
+        total = sum(p.numel() for p in self.model.model.parameters())
+        trainable = sum(p.numel() for p in trained.values())
+        return Parameters(trainable=trainable, head=head, adapter=trainable - head, total=total)
+
+    def scores(self) -> tuple[Metrics, Correct]:
+        """Return the scores on the test list, and one bit a picture.
+
+        Raises:
+            SvpBenchError: If some picture was not scored once.
+        """
+        evaluation = self._of_the_whole_list("test", self.model.tested)
+        digest = self.data.test_list_digest
+        assert digest is not None
+        return evaluation.for_record(), Correct.of(evaluation.right, self.data.lists["test"], digest)
+
+    def selection_scores(self) -> Metrics | None:
+        """The scores on val after the last epoch."""
+        if self.model.validated is None:
+            return None
+        return self._of_the_whole_list("val", self.model.validated).for_record()
+
+    def _of_the_whole_list(self, role: str, evaluation: Evaluation | None) -> Evaluation:
+        expected = self.data.report.counts[self.data.lists[role]]
+        index = torch.empty(0) if evaluation is None else evaluation.scores.index
+        if evaluation is None or not torch.equal(index, torch.arange(expected)):
+            raise SvpBenchError(
+                f"the {role} list gave {len(index)} pictures, not each of the {expected} once; please report this"
+            )
+        return evaluation
+
+    def write_tables(self, role: str, folder: Path) -> None:
+        """Write the confusions and the accuracy of each class beside the run's checkpoint, and say where."""
+        evaluation = self.model.tested if role == "test" else self.model.validated
+        assert evaluation is not None
+        try:
+            confusion, per_class = write_tables(evaluation, self.data.class_names, folder, role)
+        except RecordError as error:
+            reason = str(error).partition("; ")[0]
+            raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None
+        print(f"Confusion matrix: {confusion}; accuracy of each class: {per_class}", flush=True)
+
+    def record(self, status: str, reason: str | None, tested: bool) -> Record:
+        """Return the record; `tested`: whether the test list was scored."""
+        model, data, resolved = self.model, self.data, self.resolved
+        metrics: Metrics | None = None
+        correct: Correct | None = None
+        if tested:
+            metrics, correct = self.scores()
+        elif data.stage == "select" and status == "complete":
+            metrics = self.selection_scores()
+        looked = data._report is not None
+        choice = self.scan_choice()
+        saved = self.run_dir / CHECKPOINT
+        source = str(model.checkpoint)
+        return Record(
+            schema=1,
+            run_id=self.run_id,
+            created=timestamp(),
+            task=data.card.name,
+            task_version=data.card.version,
+            suite=data.card.suite,
+            kind="final" if data.stage == "final" else "selection",
+            status=status,
+            status_reason=reason,
+            method=resolved.method,
+            method_args=model.method.settings(),
+            backbone=model.backbone_name,
+            checkpoint=source if source in ("hub", "embedded", "none") else Path(source).name,
+            checkpoint_digest=None if source == "none" else model.backbone_digest,
+            protocol=data.protocol.name,
+            protocol_version=data.protocol.version,
+            stage=data.stage,
+            lists=dict(data.lists),
+            data_variant=data.report.variant if looked else "card",
+            data_status=data.report.status if looked else "as_card",
+            data_notes=list(data.report.notes) if looked else [],
+            data_digest=data.report.digest if looked else None,
+            seed=resolved.seed,
+            config=resolved.config,
+            config_digest=resolved.config_digest,
+            setting_digest=resolved.setting_digest,
+            tuned=resolved.tuned,
+            package_version=__version__,
+            commit=self.commit,
+            dirty=self.dirty,
+            libraries=library_versions(),
+            scan_backend=choice.name,
+            scan_reason=choice.reason,
+            device=device_name(self.trainer.strategy.root_device),
+            device_count=self.trainer.world_size,
+            precision=str(self.trainer.precision),
+            metrics=metrics,
+            correct=correct,
+            parameters=self.parameters(),
+            times={name: round(value, 3) for name, value in self.meter.seconds.items()},
+            epochs=self.meter.epochs,
+            images_per_second=self.meter.images_per_second,
+            peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device),
+            checkpoint_file=saved.relative_to(resolved.runs_root).as_posix() if saved.is_file() else None,
+        )
