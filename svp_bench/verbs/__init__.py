@@ -1,0 +1,48 @@
+"""The light verbs: each is a small argparse program in a module of this package, imported when it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+__all__ = ["HEAVY", "VERBS", "Verb"]
+
+HEAVY = {
+    "fit": "adapt a backbone to a task; in stage final, test once and write the record",
+    "validate": "score a checkpoint on val (stage select)",
+    "test": "score the final weights of a run made with --no_test",
+}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A light verb.
+
+    Attributes:
+        summary: One line for the help.
+        target: "module:function" of its program.
+    """
+
+    summary: str
+    target: str
+
+    def run(self, arguments: Sequence[str]) -> int:
+        """Run it with the arguments after the verb; return the exit status."""
+        module, _, name = self.target.partition(":")
+        program: Callable[[Sequence[str]], int] = getattr(import_module(module), name)
+        return program(arguments)
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb("train four methods on real digits, offline, and show a table", "svp_bench.verbs.using:demo"),
+    "predict": Verb("name the classes of pictures of your own with a trained run", "svp_bench.verbs.using:predict"),
+    "table": Verb("build the comparison tables from the records", "svp_bench.verbs.table:table"),
+    "tasks": Verb("list the tasks, or show one task's card", "svp_bench.verbs.listing:tasks"),
+    "methods": Verb("list the methods, or show one method's recipe", "svp_bench.verbs.listing:methods"),
+    "data": Verb("check the pictures on disk, or draw a small stand-in", "svp_bench.verbs.data:data"),
+    "doctor": Verb(
+        "say which scan backends run here, or why not; test them; compile their kernels",
+        "svp_bench.verbs.doctor:doctor",
+    ),
+}

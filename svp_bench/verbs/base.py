@@ -1,0 +1,33 @@
+"""What the light verbs share: a parser whose errors are ours, and tables of text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from svp_bench.errors import UsageError
+
+__all__ = ["Parser", "parser", "print_table"]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises `UsageError` instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong with the arguments."""
+        raise UsageError(f"{message} (`{self.prog} --help`)")
+
+
+def parser(verb: str) -> Parser:
+    """Return the parser of a verb, with its summary as the description."""
+    from svp_bench.verbs import VERBS
+
+    return Parser(prog=f"svp-bench {verb}", description=VERBS[verb].summary, allow_abbrev=False)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text in aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

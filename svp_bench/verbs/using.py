@@ -1,0 +1,34 @@
+"""Verbs that use the whole: the demo, and predictions of a trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from svp_bench.verbs.base import parser
+
+__all__ = ["demo", "predict"]
+
+
+def demo(argv: Sequence[str]) -> int:
+    """Train several methods on real digits and show a table."""
+    options = parser("demo")
+    options.add_argument("--results_root", default="results", help="where records and tables go")
+    options.add_argument("--runs_root", default="runs", help="where logs and checkpoints go")
+    arguments = options.parse_args(argv)
+    from svp_bench.train.demo import run_demo
+
+    return run_demo(arguments.results_root, arguments.runs_root)
+
+
+def predict(argv: Sequence[str]) -> int:
+    """Name the classes of pictures with a trained run."""
+    options = parser("predict")
+    options.add_argument("--ckpt", required=True, help="runs/…/checkpoints/last.ckpt")
+    options.add_argument("--images", required=True, nargs="+", help="pictures, or folders of pictures")
+    options.add_argument("--output", help="a CSV file; standard output by default")
+    options.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved")
+    options.add_argument("--top", type=int, default=1, choices=range(1, 11), help="how many classes to name")
+    arguments = options.parse_args(argv)
+    from svp_bench.train.predict import run_predict
+
+    return run_predict(arguments.ckpt, arguments.images, arguments.output, arguments.checkpoint, arguments.top)
