@@ -70,9 +70,19 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 demo: $(STAMP) ## the main job on real digits that ship with the package
 	$(BIN)/svp-bench demo
 
+.PHONY: pretrain
+pretrain: $(STAMP) ## pre-train the embedded weights anew: two seeds, within an hour each on two cores; goes on if stopped
+	$(BIN)/python -m pretraining.train --seed 0
+	$(BIN)/python -m pretraining.train --seed 1
+	$(BIN)/python -m pretraining.export runs/pretraining/seed-0 runs/pretraining/seed-1
+
 .PHONY: table
 table: $(STAMP) ## tables from all records, into results/tables/
 	$(BIN)/svp-bench table
+
+.PHONY: report
+report: $(STAMP) ## one HTML page from all records, results/report/index.html
+	$(BIN)/svp-bench report
 
 .PHONY: tensorboard
 tensorboard: $(STAMP) ## the curves of all runs, in the browser
@@ -89,6 +99,10 @@ $(PEERS)/installed.stamp: $(STAMP)
 .PHONY: bench
 bench: $(PEERS)/installed.stamp ## measure this machine against the floor and the peers (about ten minutes)
 	$(BIN)/python benchmarks/cpu.py --peers $(PEERS)/bin/python --output benchmarks/results/cpu.json
+
+.PHONY: bench-sweep
+bench-sweep: $(STAMP) ## 40 tiny runs as one sweep against 40 fit processes (about ten minutes)
+	$(BIN)/python benchmarks/sweep.py --output benchmarks/results/sweep.json
 
 # build/ is emptied first: setuptools would pack what an older version left there.
 .PHONY: wheel

@@ -43,7 +43,8 @@ class ReaderSpec:
     """How the pictures and lists of a task are read.
 
     Attributes:
-        kind: A name of the reader registry of `svp_bench.data`: "lists" (text files of "path label" lines) or "digits".
+        kind: A name of the reader registry of `svp_bench.data`: "lists" (text files of "path label" lines),
+            "json_split", "torchvision" or "digits".
         options: Arguments of that reader, e.g. {"per_class": 5}; mostly empty.
     """
 
@@ -123,6 +124,7 @@ class SuiteCard:
         notes: What a reader of the suite's averages should know.
         path: The card's file.
         other_folders: Further names of the folder, tried after `folder`: that of a suite which shares its data.
+        archive: The one archive that holds all tasks, and where to get it; "" if each task has a page of its own.
     """
 
     name: str
@@ -138,6 +140,7 @@ class SuiteCard:
     notes: str
     path: Path = field(compare=False)
     other_folders: tuple[str, ...] = ()
+    archive: str = ""
 
     @property
     def tasks(self) -> list[str]:
@@ -419,7 +422,7 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
 
 
 def _suite(card: Node, cards: list[str], protocols: list[str]) -> SuiteCard:
-    keys = card.keys(_SUITE_KEYS, ["same_pictures", "notes", "other_folders"])
+    keys = card.keys(_SUITE_KEYS, ["same_pictures", "notes", "other_folders", "archive"])
     _fits_place(keys["name"], card.path.stem)
 
     groups: dict[str, tuple[str, ...]] = {}
@@ -462,6 +465,7 @@ def _suite(card: Node, cards: list[str], protocols: list[str]) -> SuiteCard:
         notes=keys["notes"].prose() if "notes" in keys else "",
         path=card.path,
         other_folders=_folders(keys["other_folders"]) if "other_folders" in keys else (),
+        archive=keys["archive"].prose() if "archive" in keys else "",
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from svp_bench import __version__
 from svp_bench.errors import SvpBenchError, unknown_name
+from svp_bench.interrupts import INTERRUPTS, Preempted, ignore_from_now_on
 from svp_bench.verbs import HEAVY, VERBS
 
 __all__ = ["entry_point", "main"]
@@ -50,7 +52,12 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb in HEAVY:
-        return _run_training(verb, rest)
+        with INTERRUPTS.taken() if verb == "fit" else nullcontext():  # importing torch takes seconds
+            try:
+                return _run_training(verb, rest)
+            except Preempted:
+                INTERRUPTS.say_stopped_early()
+                return 0
     if verb not in VERBS:
         raise unknown_name("command", verb, [*HEAVY, *VERBS], listing="svp-bench --help")
     return VERBS[verb].run(rest)
@@ -91,4 +98,6 @@ def entry_point() -> None:
     # GNU OpenMP, read when torch is imported: idle threads soon sleep instead of spinning. On a machine that has other
     # work, spinning threads make a step several times slower; on a quiet one it is the same.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    sys.exit(main())
+    status = main()
+    ignore_from_now_on()
+    sys.exit(status)

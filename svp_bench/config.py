@@ -1,15 +1,15 @@
 """Layers of YAML → one config, before LightningCLI sees it; every key remembers where it came from.
 
 Lowest first: `configs/base.yaml`, the protocol card's training budget, the task config (the first `--config`), the
-method file, the tuned table of suite and method, further `--config` files. The command line itself is applied by
-jsonargparse on top. No torch here.
+method file, the tuned table of suite and method or a frozen choice (`--choice`), further `--config` files. The command
+line itself is applied by jsonargparse on top. No torch here.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from svp_bench.errors import ConfigError, UsageError, nearest, unknown_name
 from svp_bench.methods import METHODS
 from svp_bench.plain_yaml import Node, read_yaml
 from svp_bench.resources import configs_dir
+from svp_bench.results.choices import Choice, read_choice
+from svp_bench.results.record import Tuned
 
 __all__ = ["Composed", "Flags", "compose", "split_flags"]
 
 DEFAULT_METHOD = "svp"
+_NO_TASKS = ("method", "tuned", "recipes", "search")  # folders of configs/ that hold no task's config
 _BACKBONE_KEYS = ("backbone", "checkpoint", "scan_backend")  # of a saved config's `model`, what is not its method's
 # The groups of a config. As a whole they would come past the layers, with a method but without its recipe.
 _GROUPS = {
@@ -38,6 +41,7 @@ class Flags:
     Attributes:
         configs: The `--config` files, in order.
         method: `--method`: a name, or the path of a method file.
+        choice: `--choice`: the frozen choice of a search.
         rest: All other arguments, untouched.
         values: `--key value` pairs of the rest, as text.
     """
@@ -46,6 +50,7 @@ class Flags:
     method: str | None
     rest: tuple[str, ...]
     values: Mapping[str, str]
+    choice: str | None = None
 
     @property
     def asks_help(self) -> bool:
@@ -61,14 +66,16 @@ class Composed:
         values: The nested config.
         origins: Dotted key of each leaf → "file:line" of the layer that set it.
         method: Name of the method, or of its file.
-        tuned: Tuned table used: its name, its "sha256:…" and the keys it set, or None.
+        tuned: The tuned table or frozen choice used, with the keys it set, or None.
+        choice: The frozen choice used, or None.
         notices: Lines for the user: what was overridden by what.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     method: str = ""
-    tuned: tuple[str, str, tuple[str, ...]] | None = None
+    tuned: Tuned | None = None
+    choice: Choice | None = None
     notices: list[str] = field(default_factory=list)
 
     def get(self, key: str) -> Any:
@@ -121,18 +128,19 @@ def split_flags(argv: Sequence[str]) -> Flags:
     """
     configs: list[str] = []
     methods: list[str] = []
+    choices: list[str] = []
     rest: list[str] = []
     values: dict[str, str] = {}
     queue = list(argv)
     while queue:
         argument = queue.pop(0)
         name, equals, value = argument.partition("=")
-        if name in ("--config", "-c", "--method"):
+        if name in ("--config", "-c", "--method", "--choice"):
             if not equals:
                 if not queue or queue[0].startswith("--"):
                     raise UsageError(f"{name} needs a value: {name} {'FILE' if name != '--method' else 'NAME'}")
                 value = queue.pop(0)
-            (methods if name == "--method" else configs).append(value)
+            {"--method": methods, "--choice": choices}.get(name, configs).append(value)
             continue
         if name in _GROUPS:
             raise UsageError(f"{name} is set key by key, e.g. {_GROUPS[name]}")
@@ -146,7 +154,10 @@ def split_flags(argv: Sequence[str]) -> Flags:
             values[name[2:]] = value
     if len(methods) > 1:
         raise UsageError(f"one run has one method, and --method was given {len(methods)} times: {', '.join(methods)}")
-    return Flags(tuple(configs), methods[0] if methods else None, tuple(rest), values)
+    if len(choices) > 1:
+        raise UsageError(f"one run has one choice, and --choice was given {len(choices)} times: {', '.join(choices)}")
+    choice = choices[0] if choices else None
+    return Flags(tuple(configs), methods[0] if methods else None, tuple(rest), values, choice)
 
 
 def find_config(name: str) -> Path:
@@ -163,7 +174,8 @@ def find_config(name: str) -> Path:
     for candidate in (shipped / tail, shipped / f"{tail}.yaml"):
         if tail and not Path(tail).is_absolute() and ".." not in Path(tail).parts and candidate.is_file():
             return candidate
-    known = [file.relative_to(shipped).as_posix() for file in sorted(shipped.glob("[!mt]*/*.yaml"))]
+    tasks = [file for file in sorted(shipped.glob("*/*.yaml")) if file.parent.name not in _NO_TASKS]
+    known = [file.relative_to(shipped).as_posix() for file in tasks]
     form = "configs/{}" if path.suffix else "{}"
     raise unknown_name("config file", name, [form.format(k if path.suffix else k[:-5]) for k in known])
 
@@ -230,23 +242,29 @@ def compose(flags: Flags) -> Composed:
         composed.merge(values, origins)
     if flags.method is None and complete:
         composed.method = "(as in the config)"
+        if flags.choice is not None:
+            raise UsageError(f"--choice goes with a task's config and --method, not with a saved config ({task[0][0]})")
     else:
         name = DEFAULT_METHOD if flags.method is None else flags.method
         layer, origins, label = method_layer(name)
         _notice_overrides(composed, layer, task, label)
         composed.merge(layer, origins, label)
-        if name == label:  # a registered method: a file of one's own is no tuned one
+        if flags.choice is not None:
+            _apply_choice(composed, flags.choice, card.name, label)
+        elif name == label:  # a registered method: a file of one's own is no tuned one
             _apply_tuned(composed, card.suite, card.id, label)
     for path, values, origins in further:
         if _method_class(values):
             raise UsageError(f"{path}: a second config names a method; use --method {path} instead of --config")
         composed.merge(values, origins)
     if composed.tuned:
-        name, digest, keys = composed.tuned
         given = {key.replace("model.method.init_args.", "model.method.") for key in flags.values}
-        table = str(configs_dir() / "tuned")
-        kept = (k for k in keys if composed.origins.get(k, "").startswith(table))
-        composed.tuned = name, digest, tuple(k for k in kept if k.replace(".init_args.", ".") not in given)
+        place = flags.choice or str(configs_dir() / "tuned")
+        kept = [k for k in composed.tuned.keys if composed.origins.get(k, "").startswith(place)]
+        over = [k for k in composed.tuned.keys if k not in kept or k.replace(".init_args.", ".") in given]
+        if composed.choice and over:
+            raise UsageError(f"{flags.choice} chose {over[0]}, which may not be set besides; leave it or --choice out")
+        composed.tuned = replace(composed.tuned, keys=tuple(k for k in composed.tuned.keys if k not in over))
     return composed
 
 
@@ -337,4 +355,25 @@ def _apply_tuned(composed: Composed, suite: str, task: str, method: str) -> None
             layer = {part: layer}
         composed.merge(layer, {key: f"{path}:{value.line}"})
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    composed.tuned = (f"{suite}/{method}", f"sha256:{digest}", tuple(sorted(entries)))
+    composed.tuned = Tuned(f"{suite}/{method}", f"sha256:{digest}", tuple(sorted(entries)))
+
+
+def _apply_choice(composed: Composed, file: str, task: str, method: str) -> None:
+    """Lay the values of a frozen choice over the config.
+
+    Raises:
+        UsageError: If there is no such file, or the choice is that of another task or method.
+        RecordError: If the file is malformed.
+    """
+    if not Path(file).is_file():
+        raise UsageError(f"no choice file {file!r}; `svp-bench tune` and `svp-bench sweep --search` write them")
+    choice = read_choice(file)
+    for what, theirs, ours in (("task", choice.task, task), ("method", choice.method, method)):
+        if theirs != ours:
+            raise UsageError(f"{file} was chosen for the {what} {theirs!r}, not for {ours!r}")
+    for key, value in choice.values.items():
+        layer: Any = value
+        for part in reversed(key.split(".")):
+            layer = {part: layer}
+        composed.merge(layer, {key: file})
+    composed.tuned, composed.choice = choice.tuned(), choice

@@ -20,18 +20,22 @@ ROOT = PACKAGE.parent
 # The rooms in the order of ARCHITECTURE.md, lowest first: the modules or packages of a room, and the rooms that it may
 # import. Its own room is always allowed. The package itself, `svp_bench/__init__.py`, is the front door.
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "foundation": (("_version", "errors", "registry", "resources"), ()),
+    "foundation": (("_version", "errors", "registry", "resources", "atomic", "interrupts"), ()),
     "cards": (("plain_yaml", "cards"), ("foundation",)),
     "results": (("results",), ("foundation", "cards")),
     "ops": (("ops",), ("foundation",)),
     "models": (("models",), ("foundation", "ops")),
     "methods": (("methods",), ("foundation", "ops", "models")),
     "data": (("data",), ("foundation", "cards")),
-    "config": (("config",), ("foundation", "cards", "methods")),
+    "config": (("config",), ("foundation", "cards", "results", "methods")),
     "train": (("train",), ("foundation", "cards", "results", "ops", "models", "methods", "data", "config")),
+    "sweep": (
+        ("sweep",),
+        ("foundation", "cards", "results", "ops", "models", "methods", "data", "config", "train"),
+    ),
     "door": (
         ("verbs", "cli", "__init__", "__main__"),
-        ("foundation", "cards", "results", "ops", "models", "methods", "data", "train", "config"),
+        ("foundation", "cards", "results", "ops", "models", "methods", "data", "train", "config", "sweep"),
     ),
 }
 ROOM_OF = {part: room for room, (parts, _) in ROOMS.items() for part in parts}
@@ -136,7 +140,7 @@ def test_imports_point_down(path: Path) -> None:
         ("ops", "importlib.import_module('svp_bench.models.vim')"),
         ("ops", "registry.add('reference', 'svp_bench.models.vim:scan')"),
         ("results", "from svp_bench.config import digest"),
-        ("config", "from svp_bench.results.record import digest"),
+        ("config", "from svp_bench.train.parsing import resolve"),
         ("foundation", "from svp_bench.cards import list_tasks"),
     ],
 )

@@ -13,6 +13,9 @@ import pytest
 from helpers import BACKBONE, TASK, command, complaint, files, run, settle, small
 from PIL import Image
 
+from svp_bench.cards import load_task
+from svp_bench.data.synthetic import draw_task
+
 LIST = Path("data/cifar/train800val200.txt")
 PICTURE = Path("data/cifar/images/train800val200/000003.jpg")
 TEST_PICTURE = Path("data/cifar/images/test/000003.jpg")
@@ -154,6 +157,13 @@ def fit(*extra: str, **values: str | None) -> list[str]:
             fit("--trainer.accumulate_grad_batches", "2"),
             ["leaves a last batch of 1 of the 17 pictures", "--data.drop_last true"],
         ),
+        (fit("--trainer.accumulate_grad_batches", "0"), ["trainer.accumulate_grad_batches is at least 1, not 0"]),
+        (fit("--trainer.gradient_clip_val", "-1"), ["trainer.gradient_clip_val is 0 or above, or null", "not -1"]),
+        (fit("--trainer.gradient_clip_val", ".nan"), ["trainer.gradient_clip_val is a finite number, not nan"]),
+        (fit("--model.learning_rate", ".nan"), ["model.learning_rate is a finite number, not nan"]),
+        (fit("--model.learning_rate", "nan"), ["model.learning_rate: expected float, not 'nan'"]),
+        (fit("--model.betas", "[0.9, .inf]"), ["model.betas is a finite number, not inf"]),
+        (fit("--data.rand_augment", "rand-mfoo"), ["--data.rand_augment 'rand-mfoo' is no RandAugment of timm's"]),
         (fit("--ckpt_path", "any.ckpt"), ["fit trains from the start and takes no --ckpt_path"]),
         (fit(verb="validate"), ["stage 'final' has no val list", "validate with --data.stage select"]),
         (fit(verb="validate", data__stage="select"), ["validate needs --ckpt_path runs/…/checkpoints/last.ckpt"]),
@@ -236,6 +246,11 @@ def test_no_command_shows_the_help() -> None:
         ("data: !!python/object/apply:os.system ['touch marker']", "more.yaml:1: tag "),
         ("data: [", "more.yaml:2: not YAML"),
         ("- data", "more.yaml:1: a config is a mapping of keys, not a list"),
+        ("model:\n  learning_rate: .nan", "more.yaml:2: model.learning_rate is a finite number, not nan"),
+        ("model:\n  weight_decay: -1.0", "more.yaml:2: model.weight_decay must be in [0, ∞), not -1.0"),
+        ("data:\n  flip: 2.0", "more.yaml:2: --data.flip 2 is out of range, allowed: 0 to 1"),
+        ("trainer:\n  accumulate_grad_batches: 0", "more.yaml:2: trainer.accumulate_grad_batches is at least 1, not 0"),
+        ("trainer:\n  gradient_clip_val: -0.5", "more.yaml:2: trainer.gradient_clip_val is 0 or above"),
         ("", "more.yaml:1: the file is empty"),
         ("# nothing\n", "more.yaml:1: the file is empty"),
     ],
@@ -275,6 +290,13 @@ def change(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+def line_of_test() -> str:
+    """The line of `TEST_PICTURE`, spelled otherwise."""
+    lines = Path("data/cifar/test.txt").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("images/test/000003.jpg ")]
+    return line.replace("images/", "images//")
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 
@@ -301,6 +323,10 @@ def truncate(path: Path) -> None:
         (lambda: change(LIST, "000002.jpg ", "000002.jpg -"), ["train800val200.txt:3: label -", "is out of range"]),
         (lambda: change(LIST, "images/", "../images/"), ["train800val200.txt:1: ", "leads out of the task's folder"]),
         (lambda: LIST.write_text(""), ["train800val200.txt: the list is empty"]),
+        (
+            lambda: LIST.write_text(f"{LIST.read_text()}./{line_of_test()}\n"),
+            ["test.txt: 1 of its pictures are also in ", "which must not see them; the first is ", str(TEST_PICTURE)],
+        ),
         (lambda: truncate(PICTURE), [f"{PICTURE}: not a readable picture"]),
         (lambda: truncate(TEST_PICTURE), [f"{TEST_PICTURE}: not a readable picture"]),
         (
@@ -325,6 +351,21 @@ def test_a_damaged_picture_that_hides_from_the_check_fails_the_run_in_one_line(p
     outcome = command(*small("--method", "linear"))
     assert f"{TEST_PICTURE}: cannot be decoded" in complaint(outcome, 1)
     assert (outcome.record["status"], outcome.record["metrics"]) == ("failed", {})
+
+
+def test_a_val_without_pictures_stops_a_run_and_is_told_by_data_check(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tenth of nine official training pictures is none."""
+    card = load_task("fgvc/stanford_cars")
+    draw_task(card, place / "data", counts={"train": 6, "val": 3, "test": 4}, size=16, layout="native")
+    config = f"configs/{card.name}.yaml"
+    told = refused(small(config=config, data__stage="select"), 1, "has no picture for the list 'val'; get the data")
+    assert "Stanford-cars" in told
+    checked = command("data", "check", card.name, "--root", "data")
+    assert checked.status == 1
+    assert "has no picture for the list 'val'" in checked.out
+    assert run(*small("--method", "linear", config=config)).record["status"] == "complete"  # final does not need it
 
 
 def test_data_check_tells_each_task(place: Path) -> None:

@@ -23,8 +23,10 @@ from svp_bench.config import Composed, compose, find_config, split_flags
 from svp_bench.errors import ConfigError, UsageError
 from svp_bench.methods import METHODS as REGISTRY
 from svp_bench.resources import configs_dir
+from svp_bench.results.record import Tuned
 
-SHIPPED = sorted(path for path in configs_dir().glob("*/*.yaml") if path.parent.name not in ("method", "tuned"))
+NO_TASKS = ("method", "tuned", "search")
+SHIPPED = sorted(path for path in configs_dir().glob("*/*.yaml") if path.parent.name not in NO_TASKS)
 EPOCHS = {name: load_protocol(f"{name}-final").training["trainer"]["max_epochs"] for name in ("vtab", "demo")}
 IDS = [f"{path.parent.name}/{path.stem}" for path in SHIPPED]
 
@@ -197,7 +199,7 @@ def test_a_tuned_table_is_used_and_named(own_configs: Path) -> None:
     composed = layers("--data.task", TASK)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     keys = ("model.learning_rate", "model.method.init_args.hidden_dim")
-    assert composed.tuned == ("vtab/svp", f"sha256:{digest}", keys)
+    assert composed.tuned == Tuned("vtab/svp", f"sha256:{digest}", keys)
     assert composed.get("model.method.init_args") == {
         **method_file("svp")["model"]["method"]["init_args"],
         "hidden_dim": 5,
@@ -216,7 +218,7 @@ def test_what_was_set_over_a_tuned_value_is_not_tuned(own_configs: Path, tmp_pat
     def keys(*argv: str) -> tuple[str, ...]:
         tuned = layers("--data.task", TASK, *argv).tuned
         assert tuned
-        return tuned[2]
+        return tuned.keys
 
     assert keys("--model.learning_rate", "4.0") == ("model.method.init_args.hidden_dim",)
     assert keys("--model.method.hidden_dim=6") == ("model.learning_rate",)

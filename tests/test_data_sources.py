@@ -91,6 +91,78 @@ def test_an_unknown_reader_names_the_nearest() -> None:
         open_source(replace(DTD, reader=ReaderSpec("list", {})))
 
 
+# --- leaks -----------------------------------------------------------------------------------------------------------
+
+
+def add(folder: Path, name: str, line: str) -> None:
+    path = folder / f"{name}.txt"
+    path.write_text(f"{path.read_text()}{line}\n")
+
+
+def line_of(folder: Path, name: str, number: int = 0) -> str:
+    return (folder / f"{name}.txt").read_text().splitlines()[number]
+
+
+@pytest.mark.parametrize("name", ["train800", "val200", "train800val200"])
+@pytest.mark.parametrize("spell", ["{}", "./{}"])
+def test_a_test_picture_that_is_trained_or_chosen_on_is_refused(drawn: Path, name: str, spell: str) -> None:
+    add(drawn, name, spell.format(line_of(drawn, "test")))
+    with pytest.raises(DataError) as caught:
+        open_source(DTD, drawn.parent)
+    first = drawn / "images/test/000000.jpg"
+    assert str(caught.value) == (
+        f"{drawn / 'test.txt'}: 1 of its pictures are also in {drawn / name}.txt, which must not see them; the first "
+        f"is {first}; get the lists again"
+    )
+
+
+def test_a_picture_of_val_in_train_is_refused(drawn: Path) -> None:
+    add(drawn, "train800", line_of(drawn, "val200"))
+    with pytest.raises(DataError, match=r"val200\.txt: 1 of its pictures are also in .+train800\.txt, which must not"):
+        open_source(DTD, drawn.parent)
+
+
+def test_lists_that_join_others_may_repeat_them(drawn: Path) -> None:
+    lines = [line_of(drawn, "train800", number) for number in range(6)]
+    lines += [line_of(drawn, "val200", number) for number in range(3)]
+    (drawn / "train800val200.txt").write_text("".join(f"{line}\n" for line in lines))
+    report = inspect(small(), open_source(small(), drawn.parent), ["train800val200", "test"])
+    assert (report.status, report.notes) == ("as_card", ())
+
+
+@pytest.mark.parametrize(("first", "second"), [("train800", "train800"), ("train800val200", "train800")])
+def test_one_picture_with_two_labels_is_refused(drawn: Path, first: str, second: str) -> None:
+    path, label = line_of(drawn, first).split()
+    add(drawn, second, f"{path} {(int(label) + 1) % 47}")
+    with pytest.raises(DataError, match=rf"{second}|{first}\.txt: .+ has label \d+, in .+ it has \d+; get the lists"):
+        open_source(DTD, drawn.parent)
+
+
+def test_a_repeated_line_is_noted(drawn: Path) -> None:
+    add(drawn, "test", line_of(drawn, "test"))
+    source = open_source(DTD, drawn.parent)
+    note = f"{drawn / 'test.txt'} repeats 1 pictures, the first is {drawn / 'images/test/000000.jpg'}"
+    assert note in inspect(DTD, source, ["test"]).notes
+
+
+def test_the_digits_are_kept_apart_by_their_numbers() -> None:
+    source = open_source(load_task("demo/digits"))
+    leaking = replace(source, lists={**source.lists, "test": source.get("val")})
+    stages = {"final": {"train": "trainval", "test": "test"}}
+    with pytest.raises(DataError, match=r"the list 'val': 200 of its pictures are also in the list '(val|trainval)'"):
+        leaking.checked(stages)
+
+
+def test_an_empty_list_in_use_is_refused() -> None:
+    card = load_task("demo/digits")
+    source = open_source(card)
+    none = sources.ArrayPictures("val", np.zeros((1, 8, 8), np.uint8), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    empty = replace(source, lists={**source.lists, "val": none})
+    with pytest.raises(DataError, match="scikit-learn's digits has no picture for the list 'val'; get the data again"):
+        inspect(card, empty, ["train", "val"])
+    assert inspect(card, empty, ["trainval", "test"]).status == "different"  # it is not in use
+
+
 # --- integrity -------------------------------------------------------------------------------------------------------
 
 

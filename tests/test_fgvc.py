@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from svp_bench.cards import TaskCard, list_tasks, load_protocol, load_suite, load_task
+from svp_bench.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
 from svp_bench.data import draw_task, inspect, open_source
 from svp_bench.data.sources import DRAWN_MARK, FilePictures, Source
 from svp_bench.errors import CardError, DataError, UnavailableError, UsageError
@@ -47,6 +49,11 @@ def change(path: Path, **changes: object) -> None:
     """Set entries of a JSON file; None takes one out."""
     entries = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in entries.items() if value is not None}))
+
+
+def change_lines(path: Path, how: Callable[[list[str]], list[str]]) -> None:
+    """Change the lines of a text file."""
+    path.write_text("".join(f"{line}\n" for line in how(path.read_text().splitlines())))
 
 
 def entries(folder: Path, name: str) -> dict[str, Any]:
@@ -238,6 +245,10 @@ def test_listed_pictures_that_are_absent_are_counted(tmp_path: Path) -> None:
         ("train.json", '{"/a.jpg": 1}', r"train\.json: '/a\.jpg' is an absolute path"),
         ("train.json", '{"../a.jpg": 1}', r"train\.json: '\.\./a\.jpg' leads out of"),
         ("val.json", '{"a.jpg": 999}', r"val\.json: class id 999 of 'a\.jpg' is not among those of .+train\.json"),
+        ("val.json", '{"\\ud800.jpg": 5}', r"val\.json: '\\ud800\.jpg' is not Unicode text \(half of"),
+        ("val.json", '{"a\\u0000.jpg": 5}', r"val\.json: 'a\\x00\.jpg' holds control characters"),
+        ("val.json", '{"./": 5}', r"val\.json: '\./' names no picture"),
+        ("train.json", '{"a.jpg": -1}', r"class id of 'a\.jpg' is -1, expected a whole number"),
         ("test.json", '{"a.jpg": "007"}', r"test\.json: class id 7 of 'a\.jpg' is not among those"),
         (
             "val.json",
@@ -261,7 +272,31 @@ def test_test_pictures_in_training_stop_it(tmp_path: Path) -> None:
     folder = draw(tmp_path)
     path, value = next(iter(entries(folder, "train").items()))
     change(folder / "test.json", **{path: value})
-    with pytest.raises(DataError, match=r"test\.json: 1 test pictures are also listed for training, the first is '"):
+    with pytest.raises(DataError, match=r"test\.json: 1 of its pictures are also in .+train\.json, which must not see"):
+        open_source(CUB, tmp_path)
+
+
+@pytest.mark.parametrize("spell", ["./{0}/{1}", "{0}//{1}", "{0}/./{1}"])
+def test_another_spelling_hides_no_test_picture(tmp_path: Path, spell: str) -> None:
+    folder = draw(tmp_path)
+    path, value = next(iter(entries(folder, "train").items()))
+    other = spell.format(*path.split("/"))
+    change(folder / "test.json", **{other: value})
+    with pytest.raises(DataError, match=r"test\.json: 1 of its pictures are also in .+train\.json"):
+        open_source(CUB, tmp_path)
+    change(folder / "test.json", **{other: None})
+    change(folder / "train.json", **{other: value})
+    with pytest.raises(DataError, match=r"train\.json: '.+' is listed twice"):
+        open_source(CUB, tmp_path)
+
+
+def test_in_the_own_files_another_spelling_hides_none_either(tmp_path: Path) -> None:
+    folder = draw(tmp_path, layout="native")
+    change_lines(folder / "images.txt", lambda lines: [*lines, f"99 ./{lines[0].split()[1]}"])
+    first = (folder / "train_test_split.txt").read_text().split()[1]
+    change_lines(folder / "image_class_labels.txt", lambda lines: [*lines, f"99 {lines[0].split()[1]}"])
+    change_lines(folder / "train_test_split.txt", lambda lines: [*lines, f"99 {1 - int(first)}"])
+    with pytest.raises(DataError, match=r"images\.txt: 1 of its pictures are also in .+images\.txt, which must not"):
         open_source(CUB, tmp_path)
 
 
@@ -395,12 +430,190 @@ def test_broken_mat_files_are_one_line(tmp_path: Path, name: str, file: str) -> 
     card = load_task(name)
     folder = draw(tmp_path, card, layout="native")
     savemat(folder / file, {"other": np.zeros(3)})
-    with pytest.raises(DataError, match=rf"{file}: cannot be read \(KeyError: '\w+'\); get the file again"):
+    with pytest.raises(DataError, match=rf"{file}: lacks '\w+'; get the file again"):
         open_source(card, tmp_path)
     (folder / file).write_bytes(b"MATLAB" * 3)
     with pytest.raises(DataError, match=rf"{file}: cannot be read \(.+\); get the file again") as caught:
         open_source(card, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(np.nan, "nan"), (1.7, r"1\.7"), (np.inf, "inf"), (-1, "-1"), (0, "0"), (103, "103")]
+)
+def test_labels_of_flowers_that_are_no_class_are_refused(tmp_path: Path, value: float, shown: str) -> None:
+    from scipy.io import loadmat, savemat
+
+    card = load_task("fgvc/oxford_flowers")
+    folder = draw(tmp_path, card, layout="native")
+    labels = loadmat(folder / "imagelabels.mat")["labels"].astype(float)
+    labels[0, int(loadmat(folder / "setid.mat")["trnid"][0, 0]) - 1] = value
+    savemat(folder / "imagelabels.mat", {"labels": labels})
+    with pytest.raises(DataError, match=rf"\.mat: .*{shown}\b.*(expected|those of fgvc/oxford_flowers are)"):
+        open_source(card, tmp_path)
+
+
+def test_numbers_of_flowers_that_are_none_are_refused(tmp_path: Path) -> None:
+    from scipy.io import loadmat, savemat
+
+    card = load_task("fgvc/oxford_flowers")
+    folder = draw(tmp_path, card, layout="native")
+    content = {key: loadmat(folder / "setid.mat")[key].astype(float) for key in ("trnid", "valid", "tstid")}
+    content["valid"][0, 0] += 0.5
+    savemat(folder / "setid.mat", content)
+    with pytest.raises(DataError, match=r"setid\.mat: valid holds \d+\.5, expected whole numbers"):
+        open_source(card, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("stanford_dogs", "train_list.mat", {"file_list": np.zeros((3, 1)), "labels": np.ones((3, 1))}, "picture 1 of"),
+        ("stanford_dogs", "train_list.mat", {"file_list": np.zeros((3, 1)), "labels": np.ones((2, 1))}, "3 .* and 2"),
+        ("stanford_dogs", "test_list.mat", {"file_list": np.zeros(0), "labels": np.array(["x"])}, "labels holds 'x'"),
+        ("stanford_cars", "cars_annos.mat", {"annotations": np.zeros(3)}, "lacks 'relative_im_path'"),
+    ],
+)
+def test_mat_files_of_another_content_are_one_line(
+    tmp_path: Path, name: str, file: str, content: dict[str, Any], message: str
+) -> None:
+    from scipy.io import savemat
+
+    card = load_task(f"fgvc/{name}")
+    folder = draw(tmp_path, card, layout="native")
+    savemat(folder / file, content)
+    with pytest.raises(DataError, match=rf"{file}: .*{message}"):
+        open_source(card, tmp_path)
+
+
+def test_a_mistake_of_ours_is_no_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path, load_task("fgvc/stanford_dogs"), layout="native")
+
+    def mistaken(*_: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("svp_bench.data.native.enter", mistaken)
+    with pytest.raises(ZeroDivisionError):
+        open_source(load_task("fgvc/stanford_dogs"), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["bom", "tabs", "crlf"])
+def test_own_text_files_may_be_written_as_lists_may(tmp_path: Path, form: str) -> None:
+    folder = draw(tmp_path, layout="native")
+    plain = {name: pictures(open_source(CUB, tmp_path), name) for name in COUNTS}
+    for file in folder.glob("*.txt"):
+        text = file.read_text()
+        changed = {"bom": f"\ufeff{text}", "tabs": text.replace(" ", "\t"), "crlf": text.replace("\n", "\r\n")}[form]
+        file.write_bytes(changed.encode())
+    assert {name: pictures(open_source(CUB, tmp_path), name) for name in COUNTS} == plain
+
+
+# --- names of classes ------------------------------------------------------------------------------------------------
+
+
+def rename_folders(folder: Path, form: str) -> None:
+    """Give the folders of CUB's drawn pictures names, in all files of the JSON split."""
+    for name in COUNTS:
+        (folder / f"{name}.json").write_text(
+            json.dumps({form.format(*path.split("/")): value for path, value in entries(folder, name).items()})
+        )
+    for child in (folder / "images").iterdir():
+        child.rename(folder / "images" / form.format(child.name, "").rstrip("/"))
+
+
+def test_names_follow_the_ids_and_not_the_labels(tmp_path: Path) -> None:
+    card = load_task("fgvc/oxford_flowers")
+    folder = draw(tmp_path, card)
+    for name in COUNTS:  # ids 2 to 7 only: labels 0 to 5
+        ids = {path: 2 + number % 6 for number, path in enumerate(entries(folder, name))}
+        (folder / f"{name}.json").write_text(json.dumps(ids))
+    listed = class_names(card)
+    source = open_source(card, tmp_path)
+    assert listed is not None
+    assert source.class_names is not None
+    assert source.class_names[:6] == tuple(listed[1:7])
+    assert len(source.class_names) == 102
+    change(folder / "test.json", **{next(iter(entries(folder, "test"))): 8})
+    with pytest.raises(DataError, match="class id 8 of"):
+        open_source(card, tmp_path)
+
+
+def test_ids_that_the_card_has_no_name_for_are_refused(tmp_path: Path) -> None:
+    card = load_task("fgvc/oxford_flowers")
+    folder = draw(tmp_path, card)
+    change(folder / "train.json", **{next(iter(entries(folder, "train"))): 103})
+    with pytest.raises(
+        DataError, match=r"train\.json: class id 103 is out of range, those of fgvc/oxford_flowers are 1\.\.102"
+    ):
+        open_source(card, tmp_path)
+
+
+def test_names_on_a_card_need_the_first_id(tmp_path: Path) -> None:
+    card = load_task("fgvc/oxford_flowers")
+    bare = replace(card, reader=replace(card.reader, options={"native": "flowers_mat"}))
+    with pytest.raises(CardError, match="class_names needs the reader's option 'first_id'"):
+        open_source(bare, tmp_path)
+
+
+def test_names_come_from_classes_txt(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    ids = sorted({*entries(folder, "train").values()})
+    assert open_source(CUB, tmp_path).class_names is None
+    (folder / "classes.txt").write_text("".join(f"{key} {key:03d}.Bird_of_kind {key}\n" for key in range(1, 201)))
+    names = open_source(CUB, tmp_path).class_names
+    assert names is not None
+    assert names[: len(ids)] == tuple(f"Bird_of_kind {key}" for key in ids)
+    (folder / "classes.txt").write_text("".join(f"{key} Duck\n" for key in range(1, 201)))
+    names = open_source(CUB, tmp_path).class_names
+    assert names is not None
+    assert names[:2] == (f"Duck ({ids[0]})", f"Duck ({ids[1]})")
+    (folder / "classes.txt").write_text("1 Duck\n")
+    with pytest.raises(DataError, match=rf"classes\.txt: lacks the class {ids[0]}; get the file again"):
+        open_source(CUB, tmp_path)
+    (folder / "classes.txt").write_text("Duck\n")
+    with pytest.raises(DataError, match=r"classes\.txt:1: found 'Duck': expected `<class id> <name>`"):
+        open_source(CUB, tmp_path)
+
+
+def test_names_come_from_folders(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    rename_folders(folder, "{0}.Kind_{0}/{1}")
+    source = open_source(CUB, tmp_path)
+    verify(source)
+    assert source.class_names is not None
+    first = next(iter(pictures(source, "test").items()))
+    assert first[0].startswith(f"{source.class_names[first[1]].removeprefix('Kind_')}.Kind_")
+    rename_folders(folder, "plain{0}/{1}")  # no number before the name: nothing is made up
+    assert open_source(CUB, tmp_path).class_names is None
+
+
+def test_names_come_from_the_annotations_of_cars(tmp_path: Path) -> None:
+    from scipy.io import loadmat, savemat
+
+    card = load_task("fgvc/stanford_cars")
+    folder = draw(tmp_path, card, layout="native")
+    assert open_source(card, tmp_path).class_names is None
+    cells = np.empty((1, 196), dtype=object)
+    cells[0, :] = [f"Car no. {number}" for number in range(1, 197)]
+    savemat(folder / "cars_annos.mat", {**loadmat(folder / "cars_annos.mat"), "class_names": cells})
+    names = open_source(card, tmp_path).class_names
+    assert names is not None
+    assert names[:2] == ("Car no. 1", "Car no. 2")
+
+
+def test_a_run_calls_the_classes_by_the_datas_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(tmp_path, monkeypatch)
+    folder = draw_task(CUB, tmp_path / "data", counts=COUNTS, size=16)
+    rename_folders(folder, "{0}.Kind_{0}/{1}")
+    outcome = run(*small("--method", "linear", config="configs/fgvc/cub.yaml"))
+    assert "Kind_" in (outcome.folder / "test_per_class.csv").read_text()
+    picture = str(next((folder / "images").rglob("*.jpg")))
+    shown = run("predict", "--ckpt", str(outcome.folder / "checkpoints/last.ckpt"), "--images", picture, "--top", "9")
+    (row,) = csv.DictReader(shown.out.splitlines())
+    with open(outcome.folder / "test_per_class.csv", encoding="utf-8", newline="") as file:
+        names = [line["name"] for line in csv.DictReader(file)]
+    assert [row[f"name{rank}"] for rank in range(1, 10)] == [names[int(row[f"class{rank}"])] for rank in range(1, 10)]
+    assert all(name.startswith("Kind_") for name in names[:12])
 
 
 def test_mat_files_without_scipy_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from helpers import run, settle, small
 
 from svp_bench.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
 from svp_bench.data import draw_task, inspect, open_source
-from svp_bench.data.readers import TORCHVISION_SETS
 from svp_bench.data.sources import DRAWN_MARK, FilePictures, Source
+from svp_bench.data.torchvision_sets import TORCHVISION_SETS
 from svp_bench.errors import CardError, DataError, UnavailableError, UsageError
 
 # Classes, train, val and test, and the length of the list that SVP trains on (its released code; JSON files counted).
@@ -100,6 +100,22 @@ def test_the_names_of_the_flowers_are_torchvisions(suite: str) -> None:
     from torchvision.datasets import Flowers102
 
     assert class_names(load_task(f"{suite}/oxford_flowers")) == Flowers102.classes
+
+
+def test_the_signs_have_names() -> None:
+    names = class_names(load_task("hta/gtsrb"))
+    assert names is not None
+    assert (names[0], names[14], names[42]) == (
+        "Speed limit (20km/h)",
+        "Stop",
+        "End of no passing by vehicles over 3.5 metric tons",
+    )
+
+
+@pytest.mark.parametrize("task", ["cifar", "svhn"])
+def test_vtab_calls_its_classes_as_the_same_sets_of_hta(task: str) -> None:
+    other = {"cifar": "cifar100"}.get(task, task)
+    assert class_names(load_task(f"vtab/{task}")) == class_names(load_task(f"hta/{other}"))
 
 
 @pytest.mark.parametrize("task", ["cifar10", "cifar100", "dtd", "food101", "svhn"])
@@ -263,7 +279,7 @@ def test_a_drawn_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     ("name", "file", "content", "message"),
     [
         ("hta/cifar10", "cifar-10-batches-py/test_batch", b"no pickle", "test_batch: cannot be read"),
-        ("hta/svhn", "test_32x32.mat", b"no mat file" * 20, r"svhn: cannot be read \(.+\); get it again with `python"),
+        ("hta/svhn", "test_32x32.mat", b"no mat file" * 20, r"test_32x32\.mat: cannot be read \(.+\); draw the data"),
         ("hta/food101", "food-101/meta/test.json", b"{", r"food101: cannot be read \(JSONDecodeError"),
         (
             "hta/food101",
@@ -281,6 +297,88 @@ def test_broken_sets_are_one_line(tmp_path: Path, name: str, file: str, content:
     with pytest.raises(DataError, match=message) as caught:
         open_source(card, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_test_picture_of_dtd_in_train_stops_it(tmp_path: Path) -> None:
+    card, folder = draw(tmp_path, "hta/dtd")
+    labels = folder / "dtd" / "dtd" / "labels"
+    line = (labels / "test1.txt").read_text().splitlines()[0]
+    (labels / "train1.txt").write_text(f"{(labels / 'train1.txt').read_text()}{line}\n")
+    with pytest.raises(DataError, match=r"DTD test \(test\): 1 of its pictures are also in DTD train \(train\)"):
+        open_source(card, tmp_path)
+
+
+def test_a_test_picture_of_food101_in_train_stops_it(tmp_path: Path) -> None:
+    card, folder = draw(tmp_path, "hta/food101")
+    meta = folder / "food-101" / "meta"
+    train, test = (json.loads((meta / f"{name}.json").read_text()) for name in ("train", "test"))
+    kind = next(name for name, files in test.items() if files)
+    train[kind] += test[kind]
+    (meta / "train.json").write_text(json.dumps(train))
+    with pytest.raises(DataError, match=r"Food101 test \(test\): \d of its pictures are also in Food101 train"):
+        open_source(card, tmp_path)
+
+
+def test_a_repeated_line_of_dtd_is_noted(tmp_path: Path) -> None:
+    card, folder = draw(tmp_path, "hta/dtd")
+    path = folder / "dtd" / "dtd" / "labels" / "test1.txt"
+    path.write_text(f"{path.read_text()}{path.read_text().splitlines()[0]}\n")
+    assert any("DTD test (test) repeats 1 pictures, the first is" in note for note in open_source(card, tmp_path).notes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([-1], r"CIFAR10 test in .+: label -1 is out of range, CIFAR10 test has 10 classes \(0\.\.9\)"),
+        ([10], r"label 10 is out of range, CIFAR10 test has 10 classes"),
+        ([1.7], r"CIFAR10 test in .+: its labels hold 1\.7, expected whole numbers"),
+        ([float("nan")], "its labels hold nan, expected whole numbers"),
+        (["cat"], "its labels hold 'cat', expected whole numbers"),
+        ([[1, 2], [3]], "its labels hold .+, expected whole numbers"),
+    ],
+)
+def test_labels_of_cifar_that_are_no_class_are_refused(tmp_path: Path, labels: list[Any], message: str) -> None:
+    card, folder = draw(tmp_path, "hta/cifar10")
+    path = folder / "cifar-10-batches-py" / "test_batch"
+    content = pickle.loads(path.read_bytes())
+    content["labels"] = [*labels, *content["labels"][len(labels) :]]
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(DataError, match=message):
+        open_source(card, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("X", lambda x: x.astype(float), r"SVHN test in .+: its pictures are float64 \(9, 32, 32, 3\), expected uint8"),
+        ("y", lambda y: y + 0.5, r"test_32x32\.mat: y holds \d+\.5, expected whole numbers"),
+        ("y", lambda y: y * np.nan, r"test_32x32\.mat: y holds nan, expected whole numbers"),
+        ("y", lambda y: y + 20, r"label \d+ is out of range, the card of hta/svhn has 10 classes"),
+    ],
+)
+def test_svhn_of_other_values_is_refused(tmp_path: Path, key: str, change: Any, message: str) -> None:
+    from scipy.io import loadmat, savemat
+
+    card, folder = draw(tmp_path, "hta/svhn")
+    content = {name: loadmat(folder / "test_32x32.mat")[name] for name in ("X", "y")}
+    savemat(folder / "test_32x32.mat", {**content, key: change(content[key])})
+    with pytest.raises(DataError, match=message):
+        open_source(card, tmp_path)
+
+
+def test_a_torchvision_that_keeps_its_files_elsewhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    card, _ = draw(tmp_path, "hta/dtd")
+    original = torchvision.datasets.DTD.__init__
+
+    def changed(self: Any, *arguments: Any, **keywords: Any) -> None:
+        original(self, *arguments, **keywords)
+        self.files = self.__dict__.pop("_image_files")
+
+    monkeypatch.setattr(torchvision.datasets.DTD, "__init__", changed)
+    with pytest.raises(UnavailableError, match=r"torchvision .+ keeps no '_image_files' of DTD; versions .+ pip "):
+        open_source(card, tmp_path)
 
 
 def test_a_missing_class_folder_of_gtsrb_stops_it(tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ def test_the_wheel_holds_package_and_data_and_nothing_else(wheel: Path) -> None:
     share = "svp_bench/_share/"
     shipped = {name.removeprefix(share) for name in entries if name.startswith(share)}
     package = {name for name in entries if not name.startswith((info, share))}
-    in_checkout = {path.relative_to(ROOT).as_posix() for path in (ROOT / "svp_bench").rglob("*.py")}
+    kinds = {".py", ".j2", ".css", ".js"}  # the code, and the template of the report with its style and script
+    paths = [path for path in (ROOT / "svp_bench").rglob("*") if path.suffix in kinds]
+    in_checkout = {path.relative_to(ROOT).as_posix() for path in paths}
 
     assert {name for name in shipped if Path(name).suffix in DATA_SUFFIXES} == set(shared_files(ROOT))
     assert {Path(name).suffix for name in shipped} <= DATA_SUFFIXES | {".md"}

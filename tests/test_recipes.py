@@ -106,6 +106,28 @@ def test_seeded_draws_follow_from_the_key_alone_and_leave_no_trace() -> None:
 
 
 @pytest.mark.parametrize(
+    "specification",
+    ["rand-m10-n15-p1-inc1", "rand-m20-n15-p1-inc1-mmax20", "rand-m0-n15-p1", "rand-m9-n5-mstd101-inc1-t3aw"],
+)
+def test_every_operation_runs_at_its_extremes(specification: str) -> None:
+    """At magnitude 10 and above, timm asks posterize to keep no bits, which Pillow 13 refuses."""
+    augmenter = Augmenter(Augment(rand_augment=specification), View(SIZE), seed=0)
+    image = picture(width=SIZE, height=SIZE)
+    for index in range(8):
+        assert augmenter(image, 0, index, 0).shape == (3, SIZE, SIZE)
+
+
+def test_posterize_without_bits_is_black() -> None:
+    augment = Augmenter(Augment(rand_augment="rand-m10-n1-p1-inc1"), View(SIZE), seed=0)
+    (transform,) = augment._steps
+    (posterize,) = [operation for operation in transform.ops if operation.name == "PosterizeIncreasing"]  # type: ignore[attr-defined]
+    image = picture(width=SIZE, height=SIZE)
+    assert not np.asarray(posterize(image)).any()
+    posterize.magnitude = 9  # one bit
+    assert np.unique(np.asarray(posterize(image))).tolist() == [0, 128]
+
+
+@pytest.mark.parametrize(
     "augment",
     [
         Augment(crop="random_resized", flip=0.5, rand_augment="rand-m9-mstd0.5-inc1"),
@@ -592,8 +614,31 @@ def test_the_average_of_weights_is_timms() -> None:
         ({"resize": "center_crop"}, "unknown --data.resize 'center_crop'; did you mean 'centre_crop'?"),
         ({"train_crop": "random_resize"}, "unknown --data.train_crop 'random_resize'; did you mean 'random_resized'?"),
         ({"interpolation": "bicubik"}, "unknown --data.interpolation 'bicubik'; did you mean 'bicubic'?"),
-        ({"rand_augment": "m9"}, "--data.rand_augment 'm9' is no RandAugment of timm's; for example: rand-m9-mstd0.5"),
-        ({"rand_augment": "rand-q9"}, "--data.rand_augment 'rand-q9' is no RandAugment of timm's"),
+        *(
+            ({"rand_augment": given}, f"--data.rand_augment '{given}' is no RandAugment of timm's ({why}); for ex")
+            for given, why in {
+                "m9": "it begins with rand-",
+                "rand": "it begins with rand-",
+                "rand-": "'' is no part of one",
+                "original-m9": "it begins with rand-",
+                "rand-q9": "'q9' is no part of one",
+                "rand-mfoo": "'mfoo' is no part of one",
+                "rand-m9-x": "'x' is no part of one",
+                "rand-m9-tnone": "'tnone' is no part of one",
+                "rand-m9.5": "'m9.5' is no part of one",
+                "rand-m9-inc2": "'inc2' is no part of one",
+                "rand-m9-mstdinf": "'mstdinf' is no part of one",
+                "rand-m9-m8": "'m8' is the second of its kind",
+                "rand-n0-m9": "n is 1 to 15",
+                "rand-n16-m9": "n is 1 to 15",
+                "rand-n15-m9-t3aw": "n is 1 to 14",
+                "rand-m11": "m is at most 10, or what mmax says",
+                "rand-m99999": "'m99999' is no part of one",
+                "rand-m9-mmax8": "m is at most 8, or what mmax says",
+                "rand-m9-p0": "p is above 0, at most 1",
+                "rand-m0-mmax0": "mmax is at least 1",
+            }.items()
+        ),
         (
             {"rand_augment": "rand-m9", "color_jitter": 0.3},
             "--data.color_jitter has no effect beside --data.rand_augment: timm leaves it out then; set one of them",

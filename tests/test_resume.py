@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pydoc
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +22,14 @@ from helpers import small as line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler
-from svp_bench.errors import SvpBenchError
+from svp_bench.errors import CheckpointError, SvpBenchError
+from svp_bench.train import cli, resume
 from svp_bench.train.module import AdaptationModule
+from svp_bench.train.resumable import check_resumable
 from svp_bench.train.resume import AtomicCheckpointIO, find_run, locked
+from svp_bench.train.saved import Saved
 
 CHANGING = {"run_id", "created", "times", "images_per_second", "peak_memory_mib", "checkpoint_file"}
 CHANGING |= {"data_notes"}  # they name the folder
@@ -108,6 +117,94 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert steady(again.record) == whole.record
 
 
+EARLY = "Stopped by SIGUSR1 before training; nothing to save yet\nGo on: the same command with --resume\n"
+
+
+def kill_at(patch: pytest.MonkeyPatch, target: Any, name: str, number: int) -> None:
+    """Send this process a signal when something is called."""
+    real = getattr(target, name)
+
+    def killing(*arguments: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return real(*arguments, **keywords)
+
+    patch.setattr(target, name, killing)
+
+
+@needs_signals
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("svp_bench.config", "compose"),
+        ("svp_bench.train.parsing.ConfigCLI", "parse_arguments"),
+        ("svp_bench.data.module", "open_source"),
+        ("svp_bench.train.cli", "check_writable"),
+    ],
+)
+def test_a_signal_before_training_ends_a_run_well(
+    place: Path, monkeypatch: pytest.MonkeyPatch, target: str, name: str
+) -> None:
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    with monkeypatch.context() as patch:
+        owner = pydoc.locate(target)
+        kill_at(patch, owner, name, signal.SIGUSR1)
+        stopped = command(*small(*FLAGS))
+    assert (stopped.status, stopped.err) == (0, "")
+    assert stopped.out == EARLY
+    assert not Path("runs").exists()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == handlers
+
+
+@needs_signals
+def test_a_signal_while_torch_is_imported_ends_a_run_well(place: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, *rest):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "from svp_bench.cli import entry_point\n"
+        "entry_point()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *small(*FLAGS)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, EARLY, "")
+
+
+@needs_signals
+def test_a_signal_behind_the_end_changes_nothing() -> None:
+    code = (
+        "import atexit, os, signal\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "from svp_bench.cli import entry_point\n"
+        "entry_point()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+
+
+@needs_signals
+def test_a_signal_does_not_cut_the_record(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, cli, "write_record", signal.SIGTERM)
+        outcome = run(*small(*FLAGS))
+    assert outcome.record["status"] == "complete"
+    assert "Stopped" not in outcome.out
+
+
+@needs_signals
+def test_a_signal_during_the_test_leaves_the_run_to_be_tested(
+    place: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, AdaptationModule, "test_step", signal.SIGTERM)
+        stopped = command(*small(*FLAGS))
+    assert stopped.status == 0
+    assert "Stopped by SIGTERM" in stopped.out
+    again = run(*small(*FLAGS, "--resume"))
+    assert steady(again.record) == whole.record
+
+
 @pytest.mark.parametrize("step", [2, 5, 6, 12])
 def test_a_crash_costs_the_epoch_at_most(place: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole, step: int) -> None:
     with monkeypatch.context() as patch:
@@ -158,6 +255,25 @@ def test_what_there_is_to_go_on_with(place: Path) -> None:
     assert len(list(Path("results/records/vtab/cifar").glob("*.json"))) == 2
 
 
+def test_a_run_that_another_process_has_just_finished_is_left_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at again once its lock is held: nobody reads the test list twice."""
+    first = run(*small(*FLAGS))
+    first.record_path.rename("record.json")
+
+    @contextmanager
+    def finished_meanwhile(folder: Path) -> Iterator[None]:
+        Path("record.json").rename(first.record_path)
+        yield
+
+    monkeypatch.setattr(resume, "locked", finished_meanwhile)
+    monkeypatch.setattr(VisionDataModule, "setup", lambda *_: pytest.fail("the lists were read"))
+    again = command(*small(*FLAGS, "--resume"))
+    assert again.status == 0
+    assert f"Nothing to go on with: {first.folder.name} is complete" in again.out
+
+
 def test_other_data_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, 8, fail)
@@ -185,6 +301,197 @@ def test_one_run_is_trained_by_one_process(tmp_path: Path) -> None:
     assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == "free\n"
 
 
+# --- checkpoints that are damaged ------------------------------------------------------------------------------------
+
+
+class Unfinished(NamedTuple):
+    """A run that was stopped, and what its checkpoint is checked against."""
+
+    folder: Path
+    checkpoint: Path
+    checked: tuple[Saved, Any, Any, Any]
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unfinished]:
+    folder = tmp_path_factory.mktemp("unfinished")
+    with pytest.MonkeyPatch.context() as patch:
+        settle(folder, patch)
+        with pytest.MonkeyPatch.context() as inner:
+            at_step(inner, 8, fail)
+            with pytest.raises(RuntimeError):
+                command(*small(*FLAGS))
+        checked: list[Any] = []
+
+        def keep(*arguments: Any) -> None:
+            checked.append(copy.deepcopy(arguments[0]))
+            checked.extend(arguments[1:])
+            raise SvpBenchError("enough")
+
+        (checkpoint,) = Path("runs").rglob("last.ckpt")
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(cli, "check_resumable", keep)
+            assert "enough" in complaint(command(*small(*FLAGS, "--resume")), 1)
+        yield Unfinished(folder, checkpoint, tuple(checked))
+
+
+def damaged(saved: Saved, place: list[Any], value: Any) -> Saved:
+    """Return a copy with another value at a place; `MISSING` takes it out."""
+    content = copy.deepcopy(saved.content)
+    node: Any = content
+    for key in place[:-1]:
+        node = node[key]
+    if value is MISSING:
+        del node[place[-1]]
+    else:
+        node[place[-1]] = value
+    return replace(saved, content=content)
+
+
+MISSING = object()
+MOMENTS = ["optimizer_states", 0, "state"]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (["optimizer_states"], [], r"optimizer_states is \[\], expected a list of 1"),
+        (["optimizer_states"], MISSING, "optimizer_states is missing, expected a list of 1"),
+        (["optimizer_states"], [3], r"optimizer_states\[0\] is 3, expected a mapping"),
+        (["optimizer_states", 0, "param_groups"], [], r"param_groups is \[\], expected all \d+ trained parameters"),
+        (["optimizer_states", 0, "param_groups"], 3, r"param_groups is 3, expected all \d+ trained parameters"),
+        (["optimizer_states", 0, "param_groups", 0, "params"], None, "expected all"),
+        (MOMENTS, {}, r"optimizer_states\.state is \{\}, expected the moments of each trained parameter"),
+        (MOMENTS, MISSING, r"optimizer_states\.state is missing, expected a mapping"),
+        ([*MOMENTS, 0], MISSING, "expected the moments of each trained parameter"),
+        ([*MOMENTS, 1, "exp_avg"], torch.zeros(9, 9, 9), "expected the moments of each trained parameter"),
+        (["lr_schedulers"], [], r"lr_schedulers is \[\], expected a list of 1"),
+        (["lr_schedulers", 0, "last_epoch"], "x", r"lr_schedulers\.last_epoch is 'x', expected a whole number"),
+        (["loops"], MISSING, "loops is missing, expected a mapping"),
+        (["loops", "fit_loop"], MISSING, r"loops\.fit_loop is missing"),
+        (["loops", "fit_loop", "epoch_progress"], {}, r"loops\.fit_loop\.epoch_progress\.total is missing"),
+        (["loops", "fit_loop", "epoch_progress", "current", "ready"], 1.5, "current.ready is 1.5, expected a whole"),
+        (["callbacks"], {}, r"callbacks\.\w+ is missing, expected a mapping"),
+        (["callbacks"], 3, "callbacks is 3, expected a mapping"),
+        (["callbacks", "Stopper", "batches"], "x", r"callbacks\.Stopper\.batches is 'x', expected a whole number"),
+        (["callbacks", "Meter"], {}, r"callbacks\.Meter\.\w+ is missing"),
+    ],
+)
+def test_a_gutted_checkpoint_names_what_is_missing(
+    unfinished: Unfinished, place: list[Any], value: Any, words: str
+) -> None:
+    saved, *rest = unfinished.checked
+    check_resumable(saved, *rest)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        check_resumable(damaged(saved, place, value), *rest)
+    text = str(caught.value)
+    assert text.startswith(f"{saved.path}: damaged, or not written by svp-bench: ")
+    assert text.endswith("; delete it, and the run begins anew; or leave --resume out")
+    assert "\n" not in text
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_damage_goes_unnoticed_or_makes_a_traceback(unfinished: Unfinished, data: st.DataObject) -> None:
+    """Whatever is taken out of what Lightning restores, it is named."""
+    saved, *rest = unfinished.checked
+    place: list[Any] = []
+    node: Any = {key: saved.content[key] for key in ("optimizer_states", "lr_schedulers", "loops", "callbacks")}
+    while isinstance(node, (dict, list)) and node and (not place or data.draw(st.booleans())):
+        place.append(data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else [*range(len(node))])))
+        node = node[place[-1]]
+    broken = damaged(saved, place, data.draw(st.sampled_from([MISSING, None, 3, "x", [], {}, [3], {"a": 1}])))
+    text = ""
+    try:
+        check_resumable(broken, *rest)
+    except CheckpointError as error:
+        text = str(error)
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"svp_bench": 3}, "svp_bench is 3, expected what svp-bench says about the run"),
+        ({"svp_bench": {}}, "svp_bench.task is missing, expected a text"),
+        ({"svp_bench.image_size": "big"}, "svp_bench.image_size is 'big', expected height and width"),
+        ({"svp_bench.image_size": [32]}, "svp_bench.image_size is [32], expected height and width"),
+        ({"svp_bench.view": 3}, "svp_bench.view is 3, expected resize, crop_ratio and interpolation"),
+        ({"svp_bench.view": {"resize": "x"}}, "svp_bench.view is {'resize': 'x'}, expected resize"),
+        ({"svp_bench.num_classes": True}, "svp_bench.num_classes is True, expected a whole number of 1"),
+        ({"svp_bench.num_classes": 7}, "expected 7 names"),
+        ({"svp_bench.method_args": [1]}, "svp_bench.method_args is [1], expected a mapping of names"),
+        ({"svp_bench.method_args": {"hidden_dim": "x"}}, "{'hidden_dim': 'x'}, expected settings of svp ("),
+        ({"svp_bench.method_args": {"width": 1}}, "{'width': 1}, expected settings of svp (unknown argument"),
+        ({"svp_bench.stage": "test"}, "svp_bench.stage is 'test', expected final or select"),
+        ({"svp_bench.init_seed": -1}, "svp_bench.init_seed is -1, expected a whole number of 0 or above"),
+        ({"svp_bench.ema_decay": 2.0}, "svp_bench.ema_decay is 2.0, expected a number between 0 and 1"),
+        ({"svp_bench.ema_decay": 0.5}, "ema is missing, expected tensors by name"),
+        ({"state_dict": 5}, "state_dict is 5, expected tensors by name"),
+        ({"state_dict": {"a": 5}}, "state_dict is {'a': 5}, expected tensors by name"),
+        ({"state_dict": {}}, "the checkpoint does not hold exactly the trained part"),
+        ({"global_step": "x"}, "global_step is 'x', expected a whole number of 0 or above"),
+        ({"epoch": -1}, "epoch is -1, expected a whole number of 0 or above"),
+    ],
+)
+def test_a_checkpoint_of_other_content_is_one_line(
+    unfinished: Unfinished, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    content = copy.deepcopy(unfinished.checked[0].content)
+    for key, value in changes.items():
+        part, _, inner = key.partition(".")
+        if inner:
+            content[part][inner] = value
+        else:
+            content[part] = value
+    torch.save(content, tmp_path / "odd.ckpt")
+    picture = str(next((unfinished.folder / "data").rglob("*.jpg")))
+    assert words in complaint(command("predict", "--ckpt", str(tmp_path / "odd.ckpt"), "--images", picture), 1)
+
+
+@pytest.mark.parametrize("content", [[1, 2], 3, "x", {}, {"state_dict": {}}])
+def test_what_is_no_checkpoint_of_ours_is_one_line(unfinished: Unfinished, tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "odd.ckpt")
+    picture = str(next((unfinished.folder / "data").rglob("*.jpg")))
+    told = complaint(command("predict", "--ckpt", str(tmp_path / "odd.ckpt"), "--images", picture), 1)
+    assert f"{tmp_path / 'odd.ckpt'}: no svp-bench checkpoint; weights of a backbone alone go to" in told
+
+
+def test_a_gutted_or_truncated_checkpoint_stops_a_run_that_goes_on(
+    unfinished: Unfinished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(unfinished.folder)
+    whole = unfinished.checkpoint.read_bytes()
+    saved = unfinished.checked[0].content
+    try:
+        for content, words in (
+            ({**saved, "optimizer_states": []}, "optimizer_states is [], expected a list of 1"),
+            ({**saved, "global_step": "x"}, "global_step is 'x', expected a whole number"),
+            ({"state_dict": {}}, "no svp-bench checkpoint"),
+            ([1], "no svp-bench checkpoint"),
+            (None, "truncated or not a checkpoint"),
+        ):
+            if content is None:
+                unfinished.checkpoint.write_bytes(whole[: len(whole) // 2])
+            else:
+                torch.save(content, unfinished.checkpoint)
+            told = complaint(command(*small(*FLAGS, "--resume")), 1)
+            assert words in told
+            assert told.endswith("; delete it, and the run begins anew; or leave --resume out")
+    finally:
+        unfinished.checkpoint.write_bytes(whole)
+
+
+def test_a_checkpoint_is_read_once(unfinished: Unfinished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(unfinished.folder)
+    monkeypatch.setattr("svp_bench.train.resume.load_pickle_safely", lambda path: pytest.fail("read again"))
+    before = unfinished.checkpoint.read_bytes()
+    outcome = run(*small(*FLAGS, "--resume"))
+    assert outcome.record["epochs"] == EPOCHS
+    outcome.record_path.unlink()
+    unfinished.checkpoint.write_bytes(before)
+
+
 def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, keeper = tmp_path / "checkpoints" / "last.ckpt", AtomicCheckpointIO()
     keeper.save_checkpoint({"x": torch.ones(2)}, path)
@@ -195,7 +502,7 @@ def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pyt
         ):
             keeper.save_checkpoint({"x": torch.zeros(2)}, path)
     assert keeper.load_checkpoint(path)["x"].tolist() == [1, 1]
-    (path.parent / ".last.ckpt.1.part").write_bytes(b"half")
+    (path.parent / ".last.ckpt.1.tmp").write_bytes(b"half")
     keeper.save_checkpoint({"x": torch.zeros(2)}, path)
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
     assert keeper.load_checkpoint(path)["x"].tolist() == [0, 0]

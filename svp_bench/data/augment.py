@@ -7,16 +7,18 @@ each picture or step, from a key that says which it is, and are put back afterwa
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from timm.data import Mixup, rand_augment_transform
+from timm.data import Mixup, auto_augment, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing
@@ -97,19 +99,81 @@ class Augment:
                 f"--data.{name} belongs to --data.train_crop random_resized, not to {self.crop or 'none'}"
             )
         if self.rand_augment is not None:
-            try:
-                if not self.rand_augment.startswith("rand-"):
-                    raise ValueError
-                rand_augment_transform(self.rand_augment, {})
-            except (AssertionError, ValueError, KeyError):
-                raise ConfigError(
-                    f"--data.rand_augment {self.rand_augment!r} is no RandAugment of timm's; for example: "
-                    "rand-m9-mstd0.5-inc1"
-                ) from None
+            _rand_augment(self.rand_augment, {})
 
     def __bool__(self) -> bool:
         """Whether chance does anything at all."""
         return any(getattr(self, field.name) is not None for field in fields(self))
+
+
+# Each part of a specification, and its bounds. timm itself leaves out what it does not know without a word.
+_WHOLE, _FRACTION = r"[0-9]{1,4}", r"[0-9]{1,4}(?:\.[0-9]+)?"
+_PARTS = {"m": _WHOLE, "n": _WHOLE, "p": _FRACTION, "mstd": _FRACTION, "mmax": _WHOLE, "inc": "[01]"}
+_SETS = r"t(?:weights|3a|3aw)"
+_TOP = 10  # timm's greatest magnitude, without mmax
+
+
+def _rand_augment(specification: str, settings: dict[str, Any]) -> Any:
+    """Return timm's RandAugment of a specification.
+
+    Args:
+        specification: rand, then -m9 (magnitude), -n2 (layers), -p0.5 (probability of each), -mstd0.5 (deviation of the
+            magnitude), -mmax10 (its greatest), -inc1 (harder with the magnitude), -tweights, -t3a or -t3aw (which
+            operations), in any order.
+        settings: timm's settings of the operations.
+
+    Raises:
+        ConfigError: If a part is unknown, given twice or out of range.
+    """
+    values: dict[str, float] = {}
+    problem = None
+    head, *parts = specification.split("-")
+    for part in parts:
+        match = re.fullmatch(r"(?P<key>[a-z]+)(?P<value>[0-9].*)", part)
+        key = match["key"] if match else ""
+        if re.fullmatch(_SETS, part) and hasattr(auto_augment, "rand_augment_choices"):
+            key, value = "t", 0.0
+        elif match and key in _PARTS and re.fullmatch(_PARTS[key], match["value"]):
+            value = float(match["value"])
+        else:
+            problem = f"{part!r} is no part of one"
+            break
+        if key in values:
+            problem = f"{part!r} is the second of its kind"
+        values[key] = value
+    top = values.get("mmax", _TOP)
+    if head != "rand" or not parts:
+        problem = "it begins with rand-"
+    elif problem is None and values.get("m", _TOP) > top:
+        problem = f"m is at most {top:g}, or what mmax says"
+    elif problem is None and not 0 < values.get("p", 1) <= 1:
+        problem = "p is above 0, at most 1"
+    elif problem is None and top < 1:
+        problem = "mmax is at least 1"
+    if problem is None:
+        transform = rand_augment_transform(specification, settings)
+        weights = transform.choice_weights
+        most = len(transform.ops) if weights is None else int(np.count_nonzero(weights))
+        if 1 <= values.get("n", 1) <= most:
+            return _guarded(transform)
+        problem = f"n is 1 to {most}"
+    raise ConfigError(
+        f"--data.rand_augment {specification!r} is no RandAugment of timm's ({problem}); for example: "
+        "rand-m9-mstd0.5-inc1"
+    )
+
+
+def _guarded(transform: Any) -> Any:
+    """Let posterize keep no bits, as timm asks for at the greatest magnitudes: Pillow refuses that from version 13."""
+    for operation in transform.ops:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **settings: object) -> Image.Image:
+    """Keep the `bits` highest bits of each channel; none of them is black, as before Pillow 13."""
+    return Image.new(image.mode, image.size) if bits < 1 else auto_augment.posterize(image, bits, **settings)
 
 
 class Augmenter:
@@ -143,7 +207,7 @@ class Augmenter:
                 "img_mean": fill,
                 "interpolation": Image.Resampling[view.interpolation.upper()],
             }
-            steps.append(rand_augment_transform(augment.rand_augment, settings))
+            steps.append(_rand_augment(augment.rand_augment, settings))
         if augment.color_jitter:
             steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
         self._steps = steps

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from svp_bench.errors import DataError
 
-__all__ = ["PictureList", "check_path", "combined_digest", "list_digest", "read_list"]
+__all__ = ["PictureList", "combined_digest", "list_digest", "plain_path", "read_list"]
 
 # Label of at most 18 digits: fits int64, and keeps `int` away from texts that it refuses for their length.
 _LINE = re.compile(r"(?P<path>.*[^ \t])[ \t]+(?P<label>-?[0-9]{1,18})")
@@ -32,7 +32,7 @@ class PictureList:
     """The lines of one list, in file order.
 
     Attributes:
-        paths: Paths relative to the task's folder.
+        paths: Paths relative to the task's folder, in their plain spelling: no "./", no "//".
         labels: int64 (N,), each in 0..classes-1.
     """
 
@@ -94,25 +94,34 @@ def _parse(entry: str, where: str) -> tuple[str, int]:
         raise DataError(
             f"{where}: found {_SHOW.repr(entry)}, expected `path label`: a relative path, blanks, an integer label"
         )
-    check_path(match["path"], where)
-    return match["path"], int(match["label"])
+    return plain_path(match["path"], where), int(match["label"])
 
 
-def check_path(picture: str, where: str) -> None:
-    """Check that the path of a listed picture is relative and stays below the folder that it is relative to.
+def plain_path(picture: str, where: str) -> str:
+    """Return the one spelling of a listed path: "./a//b.jpg" and "a/b.jpg" are the same picture.
 
     Args:
         picture: The path as listed.
         where: What lists it, for the message: "file:line".
 
     Raises:
-        DataError: If it does not.
+        DataError: If it names no file, is not relative, leaves the folder that it is relative to, or holds what no
+            file name should: control characters, or half of a surrogate pair.
     """
+    if _CONTROL.search(picture):
+        raise DataError(f"{where}: {_SHOW.repr(picture)} holds control characters")
+    try:
+        picture.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {_SHOW.repr(picture)} is not Unicode text (half of a surrogate pair)") from None
     posix, windows = PurePosixPath(picture), PureWindowsPath(picture)  # a list may have been written on either
     if posix.is_absolute() or windows.root or windows.drive:
         raise DataError(f"{where}: {_SHOW.repr(picture)} is an absolute path; paths are relative to the task's folder")
     if ".." in (*posix.parts, *windows.parts):
         raise DataError(f"{where}: {_SHOW.repr(picture)} leads out of the task's folder; '..' is not allowed")
+    if not posix.name:
+        raise DataError(f"{where}: {_SHOW.repr(picture)} names no picture")
+    return str(posix)
 
 
 def list_digest(name: str, pictures: PictureList) -> str:

@@ -13,13 +13,6 @@ __all__ = ["ROOT_VARIABLE", "find_folder", "list_file", "locate"]
 
 ROOT_VARIABLE = "SVP_BENCH_DATA"
 
-# One archive holds all tasks of the suite; elsewhere the task's own page is where to go. Both places are named in the
-# README of V-PETL Bench and RepAdapter; no checksum of the archive is published.
-_ARCHIVES = {
-    "vtab": "vtab-1k.zip from https://huggingface.co/datasets/XiN0919/VTAB-1k (or the link in the README of "
-    "https://github.com/luogen1996/RepAdapter)"
-}
-
 
 def list_file(folder: Path, name: str) -> Path:
     """Return the file of the list `name` in a task's folder."""
@@ -41,7 +34,7 @@ def locate(card: TaskCard, suite: SuiteCard, root: Path | None = None) -> Path:
     Raises:
         DataError: If no place holds a list; names all that were tried.
     """
-    remedy = _ARCHIVES.get(card.suite) or f"the pictures of {card.source} as lists and folders"
+    remedy = suite.archive or f"the pictures of {card.source} as lists and folders"
     forms = [
         lambda place, wanted=wanted: wanted(list_file(place, name).is_file() for name in card.counts)
         for wanted in (all, any)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,6 +33,7 @@ from svp_bench.cards import (
     load_task,
 )
 from svp_bench.data.augment import Augment, Augmenter, Mixing
+from svp_bench.data.keep import kept, verified
 from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler, Positions
 from svp_bench.data.sources import DataReport, Pictures, Source, cpu_count, in_threads, inspect, open_source
 from svp_bench.data.transforms import CROP_RATIO, INTERPOLATIONS, RESIZES, View, sides
@@ -108,7 +110,7 @@ class VisionDataModule(LightningDataModule):
         suite: The card of its suite.
         protocol: The protocol card.
         num_classes: Number of classes.
-        class_names: What to call them, in the order of their labels.
+        class_names: What to call them, in the order of their labels; the data's own names, if any, after `setup`.
         image_size: Height and width of the pictures in pixels.
         lists: Role ("train", "val", "test") → name of the list that plays it in this stage.
 
@@ -221,23 +223,25 @@ class VisionDataModule(LightningDataModule):
             stage: Lightning's: "fit", "validate" or "test".
 
         Raises:
-            DataError: If data are missing, malformed or unreadable.
+            DataError: If data are missing, malformed or unreadable, or lists leak into each other.
             ConfigError: If the batch size does not fit the number of processes.
         """
         for guess in _WRONG_GUESSES:
             warnings.filterwarnings("ignore", guess)
         if self._source is None:
-            source = open_source(self.card, self._root, suite=self.suite)
+            source = open_source(self.card, self._root, suite=self.suite, protocol=self.protocol)
             report = inspect(self.card, source, list(self.lists.values()))
             if stage == "fit":
                 self._check_batch_size(len(source.get(self.lists["train"])))
             for name in self.lists.values():
-                source.get(name).verify(rank_zero_info)
+                verified(source.get(name), partial(source.get(name).verify, rank_zero_info))
             if report.status == "different":
                 rank_zero_warn(
                     f"the data of {self.card.name} differ from its card: {'; '.join(report.notes)}; "
                     f"records will say data_status: different"
                 )
+            if source.class_names is not None:
+                self.class_names = [*source.class_names]
             self._source, self._report = source, report
         if stage == "fit":
             self._dataset("train")
@@ -469,13 +473,16 @@ class _KeptPictures(_Pictures):
 
     def __init__(self, pictures: Pictures, view: View, augmenter: Augmenter | None = None) -> None:
         super().__init__(pictures, view, augmenter)
-        kept = np.empty((len(pictures), 3, *view.sides), dtype=np.uint8)
+        self._kept = torch.from_numpy(kept(pictures, view, self._decode_all))
+
+    def _decode_all(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        pictures = np.empty((len(self), 3, *self._view.sides), dtype=np.uint8)
 
         def decode(position: int) -> None:
-            kept[position] = self._decode(position)
+            pictures[position] = self._decode(position)
 
-        in_threads(decode, len(pictures), f"decoding the pictures of {pictures.name}", rank_zero_info)
-        self._kept = torch.from_numpy(kept)
+        in_threads(decode, len(self), f"decoding the pictures of {self._pictures.name}", rank_zero_info)
+        return pictures
 
     @property
     def ready_made(self) -> bool:

@@ -1,7 +1,8 @@
 """Readers: from a task's card to lists of pictures and labels, and the checks that come before any training.
 
 A reader is a function `(card, suite, root) -> Source`, registered by name in `READERS`; the card (or its suite) says
-which one reads it. No torch here: `svp-bench data` verbs start at once.
+which one reads it. What it returns is checked for leaks, whichever it was. No torch here: `svp-bench data` verbs start
+at once.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -20,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from svp_bench.cards import SuiteCard, TaskCard, load_suite
+from svp_bench.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
 from svp_bench.data.lists import PictureList, combined_digest, list_digest, read_list
 from svp_bench.data.locate import list_file, locate
+from svp_bench.data.reading import DRAWN_MARK, drawn_notes, reader_options
 from svp_bench.data.transforms import to_rgb
 from svp_bench.errors import CardError, DataError, unknown_name
 from svp_bench.registry import Registry
@@ -39,23 +41,19 @@ __all__ = [
     "cpu_count",
     "in_threads",
     "inspect",
-    "open_digits",
     "open_lists",
     "open_source",
-    "reader_options",
 ]
 
 READERS = Registry("reader")
 READERS.add("lists", "svp_bench.data.sources:open_lists", "a folder of picture files and lists of `path label` lines")
 READERS.add(
     "json_split",
-    "svp_bench.data.readers:open_json_split",
+    "svp_bench.data.json_split:open_json_split",
     "train.json, val.json and test.json (path to class id), else the files that the data set itself has",
 )
-READERS.add("torchvision", "svp_bench.data.readers:open_torchvision", "a data set that torchvision reads")
-READERS.add("digits", "svp_bench.data.sources:open_digits", "scikit-learn's handwritten digits, 8 x 8, which it ships")
-
-DRAWN_MARK = "DRAWN.txt"  # lies in task folders that hold drawn pictures, so that no number on them passes for real
+READERS.add("torchvision", "svp_bench.data.torchvision_sets:open_torchvision", "a data set that torchvision reads")
+READERS.add("digits", "svp_bench.data.digits:open_digits", "scikit-learn's handwritten digits, 8 x 8, which it ships")
 
 Note = Callable[[str], None]
 _T = TypeVar("_T")
@@ -76,6 +74,15 @@ class Pictures(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def listing(self) -> str:
+        """What lists the pictures, for messages: a file, or a description."""
+        return f"the list {self.name!r}"
+
+    def keys(self) -> Sequence[str]:
+        """Return what tells each picture from all others of its source, whatever the list: its path, its number."""
+        return [self.where(index) for index in range(len(self))]
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
@@ -113,6 +120,7 @@ class Source:
         notes: What sets these data apart from what the card means, beyond what their counts and digest show.
         drawn: Are they a drawn stand-in, not the data set?
         variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
+        class_names: What the data themselves call the classes, in the order of the labels; None leaves it to the card.
     """
 
     origin: str
@@ -120,6 +128,7 @@ class Source:
     notes: tuple[str, ...] = ()
     drawn: bool = False
     variant: str | None = None
+    class_names: tuple[str, ...] | None = None
 
     def get(self, name: str) -> Pictures:
         """Return the pictures of one list.
@@ -139,6 +148,58 @@ class Source:
     def digest(self) -> str:
         """One "sha256:…" over the digests of all lists: the number that a card pins."""
         return combined_digest({name: pictures.digest for name, pictures in self.lists.items()})
+
+    def checked(self, stages: Mapping[str, Mapping[str, str]]) -> Source:
+        """Refuse lists that leak into each other or contradict each other; note pictures that a list repeats.
+
+        Args:
+            stages: Stage → role → list, as on a protocol card. No picture of a test list may be in any other list, nor
+                a picture of a stage's val in its train.
+
+        Returns:
+            The source, with a note for each list that holds a picture more than once.
+
+        Raises:
+            DataError: If lists leak, or a picture has two labels; names the first.
+        """
+        keys = {name: pictures.keys() for name, pictures in self.lists.items()}
+        self._need_one_label(keys)
+        pairs = [(roles["val"], roles["train"]) for roles in stages.values() if "val" in roles]
+        for test in {roles["test"]: None for roles in stages.values() if "test" in roles}:
+            pairs += [(test, name) for name in keys if name != test]
+        for apart, other in pairs:
+            if apart in keys and other in keys:
+                self._need_apart(apart, other, keys)
+        notes = []
+        for name, of in keys.items():
+            first: dict[str, int] = {}
+            again = [key for index, key in enumerate(of) if first.setdefault(key, index) != index]
+            if again:
+                where = self.lists[name].where(first[again[0]])
+                notes.append(f"{self.lists[name].listing} repeats {len(again)} pictures, the first is {where}")
+        return replace(self, notes=(*self.notes, *notes)) if notes else self
+
+    def _need_one_label(self, keys: Mapping[str, Sequence[str]]) -> None:
+        seen: dict[str, tuple[int, str]] = {}
+        for name, pictures in self.lists.items():
+            for index, (key, label) in enumerate(zip(keys[name], pictures.labels.tolist(), strict=True)):
+                before, other = seen.setdefault(key, (label, name))
+                if before != label:
+                    elsewhere = "the same list" if other == name else self.lists[other].listing
+                    raise DataError(
+                        f"{pictures.listing}: {pictures.where(index)} has label {label}, in {elsewhere} it has "
+                        f"{before}; get the lists again"
+                    )
+
+    def _need_apart(self, apart: str, other: str, keys: Mapping[str, Sequence[str]]) -> None:
+        listed = {*keys[other]}
+        leaked = [index for index, key in enumerate(keys[apart]) if key in listed]
+        if leaked:
+            pictures, into = self.lists[apart], self.lists[other]
+            raise DataError(
+                f"{pictures.listing}: {len(leaked)} of its pictures are also in {into.listing}, which must not see "
+                f"them; the first is {pictures.where(leaked[0])}; get the lists again"
+            )
 
 
 @dataclass(frozen=True)
@@ -161,24 +222,32 @@ class DataReport:
     counts: Mapping[str, int]
 
 
-def open_source(card: TaskCard, root: Path | None = None, *, suite: SuiteCard | None = None) -> Source:
-    """Find and read a task's lists; no picture is opened yet.
+def open_source(
+    card: TaskCard,
+    root: Path | None = None,
+    *,
+    suite: SuiteCard | None = None,
+    protocol: ProtocolCard | None = None,
+) -> Source:
+    """Find, read and check a task's lists; no picture is opened yet.
 
     Args:
         card: The task's card.
         root: The data root, for readers that have one; see `locate`.
         suite: The card of its suite; looked up by default.
+        protocol: Says which lists must be apart; the suite's by default.
 
     Raises:
         CardError: If the card's reader or one of its options is unknown.
-        DataError: If the data are missing, or a list is malformed.
+        DataError: If the data are missing, a list is malformed, or lists leak (`Source.checked`).
     """
     kind = card.reader.kind
     if kind not in READERS:
         raise unknown_name("reader", kind, READERS.names(), where=f"{card.path}:1", error=CardError)
     read = READERS.get(kind)
-    source: Source = read(card, suite or load_suite(card.suite), root)
-    return source
+    suite = suite or load_suite(card.suite)
+    source: Source = read(card, suite, root)
+    return source.checked((protocol or load_protocol(suite.protocol)).stages)
 
 
 def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
@@ -190,9 +259,12 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
         lists: Names of the lists that will be used; `DataReport.digest` is over these.
 
     Raises:
-        DataError: If a list that will be used is not there.
+        DataError: If a list that will be used is not there, or is empty.
     """
     digest = combined_digest({name: source.get(name).digest for name in lists})
+    for name in lists:
+        if not len(source.get(name)):
+            raise DataError(f"{source.origin} has no picture for the list {name!r}; get the data again, whole")
     counts = {name: len(pictures) for name, pictures in source.lists.items()}
     notes = list(source.notes)
     missing = [name for name in card.counts if name not in counts]
@@ -243,8 +315,8 @@ def open_lists(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
         path = list_file(folder, name)
         if path.exists():
             lists[name] = FilePictures(folder, name, read_list(path, card.classes, task=card.name))
-    drawn = (folder / DRAWN_MARK).exists()
-    return Source(str(folder), lists, (f"the pictures in {folder} are drawn, not real",) if drawn else (), drawn)
+    notes = drawn_notes(folder)
+    return Source(str(folder), lists, notes, drawn=bool(notes))
 
 
 class FilePictures(Pictures):
@@ -264,6 +336,15 @@ class FilePictures(Pictures):
         self.paths = pictures.paths
         self.labels = pictures.labels
         self.digest = list_digest(name, pictures)
+
+    @property
+    def listing(self) -> str:
+        """What lists the pictures: the file of the list, unless something else does."""
+        return self._listing
+
+    def keys(self) -> Sequence[str]:
+        """Return the paths, which have one spelling each."""
+        return self.paths
 
     def where(self, index: int) -> str:
         """Return the path of one picture."""
@@ -345,66 +426,6 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-# --- scikit-learn's digits -------------------------------------------------------------------------------------------
-
-_DIGITS_TRAINING = 1000  # of 1,797; the others are the test list
-_DIGITS_TRAIN = 800
-_DIGITS_FEWEST = 3  # the fewest per class of which a fifth is still one
-
-
-def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
-    """Read the handwritten digits that scikit-learn ships: 1,797 grey pictures of 8 × 8 pixels, 10 classes.
-
-    Lists, all in file order: `train` the first 800, `val` the next 200, `trainval` both, `test` the last 797. With the
-    option `per_class: k`, `trainval` holds the first k of each class among the first 1,000, and the first round(0.8 k)
-    of each of these are `train`, the others `val`. `root` is not used.
-
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository (its test part).
-
-    Raises:
-        CardError: If an option or list is unknown, `per_class` out of range, or the number of classes wrong.
-    """
-    option = reader_options(card, {"per_class": int}).get("per_class")
-    per_class = None if option is None else int(option)
-    from sklearn.datasets import load_digits  # takes a second to import
-
-    digits = load_digits()
-    labels = np.asarray(digits.target, dtype=np.int64)
-    pixels = np.rint(np.asarray(digits.images) * (255 / 16)).astype(np.uint8)  # 17 grey values, 0..16
-
-    if card.classes != len(digits.target_names):
-        raise CardError(
-            f"{card.path}:1: the digits have {len(digits.target_names)} classes, the card says {card.classes}"
-        )
-    first = labels[:_DIGITS_TRAINING]
-    if per_class is None:
-        train, val = np.arange(_DIGITS_TRAIN), np.arange(_DIGITS_TRAIN, _DIGITS_TRAINING)
-    else:
-        most = int(np.bincount(first).min())
-        if not _DIGITS_FEWEST <= per_class <= most:
-            raise CardError(
-                f"{card.path}:1: per_class {per_class} is out of range, allowed: {_DIGITS_FEWEST}..{most} "
-                f"(of the first {_DIGITS_TRAINING:,} digits, with at least one of each class for val)"
-            )
-        of_class = [np.flatnonzero(first == digit)[:per_class] for digit in range(card.classes)]
-        cut = round(0.8 * per_class)
-        train = np.sort(np.concatenate([chosen[:cut] for chosen in of_class]))
-        val = np.sort(np.concatenate([chosen[cut:] for chosen in of_class]))
-    positions = {
-        "train": train,
-        "val": val,
-        "trainval": np.sort(np.concatenate([train, val])),
-        "test": np.arange(_DIGITS_TRAINING, len(labels)),
-    }
-    unknown = [name for name in card.counts if name not in positions]
-    if unknown:
-        raise unknown_name(
-            "list of the reader 'digits'", unknown[0], positions, where=f"{card.path}:1", error=CardError
-        )
-    lists = {name: ArrayPictures(name, pixels, labels, positions[name]) for name in card.counts}
-    return Source("scikit-learn's digits", lists)
-
-
 class ArrayPictures(Pictures):
     """Some of the pictures of an array; `where` counts in the whole array.
 
@@ -439,25 +460,6 @@ class ArrayPictures(Pictures):
     def load(self, index: int) -> Image.Image:
         """Return one picture."""
         return Image.fromarray(self._pixels[index]).convert("RGB")
-
-
-def reader_options(card: TaskCard, known: Mapping[str, type]) -> Mapping[str, int | str | float | bool]:
-    """Return the card's reader options, checked against the `known` names and types.
-
-    Raises:
-        CardError: If one is unknown or of another type.
-    """
-    reader = card.reader
-    for name, value in reader.options.items():
-        if name not in known:
-            if not known:
-                raise CardError(f"{card.path}:1: the reader {reader.kind!r} has no options, the card gives {name!r}")
-            raise unknown_name(
-                f"option of the reader {reader.kind!r}", name, known, where=f"{card.path}:1", error=CardError
-            )
-        if type(value) is not known[name]:
-            raise CardError(f"{card.path}:1: option {name!r} must be of type {known[name].__name__}, not {value!r}")
-    return reader.options
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------

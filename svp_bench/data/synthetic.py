@@ -33,8 +33,8 @@ from PIL import Image
 
 from svp_bench.cards import TaskCard, class_names
 from svp_bench.data.locate import list_file
-from svp_bench.data.readers import NATIVE_FORMS, optional_import
-from svp_bench.data.sources import DRAWN_MARK
+from svp_bench.data.native import NATIVE_FORMS
+from svp_bench.data.reading import DRAWN_MARK, optional_import
 from svp_bench.errors import DataError, UsageError, unknown_name
 
 __all__ = ["DEFAULT_SIZE", "LAYOUTS", "QUIRKS", "draw_picture", "draw_task"]

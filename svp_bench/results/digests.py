@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from svp_bench.errors import RecordError
@@ -20,6 +20,7 @@ __all__ = [
     "canonical_digest",
     "cell_config",
     "config_digest",
+    "flat",
     "plain",
     "setting_config",
     "setting_digest",
@@ -124,6 +125,15 @@ def canonical_digest(value: Any) -> str:
     """
     text = json.dumps(plain(value, "config"), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return "sha256:" + hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of each leaf."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _without(config: Mapping[str, Any], excluded: Collection[str], prefix: str = "") -> dict[str, Any]:

@@ -38,6 +38,10 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TASK = re.compile(r"[a-z0-9][a-z0-9_-]*/[a-z0-9][a-z0-9_-]*")
 _TOP1_TOLERANCE = 1e-3  # percent: top1 may have gone through float32
+_OTHER_FILES = {  # what might be taken for a record, by its schema
+    "svp-bench/replication-1": "a replication, its best epoch picked on the test list: no table of results takes it",
+    "svp-bench/choice-1": "the frozen choice of a search, which belongs below choices/",
+}
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -149,6 +153,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _parse(data: Any, where: str) -> Record:
+    if isinstance(data, Mapping) and _is_text(data.get("schema")) and data["schema"] in _OTHER_FILES:
+        raise RecordError(f"{where}: is no record but {_OTHER_FILES[data['schema']]}")
     if isinstance(data, Mapping) and data.get("schema") != SCHEMA:
         given = _short.repr(data["schema"]) if "schema" in data else "missing"
         raise RecordError(f"{where}: 'schema' is {given}; this svp-bench {__version__} reads schema {SCHEMA}")

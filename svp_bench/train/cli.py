@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -23,9 +22,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from svp_bench.config import Flags
 from svp_bench.data.locate import locate
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import CheckpointError, ConfigError, RecordError, SvpBenchError, UsageError
-from svp_bench.models.checkpoints import load_pickle_safely
-from svp_bench.results.digests import cell_config, setting_digest
+from svp_bench.errors import ConfigError, RecordError, SvpBenchError, UsageError
+from svp_bench.interrupts import INTERRUPTS, Preempted
+from svp_bench.results.digests import cell_config, flat, setting_digest
 from svp_bench.results.files import (
     check_writable,
     continue_record,
@@ -37,39 +36,50 @@ from svp_bench.results.files import (
 from svp_bench.results.record import Record, new_run_id
 from svp_bench.train.callbacks import Meter
 from svp_bench.train.metrics import describe
-from svp_bench.train.module import SAVED_KEY, AdaptationModule
-from svp_bench.train.parsing import ConfigCLI, one_line
+from svp_bench.train.module import AdaptationModule
+from svp_bench.train.parsing import ConfigCLI, make_importable, one_line
 from svp_bench.train.provenance import commit_and_dirty
 from svp_bench.train.quiet import quiet
 from svp_bench.train.recording import Recorder
+from svp_bench.train.resumable import REMEDY, check_resumable
 from svp_bench.train.resume import (
     CHECKPOINT,
     AtomicCheckpointIO,
     Found,
-    Preempted,
     StepSeeds,
     Stopper,
-    find_run,
+    agreed_name,
+    claim_run,
+    is_of_a_lost_process,
     locked,
 )
+from svp_bench.train.saved import About, Saved
 
-__all__ = ["BenchCLI", "run"]
-
-_RUN_ID = "SVP_BENCH_RUN_ID"
-# A null may stand over a number of a lower layer (no gradient clipping), so a saved config keeps it.
+__all__ = ["BenchCLI", "refuse_unwritable", "run"]
 
 
-def run(verb: str, flags: Flags) -> None:
-    """Run one verb.
+def run(
+    verb: str,
+    flags: Flags,
+    callbacks: Sequence[Callback] = (),
+    cli: Callable[[str, Flags, Sequence[Callback]], BenchCLI] | None = None,
+) -> BenchCLI:
+    """Run one verb, and return what ran it.
+
+    Args:
+        verb: fit, validate or test.
+        flags: The command line.
+        callbacks: Of whoever watches the run; they change nothing of it.
+        cli: What runs it; `BenchCLI` by default.
 
     Raises:
         SvpBenchError: For everything that a user can mend.
     """
-    _make_importable(flags)
+    make_importable(flags)
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with quiet():
-            BenchCLI(verb, flags)
+            return (cli or BenchCLI)(verb, flags, callbacks)
     except SystemExit as stop:
         if stop.code or type(stop) is not SystemExit:  # what Lightning makes of ctrl-C and of SIGTERM
             raise KeyboardInterrupt from None
@@ -79,32 +89,37 @@ def run(verb: str, flags: Flags) -> None:
             signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves ctrl-C ignored
 
 
-def _make_importable(flags: Flags) -> None:
-    """Let a method's class come from the folder of its file, or from the working directory.
-
-    Behind all else on the path: nothing that is installed is hidden by a file that happens to lie there.
-    """
-    given = [Path(name) for name in (flags.method, *flags.configs) if name]
-    for folder in [*(path.parent for path in given if path.is_file()), Path()]:
-        if (place := str(folder.resolve())) not in sys.path:
-            sys.path.append(place)
-
-
 class BenchCLI(ConfigCLI):
     """One verb over one composed config.
 
     Args:
         verb: fit, validate or test.
         flags: The command line.
+        watchers: Callbacks of whoever watches the run.
     """
 
-    def __init__(self, verb: str, flags: Flags) -> None:
+    saved_config = "config.yaml"
+    next_step: str | None = "svp-bench table"  # after a complete final run
+    goes_on = True  # after a signal, with --resume
+
+    def __init__(self, verb: str, flags: Flags, watchers: Sequence[Callback] = ()) -> None:
+        self.watchers = watchers
         self.meter = Meter()
         self.stopper: Stopper | None = None
         self.run_id = ""
         self.run_dir = Path()
         self.resumed: Found | None = None
-        super().__init__(verb, flags)
+        self.saved: Saved | None = None
+        self.checkpoints = AtomicCheckpointIO()
+        with ExitStack() as self.holding:  # the run's lock, its name for processes that are launched, the signals
+            try:
+                if verb == "fit" and self.goes_on:
+                    self.holding.enter_context(INTERRUPTS.taken())
+                super().__init__(verb, flags)
+            except Preempted:
+                INTERRUPTS.say_stopped_early()
+            except ConfigError as error:
+                raise type(error)(self.with_origin(str(error))) from None
 
     # --- before anything heavy ---------------------------------------------------------------------------------------
 
@@ -124,36 +139,34 @@ class BenchCLI(ConfigCLI):
             raise UsageError("stage 'select' has no test list: test a run of --data.stage final")
         self._name_run(config, data)
         if self.verb == "fit":
-            _refuse_unwritable(Path(config.results_root) / "records" / data.card.name, "--results_root")
-            _refuse_unwritable(self.run_dir, "--runs_root")
+            refuse_unwritable(Path(config.results_root) / "records" / data.card.name, "--results_root")
+            refuse_unwritable(self.run_dir, "--runs_root")
 
     def _name_run(self, config: Namespace, data: VisionDataModule) -> None:
-        digest = self.settings.setting_digest
-        self.run_id = new_run_id(self.settings.method, self.settings.seed, digest)
+        digest, tuned = self.settings.setting_digest, self.settings.tuned
         runs, records = Path(config.runs_root) / data.card.name, Path(config.results_root) / "records" / data.card.name
-        if "LOCAL_RANK" in os.environ:  # a process that Lightning launched: the first one has named the run
-            self.run_id = os.environ.get(_RUN_ID, self.run_id)
-        elif config.get("resume"):
-            tuned = self.settings.tuned
-            found = find_run(runs, records, config.seed_everything, lambda c: setting_digest(c, tuned) == digest)
-            if found is None:
+        resume = self.verb == "fit" and bool(config.get("resume"))
+
+        def decide() -> str:
+            if resume:
+                same = lambda other: setting_digest(other, tuned) == digest  # noqa: E731
+                found = claim_run(self.holding, runs, records, config.seed_everything, same)
+                if found is not None:
+                    return found.folder.name
                 rank_zero_info(f"Note: --resume: no run of this setting and seed in {runs}; this one begins.")
-            else:
-                self.run_id = found.folder.name
-        os.environ[_RUN_ID] = self.run_id
+            return new_run_id(self.settings.method, self.settings.seed, digest)
+
+        self.run_id = agreed_name(self.holding, decide, resume)
         self.run_dir = runs / self.run_id
-        if config.get("resume") and self.run_dir.is_dir():
-            place, checkpoint = records / f"{self.run_id}.json", self.run_dir / CHECKPOINT
-            self.resumed = Found(
-                self.run_dir,
-                checkpoint if checkpoint.is_file() else None,
-                read_record(place) if place.is_file() else None,
-            )
+        if resume and self.run_dir.is_dir():
+            self.resumed = Found.at(self.run_dir, records)
+            if self.resumed.checkpoint is not None and not self.resumed.finished:
+                self.saved = Saved.read(self.resumed.checkpoint, REMEDY)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer, with our callbacks, checkpoints and TensorBoard below the run's folder."""
         config = self.config_init[self.verb].trainer
-        callbacks: list[Any] = [self.meter]
+        callbacks: list[Any] = [self.meter, *self.watchers]
         dry = bool(config.fast_dev_run)
         if self.verb == "fit" and config.enable_checkpointing is not False and not dry:
             folder = self.run_dir / "checkpoints"
@@ -170,10 +183,11 @@ class BenchCLI(ConfigCLI):
             ]
         if self.verb == "fit":
             callbacks.append(StepSeeds(int(self.config_init[self.verb].seed_everything)))
-            kwargs["plugins"] = [*(config.plugins or []), AtomicCheckpointIO()]
+        kwargs["plugins"] = [*(config.plugins or []), self.checkpoints]
         if config.logger in (None, True) and self.verb == "fit" and not dry:
             # what was logged after the last checkpoint will be logged once more
-            kwargs["logger"] = TensorBoardLogger(self.run_dir, name="", version="", purge_step=self._steps_done())
+            done = None if self.resumed is None else self.saved.global_step if self.saved else 0
+            kwargs["logger"] = TensorBoardLogger(self.run_dir, name="", version="", purge_step=done)
         elif self.verb != "fit":
             kwargs["logger"] = False
         trainer_config = {**config.as_dict(), **kwargs}
@@ -182,12 +196,6 @@ class BenchCLI(ConfigCLI):
             return Trainer(**trainer_config)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"Lightning refuses these trainer settings: {one_line(str(error))}") from None
-
-    def _steps_done(self) -> int | None:
-        """Optimizer steps behind the checkpoint that this run goes on from."""
-        if self.resumed is None:
-            return None
-        return int(load_pickle_safely(self.resumed.checkpoint)["global_step"]) if self.resumed.checkpoint else 0
 
     # --- the verbs ---------------------------------------------------------------------------------------------------
 
@@ -201,21 +209,34 @@ class BenchCLI(ConfigCLI):
                 f"Nothing to go on with: {self.run_id} is complete; its record is in {config.results_root}", flush=True
             )
             return
+        self._need_chosen_weights(model)
         self.recorder.scan_choice()  # a backend asked for by name runs on this device, or the run ends here
         model.run_id = self.run_id
         datamodule.trainer = self.trainer  # the batch size is checked against devices and accumulation
         datamodule.setup("fit")  # data errors stop the run before it leaves a trace
         check_writable(config.results_root)
-        if self.resumed is not None and self.resumed.checkpoint is not None:
-            self._need_same_data(self.resumed.checkpoint)
-            kwargs["ckpt_path"] = str(self.resumed.checkpoint)
-        with self._alone(), self.stopper.listening() if self.stopper else nullcontext():
+        if self.saved is not None:
+            self._need_same_data(self.saved)
+            check_resumable(self.saved, self.trainer, model, [self.meter, *([self.stopper] if self.stopper else [])])
+            self.checkpoints.known, kwargs["ckpt_path"] = self.saved, str(self.saved.path)
+            self.saved = None
+        with self._alone():
             self._announce()
             self._save_config()
             try:
                 self._fit(model, datamodule, kwargs)
             except Preempted:
                 self._say_how_to_go_on()
+
+    def _need_chosen_weights(self, model: AdaptationModule) -> None:
+        """Refuse a frozen choice that was made for other weights."""
+        choice = self.composed.choice
+        digest = None if model.checkpoint == "none" else model.backbone_digest
+        if choice is not None and choice.checkpoint_digest != digest:
+            raise UsageError(
+                f"{self.flags.choice} was chosen on other weights than those of --model.checkpoint {model.checkpoint}; "
+                "search again for these, or leave --choice out"
+            )
 
     def _fit(self, model: AdaptationModule, datamodule: VisionDataModule, kwargs: dict[str, Any]) -> None:
         """Train, test, and write the record, unless the run is to go on later."""
@@ -241,30 +262,36 @@ class BenchCLI(ConfigCLI):
             raise
         except Exception as error:
             status, reason = "failed", one_line(f"{type(error).__name__}: {error}")
+            if self.trainer.world_size > 1 and is_of_a_lost_process(error):
+                raise SvpBenchError(
+                    f"another process of this run is gone ({one_line(str(error))}); go on: the same command with "
+                    "--resume"
+                ) from None
             raise
         finally:
             if not preempted:
+                INTERRUPTS.waits = True  # the end is near: no signal cuts the record in two
                 self._finish(status, reason, tested)
 
-    def _need_same_data(self, checkpoint: Path) -> None:
+    def _need_same_data(self, saved: Saved) -> None:
         """Refuse to go on with other pictures than those that the run began with."""
-        theirs = load_pickle_safely(checkpoint).get(SAVED_KEY, {}).get("data_digest")
-        if theirs != self.datamodule.report.digest:
+        if saved.about.data_digest != self.datamodule.report.digest:
             raise UsageError(
-                f"{checkpoint}: the run began with other lists of {self.datamodule.card.name} than those found here; "
+                f"{saved.path}: the run began with other lists of {self.datamodule.card.name} than those found here; "
                 "give their folder with --data.root, or begin anew without --resume"
             )
 
     def _alone(self) -> AbstractContextManager[None]:
-        """No other process trains this run; the processes of one run are one."""
+        """No other process trains this run; the processes of one run are one. A run to go on with is held already."""
         dry = bool(self.config[self.verb].trainer.fast_dev_run)
-        return nullcontext() if dry or not self.trainer.is_global_zero else locked(self.run_dir)
+        begun = self.resumed is not None
+        return nullcontext() if dry or begun or not self.trainer.is_global_zero else locked(self.run_dir)
 
     @rank_zero_only
     def _say_how_to_go_on(self) -> None:
         saved = self.run_dir / CHECKPOINT
         what = f"saved: {saved}" if saved.is_file() else "nothing to save yet"
-        name = self.stopper.asked.name if self.stopper and self.stopper.asked else "a signal"
+        name = INTERRUPTS.asked.name if INTERRUPTS.asked else "a signal"
         epoch, steps = self.trainer.current_epoch, self.trainer.global_step
         print(
             f"Stopped by {name} in epoch {epoch}, after {steps} steps; {what}\nGo on: the same command with --resume",
@@ -284,11 +311,9 @@ class BenchCLI(ConfigCLI):
         """
         about, epochs = self._need_checkpoint(kwargs)
         root = self.config[self.verb].results_root
-        where = Path(root) / "records" / str(about["task"]) / f"{about['run_id']}.json"
-        if about["stage"] != "final":
-            raise UsageError(
-                f"{kwargs['ckpt_path']}: weights of stage {about['stage']!r} are never tested; refit first"
-            )
+        where = Path(root) / "records" / about.task / f"{about.run_id}.json"
+        if about.stage != "final":
+            raise UsageError(f"{kwargs['ckpt_path']}: weights of stage {about.stage!r} are never tested; refit first")
         if not where.is_file():
             raise UsageError(f"no record {where}: only recorded runs are tested; give the run's --results_root")
         old = read_record(where)
@@ -319,8 +344,8 @@ class BenchCLI(ConfigCLI):
         print(f"Completed {where}")
         self.recorder.write_tables("test", Path(self.config[self.verb].runs_root) / old.task / old.run_id)
 
-    def _need_checkpoint(self, kwargs: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
-        """Return what a checkpoint says about its run, and the epochs it has seen."""
+    def _need_checkpoint(self, kwargs: Mapping[str, Any]) -> tuple[About, int]:
+        """Read the checkpoint; return what it says about its run, and the epochs it has seen."""
         path = kwargs.get("ckpt_path")
         if not path:
             raise UsageError(
@@ -328,18 +353,14 @@ class BenchCLI(ConfigCLI):
             )
         if not Path(path).is_file():
             raise UsageError(f"no checkpoint {str(path)!r}; runs keep theirs in runs/<task>/<run>/checkpoints/")
-        content = load_pickle_safely(Path(path))  # Lightning's own way depends on its version
-        if not isinstance(content, Mapping) or SAVED_KEY not in content:
-            raise CheckpointError(
-                f"{path}: no svp-bench checkpoint; weights of a backbone alone go to --model.checkpoint PATH"
-            )
-        return content[SAVED_KEY], int(content["epoch"]) + 1
+        saved = self.checkpoints.known = Saved.read(path)
+        return saved.about, saved.epoch + 1
 
     def _need_same_run(self, old: Record, where: Path) -> None:
         """Refuse to complete a record with a score that its settings or data did not give."""
         if old.status != "unscored":
             return
-        ours, theirs = (dict(_flat(cell_config(config))) for config in (self.settings.config, old.config))
+        ours, theirs = (dict(flat(cell_config(config))) for config in (self.settings.config, old.config))
         other = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
         if other:
             raise UsageError(
@@ -376,7 +397,7 @@ class BenchCLI(ConfigCLI):
     @rank_zero_only
     def _save_config(self) -> None:
         try:
-            write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.settings.config, sort_keys=False))
+            write_atomically(self.run_dir / self.saved_config, yaml.safe_dump(self.settings.config, sort_keys=False))
         except RecordError as error:
             reason = str(error).partition("; ")[0]
             raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None
@@ -393,8 +414,8 @@ class BenchCLI(ConfigCLI):
         if record.metrics is not None:
             self.recorder.write_tables(role, self.run_dir)
         checkpoint = self.run_dir / CHECKPOINT
-        if record.kind == "final" and status == "complete":
-            print("Next: svp-bench table", flush=True)
+        if record.kind == "final" and status == "complete" and self.next_step:
+            print(f"Next: {self.next_step}", flush=True)
         elif status == "unscored":
             print(f"Next: svp-bench test --config {self.run_dir / 'config.yaml'} --ckpt_path {checkpoint}", flush=True)
 
@@ -414,7 +435,7 @@ class BenchCLI(ConfigCLI):
         )
 
 
-def _refuse_unwritable(folder: Path, flag: str) -> None:
+def refuse_unwritable(folder: Path, flag: str) -> None:
     """Say early, and without making it, that a folder cannot be written.
 
     Raises:
@@ -426,11 +447,3 @@ def _refuse_unwritable(folder: Path, flag: str) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         why = "is not a folder" if not place.is_dir() else "is not writable"
         raise RecordError(f"cannot write into {folder}: {place} {why}; choose another folder with {flag} DIR")
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -35,11 +36,11 @@ from svp_bench.train.metrics import (
     score_pictures,
 )
 from svp_bench.train.recipe import EMA, Schedule, hidden_head, make_optimizer, mix, simam, soft_targets
+from svp_bench.train.saved import SAVED_KEY, About
 
-__all__ = ["SAVED_KEY", "AdaptationModule"]
+__all__ = ["AdaptationModule"]
 
 _DTYPES = {"64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}  # of activations, by precision
-SAVED_KEY = "svp_bench"  # our key in a Lightning checkpoint
 
 
 class AdaptationModule(LightningModule):
@@ -442,12 +443,21 @@ class AdaptationModule(LightningModule):
         trained = {f"model.{name}" for name in trained_parameters(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        about = {**self.identity(), "task": data.card.name, "protocol": data.protocol.name}
-        digest = data.report.digest  # a run goes on with the lists that it began with
-        checkpoint[SAVED_KEY] = {**about, "stage": data.stage, "run_id": self.run_id, "data_digest": digest}
         view = data.view
-        checkpoint[SAVED_KEY]["view"] = {"resize": view.resize, "crop_ratio": view.crop_ratio}
-        checkpoint[SAVED_KEY]["view"]["interpolation"] = view.interpolation
+        checkpoint[SAVED_KEY] = {
+            **self.identity(),
+            "task": data.card.name,
+            "protocol": data.protocol.name,
+            "stage": data.stage,
+            "run_id": self.run_id,
+            "data_digest": data.report.digest,  # a run goes on with the lists that it began with
+            "view": {
+                "resize": view.resize,
+                "crop_ratio": view.crop_ratio,
+                "interpolation": view.interpolation,
+            },
+            "class_names": list(data.class_names),
+        }
         if self.ema is not None:
             checkpoint["ema"] = self.ema.weights
 
@@ -474,14 +484,15 @@ class AdaptationModule(LightningModule):
         Raises:
             CheckpointError: If not; says what differs.
         """
-        theirs, ours = checkpoint.get(SAVED_KEY), self.identity()
-        if not isinstance(theirs, Mapping):
+        if SAVED_KEY not in checkpoint:
             raise CheckpointError("the file is no svp-bench checkpoint; backbone weights go to --model.checkpoint PATH")
+        about, ours = About.of(checkpoint[SAVED_KEY], "the checkpoint"), self.identity()
+        theirs = {**dataclasses.asdict(about), "image_size": list(about.image_size)}
         keys = ("backbone", "backbone_digest", "method", "method_args", "num_classes", "image_size")
         for key in (*keys, "head_hidden", "input_attention", "ema_decay"):
-            if theirs.get(key) != ours[key]:
+            if theirs[key] != ours[key]:
                 raise CheckpointError(
-                    f"the checkpoint was trained with {key} = {theirs.get(key)!r}, this run has {ours[key]!r}; "
+                    f"the checkpoint was trained with {key} = {theirs[key]!r}, this run has {ours[key]!r}; "
                     "use the config.yaml beside it"
                 )
         expected = {f"model.{name}": p.shape for name, p in trained_parameters(self.model).items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,14 +21,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from svp_bench.config import Composed, Flags, compose
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import ConfigError, unknown_name
+from svp_bench.errors import ConfigError, UsageError, unknown_name
 from svp_bench.methods import METHODS
 from svp_bench.ops import BACKENDS
-from svp_bench.results.digests import config_digest, setting_digest
+from svp_bench.results.choices import context_of
+from svp_bench.results.digests import cell_config, config_digest, flat, setting_digest
 from svp_bench.results.record import Tuned
 from svp_bench.train.module import AdaptationModule
+from svp_bench.train.quiet import quiet
 
-__all__ = ["ConfigCLI", "Resolved", "one_line", "resolve"]
+__all__ = ["ConfigCLI", "Resolved", "make_importable", "one_line", "resolve"]
 
 _LINKED = {
     "model.num_classes": "it follows from the task's card",
@@ -76,6 +80,17 @@ class Resolved:
         return setting_digest(self.config, self.tuned)
 
 
+def make_importable(flags: Flags) -> None:
+    """Let a method's class come from the folder of its file, or from the working directory.
+
+    Behind all else on the path: nothing that is installed is hidden by a file that happens to lie there.
+    """
+    given = [Path(name) for name in (flags.method, *flags.configs) if name]
+    for folder in [*(path.parent for path in given if path.is_file()), Path()]:
+        if (place := str(folder.resolve())) not in sys.path:
+            sys.path.append(place)
+
+
 class _Done(Exception):  # not an error: all that was asked for is known
     pass
 
@@ -88,12 +103,14 @@ def resolve(flags: Flags, verb: str = "fit") -> Resolved:
         ConfigError: If a key or value does not fit.
     """
 
+    make_importable(flags)
+
     class _Resolver(ConfigCLI):
         def before_instantiate_classes(self) -> None:
             raise _Done
 
     resolver = _Resolver.__new__(_Resolver)
-    with suppress(_Done):
+    with quiet(), suppress(_Done):
         resolver.__init__(verb, flags)  # type: ignore[misc]  # LightningCLI does all its work there
     return resolver.resolved()
 
@@ -136,14 +153,17 @@ class ConfigCLI(LightningCLI):
         flags: The command line.
     """
 
+    module_type: type[AdaptationModule] = AdaptationModule
+    data_type: type[VisionDataModule] = VisionDataModule
+
     def __init__(self, verb: str, flags: Flags) -> None:
         self.verb = verb
         self.flags = flags
         self.composed: Composed = compose(flags) if not flags.asks_help else Composed()
         text = yaml.safe_dump(self.composed.values, sort_keys=False)
         super().__init__(
-            AdaptationModule,
-            VisionDataModule,
+            self.module_type,
+            self.data_type,
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -203,6 +223,12 @@ class ConfigCLI(LightningCLI):
             return None
         return self.composed.origins.get(key) or _origin_below(self.composed.origins, key)
 
+    def with_origin(self, text: str) -> str:
+        """Put the config line that sets a value before what is said against it, if a file does."""
+        found = re.match(r"(?:--)?((?:model|data|trainer)\.\w+) ", text)
+        where = self._origin(found[1]) if found else None
+        return f"{where}: {text}" if where else text
+
     def _check_values(self, config: Namespace) -> None:
         """Refuse what Lightning allows and a run here cannot have."""
         seed, epochs = config.seed_everything, config.trainer.max_epochs
@@ -212,6 +238,8 @@ class ConfigCLI(LightningCLI):
         elif problem is None and (epochs is None or epochs < 1):
             given = "null" if epochs is None else epochs
             problem = "trainer.max_epochs", f"is at least 1, not {given}: the schedule needs an end"
+        elif problem is None:
+            problem = _not_finite(config) or _odd_trainer_value(config.trainer)
         if problem:
             where = self._origin(problem[0])
             raise ConfigError(f"{f'{where}: ' if where else ''}{' '.join(problem)}")
@@ -297,14 +325,30 @@ class ConfigCLI(LightningCLI):
         if config.model.scan_backend != "auto":
             BACKENDS.entry(config.model.scan_backend)
         plain = self._plain_config(config)
+        self._need_same_context(plain)
         return Resolved(
             config=plain,
             method=_method_name(str(plain["model"]["method"]["class_path"])),
-            tuned=_tuned(self.composed),
+            tuned=self.composed.tuned,
             seed=int(config.seed_everything),
             results_root=Path(config.results_root),
             runs_root=Path(config.runs_root),
         )
+
+    def _need_same_context(self, plain: Mapping[str, Any]) -> None:
+        """Refuse a frozen choice that was made for another setting: its values were not chosen for this one."""
+        choice = self.composed.choice
+        if choice is None:
+            return
+        ours, theirs = (
+            dict(flat(config)) for config in (context_of(cell_config(plain), list(choice.values)), choice.context)
+        )
+        other = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+        if other:
+            raise UsageError(
+                f"{self.flags.choice} was chosen with {other[0]} = {theirs.get(other[0])}, not {ours.get(other[0])}; "
+                "search again for this setting, or leave --choice out"
+            )
 
     def _plain_config(self, config: Namespace) -> dict[str, Any]:
         parser = self._subcommand_parsers[self.verb]
@@ -316,6 +360,25 @@ class ConfigCLI(LightningCLI):
             group, name = key.split(".")
             plain.get(group, {}).pop(name, None)
         return plain
+
+
+def _not_finite(config: Namespace) -> tuple[str, str] | None:
+    """Find a number that is none: no record can hold it."""
+    for key, value in vars(config.as_flat()).items():
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                return key, f"is a finite number, not {number}"
+    return None
+
+
+def _odd_trainer_value(trainer: Namespace) -> tuple[str, str] | None:
+    """Find a number that Lightning divides by, or takes for none, without a word."""
+    batches, norm = trainer.accumulate_grad_batches, trainer.gradient_clip_val
+    if batches < 1:
+        return "trainer.accumulate_grad_batches", f"is at least 1, not {batches}"
+    if norm is not None and norm < 0:
+        return "trainer.gradient_clip_val", f"is 0 or above, or null for no clipping, not {norm}"
+    return None
 
 
 def _resolve_precision(trainer: Namespace) -> None:
@@ -332,10 +395,6 @@ def _method_name(class_path: str) -> str:
     """The registered name of the method's class, else the class's own in lower case."""
     by_target = {entry.target.replace(":", "."): entry.name for entry in METHODS}
     return by_target.get(class_path) or re.sub(r"(?<!^)(?=[A-Z][a-z])", "_", class_path.split(".")[-1]).lower()
-
-
-def _tuned(composed: Composed) -> Tuned | None:
-    return Tuned(*composed.tuned) if composed.tuned else None
 
 
 def _seed(value: Any) -> int:

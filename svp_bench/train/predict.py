@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from PIL import Image, UnidentifiedImageError
 
 from svp_bench.cards import displayed_class_names, load_protocol, load_task
 from svp_bench.data.transforms import View, to_rgb
-from svp_bench.errors import CheckpointError, DataError, RecordError, SvpBenchError, UsageError
+from svp_bench.errors import CheckpointError, ConfigError, DataError, RecordError, SvpBenchError, UsageError
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
-from svp_bench.models.checkpoints import load_pickle_safely
 from svp_bench.results.files import write_atomically
-from svp_bench.train.module import SAVED_KEY, AdaptationModule
+from svp_bench.train.module import AdaptationModule
+from svp_bench.train.saved import SAVED_KEY, About, Saved, wrong_part
 
 __all__ = ["load_run", "run_predict"]
 
@@ -28,7 +28,7 @@ _BATCH = 32
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
-def load_run(path: str | Path, checkpoint: str | None = None) -> tuple[AdaptationModule, Mapping[str, Any]]:
+def load_run(path: str | Path, checkpoint: str | None = None) -> tuple[AdaptationModule, About]:
     """Rebuild the model of a run from its checkpoint, in eval mode.
 
     Args:
@@ -36,37 +36,41 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> tuple[Adaptatio
         checkpoint: Where the backbone's weights are now, if not where the run had them.
 
     Returns:
-        The module, and what the checkpoint says about itself (task, protocol, backbone, method …).
+        The module, and what the checkpoint says about itself.
 
     Raises:
-        CheckpointError: If the file is no svp-bench checkpoint, or the backbone's weights are other ones.
-        UsageError: If its method is not registered here.
+        CheckpointError: If the file is no svp-bench checkpoint, is damaged, or the backbone's weights are other ones.
+        UsageError: If there is no such file, or its method is not registered here.
     """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"no checkpoint {str(path)!r}; runs keep theirs in runs/<task>/<run>/checkpoints/")
-    content = load_pickle_safely(path)
-    about = content.get(SAVED_KEY) if isinstance(content, Mapping) else None
-    if not isinstance(about, Mapping):
-        raise CheckpointError(f"{path}: no svp-bench checkpoint (backbone weights alone cannot predict)")
+    saved = Saved.read(path)
+    about = saved.about
     names = {entry.target.replace(":", "."): entry.name for entry in METHODS}
-    if about["method"] not in names:
-        raise UsageError(f"{path}: its method {about['method']!r} is not registered here (`svp-bench methods`)")
-    name = names[about["method"]]
+    if about.method not in names:
+        raise UsageError(f"{path}: its method {about.method!r} is not registered here (`svp-bench methods`)")
+    name = names[about.method]
+    try:
+        method = build_method(METHODS.get(name), name, dict(about.method_args))
+    except (TypeError, ValueError, ConfigError) as error:
+        raise wrong_part(
+            str(path), f"{SAVED_KEY}.method_args", dict(about.method_args), f"settings of {name} ({error})"
+        ) from None
     module = AdaptationModule(
-        method=build_method(METHODS.get(name), name, dict(about["method_args"])),
-        backbone=about["backbone"],
-        checkpoint=checkpoint or about["checkpoint"],
-        num_classes=about["num_classes"],
-        image_size=tuple(about["image_size"]),
-        seed=about["init_seed"],
-        head_hidden=about.get("head_hidden"),  # older checkpoints say nothing of these four
-        input_attention=about.get("input_attention"),
-        ema_decay=about.get("ema_decay"),
-        ema_evaluate=about.get("ema_evaluate"),
+        method=method,
+        backbone=about.backbone,
+        checkpoint=checkpoint or about.checkpoint,
+        num_classes=about.num_classes,
+        image_size=about.image_size,
+        seed=about.init_seed,
+        head_hidden=about.head_hidden,
+        input_attention=about.input_attention,  # type: ignore[arg-type]  # checked there
+        ema_decay=about.ema_decay,
+        ema_evaluate=about.ema_evaluate,
     )
-    module.on_load_checkpoint(content)
-    module.load_state_dict(content["state_dict"], strict=False)  # strictness is on_load_checkpoint's
+    module.on_load_checkpoint(saved.content)
+    module.load_state_dict(saved.content["state_dict"], strict=False)  # strictness is on_load_checkpoint's
     return module.eval(), about
 
 
@@ -93,7 +97,7 @@ def find_pictures(places: Sequence[str]) -> list[Path]:
 def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint: str | None, top: int) -> int:
     """Write one CSV row a picture: path, then class, name and probability of the `top` best classes.
 
-    Where a task's card names no file of class names, they are called "class 0", "class 1" …
+    The classes are called as in the run; where nobody knows their names, "class 0", "class 1" …
 
     Args:
         ckpt: The run's checkpoint.
@@ -110,11 +114,14 @@ def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint
     """
     pictures = find_pictures(places)
     module, about = load_run(ckpt, checkpoint)
-    card = load_task(about["task"])
-    names = displayed_class_names(card)
-    protocol = load_protocol(about["protocol"])
-    seen = about.get("view", {"resize": protocol.resize, "interpolation": protocol.interpolation})
-    view = View(tuple(about["image_size"]), **seen)
+    names = about.class_names or displayed_class_names(load_task(about.task))  # older checkpoints do not say
+    if len(names) != about.num_classes:
+        raise CheckpointError(
+            f"{ckpt}: a run of {about.num_classes} classes, but the card of {about.task} has {len(names)} now"
+        )
+    protocol = load_protocol(about.protocol)
+    seen = about.view or {"resize": protocol.resize, "interpolation": protocol.interpolation}
+    view = View(about.image_size, **seen)
     top = min(top, module.num_classes)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -7,10 +7,10 @@ follow from (seed, epoch, step), and the checkpoint holds the rest (weights, opt
 from __future__ import annotations
 
 import os
-import signal
-import threading
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,29 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from svp_bench.atomic import replacing
 from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.errors import SvpBenchError, UsageError
+from svp_bench.interrupts import INTERRUPTS, Preempted
 from svp_bench.models.checkpoints import load_pickle_safely
 from svp_bench.results.files import read_record
 from svp_bench.results.record import Record
+from svp_bench.train.saved import Saved
 
-__all__ = ["AtomicCheckpointIO", "Found", "Preempted", "StepSeeds", "Stopper", "find_run", "locked"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "Claimed",
+    "Found",
+    "Preempted",
+    "StepSeeds",
+    "Stopper",
+    "agreed_name",
+    "claim_run",
+    "find_run",
+    "held",
+    "is_of_a_lost_process",
+    "locked",
+]
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 _LOCK = "lock"
@@ -37,7 +53,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     (Lightning's own writes into the system's folder for temporary files and moves the file; between two file systems
     that is a copy, which can be cut short.)
+
+    Attributes:
+        known: A checkpoint that was read already; it is not read again, and let go once Lightning has it.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: Saved | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
@@ -46,18 +69,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             SvpBenchError: If the folder cannot be written or the disk is full; the old file is still there.
         """
         path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
+            for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
                 left.unlink(missing_ok=True)
-            with aside.open("wb") as file:
+            with replacing(path) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
         except (OSError, RuntimeError) as error:  # torch makes a full disk a RuntimeError
-            aside.unlink(missing_ok=True)
             reason = str(error).strip().splitlines()[0]
             raise SvpBenchError(
                 f"cannot write the checkpoint {path} ({reason}); an older one, if there is one, is untouched: "
@@ -65,8 +82,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from None
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint with the restricted unpickler, onto the CPU."""
-        content: dict[str, Any] = load_pickle_safely(Path(path))
+        """Return a checkpoint, read with the restricted unpickler, onto the CPU."""
+        known, self.known = self.known, None
+        content: dict[str, Any] = (
+            known.content if known is not None and known.path == Path(path) else load_pickle_safely(Path(path))
+        )
         return content
 
 
@@ -82,6 +102,16 @@ class Found(NamedTuple):
     folder: Path
     checkpoint: Path | None
     record: Record | None
+
+    @classmethod
+    def at(cls, folder: Path, records: Path) -> Found:
+        """Look at a run's folder and at its record, which is in the folder `records`."""
+        place, checkpoint = records / f"{folder.name}.json", folder / CHECKPOINT
+        return cls(
+            folder,
+            checkpoint if checkpoint.is_file() else None,
+            read_record(place) if place.is_file() else None,
+        )
 
     @property
     def finished(self) -> bool:
@@ -103,11 +133,7 @@ def find_run(folder: Path, records: Path, seed: int, same_setting: Callable[[Map
         config = _config_of(path)
         if config is None or config.get("seed_everything") != seed or not same_setting(config):
             continue
-        place = records / f"{path.name}.json"
-        checkpoint = path / CHECKPOINT
-        found = Found(
-            path, checkpoint if checkpoint.is_file() else None, read_record(place) if place.is_file() else None
-        )
+        found = Found.at(path, records)
         if not found.finished:
             return found
         finished = finished or found
@@ -127,35 +153,134 @@ def _config_of(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
+class Claimed(Exception):  # not an error: somebody else is doing it
+    """Raised where another process holds what was to be held."""
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder: no two processes train the same run. The lock ends with the process, however it ends.
+def held(lock: Path) -> Iterator[None]:
+    """Hold a lock file. The lock ends with the process, however it ends.
 
     Raises:
-        UsageError: If another process holds it.
+        Claimed: If another process holds it.
     """
     try:
         import fcntl
     except ImportError:  # Windows: nothing like it that ends with the process
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as file:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked data workers do not inherit it
         except BlockingIOError:
-            raise UsageError(f"another process is training the run {folder.name} right now") from None
+            raise Claimed from None
         except OSError:  # a file system without locks
             pass
         yield
 
 
-class Preempted(Exception):  # not an error: the run goes on later
-    """Raised where a run stops because a signal asked for it; everything is saved."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: no two processes train the same run.
+
+    Raises:
+        UsageError: If another process holds it.
+    """
+    try:
+        with held(folder / _LOCK):
+            yield
+    except Claimed:
+        raise UsageError(f"another process is training the run {folder.name} right now") from None
+
+
+def claim_run(
+    holding: ExitStack, folder: Path, records: Path, seed: int, same_setting: Callable[[Mapping[str, Any]], bool]
+) -> Found | None:
+    """Find the run to go on with, as `find_run`, and hold it as long as `holding` lasts.
+
+    It is looked at again once it is held: another process may have finished it just before.
+
+    Raises:
+        UsageError: If another process is training it.
+    """
+    found = find_run(folder, records, seed, same_setting)
+    if found is None or found.finished:
+        return found
+    holding.enter_context(locked(found.folder))
+    return Found.at(found.folder, records)
+
+
+# --- the processes of one run ----------------------------------------------------------------------------------------
+
+_RUN_ID = "SVP_BENCH_RUN_ID"  # by which the first process tells those that Lightning launches
+_PATIENCE = timedelta(minutes=10)  # for the first process, which looks at the runs that are there
+
+
+def agreed_name(holding: ExitStack, decide: Callable[[], str], resume: bool) -> str:
+    """Return the name of a run, which its first process decides, in every one of its processes.
+
+    Lightning launches the others from the first, whose environment they inherit. torchrun launches all alike: they ask
+    the store that it provides for them to meet.
+
+    Args:
+        holding: As long as it lasts, processes that are launched inherit the name.
+        decide: Called by the first process.
+        resume: Whether the name may be that of an earlier run.
+
+    Raises:
+        UsageError: If the first process has failed, or someone else has launched these, who would not find each other.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _agreed_by_store(holding, decide)
+    if "LOCAL_RANK" in os.environ:
+        inherited = os.environ.get(_RUN_ID)
+        if inherited is None and resume:
+            raise UsageError(
+                "--resume: LOCAL_RANK is set, but neither Lightning nor torchrun has launched this process, and the "
+                "others would not know which run it goes on with; use torchrun"
+            )
+        return inherited or decide()
+    name = decide()
+    os.environ[_RUN_ID] = name
+    holding.callback(os.environ.pop, _RUN_ID, None)
+    return name
+
+
+def _agreed_by_store(holding: ExitStack, decide: Callable[[], str]) -> str:
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public all the same
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, _ = next(rendezvous("env://", timeout=_PATIENCE))
+    holding.callback(lambda: store)  # where the first process is the store itself, it must stay until training meets
+    shared = PrefixStore("svp-bench", store)
+    if rank > 0:
+        name = str(shared.get("run").decode())
+        if not name:
+            raise UsageError("the first process of this run has stopped; it says why")
+        return name
+    try:
+        name = decide()
+    except BaseException:
+        shared.set("run", "")
+        raise
+    shared.set("run", name)
+    return name
+
+
+_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe")
+
+
+def is_of_a_lost_process(error: Exception) -> bool:
+    """Whether an error is how the others learn that one of the processes of a run was killed."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
 
 
 class Stopper(Callback):
-    """Saves and stops at the next optimizer step once SIGTERM or SIGUSR1 (preemption) has come.
+    """Saves and stops at the next optimizer step once SIGTERM or SIGUSR1 (preemption) has come (`INTERRUPTS`).
 
     Args:
         checkpoint: Where to save.
@@ -163,12 +288,9 @@ class Stopper(Callback):
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        self.asked: signal.Signals | None = None
-        self._training = False
         self._skip = 0  # batches of the current epoch that are done, in a checkpoint within an epoch
         self._saving_at = 0
         self._accumulate = self._accumulated = 1  # batches for an optimizer step: of this run, of its checkpoint
-        self._old: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches of its epoch a checkpoint has behind it (0 at the end of one), and how many make a step."""
@@ -176,35 +298,7 @@ class Stopper(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on within the epoch."""
-        self._skip, self._accumulated = int(state_dict["batches"]), int(state_dict.get("accumulate", 1))
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGTERM and SIGUSR1 while a run lasts."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self._old = {number: signal.getsignal(number) for number in self._signals()}
-        self._listen()
-        try:
-            yield
-        finally:
-            for number, handler in self._old.items():
-                signal.signal(number, handler)
-
-    @staticmethod
-    def _signals() -> list[signal.Signals]:
-        return [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
-
-    def _listen(self) -> None:
-        if self._old:
-            for number in self._signals():
-                signal.signal(number, self._ask)
-
-    def _ask(self, number: int, _: Any) -> None:
-        self.asked = signal.Signals(number)
-        if not self._training:  # nothing is half done
-            raise Preempted
+        self._skip, self._accumulated = int(state_dict["batches"]), int(state_dict["accumulate"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on a signal waits for the end of a step; a run that goes on within an epoch skips what is done."""
@@ -214,8 +308,8 @@ class Stopper(Callback):
                 f"the checkpoint lies within an epoch and counts {self._accumulated} batches for a step: go on with "
                 f"--trainer.accumulate_grad_batches {self._accumulated}, not {self._accumulate}"
             )
-        self._training = True
-        self._listen()  # Lightning has taken the signals meanwhile, with its own idea of them
+        INTERRUPTS.waits = True
+        INTERRUPTS.take_again()  # Lightning has taken the signals meanwhile, with its own idea of them
         sampler = getattr(trainer.train_dataloader, "sampler", None)
         if self._skip and isinstance(sampler, GlobalBatchSampler):
             sampler.skip(self._skip)
@@ -230,15 +324,16 @@ class Stopper(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last checkpoint is written; what follows can be done again."""
-        self._training = False
+        INTERRUPTS.waits = False
         if self._agreed(trainer, pl_module):
             raise Preempted
 
     def _agreed(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether any process was asked to stop: all stop at the same step."""
+        asked = INTERRUPTS.asked is not None
         if trainer.world_size == 1:
-            return self.asked is not None
-        flag = torch.tensor(float(self.asked is not None), device=pl_module.device)
+            return asked
+        flag = torch.tensor(float(asked), device=pl_module.device)
         return bool(trainer.strategy.reduce(flag, reduce_op="sum") > 0)
 
 

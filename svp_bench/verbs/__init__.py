@@ -36,8 +36,20 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "demo": Verb("train four methods on real digits, offline, and show a table", "svp_bench.verbs.using:demo"),
+    "sweep": Verb(
+        "run methods × tasks × seeds, searching on val first if asked to; goes on where it was cut off",
+        "svp_bench.verbs.sweep:sweep",
+    ),
+    "tune": Verb("search the settings of one method on one task, on val", "svp_bench.verbs.sweep:tune"),
     "predict": Verb("name the classes of pictures of your own with a trained run", "svp_bench.verbs.using:predict"),
     "table": Verb("build the comparison tables from the records", "svp_bench.verbs.table:table"),
+    "report": Verb("build the HTML report from the records", "svp_bench.verbs.report:report"),
+    "audit": Verb("say what records prove: lists, budget, search, seeds, code", "svp_bench.verbs.proof:audit"),
+    "rerun": Verb("repeat a run from its record, and compare the numbers", "svp_bench.verbs.proof:rerun"),
+    "replicate": Verb(
+        "measure what picking the best epoch on the test list gains; no result", "svp_bench.verbs.proof:replicate"
+    ),
+    "power": Verb("say how many seeds a claim needs, from the spread of the records", "svp_bench.verbs.table:power"),
     "tasks": Verb("list the tasks, or show one task's card", "svp_bench.verbs.listing:tasks"),
     "methods": Verb("list the methods, or show one method's recipe", "svp_bench.verbs.listing:methods"),
     "data": Verb("check the pictures on disk, or draw a small stand-in", "svp_bench.verbs.data:data"),

@@ -1,0 +1,148 @@
+"""Make the shipped weights from finished pre-training runs.
+
+    python -m pretraining.export runs/pretraining/seed-0 runs/pretraining/seed-1
+
+The rule, stated before any run: of the runs given, which may differ in their seed alone, the one with the lowest final
+held-out total is shipped. That is the loss on drawn pictures that no run has trained on; no evaluation task is asked.
+Writes the backbone (no heads) as safetensors under the published parameter names, and keeps log, loss curve and summary
+of every run beside this file in results/, with the contact sheet of the shipped one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from pretraining.train import CHECKPOINT, SUMMARY
+from svp_bench.errors import CheckpointError, SvpBenchError, UsageError
+from svp_bench.methods.build import create_backbone
+from svp_bench.models.checkpoints import backbone_digest, load_checkpoint, load_pickle_safely
+from svp_bench.results.files import read_json, write_atomically
+
+__all__ = ["better", "export", "main", "weights_of"]
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ("log.csv", "held_out.csv", "curve.png", SUMMARY)
+MOST_BYTES = 4 * 1000**2
+
+
+def weights_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the backbone's float32 tensors of a finished run, under the published names, and the run's summary.
+
+    Raises:
+        UsageError: If the run is not finished.
+        CheckpointError: If its checkpoint is damaged or not that of its summary.
+    """
+    if not (folder / SUMMARY).is_file() or not (folder / CHECKPOINT).is_file():
+        raise UsageError(f"{folder} holds no finished pre-training; run python -m pretraining.train --folder {folder}")
+    summary: dict[str, Any] = read_json(folder / SUMMARY, str(folder / SUMMARY))
+    saved = load_pickle_safely(folder / CHECKPOINT)
+    state = {
+        name.removeprefix("model."): value.to(torch.float32).contiguous()
+        for name, value in saved["state_dict"].items()
+        if name.startswith("model.")
+    }
+    model = create_backbone(summary["settings"]["backbone"], num_classes=1, checkpoint="none")
+    model.reset_classifier(0)
+    model.load_state_dict(state)
+    if backbone_digest(model) != summary["weights"]:
+        raise CheckpointError(f"{folder}: {CHECKPOINT} is not what {SUMMARY} describes; train it anew")
+    return state, summary
+
+
+def better(summaries: Sequence[dict[str, Any]]) -> int:
+    """Return which run is shipped: that of the lowest final held-out total; of equal ones the first.
+
+    Raises:
+        UsageError: If they differ in more than the seed.
+    """
+    without = [{k: v for k, v in s["settings"].items() if k != "seed"} for s in summaries]
+    measured = [(s["held_out_seed"], s["held_out_pictures"], s["drawing"]) for s in summaries]
+    if any(other != without[0] for other in without) or len(set(measured)) > 1:
+        raise UsageError("the runs differ in more than their seed; only seeds of one setting are compared")
+    return min(range(len(summaries)), key=lambda n: float(summaries[n]["held_out"]["total"]))
+
+
+def export(folders: Sequence[Path], embedded: Path, results: Path) -> Path:
+    """Ship the better run; return the file of the weights.
+
+    Args:
+        folders: Finished runs.
+        embedded: Folder for `<backbone>.safetensors`.
+        results: Folder for what is kept of the runs, `shipped.json` among it.
+
+    Raises:
+        UsageError: If a run is not finished, or they do not belong together.
+        CheckpointError: If a checkpoint is damaged, or the file would be larger than 4 MB.
+    """
+    runs = [weights_of(folder) for folder in folders]
+    chosen = better([summary for _, summary in runs])
+    state, summary = runs[chosen]
+    backbone = summary["settings"]["backbone"]
+    content = save(state, metadata={"weights": summary["weights"]})  # one entry: more have no fixed order
+    if len(content) > MOST_BYTES:
+        raise CheckpointError(f"{backbone} would take {len(content):,} bytes; at most {MOST_BYTES:,} may be shipped")
+    path = embedded / f"{backbone}.safetensors"
+    embedded.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+    try:
+        aside.write_bytes(content)
+        model = create_backbone(backbone, num_classes=1, checkpoint="none")
+        load_checkpoint(model, aside)  # strict: what is shipped can be loaded
+        if backbone_digest(model) != summary["weights"]:
+            raise CheckpointError(f"{path}: the weights read back are not those written")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    for folder, (_, one) in zip(folders, runs, strict=True):
+        kept = results / f"seed-{one['settings']['seed']}"
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copyfile(folder / name, kept / name)
+    shutil.copyfile(folders[chosen] / "pictures.png", results / "pictures.png")
+    shipped = {
+        "file": path.name,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "weights": summary["weights"],
+        "rule": "lowest final held-out total (drawn pictures, no evaluation task)",
+        "seed": summary["settings"]["seed"],
+        "candidates": [
+            {"seed": one["settings"]["seed"], "held_out_total": one["held_out"]["total"], "weights": one["weights"]}
+            for _, one in runs
+        ],
+    }
+    write_atomically(results / "shipped.json", json.dumps(shipped, indent=2) + "\n")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m pretraining.export")
+    parser.add_argument("folders", nargs="+", type=Path, help="finished runs, one for each seed")
+    parser.add_argument("--embedded", type=Path, default=ROOT / "svp_bench" / "models" / "embedded")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
+    given = parser.parse_args(arguments)
+    try:
+        path = export(given.folders, given.embedded, given.results)
+    except SvpBenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    shipped = json.loads((given.results / "shipped.json").read_text(encoding="utf-8"))
+    print(f"{path}: seed {shipped['seed']}, {shipped['bytes']:,} bytes, {shipped['weights']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

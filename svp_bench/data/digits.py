@@ -1,0 +1,71 @@
+"""Reader: the handwritten digits that scikit-learn ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from svp_bench.cards import SuiteCard, TaskCard
+from svp_bench.data.reading import reader_options
+from svp_bench.data.sources import ArrayPictures, Source
+from svp_bench.errors import CardError, unknown_name
+
+__all__ = ["open_digits"]
+
+_TRAINING = 1000  # of 1,797; the others are the test list
+_TRAIN = 800
+_FEWEST = 3  # the fewest per class of which a fifth is still one
+
+
+def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
+    """Read the handwritten digits that scikit-learn ships: 1,797 grey pictures of 8 × 8 pixels, 10 classes.
+
+    Lists, all in file order: `train` the first 800, `val` the next 200, `trainval` both, `test` the last 797. With the
+    option `per_class: k`, `trainval` holds the first k of each class among the first 1,000, and the first round(0.8 k)
+    of each of these are `train`, the others `val`. `root` is not used.
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository (its test part).
+
+    Raises:
+        CardError: If an option or list is unknown, `per_class` out of range, or the number of classes wrong.
+    """
+    option = reader_options(card, {"per_class": int}).get("per_class")
+    per_class = None if option is None else int(option)
+    from sklearn.datasets import load_digits  # takes a second to import
+
+    digits = load_digits()
+    labels = np.asarray(digits.target, dtype=np.int64)
+    pixels = np.rint(np.asarray(digits.images) * (255 / 16)).astype(np.uint8)  # 17 grey values, 0..16
+
+    if card.classes != len(digits.target_names):
+        raise CardError(
+            f"{card.path}:1: the digits have {len(digits.target_names)} classes, the card says {card.classes}"
+        )
+    first = labels[:_TRAINING]
+    if per_class is None:
+        train, val = np.arange(_TRAIN), np.arange(_TRAIN, _TRAINING)
+    else:
+        most = int(np.bincount(first).min())
+        if not _FEWEST <= per_class <= most:
+            raise CardError(
+                f"{card.path}:1: per_class {per_class} is out of range, allowed: {_FEWEST}..{most} "
+                f"(of the first {_TRAINING:,} digits, with at least one of each class for val)"
+            )
+        of_class = [np.flatnonzero(first == digit)[:per_class] for digit in range(card.classes)]
+        cut = round(0.8 * per_class)
+        train = np.sort(np.concatenate([chosen[:cut] for chosen in of_class]))
+        val = np.sort(np.concatenate([chosen[cut:] for chosen in of_class]))
+    positions = {
+        "train": train,
+        "val": val,
+        "trainval": np.sort(np.concatenate([train, val])),
+        "test": np.arange(_TRAINING, len(labels)),
+    }
+    unknown = [name for name in card.counts if name not in positions]
+    if unknown:
+        raise unknown_name(
+            "list of the reader 'digits'", unknown[0], positions, where=f"{card.path}:1", error=CardError
+        )
+    lists = {name: ArrayPictures(name, pixels, labels, positions[name]) for name in card.counts}
+    return Source("scikit-learn's digits", lists, class_names=tuple(map(str, digits.target_names)))

@@ -1,0 +1,275 @@
+"""What data sets themselves say of their pictures: training and test lists, class ids, and the names of the classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svp_bench.data.lists import plain_path
+from svp_bench.data.reading import foreign_errors, optional_import, show, text_lines, whole_numbers
+from svp_bench.errors import DataError, UnavailableError
+
+__all__ = ["NATIVE_FORMS", "Ids", "NativeForm", "class_id_of", "enter", "names_of_folders"]
+
+Ids = dict[str, int]  # path of a picture -> class id, in the order of the list
+_Parts = tuple[Ids, Ids | None, Ids]  # training, val (None if there is none) and test pictures
+
+
+@dataclass(frozen=True)
+class NativeForm:
+    """How a data set itself says which pictures it has.
+
+    Attributes:
+        files: The files that say it, below the data set's folder.
+        read: Reads them: folder → training, val (None if it has none) and test pictures, as path → class id.
+        names: Returns what the data set calls its classes, as class id → name, empty if it does not say: of its folder,
+            and of all its pictures as path → class id.
+        pictures: Folder of the pictures in the data set's folder, "" if the paths begin at the latter.
+        path: Form of a path, for drawing: of `number` and `class_id`.
+    """
+
+    files: tuple[str, ...]
+    read: Callable[[Path], _Parts]
+    names: Callable[[Path, Mapping[str, int]], Mapping[int, str]]
+    pictures: str
+    path: str
+
+
+# --- CUB-200-2011 and NABirds: text files ----------------------------------------------------------------------------
+
+_TEXT_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+_CLASSES = "classes.txt"
+
+
+def _column(path: Path, form: str) -> dict[str, str]:
+    """Read lines of `<key> <value>`, parted by blanks or tabs; the value may hold blanks."""
+    column: dict[str, str] = {}
+    for number, line in text_lines(path):
+        key, *value = line.split(maxsplit=1)
+        if not value or key in column:
+            what = "the id is given twice" if key in column else f"expected `{form}`"
+            raise DataError(f"{path}:{number}: found {show(line)}: {what}")
+        column[key] = value[0]
+    return column
+
+
+def _read_text_files(folder: Path) -> _Parts:
+    """Read CUB-200-2011's and NABirds' files: lines `<picture id> <path | class id | 1 for training>`."""
+    paths, ids, splits = (_column(folder / name, "<picture id> <value>") for name in _TEXT_FILES)
+    parts: dict[str, Ids] = {"1": {}, "0": {}}
+    for key, path in paths.items():
+        for name, column in zip(_TEXT_FILES[1:], (ids, splits), strict=True):
+            if key not in column:
+                raise DataError(f"{folder / name}: lacks the picture {key} ({path}) of {_TEXT_FILES[0]}")
+        if splits[key] not in parts:
+            raise DataError(f"{folder / _TEXT_FILES[2]}: picture {key} has {show(splits[key])}, expected 1 or 0")
+        enter(parts[splits[key]], path, ids[key], folder / _TEXT_FILES[0])
+    return _filled(folder, parts["1"], None, parts["0"])
+
+
+def _names_of_text_files(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
+    """Read classes.txt, lines `<class id> <name>`; without it, the folders may say as much."""
+    path = folder / _CLASSES
+    if not path.is_file():
+        return names_of_folders(folder, ids)
+    names = {}
+    for key, name in _column(path, "<class id> <name>").items():
+        class_id = class_id_of(key, f"{path}: the class id of {show(name)}")
+        number, _, rest = name.partition(".")  # CUB's are those of its folders: "001.Black_footed_Albatross"
+        names[class_id] = rest if rest and number.isdecimal() and int(number) == class_id else name
+    lacking = sorted({*ids.values()} - names.keys())
+    if lacking:
+        raise DataError(f"{path}: lacks the class {lacking[0]}; get the file again")
+    return names
+
+
+# --- Oxford Flowers, Stanford Dogs, Stanford Cars: MATLAB's files ----------------------------------------------------
+
+
+def _mat(path: Path, only: str | None = None) -> dict[str, Any]:
+    loadmat = optional_import("scipy.io", "scipy", f"reading {path.name}").loadmat
+    with foreign_errors(path):
+        content: dict[str, Any] = loadmat(path, variable_names=only)
+    return content
+
+
+def _field(content: Any, key: str, path: Path) -> Any:
+    fields = content if isinstance(content, dict) else content.dtype.names or ()
+    if key not in fields:
+        raise DataError(f"{path}: lacks {key!r}; get the file again")
+    return content[key]
+
+
+def _text_in(value: Any, what: str) -> str:
+    """Return the text in a cell, however deeply it is wrapped."""
+    while isinstance(value, np.ndarray) and value.size == 1:
+        value = value.ravel()[0]
+    if not isinstance(value, str):
+        raise DataError(f"{what} is {show(value)}, expected a text; get the file again")
+    return value
+
+
+def _number_in(value: Any, what: str) -> int:
+    """Return the whole number in a cell, however deeply it is wrapped."""
+    while isinstance(value, np.ndarray) and value.dtype == object and value.size == 1:
+        value = value.ravel()[0]
+    numbers = whole_numbers(value, f"{what} is")
+    if numbers.size != 1:
+        raise DataError(f"{what} is {show(value)}, expected one whole number; get the file again")
+    return int(numbers[0])
+
+
+def _read_flowers_mat(folder: Path) -> _Parts:
+    """Read Oxford Flowers' setid.mat (trnid, valid, tstid: numbers of pictures from 1) and imagelabels.mat (labels)."""
+    numbers_file, labels_file = folder / "setid.mat", folder / "imagelabels.mat"
+    labels = whole_numbers(_field(_mat(labels_file), "labels", labels_file), f"{labels_file}: labels holds").tolist()
+    content = _mat(numbers_file)
+    parts: list[Ids] = []
+    for key in ("trnid", "valid", "tstid"):
+        part: Ids = {}
+        for number in whole_numbers(_field(content, key, numbers_file), f"{numbers_file}: {key} holds").tolist():
+            if not 1 <= number <= len(labels):
+                raise DataError(f"{numbers_file}: {key} names picture {number} of {len(labels)}")
+            enter(part, f"jpg/image_{number:05d}.jpg", labels[number - 1], labels_file)
+        parts.append(part)
+    train, val, test = parts
+    return _filled(folder, train, val, test)
+
+
+def _read_list_mats(folder: Path) -> _Parts:
+    """Read Stanford Dogs' train_list.mat and test_list.mat: file_list (paths) and labels."""
+    parts: list[Ids] = []
+    for file in (folder / "train_list.mat", folder / "test_list.mat"):
+        content = _mat(file)
+        paths = np.ravel(_field(content, "file_list", file))
+        ids = whole_numbers(_field(content, "labels", file), f"{file}: labels holds")
+        if len(paths) != len(ids):
+            raise DataError(f"{file}: {len(paths)} pictures and {len(ids)} labels; get the file again")
+        part: Ids = {}
+        for number, (path, class_id) in enumerate(zip(paths, ids.tolist(), strict=True), 1):
+            enter(part, _text_in(path, f"{file}: picture {number} of file_list"), class_id, file)
+        parts.append(part)
+    return _filled(folder, parts[0], None, parts[1])
+
+
+_ANNOTATIONS = "cars_annos.mat"
+
+
+def _read_annotations_mat(folder: Path) -> _Parts:
+    """Read Stanford Cars' cars_annos.mat: annotations with relative_im_path, class and test."""
+    file = folder / _ANNOTATIONS
+    annotations = _field(_mat(file), "annotations", file)
+    columns = [np.ravel(_field(annotations, key, file)) for key in ("relative_im_path", "class", "test")]
+    parts: dict[int, Ids] = {0: {}, 1: {}}
+    for number, (path, class_id, is_test) in enumerate(zip(*columns, strict=True), 1):
+        what = f"{file}: of annotation {number},"
+        split = _number_in(is_test, f"{what} test")
+        if split not in parts:
+            raise DataError(f"{what} test is {split}, expected 0 or 1; get the file again")
+        enter(parts[split], _text_in(path, f"{what} relative_im_path"), _number_in(class_id, f"{what} class"), file)
+    return _filled(folder, parts[0], None, parts[1])
+
+
+def _names_of_annotations(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
+    """Read class_names of cars_annos.mat, where that lies beside a JSON split too: that of id 1, of id 2, …"""
+    file = folder / _ANNOTATIONS
+    if not file.is_file():
+        return {}
+    try:
+        content = _mat(file, only="class_names")
+    except UnavailableError:  # a JSON split is read without scipy; names are not worth a refusal
+        return {}
+    cells = np.ravel(content.get("class_names", []))
+    return {number: _text_in(cell, f"{file}: class name {number}").strip() for number, cell in enumerate(cells, 1)}
+
+
+# --- names in the names of folders -----------------------------------------------------------------------------------
+
+_NAMED_FOLDER = re.compile(r"n?[0-9]+[.-](?P<name>.*\S.*)")  # "001.Black_footed_Albatross", "n02085620-Chihuahua"
+
+
+def names_of_folders(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
+    """Return the names that the pictures' folders have behind a number, if each class has a folder of its own.
+
+    Args:
+        folder: The data set's folder; not looked at.
+        ids: Path of each picture → class id.
+
+    Returns:
+        Class id → name; empty if a class has several folders, or one without a name.
+    """
+    folder_of: dict[int, str] = {}
+    for path, class_id in ids.items():
+        parent = Path(path).parent.name
+        if folder_of.setdefault(class_id, parent) != parent:
+            return {}
+    matches = {class_id: _NAMED_FOLDER.fullmatch(parent) for class_id, parent in folder_of.items()}
+    names = {class_id: match["name"] for class_id, match in matches.items() if match}
+    return names if len({*folder_of.values()}) == len(names) == len(folder_of) else {}
+
+
+def _no_names(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
+    return {}
+
+
+# Keyed by the form of the files, not by the data set: two data sets share the first.
+NATIVE_FORMS: Mapping[str, NativeForm] = {
+    "text_files": NativeForm(
+        _TEXT_FILES, _read_text_files, _names_of_text_files, "images", "{class_id:03d}/{number:06d}.jpg"
+    ),
+    "flowers_mat": NativeForm(
+        ("setid.mat", "imagelabels.mat"), _read_flowers_mat, _no_names, "", "jpg/image_{number:05d}.jpg"
+    ),
+    "list_mats": NativeForm(
+        ("train_list.mat", "test_list.mat"),
+        _read_list_mats,
+        names_of_folders,
+        "Images",
+        "n{class_id:08d}-kind/n{class_id:08d}_{number}.jpg",
+    ),
+    "annotations_mat": NativeForm(
+        (_ANNOTATIONS,), _read_annotations_mat, _names_of_annotations, "", "car_ims/{number:06d}.jpg"
+    ),
+}
+
+
+# --- entries ---------------------------------------------------------------------------------------------------------
+
+
+def enter(part: Ids, path: str, class_id: object, listing: Path) -> None:
+    """Add a picture to a part of a split.
+
+    Raises:
+        DataError: If it is there already, or the path or class id is malformed.
+    """
+    plain = plain_path(path, str(listing))
+    if plain in part:
+        raise DataError(f"{listing}: {show(path)} is listed twice")
+    part[plain] = class_id_of(class_id, f"{listing}: class id of {show(path)}")
+
+
+def class_id_of(value: object, what: str) -> int:
+    """Return a class id: a whole number, or a text of digits by its value.
+
+    "002" < "010" either way, and the labels do not depend on how ids were written.
+
+    Raises:
+        DataError: If it is neither, or negative.
+    """
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 18:
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18:
+        return value
+    raise DataError(f"{what} is {show(value)}, expected a whole number or a text of digits, 0 or above")
+
+
+def _filled(folder: Path, train: Ids, val: Ids | None, test: Ids) -> _Parts:
+    for name, part in (("training", train), ("val", val), ("test", test)):
+        if part is not None and not part:
+            raise DataError(f"{folder}: its files list no {name} picture; get them again")
+    return train, val, test

@@ -1,0 +1,250 @@
+"""Frozen choices: what a search on val chose for one task and method, with every trial and the reason.
+
+A choice is a JSON file, written once and never overwritten:
+`<results root>/choices/<search>-<8 digits of its digest>/<suite>/<task>/<method>.json`. `svp-bench fit --choice FILE`
+lays its values over the config, in the place of a tuned table, and the record of that run names the file's digest. The
+search reads val alone; the run that tests reads the choice alone: neither sees what the other may not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svp_bench.errors import RecordError, unknown_name
+from svp_bench.results.digests import plain
+from svp_bench.results.files import read_json, write_atomically
+from svp_bench.results.record import Search, Tuned
+
+__all__ = ["SCHEMA", "Choice", "Trial", "choice_path", "context_of", "read_choice", "write_choice"]
+
+SCHEMA = "svp-bench/choice-1"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting that was tried.
+
+    Attributes:
+        values: Dotted config key → value, all keys of the method's space.
+        run_ids: The runs on val, one for each of the search's seeds.
+        scores: Their top-1 on val in percent, in that order; empty if a run failed.
+        trainable: Trained parameters, or None if a run failed.
+        status: "complete", or why the setting has no score.
+    """
+
+    values: Mapping[str, Any]
+    run_ids: tuple[str, ...]
+    scores: tuple[float, ...]
+    trainable: int | None
+    status: str
+
+    @property
+    def mean(self) -> float | None:
+        """Mean top-1 on val, or None."""
+        return sum(self.scores) / len(self.scores) if self.scores else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search chose.
+
+    Attributes:
+        task: Full name.
+        method: Registered name, or that of a method file.
+        search: The search's declaration, as plain values: name, sampler, budget, seeds, rule, the method's space.
+        search_digest: Digest of the whole declaration, the same for all methods and tasks of a search.
+        context: The resolved config that all trials share: without seed, paths, devices, stage and the searched keys.
+        checkpoint_digest: Of the backbone's weights; None for random ones.
+        data_digest: Of the lists that the trials read.
+        selected_on: The list that chose, e.g. "val200".
+        count: Pictures in that list.
+        trials: What was tried, in order; the first is the method's default setting.
+        chosen: Index into `trials`.
+        standard_error: Of the best trial's score, in points: settings within it of the best count as equal.
+        reason: Why this one, in a line.
+        created: UTC, as in a record.
+    """
+
+    task: str
+    method: str
+    search: Mapping[str, Any]
+    search_digest: str
+    context: Mapping[str, Any]
+    checkpoint_digest: str | None
+    data_digest: str
+    selected_on: str
+    count: int
+    trials: tuple[Trial, ...]
+    chosen: int
+    standard_error: float
+    reason: str
+    created: str
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The chosen setting: dotted config key → value."""
+        return self.trials[self.chosen].values
+
+    def text(self) -> str:
+        """Return the file's text."""
+        data = {"schema": SCHEMA, **plain(dataclasses.asdict(self), "choice")}
+        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """Return "sha256:..." of the file's text."""
+        return "sha256:" + hashlib.sha256(self.text().encode()).hexdigest()
+
+    def tuned(self) -> Tuned:
+        """Return what the record of a run with this choice says of it."""
+        return Tuned(
+            table=f"{self.task.split('/')[0]}/{self.method}",
+            digest=self.search_digest,
+            keys=tuple(sorted(self.values)),
+            search=Search(
+                name=str(self.search["name"]),
+                sampler=str(self.search["sampler"]),
+                budget=int(self.search["budget"]),
+                trials=len(self.trials),
+                selected_on=self.selected_on,
+                choice=self.digest,
+            ),
+        )
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> Choice:
+        """Check `data` and return the choice.
+
+        Raises:
+            RecordError: If it does not follow the schema; names the key.
+        """
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+            raise RecordError(f"{where}: is no frozen choice of a search (its schema is not {SCHEMA!r})")
+        names = [field.name for field in dataclasses.fields(cls)]
+        _check_keys(data, ["schema", *names], where, "")
+        types: dict[str, tuple[type, ...]] = {
+            **dict.fromkeys(
+                ("task", "method", "search_digest", "data_digest", "selected_on", "reason", "created"), (str,)
+            ),
+            **dict.fromkeys(("search", "context"), (Mapping,)),
+            **dict.fromkeys(("count", "chosen"), (int,)),
+            "trials": (list,),
+            "standard_error": (int, float),
+        }
+        for key, allowed in types.items():
+            if not isinstance(data[key], allowed) or isinstance(data[key], bool):
+                raise RecordError(f"{where}: {key!r} must be {' or '.join(t.__name__ for t in allowed)}")
+        if data["checkpoint_digest"] is not None and not isinstance(data["checkpoint_digest"], str):
+            raise RecordError(f"{where}: 'checkpoint_digest' must be text or null")
+        missing = [key for key in ("name", "sampler", "budget") if key not in data["search"]]
+        if missing:
+            raise RecordError(f"{where}: 'search' lacks {missing[0]!r}")
+        if not isinstance(data["search"]["budget"], int) or data["search"]["budget"] < 1:
+            raise RecordError(f"{where}: 'search.budget' must be a whole number of at least 1")
+        trials = tuple(_trial(item, f"trials[{i}]", where) for i, item in enumerate(data["trials"]))
+        if not 0 <= data["chosen"] < len(trials):
+            raise RecordError(f"{where}: 'chosen' is {data['chosen']}, and there are {len(trials)} trials")
+        keys = {tuple(sorted(trial.values)) for trial in trials}
+        if len(keys) != 1:
+            raise RecordError(f"{where}: the trials do not all set the same keys")
+        return cls(**{**{name: data[name] for name in names}, "trials": trials})
+
+
+def _check_keys(data: Mapping[str, Any], names: Sequence[str], where: str, inside: str) -> None:
+    for key in data:
+        if key not in names:
+            raise unknown_name("key of a choice", f"{inside}{key}", names, where=where, error=RecordError)
+    for name in names:
+        if name not in data:
+            raise RecordError(f"{where}: the key {inside + name!r} is missing")
+
+
+def _trial(data: Any, inside: str, where: str) -> Trial:
+    if not isinstance(data, Mapping):
+        raise RecordError(f"{where}: {inside!r} must be an object")
+    names = [field.name for field in dataclasses.fields(Trial)]
+    _check_keys(data, names, where, f"{inside}.")
+    scores, ids = data["scores"], data["run_ids"]
+    if not isinstance(data["values"], Mapping) or not data["values"]:
+        raise RecordError(f"{where}: '{inside}.values' must name at least one key")
+    if not isinstance(scores, list) or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in scores):
+        raise RecordError(f"{where}: '{inside}.scores' must be a list of numbers")
+    if not isinstance(ids, list) or any(not isinstance(x, str) for x in ids):
+        raise RecordError(f"{where}: '{inside}.run_ids' must be a list of texts")
+    return Trial(dict(data["values"]), tuple(ids), tuple(map(float, scores)), data["trainable"], str(data["status"]))
+
+
+def choice_path(results_root: Path | str, search: str, search_digest: str, task: str, method: str) -> Path:
+    """Return where the choice of a search for one task and method belongs."""
+    folder = f"{search}-{search_digest.removeprefix('sha256:')[:8]}"
+    return Path(results_root) / "choices" / folder / task / f"{method}.json"
+
+
+def write_choice(choice: Choice, results_root: Path | str) -> Path:
+    """Write a new choice and return its path. One that is there already stays as it is, if it chose the same.
+
+    Raises:
+        RecordError: If another choice stands there already, or the folder cannot be written.
+    """
+    path = choice_path(results_root, str(choice.search["name"]), choice.search_digest, choice.task, choice.method)
+    Choice.from_json(json.loads(choice.text()), str(path))
+    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.new")
+    write_atomically(aside, choice.text())
+    try:
+        os.link(aside, path)  # fails if somebody was faster, where a rename would replace what they chose
+    except FileExistsError:
+        old = read_choice(path)
+        same = ("context", "values", "search_digest", "checkpoint_digest", "data_digest")
+        if any(getattr(old, name) != getattr(choice, name) for name in same):
+            raise RecordError(
+                f"{path} holds another choice already, and a choice is never overwritten; search into another folder "
+                "with --results_root DIR"
+            ) from None
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise RecordError(f"{path} exists already, and a choice is never overwritten") from None
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def read_choice(path: Path | str) -> Choice:
+    """Read one choice, strictly.
+
+    Raises:
+        RecordError: If the file is unreadable or does not follow the schema; names the file and the key.
+    """
+    return Choice.from_json(read_json(Path(path), str(path)), str(path))
+
+
+def context_of(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Return what the trials of a search and the run with its choice have in common.
+
+    Args:
+        config: A cell's config (`digests.cell_config`).
+        keys: The searched keys, dotted, as they stand in it.
+    """
+    stage_and_searched = {"data.stage", *keys}
+
+    def kept(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in node.items():
+            if f"{prefix}{key}" in stage_and_searched:
+                continue
+            if isinstance(value, Mapping):
+                inner = kept(value, f"{prefix}{key}.")
+                if inner:
+                    result[key] = inner
+            else:
+                result[key] = value
+        return result
+
+    return kept(config, "")

@@ -1,0 +1,270 @@
+"""Two rows of a table, task by task: what the seeds say, and what the test pictures say.
+
+The seeds: the paired differences of runs with the same seed. The pictures: each record keeps one bit for each test
+picture, so that two runs on one list can be compared picture by picture; that is about these runs and other pictures
+like these, and sees no other seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from svp_bench.cards import SuiteCard
+from svp_bench.errors import UsageError, unknown_name
+from svp_bench.results.bits import unpack_bits
+from svp_bench.results.comparison import contrast, find_row, shared_tasks
+from svp_bench.results.render_text import align, wrap
+from svp_bench.results.rows import Cell, Contrast, Row, Section, Table
+from svp_bench.results.stats import FEWEST_PAIRS, Difference, Estimate, holm, mcnemar, paired
+from svp_bench.results.wording import (
+    HOLE,
+    PLUMBING,
+    columns,
+    heading,
+    interval,
+    p_value,
+    percent,
+    plural,
+    short_name,
+    signed,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Pair", "PairTask", "compare_pair", "middle_p", "picture_noise", "render_pairs", "shared_bits"]
+
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class PairTask:
+    """Two rows on one task.
+
+    Attributes:
+        task: Full name.
+        seeds: Mean of the paired differences of the shared seeds, with their t interval.
+        pictures: The same difference over the seeds whose bits are of one list, with its paired bootstrap interval over
+            test pictures; None if there are no such seeds.
+        mcnemar: Seed → exact McNemar p of the two runs' bits.
+        p: These p in one (`middle_p`), None without any.
+        holm: p, adjusted by Holm over the tasks; None where p is.
+        verdict: Of the seeds: "better", "worse", "tie" or "too few"; see `stats.cell_verdict`.
+    """
+
+    task: str
+    seeds: Difference
+    pictures: Estimate | None
+    mcnemar: dict[int, float]
+    p: float | None
+    holm: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rows of one section: first minus second.
+
+    Attributes:
+        section: Where both stand.
+        first: A row.
+        second: Another.
+        tasks: The tasks that both have on the same pictures with a seed in common, in suite order.
+        whole: Over these tasks; None if there is none.
+    """
+
+    section: Section
+    first: Row
+    second: Row
+    tasks: tuple[PairTask, ...]
+    whole: Contrast | None
+
+
+def compare_pair(tables: Sequence[Table], first: str, second: str) -> list[tuple[SuiteCard, Pair]]:
+    """Compare two rows in every section where both stand.
+
+    Args:
+        tables: Of one or more suites.
+        first: Label or method of a row.
+        second: Label or method of another.
+
+    Raises:
+        UsageError: If a name is that of no row or of several, both are one row, or no section has both.
+    """
+    rows = [row for table in tables for section in table.sections for row in section.rows]
+    for name in (first, second):
+        names = {known for row in rows for known in (row.method, row.label)}
+        if name not in names:
+            raise unknown_name("method or row", name, names, where="--compare")
+    found: list[tuple[SuiteCard, Pair]] = []
+    for table in tables:
+        for section in table.sections:
+            a, b = find_row(section.rows, first), find_row(section.rows, second)
+            if a is not None and a is b:
+                raise UsageError(f"--compare: {first!r} and {second!r} are one row, {a.label!r}; name two")
+            if a is not None and b is not None:
+                found.append((table.suite, _pair(table, section, a, b)))
+    if not found:
+        raise UsageError(
+            f"--compare: {first!r} and {second!r} stand in no section together; rows compare under one protocol, "
+            "backbone, checkpoint and track"
+        )
+    return found
+
+
+def _pair(table: Table, section: Section, first: Row, second: Row) -> Pair:
+    names = shared_tasks(table.suite, first, second)
+    whole = contrast(table.suite, first, second, table.level) if names else None
+    tasks = []
+    for task in names:
+        ours, theirs = first.cells[task], second.cells[task]
+        difference = paired({task: ours.scores}, {task: theirs.scores}, [[task]], level=table.level).tasks[0]
+        bits = shared_bits(ours, theirs)
+        p = {seed: mcnemar(a, b).p for seed, (a, b) in bits.items()}
+        tasks.append(
+            PairTask(
+                task=task,
+                seeds=difference,
+                pictures=picture_noise(list(bits.values()), table.level) if bits else None,
+                mcnemar=p,
+                p=middle_p(list(p.values())) if p else None,
+                holm=None,
+                verdict=whole.verdicts[task] if whole else "too few",
+            )
+        )
+    adjusted = holm({found.task: found.p for found in tasks if found.p is not None})
+    return Pair(
+        section=section,
+        first=first,
+        second=second,
+        tasks=tuple(
+            PairTask(t.task, t.seeds, t.pictures, t.mcnemar, t.p, adjusted.get(t.task), t.verdict) for t in tasks
+        ),
+        whole=whole,
+    )
+
+
+def shared_bits(ours: Cell, theirs: Cell) -> dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Shared seed → the bits of both runs, where they are of one list."""
+    others = {run.seed: run.correct for run in theirs.records}
+    found = {}
+    for run in ours.records:
+        mine, other = run.correct, others.get(run.seed)
+        if mine is None or other is None or (mine.list_digest, mine.count) != (other.list_digest, other.count):
+            continue
+        found[run.seed] = (unpack_bits(mine.bits, mine.count), unpack_bits(other.bits, other.count))
+    return found
+
+
+def middle_p(values: Sequence[float]) -> float:
+    """Return one p for k tests of the same pictures: (k / r) times the r-th smallest, r = ⌈k / 2⌉; 2 p at most.
+
+    For one test that is its p. It is valid however the tests depend on each other: the runs of several seeds err on the
+    same hard pictures.
+
+    Source: Rüger 1978, Metrika 25, 171-178.
+
+    Args:
+        values: The p of each test, at least one.
+    """
+    r = math.ceil(len(values) / 2)
+    return min(1.0, sorted(values)[r - 1] * len(values) / r)
+
+
+def picture_noise(bits: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]], level: float, seed: int = 0) -> Estimate:
+    """Estimate the mean accuracy difference of k pairs of runs, in points, and its noise from the test pictures.
+
+    As `stats.paired_bootstrap`, of several seeds at once: a picture counts the mean over the pairs of +1 (the first
+    alone is right), -1 (the second alone) or 0, and all runs are tested on the same resampled pictures. Pictures with
+    equal counts are drawn at once, 10,000 times; the interval is the percentile interval, df is None.
+
+    Args:
+        bits: For each pair, booleans of shape (pictures,) for both runs; the same list throughout.
+        level: Of the interval.
+        seed: For the draws.
+
+    Returns:
+        The estimate in points; `n` is the number of pictures.
+    """
+    import numpy as np
+
+    pairs = len(bits)
+    counts = np.zeros(bits[0][0].size, dtype=np.int64)  # of a picture: pairs won minus pairs lost
+    for a, b in bits:
+        counts += a.astype(np.int64) - b.astype(np.int64)
+    pictures = counts.size
+    tally = np.bincount(counts + pairs, minlength=2 * pairs + 1)
+    points = 100.0 * (np.arange(2 * pairs + 1) - pairs) / pairs
+    drawn = np.random.default_rng(seed).multinomial(pictures, tally / pictures, size=_RESAMPLES) @ points / pictures
+    low, high = (float(x) for x in np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
+    value = 100 * int(counts.sum()) / (pairs * pictures)
+    return Estimate(value, low, high, float(drawn.std(ddof=1)), None, pictures, level)
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def render_pairs(found: Sequence[tuple[SuiteCard, Pair]], level: float) -> str:
+    """Return the comparisons as text for a terminal."""
+    return "\n".join(_text(suite, pair, level) for suite, pair in found)
+
+
+def _text(suite: SuiteCard, pair: Pair, level: float) -> str:
+    lines = [f"{suite.title}: {pair.first.label} minus {pair.second.label}, in points", heading(pair.section), ""]
+    if pair.section.random:
+        lines.append(PLUMBING)
+    if pair.whole is None:
+        lines.append("They share no task on the same pictures with a seed in common: nothing can be compared.")
+        return "\n".join(lines) + "\n"
+    grid = [["task", "difference", "new seeds", "pairs", "by seeds", "new pictures", "McNemar p", "one p", "(Holm)"]]
+    for found in pair.tasks:
+        p = sorted(found.mcnemar.values())
+        spread = HOLE if not p else p_value(p[0]) if len(p) == 1 else f"{p_value(p[0])}–{p_value(p[-1])}"
+        grid.append(
+            [
+                short_name(found.task),
+                signed(found.seeds.estimate.value),
+                interval(found.seeds.estimate),
+                str(found.seeds.n_pairs),
+                found.verdict,
+                interval(found.pictures),
+                spread,
+                HOLE if found.p is None else p_value(found.p),
+                HOLE if found.holm is None else p_value(found.holm),
+            ]
+        )
+    return "\n".join([*lines, *align(grid, 1), *wrap(_notes(suite, pair, level))]) + "\n"
+
+
+def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
+    whole = pair.whole
+    tested = [found for found in pair.tasks if found.p is not None]
+    notes = []
+    if whole is not None:
+        mean = columns(suite)[-2] if len(pair.tasks) == len(suite.tasks) else f"mean of these {len(pair.tasks)} tasks"
+        notes.append(
+            f"{mean[0].upper()}{mean[1:]}: {signed(whole.these_tasks.value)}, new seeds {interval(whole.these_tasks)}, "
+            f"new tasks {interval(whole.new_tasks)}; sign flip over {plural(whole.sources, 'independent source')} of "
+            f"pictures: p {p_value(whole.p)}."
+        )
+        if len(pair.tasks) < len(suite.tasks):
+            notes.append(
+                f"{len(pair.tasks)} of {len(suite.tasks)} tasks: those that both rows have on the same pictures with a "
+                "shared seed."
+            )
+    notes += [
+        f"New seeds: t interval ({percent(level)}) of the differences of runs with the same seed. By seeds: sign flip "
+        f"over these pairs, each task by itself; too few: n < {FEWEST_PAIRS} paired seeds.",
+        f"New pictures: paired bootstrap ({percent(level)}) of the test pictures, from the bits in the records; about "
+        "these runs, not other seeds. McNemar p: exact, smallest and largest of the shared seeds; one p: their median, "
+        f"at most doubled, valid for any dependence (Rüger); Holm over {plural(len(tested), 'task')}.",
+    ]
+    if any(found.seeds.estimate.low is None for found in pair.tasks):
+        notes.append("– for new seeds: one shared seed, and a variance that is unknown.")
+    if len(tested) < len(pair.tasks):
+        notes.append("– for new pictures: the bits of the two rows are not of one list of pictures.")
+    return notes

@@ -1,0 +1,117 @@
+"""Tables as CSV: a line a row (wide), and a line a cell (long)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+
+from svp_bench.cards import SuiteCard
+from svp_bench.results.published import mean_names
+from svp_bench.results.quoted import quoted_methods
+from svp_bench.results.rows import CARD, Row, Section, Table
+from svp_bench.results.wording import DIGITS, QUOTED, columns, scores, short_name
+
+__all__ = ["long_csv", "wide_csv"]
+
+_SECTION_COLUMNS = ("protocol", "protocol_version", "backbone", "checkpoint", "checkpoint_digest", "weights", "track")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.{DIGITS}f}"
+
+
+def _csv(rows: Iterable[Sequence[object]]) -> str:
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
+
+
+def _section_facts(section: Section) -> list[object]:
+    return [
+        section.protocol,
+        section.protocol_version,
+        section.backbone,
+        section.checkpoint,
+        section.checkpoint_digest or "",
+        "random" if section.random else "pretrained",
+        section.track.title,
+    ]
+
+
+def _interval_columns(suite: SuiteCard) -> list[str]:
+    """Names of the ends of all intervals: over new seeds for each mean, over new tasks for the mean over tasks."""
+    tasks, groups = mean_names(suite)
+    names = [f"{name}, new seeds" for name in (*suite.groups, tasks, groups)]
+    return [f"{name}, {end}" for name in [*names, f"{tasks}, new tasks"] for end in ("low", "high")]
+
+
+def _interval_ends(row: Row, suite: SuiteCard) -> list[str]:
+    """The ends of all intervals, in the order of `_interval_columns`; empty where there is none."""
+    known = row.intervals
+    estimates = [*(known.groups[group] for group in suite.groups), known.task_mean, known.group_mean, known.new_tasks]
+    return [
+        _number(end)
+        for estimate in estimates
+        for end in ((None, None) if estimate is None else (estimate.low, estimate.high))
+    ]
+
+
+def wide_csv(table: Table) -> str:
+    """Return the CSV with a line a row, quoted rows last."""
+    suite, names, ends = table.suite, columns(table.suite), _interval_columns(table.suite)
+    facts = ["complete", "seeds_min", "seeds_max", "adapter_parameters_min", "adapter_parameters_max"]
+    marks = ["data_different", "other_variants"]
+    quoted = ["source", "citation"]
+    head = ["origin", *_SECTION_COLUMNS, "rank", "row", "method", "setting_digest", *names, *facts, *marks, *quoted]
+    lines: list[Sequence[object]] = [[*head, "interval_level", *ends]]
+    for section in table.sections:
+        for row in section.rows:
+            different = [short_name(task) for task in suite.tasks if task in row.cells and row.cells[task].different]
+            variants = [
+                f"{short_name(task)}={row.cells[task].variant}"
+                for task in suite.tasks
+                if task in row.cells and row.cells[task].variant != CARD
+            ]
+            lines.append(
+                [
+                    *("measured", *_section_facts(section)),
+                    *("" if row.rank is None else row.rank, row.label, row.method, row.setting_digest),
+                    *(_number(score) for score in scores(row, suite)),
+                    *(f"{len(row.cells)}/{len(suite.tasks)}", *row.seeds, *row.adapter),
+                    *(";".join(different), ";".join(variants), "", ""),
+                    *(f"{table.level:g}", *_interval_ends(row, suite)),
+                ]
+            )
+    for quote, values, _ in quoted_methods(table):
+        lines.append(
+            [
+                *(QUOTED, "", "", quote.backbone, quote.pretrain, "", "as the source says", ""),
+                *("", quote.method, quote.method, ""),
+                *(values.get(name, "") for name in names),
+                *("", "", "", "", "", "", "", quote.source, quote.citation),
+                *("", *("" for _ in ends)),
+            ]
+        )
+    return _csv(lines)
+
+
+def long_csv(table: Table) -> str:
+    """Return the CSV with a line a cell; holes have one too."""
+    head = [*_SECTION_COLUMNS, "row", "method", "setting_digest", "task", "task_version"]
+    head += ["data_variant", "data_digest", "data_status"]
+    lines: list[Sequence[object]] = [[*head, "mean", "std", "n", "seeds", "status"]]
+    for section in table.sections:
+        for row in section.rows:
+            facts = [*_section_facts(section), row.label, row.method, row.setting_digest]
+            for task in table.suite.tasks:
+                if task not in row.cells:
+                    lines.append([*facts, task, "", "", "", "", "", "", 0, "", "missing"])
+                cells = [row.cells[task]] if task in row.cells else []
+                for cell in [*cells, *(cell for cell in row.apart if cell.task == task)]:
+                    status = "complete" if cell is row.cells[task] else "not in the wide table"
+                    data = [cell.variant, cell.data_digest or "", "different" if cell.different else "as_card"]
+                    spread = [_number(cell.mean), _number(cell.std), len(cell.seeds)]
+                    seeds = " ".join(map(str, cell.seeds))
+                    lines.append([*facts, task, cell.task_version, *data, *spread, seeds, status])
+    return _csv(lines)

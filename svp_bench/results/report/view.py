@@ -1,0 +1,893 @@
+"""What the page shows, as plain data: derived from tables and their records, without a word of HTML."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from svp_bench.cards import SuiteCard
+from svp_bench.results.files import Problem
+from svp_bench.results.published import WHOLE, mean_names
+from svp_bench.results.quoted import quoted_methods
+from svp_bench.results.record import Record
+from svp_bench.results.report.curves import Curve
+from svp_bench.results.rows import Cell, LeftOut, Row, Section, Table, track_of
+from svp_bench.results.stats import best_and_second, mean_of, one_standard_error
+from svp_bench.results.wording import (
+    STAND_IN,
+    choice_notes,
+    comparison_notes,
+    data_notes,
+    dirty_notes,
+    marks,
+    new_tasks_note,
+    one_line,
+    ranks_notes,
+    short_name,
+    verdict_marks,
+    weights,
+)
+
+if TYPE_CHECKING:
+    from svp_bench.results.stats import Estimate
+
+__all__ = [
+    "Axis",
+    "CellView",
+    "CurveRun",
+    "Curves",
+    "Hole",
+    "OutView",
+    "Point",
+    "Pool",
+    "QuotedView",
+    "ReportView",
+    "RowView",
+    "Run",
+    "SectionView",
+    "SetupView",
+    "SuiteView",
+    "TaskView",
+    "TradeOff",
+    "Value",
+    "front",
+    "report_view",
+]
+
+Bounds = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A mean in percent and its intervals; an interval is None where a cell has one seed only.
+
+    Attributes:
+        mean: The mean.
+        these: Interval of the mean over new seeds on these tasks.
+        new: Interval of the mean over new tasks; None also where it is not asked for.
+    """
+
+    mean: float
+    these: Bounds | None
+    new: Bounds | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of a cell.
+
+    Attributes:
+        seed: The seed.
+        top1: Its accuracy in percent.
+        record: Place of its record in the pool.
+    """
+
+    seed: int
+    top1: float
+    record: int
+
+
+@dataclass(frozen=True)
+class CellView:
+    """One task of a row.
+
+    Attributes:
+        task: Full name.
+        value: Mean of the seeds; its interval is over new seeds.
+        std: Sample standard deviation over the seeds, None for one.
+        pictures: In the test list.
+        binomial: Standard error in points that the number of test pictures alone implies; see `one_standard_error`.
+        runs: Its seeds.
+        marks: "†" (data differ from the card), "‡" (another variant), "§" (a drawn stand-in), or "".
+        variant: Of the data.
+        standing: "best" (better than every other ranked row, beyond chance), "second", "tied" (with the best), or "".
+        verdict: "▲" or "▼" where it is told from the control's cell, or "".
+    """
+
+    task: str
+    value: Value
+    std: float | None
+    pictures: int
+    binomial: float
+    runs: tuple[Run, ...]
+    marks: str
+    variant: str
+    standing: str = ""
+    verdict: str = ""
+
+    @property
+    def records(self) -> tuple[int, ...]:
+        """Places of its records in the pool."""
+        return tuple(run.record for run in self.runs)
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One method with one setting.
+
+    Attributes:
+        id: Unique in the page.
+        label: Its name.
+        method: Registered name.
+        style: Number of its colour and marker, the same for this label in the whole page.
+        rank: Or None.
+        cells: Task → cell; a hole has no entry.
+        apart: Cells on other data of tasks that have a cell.
+        missing: Tasks without a cell.
+        task_mean: Over all tasks, with both intervals; None with a hole.
+        group_mean: Over the group means.
+        groups: Group → mean of its tasks.
+        seeds: Smallest and largest number of seeds of a cell.
+        trainable: Trained parameters outside the head: smallest and largest of the runs.
+        trials: Settings tried for a cell, smallest and largest; None outside of searches.
+    """
+
+    id: str
+    label: str
+    method: str
+    style: int
+    rank: int | None
+    cells: Mapping[str, CellView]
+    apart: tuple[CellView, ...]
+    missing: tuple[str, ...]
+    task_mean: Value | None
+    group_mean: Value | None
+    groups: Mapping[str, Value | None]
+    seeds: tuple[int, int]
+    trainable: tuple[int, int]
+    trials: tuple[int, int] | None
+
+    @property
+    def records(self) -> tuple[int, ...]:
+        """Places of its records in the pool."""
+        return tuple(run.record for cell in self.cells.values() for run in cell.runs)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row in a trade-off.
+
+    Attributes:
+        row: The row.
+        x: Its cost.
+        value: Its mean over all tasks.
+        front: Is no other row both at least as good and at most as dear, and better in one of them?
+    """
+
+    row: RowView
+    x: float
+    value: Value
+    front: bool
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A cost that accuracy is drawn over.
+
+    Attributes:
+        id: "parameters", "training" or "inference".
+        title: For the axis.
+        unit: Short, for the table.
+        note: How it is measured, in a sentence.
+    """
+
+    id: str
+    title: str
+    unit: str
+    note: str
+
+
+PARAMETERS = Axis(
+    "parameters",
+    "trained parameters outside the head",
+    "parameters",
+    "The mean over the tasks, where a search or the classes of a task change the number.",
+)
+TRAINING = Axis(
+    "training",
+    "training time of a run in seconds",
+    "s",
+    "The mean over the tasks of the mean over their seeds; validation and test are left out.",
+)
+INFERENCE = Axis(
+    "inference",
+    "test time per picture in milliseconds",
+    "ms",
+    "Test seconds over test pictures, the mean over the tasks; reading and decoding the pictures is in it, and so is "
+    "the first call of a compiled kernel. The adapter is not merged: a method that can be folded into the backbone "
+    "costs what the plain backbone costs once it is.",
+)
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """Accuracy over a cost.
+
+    Attributes:
+        id: Unique in the page.
+        axis: The cost.
+        points: In the order of the rows.
+        missing: Label → why the row has no point.
+    """
+
+    id: str
+    axis: Axis
+    points: tuple[Point, ...]
+    missing: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class SetupView:
+    """What was measured on one kind of machine; times of different ones do not compare.
+
+    Attributes:
+        title: Device, processes, precision and scan backend.
+        training: Accuracy over training time.
+        inference: Accuracy over test time per picture.
+        images_per_second: Label → training throughput, the mean over the runs that say it.
+        memory: Label → largest peak of device memory in MiB.
+    """
+
+    title: str
+    training: TradeOff
+    inference: TradeOff
+    images_per_second: Mapping[str, float]
+    memory: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Tasks that a row lacks."""
+
+    label: str
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SectionView:
+    """Rows that compare.
+
+    Attributes:
+        id: Unique in the page.
+        table: What it was made from.
+        title: Backbone and track.
+        weights: The checkpoint and the first digits of its digest, or "random weights".
+        notes: What has to be said of its numbers.
+        comparison_notes: What has to be said of the differences to the control.
+        rank_notes: Mean ranks, in words.
+        rows: Ranked ones first.
+        parameters: Accuracy over trained parameters.
+        setups: What was measured on which machine; the one with the most rows first.
+        holes: Of the rows.
+    """
+
+    id: str
+    table: Section
+    title: str
+    weights: str
+    notes: tuple[str, ...]
+    comparison_notes: tuple[str, ...]
+    rank_notes: tuple[str, ...]
+    rows: tuple[RowView, ...]
+    parameters: TradeOff
+    setups: tuple[SetupView, ...]
+    holes: tuple[Hole, ...]
+
+    @property
+    def cells(self) -> list[CellView]:
+        """All cells that are shown."""
+        return [cell for row in self.rows for cell in row.cells.values()]
+
+
+@dataclass(frozen=True)
+class QuotedView:
+    """A method as another source reports it.
+
+    Attributes:
+        source: Short name.
+        backbone: As the source names it.
+        pretrain: What the backbone was pre-trained on.
+        method: As the source names it.
+        scores: Task id, group or mean → accuracy as printed.
+        parameters: As printed, with what the numbers count.
+        size: Number of parameters, or None.
+        citation: Where it stands.
+    """
+
+    source: str
+    backbone: str
+    pretrain: str
+    method: str
+    scores: Mapping[str, str]
+    parameters: str
+    size: float | None
+    citation: str
+
+
+@dataclass(frozen=True)
+class OutView:
+    """A record that does not enter.
+
+    Attributes:
+        why: One word or two.
+        detail: One line.
+        task: Full name.
+        method: Registered name.
+        seed: The seed.
+        record: Place in the pool.
+    """
+
+    why: str
+    detail: str
+    task: str
+    method: str
+    seed: int
+    record: int
+
+
+@dataclass(frozen=True)
+class TaskView:
+    """A task: its full name, its id in the suite, and its title."""
+
+    name: str
+    id: str
+    title: str
+    group: str
+
+
+@dataclass(frozen=True)
+class CurveRun:
+    """The learning curves of a run.
+
+    Attributes:
+        record: Place of its record in the pool.
+        section: Id of the section that holds it; "" for a run that is in no table.
+        label: Of its row; of a run in no table, its method and why.
+        style: Number of its colour.
+        curve: The curves.
+    """
+
+    record: int
+    section: str
+    label: str
+    style: int
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Learning curves of a suite.
+
+    Attributes:
+        runs: Those with event files, in the order of the pool.
+        without: How many records have none.
+    """
+
+    runs: tuple[CurveRun, ...]
+    without: int
+
+
+@dataclass(frozen=True)
+class SuiteView:
+    """A suite.
+
+    Attributes:
+        id: Its name.
+        card: Its card.
+        tasks: In the order of the columns.
+        means: Names of both averages.
+        sections: Pre-trained weights first.
+        out: Records that do not enter.
+        counts: Why they do not → how many.
+        problems: Files that are no records.
+        quoted: Published numbers.
+        curves: Learning curves.
+    """
+
+    id: str
+    card: SuiteCard
+    tasks: tuple[TaskView, ...]
+    means: tuple[str, str]
+    sections: tuple[SectionView, ...]
+    out: tuple[OutView, ...]
+    counts: Mapping[str, int]
+    problems: tuple[Problem, ...]
+    quoted: tuple[QuotedView, ...]
+    curves: Curves
+
+
+@dataclass
+class Pool:
+    """The records of a page, in the order of task and run, each value stored once.
+
+    Attributes:
+        records: The records.
+    """
+
+    records: list[Record] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        unique = {(record.task, record.run_id): record for record in self.records}
+        self.records = [unique[key] for key in sorted(unique)]
+        self._place = {(record.task, record.run_id): place for place, record in enumerate(self.records)}
+
+    def place(self, record: Record) -> int:
+        """Return where `record` stands."""
+        return self._place[record.task, record.run_id]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return {"fields": names, "values": each value once, "records": a list of places of values a record}."""
+        facts = [_facts(record) for record in self.records]
+        fields = list(facts[0]) if facts else []
+        places: dict[str, int] = {}
+        values: list[Any] = []
+        rows = []
+        for fact in facts:
+            row = []
+            for name in fields:
+                key = json.dumps(fact[name], sort_keys=True)
+                if key not in places:
+                    places[key] = len(values)
+                    values.append(fact[name])
+                row.append(places[key])
+            rows.append(row)
+        return {"fields": fields, "values": values, "records": rows}
+
+
+@dataclass(frozen=True)
+class ReportView:
+    """The whole page.
+
+    Attributes:
+        suites: Those with the most records on pre-trained weights first.
+        pool: All records that the page speaks of.
+        newest: When the newest of them was created, as in the record; None without records.
+        level: Of the intervals.
+        strays: Files and records that belong to no suite.
+        runs_root: Where event files were looked for.
+    """
+
+    suites: tuple[SuiteView, ...]
+    pool: Pool
+    newest: str | None
+    level: float
+    strays: tuple[Problem, ...]
+    runs_root: str
+
+
+# -------------------------------------------------------------------------------------------------------------- build
+
+
+def report_view(
+    tables: Sequence[Table],
+    titles: Mapping[str, str],
+    curves: Mapping[tuple[str, str], Curve],
+    strays: Iterable[Problem] = (),
+    runs_root: str = "runs",
+) -> ReportView:
+    """Derive what the page shows.
+
+    Args:
+        tables: One a suite, all of one level.
+        titles: Task → title of its card; a task without one is called by its id.
+        curves: (task, run id) → its learning curve.
+        strays: Files that belong to no suite.
+        runs_root: Where the curves were looked for; the page names it.
+    """
+    pool = Pool([record for table in tables for record in _records(table)])
+    labels = sorted({row.label for table in tables for section in table.sections for row in section.rows})
+    styles = {label: number for number, label in enumerate(labels)}
+    return ReportView(
+        suites=tuple(_suite(table, titles, curves, pool, styles) for table in sorted(tables, key=_weight)),
+        pool=pool,
+        newest=max((record.created for record in pool.records), default=None),
+        level=tables[0].level if tables else 0.95,
+        strays=tuple(sorted(strays, key=lambda stray: (stray.path, stray.reason))),
+        runs_root=runs_root,
+    )
+
+
+def _weight(table: Table) -> tuple[int, str]:
+    """Suites with many records on pre-trained weights and real data come first."""
+    rows = [row for section in table.sections if not section.random for row in section.rows if not row.drawn]
+    return -sum(len(cell.records) for row in rows for cell in row.cells.values()), table.suite.name
+
+
+def _records(table: Table) -> Iterable[Record]:
+    for section in table.sections:
+        for row in section.rows:
+            for cell in (*row.cells.values(), *row.apart):
+                yield from cell.records
+    for out in table.left_out:
+        yield out.record
+
+
+def _suite(
+    table: Table,
+    titles: Mapping[str, str],
+    curves: Mapping[tuple[str, str], Curve],
+    pool: Pool,
+    styles: Mapping[str, int],
+) -> SuiteView:
+    suite = table.suite
+    tasks = tuple(
+        TaskView(f"{suite.name}/{task}", task, titles.get(f"{suite.name}/{task}", task), group)
+        for group, members in suite.groups.items()
+        for task in members
+    )
+    sections = tuple(
+        _section(f"{suite.name}-{number}", section, suite, table.level, pool, styles)
+        for number, section in enumerate(table.sections, 1)
+    )
+    return SuiteView(
+        id=suite.name,
+        card=suite,
+        tasks=tasks,
+        means=mean_names(suite),
+        sections=sections,
+        out=tuple(_out(out, pool) for out in table.left_out),
+        counts=dict(sorted(Counter(out.why for out in table.left_out).items())),
+        problems=table.problems,
+        quoted=tuple(_quoted(table)),
+        curves=_curves(table, curves, pool, styles),
+    )
+
+
+def _out(out: LeftOut, pool: Pool) -> OutView:
+    return OutView(out.why, out.detail, out.record.task, out.record.method, out.record.seed, pool.place(out.record))
+
+
+def _section(
+    name: str, section: Section, suite: SuiteCard, level: float, pool: Pool, styles: Mapping[str, int]
+) -> SectionView:
+    standings = _standings(section, suite, level)
+    verdicts = verdict_marks(section)
+    rows = tuple(
+        _row(f"{name}-{number}", row, suite, level, pool, styles[row.label], standings, verdicts)
+        for number, row in enumerate(section.rows, 1)
+    )
+    return SectionView(
+        id=name,
+        table=section,
+        title=f"{section.backbone}, {section.track.title}",
+        weights=weights(section),
+        notes=tuple(_notes(section, suite)),
+        comparison_notes=tuple(comparison_notes(section, suite, level)),
+        rank_notes=tuple(ranks_notes(section, level)),
+        rows=rows,
+        parameters=_parameters(name, section.rows, rows),
+        setups=_setups(name, section.rows, rows),
+        holes=tuple(Hole(row.label, row.missing) for row in rows if row.missing),
+    )
+
+
+def _notes(section: Section, suite: SuiteCard) -> Iterable[str]:
+    cells = [cell for row in section.rows for cell in row.cells.values()]
+    single = sorted({row.label for row in section.rows if row.seeds[0] == 1})
+    if single:
+        yield (
+            "No interval over new seeds where a task has one seed only, for its variance is unknown: "
+            f"{'; '.join(single)}."
+        )
+    yield from new_tasks_note(section, suite)
+    yield from choice_notes(section)
+    if any("†" in marks(cell) for cell in cells):
+        yield "† The files on disk differ from the task card in count or digest; the records say how."
+    variants = sorted({f"{short_name(cell.task)} ({cell.variant})" for cell in cells if "‡" in marks(cell)})
+    if variants:
+        yield f"‡ Another variant of the data than the card's own: {', '.join(variants)}."
+    if any(cell.drawn for cell in cells):
+        yield STAND_IN
+    yield from data_notes(section, suite)
+    yield from dirty_notes(section)
+    shared = "; ".join(", ".join(group) for group in suite.same_pictures)
+    if shared:
+        yield f"Tasks that share their pictures, and count as one source: {shared}."
+
+
+def _standings(section: Section, suite: SuiteCard, level: float) -> dict[tuple[str, str], str]:
+    """(Task, label) → "best", "second" or "tied" among the ranked rows, on tasks that all have on the same lists."""
+    ranked = [row for row in section.rows if row.rank is not None]
+    found: dict[tuple[str, str], str] = {}
+    for task in suite.tasks:
+        if len(ranked) < 2 or len({row.cells[task].data_digest for row in ranked}) > 1:
+            continue
+        known = best_and_second({row.label: row.cells[task].scores for row in ranked}, level=level)
+        for standing, labels in (("best", [known.best]), ("second", [known.second]), ("tied", known.tied)):
+            found.update({(task, label): standing for label in labels if label is not None})
+    return found
+
+
+def _row(
+    name: str,
+    row: Row,
+    suite: SuiteCard,
+    level: float,
+    pool: Pool,
+    style: int,
+    standings: Mapping[tuple[str, str], str],
+    verdicts: Mapping[str, Mapping[str, str]],
+) -> RowView:
+    known = row.intervals
+    return RowView(
+        id=name,
+        label=row.label,
+        method=row.method,
+        style=style,
+        rank=row.rank,
+        cells={
+            task: _cell(
+                row.cells[task],
+                level,
+                pool,
+                standings.get((task, row.label), ""),
+                verdicts.get(row.label, {}).get(task, ""),
+            )
+            for task in suite.tasks
+            if task in row.cells
+        },
+        apart=tuple(_cell(cell, level, pool) for cell in row.apart),
+        missing=tuple(task for task in suite.tasks if task not in row.cells),
+        task_mean=_value(row.task_mean, known.task_mean, known.new_tasks),
+        group_mean=_value(row.group_mean, known.group_mean),
+        groups={group: _value(row.groups[group], known.groups.get(group)) for group in suite.groups},
+        seeds=row.seeds,
+        trainable=row.adapter,
+        trials=row.trials,
+    )
+
+
+def _value(mean: float | None, these: Estimate | None, new: Estimate | None = None) -> Value | None:
+    return None if mean is None else Value(mean, _bounds(these), _bounds(new))
+
+
+def _bounds(estimate: Estimate | None) -> Bounds | None:
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return None
+    return estimate.low, estimate.high
+
+
+def _cell(cell: Cell, level: float, pool: Pool, standing: str = "", verdict: str = "") -> CellView:
+    runs = tuple(
+        Run(record.seed, record.metrics.top1, pool.place(record))
+        for record in cell.records
+        if record.metrics is not None
+    )
+    counts = [record.metrics.count for record in cell.records if record.metrics is not None]
+    return CellView(
+        task=cell.task,
+        value=Value(cell.mean, _bounds(mean_of({cell.task: [run.top1 for run in runs]}, level=level))),
+        std=cell.std,
+        pictures=min(counts),
+        binomial=one_standard_error(cell.mean, min(counts)),
+        runs=runs,
+        marks=marks(cell),
+        variant=cell.variant,
+        standing=standing,
+        verdict=verdict,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- trade-offs
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Tell which (cost, accuracy) points are on the Pareto front: cheap and accurate is good.
+
+    A point is off the front if another one is at most as dear and at least as accurate, and not equal to it.
+    """
+    return [
+        not any(
+            cost <= own_cost and score >= own_score and (cost, score) != (own_cost, own_score) for cost, score in points
+        )
+        for own_cost, own_score in points
+    ]
+
+
+def _trade_off(name: str, axis: Axis, costs: Mapping[str, float], rows: Sequence[RowView], why: str) -> TradeOff:
+    """Draw the complete rows that have a cost."""
+    shown = [(row, costs[row.id], row.task_mean) for row in rows if row.id in costs and row.task_mean is not None]
+    on_front = front([(cost, value.mean) for _, cost, value in shown])
+    missing = {
+        row.label: f"has holes: {len(row.cells)} of {len(row.cells) + len(row.missing)} tasks" if row.missing else why
+        for row in rows
+        if row.task_mean is None or row.id not in costs
+    }
+    points = [Point(row, cost, value, is_on) for (row, cost, value), is_on in zip(shown, on_front, strict=True)]
+    return TradeOff(name, axis, tuple(points), missing)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return math.fsum(listed) / len(listed)
+
+
+def _parameters(name: str, rows: Sequence[Row], views: Sequence[RowView]) -> TradeOff:
+    costs = {
+        view.id: _mean(_mean(run.parameters.adapter for run in cell.records) for cell in row.cells.values())
+        for row, view in zip(rows, views, strict=True)
+    }
+    return _trade_off(f"{name}-parameters", PARAMETERS, costs, views, "")
+
+
+Setup = tuple[str, int, str, str]
+
+
+def _setup(record: Record) -> Setup:
+    return record.device, record.device_count, record.precision, record.scan_backend
+
+
+def _setups(name: str, rows: Sequence[Row], views: Sequence[RowView]) -> tuple[SetupView, ...]:
+    """Times by kind of machine: a row counts on the machines that have run all of its tasks."""
+    setups = sorted({_setup(run) for row in rows for cell in row.cells.values() for run in cell.records})
+    found = [_measured(f"{name}-{number}", setup, rows, views) for number, setup in enumerate(setups, 1)]
+    kept = [view for view in found if view.training.points or view.inference.points]
+    return tuple(sorted(kept, key=lambda view: -len(view.inference.points)))
+
+
+def _measured(name: str, setup: Setup, rows: Sequence[Row], views: Sequence[RowView]) -> SetupView:
+    training: dict[str, float] = {}
+    inference: dict[str, float] = {}
+    throughput: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    for row, view in zip(rows, views, strict=True):
+        cells = [[run for run in cell.records if _setup(run) == setup] for cell in row.cells.values()]
+        trained = [[run.times["train_seconds"] for run in runs if "train_seconds" in run.times] for runs in cells]
+        tested = [
+            [1000 * run.times["test_seconds"] / run.metrics.count for run in runs if _was_timed(run) and run.metrics]
+            for runs in cells
+        ]
+        if all(trained):
+            training[view.id] = _mean(map(_mean, trained))
+        if all(tested):
+            inference[view.id] = _mean(map(_mean, tested))
+        here = [run for runs in cells for run in runs]
+        rates = [run.images_per_second for run in here if run.images_per_second is not None]
+        peaks = [run.peak_memory_mib for run in here if run.peak_memory_mib is not None]
+        if rates:
+            throughput[view.label] = _mean(rates)
+        if peaks:
+            memory[view.label] = max(peaks)
+    device, count, precision, backend = setup
+    processes = "1 process" if count == 1 else f"{count} processes"
+    why = "not all of its tasks were run on this machine"
+    return SetupView(
+        title=f"{device}, {processes}, precision {precision}, scan backend {backend}",
+        training=_trade_off(f"{name}-training", TRAINING, training, views, why),
+        inference=_trade_off(f"{name}-inference", INFERENCE, inference, views, why),
+        images_per_second=throughput,
+        memory=memory,
+    )
+
+
+def _was_timed(run: Record) -> bool:
+    return run.times.get("test_seconds", 0) > 0 and run.metrics is not None and run.metrics.count > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- published
+
+_FACTORS = {"params": 1.0, "params_k": 1e3, "params_m": 1e6}
+
+
+def _quoted(table: Table) -> Iterable[QuotedView]:
+    sizes: dict[tuple[str, ...], float] = {}
+    for row in table.published:
+        if row.task_or_group == WHOLE and row.metric in _FACTORS:
+            key = (row.source, row.backbone, row.pretrain, row.method)
+            sizes.setdefault(key, row.number * _FACTORS[row.metric])
+    for row, scores, parameters in quoted_methods(table):
+        yield QuotedView(
+            source=row.source,
+            backbone=row.backbone,
+            pretrain=row.pretrain,
+            method=row.method,
+            scores=scores,
+            parameters=parameters,
+            size=sizes.get((row.source, row.backbone, row.pretrain, row.method)),
+            citation=one_line(row.citation),
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+
+def _curves(table: Table, curves: Mapping[tuple[str, str], Curve], pool: Pool, styles: Mapping[str, int]) -> Curves:
+    """The curves of all runs that the table knows; one that does not enter is called by its method and why."""
+    named: dict[int, tuple[Record, str, str, int]] = {}
+    for number, section in enumerate(table.sections, 1):
+        for row in section.rows:
+            for cell in (*row.cells.values(), *row.apart):
+                for record in cell.records:
+                    home = f"{table.suite.name}-{number}"
+                    named[pool.place(record)] = (record, home, row.label, styles[row.label])
+    for out in table.left_out:
+        style = styles.get(out.record.method, len(styles))
+        named[pool.place(out.record)] = (out.record, "", f"{out.record.method}, {out.why}", style)
+    runs = [
+        CurveRun(place, home, label, style, curves[record.task, record.run_id])
+        for place, (record, home, label, style) in sorted(named.items())
+        if (record.task, record.run_id) in curves
+    ]
+    return Curves(tuple(runs), without=len(named) - len(runs))
+
+
+# ------------------------------------------------------------------------------------------------------------ records
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    """What the page says of a record: all but the config and the bits, which its file holds."""
+    metrics = record.metrics
+    scores = {} if metrics is None else {key: value for key, value in metrics.to_json().items() if key != "per_class"}
+    return {
+        "run_id": record.run_id,
+        "path": f"records/{record.task}/{record.run_id}.json",
+        "task": record.task,
+        "task_version": record.task_version,
+        "method": record.method,
+        "method_args": dict(sorted(record.method_args.items())),
+        "seed": record.seed,
+        "kind": record.kind,
+        "status": record.status,
+        "status_reason": record.status_reason,
+        "created": record.created,
+        "metrics": scores,
+        "track": track_of(record).words,
+        "backbone": record.backbone,
+        "checkpoint": record.checkpoint,
+        "checkpoint_digest": record.checkpoint_digest,
+        "protocol": f"{record.protocol} {record.protocol_version}",
+        "stage": record.stage,
+        "lists": dict(sorted(record.lists.items())),
+        "data_variant": record.data_variant,
+        "data_status": record.data_status,
+        "data_notes": list(record.data_notes),
+        "data_digest": record.data_digest,
+        "list_digest": None if record.correct is None else record.correct.list_digest,
+        "config_digest": record.config_digest,
+        "setting_digest": record.setting_digest,
+        "tuned": None if record.tuned is None else record.tuned.to_json(),
+        "package_version": record.package_version,
+        "commit": record.commit,
+        "dirty": record.dirty,
+        "libraries": dict(sorted(record.libraries.items())),
+        "scan_backend": record.scan_backend,
+        "scan_reason": record.scan_reason,
+        "device": record.device,
+        "device_count": record.device_count,
+        "precision": record.precision,
+        "parameters": {
+            "trainable": record.parameters.trainable,
+            "head": record.parameters.head,
+            "adapter": record.parameters.adapter,
+            "total": record.parameters.total,
+        },
+        "times": dict(sorted(record.times.items())),
+        "epochs": record.epochs,
+        "images_per_second": record.images_per_second,
+        "peak_memory_mib": record.peak_memory_mib,
+        "checkpoint_file": record.checkpoint_file,
+    }

@@ -1,0 +1,413 @@
+"""Words and numbers that all renderings of a table share: columns, short texts, and the notes under a section."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from svp_bench.cards import SuiteCard
+from svp_bench.results.comparison import sources_of
+from svp_bench.results.labels import short_value
+from svp_bench.results.published import mean_names
+from svp_bench.results.rows import CARD, Cell, Comparison, Row, Section, Table
+from svp_bench.results.stats import FEWEST_PAIRS as FEWEST
+
+if TYPE_CHECKING:
+    from svp_bench.results.stats import Estimate
+
+__all__ = [
+    "DIGITS",
+    "HOLE",
+    "PLUMBING",
+    "QUOTED",
+    "STAND_IN",
+    "above",
+    "averaged_tasks",
+    "choice_notes",
+    "column_estimates",
+    "columns",
+    "comparison_notes",
+    "counts",
+    "data_notes",
+    "dirty_notes",
+    "heading",
+    "interval",
+    "interval_notes",
+    "left_out_lines",
+    "marks",
+    "new_tasks_note",
+    "one_line",
+    "p_value",
+    "percent",
+    "plural",
+    "ranks_notes",
+    "scores",
+    "section_notes",
+    "short_name",
+    "shown_columns",
+    "signed",
+    "size",
+    "sizes",
+    "span",
+    "unknown_variance_notes",
+    "verdict_marks",
+    "weights",
+]
+
+HOLE = "–"
+QUOTED = "published, not measured here"
+DIGITS = 4
+"""Decimals in CSV files; two means that agree in them share a rank."""
+PLUMBING = "The backbone has random weights: these rows show plumbing, not science, and are not ranked."
+STAND_IN = "§ Drawn stand-in, not the data set: rows with such a cell are not ranked."
+
+
+# ----------------------------------------------------------------------------------------------------------- columns
+
+
+def columns(suite: SuiteCard) -> list[str]:
+    """Return the names of the score columns: task ids in suite order, groups, both averages."""
+    return [*(short_name(task) for task in suite.tasks), *suite.groups, *mean_names(suite)]
+
+
+def scores(row: Row, suite: SuiteCard) -> list[float | None]:
+    """Return the scores of `row`, in the order of `columns`."""
+    tasks = [row.cells[task].mean if task in row.cells else None for task in suite.tasks]
+    return [*tasks, *row.groups.values(), row.task_mean, row.group_mean]
+
+
+def column_estimates(row: Row, suite: SuiteCard) -> list[Estimate | None]:
+    """Return the estimate behind each of `columns` (over new seeds on these tasks); None for tasks and holes."""
+    known = row.intervals
+    groups = [known.groups[group] for group in suite.groups]
+    return [*(None for _ in suite.tasks), *groups, known.task_mean, known.group_mean]
+
+
+def averaged_tasks(suite: SuiteCard) -> list[set[str]]:
+    """Return, for each of `columns`, the tasks whose scores are in it."""
+    groups = [{f"{suite.name}/{task}" for task in tasks} for tasks in suite.groups.values()]
+    return [*({task} for task in suite.tasks), *groups, set(suite.tasks), set(suite.tasks)]
+
+
+def shown_columns(suite: SuiteCard, tasks: bool = True) -> list[int]:
+    """Return indices into `columns` of what a reader is shown: of a single group, the means over it say nothing new."""
+    count, groups = len(suite.tasks), len(suite.groups)
+    means = [count + groups] if groups == 1 else [*range(count, count + groups + 2)]
+    return [*(range(count) if tasks else ()), *means]
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def short_name(task: str) -> str:
+    """Return a task's name without its suite."""
+    return task.split("/")[1]
+
+
+def plural(count: int, noun: str) -> str:
+    """Return "1 seed", "2 seeds"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def span(low: int, high: int) -> str:
+    """Return "3", or "1–3"."""
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def percent(level: float) -> str:
+    """Return "95 %" for 0.95."""
+    return f"{100 * level:g} %"
+
+
+def interval(estimate: Estimate | None) -> str:
+    """Return "[71.08, 71.92]", or a hole."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return HOLE
+    return f"[{_point(estimate.low)}, {_point(estimate.high)}]"
+
+
+def signed(value: float | None) -> str:
+    """Return "+1.25", "-0.50", "0.00", or a hole."""
+    if value is None:
+        return HOLE
+    text = f"{value:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text
+
+
+def _point(value: float) -> str:
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text
+
+
+def p_value(p: float) -> str:
+    """Return "0.031", or "<0.001"."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def size(count: int) -> str:
+    """Return "999", "75.6K", "4.76M"."""
+    if count < 1000:
+        return str(count)
+    if count < 999_950:  # from here on, thousands would round up to 1000.0K
+        return f"{count / 1e3:.1f}K"
+    return f"{count / 1e6:.2f}M"
+
+
+def sizes(row: Row) -> str:
+    """Return the number of trainable parameters without the head, short."""
+    low, high = row.adapter
+    return size(low) if size(low) == size(high) else f"{size(low)}–{size(high)}"
+
+
+def marks(cell: Cell) -> str:
+    """Return the marks of a cell's data: §, or † and ‡ as they apply."""
+    if cell.drawn:
+        return "§"
+    return ("†" if cell.different else "") + ("‡" if cell.variant != CARD else "")
+
+
+def one_line(text: str) -> str:
+    """Return `text` with its runs of blanks and line ends as single blanks."""
+    return " ".join(text.split())
+
+
+# ------------------------------------------------------------------------------------------------------------- notes
+
+
+def weights(section: Section) -> str:
+    """Return where the weights came from, with the first digits of their digest."""
+    if section.checkpoint_digest is None:
+        return "random weights"
+    return f"{section.checkpoint} (sha256:{section.checkpoint_digest.removeprefix('sha256:')[:12]})"
+
+
+def heading(section: Section) -> str:
+    """Return the heading of a section: backbone, weights, protocol and track."""
+    parts = (section.backbone, weights(section), f"{section.protocol} {section.protocol_version}")
+    return f"{', '.join(parts)}, track {section.track.title}"
+
+
+def above(section: Section) -> str:
+    """Return the line above a section's rows: its track in words."""
+    return f"Track {section.track.words}."
+
+
+def section_notes(section: Section, suite: SuiteCard, level: float) -> list[str]:
+    """Return what has to stand under the rows of a section."""
+    cells = [cell for row in section.rows for cell in row.cells.values()]
+    notes = [
+        f"Protocol {section.protocol}, version {section.protocol_version}. "
+        + (section.selection or "Its card is not at hand in this version, so its selection rule cannot be quoted."),
+        f"Backbone {section.backbone}, {weights(section)}. Precision: {', '.join(section.precisions)}.",
+        f"Cards: {_versions(cells)}.",
+        "Accuracy in percent. ± behind a task is the standard deviation over its seeds.",
+        *interval_notes(section, suite, level),
+        *choice_notes(section),
+    ]
+    if any("†" in marks(cell) for cell in cells):
+        notes.append("† The files on disk differ from the task card in count or digest; the records say how.")
+    variants = sorted({f"{short_name(cell.task)} ({cell.variant})" for cell in cells if "‡" in marks(cell)})
+    if variants:
+        notes.append(f"‡ Another variant of the data than the card's own: {', '.join(variants)}.")
+    if any(cell.drawn for cell in cells):
+        notes.append(STAND_IN)
+    notes += data_notes(section, suite)
+    notes += dirty_notes(section)
+    shared = "; ".join(", ".join(group) for group in suite.same_pictures)
+    if shared:
+        notes.append(f"Tasks that share their pictures, and are not independent: {shared}.")
+    return notes
+
+
+def interval_notes(section: Section, suite: SuiteCard, level: float) -> list[str]:
+    """Say what ± behind a mean is, or why there is none; nothing for random weights, whose means stand without."""
+    known = [] if section.random else [e for row in section.rows for e in column_estimates(row, suite) if e is not None]
+    notes = []
+    if any(estimate.half_width is not None for estimate in known):
+        notes.append(
+            f"± behind a mean is half its {percent(level)} interval for these tasks and new seeds "
+            "(Welch–Satterthwaite)."
+        )
+    return notes + unknown_variance_notes(section, suite)
+
+
+def unknown_variance_notes(section: Section, suite: SuiteCard) -> list[str]:
+    """Say which rows have means without an interval over seeds."""
+    rows = [
+        row.label
+        for row in section.rows
+        if any(estimate is not None and estimate.half_width is None for estimate in column_estimates(row, suite))
+    ]
+    if section.random or not rows:
+        return []
+    named = ", ".join(rows) if len(rows) <= 3 else f"{len(rows)} rows"
+    return [f"No interval over new seeds where a task behind the mean has one seed: its variance is unknown ({named})."]
+
+
+def new_tasks_note(section: Section, suite: SuiteCard) -> list[str]:
+    """Say what the interval over new tasks is, or why there is none."""
+    known = [row.intervals.new_tasks for row in section.rows if row.intervals.new_tasks is not None]
+    sources = plural(len(sources_of(suite)), "independent source") + " of pictures"
+    if not known:
+        return []
+    if all(estimate.low is None for estimate in known):
+        return [f"No interval over new tasks: the suite has {sources}."]
+    return [
+        "New seeds: what other seeds would give on these tasks. New tasks: what other tasks like these would give; the"
+        f" sample is the suite's {sources}, and one seed a task is enough for it."
+    ]
+
+
+def comparison_notes(section: Section, suite: SuiteCard, level: float, cells: bool = True) -> list[str]:
+    """Say what the differences to the control are, and which rows or marks are missing, and why.
+
+    Args:
+        section: The section.
+        suite: Its suite.
+        level: Of the intervals.
+        cells: Are the tasks shown, with their marks?
+    """
+    comparison = section.comparison
+    if comparison is None:
+        return []
+    if comparison.missing is not None:
+        return [f"No differences: {comparison.missing}."]
+    notes = []
+    found = comparison.contrasts
+    if found:
+        fewest, most = min(c.sources for c in found), max(c.sources for c in found)
+        notes += [
+            f"Row minus {comparison.control}, in points: mean over tasks of the differences of runs with the same seed "
+            f"on the same pictures. Intervals ({percent(level)}) for other seeds on these tasks, and for other tasks.",
+            f"p: two-sided sign flip over {span(fewest, most)} independent sources of pictures; adjusted by Holm over "
+            f"{plural(len(found), 'row')}."
+            + (" With fewer than six sources no p can fall below 0.05." if fewest < FEWEST else ""),
+        ]
+        partial = [f"{c.row} ({len(c.tasks)})" for c in found if len(c.tasks) < len(suite.tasks)]
+        if partial:
+            notes.append(
+                f"On fewer than {len(suite.tasks)} tasks, those that both rows have on the same pictures with a shared "
+                f"seed: {', '.join(partial)}."
+            )
+        if any(c.these_tasks.low is None for c in found):
+            notes.append("No interval over new seeds where a task has one shared seed: its variance is unknown.")
+        notes += _verdict_notes(comparison, level, cells)
+    notes += [f"Not compared: {label} {why}." for label, why in comparison.incomparable.items()]
+    return notes
+
+
+def _verdict_notes(comparison: Comparison, level: float, cells: bool) -> list[str]:
+    verdicts = [verdict for found in comparison.contrasts for verdict in found.verdicts.values()]
+    few = verdicts.count("too few")
+    if few == len(verdicts):
+        return [f"No per-cell marks: n < {FEWEST} paired seeds."]
+    if not cells:
+        return ["Per-cell marks are on the Markdown page."]
+    notes = [
+        f"▲ ▼ behind a task: better, worse than {comparison.control} by a sign flip over the shared seeds, "
+        f"{percent(level)}, each cell by itself: of {len(verdicts) - few} cells without any difference, about "
+        f"{(1 - level) * (len(verdicts) - few):.0f} would get a mark."
+    ]
+    return [*notes, f"No mark on {plural(few, 'cell')}: n < {FEWEST} paired seeds."] if few else notes
+
+
+def verdict_marks(section: Section) -> dict[str, dict[str, str]]:
+    """Return label → task → "▲" or "▼" where a cell is told from that of the control."""
+    signs = {"better": "▲", "worse": "▼"}
+    return {
+        found.row: {task: signs[verdict] for task, verdict in found.verdicts.items() if verdict in signs}
+        for found in (section.comparison.contrasts if section.comparison else ())
+    }
+
+
+def ranks_notes(section: Section, level: float) -> list[str]:
+    """Return the mean ranks of the rows, and who is not told from whom."""
+    ranks = section.ranks
+    if ranks is None:
+        return []
+    listed = ", ".join(f"{label} {rank:.2f}" for label, rank in ranks.mean_ranks.items())
+    groups = "; ".join(" = ".join(group) for group in ranks.cliques)
+    return [
+        f"Mean ranks (descriptive): {listed}.",
+        f"Not told apart (Wilcoxon signed-rank over the sources of pictures, Holm over all pairs, {percent(level)}; no "
+        f"proof of equality): {groups or 'none'}.",
+    ]
+
+
+def choice_notes(section: Section) -> list[str]:
+    """Say where numbers of this table must not be used to choose, and where budgets were not used up."""
+    several = sorted(
+        method
+        for method, count in Counter(row.method for row in section.rows if row.rank is not None).items()
+        if count > 1
+    )
+    notes = []
+    if several:
+        notes.append(
+            f"Several settings of {', '.join(several)} stand in this ranking: choosing among them by these numbers "
+            "would be choosing on the test list."
+        )
+    tried = {row.label: row.trials for row in section.rows if row.trials is not None}
+    if any(trials != (section.track.budget, section.track.budget) for trials in tried.values()):
+        listed = ", ".join(f"{label} {span(*trials)}" for label, trials in tried.items())
+        notes.append(
+            f"Settings tried per task, of at most K = {section.track.budget}: {listed}. A grid that holds fewer is "
+            "tried whole."
+        )
+    return notes
+
+
+def data_notes(section: Section, suite: SuiteCard) -> list[str]:
+    """Say where the data of a task are not the same throughout: between rows, and within one."""
+    digests: dict[str, set[str | None]] = defaultdict(set)
+    for row in section.rows:
+        for task, cell in row.cells.items():
+            digests[task].add(cell.data_digest)
+    mixed = [short_name(task) for task in suite.tasks if len(digests[task]) > 1]
+    notes = [f"The rows are not all on the same lists of pictures: {', '.join(mixed)}."] if mixed else []
+    for row in section.rows:
+        for cell in row.apart:
+            shown = row.cells[cell.task]
+            same = (cell.variant, cell.data_digest) == (shown.variant, shown.data_digest)
+            kind = "a drawn stand-in" if cell.drawn else f"other data, variant {cell.variant}"
+            where = "with another config" if same else f"on {kind} (lists {short_value(cell.data_digest)})"
+            notes.append(
+                f"{short_name(cell.task)}, {row.label}: also {cell.mean:.2f} ({plural(len(cell.seeds), 'seed')}) "
+                f"{where}; in the long CSV only."
+            )
+    return notes
+
+
+def dirty_notes(section: Section) -> list[str]:
+    """Count the records that were made with uncommitted changes."""
+    if not section.dirty:
+        return []
+    return [f"{section.dirty} of {section.records} records were made with uncommitted changes."]
+
+
+def _versions(cells: Sequence[Cell]) -> str:
+    by_version: dict[int, set[str]] = defaultdict(set)
+    for cell in cells:
+        by_version[cell.task_version].add(short_name(cell.task))
+    if len(by_version) == 1:
+        return f"all tasks of version {next(iter(by_version))}"
+    return "; ".join(f"version {version}: {', '.join(sorted(by_version[version]))}" for version in sorted(by_version))
+
+
+def counts(table: Table) -> str:
+    """Return one line about what is not in the table, or nothing."""
+    tally = Counter(out.why for out in table.left_out)
+    parts = [f"{number} {why}" for why, number in sorted(tally.items())]
+    if table.problems:
+        parts.append(f"{len(table.problems)} unreadable")
+    return f"{', '.join(parts)}." if parts else ""
+
+
+def left_out_lines(table: Table) -> list[str]:
+    """Return one line for each record or file that is not in the table."""
+    lines = [
+        f"{out.record.task}, {out.record.method}, seed {out.record.seed}: {out.why}: {out.detail} ({out.record.run_id})"
+        for out in table.left_out
+    ]
+    return lines + [f"{problem.path}: unreadable: {problem.reason}" for problem in table.problems]

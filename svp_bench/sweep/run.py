@@ -1,0 +1,398 @@
+"""`svp-bench sweep` and `svp-bench tune`: from flags to a plan, through a pool, to tables and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from svp_bench.cards import load_suite, load_task
+from svp_bench.config import Flags, method_layer
+from svp_bench.errors import SvpBenchError, UsageError, unknown_name
+from svp_bench.results.files import check_writable, read_records
+from svp_bench.results.record import Record
+from svp_bench.results.report.page import run_report
+from svp_bench.results.tables import run_table
+from svp_bench.sweep.jobs import Job, common_arguments
+from svp_bench.sweep.live import View, duration
+from svp_bench.sweep.pools import LocalPool, Pool
+from svp_bench.sweep.search import Search, load_search
+from svp_bench.sweep.sweep import Cell, Sweep, searched_context
+
+__all__ = ["Request", "run_sweep"]
+
+_NOT_HERE = (
+    "seed_everything",
+    "data.task",
+    "data.stage",
+    "no_test",
+    "resume",
+    "ckpt_path",
+    "results_root",
+    "runs_root",
+)
+_TRUNCATING = ("trainer.limit_", "trainer.fast_dev_run", "trainer.overfit_batches", "trainer.max_steps")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sweep was asked for.
+
+    Attributes:
+        tasks: Full names.
+        methods: Names or method files.
+        seeds: Of the final runs.
+        search: Name or file of a search declaration, or None.
+        engine: "local" or "ray".
+        workers: Jobs at once, or None for what the engine has.
+        threads: CPU threads of each worker, or None.
+        gpu_fraction: Share of a GPU that a job takes (Ray).
+        ray_address: Of a Ray cluster.
+        shard: (i, n): only every n-th cell, from the i-th on.
+        dry_run: Say what would be run, and run nothing.
+        retry_failed: Run again what failed earlier.
+        only_search: Stop at the choices.
+        report: Write tables and the report at the end.
+        results_root: Where records, choices and tables go.
+        runs_root: Where logs and checkpoints go.
+        flags: All other flags, which go to every run.
+        command: The command line, for messages.
+    """
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    search: str | None
+    engine: str
+    workers: int | None
+    threads: int | None
+    gpu_fraction: float | None
+    ray_address: str | None
+    shard: tuple[int, int]
+    dry_run: bool
+    retry_failed: bool
+    only_search: bool
+    report: bool
+    results_root: str
+    runs_root: str
+    flags: Flags
+    command: tuple[str, ...]
+
+
+def run_sweep(request: Request) -> int:
+    """Plan, run and report a sweep.
+
+    Returns:
+        The exit status: 0 if all runs are complete (or it was asked to stop by SIGTERM or SIGUSR1), 1 if some failed or
+        cannot run, 130 after ctrl-C.
+
+    Raises:
+        SvpBenchError: If it cannot begin.
+    """
+    console = Console(highlight=False)
+    common = _common(request)
+    search = load_search(request.search) if request.search else None
+    names = [(task, method) for task in request.tasks for method in request.methods]
+    index, of = request.shard
+    cells = [Cell(task, method, _label(method)) for task, method in names[index::of]]
+    if request.dry_run:
+        console.print(f"{len(cells)} cells (task and method); looking what is there …")
+    else:
+        check_writable(request.results_root)
+    prepared = _Prepared(cells, common, search)
+    sweep = Sweep(
+        cells,
+        request.seeds,
+        common,
+        Path(request.results_root),
+        search=search,
+        retry_failed=request.retry_failed,
+        only_search=request.only_search,
+    )
+    if request.dry_run:
+        _print_plan(console, sweep, request, prepared)
+        return 1 if sweep.blocked else 0
+    with _signals() as asked, _pool(request) as pool:
+        console.print(
+            f"Sweep: {len(cells)} cells × {len(request.seeds)} seeds"
+            + (f", search {search.name} (K = {search.budget}, {search.sampler})" if search else ", default settings")
+            + f"; {pool.what}",
+            soft_wrap=True,
+        )
+        with View(console, pool.what) as view:
+            sweep.run(pool, view, asked.soft)
+    return _conclude(console, sweep, request, asked)
+
+
+def _common(request: Request) -> tuple[str, ...]:
+    flags = request.flags
+    if flags.method is not None or flags.choice is not None:
+        raise UsageError("a sweep takes --methods NAME,NAME, and finds its own choices")
+    for key in flags.values:
+        if key in _NOT_HERE:
+            hint = {"seed_everything": "--seeds 0,1,2", "data.task": "--tasks"}.get(key)
+            raise UsageError(f"--{key} is the sweep's own{f': use {hint}' if hint else ''}")
+        if key.startswith(_TRUNCATING):
+            raise UsageError(f"--{key} makes truncated runs, which no table takes; use --trainer.max_epochs")
+    return common_arguments(flags.configs, flags.rest, request.results_root, request.runs_root)
+
+
+def _label(method: str) -> str:
+    _, _, label = method_layer(method)
+    return label
+
+
+class _Prepared:
+    """What the plan needs to know of each cell: parsed once, in this process.
+
+    Args:
+        cells: Are completed in place: default values and context of a search, or why a cell cannot run.
+        common: Flags of all jobs.
+        search: The declaration, or None.
+    """
+
+    def __init__(self, cells: Sequence[Cell], common: tuple[str, ...], search: Search | None) -> None:
+        from svp_bench.sweep.runner import Runner  # torch
+
+        self.runner = Runner()
+        missing: dict[str, str] = {}
+        for cell in cells:
+            stage = "final" if search is None else "select"
+            job = Job(cell.task, cell.method, 0, stage, common=common)
+            resolved = self.runner.resolved(job)  # a wrong flag ends the sweep before it begins
+            if cell.task not in missing:
+                try:
+                    self.runner.report(resolved)
+                    missing[cell.task] = ""
+                except SvpBenchError as error:
+                    missing[cell.task] = str(error)
+            if missing[cell.task]:
+                cell.blocked = missing[cell.task]
+                continue
+            weights = self.runner.weights_digest(resolved)
+            if search is not None:
+                cell.checkpoint_digest = weights
+                cell.data_digest = self.runner.report(resolved).digest
+                keys = [dimension.key for dimension in search.space(cell.label)]
+                cell.default = self.runner.default_values(job, keys)
+                unknown = [key for key in keys if not self.runner.knows(job, key)]
+                if unknown:
+                    raise unknown_name(
+                        f"config key of the search {search.name} for {cell.label}",
+                        unknown[0],
+                        self.runner.keys(job),
+                        where=str(search.path),
+                    )
+                cell.context = searched_context(resolved.config, keys)
+        if cells and all(cell.blocked for cell in cells):
+            raise SvpBenchError(f"none of the tasks can run: {cells[0].blocked}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def _print_plan(console: Console, sweep: Sweep, request: Request, prepared: _Prepared) -> None:
+    rows: dict[str, dict[str, Any]] = {}
+    records, _ = read_records(request.results_root)
+    speed = _Speed(records)
+    total_seconds, unknown, disk = 0.0, 0, 0
+    for job in sweep.due:
+        row = rows.setdefault(job.method, defaultdict(int))
+        there = prepared.runner.look(job)
+        kind = "trials" if job.stage == "select" else "runs"
+        row[kind] += 1
+        if there is not None and there.status == "complete":
+            row["there"] += 1
+            continue
+        if there is not None and not request.retry_failed:
+            row["failed"] += 1
+            continue
+        row["to do"] += 1
+        seconds = speed.seconds(prepared.runner.resolved(job).config, job.method)
+        if seconds is None:
+            unknown += 1
+        else:
+            row["seconds"] += seconds
+            total_seconds += seconds
+        if job.stage == "final":
+            size = prepared.runner.checkpoint_bytes(job)
+            row["bytes"] += size
+            disk += size
+    table: list[tuple[str, ...]] = [("method", "trials", "runs", "there", "failed", "to do", "time", "disk")]
+    for method, row in rows.items():
+        time = f"{duration(row['seconds'])}" if row["seconds"] else ("unknown" if row["to do"] else "–")
+        counts = [str(row[key]) for key in ("trials", "runs", "there", "failed", "to do")]
+        table.append((method, *counts, time, _size(row["bytes"])))
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for line in table:
+        _, *rest = (text.rjust(width) for text, width in zip(line, widths, strict=True))
+        console.print(f"  {line[0].ljust(widths[0])}  {'  '.join(rest)}", soft_wrap=True)
+    if sweep.to_come:
+        console.print(f"{sweep.to_come} final runs follow the searches.")
+    slots = request.workers or 1
+    if total_seconds:
+        several = f" with {slots} workers, if they do not slow each other" if slots > 1 else ""
+        console.print(
+            f"Time: about {duration(total_seconds / slots)}{several}, from the throughput in {speed.what}"
+            + (f"; {unknown} runs of methods without a record are not in it." if unknown else "."),
+            soft_wrap=True,
+        )
+    elif unknown:
+        console.print("Time: unknown, since no record here tells how fast these methods run on this machine.")
+    free = _free(Path(request.runs_root))
+    console.print(f"Disk: about {_size(disk)} for checkpoints of final runs; {_size(free)} are free.")
+    for cell in sweep.blocked:
+        console.print(f"Cannot run: {cell.task}, {cell.label}: {cell.blocked}", soft_wrap=True)
+
+
+class _Speed:
+    """Seconds of a run, from records of the same backbone and method."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._train: dict[tuple[str, str], list[float]] = defaultdict(list)
+        self._test: dict[str, list[float]] = defaultdict(list)
+        devices: set[str] = set()
+        for record in records:
+            if record.status != "complete" or not record.epochs or "train_seconds" not in record.times:
+                continue
+            pictures = _pictures(record.task, record.lists.get("train"))
+            if pictures:
+                seconds = record.times["train_seconds"] / (record.epochs * pictures)
+                self._train[record.backbone, record.method].append(seconds)
+                devices.add(record.device)
+            scored = record.metrics.count if record.metrics else 0
+            spent = record.times.get("test_seconds", record.times.get("val_seconds"))
+            if spent is not None and scored and record.kind == "final":
+                self._test[record.backbone].append(spent / scored)
+        self.what = f"records of {', '.join(sorted(devices))}" if devices else "no records"
+
+    def seconds(self, config: dict[str, Any], method: str) -> float | None:
+        """Return the expected seconds of a run, or None."""
+        backbone = str(config["model"]["backbone"])
+        spent = self._train.get((backbone, method))
+        if not spent:
+            return None
+        card = load_task(str(config["data"]["task"]))
+        from svp_bench.cards import load_protocol
+
+        protocol = load_protocol(str(config["data"].get("protocol") or load_suite(card.suite).protocol))
+        lists = protocol.stages[str(config["data"].get("stage") or "final")]
+        epochs = int(config["trainer"]["max_epochs"])
+        train, scored = card.counts[lists["train"]], card.counts[lists.get("test", lists.get("val", ""))]
+        seconds = sorted(spent)[len(spent) // 2] * epochs * train
+        tests = self._test.get(backbone)
+        rounds = 1 if "test" in lists else epochs
+        return seconds + (sorted(tests)[len(tests) // 2] * scored * rounds if tests else 0.0)
+
+
+def _pictures(task: str, name: str | None) -> int:
+    try:
+        return load_task(task).counts.get(name or "", 0)
+    except SvpBenchError:
+        return 0
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _free(folder: Path) -> int:
+    import shutil
+
+    place = folder.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+@contextlib.contextmanager
+def _pool(request: Request) -> Iterator[Pool]:
+    logs = Path(request.runs_root) / "sweep-logs"
+    if request.engine == "ray":
+        from svp_bench.sweep.ray_pool import RayPool
+
+        with RayPool(
+            workers=request.workers,
+            threads=request.threads,
+            gpu_fraction=request.gpu_fraction,
+            address=request.ray_address,
+            logs=logs,
+            shared=[Path(request.results_root)],
+        ) as pool:
+            yield pool
+        return
+    with LocalPool(request.workers, request.threads, logs) as pool:
+        yield pool
+
+
+class _Asked:
+    """Signals that asked to stop."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+
+    def soft(self) -> bool:
+        """Whether to stop; a second ctrl-C does not wait for the runs to save."""
+        if self.signals.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+        return bool(self.signals)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Asked]:
+    asked = _Asked()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        asked.signals.append(number)
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {name: signal.signal(getattr(signal, name), hear) for name in names}
+    try:
+        yield asked
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def _conclude(console: Console, sweep: Sweep, request: Request, asked: _Asked) -> int:
+    new = sum(not ended.outcome.found for ended in sweep.done)
+    console.print(
+        f"{len(sweep.done)} runs complete ({new} new), {len(sweep.failed)} failed, "
+        f"{len(sweep.blocked)} cells cannot run, {len(sweep.due) + len(sweep.later) + len(sweep.stopped)} left.",
+        soft_wrap=True,
+    )
+    for ended in sweep.failed:
+        log = f" (log: {ended.outcome.log})" if ended.outcome.log else ""
+        console.print(f"  failed: {ended.job.name}: {ended.outcome.reason}{log}", soft_wrap=True, markup=False)
+    for cell in sweep.blocked:
+        console.print(f"  cannot run: {cell.task}, {cell.label}: {cell.blocked}", soft_wrap=True, markup=False)
+    if sweep.failed:
+        console.print("Once the reason is mended: the same command with --retry_failed.")
+    if sweep.stopping:
+        console.print(f"Stopped; the running jobs have saved. Go on: {shlex.join(request.command)}", soft_wrap=True)
+        return 130 if signal.SIGINT in asked.signals else 0
+    if request.report and not request.only_search and sweep.done:
+        suites = sorted({task.split("/")[0] for task in request.tasks})
+        console.print(run_table(request.results_root, suites), soft_wrap=True, markup=False, end="")
+        page = run_report(request.results_root, suites, runs_root=request.runs_root)
+        console.print(page, soft_wrap=True, markup=False, end="")
+    return 1 if sweep.failed or sweep.blocked else 0

@@ -1,0 +1,302 @@
+"""What a worker does with a job: look whether its record is there, claim it, train, report. Imports torch.
+
+A worker stays warm: imports, compiled kernels, decoded pictures and weights are kept from one run to the next.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse._util import import_object
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from svp_bench.cards import load_protocol, load_suite, load_task
+from svp_bench.config import split_flags
+from svp_bench.data.keep import keep_between_runs
+from svp_bench.data.module import VisionDataModule
+from svp_bench.data.sources import DataReport, inspect, open_source
+from svp_bench.errors import SvpBenchError
+from svp_bench.methods.build import adapt, create_backbone, trained_parameters
+from svp_bench.models.checkpoints import backbone_digest
+from svp_bench.results.digests import canonical_digest, cell_config, flat, setting_digest
+from svp_bench.results.files import read_record
+from svp_bench.results.record import Record
+from svp_bench.sweep.jobs import Job, Outcome
+from svp_bench.train.cli import run
+from svp_bench.train.parsing import Resolved, one_line, resolve
+from svp_bench.train.resume import Claimed, find_run, held
+
+__all__ = ["Runner", "with_values"]
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+class _Epochs(Callback):
+    """Tells whoever watches how far a run is."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the epoch."""
+        self._report({"epoch": trainer.current_epoch + 1, "epochs": trainer.max_epochs})
+
+
+def with_values(resolved: Resolved, seed: int, values: Mapping[str, Any]) -> Resolved:
+    """Return a resolved config with another seed and other values, as parsing it anew would give it.
+
+    A whole number becomes a fraction where the config has one, which is all that parsing changes in a plain value.
+    """
+    config = deepcopy(resolved.config)
+    config["seed_everything"] = seed
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        is_float = isinstance(node.get(last), float) and isinstance(value, int) and not isinstance(value, bool)
+        node[last] = float(value) if is_float else value
+    return replace(resolved, config=config, seed=seed)
+
+
+class Runner:
+    """Runs jobs, one after the other, in this process."""
+
+    def __init__(self) -> None:
+        keep_between_runs()
+        self._resolved: dict[tuple[str, ...], Resolved] = {}
+        self._data: dict[tuple[Any, ...], DataReport] = {}
+        self._trained: dict[tuple[str, str], int] = {}
+        self._weights: dict[tuple[Any, ...], str | None] = {}
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    def default_values(self, job: Job, keys: Sequence[str]) -> dict[str, Any]:
+        """Return what the method's own recipe says of some config keys.
+
+        Raises:
+            UsageError, ConfigError: If the job's command line is wrong.
+        """
+        config = self._resolve(job).config
+        found = {}
+        for key in keys:
+            node: Any = config
+            for part in key.split("."):
+                node = node.get(part) if isinstance(node, Mapping) else None
+            found[key] = node
+        return found
+
+    def keys(self, job: Job) -> set[str]:
+        """Return the config keys of a job that have plain values, as they may be searched."""
+        return {key for key, _ in flat(self._resolve(job).config)}
+
+    def knows(self, job: Job, key: str) -> bool:
+        """Whether a config key exists for a job."""
+        return key in self.keys(job)
+
+    def checkpoint_bytes(self, job: Job) -> int:
+        """Return about how large a job's last checkpoint is: trained weights in float32, and the optimizer's state."""
+        config = self.resolved(job).config
+        key = job.method, json.dumps(config["model"], sort_keys=True, default=str)
+        if key not in self._trained:
+            model = config["model"]
+            method = model["method"]
+            made = import_object(method["class_path"])(**(method.get("init_args") or {}))
+            card = load_task(job.task)
+            backbone = create_backbone(str(model["backbone"]), num_classes=card.classes, checkpoint="none")
+            self._trained[key] = sum(p.numel() for p in trained_parameters(adapt(backbone, made)).values())
+        copies = 2 + (2 if (config["model"].get("optimizer") or "adamw") == "adamw" else 1)
+        copies += config["model"].get("ema_decay") is not None
+        return 4 * (copies - 1) * self._trained[key]
+
+    def resolved(self, job: Job) -> Resolved:
+        """Return the job's resolved config; parsed once for all seeds and values of a task and method."""
+        base = self._resolve(replace(job, seed=0, values={}))
+        if any(key not in _keys(base.config) for key in job.values):
+            return self._resolve(job)  # a key that only a full parse may judge
+        return with_values(base, job.seed, job.values)
+
+    def _resolve(self, job: Job) -> Resolved:
+        arguments = tuple(job.arguments())
+        if arguments not in self._resolved:
+            self._resolved[arguments] = resolve(split_flags(arguments))
+        return self._resolved[arguments]
+
+    def look(self, job: Job) -> Outcome | None:
+        """Return how a job ended earlier: complete or failed; None if it is still to be run.
+
+        Raises:
+            SvpBenchError: If the command line is wrong, or data or weights are missing.
+        """
+        resolved = self.resolved(job)
+        failed: Record | None = None
+        for record, path in self._records(resolved):
+            if not self._same(record, resolved):
+                continue
+            if record.status == "complete":
+                return _outcome(record, path, found=True)
+            if record.status == "failed":
+                failed = record
+        if failed is None:
+            return None
+        return Outcome("failed", found=True, reason=failed.status_reason, run_id=failed.run_id)
+
+    def _records(self, resolved: Resolved) -> Iterator[tuple[Record, Path]]:
+        """Yield the records of a setting and seed, the oldest first. Unreadable ones are left to the tables."""
+        folder = resolved.results_root / "records" / resolved.task
+        digest = resolved.setting_digest.removeprefix("sha256:")[:8]
+        for path in sorted(folder.glob(f"{resolved.method}-*-seed{resolved.seed}-{digest}-*.json")):
+            try:
+                yield read_record(path), path
+            except SvpBenchError:
+                continue
+
+    def _same(self, record: Record, resolved: Resolved) -> bool:
+        """Whether a record is of the cell and seed of a config, on the data and weights that are here."""
+        card = load_task(resolved.task)
+        suite = load_suite(card.suite)
+        protocol = load_protocol(str(resolved.config["data"].get("protocol") or suite.protocol))
+        stage = resolved.config["data"].get("stage") or "final"
+        if record.status == "complete" and record.data_digest != self.report(resolved).digest:
+            return False
+        return (
+            record.config_digest == resolved.config_digest
+            and record.setting_digest == resolved.setting_digest
+            and record.seed == resolved.seed
+            and record.stage == stage
+            and record.task_version == card.version
+            and (record.protocol, record.protocol_version) == (protocol.name, protocol.version)
+            and (record.status != "complete" or record.checkpoint_digest == self.weights_digest(resolved))
+        )
+
+    def report(self, resolved: Resolved) -> DataReport:
+        """Return how the data on disk compare with the card.
+
+        Raises:
+            DataError: If they are missing or malformed.
+        """
+        data = resolved.config["data"]
+        key = (resolved.task, data.get("root"), data.get("protocol"), data.get("stage"))
+        if key not in self._data:
+            module = VisionDataModule(**data)
+            root = Path(data["root"]) if data.get("root") else None
+            source = open_source(module.card, root, suite=module.suite)
+            self._data[key] = inspect(module.card, source, list(module.lists.values()))
+        return self._data[key]
+
+    def weights_digest(self, resolved: Resolved) -> str | None:
+        """Return the digest of the backbone's weights; None for random ones."""
+        model = resolved.config["model"]
+        name, checkpoint = str(model["backbone"]), str(model["checkpoint"])
+        if checkpoint == "none":
+            return None
+        if (name, checkpoint) not in self._weights:
+            self._weights[name, checkpoint] = backbone_digest(
+                create_backbone(name, num_classes=1, checkpoint=checkpoint)
+            )
+        return self._weights[name, checkpoint]
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def run(self, job: Job, report: Report = lambda _: None, retry: bool = False) -> Outcome:
+        """Run a job, unless its record is there, or another process is at it.
+
+        Args:
+            job: The job.
+            report: Is told of each epoch.
+            retry: Run a job that failed earlier once more.
+        """
+        began = time.perf_counter()
+        try:
+            outcome = self._run(job, report, retry)
+        except SvpBenchError as error:
+            outcome = Outcome("failed", reason=one_line(str(error)))
+        except KeyboardInterrupt:
+            outcome = Outcome("stopped", reason="interrupted")
+        except Exception as error:  # a job that fails, however, must not take the others with it
+            outcome = Outcome("failed", reason=one_line(f"{type(error).__name__}: {error}"))
+        return replace(outcome, seconds=time.perf_counter() - began)
+
+    def _run(self, job: Job, report: Report, retry: bool) -> Outcome:
+        there = self.look(job)
+        if there is not None and (there.status == "complete" or not retry):
+            return there
+        resolved = self.resolved(job)
+        with self._claim(job, resolved) as mine:
+            if not mine:
+                return Outcome("claimed", reason="another process is at it")
+            there = self.look(job)  # somebody may have finished it just before
+            if there is not None and there.status == "complete":
+                return there
+            folder = resolved.runs_root / resolved.task
+            records = resolved.results_root / "records" / resolved.task
+            digest = resolved.setting_digest
+            unfinished = find_run(
+                folder, records, resolved.seed, lambda config: setting_digest(config, resolved.tuned) == digest
+            )
+            # a finished one of the same setting is of other data or weights (else `look` had found it)
+            resume = ["--resume"] if unfinished is not None and not unfinished.finished else []
+            problem: SvpBenchError | None = None
+            quiet = ["--trainer.enable_progress_bar", "false"]
+            try:
+                run("fit", split_flags([*job.arguments(), *quiet, *resume]), [_Epochs(report)])
+            except SvpBenchError as error:
+                problem = error
+            return self._ended(job, resolved, problem)
+
+    def _ended(self, job: Job, resolved: Resolved, problem: SvpBenchError | None) -> Outcome:
+        if problem is not None:
+            return Outcome("failed", reason=one_line(str(problem)))
+        ours = [(record, path) for record, path in self._records(resolved) if self._same(record, resolved)]
+        ours.sort(key=lambda found: (found[0].status == "complete", found[0].run_id))
+        if not ours or ours[-1][0].status == "interrupted":
+            return Outcome("stopped", reason="saved on the way; it goes on from there")
+        record, path = ours[-1]
+        if record.status != "complete":
+            return Outcome("failed", reason=record.status_reason or record.status, run_id=record.run_id)
+        if record.kind == "selection":  # a trial is a number; nobody needs its weights
+            shutil.rmtree(resolved.runs_root / resolved.task / record.run_id / "checkpoints", ignore_errors=True)
+        return _outcome(record, path, found=False)
+
+    @contextmanager
+    def _claim(self, job: Job, resolved: Resolved) -> Iterator[bool]:
+        """Hold a job: no two processes of any sweep over this runs folder run the same cell and seed at once."""
+        what = [resolved.task, resolved.method, resolved.seed, cell_config(resolved.config), resolved.setting_digest]
+        name = canonical_digest(what).removeprefix("sha256:")[:32]
+        try:
+            with held(resolved.runs_root / "claims" / f"{name}.lock"):
+                yield True
+        except Claimed:
+            yield False
+
+
+def _keys(config: Mapping[str, Any], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for key, value in config.items():
+        keys.add(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            keys |= _keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def _outcome(record: Record, path: Path, *, found: bool) -> Outcome:
+    metrics = record.metrics
+    role = "test" if record.kind == "final" else "val"
+    return Outcome(
+        "complete",
+        found=found,
+        record=str(path),
+        run_id=record.run_id,
+        top1=metrics.top1 if metrics else None,
+        count=metrics.count if metrics else None,
+        trainable=record.parameters.trainable,
+        selected_on=record.lists.get(role),
+    )

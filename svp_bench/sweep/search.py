@@ -1,0 +1,376 @@
+"""Searches: which settings of a method are tried on val, in which order, and which of them is taken.
+
+A declaration (`configs/search/NAME.yaml`) gives a sampler, a budget K, the same for every method, and each method's
+space. The first trial is always the method's default setting. Grids need nothing more; `random` and `tpe` are Optuna's
+samplers (the extra `search`), seeded, so that a search that is taken up again asks for the same settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from svp_bench.errors import ConfigError, UnavailableError, UsageError, unknown_name
+from svp_bench.plain_yaml import Node, read_yaml
+from svp_bench.resources import configs_dir
+from svp_bench.results.choices import Trial
+from svp_bench.results.digests import canonical_digest
+from svp_bench.results.stats import one_standard_error
+
+__all__ = ["SAMPLERS", "Dimension", "Sampler", "Search", "choose", "load_search", "make_sampler"]
+
+SAMPLERS = ("grid", "random", "tpe")
+RULE = "one_standard_error"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_KEY = re.compile(r"(?:model|data|trainer)(?:\.\w+)+")
+_FALLBACK = "default"  # the space of methods without one of their own
+_FIXED = ("data.task", "data.stage", "data.root", "data.protocol", "model.backbone", "model.checkpoint")
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """What one config key may be.
+
+    Attributes:
+        key: Dotted config key, as in a resolved config.
+        values: Allowed values, or None for a range.
+        low: Least value of a range.
+        high: Largest value of a range.
+        log: Is the range sampled in the logarithm?
+        integer: Does the range hold whole numbers?
+    """
+
+    key: str
+    values: tuple[Any, ...] | None = None
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    integer: bool = False
+
+    def declaration(self) -> Any:
+        """Return plain values that say the same."""
+        if self.values is not None:
+            return list(self.values)
+        return {"low": self.low, "high": self.high, "log": self.log}
+
+
+@dataclass(frozen=True)
+class Search:
+    """A declaration.
+
+    Attributes:
+        name: Its name.
+        version: Raised when its meaning changes.
+        sampler: grid, random or tpe.
+        budget: K: settings that each method may try on each task, the default one among them.
+        seeds: Each setting is trained once with each of them; their mean on val counts.
+        spaces: Method → its space; "default" serves methods without one.
+        path: Its file.
+    """
+
+    name: str
+    version: int
+    sampler: str
+    budget: int
+    seeds: tuple[int, ...]
+    spaces: Mapping[str, tuple[Dimension, ...]]
+    path: Path
+
+    def space(self, method: str) -> tuple[Dimension, ...]:
+        """Return the space of a method.
+
+        Raises:
+            ConfigError: If it has none and there is no default.
+        """
+        found = self.spaces.get(method, self.spaces.get(_FALLBACK))
+        if found is None:
+            raise unknown_name("method", method, self.spaces, where=f"{self.path}: spaces", error=ConfigError)
+        return found
+
+    def declaration(self) -> dict[str, Any]:
+        """Return plain values: what is declared for all methods, before anything is run."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "sampler": self.sampler,
+            "budget": self.budget,
+            "seeds": list(self.seeds),
+            "rule": RULE,
+            "spaces": {
+                method: {dimension.key: dimension.declaration() for dimension in space}
+                for method, space in sorted(self.spaces.items())
+            },
+        }
+
+    @property
+    def digest(self) -> str:
+        """Return "sha256:..." of the declaration."""
+        return canonical_digest(self.declaration())
+
+
+def load_search(name: str) -> Search:
+    """Read a declaration: a path, or the name of a shipped one.
+
+    Raises:
+        UsageError: If there is none.
+        ConfigError: If it is malformed; the text begins with `file:line:`.
+    """
+    path = Path(name)
+    if not path.is_file():
+        shipped = configs_dir() / "search"
+        tail = Path(name).name
+        path = shipped / (tail if tail.endswith(".yaml") else f"{tail}.yaml")
+        if not path.is_file():
+            known = [f"configs/search/{file.name}" for file in sorted(shipped.glob("*.yaml"))]
+            raise unknown_name("search", name, known)
+    node = read_yaml(path, error=ConfigError, label="the search")
+    keys = node.keys(["name", "version", "sampler", "budget", "spaces"], ["seeds", "rule", "notes"])
+    if "rule" in keys:
+        keys["rule"].choice([RULE], "rule")
+    sampler = keys["sampler"].choice(SAMPLERS, "sampler")
+    seeds = tuple(_seed(item) for item in keys["seeds"].sequence()) if "seeds" in keys else (0,)
+    if len(set(seeds)) != len(seeds):
+        raise keys["seeds"].error("a seed stands twice in seeds")
+    spaces = {method: _space(entry, sampler) for method, entry in keys["spaces"].mapping().items()}
+    search = Search(
+        name=keys["name"].text(_NAME, "a name of a-z, 0-9, _ and -"),
+        version=keys["version"].positive(),
+        sampler=sampler,
+        budget=keys["budget"].positive(),
+        seeds=seeds,
+        spaces=spaces,
+        path=path,
+    )
+    for method, space in spaces.items():
+        size = math.prod(len(dimension.values or ()) for dimension in space)
+        if sampler == "grid" and size > search.budget:
+            raise (
+                keys["spaces"]
+                .mapping()[method]
+                .error(
+                    f"the grid of {method} has {size} settings, more than the budget of {search.budget} that every "
+                    "method has; raise the budget for all, thin the grid, or use the sampler tpe"
+                )
+            )
+    return search
+
+
+def _seed(node: Node) -> int:
+    if not isinstance(node.value, int) or isinstance(node.value, bool) or not 0 <= node.value < 2**32:
+        raise node.error(f"a seed is a whole number of 0 to {2**32 - 1}, not {node.kind}")
+    return node.value
+
+
+def _space(node: Node, sampler: str) -> tuple[Dimension, ...]:
+    return tuple(_dimension(key, child, sampler) for key, child in node.mapping().items())
+
+
+def _dimension(key: str, node: Node, sampler: str) -> Dimension:
+    if not _KEY.fullmatch(key):
+        raise node.error(f"{key} is no config key; write it dotted, e.g. model.learning_rate or model.method.rank")
+    if key in _FIXED or key.startswith("model.method.class_path"):
+        raise node.error(f"{key} is not searched: it is what is compared")
+    if key.startswith("model.method.") and not key.startswith("model.method.init_args."):
+        key = f"model.method.init_args.{key.removeprefix('model.method.')}"
+    if isinstance(node.children, list):
+        values = tuple(_plain_scalar(item) for item in node.sequence())
+        if len({repr(value) for value in values}) != len(values):
+            raise node.error(f"{key} has a value twice")
+        return Dimension(key, values)
+    parts = node.keys(["low", "high"], ["log"])
+    if sampler == "grid":
+        raise node.error(f"{key} is a range, and a grid needs a list of values")
+    low, high = parts["low"].value, parts["high"].value
+    numbers = [isinstance(x, (int, float)) and not isinstance(x, bool) for x in (low, high)]
+    if not all(numbers) or not low < high:
+        raise node.error(f"{key} needs numbers low < high, not {parts['low'].kind} and {parts['high'].kind}")
+    log = parts["log"].value if "log" in parts else False
+    if not isinstance(log, bool):
+        raise parts["log"].error("log must be true or false")
+    if log and low <= 0:
+        raise node.error(f"{key}: a logarithmic range begins above 0")
+    integer = isinstance(low, int) and isinstance(high, int)
+    return Dimension(key, None, float(low), float(high), log, integer)
+
+
+def _plain_scalar(node: Node) -> Any:
+    if isinstance(node.value, (dict, list)):
+        raise node.error(f"a value of a search is a number, a text, true, false or null, not {node.kind}")
+    if isinstance(node.value, str):
+        try:
+            float(node.value)
+        except ValueError:
+            return node.value
+        raise node.error(f"{node.value} is a text in YAML; as a number write {float(node.value)!r}")
+    return node.value
+
+
+# ----------------------------------------------------------------------------------------------------------- samplers
+
+
+class Sampler(Protocol):
+    """Asks for settings one after the other, or several at once where they do not depend on scores."""
+
+    def ask(self, told: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
+        """Return the settings that can be tried now, given all settings so far with their scores; [] at the end.
+
+        Args:
+            told: Settings in the order in which they were asked for, with their mean score, None if they failed.
+        """
+        ...
+
+
+def make_sampler(search: Search, method: str, default: Mapping[str, Any], seed_text: str) -> Sampler:
+    """Return the sampler of a method's search on one task.
+
+    Args:
+        search: The declaration.
+        method: The method's name.
+        default: Values of the space's keys in the method's own recipe: the first trial.
+        seed_text: What seeds random samplers, e.g. task and method: two tasks do not try the same draws.
+
+    Raises:
+        ConfigError: If a grid does not hold the default setting and leaves no room for it in the budget.
+        UnavailableError: If Optuna is needed and not installed.
+    """
+    space = search.space(method)
+    if search.sampler != "grid":
+        return _Optuna(search, space, default, seed_text)
+    grid = [
+        dict(zip([d.key for d in space], values, strict=True))
+        for values in itertools.product(*(d.values or () for d in space))
+    ]
+    settings = [dict(default), *(setting for setting in grid if not _same(setting, default))]
+    if len(settings) > search.budget:
+        raise ConfigError(
+            f"{search.path}: the grid of {method} and its default setting are {len(settings)} settings, more than the "
+            f"budget of {search.budget}; put the recipe's own values into the grid, or raise the budget for all"
+        )
+    return _Grid(settings)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one[key] == other[key] for key in one)
+
+
+class _Grid:
+    def __init__(self, settings: list[dict[str, Any]]) -> None:
+        self._settings = settings
+
+    def ask(self, told: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
+        return self._settings[len(told) :]
+
+
+class _Optuna:
+    """Random and TPE search; every call replays what was told, so that it needs no storage of its own."""
+
+    def __init__(
+        self, search: Search, space: tuple[Dimension, ...], default: Mapping[str, Any], seed_text: str
+    ) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise UnavailableError(
+                f"the sampler {search.sampler!r} needs Optuna, which is not installed: pip install "
+                "'svp-bench[search]', or use a search with the sampler grid"
+            ) from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna = optuna
+        self._search, self._space, self._default = search, space, dict(default)
+        self._seed = int(canonical_digest([search.digest, seed_text]).removeprefix("sha256:")[:8], 16)
+
+    def ask(self, told: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
+        if not told:
+            return [dict(self._default)]
+        if len(told) >= self._search.budget:
+            return []
+        if self._search.sampler == "random":  # draws do not depend on scores: all of them at once
+            drawn = [self._draw(number, []) for number in range(1, self._search.budget)]
+            return drawn[len(told) - 1 :]
+        return [self._draw(len(told), told)]
+
+    def _draw(self, number: int, told: Sequence[tuple[Mapping[str, Any], float | None]]) -> dict[str, Any]:
+        optuna = self._optuna
+        # a seed for each draw: what is drawn follows from what was told, not from the calls before
+        seed = (self._seed + 7919 * number) % 2**32
+        startup = max(4, self._search.budget // 3)
+        sampler = (
+            optuna.samplers.RandomSampler(seed=seed)
+            if self._search.sampler == "random"
+            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True)
+        )
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        distributions = {dimension.key: self._distribution(dimension) for dimension in self._space}
+        for values, score in told:
+            state = optuna.trial.TrialState.FAIL if score is None else optuna.trial.TrialState.COMPLETE
+            inside = {
+                key: values[key]
+                for key, distribution in distributions.items()
+                if distribution._contains(distribution.to_internal_repr(values[key]))
+            }
+            if len(inside) == len(distributions):  # a default outside of the space teaches the sampler nothing
+                study.add_trial(
+                    optuna.trial.create_trial(params=inside, distributions=distributions, value=score, state=state)
+                )
+        trial = study.ask(distributions)
+        return {dimension.key: trial.params[dimension.key] for dimension in self._space}
+
+    def _distribution(self, dimension: Dimension) -> Any:
+        if dimension.values is not None:
+            return self._optuna.distributions.CategoricalDistribution(dimension.values)
+        if dimension.integer:
+            return self._optuna.distributions.IntDistribution(int(dimension.low), int(dimension.high), dimension.log)
+        return self._optuna.distributions.FloatDistribution(dimension.low, dimension.high, dimension.log)
+
+
+# ----------------------------------------------------------------------------------------------------------- the rule
+
+
+def choose(trials: Sequence[Trial], count: int) -> tuple[int, float, str]:
+    """Choose among finished trials: within one standard error of the best, the default or the cheapest setting wins.
+
+    The standard error is that of the best score on a val list of `count` pictures (binomial; about 3 points at 200
+    pictures). Differences within it are noise, and a search that follows them overfits val. (The one-standard-error
+    rule: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.)
+
+    Args:
+        trials: The first is the default setting.
+        count: Pictures in the val list.
+
+    Returns:
+        Index of the choice, the standard error in points, and the reason in a line.
+
+    Raises:
+        UsageError: If no trial has a score.
+    """
+    means = [trial.mean for trial in trials]
+    scored = [index for index, mean in enumerate(means) if mean is not None]
+    if not scored:
+        raise UsageError("no setting of the search has a score on val")
+
+    def score(index: int) -> float:
+        mean = means[index]
+        assert mean is not None
+        return mean
+
+    best = max(scored, key=lambda index: (score(index), -index))
+    error = one_standard_error(score(best), count)
+    equal = [index for index in scored if score(index) >= score(best) - error]
+    if 0 in equal:
+        chosen, why = 0, "the default setting"
+    else:
+        chosen = min(equal, key=lambda index: (trials[index].trainable or 0, -score(index), index))
+        why = "the cheapest setting (fewest trained parameters, then the best score)"
+    if len(equal) == 1:
+        reason = f"{score(best):.2f} on val; no other setting is within one standard error ({error:.2f} points)"
+    else:
+        reason = (
+            f"{len(equal)} of {len(scored)} settings are within one standard error ({error:.2f} points) of the best, "
+            f"{score(best):.2f} on val; among them {why}, {score(chosen):.2f}, wins"
+        )
+    return chosen, error, reason

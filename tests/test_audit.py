@@ -1,0 +1,659 @@
+"""`svp-bench audit`: what a record proves, and what it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drawn_records import LIST, OTHER_LIST, WEIGHTS, drawn_record, make_record, unscored
+from helpers import command, complaint
+
+from svp_bench.cards import load_task
+from svp_bench.results.audit import audit
+from svp_bench.results.choices import Choice, Trial, context_of, write_choice
+from svp_bench.results.digests import cell_config, config_digest, setting_digest
+from svp_bench.results.files import write_record
+from svp_bench.results.record import Metrics, Record, Search, Tuned, new_run_id
+
+TASK = "vtab/caltech101"
+PICTURES = load_task(TASK).counts["test"]
+SVP = {"model.method.class_path": "svp_bench.methods.svp.SVP"}
+RECIPE = {"model.method.init_args.share_layers": 8, "model.learning_rate": 1e-3, "model.weight_decay": 1e-4}
+RATE = "model.learning_rate"
+SEARCH = "sha256:" + "5e" * 32
+DAY = "2026-01-31"
+
+
+def record(right: int = 5000, changes: dict[str, Any] | None = None, clock: str = "12:00:00", **fields: Any) -> Record:
+    """A record as the default recipe makes it, of a run that began at `clock`."""
+    settings = {**SVP, **RECIPE, **(changes or {})}
+    shares = settings["model.method.init_args.share_layers"]
+    made = make_record(
+        TASK,
+        right=right,
+        count=fields.pop("count", PICTURES),
+        changes=settings,
+        **{"method_args": {"share_layers": shares, "hidden_dim": 64}, **fields},
+    )
+    if "run_id" in fields:
+        return made
+    run_id = new_run_id(made.method, made.seed, made.setting_digest, entropy=right.to_bytes(4, "big"))
+    _, _, tail = run_id.partition("-seed")
+    stamp = f"{DAY.replace('-', '')}T{clock.replace(':', '')}Z"
+    return dataclasses.replace(made, run_id=f"{made.method}-{stamp}-seed{tail}", created=f"{DAY}T{clock}+00:00")
+
+
+def selection(rate: float, top1: float, seed: int = 0, **fields: Any) -> Record:
+    """The record of a trial."""
+    scored = Metrics(top1, 0.5, round(2 * top1), 200)
+    facts: dict[str, Any] = {
+        "kind": "selection",
+        "stage": "select",
+        "lists": {"train": "train800", "val": "val200"},
+        "metrics": scored,
+        "correct": None,
+        "data_digest": OTHER_LIST,
+    }
+    changes = {"data.stage": "select", RATE: rate}
+    return record(int(1e5 * rate) + seed, changes, "10:00:00", seed=seed, **{**facts, **fields}, count=10_000)
+
+
+def searched(
+    root: Path,
+    trials: dict[float, float] | None = None,
+    chosen: int = 1,
+    created: str = f"{DAY}T11:00:00+00:00",
+    twist: Callable[[Choice], Choice] = lambda choice: choice,
+    final: dict[str, Any] | None = None,
+    records: bool = True,
+) -> Path:
+    """A search on val among learning rates, its choice, and the run with it; return that run's record."""
+    tried = trials or {1e-3: 60.0, 3e-3: 75.0, 1e-2: 20.0}
+    runs = [selection(rate, top1) for rate, top1 in tried.items()]
+    for run in runs if records else ():
+        write_record(run, root)
+    choice = Choice(
+        task=TASK,
+        method="svp",
+        search={"name": "rates", "sampler": "grid", "budget": 3, "seeds": [0], "rule": "one_standard_error"},
+        search_digest=SEARCH,
+        context=context_of(cell_config(runs[0].config), [RATE]),
+        checkpoint_digest=WEIGHTS,
+        data_digest=OTHER_LIST,
+        selected_on="val200",
+        count=200,
+        trials=tuple(
+            Trial({RATE: rate}, (run.run_id,), (top1,), run.parameters.trainable, "complete")
+            for run, (rate, top1) in zip(runs, tried.items(), strict=True)
+        ),
+        chosen=chosen,
+        standard_error=100 * (151 / 202 * 51 / 202 / 200) ** 0.5,
+        reason="75.00 on val; no other setting is within one standard error (3.07 points)",
+        created=created,
+    )
+    choice = twist(choice)
+    write_choice(choice, root)
+    rate = list(tried)[chosen]
+    return write_record(record(5100, {RATE: rate, **(final or {})}, tuned=choice.tuned()), root)
+
+
+def lines(path: Path, root: Path | None = None) -> dict[str, list[tuple[str, str]]]:
+    """Subject → (verdict, text) of one file."""
+    (one,) = audit([path], root)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for finding in one.findings:
+        found.setdefault(finding.subject, []).append((finding.verdict, finding.text))
+    return found
+
+
+def failures(path: Path, root: Path | None = None) -> list[str]:
+    (one,) = audit([path], root)
+    return [f"{finding.subject}: {finding.text}" for finding in one.failures]
+
+
+def edited(path: Path, **changes: Any) -> Path:
+    """Change a record by hand, at dotted keys."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        *folders, last = key.split("__")
+        node = data
+        for folder in folders:
+            node = node[folder]
+        node[last] = value
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+# ---- a good record
+
+
+def test_a_good_record_passes_and_each_line_says_what_was_checked(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    outcome = command("audit", str(path))
+    assert outcome.status == 0, outcome.out
+    assert "\n  → passes\n\n1 record: 1 passes, 0 fail\n" in outcome.out
+    assert "Traceback" not in outcome.err
+    found = lines(path)
+    assert found["lists"] == [
+        (
+            "pass",
+            "trained on train800val200; then test read once, with the weights of epoch 100 (stage final has no list "
+            "that could choose)",
+        )
+    ]
+    assert found["protocol"] == [("pass", "vtab-final version 1, as the card at hand")]
+    assert found["pictures"] == [("pass", f"{PICTURES} pictures of test (sha256:cdcdcdcdcdcd), 102 classes")]
+    assert found["budget"] == [("pass", "100 epochs, as vtab-final says")]
+    assert found["track"] == [("pass", "default: no tuned table and no search gave it values")]
+    assert found["settings"] == [("pass", "as protocol card, task and recipe at hand")]
+    assert found["seeds"] == [("note", "1 of this cell: 0; one seed has no error bar")]
+    assert found["code"][0] == ("pass", f"svp-bench 0.1.0, commit {record().commit}, nothing changed")
+
+
+def test_an_audit_needs_no_torch(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    path = write_record(record(), tmp_path)
+    code = (
+        "import sys; from svp_bench.cli import main; s = main(sys.argv[1:]); assert 'torch' not in sys.modules; exit(s)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "audit", str(path)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_seeds_of_the_cell_are_counted_and_gaps_named(tmp_path: Path) -> None:
+    paths = [write_record(record(5000 + seed, seed=seed), tmp_path) for seed in (0, 1, 4)]
+    assert lines(paths[0])["seeds"] == [("note", "3 of this cell: 0, 1, 4; not here: 2, 3")]
+    write_record(record(4900, {RATE: 1e-2}, seed=2), tmp_path)  # another cell
+    assert lines(paths[2])["seeds"] == [("note", "3 of this cell: 0, 1, 4; not here: 2, 3")]
+    for seed in (2, 3):
+        write_record(record(5000 + seed, seed=seed), tmp_path)
+    assert lines(paths[0])["seeds"] == [("pass", "5 of this cell: 0, 1, 2, 3, 4")]
+
+
+def test_settings_off_the_recipe_and_several_tested_ones_are_notes(tmp_path: Path) -> None:
+    write_record(record(), tmp_path)
+    path = write_record(record(5001, {RATE: 5e-3, "data.batch_size": 64}), tmp_path)
+    found = lines(path)
+    assert found["settings"] == [
+        ("note", f"chosen by hand, as far as the record says: data.batch_size 64, not 32; {RATE} 0.005, not 0.001")
+    ]
+    (tested,) = found["tested"]
+    assert tested[0] == "note"
+    assert f"2 settings of svp were tested on {TASK}" in tested[1]
+    assert f"data.batch_size, {RATE}" in tested[1]
+    assert failures(path) == []
+
+
+def test_a_lone_record_is_audited_without_its_folder(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    alone = tmp_path / "sent" / path.name
+    alone.parent.mkdir()
+    path.rename(alone)
+    found = lines(alone)
+    assert found["seeds"][0] == (
+        "note",
+        "the record lies in no results folder, so that other seeds are not seen (--results_root R)",
+    )
+    assert failures(alone) == []
+    write_record(record(5100, seed=1), tmp_path)
+    assert lines(alone, tmp_path)["seeds"] == [("pass", "2 of this cell: 0, 1")]
+
+
+# ---- what fails
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"dirty": True},
+            "code: svp-bench 0.1.0, commit 0123456789abcdef0123456789abcdef01234567 with changes: cannot",
+        ),
+        ({"task_version": 7}, "protocol: run on version 7 of the task card, now 1: tables leave it out"),
+        ({"epochs": 40}, "status: said to be complete after 40 epochs, and its config asks for 100"),
+        (
+            {"lists": {"train": "train800val200", "val": "val200"}},
+            "lists: a final record reads train and test in stage",
+        ),
+        ({"lists": {"train": "train800", "test": "test"}}, "lists: the lists are train on train800, test on test, and"),
+        ({"times": {"train_seconds": 1.0, "val_seconds": 2.0}}, "lists: a list was scored during the training"),
+        ({"count": 6000}, f"pictures: test has 6000 pictures, and the card says {PICTURES}"),
+        ({"data_variant": "mine"}, "pictures: the card has no data variant 'mine'"),
+        ({"backbone": "vim_tiny_patch16_224"}, "identity: backbone is 'vim_tiny_patch16_224', but the config says"),
+        ({"method_args": {"share_layers": 2}}, "identity: method_args.share_layers is 2, but the config says 8"),
+        (
+            {"changes": {"trainer.max_epochs": 500}, "epochs": 500},
+            "budget: 500 epochs, more than the 100 of vtab-final",
+        ),
+        (
+            {"changes": {"trainer.limit_train_batches": 0.1}},
+            "status: said to be complete, but its config cuts it short",
+        ),
+        ({"changes": {"model.method.class_path": "svp_bench.methods.full.Full"}}, "identity: the method is svp, but"),
+    ],
+)
+def test_a_number_that_is_not_what_a_table_claims_fails(tmp_path: Path, fields: dict[str, Any], expected: str) -> None:
+    path = write_record(record(**fields), tmp_path)
+    found = failures(path)
+    assert any(text.startswith(expected) for text in found), found
+    assert command("audit", str(path)).status == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "subject", "expected"),
+    [
+        ({"commit": None, "dirty": None}, "code", "svp-bench 0.1.0, installed: no commit is known"),
+        ({"dirty": None}, "code", "whether anything was changed is not known"),
+        ({"package_version": "0.0.1"}, "code", "audited by svp-bench"),
+        (
+            {"protocol_version": 9},
+            "protocol",
+            "the card at hand is version 1, so that lists and budget were not checked",
+        ),
+        ({"protocol": "vtab-old"}, "protocol", "there is no such card here"),
+        (
+            {"data_status": "different", "data_notes": ["test has 6000 pictures"], "count": 6000},
+            "data",
+            "differs from the card: test has 6000 pictures",
+        ),
+        ({"data_variant": "zip", "count": 6085}, "data", "the card's variant zip"),
+        (
+            {"checkpoint": "none", "checkpoint_digest": None, "changes": {"model.checkpoint": "none"}},
+            "weights",
+            "random",
+        ),
+        (
+            {"changes": {"trainer.max_epochs": 10}, "epochs": 10},
+            "budget",
+            "10 epochs, fewer than the 100 of vtab-final",
+        ),
+        (
+            {"changes": {"trainer.callbacks": [{"class_path": "mine.Stop"}]}},
+            "identity",
+            "callbacks of its own ran along",
+        ),
+    ],
+)
+def test_what_tables_say_besides_is_a_note(tmp_path: Path, fields: dict[str, Any], subject: str, expected: str) -> None:
+    path = write_record(record(**fields), tmp_path)
+    assert failures(path) == []
+    assert any(verdict == "note" and expected in text for verdict, text in lines(path)[subject]), lines(path)
+
+
+def test_a_class_of_somebody_else_is_a_note(tmp_path: Path) -> None:
+    made = make_record(TASK, "shift", right=5, count=PICTURES, changes={"model.method.class_path": "mine.Shift"})
+    found = lines(write_record(made, tmp_path))
+    expected = "the method's class mine.Shift is not part of svp-bench; no commit names its code"
+    assert ("note", expected) in found["identity"]
+    assert ("note", "there is no recipe of the method shift here to compare with") in found["settings"]
+
+
+@pytest.mark.parametrize("status", ["truncated", "failed", "interrupted", "unscored"])
+def test_an_incomplete_run_fails(tmp_path: Path, status: str) -> None:
+    reason = None if status == "unscored" else "why"
+    path = write_record(unscored(record(), status, reason), tmp_path)
+    assert f"status: {status}: {reason or 'trained, not tested'}; no table counts it" in failures(path)
+
+
+def test_a_drawn_stand_in_fails(tmp_path: Path) -> None:
+    path = write_record(drawn_record(count=PICTURES, right=10), tmp_path)
+    assert "data: a drawn stand-in, not the data set: the number says nothing about the task" in failures(path)
+
+
+def test_a_selection_record_passes_and_says_that_no_table_shows_it(tmp_path: Path) -> None:
+    path = write_record(selection(1e-3, 60.0), tmp_path)
+    assert failures(path) == []
+    assert lines(path)["lists"][0][1].endswith("no test picture was read, and tables never show it")
+
+
+# ---- records edited by hand
+
+
+def test_an_edited_seed_is_seen_though_no_digest_holds_it(tmp_path: Path) -> None:
+    path = edited(write_record(record(), tmp_path), seed=3)
+    found = failures(path)
+    assert "identity: seed is 3, but the config says 0" in found
+    assert any("the run is named" in text for text in found)
+
+
+def test_a_copy_for_another_seed_is_seen_even_if_all_names_fit(tmp_path: Path) -> None:
+    first = record()
+    write_record(first, tmp_path)
+    forged = record(seed=1)
+    path = write_record(dataclasses.replace(forged, metrics=first.metrics, correct=first.correct), tmp_path)
+    assert failures(path) == [f"seeds: the same score, bits, loss and times as seed 0 ({first.run_id}): a copy"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"metrics__top1": 99.0}, "'metrics.top1' is 99.0, but 5000 of 6084 are right"),
+        ({"config__model__learning_rate": 0.5}, "'config_digest' does not belong to the config"),
+        ({"surprise": 1}, "unknown record key 'surprise'"),
+        ({"schema": 2}, "'schema' is 2"),
+    ],
+)
+def test_a_record_that_breaks_the_schema_fails_in_one_line(
+    tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    path = edited(write_record(record(), tmp_path), **changes)
+    (text,) = failures(path)
+    assert text.startswith("schema: ")
+    assert expected in text
+    outcome = command("audit", str(path))
+    assert outcome.status == 1
+    assert outcome.out.count("\n") == 5
+
+
+def test_two_digests_of_one_list_cannot_both_be_right(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    other = record(5001, seed=1)
+    assert other.correct is not None
+    correct = dataclasses.replace(other.correct, list_digest=OTHER_LIST)
+    write_record(dataclasses.replace(other, correct=correct), tmp_path)
+    assert failures(path) == [f"pictures: {other.run_id} read the same lists, and has another digest of test"]
+
+
+def test_a_copy_below_records_fails(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    copy = path.with_name("best.json")
+    copy.write_text(path.read_text(), encoding="utf-8")
+    assert failures(copy) == [
+        f"schema: the file is a copy of records/{TASK}/{path.name}, or was moved from there: tables do not count it"
+    ]
+
+
+@pytest.mark.parametrize("junk", [3, "x", [], [{}], {}, {"a": {"b": 1}}, None, True])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "trainer",
+            "model",
+            "data",
+            "seed_everything",
+            "model.method",
+            "model.method.class_path",
+            "trainer.callbacks",
+        ),
+        *(
+            "model.method.init_args",
+            "trainer.max_epochs",
+            "model.checkpoint",
+            "data.protocol",
+            "trainer.limit_val_batches",
+        ),
+    ],
+)
+def test_whatever_a_config_holds_each_file_gets_its_lines(tmp_path: Path, key: str, junk: Any) -> None:
+    made = record()
+    config = json.loads(json.dumps(made.config))
+    *folders, last = key.split(".")
+    node = config
+    for folder in folders:
+        node = node[folder]
+    node[last] = junk
+    digests = {"config_digest": config_digest(config), "setting_digest": setting_digest(config)}
+    path = write_record(dataclasses.replace(made, config=config, **digests), tmp_path)
+    found = lines(path)
+    assert {"schema", "status", "identity", "lists", "data", "code", "machine"} <= set(found)
+
+
+@pytest.mark.parametrize("name", ["../../up", "/abs", "a\x00b", "", "vtab"])
+def test_names_in_a_record_are_no_paths(tmp_path: Path, name: str) -> None:
+    search = Search("rates", "grid", 3, 3, "val200", LIST)
+    for tuned in (
+        Tuned(name or "vtab/", LIST, (RATE,)),
+        Tuned(name or "vtab/", LIST, (RATE,), search),
+        Tuned("vtab/svp", LIST, (RATE,), dataclasses.replace(search, name=name or " ")),
+    ):
+        if name == "vtab" and tuned.table == "vtab/svp":
+            continue
+        path = write_record(record(tuned=tuned), tmp_path)
+        assert any("is no name of a table" in text or "names no choice" in text for text in failures(path))
+        path.unlink()
+
+
+# ---- files and folders
+
+
+def test_folders_and_files_go_on_after_a_bad_one(tmp_path: Path) -> None:
+    good = write_record(record(), tmp_path)
+    bad = good.with_name("bad.json")
+    bad.write_text("{", encoding="utf-8")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "other.json").write_text("{}", encoding="utf-8")
+    outcome = command("audit", str(tmp_path), str(tmp_path / "gone.json"))
+    assert outcome.status == 1
+    assert "3 records: 1 passes, 2 fail" in outcome.out
+    assert "is not JSON: Expecting property name" in outcome.out
+    assert "cannot be read: No such file" in outcome.out
+    assert "other.json" not in outcome.out
+    assert command("audit", str(good)).status == 0
+
+
+def test_wrong_use_is_one_line(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no record" in complaint(command("audit", str(empty)), 2)
+    path = write_record(record(), tmp_path)
+    assert "is no folder" in complaint(command("audit", str(path), "--results_root", str(tmp_path / "no")), 2)
+    assert "required: RECORD" in complaint(command("audit"), 2)
+
+
+def test_files_of_other_kinds_are_called_what_they_are(tmp_path: Path) -> None:
+    searched(tmp_path)
+    (choice,) = (tmp_path / "choices").rglob("*.json")
+    assert failures(choice) == ["schema: is no record but the frozen choice of a search, which belongs below choices/"]
+
+
+# ---- the same seed again
+
+
+def test_a_seed_repeated_on_the_same_code_with_another_score_fails_on_both_sides(tmp_path: Path) -> None:
+    old = write_record(record(5000, clock="12:00:00"), tmp_path)
+    new = write_record(record(5200, clock="13:00:00"), tmp_path)
+    (first,), (second,) = failures(old), failures(new)
+    assert first.startswith(
+        f"repeated: run again as {new.stem}, which tables show in its place: 85.47 there, 82.18 here"
+    )
+    assert second.startswith(
+        f"repeated: run before as {old.stem}, which it replaces in tables: 82.18 there, 85.47 here"
+    )
+    assert command("audit", str(tmp_path)).status == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"commit": "f" * 40}, "on other code"),
+        ({"commit": None, "dirty": None}, "on other code"),
+        ({"right": 5000, "loss": 0.751}, "with the same score"),
+    ],
+)
+def test_a_seed_repeated_on_other_code_or_alike_is_a_note(
+    tmp_path: Path, fields: dict[str, Any], expected: str
+) -> None:
+    path = write_record(record(5000), tmp_path)
+    again = record(fields.pop("right", 5200), clock="13:00:00")
+    if "loss" in fields:
+        assert again.metrics is not None
+        again = dataclasses.replace(again, metrics=dataclasses.replace(again.metrics, loss=fields.pop("loss")))
+        again = dataclasses.replace(again, run_id=again.run_id[:-8] + "00000001")
+    write_record(dataclasses.replace(again, **fields), tmp_path)
+    assert failures(path) == []
+    ((verdict, text),) = lines(path)["repeated"]
+    assert verdict == "note"
+    assert expected in text
+
+
+def test_runs_that_did_not_end_are_counted(tmp_path: Path) -> None:
+    path = write_record(record(), tmp_path)
+    for number in range(2):
+        broken = unscored(record(4000 + number), "interrupted", "stopped by the user")
+        write_record(broken, tmp_path)
+    assert lines(path)["repeated"] == [
+        ("note", "further runs of this cell and seed that no table counts: 2 interrupted")
+    ]
+
+
+# ---- searches
+
+
+def test_a_searched_run_passes_with_its_choice_and_trials(tmp_path: Path) -> None:
+    path = searched(tmp_path)
+    assert failures(path) == []
+    found = lines(path)
+    assert found["track"][0][1].startswith("searched (rates, K = 3), grid, 3 settings tried on val200")
+    assert found["choice"] == [
+        (
+            "pass",
+            f"choices/rates-5e5e5e5e/{TASK}/svp.json, frozen {DAY} 11:00:00, before the run; the config has its values",
+        )
+    ]
+    assert found["trials"] == [
+        (
+            "pass",
+            "3 selection records have the scores that the choice claims, all on val200; none read a test picture",
+        )
+    ]
+    assert found["rule"][0][1].startswith("one_standard_error: trial 2 of 3; 75.00 on val")
+    assert found["settings"] == [("pass", "as protocol card, task and recipe at hand, beside what was tuned")]
+    assert command("audit", str(tmp_path)).status == 0
+
+
+def replaced(**changes: Any) -> Callable[[Choice], Choice]:
+    return lambda choice: dataclasses.replace(choice, **changes)
+
+
+def with_trial(number: int, **changes: Any) -> Callable[[Choice], Choice]:
+    def twist(choice: Choice) -> Choice:
+        trials = list(choice.trials)
+        trials[number] = dataclasses.replace(trials[number], **changes)
+        return dataclasses.replace(choice, trials=tuple(trials))
+
+    return twist
+
+
+def with_search(**changes: Any) -> Callable[[Choice], Choice]:
+    return lambda choice: dataclasses.replace(choice, search={**choice.search, **changes})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"created": f"{DAY}T12:00:01+00:00"}, f"choice: frozen {DAY} 12:00:01, after the run began ({DAY} 12:00:00)"),
+        ({"records": False}, "trials: trial 1: its record svp-"),
+        ({"chosen": 0}, "rule: by its rule (one_standard_error) trial 2 wins"),
+        ({"trials": {1e-3: 74.0, 3e-3: 75.0}}, "rule: by its rule (one_standard_error) trial 1 wins"),
+        ({"twist": with_trial(1, scores=(76.0,))}, "trials: trial 2: svp-"),
+        (
+            {"twist": with_trial(0, status="failed: nan", scores=())},
+            "trials: trial 1 is said to have failed (failed: nan)",
+        ),
+        ({"twist": with_search(budget=2)}, "choice: 3 settings were tried, more than K = 2"),
+        ({"twist": with_search(rule="best")}, "rule: the search states the rule 'best', which"),
+        ({"twist": with_search(seeds=[0, 1])}, "trials: trial 1 has 1 runs, and the search has 2 seeds"),
+        ({"twist": with_search(seeds=[7])}, "trials: trial 1: svp-"),
+        ({"twist": replaced(selected_on="test")}, "choice: chosen on test, and vtab-final chooses on val200"),
+        ({"twist": replaced(count=2000)}, "trials: trial 1: svp-"),
+        ({"twist": replaced(standard_error=1.0)}, "rule: one standard error is"),
+        (
+            {"twist": replaced(context={"model": {"backbone": "other"}})},
+            "choice: chosen with data.batch_size = None, and",
+        ),
+        (
+            {"twist": replaced(checkpoint_digest=None)},
+            "choice: the choice's weights is unknown, the record's sha256:abab",
+        ),
+        ({"twist": replaced(data_digest=LIST)}, "trials: trial 1: svp-"),
+        ({"twist": with_trial(0, scores=(600.0,))}, "rule: the accuracy is 600.0"),
+        ({"twist": with_trial(0, trainable="many")}, "trials: trial 1: svp-"),
+        ({"twist": replaced(task="vtab/dtd")}, "choice: choices/rates-5e5e5e5e/vtab/caltech101/svp.json is missing"),
+        ({"final": {RATE: 0.5}}, f"choice: {RATE} is 0.5, and the choice says 0.003"),
+        ({"final": {"data.batch_size": 64}}, "choice: chosen with data.batch_size = 32, and the run has 64"),
+    ],
+)
+def test_a_search_that_is_not_what_it_claims_fails(tmp_path: Path, options: dict[str, Any], expected: str) -> None:
+    found = failures(searched(tmp_path, **options))
+    assert any(text.startswith(expected) for text in found), found
+
+
+def test_a_choice_that_was_removed_or_changed_afterwards_fails(tmp_path: Path) -> None:
+    path = searched(tmp_path)
+    (file,) = (tmp_path / "choices").rglob("*.json")
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("no other setting", "No other setting"), encoding="utf-8")
+    assert any("is not the file that the run was made with" in line for line in failures(path))
+    file.write_text(text.replace('"schema"', '"scheme"'), encoding="utf-8")
+    assert any(line.startswith("choice: choices/") and "is no frozen choice" in line for line in failures(path))
+    file.unlink()
+    assert any("svp.json is missing: what chose the setting cannot be seen" in line for line in failures(path))
+
+
+def test_a_trial_that_read_the_test_list_fails(tmp_path: Path) -> None:
+    path = searched(tmp_path)
+    trial = next(file for file in (tmp_path / "records" / TASK).glob("*.json") if '"selection"' in file.read_text())
+    edited(trial, lists={"train": "train800", "test": "test"})
+    assert any("read test pictures" in line for line in failures(path))
+
+
+def test_a_searched_record_alone_cannot_show_its_choice(tmp_path: Path) -> None:
+    path = searched(tmp_path / "results")
+    alone = tmp_path / path.name
+    path.rename(alone)
+    assert any(line.startswith("choice: the record lies in no results folder") for line in failures(alone))
+    assert failures(alone, tmp_path / "results") == []
+
+
+def test_what_was_tried_outside_of_the_search_is_a_note(tmp_path: Path) -> None:
+    path = searched(tmp_path)
+    write_record(selection(0.05, 70.0), tmp_path)
+    write_record(record(5003, {RATE: 0.05}, "09:00:00"), tmp_path)
+    other = next((tmp_path / "choices").rglob("*.json"))
+    elsewhere = tmp_path / "choices" / "again-12345678" / TASK / "svp.json"
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_text(other.read_text(), encoding="utf-8")
+    found = lines(path)
+    notes = [text for verdict, text in found["trials"] if verdict == "note"]
+    assert [text.partition(" (")[0] for text in notes] == [
+        "further runs of this method, scored on val outside of the search: 1",
+        "further runs of this method, tested before it was over: 1",
+    ]
+    assert ("note", "other searches chose for this method and task too: again-12345678") in found["choice"]
+    assert failures(path) == []
+
+
+def test_a_table_of_tuned_values_without_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+    import shutil
+
+    from svp_bench.resources import configs_dir
+    from svp_bench.results import audit as module
+
+    tuned = Tuned("vtab/svp", LIST, (RATE,))
+    path = write_record(record(tuned=tuned, changes={RATE: 3e-3}), tmp_path)
+    assert lines(path)["track"][0][0] == "note"
+    assert "that table is not at hand" in lines(path)["track"][0][1]
+
+    configs = tmp_path / "configs"
+    shutil.copytree(configs_dir(), configs)
+    table = configs / "tuned" / "vtab" / "svp.yaml"
+    table.parent.mkdir(parents=True)
+    table.write_text(f"selected_on: val200\nsearch: by hand\ntasks:\n  caltech101: {{{RATE}: 0.003}}\n")
+    monkeypatch.setattr(module, "configs_dir", lambda: configs)
+    assert "the table at hand is another version" in lines(path)["track"][0][1]
+
+    tuned = dataclasses.replace(tuned, digest=f"sha256:{hashlib.sha256(table.read_bytes()).hexdigest()}")
+    good = write_record(record(5001, tuned=tuned, changes={RATE: 3e-3}), tmp_path)
+    assert lines(good)["track"] == [("pass", f"tuned (vtab/svp), selected on val200: {RATE}")]
+    bad = write_record(record(5002, tuned=tuned, changes={RATE: 4e-3}), tmp_path)
+    assert f"track: {RATE} is 0.004, the table says 0.003" in failures(bad)

@@ -1,0 +1,71 @@
+"""What is kept between the runs of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import COUNTS, TASK, draw
+
+from svp_bench.data import keep
+from svp_bench.data.module import VisionDataModule
+from svp_bench.errors import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:the data of:UserWarning")  # drawn data differ from the card
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    keep._keeper = None
+    yield
+    keep._keeper = None
+
+
+def images(root: Path, size: int = 16) -> np.ndarray:
+    data = VisionDataModule(TASK, root=str(root), stage="select", image_size=size, batch_size=4, num_workers=0)
+    data.setup("fit")
+    return data._dataset("train")._kept.numpy()  # type: ignore[attr-defined]
+
+
+def test_without_being_asked_nothing_is_kept(tmp_path: Path) -> None:
+    draw(tmp_path)
+    assert images(tmp_path) is not images(tmp_path)
+    assert keep._keeper is None
+
+
+def test_decoded_pictures_are_kept_by_place_list_and_view(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        draw(tmp_path / name, seed=seed)
+    fresh = {name: images(tmp_path / name) for name in ("a", "b")}
+    keep.keep_between_runs()
+    first = images(tmp_path / "a")
+    assert np.shares_memory(first, images(tmp_path / "a"))
+    assert (first == fresh["a"]).all()
+    assert (images(tmp_path / "b") == fresh["b"]).all()  # same names, other pictures
+    assert not (fresh["a"] == fresh["b"]).all()
+    assert images(tmp_path / "a", size=8).shape == (COUNTS["train800"], 3, 8, 8)
+
+
+def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
+    draw(tmp_path)
+    one = 3 * 16 * 16 * COUNTS["train800"]
+    keep.keep_between_runs(limit=2 * one)  # val has fewer pictures than train
+    first = images(tmp_path)
+    assert keep._keeper is not None
+    images(tmp_path, size=24)  # larger than all that may be kept
+    assert sum(array.nbytes for array in keep._keeper.arrays.values()) <= 2 * one
+    assert (images(tmp_path) == first).all()
+
+
+def test_a_broken_picture_is_never_taken_for_verified(tmp_path: Path) -> None:
+    folder = draw(tmp_path)
+    picture = folder / (folder / "train800.txt").read_text(encoding="utf-8").split()[0]
+    good = picture.read_bytes()
+    keep.keep_between_runs()
+    picture.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=picture.name):
+        images(tmp_path)
+    picture.write_bytes(good)
+    images(tmp_path)

@@ -1,0 +1,676 @@
+"""The statistics, against brute force, SciPy and simulation: what they say has to be true as often as they say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+
+from svp_bench.errors import SvpBenchError
+from svp_bench.results.stats import (
+    FEWEST_PAIRS,
+    Estimate,
+    Marks,
+    Spread,
+    StatsError,
+    best_and_second,
+    cell_verdict,
+    group_weights,
+    holm,
+    iqm,
+    mcnemar,
+    mean_of,
+    mean_over_new_tasks,
+    one_standard_error,
+    paired,
+    paired_bootstrap,
+    rank_cliques,
+    sign_flip,
+    signed_rank,
+    spread,
+    tax,
+)
+
+# The shape of VTAB-1k: 7 + 4 + 8 tasks, three picture sources with two tasks each.
+TASKS = [f"t{i:02d}" for i in range(19)]
+GROUPS = {"natural": TASKS[:7], "specialised": TASKS[7:11], "structured": TASKS[11:]}
+SOURCES = [[task] for task in TASKS[:13]] + [TASKS[13:15], TASKS[15:17], TASKS[17:]]
+ALONE = [[task] for task in TASKS]
+
+Cells = dict[str, list[float]]
+Runs = dict[str, dict[int, float]]
+
+# Accuracies in hundredths of a percent: ties and zeros occur.
+percents = st.integers(0, 10_000).map(lambda x: x / 100)
+
+
+@st.composite
+def runs(draw: st.DrawFn, fewest_seeds: int = 1) -> Runs:
+    """Draw up to five tasks with the seeds 0, 1, 2 …"""
+    sizes = draw(st.lists(st.integers(fewest_seeds, 4), min_size=1, max_size=5))
+    return {TASKS[-1 - i]: {s: draw(percents) for s in range(size)} for i, size in enumerate(sizes)}
+
+
+def cells_of(runs: Mapping[str, Mapping[int, float]]) -> Cells:
+    return {task: list(seeds.values()) for task, seeds in runs.items()}
+
+
+def mapped(runs: Runs, change: Callable[[float], float]) -> Runs:
+    return {task: {seed: change(x) for seed, x in seeds.items()} for task, seeds in runs.items()}
+
+
+def ends(estimate: Estimate) -> tuple[float, float]:
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return estimate.low, estimate.high
+
+
+def covers(estimate: Estimate, truth: float) -> bool:
+    low, high = ends(estimate)
+    return low <= truth <= high
+
+
+def seeded(values: Any) -> Runs:
+    """Turn an array (tasks, seeds) into runs."""
+    return {task: dict(enumerate(map(float, row))) for task, row in zip(TASKS, values, strict=False)}
+
+
+# ---- Means -----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_it_loads_neither_scipy_nor_numpy_nor_torch() -> None:
+    code = (
+        "import sys, svp_bench.results.stats, svp_bench.results.power; "
+        "print([m for m in ('torch', 'scipy', 'numpy', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_spread() -> None:
+    assert spread([3.0]) == Spread(3.0, None, 1)
+    assert spread([1.0, 2.0, 6.0]) == Spread(3.0, math.sqrt(7), 3)
+    assert spread([0.1] * 3) == Spread(0.1, 0.0, 3)  # 0.1 + 0.1 + 0.1 is not 0.3
+
+
+def test_the_mean_of_one_task_has_the_ordinary_t_interval() -> None:
+    values = [81.5, 80.4, 81.8, 65.9]  # SVHN with VPT, as four seeds gave it
+    estimate = mean_of({"svhn": values})
+    expected = scipy_stats.t.interval(0.95, 3, np.mean(values), scipy_stats.sem(values))
+    assert ends(estimate) == pytest.approx(expected)
+    assert (estimate.value, estimate.df, estimate.n) == (pytest.approx(np.mean(values)), pytest.approx(3), 4)
+    assert estimate.half_width == pytest.approx((expected[1] - expected[0]) / 2)
+
+
+def test_two_tasks_with_opposite_weights_would_be_welchs_test() -> None:
+    # Welch's interval of a difference is that of the mean of (a, -b), times two.
+    a, b = [1.0, 4.0, 2.5, 3.0], [10.0, 12.0, 20.0]
+    welch = scipy_stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
+    estimate = mean_of({"a": a, "b": [-x for x in b]}, level=0.9)
+    assert [2 * x for x in ends(estimate)] == pytest.approx([welch.low, welch.high])
+
+
+def test_weights_are_divided_by_their_sum_and_zero_is_absence() -> None:
+    cells = {"a": [1.0, 2.0], "b": [5.0, 9.0], "c": [100.0]}
+    estimate = mean_of(cells, {"a": 30, "b": 10, "c": 0})
+    assert estimate == mean_of({"a": [1.0, 2.0], "b": [5.0, 9.0]}, {"a": 0.75, "b": 0.25})
+    assert estimate.value == 0.75 * 1.5 + 0.25 * 7
+    assert estimate.se == pytest.approx(math.sqrt(0.75**2 * 0.5 / 2 + 0.25**2 * 8 / 2))
+    assert estimate.n == 4
+
+
+def test_one_task_with_one_seed_takes_the_interval_away() -> None:
+    estimate = mean_of({"a": [1.0, 2.0], "b": [5.0]})
+    assert estimate == Estimate(3.25, None, None, None, None, 3, 0.95)
+    assert estimate.half_width is None
+    assert estimate.excludes_zero is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_varies() -> None:
+    estimate = mean_of({"a": [0.1] * 3, "b": [0.7] * 2})
+    assert (estimate.low, estimate.high, estimate.se, estimate.df) == (estimate.value, estimate.value, 0.0, None)
+    assert estimate.excludes_zero
+    assert mean_of({"a": [0.1] * 3, "b": [0.1] * 7}).value == 0.1
+
+
+def test_the_plain_mean_is_the_sum_by_the_number() -> None:
+    means = np.random.default_rng(5).uniform(0, 100, 19)
+    assert mean_of({t: [m] for t, m in zip(TASKS, means, strict=True)}).value == math.fsum(means) / 19
+
+
+def test_group_weights() -> None:
+    weights = group_weights(GROUPS)
+    assert math.fsum(weights.values()) == pytest.approx(1)
+    cells = {task: [float(i)] for i, task in enumerate(TASKS)}
+    assert mean_of(cells, weights).value == pytest.approx(np.mean([3.0, 8.5, 14.5]))
+
+
+def test_new_tasks_without_clusters_is_the_t_interval_over_tasks() -> None:
+    means = np.random.default_rng(1).normal(70, 15, 19)
+    estimate = mean_over_new_tasks({t: [m] for t, m in zip(TASKS, means, strict=True)}, ALONE)
+    assert ends(estimate) == pytest.approx(scipy_stats.t.interval(0.95, 18, means.mean(), scipy_stats.sem(means)))
+    assert (estimate.n, estimate.df) == (19, 18)
+
+
+def test_new_tasks_is_the_sandwich_of_weighted_least_squares() -> None:
+    generator = np.random.default_rng(2)
+    y, w = generator.normal(70, 15, 19), generator.uniform(0.1, 3, 19)
+    estimate = mean_over_new_tasks(
+        {t: [m - 1, m + 1] for t, m in zip(TASKS, y, strict=True)}, SOURCES, dict(zip(TASKS, w, strict=True))
+    )
+    design = np.ones((19, 1))
+    bread = np.linalg.inv(design.T @ np.diag(w) @ design)
+    beta = bread @ design.T @ (w * y)
+    scores = design * (w * (y - beta[0]))[:, None]
+    member = np.array([[task in source for task in TASKS] for source in SOURCES])
+    meat = sum((scores[m].sum(0)[:, None] @ scores[m].sum(0)[None] for m in member), np.zeros((1, 1)))
+    assert estimate.value == pytest.approx(beta[0])
+    assert estimate.se == pytest.approx(math.sqrt((16 / 15 * bread @ meat @ bread)[0, 0]))
+    assert (estimate.n, estimate.df) == (16, 15)
+
+
+def test_copies_of_a_task_in_one_source_add_nothing() -> None:
+    cells = {task: [float(x)] for task, x in zip("abc", (1, 5, 9), strict=True)}
+    copies = {f"{task}{i}": values for task, values in cells.items() for i in range(4)}
+    once = mean_over_new_tasks(cells, [["a"], ["b"], ["c"]])
+    assert mean_over_new_tasks(copies, [[f"{task}{i}" for i in range(4)] for task in cells]) == once
+
+
+def test_one_source_has_no_interval_and_absent_tasks_are_passed_over() -> None:
+    cells = {TASKS[17]: [1.0, 2.0], TASKS[18]: [3.0]}
+    assert mean_over_new_tasks(cells, SOURCES) == Estimate(2.25, None, None, None, None, 1, 0.95)
+    weights = {TASKS[17]: 1.0, TASKS[18]: 0.0}
+    assert mean_over_new_tasks(cells, [[TASKS[17]], [TASKS[18]]], weights).n == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(runs(fewest_seeds=2), st.randoms(use_true_random=False), st.floats(-50, 50), st.floats(0.1, 20))
+def test_means_turn_with_their_input(runs: Runs, random: Any, shift: float, factor: float) -> None:
+    cells = cells_of(runs)
+    weights = {task: 1.0 + i for i, task in enumerate(cells)}
+    tasks = list(cells)
+    random.shuffle(tasks)
+    turned = {task: random.sample(cells[task], len(cells[task])) for task in tasks}
+    sources = [random.sample(source, len(source)) for source in random.sample(SOURCES, len(SOURCES))]
+    for f in (
+        lambda cells, sources=SOURCES: mean_of(cells, weights),
+        lambda cells, sources=SOURCES: mean_over_new_tasks(cells, sources, weights),
+    ):
+        plain = f(cells)
+        assert f(turned, sources) == plain  # to the last digit
+        moved = f({task: [factor * x + shift for x in values] for task, values in cells.items()})
+        assert moved.value == pytest.approx(factor * plain.value + shift, abs=1e-9)
+        for one, other in zip((moved.low, moved.high), (plain.low, plain.high), strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None and moved.df is not None and plain.df is not None:
+                # Rounding of a shifted constant may let it vary in the last digit; its df then means nothing.
+                assert one == pytest.approx(factor * other + shift, rel=1e-6, abs=1e-6)
+
+
+# ---- Coverage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, group_weights(GROUPS)])
+def test_welch_satterthwaite_covers_with_three_seeds(weights: Mapping[str, float] | None) -> None:
+    generator = np.random.default_rng(11)
+    stds = np.exp(generator.normal(-0.7, 0.8, 19))  # 0.1 to 2 points
+    hits = [
+        covers(mean_of(cells_of(seeded(generator.normal(0, 1, (19, 3)) * stds[:, None])), weights), 0.0)
+        for _ in range(2500)
+    ]
+    assert 0.935 < np.mean(hits) < 0.97
+
+
+def test_the_percentile_bootstrap_over_three_seeds_does_not() -> None:
+    # Why there is none here: resampling three seeds within each task understates the variance by 2/3.
+    generator = np.random.default_rng(12)
+    stds = np.exp(generator.normal(-0.7, 0.8, 19))
+    hits = []
+    for _ in range(400):
+        values = generator.normal(0, 1, (19, 3)) * stds[:, None]
+        picks = generator.integers(0, 3, (400, 19, 3))
+        drawn = values[np.arange(19)[None, :, None], picks].mean((1, 2))
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        hits.append(low <= 0 <= high)
+    assert np.mean(hits) < 0.9
+
+
+@pytest.mark.parametrize("weights", [None, group_weights(GROUPS)])
+def test_the_cluster_interval_covers_with_sixteen_sources(weights: Mapping[str, float] | None) -> None:
+    generator = np.random.default_rng(13)
+    of_source = [next(i for i, source in enumerate(SOURCES) if task in source) for task in TASKS]
+    clustered, naive = [], []
+    for _ in range(1500):
+        twins = generator.normal(0, 4, 16)[of_source]
+        cells = cells_of(seeded((twins + generator.normal(0, 1, 19))[:, None] + generator.normal(0, 0.5, (19, 3))))
+        clustered.append(covers(mean_over_new_tasks(cells, SOURCES, weights), 0.0))
+        naive.append(covers(mean_over_new_tasks(cells, ALONE, weights), 0.0))
+    assert 0.93 < np.mean(clustered) < 0.97
+    assert np.mean(naive) < np.mean(clustered)
+
+
+def test_the_paired_p_is_as_rare_as_it_says() -> None:
+    generator = np.random.default_rng(14)
+    of_source = [next(i for i, source in enumerate(SOURCES) if task in source) for task in TASKS]
+    found, found_wilcoxon, excluded = [], [], []
+    for _ in range(800):
+        effect = generator.normal(0, 2, 16)[of_source] + generator.normal(0, 0.5, 19)
+        a = 70 + effect[:, None] + generator.normal(0, 0.5, (19, 3))
+        result = paired(seeded(a), seeded(70 + generator.normal(0, 0.5, (19, 3))), SOURCES)
+        found.append(result.p < 0.05)
+        found_wilcoxon.append(result.wilcoxon_p < 0.05)
+        excluded.append(bool(result.new_tasks.excludes_zero))
+    assert 0.03 < np.mean(found) < 0.07
+    assert 0.03 < np.mean(found_wilcoxon) < 0.07
+    assert 0.03 < np.mean(excluded) < 0.075
+    assert np.mean(np.equal(found, excluded)) > 0.95  # the interval and the p tell one story
+
+
+# ---- Pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_paired_against_scipy() -> None:
+    generator = np.random.default_rng(3)
+    a, b = generator.normal(80, 3, (19, 4)), generator.normal(79, 3, (19, 4))
+    result = paired(seeded(a), seeded(b), SOURCES)
+    for i, difference in enumerate(result.tasks):
+        expected = scipy_stats.ttest_rel(a[i], b[i]).confidence_interval(0.95)
+        assert difference.task == TASKS[i]
+        assert difference.n_pairs == difference.estimate.n == 4
+        assert ends(difference.estimate) == pytest.approx([expected.low, expected.high])
+    apart = dict(zip(TASKS, (a - b).tolist(), strict=True))
+    for one, other in ((result.these_tasks, mean_of(apart)), (result.new_tasks, mean_over_new_tasks(apart, SOURCES))):
+        assert (one.value, *ends(one)) == pytest.approx((other.value, *ends(other)))
+    by_source = [np.mean([np.mean(apart[task]) for task in source]) for source in SOURCES]
+    assert result.n_sources == 16
+    assert result.wilcoxon_p == pytest.approx(scipy_stats.wilcoxon(by_source, method="exact").pvalue)
+    test = scipy_stats.permutation_test(
+        (by_source,), np.sum, permutation_type="samples", n_resamples=2**17, vectorized=False
+    )
+    assert result.p == pytest.approx(test.pvalue)
+
+
+def test_only_shared_seeds_count() -> None:
+    a, b = {"x": {0: 5.0, 1: 7.0, 9: 100.0}}, {"x": {1: 6.0, 0: 1.0, 3: -50.0}}
+    result = paired(a, b, [["x"]])
+    assert result.tasks[0].n_pairs == 2
+    assert result.these_tasks.value == 2.5
+    assert ends(result.these_tasks) == pytest.approx(scipy_stats.t.interval(0.95, 1, 2.5, 1.5))
+    assert result.new_tasks.low is None
+    assert (result.p, result.wilcoxon_p, result.n_sources) == (1.0, 1.0, 1)
+
+
+def test_one_pair_a_task_leaves_the_interval_for_new_tasks() -> None:
+    generator = np.random.default_rng(4)
+    result = paired(seeded(generator.normal(1, 1, (19, 1))), seeded(generator.normal(0, 1, (19, 1))), SOURCES)
+    assert result.these_tasks.low is None
+    assert all(difference.estimate.low is None for difference in result.tasks)
+    assert result.new_tasks.low is not None
+
+
+def test_weights_move_the_means_and_not_p() -> None:
+    generator = np.random.default_rng(4)
+    a, b = seeded(generator.normal(1, 1, (19, 3))), seeded(generator.normal(0, 1, (19, 3)))
+    plain, grouped = paired(a, b, SOURCES), paired(a, b, SOURCES, weights=group_weights(GROUPS))
+    assert plain.these_tasks.value != grouped.these_tasks.value == pytest.approx(grouped.new_tasks.value)
+    assert (plain.p, plain.wilcoxon_p) == (grouped.p, grouped.wilcoxon_p)
+
+
+def test_what_is_equal_in_decimals_is_equal() -> None:
+    a = {f"t{i}": {0: 90.1 + i, 1: 70.3} for i in range(7)}
+    b = {f"t{i}": {0: 90.0 + i, 1: 70.2} for i in range(7)}
+    result = paired(a, b, [[task] for task in a])
+    assert result.these_tasks.se == result.new_tasks.se == 0
+    assert result.p == result.wilcoxon_p == 2**-6
+    mixed = paired({"x": {0: 90.1, 1: 80.0}}, {"x": {0: 90.0, 1: 80.1}}, [["x"]])
+    assert mixed.these_tasks.value == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(runs(), runs(), st.randoms(use_true_random=False))
+def test_paired_is_antisymmetric_and_blind_to_order(one: Runs, other: Runs, random: Any) -> None:
+    tasks = one.keys() & other.keys()
+    a, b = {task: one[task] for task in tasks}, {task: other[task] for task in tasks}
+    ab, ba = paired(a, b, SOURCES), paired(b, a, SOURCES)
+    for x, y in (
+        (ab.these_tasks, ba.these_tasks),
+        (ab.new_tasks, ba.new_tasks),
+        *((p.estimate, q.estimate) for p, q in zip(ab.tasks, ba.tasks, strict=True)),
+    ):
+        assert x.value == -y.value
+        assert (x.se, x.df, x.n) == (y.se, y.df, y.n)
+        if x.low is not None and x.high is not None:
+            assert (x.low, x.high) == (-(y.high or 0.0), -(y.low or 0.0))
+    assert (ab.p, ab.wilcoxon_p) == (ba.p, ba.wilcoxon_p)
+    assert 0 < ab.p <= 1
+    assert 0 < ab.wilcoxon_p <= 1
+    items = list(a.items())
+    random.shuffle(items)
+    assert paired({t: dict(reversed(list(s.items()))) for t, s in items}, b, list(reversed(SOURCES))) == ab
+
+
+def test_a_method_against_itself() -> None:
+    a = seeded(np.random.default_rng(6).normal(70, 3, (19, 3)))
+    result = paired(a, a, SOURCES)
+    assert result.p == result.wilcoxon_p == 1
+    assert ends(result.these_tasks) == ends(result.new_tasks) == (0, 0)
+    assert rank_cliques({r: dict.fromkeys(TASKS, 1.0) for r in "ab"}, SOURCES).cliques == (("a", "b"),)
+
+
+# ---- p ---------------------------------------------------------------------------------------------------------------
+
+
+def enumerated(differences: Sequence[float]) -> float:
+    observed = abs(sum(differences))
+    sums = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    return sum(x >= observed - 1e-9 for x in sums) / len(sums)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(percents.map(lambda x: x - 40), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_sign_flip_against_enumeration(differences: list[float], random: Any) -> None:
+    p = sign_flip(differences)
+    assert p == enumerated(differences)
+    assert sign_flip(random.sample(differences, len(differences))) == p
+    assert sign_flip([-3.7 * d for d in differences]) == p
+    assert 0 < p <= 1
+
+
+def test_the_smallest_p_there_can_be() -> None:
+    assert [sign_flip([1.0] * n) for n in (1, 3, 5, 6)] == [1, 0.25, 0.0625, 0.03125]
+    assert sign_flip([0.0, 0.0]) == signed_rank([0.0]) == 1
+    assert sign_flip([0.0, 1.0, 2.0, 0.0, 3.0]) == 0.25  # zeros have no sign to flip
+
+
+def test_sign_flip_of_many() -> None:
+    differences = np.random.default_rng(7).normal(0.35, 1, 40)
+    exact = sign_flip(differences.tolist())
+    drawn = sign_flip([*differences, 1e-13])  # 41: Monte Carlo
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / 99_999))
+    assert drawn == sign_flip([*differences[::-1], 1e-13], seed=0)
+    assert drawn != sign_flip([*differences, 1e-13], seed=1)
+    assert drawn == sign_flip([*differences, 1e-13], seed=np.random.default_rng(0))
+    assert sign_flip([1.0] * 50) == 1 / 100_000
+    assert sign_flip([1.0] * 40) == 2.0**-39
+
+
+@pytest.mark.parametrize("n", [4, 10, 25])
+def test_signed_rank_against_scipy(n: int) -> None:
+    differences = np.random.default_rng(n).normal(0.3, 1, n)
+    assert signed_rank(differences.tolist()) == pytest.approx(
+        scipy_stats.wilcoxon(differences, method="exact").pvalue, rel=1e-12
+    )
+
+
+def test_signed_rank_with_ties_and_zeros() -> None:
+    differences = [0.1, 90.1 - 90.0, -0.1, 3.0, 0.0, 0.2]  # the sizes of three are equal on paper
+    assert signed_rank(differences) == enumerated([2, 2, -2, 5, 4])
+
+
+def test_holm_by_hand() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), max_size=8))
+def test_holm_is_monotone_and_never_below(pvalues: dict[str, float]) -> None:
+    adjusted = holm(pvalues)
+    assert list(adjusted) == list(pvalues)
+    assert all(p <= adjusted[name] <= 1 for name, p in pvalues.items())
+    assert all(adjusted[x] <= adjusted[y] for x in pvalues for y in pvalues if pvalues[x] <= pvalues[y])
+    assert adjusted == holm(dict(reversed(list(pvalues.items()))))
+    if pvalues:  # Bonferroni is never stricter for the smallest, never laxer for any
+        assert all(adjusted[name] <= min(1, len(pvalues) * p) for name, p in pvalues.items())
+
+
+def test_a_cell_needs_six_pairs() -> None:
+    a, b = {s: 81.0 + s for s in range(6)}, {s: 80.0 + s / 2 for s in range(6)}
+    assert cell_verdict(a, b) == "better"
+    assert cell_verdict(b, a) == "worse"
+    assert cell_verdict({s: a[s] for s in range(FEWEST_PAIRS - 1)}, b) == "too few"
+    assert cell_verdict(a, {**b, 5: 99.0}) == "tie"
+    assert cell_verdict(a, a) == "tie"
+    assert cell_verdict(a, b, level=0.99) == "too few"  # six pairs cannot fall below .03
+    assert cell_verdict({}, {}) == "too few"
+
+
+def test_mcnemar_and_its_bootstrap() -> None:
+    generator = np.random.default_rng(8)
+    a, b = generator.random(500) < 0.8, generator.random(500) < 0.74
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    result = mcnemar(a, b)
+    assert (result.b, result.c) == (only_a, only_b)
+    tail = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1)) / 2 ** (only_a + only_b)
+    assert result.p == pytest.approx(min(1, 2 * tail))
+    estimate = paired_bootstrap(a, b, seed=0, level=0.9)
+    d = 100 * (a.astype(float) - b)
+    assert estimate.value == pytest.approx(d.mean())
+    assert estimate.se == pytest.approx(d.std() / math.sqrt(500), rel=0.03)
+    assert ends(estimate) == pytest.approx(scipy_stats.norm.interval(0.9, d.mean(), d.std() / 500**0.5), abs=0.4)
+    assert (estimate.n, estimate.df, estimate.level) == (500, None, 0.9)
+    # The counts drawn at once are the pictures drawn one by one.
+    drawn = d[generator.integers(0, 500, (10_000, 500))].mean(1)
+    assert ends(estimate) == pytest.approx(np.quantile(drawn, [0.05, 0.95]), abs=0.25)
+
+
+def test_the_bootstrap_is_a_function_of_its_seed() -> None:
+    generator = np.random.default_rng(9)
+    a, b = generator.random(300) < 0.7, generator.random(300) < 0.6
+    first = paired_bootstrap(a, b, seed=5)
+    assert first == paired_bootstrap(a, b, seed=np.random.default_rng(5))
+    assert first != paired_bootstrap(a, b, seed=6)
+    order = generator.permutation(300)
+    assert first == paired_bootstrap(a[order], b[order], seed=5)
+    other = paired_bootstrap(b, a, seed=5)
+    assert (other.value, other.low, other.high) == pytest.approx((-first.value, -(first.high or 0), -(first.low or 0)))
+    same = paired_bootstrap(a, a, seed=0)
+    assert (same.value, *ends(same), same.se) == (0, 0, 0, 0)
+    assert mcnemar(a, a).p == 1
+    assert mcnemar([True, True], [False, True]) == mcnemar(np.array([True, True]), np.array([False, True]))
+
+
+# ---- Marks and ranks -------------------------------------------------------------------------------------------------
+
+
+def test_a_clear_best_and_second() -> None:
+    rows = {
+        "c": {0: 70.0, 1: 70.4, 2: 70.1},
+        "a": {0: 90.0, 1: 90.3, 2: 90.1},
+        "b": {0: 80.2, 1: 80.1, 2: 80.6},
+    }
+    assert best_and_second(rows) == Marks("a", (), "b")
+    assert best_and_second({row: rows[row] for row in "ab"}) == Marks("a", (), "b")
+
+
+def test_rows_that_cannot_be_told_apart_share_the_top() -> None:
+    rows = {"a": {0: 90.0, 1: 91.0}, "b": {0: 90.4, 1: 90.2}, "c": {0: 20.0, 1: 20.1}}
+    assert best_and_second(rows) == Marks(None, ("a", "b"), None)
+    twins = {"b": {0: 1.0, 1: 2.0}, "a": {0: 1.0, 1: 2.0}}
+    assert best_and_second(twins) == Marks(None, ("a", "b"), None)
+
+
+def test_a_second_that_has_equals_is_not_marked() -> None:
+    rows = {
+        "a": {0: 90.0, 1: 90.1, 2: 90.2},
+        "b": {0: 60.0, 1: 64.0, 2: 61.0},
+        "c": {0: 61.0, 1: 59.0, 2: 63.0},
+    }
+    assert best_and_second(rows) == Marks("a", (), None)
+
+
+def test_marks_of_rows_with_one_seed_of_constant_rows_and_of_one_row() -> None:
+    assert best_and_second({"a": {0: 90.0, 1: 90.1, 2: 90.2}, "b": {0: 10.0}}) == Marks(None, ("a", "b"), None)
+    assert best_and_second({"a": {0: 9.0, 1: 9.0}, "b": {0: 8.9, 1: 8.9}}) == Marks("a", (), "b")
+    assert best_and_second({"a": {0: 1.0, 1: 2.0}}) == best_and_second({}) == Marks(None, (), None)
+    # Both seeds differ by one point: two pairs do that by chance, and the pairs are not taken at their word.
+    assert best_and_second({"a": {0: 90.0, 1: 85.0}, "b": {0: 89.0, 1: 84.0}}).best is None
+
+
+def test_pairs_see_what_welch_does_not() -> None:
+    a, b = {0: 60.0, 1: 70.0, 2: 80.0}, {0: 59.0, 1: 68.9, 2: 78.9}
+    assert best_and_second({"a": a, "b": b}).best == "a"
+    assert best_and_second({"a": a, "b": {s + 10: x for s, x in b.items()}}).best is None
+    p = scipy_stats.ttest_ind([90, 91, 92], [85, 88, 83, 80], equal_var=False).pvalue
+    rows = {"a": {0: 90.0, 1: 91.0, 2: 92.0}, "b": {5: 85.0, 6: 88.0, 7: 83.0, 8: 80.0}}
+    assert best_and_second(rows, level=1 - p - 1e-9).best == "a"
+    assert best_and_second(rows, level=1 - p + 1e-9).best is None
+
+
+def test_a_best_row_is_rare_where_all_are_equal() -> None:
+    generator = np.random.default_rng(15)
+    for rows in (2, 6):
+        marks = [
+            best_and_second({str(i): dict(enumerate(generator.normal(80, 1, 3).tolist())) for i in range(rows)}).best
+            for _ in range(600)
+        ]
+        assert sum(best is not None for best in marks) / 600 < 0.07
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.dictionaries(st.integers(0, 3), percents, min_size=1), min_size=1))
+def test_marks_do_not_depend_on_order_and_say_one_thing(rows: dict[str, dict[int, float]]) -> None:
+    marks = best_and_second(rows)
+    assert marks == best_and_second(dict(reversed(list(rows.items()))))
+    assert (marks.best is None) or not marks.tied
+    assert marks.second is None or marks.best not in (None, marks.second)
+    assert len(marks.tied) != 1
+
+
+def test_rank_cliques() -> None:
+    generator = np.random.default_rng(16)
+    level = {"a": 80.0, "b": 79.9, "c": 70.0, "d": 60.0}
+    scores = {
+        row: {t: level[row] + x for t, x in zip(TASKS, generator.normal(0, 1, 19), strict=True)} for row in "dbca"
+    }
+    ranks = rank_cliques(scores, SOURCES)
+    table = np.array([[scores[row][task] for task in TASKS] for row in "abcd"])
+    expected = scipy_stats.rankdata(-table, axis=0).mean(1)
+    assert ranks.mean_ranks == pytest.approx(dict(zip("abcd", expected, strict=True)))
+    assert set(ranks.mean_ranks) == set("abcd")
+    assert list(ranks.mean_ranks.values()) == sorted(ranks.mean_ranks.values())
+    assert [set(clique) for clique in ranks.cliques] == [{"a", "b"}]
+    assert len(ranks.p) == 6
+    raw = signed_rank([float(np.mean([scores["c"][t] - scores["d"][t] for t in source])) for source in SOURCES])
+    assert ranks.p["c", "d"] == pytest.approx(6 * raw)
+    few = rank_cliques({row: {t: scores[row][t] for t in TASKS[:5]} for row in scores}, SOURCES)
+    assert [set(clique) for clique in few.cliques] == [set("abcd")]  # five sources tell nobody apart
+
+
+def test_cliques_overlap_and_hold_no_smaller_ones() -> None:
+    generator = np.random.default_rng(17)
+    base = generator.normal(70, 5, 19)
+    scores = {
+        row: {t: float(x + shift + e) for t, x, e in zip(TASKS, base, generator.normal(0, 1.2, 19), strict=True)}
+        for row, shift in (("a", 1.9), ("b", 1.2), ("c", 0.4), ("d", -6.0))
+    }
+    ranks = rank_cliques(scores, ALONE)
+    order = list(ranks.mean_ranks)
+    for clique in ranks.cliques:
+        place = order.index(clique[0])
+        assert list(clique) == order[place : place + len(clique)]
+        assert all(ranks.p[pair] >= 0.05 for pair in itertools.combinations(clique, 2))
+        assert not any(set(clique) < set(other) for other in ranks.cliques)
+    together = {pair for clique in ranks.cliques for pair in itertools.combinations(clique, 2)}
+    assert {pair for pair in itertools.pairwise(order) if ranks.p[pair] >= 0.05} <= together
+    assert len(ranks.cliques) == 2
+
+
+# ---- Small ones ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(percents, min_size=1, max_size=30))
+def test_iqm_is_a_trimmed_mean(values: list[float]) -> None:
+    assert iqm(values) == pytest.approx(scipy_stats.trim_mean(values, 0.25))
+
+
+def test_one_standard_error() -> None:
+    assert one_standard_error(75, 200) == pytest.approx(3.07, abs=0.01)
+    assert one_standard_error(50, 10_000) == pytest.approx(0.5, abs=0.001)
+    assert one_standard_error(0, 200) == pytest.approx(one_standard_error(100, 200))
+    assert one_standard_error(0, 200) == pytest.approx(0.5, abs=0.01)
+    assert all(
+        one_standard_error(x, 200) == pytest.approx(100 * math.sqrt(x / 100 * (1 - x / 100) / 200), rel=0.02)
+        for x in range(20, 81)
+    )
+
+
+def test_tax() -> None:
+    final = {"x": {0: 80.0, 1: 81.0}, "y": {0: 50.0, 1: 50.0}}
+    best = {"x": {1: 81.5, 0: 82.0}, "y": {0: 51.0, 1: 50.0}}
+    result = tax(best, final)
+    assert {task: e.value for task, e in result.tasks.items()} == {"x": 1.25, "y": 0.5}
+    assert result.overall == mean_of({"x": [2.0, 0.5], "y": [1.0, 0.0]})
+    assert tax(best, final, {"x": 1, "y": 0}).overall.value == 1.25
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+
+ONE: Cells = {"a": [1.0, 2.0]}
+RUN: Runs = {"a": {0: 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: spread([]), "the values: there is none"),
+        (lambda: spread([1.0, math.nan]), "the values: nan cannot be used; numbers have to be finite"),
+        (lambda: spread(["x"]), "the values: 'x' is no number"),  # type: ignore[list-item]
+        (lambda: mean_of({}), "there is no task"),
+        (lambda: mean_of({"a": []}), "the seeds of a: there is none"),
+        (lambda: mean_of({"a": [math.inf]}), "the seeds of a: inf cannot"),
+        (lambda: mean_of({"a": [1e200]}), "finite and at most 1e[+]100"),
+        (lambda: mean_of(ONE, level=95), "the level is 95; it lies between 0 and 1: 0.95"),
+        (lambda: mean_of(ONE, {"b": 1.0}), "the weights and the tasks differ in a, b"),
+        (lambda: mean_of(ONE, {"a": -1.0}), "the weight of a is -1.0; weights are 0 or more"),
+        (lambda: mean_of(ONE, {"a": 0.0}), "all weights are 0"),
+        (lambda: group_weights({}), "there is no group"),
+        (lambda: group_weights({"g": []}), "the group 'g' has no task"),
+        (lambda: group_weights({"g": ["a"], "h": ["a"]}), "a is listed twice"),
+        (lambda: mean_over_new_tasks(ONE, [["b"]]), "a: in no source"),
+        (lambda: mean_over_new_tasks(ONE, [["a"], ["b", "a"]]), "a: in more than one source"),
+        (lambda: mean_over_new_tasks(ONE, ["a"]), "a source is a list of tasks, not a name"),
+        (lambda: paired({}, {}, []), "there is no task"),
+        (lambda: paired({**RUN, "b": {0: 1.0}}, {**RUN, "c": {0: 1.0}}, [["a"]]), "those of b differ in b, c"),
+        (lambda: paired(RUN, {"a": {1: 1.0}}, [["a"]]), "a: the two sides share no seed"),
+        (lambda: paired(RUN, {"a": {0: math.nan}}, [["a"]]), "the seeds of a: nan cannot"),
+        (lambda: sign_flip([]), "the differences: there is none"),
+        (lambda: signed_rank([math.inf]), "the differences: inf cannot"),
+        (lambda: holm({"x": 1.5}), "p of x is 1.5; a p lies between 0 and 1"),
+        (lambda: holm({"x": math.nan}), "p of x: nan cannot"),
+        (lambda: cell_verdict({0: math.nan}, {0: 1.0}), "the values: nan cannot"),
+        (lambda: mcnemar([True], [True, False]), "1 pictures against 2"),
+        (lambda: mcnemar([], []), "at least one"),
+        (lambda: mcnemar([1, 0], [1, 1]), "the bits are int64"),  # type: ignore[list-item]
+        (lambda: paired_bootstrap([True], [False], seed=0, resamples=1), "1 resamples give no interval"),
+        (lambda: best_and_second({"a": {}}), "the seeds of a: there is none"),
+        (lambda: rank_cliques({}, []), "there is no row"),
+        (lambda: rank_cliques({"r": {}}, []), "there is no task"),
+        (lambda: rank_cliques({"r": {"a": 1.0}, "s": {"b": 1.0}}, [["a"]]), "the scores of s and .* differ in a, b"),
+        (lambda: iqm([]), "the values: there is none"),
+        (lambda: one_standard_error(101, 200), "the accuracy is 101; it is in percent"),
+        (lambda: one_standard_error(50, 0), "an accuracy over 0 pictures"),
+        (lambda: tax({"a": {0: 1.0}}, {"a": {0: 2.0}}), "a, seed 0: the best epoch has 1.0, the last 2.0"),
+        (lambda: tax({"a": {0: 1.0}}, {"a": {0: 1.0, 1: 1.0}}), "the last epochs on a and its best epochs differ in 1"),
+    ],
+)
+def test_errors_are_one_line(call: Callable[[], object], text: str) -> None:
+    with pytest.raises(StatsError, match=text) as info:
+        call()
+    assert isinstance(info.value, SvpBenchError)
+    assert info.value.exit_status == 1
+    assert "\n" not in str(info.value)

@@ -1,0 +1,462 @@
+"""Sweeps without training: declarations, samplers, the rule, frozen choices, and the order of things under any fate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import command, complaint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svp_bench.errors import ConfigError, RecordError, UnavailableError, UsageError
+from svp_bench.results.choices import Choice, Trial, choice_path, read_choice, write_choice
+from svp_bench.results.stats import one_standard_error
+from svp_bench.sweep.jobs import Job, Outcome
+from svp_bench.sweep.pools import Done, Event, Pool
+from svp_bench.sweep.search import choose, load_search, make_sampler
+from svp_bench.sweep.sweep import Cell, Sweep, Watcher
+
+LR = "model.learning_rate"
+WD = "model.weight_decay"
+WEIGHTS = "sha256:" + "ab" * 32
+
+
+def declare(folder: Path, text: str = "", sampler: str = "grid", budget: int = 4, spaces: str | None = None) -> Path:
+    spaces = spaces or f"{{default: {{{LR}: [1.0e-3, 1.0e-2], {WD}: [0.1]}}}}"
+    path = folder / "search.yaml"
+    head = f"name: small\nversion: 1\nsampler: {sampler}\nbudget: {budget}\nspaces: {spaces}\n"
+    path.write_text(head + text, encoding="utf-8")
+    return path
+
+
+def trial(score: float | None, trainable: int = 10, **values: Any) -> Trial:
+    scores = () if score is None else (score,)
+    status = "complete" if score is not None else "the loss became nan"
+    return Trial(values or {LR: 1e-3}, ("run",), scores, trainable if scores else None, status)
+
+
+# ---- declarations
+
+
+def test_the_shipped_search_is_one_that_every_method_can_use() -> None:
+    from svp_bench.methods import METHODS
+    from svp_bench.sweep.runner import Runner
+
+    search = load_search("default")
+    assert load_search("configs/search/default.yaml").digest == search.digest
+    runner = Runner()
+    for entry in METHODS:
+        job = Job("vtab/dtd", entry.name, 0, "select", common=("--results_root", "r", "--runs_root", "u"))
+        keys = [dimension.key for dimension in search.space(entry.name)]
+        assert set(keys) <= runner.keys(job), entry.name
+        settings_ = make_sampler(search, entry.name, runner.default_values(job, keys), "x").ask([])
+        assert 1 < len(settings_) <= search.budget
+        for values in settings_:  # every setting of the grid is one that the method takes
+            config = runner.resolved(dataclasses.replace(job, values=values)).config
+            assert config["model"]["method"]["class_path"].startswith("svp_bench.methods.")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ({"sampler": "gird"}, r"search.yaml:3: unknown sampler 'gird'; did you mean 'grid'\?"),
+        ({"budget": 0}, r"search.yaml:4: budget must be a whole number of at least 1"),
+        ({"budget": 1}, r"the grid of default has 2 settings, more than the budget of 1"),
+        ({"spaces": "{default: {learning_rate: [1.0]}}"}, r"learning_rate is no config key; write it dotted"),
+        ({"spaces": "{default: {data.task: [vtab/dtd]}}"}, r"data.task is not searched"),
+        ({"spaces": f"{{default: {{{LR}: [1e-3]}}}}"}, r"1e-3 is a text in YAML; as a number write 0.001"),
+        ({"spaces": f"{{default: {{{LR}: [1.0, 1.0]}}}}"}, r"has a value twice"),
+        ({"spaces": f"{{default: {{{LR}: {{low: 1.0, high: 2.0}}}}}}"}, r"is a range, and a grid needs a list"),
+        ({"spaces": f"{{default: {{{LR}: []}}}}"}, r"must be a list with at least one entry"),
+        ({"spaces": f"{{default: {{{LR}: [[1.0]]}}}}"}, r"is a number, a text, true, false or null"),
+        ({"text": "seeds: [0, 0]\n"}, r"a seed stands twice"),
+        ({"text": "seeds: [-1]\n"}, r"a seed is a whole number"),
+        ({"text": "sedes: [1]\n"}, r"unknown key 'sedes' in the search; did you mean 'seeds'\?"),
+    ],
+)
+def test_a_wrong_declaration_is_one_line(tmp_path: Path, text: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_search(str(declare(tmp_path, **text)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_search_that_is_not_there() -> None:
+    with pytest.raises(
+        UsageError, match=r"unknown search 'configs/search/defualt.yaml'; did you mean 'configs/search/def"
+    ):
+        load_search("configs/search/defualt.yaml")
+
+
+def test_a_range_needs_low_below_high(tmp_path: Path) -> None:
+    for inside, said in (
+        ("low: 2.0, high: 1.0", "low < high"),
+        ("low: 0, high: 1.0, log: true", "begins above 0"),
+        ("low: a, high: 1.0", "needs numbers"),
+        ("low: 1.0, high: 2.0, log: 3", "log must be true or false"),
+    ):
+        path = declare(tmp_path, sampler="tpe", spaces=f"{{default: {{{LR}: {{{inside}}}}}}}")
+        with pytest.raises(ConfigError, match=said):
+            load_search(str(path))
+
+
+def test_the_digest_is_that_of_the_declaration_not_of_its_layout(tmp_path: Path) -> None:
+    one = load_search(str(declare(tmp_path)))
+    path = declare(tmp_path)
+    path.write_text("# a comment\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert load_search(str(path)).digest == one.digest
+    assert load_search(str(declare(tmp_path, budget=5))).digest != one.digest
+
+
+# ---- samplers
+
+
+def test_a_grid_begins_with_the_recipes_own_setting(tmp_path: Path) -> None:
+    search = load_search(str(declare(tmp_path)))
+    sampler = make_sampler(search, "svp", {LR: 1e-2, WD: 0.1}, "")
+    assert sampler.ask([]) == [{LR: 1e-2, WD: 0.1}, {LR: 1e-3, WD: 0.1}]
+    outside = make_sampler(search, "svp", {LR: 5.0, WD: 0.1}, "")
+    assert [values[LR] for values in outside.ask([])] == [5.0, 1e-3, 1e-2]
+
+
+def test_a_default_outside_of_a_full_grid_is_refused(tmp_path: Path) -> None:
+    search = load_search(str(declare(tmp_path, budget=2)))
+    with pytest.raises(
+        ConfigError, match=r"the grid of svp and its default setting are 3 settings, more than the budget"
+    ):
+        make_sampler(search, "svp", {LR: 5.0, WD: 0.1}, "")
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_drawn_search_can_be_taken_up_anywhere(tmp_path: Path, sampler: str) -> None:
+    pytest.importorskip("optuna")
+    space = f"{{default: {{{LR}: {{low: 1.0e-5, high: 1.0e-1, log: true}}, {WD}: [0.1, 0.2]}}}}"
+    search = load_search(str(declare(tmp_path, sampler=sampler, budget=9, spaces=space)))
+    default = {LR: 1e-3, WD: 0.1}
+
+    def whole(stop: int) -> list[dict[str, Any]]:
+        told: list[tuple[Mapping[str, Any], float | None]] = []
+        one = make_sampler(search, "svp", default, "task")
+        while settings_ := one.ask(told):
+            if len(told) >= stop:  # the process was killed: a new sampler knows only what was told
+                one = make_sampler(search, "svp", default, "task")
+                settings_ = one.ask(told)
+            told += [(values, None if values[LR] > 5e-2 else -abs(values[LR] - 1e-2)) for values in settings_]
+        return [dict(values) for values, _ in told]
+
+    first = whole(99)
+    assert len(first) == search.budget
+    assert first[0] == default
+    assert first == whole(3) == whole(1)
+    assert len({values[LR] for values in first}) == search.budget
+    other = make_sampler(search, "svp", default, "another task").ask([(default, 1.0)])
+    assert other[0] != first[1]
+
+
+def test_without_optuna_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    search = load_search(str(declare(tmp_path, sampler="tpe")))
+    with pytest.raises(UnavailableError, match=r"pip install 'svp-bench\[search\]'"):
+        make_sampler(search, "svp", {LR: 1e-3, WD: 0.1}, "")
+
+
+# ---- the rule
+
+
+def test_within_one_standard_error_the_default_wins() -> None:
+    chosen, error, reason = choose([trial(70.0), trial(72.0), trial(60.0)], 200)
+    assert chosen == 0
+    assert error == pytest.approx(one_standard_error(72.0, 200))
+    assert 3 < error < 3.5
+    assert "the default setting, 70.00, wins" in reason
+
+
+def test_beyond_it_the_cheapest_of_the_best_wins() -> None:
+    trials = [trial(50.0), trial(72.0, trainable=100), trial(70.5, trainable=5), trial(71.0, trainable=5), trial(None)]
+    chosen, _, reason = choose(trials, 200)
+    assert chosen == 3
+    assert "3 of 4 settings are within one standard error" in reason
+    assert choose([trial(50.0), trial(72.0)], 200)[0] == 1
+
+
+def test_no_score_no_choice() -> None:
+    with pytest.raises(UsageError, match="no setting of the search has a score"):
+        choose([trial(None)], 200)
+
+
+@given(
+    scores=st.lists(st.one_of(st.none(), st.integers(0, 200)), min_size=1, max_size=12),
+    sizes=st.lists(st.integers(1, 5), min_size=12, max_size=12),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_is_chosen_is_never_worse_than_one_standard_error(scores: list[int | None], sizes: list[int]) -> None:
+    trials = [trial(None if s is None else s / 2, trainable=n) for s, n in zip(scores, sizes, strict=False)]
+    if all(s is None for s in scores):
+        return
+    chosen, error, _ = choose(trials, 200)
+    best = max(t.mean for t in trials if t.mean is not None)
+    mean = trials[chosen].mean
+    assert mean is not None
+    assert mean >= best - error
+    if chosen != 0:
+        assert trials[0].mean is None or trials[0].mean < best - error
+        cheaper = [t for t in trials if t.mean is not None and (t.trainable or 0) < (trials[chosen].trainable or 0)]
+        assert all(t.mean is not None and t.mean < best - error for t in cheaper)
+
+
+# ---- frozen choices
+
+
+def a_choice(**changes: Any) -> Choice:
+    choice = Choice(
+        task="vtab/dtd",
+        method="svp",
+        search={"name": "small", "version": 1, "sampler": "grid", "budget": 4, "space": {LR: [1e-3, 1e-2]}},
+        search_digest="sha256:" + "12" * 32,
+        context={"trainer": {"max_epochs": 3}},
+        checkpoint_digest=WEIGHTS,
+        data_digest="sha256:" + "34" * 32,
+        selected_on="val200",
+        count=200,
+        trials=(trial(50.0, **{LR: 1e-3}), trial(60.0, **{LR: 1e-2})),
+        chosen=1,
+        standard_error=3.4,
+        reason="because",
+        created="2026-01-31T12:00:00+00:00",
+    )
+    return dataclasses.replace(choice, **changes)
+
+
+def test_a_choice_is_written_once(tmp_path: Path) -> None:
+    path = write_choice(a_choice(), tmp_path)
+    assert path == choice_path(tmp_path, "small", a_choice().search_digest, "vtab/dtd", "svp")
+    assert read_choice(path) == a_choice()
+    before = path.read_bytes()
+    assert write_choice(a_choice(created="2026-02-01T12:00:00+00:00"), tmp_path) == path  # the same: whoever was first
+    with pytest.raises(RecordError, match="holds another choice already, and a choice is never overwritten"):
+        write_choice(a_choice(chosen=0), tmp_path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_record_says_what_the_choice_was() -> None:
+    tuned = a_choice().tuned()
+    assert tuned.keys == (LR,)
+    assert tuned.search is not None
+    assert (tuned.search.budget, tuned.search.trials, tuned.search.selected_on) == (4, 2, "val200")
+    assert tuned.search.choice == a_choice().digest
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": "svp-bench/choice-9"}, "is no frozen choice"),
+        ({"chosen": 2}, "'chosen' is 2, and there are 2 trials"),
+        ({"chosen": None}, "'chosen' must be int"),
+        ({"reasons": "x"}, r"unknown key of a choice 'reasons'; did you mean 'reason'\?"),
+        ({"trials": [{}]}, r"the key 'trials\[0\].values' is missing"),
+        ({"trials": []}, "'chosen' is 1"),
+        ({"search": {"name": "x", "sampler": "grid"}}, "'search' lacks 'budget'"),
+        ({"checkpoint_digest": 3}, "'checkpoint_digest' must be text or null"),
+    ],
+)
+def test_an_edited_choice_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = tmp_path / "choice.json"
+    path.write_text(json.dumps({**json.loads(a_choice().text()), **change}), encoding="utf-8")
+    with pytest.raises(RecordError, match=said) as caught:
+        read_choice(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_choice_for_another_run_is_refused(tmp_path: Path) -> None:
+    path = str(write_choice(a_choice(), tmp_path))
+    fit = ["fit", "--config", "configs/vtab/dtd.yaml", "--choice", path]
+    for arguments, said in (
+        (
+            ["fit", "--config", "configs/vtab/svhn.yaml", "--choice", path],
+            "was chosen for the task 'vtab/dtd', not for",
+        ),
+        ([*fit, "--method", "linear"], "was chosen for the method 'svp', not for 'linear'"),
+        ([*fit, "--model.learning_rate", "1"], "chose model.learning_rate, which may not be set besides"),
+        ([*fit, "--trainer.max_epochs", "9"], "was chosen with"),
+        ([*fit, "--choice", path], "--choice was given 2 times"),
+        (["fit", "--config", "configs/vtab/dtd.yaml", "--choice", "nowhere.json"], "no choice file 'nowhere.json'"),
+    ):
+        assert said in complaint(command(*arguments), 2)
+
+
+# ---- the order of things
+
+
+class Fate(Pool):
+    """A pool that ends jobs in any order, in any way."""
+
+    def __init__(self, dice: random.Random, slots: int, dies: float, fails: float, claims: float) -> None:
+        self.slots, self.what = slots, "fate"
+        self.dice, self.dies, self.fails, self.claims = dice, dies, fails, claims
+        self.running: list[Job] = []
+        self.ran: list[Job] = []
+        self.deaths: dict[str, int] = {}
+        self.stopped = False
+
+    def submit(self, job: Job, *, retry: bool) -> None:
+        assert len(self.running) < self.slots
+        self.running.append(job)
+
+    def wait(self, seconds: float) -> list[Event]:
+        if not self.running:
+            return []
+        job = self.running.pop(self.dice.randrange(len(self.running)))
+        if self.stopped:
+            return [Done(job, Outcome("stopped"))]
+        chance = self.dice.random()
+        if chance < self.dies and self.deaths.get(job.key, 0) < 2:
+            self.deaths[job.key] = self.deaths.get(job.key, 0) + 1
+            return [Done(job, Outcome("died", reason="killed"))]
+        if chance < self.dies + self.claims:
+            return [Done(job, Outcome("claimed"))]
+        self.ran.append(job)
+        return [Done(job, self.outcome(job))]
+
+    def outcome(self, job: Job) -> Outcome:
+        fixed = random.Random(dataclasses.replace(job, choice=None).key)  # what a run gives follows from it alone
+        if fixed.random() < self.fails:
+            return Outcome("failed", reason="the loss became nan")
+        top1 = fixed.randrange(0, 2001) / 20
+        return Outcome("complete", top1=top1, count=200, trainable=fixed.randrange(5), selected_on="val200", run_id="r")
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def close(self) -> None:
+        pass
+
+
+def cells(method_count: int = 2) -> list[Cell]:
+    names = ["linear", "full", "svp"][:method_count]
+    return [
+        Cell(task, name, name, {LR: 1e-3, WD: 0.1}, {"a": 1}, WEIGHTS, "sha256:" + "34" * 32)
+        for task in ("vtab/dtd", "vtab/svhn")
+        for name in names
+    ]
+
+
+@given(seed=st.integers(0, 2**32), slots=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_the_outcome_does_not_depend_on_the_way(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, slots: int
+) -> None:
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("svp_bench.sweep.sweep._CLAIM_PAUSE", 0.0)
+    folder = tmp_path_factory.mktemp("sweep")
+    search = load_search(str(declare(folder, text="seeds: [0, 1]\n")))
+    ends = []
+    for name, pool in (
+        ("quiet", Fate(random.Random(0), 1, 0, 0.2, 0)),
+        ("wild", Fate(random.Random(seed), slots, 0.2, 0.2, 0.2)),
+    ):
+        sweep = Sweep(cells(), (0, 1, 2), ("--x",), folder / name, search=search)
+        sweep.run(pool, Watcher())
+        assert len({job.key for job in pool.ran}) == len(pool.ran)  # nothing is run twice
+        choices = {}
+        for path in sorted((folder / name).rglob("*.json")):
+            choice = read_choice(path)
+            choices[path.relative_to(folder / name)] = dataclasses.replace(choice, created="")
+        done = sorted(json.dumps({**ended.job.to_json(), "choice": None}) for ended in sweep.done)
+        ends.append((choices, done, sorted(cell.task + cell.label for cell in sweep.blocked)))
+        finals = [job for job in pool.ran if job.stage == "final"]
+        assert all(job.choice is not None and Path(job.choice).is_file() for job in finals)
+        assert sweep.left == 0
+    monkey.undo()
+    assert ends[0] == ends[1]
+
+
+def test_a_sweep_that_stops_leaves_the_rest_for_later(tmp_path: Path) -> None:
+    pool = Fate(random.Random(0), 2, 0, 0, 0)
+    sweep = Sweep(cells(), (0, 1), (), tmp_path)
+    sweep.run(pool, Watcher(), lambda: len(pool.ran) >= 3)
+    assert len(sweep.done) == 3
+    assert sweep.stopping
+    assert len(sweep.due) + len(sweep.stopped) == 8 - 3
+
+
+def test_a_process_that_always_dies_is_given_up(tmp_path: Path) -> None:
+    class Deadly(Fate):
+        def wait(self, seconds: float) -> list[Event]:
+            return [Done(self.running.pop(), Outcome("died", reason="its process ended by signal SIGKILL"))]
+
+    sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, retries=2)
+    sweep.run(Deadly(random.Random(0), 1, 0, 0, 0), Watcher())
+    assert [ended.outcome.status for ended in sweep.failed] == ["died"]
+
+
+def test_a_choice_on_other_weights_blocks_its_cell(tmp_path: Path) -> None:
+    search = load_search(str(declare(tmp_path)))
+    sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
+    sweep.run(Fate(random.Random(0), 1, 0, 0, 0), Watcher())
+    assert sweep.done
+    again = dataclasses.replace(cells(1)[0], checkpoint_digest="sha256:" + "00" * 32)
+    assert "was chosen on other weights" in (Sweep([again], (0,), (), tmp_path, search=search).blocked[0].blocked or "")
+
+
+def test_jobs_survive_json() -> None:
+    job = Job("vtab/dtd", "svp", 3, "select", {LR: 0.1, "model.method.init_args.paths": "both"}, None, ("--a", "b c"))
+    assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
+    assert job.arguments()[-4:] == ["--model.learning_rate", "0.1", "--model.method.init_args.paths", "both"]
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--methods svp", "no tasks: give --suite vtab, or --tasks"),
+        ("--suite vtba --methods svp", "did you mean 'vtab'?"),
+        ("--suite vtab --methods svpp", "did you mean 'svp'?"),
+        ("--suite vtab --methods svp,svp", "svp stands twice"),
+        ("--suite vtab --methods svp, --seeds 0", "none of them empty"),
+        ("--suite vtab --methods svp --seeds 0,x", "'x' is no whole number"),
+        ("--suite vtab --tasks dtt --methods svp", "did you mean 'vtab/dtd'?"),
+        ("--tasks vtab/dtd --methods svp --workers 0", "'0' is no whole number of at least 1"),
+        ("--tasks vtab/dtd --methods svp --shard 2/2", "--shard is i/n"),
+        ("--tasks vtab/dtd --methods svp --gpu_fraction 2 --engine ray", "--gpu_fraction is above 0"),
+        ("--tasks vtab/dtd --methods svp --gpu_fraction 0.5", "belong to --engine ray"),
+        ("--tasks vtab/dtd --methods svp --method linear", "a sweep takes --methods"),
+        ("--tasks vtab/dtd --methods svp --seed_everything 1", "use --seeds 0,1,2"),
+        ("--tasks vtab/dtd --methods svp --data.stage select", "--data.stage is the sweep's own"),
+        ("--tasks vtab/dtd --methods svp --trainer.limit_train_batches 2", "makes truncated runs"),
+        ("--tasks vtab/dtd --methods svp --search nothing.yaml", "unknown search 'nothing.yaml'"),
+        ("--tasks vtab/dtd --methods svp --model.learning_rat 1", "did you mean"),
+    ],
+)
+def test_a_wrong_sweep_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in complaint(command("sweep", *arguments.split()), 2)
+
+
+def test_no_data_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = complaint(command("sweep", "--tasks", "vtab/dtd", "--methods", "linear", "--model.checkpoint", "none"), 1)
+    assert "none of the tasks can run" in line
+    assert "svp-bench data draw" in line
+
+
+def test_a_slurm_array_has_an_element_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = command("sweep", "--suite", "vtab", "--methods", "svp,linear", "--seeds", "0,1", "--emit", "slurm")
+    assert done.status == 0, done.err
+    script = (tmp_path / "runs" / "slurm" / "sweep.sbatch").read_text(encoding="utf-8")
+    assert "#SBATCH --array=0-37" in script
+    assert '--shard "$SLURM_ARRAY_TASK_ID/38"' in script
+    assert "--emit" not in script
+    import subprocess
+
+    assert subprocess.run(["bash", "-n", "runs/slurm/sweep.sbatch"], check=False).returncode == 0

@@ -1,0 +1,285 @@
+"""Sweeps that train: the same records as single runs, nothing run twice, and killed anywhere without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import command, run
+
+from svp_bench.config import split_flags
+from svp_bench.results.files import read_records
+from svp_bench.sweep.jobs import Job
+from svp_bench.sweep.runner import Runner, with_values
+from svp_bench.train.parsing import resolve
+
+FLAGS = [
+    *("--model.backbone", "vim_nano_patch8_64", "--model.checkpoint", "none", "--data.image_size", "32"),
+    *("--trainer.max_epochs", "1", "--model.scan_backend", "reference", "--trainer.accelerator", "cpu"),
+]
+SEARCH = """\
+name: small
+version: 1
+sampler: grid
+budget: 2
+spaces:
+  default: {model.learning_rate: [1.0e-3, 1.0e-2]}
+"""
+SWEEP = ["--tasks", "demo/digits-5shot", "--methods", "linear,offset", "--seeds", "0,1", *FLAGS]
+
+
+def facts(root: Path) -> list[dict[str, Any]]:
+    """All records, without what differs between two runs of the same thing."""
+    records, problems = read_records(root)
+    assert not problems
+    found = []
+    for record in records:
+        data = record.to_json()
+        for key in ("run_id", "created", "times", "images_per_second", "peak_memory_mib", "checkpoint_file", "commit"):
+            data.pop(key)
+        data.pop("dirty")
+        for key in ("runs_root", "results_root"):
+            data["config"].pop(key, None)
+        if data["tuned"]:
+            data["tuned"]["search"].pop("choice")  # its digest is over the run ids and the time
+        found.append(data)
+    return sorted(found, key=lambda data: json.dumps(data, sort_keys=True))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep with a search that nobody disturbed; its folder."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "search.yaml").write_text(SEARCH, encoding="utf-8")
+    monkey = pytest.MonkeyPatch()
+    monkey.chdir(folder)
+    done = command("sweep", *SWEEP, "--search", "search.yaml", "--no_report")
+    monkey.undo()
+    assert done.status == 0, done.out + done.err
+    return folder
+
+
+# ---- what is resolved
+
+
+def test_a_setting_put_in_is_the_setting_parsed() -> None:
+    common = ("--results_root", "r", "--runs_root", "u", "--model.backbone", "vim_nano_patch8_64")
+    base = resolve(split_flags(Job("vtab/dtd", "svp", 0, "select", common=common).arguments()))
+    for values in (
+        {"model.learning_rate": 1, "model.weight_decay": 0.05},
+        {"model.method.init_args.share_layers": 3, "model.method.init_args.paths": "cross"},
+        {"data.batch_size": 16, "trainer.gradient_clip_val": 1.5, "model.method.init_args.include_cls": True},
+    ):
+        job = Job("vtab/dtd", "svp", 7, "select", values, common=common)
+        parsed = resolve(split_flags(job.arguments()))
+        put = with_values(base, 7, values)
+        assert put.config == parsed.config
+        assert put.config_digest == parsed.config_digest
+        assert Runner().resolved(job) == parsed
+
+
+# ---- undisturbed
+
+
+def test_a_sweep_searches_freezes_and_tests_once(undisturbed: Path) -> None:
+    records, problems = read_records(undisturbed / "results")
+    assert not problems
+    kinds = [(record.method, record.kind) for record in records]
+    assert sorted(kinds) == sorted(
+        [(m, k) for m in ("linear", "offset") for k in ("selection", "selection", "final", "final")]
+    )
+    for record in records:
+        if record.kind == "selection":
+            assert record.lists == {"train": "train", "val": "val"}
+            assert not list((undisturbed / "runs" / record.task / record.run_id).glob("checkpoints"))
+        else:
+            assert record.tuned is not None
+            assert record.tuned.search is not None
+            assert record.tuned.keys == ("model.learning_rate",)
+            assert (record.tuned.search.budget, record.tuned.search.trials) == (2, 2)
+            (choice,) = undisturbed.glob(f"results/choices/*/{record.task}/{record.method}.json")
+            import hashlib
+
+            assert record.tuned.search.choice == "sha256:" + hashlib.sha256(choice.read_bytes()).hexdigest()
+            assert (
+                record.config["model"]["learning_rate"]
+                == json.loads(choice.read_text())["trials"][json.loads(choice.read_text())["chosen"]]["values"][
+                    "model.learning_rate"
+                ]
+            )
+
+
+def test_a_second_sweep_finds_all_of_it(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(undisturbed)
+    before = facts(Path("results"))
+    again = run("sweep", *SWEEP, "--search", "search.yaml", "--no_report")
+    assert "4 runs complete (0 new), 0 failed" in again.out
+    assert facts(Path("results")) == before
+    plan = run("sweep", *SWEEP, "--search", "search.yaml", "--dry_run")
+    assert re.search(r"linear +0 +2 +2 +0 +0 ", plan.out), plan.out
+    longer = run("sweep", *SWEEP, "--search", "search.yaml", "--dry_run", "--seeds", "0,1,2,3")
+    assert re.search(r"linear +0 +4 +2 +0 +2 +\d+ (s|min) ", longer.out), longer.out
+    assert "Time: about" in longer.out
+
+
+def test_a_sweeps_run_is_the_run_that_fit_makes(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (choice,) = undisturbed.glob("results/choices/*/demo/digits-5shot/offset.json")
+    monkeypatch.chdir(tmp_path)
+    made = run(
+        *("fit", "--config", "configs/demo/digits-5shot.yaml", "--method", "offset", "--choice", str(choice)),
+        *("--seed_everything", "1", *FLAGS, "--trainer.enable_progress_bar", "false"),
+    )
+    records, _ = read_records(undisturbed / "results")
+    (theirs,) = [r for r in records if (r.method, r.kind, r.seed) == ("offset", "final", 1)]
+    assert made.record["correct"] == theirs.to_json()["correct"]
+    assert made.record["metrics"] == theirs.to_json()["metrics"]
+    assert made.record["setting_digest"] == theirs.setting_digest
+
+
+def test_the_track_keeps_searched_rows_apart(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(undisturbed)
+    table = run("table", "--suite", "demo").out
+    assert "K = 2" in table
+
+
+def test_a_failure_is_listed_and_run_again_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [flag if flag != "1" else "2" for flag in FLAGS]
+    bad = ["--tasks", "demo/digits-5shot", "--methods", "full", "--model.learning_rate", "1e30", *flags, "--no_report"]
+    first = command("sweep", *bad)
+    assert first.status == 1
+    assert "FAILED: NonFiniteLossError" in first.out or "FAILED: the training loss" in first.out, first.out
+    assert "the same command with --retry_failed" in first.out
+    second = command("sweep", *bad)
+    assert second.status == 1
+    assert "it failed earlier and is left alone" in second.out
+    third = command("sweep", *bad, "--retry_failed")
+    assert third.status == 1
+    assert "it failed earlier" not in third.out
+
+
+def test_tune_freezes_one_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("search.yaml").write_text(SEARCH, encoding="utf-8")
+    tuned = run("tune", "--task", "demo/digits-5shot", "--method", "linear", "--search", "search.yaml", *FLAGS)
+    assert "demo/digits-5shot, linear: chose learning_rate =" in tuned.out
+    (choice,) = Path("results").glob("choices/*/demo/digits-5shot/linear.json")
+    assert str(choice) in tuned.out
+    assert {record.kind for record in read_records("results")[0]} == {"selection"}
+
+
+# ---- disturbed
+
+
+def start(folder: Path, *extra: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "svp_bench", "sweep", *SWEEP, "--search", "search.yaml", "--no_report", *extra],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,
+    )
+
+
+def family(pid: int) -> list[int]:
+    """The process and all that it started."""
+    pids = [pid]
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError):
+                continue
+            if parent == pid:
+                pids += family(int(entry.name))
+    return pids
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_anywhere_it_ends_as_if_undisturbed(undisturbed: Path, tmp_path: Path, seed: int) -> None:
+    dice = random.Random(seed)
+    (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
+    for _ in range(3):  # the whole tree ended in the middle
+        sweep = start(tmp_path)
+        until = time.monotonic() + dice.uniform(6, 22)
+        while time.monotonic() < until and sweep.poll() is None:
+            time.sleep(0.2)
+            if dice.random() < 0.02:  # one worker killed
+                for child in family(sweep.pid)[1:2]:
+                    kill(child)
+        for pid in family(sweep.pid):
+            kill(pid)
+        sweep.communicate()
+    sweep = start(tmp_path)
+    out, _ = sweep.communicate(timeout=240)
+    assert sweep.returncode == 0, out
+    assert facts(tmp_path / "results") == facts(undisturbed / "results")
+    tables = [run("table", "--results_root", str(folder / "results")).status for folder in (tmp_path, undisturbed)]
+    assert tables == [0, 0]
+    for name in ("demo.csv", "demo_long.csv"):
+        mine, theirs = (folder / "results" / "tables" / name for folder in (tmp_path, undisturbed))
+        assert mine.read_text() == theirs.read_text()
+
+
+@pytest.mark.slow
+def test_an_orphan_worker_ends_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
+    sweep = start(tmp_path)
+    workers: list[int] = []
+    until = time.monotonic() + 60
+    while len(workers) < 1 and time.monotonic() < until:
+        time.sleep(0.5)
+        workers = family(sweep.pid)[1:]
+    time.sleep(4)
+    kill(sweep.pid)
+    sweep.wait()
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < until:
+        time.sleep(0.5)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_stops_it_cleanly(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
+    sweep = start(tmp_path)
+    until = time.monotonic() + 90
+    while not list(tmp_path.glob("results/records/*/*/*.json")) and time.monotonic() < until:
+        time.sleep(0.1)
+    sweep.send_signal(number)
+    out, _ = sweep.communicate(timeout=90)
+    assert sweep.returncode == status, out
+    assert "Traceback" not in out
+    assert "Go on: svp-bench sweep" in out
+
+
+@pytest.mark.slow
+def test_two_sweeps_at_once_share_the_work(undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
+    both = [start(tmp_path), start(tmp_path)]
+    for sweep in both:
+        out, _ = sweep.communicate(timeout=240)
+        assert sweep.returncode == 0, out
+    assert facts(tmp_path / "results") == facts(undisturbed / "results")
