@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,11 @@ def test_the_message_says_where_the_root_came_from(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SVP_BENCH_DATA", "elsewhere")
     with pytest.raises(DataError, match=r"\(\$SVP_BENCH_DATA is elsewhere\)"):
         locate(CARD, SUITE)
+
+
+def test_the_archive_is_the_suite_cards() -> None:
+    with pytest.raises(DataError, match=r"; get all\.tar from https://example\.org and give its folder"):
+        locate(CARD, replace(SUITE, archive="all.tar from https://example.org"), Path("none"))
 
 
 def test_another_suite_is_sent_to_the_page_of_its_task(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ import pytest
 import torch
 from helpers import command, complaint, read_json, run, settle
 from helpers import small as line
+
+from svp_bench.errors import UsageError
+from svp_bench.train.module import AdaptationModule
+from svp_bench.train.resume import agreed_name
 
 # 17 pictures in batches of 6: the last of an epoch has 5, which two processes share unevenly; so are the 9 of test.
 FLAGS = {"data__batch_size": "6", "trainer__max_epochs": "2", "trainer__accelerator": "cpu"}
@@ -117,6 +123,110 @@ def test_both_processes_stop_at_the_same_step_and_go_on(place: Path, monkeypatch
     assert not list(place.glob("results/records/vtab/cifar/*.json"))
     two(*flags, "--resume")
     check_equal(place, alone(monkeypatch, *flags))
+
+
+# --- one name for all processes --------------------------------------------------------------------------------------
+
+ASKING = """
+import sys
+from contextlib import ExitStack
+from svp_bench.errors import UsageError
+from svp_bench.train.resume import agreed_name
+
+def decide():
+    print("decided", end=" ")
+    if "fail" in sys.argv: raise UsageError("no run")
+    return f"run-of-{sys.argv[1]}"
+
+try:
+    with ExitStack() as holding: print(agreed_name(holding, decide, resume=True))
+except UsageError as error: print(error)
+"""
+
+
+def launched(*extra: str, **environment: str) -> list[str]:
+    """Ask for the name in two processes, as torchrun launches them; return what each said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "x"}
+    both = []
+    for rank in ("0", "1"):
+        own = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, **environment}
+        argv = [sys.executable, "-c", ASKING, rank, *extra]
+        both.append(subprocess.Popen(argv, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    return [out.strip() for out, _ in said]
+
+
+def test_the_first_of_torchruns_processes_decides_for_all() -> None:
+    assert launched() == ["decided run-of-0", "run-of-0"]
+
+
+def test_where_the_first_fails_none_waits_for_it() -> None:
+    assert launched("fail") == ["decided no run", "the first process of this run has stopped; it says why"]
+
+
+def test_what_lightning_launches_inherits_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SVP_BENCH_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    with ExitStack() as holding:
+        assert agreed_name(holding, lambda: "svp-1", resume=True) == "svp-1"
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert agreed_name(holding, lambda: "svp-2", resume=True) == "svp-1"
+    assert "SVP_BENCH_RUN_ID" not in os.environ
+    with ExitStack() as holding:  # launched by somebody else
+        assert agreed_name(holding, lambda: "svp-2", resume=False) == "svp-2"
+        with pytest.raises(UsageError, match=r"--resume: LOCAL_RANK is set, but neither .+; use torchrun"):
+            agreed_name(holding, lambda: "svp-2", resume=True)
+
+
+def by_torchrun(*extra: str) -> subprocess.CompletedProcess[str]:
+    runner = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "program.py"]
+    argv = [sys.executable, *runner, *line(*TWO, *extra, **FLAGS)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_with_the_run_that_was_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with one new run for each process."""
+    with monkeypatch.context() as patch:
+        real, seen = AdaptationModule.training_step, [0]
+
+        def training_step(self: AdaptationModule, batch: Any, batch_idx: int) -> torch.Tensor:
+            seen[0] += 1
+            if seen[0] == 5:  # in the second of two epochs
+                raise KeyboardInterrupt
+            return real(self, batch, batch_idx)
+
+        patch.setattr(AdaptationModule, "training_step", training_step)
+        assert command(*line(**FLAGS)).status == 130
+    (run_folder,) = place.glob("runs/vtab/cifar/*")
+    done = by_torchrun("--resume")
+    assert done.returncode == 0, done.stderr
+    assert list(place.glob("runs/vtab/cifar/*")) == [run_folder]
+    assert done.stdout.count("Record (complete)") == 1
+    check_equal(place, alone(monkeypatch))
+    assert "Nothing to go on with" in by_torchrun("--resume").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
+def test_a_process_that_is_killed_ends_the_others_in_one_line(place: Path) -> None:
+    process = start(*line(*TWO, "--trainer.max_epochs", "200", **{**FLAGS, "trainer__max_epochs": None}))
+    for _ in range(1200):
+        time.sleep(0.05)
+        if list(place.glob("runs/vtab/cifar/*/checkpoints/last.ckpt")):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = next(int(child) for child in children if b"program.py" in Path(f"/proc/{child}/cmdline").read_bytes())
+    os.kill(second, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+    if process.returncode != -signal.SIGKILL:  # Lightning kills the rest of them if it is the first to notice
+        assert "svp-bench: error: another process of this run is gone (" in err
+        assert process.returncode == 1
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(place: Path) -> None:

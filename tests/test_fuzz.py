@@ -224,6 +224,30 @@ def test_json_splits(folder: Path, data: st.DataObject) -> None:
         path.write_bytes(original)
 
 
+@many
+@given(data=st.data())
+def test_own_text_files(folder: Path, data: st.DataObject) -> None:
+    root, card = folder / "data", load_task("fgvc/cub")
+    if not root.exists():
+        draw_task(card, root, counts={"train": 6, "val": 3, "test": 4}, size=12, layout="native")
+        (path,) = root.rglob("images.txt")
+        (path.parent / "classes.txt").write_text("".join(f"{number} {number:03d}.Bird\n" for number in range(1, 201)))
+    names = ["images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"]
+    (path,) = root.rglob(data.draw(st.sampled_from(names)))
+    original = path.read_bytes()
+    try:
+        if data.draw(st.booleans()):
+            path.write_text(data.draw(changed_text(original.decode())), encoding="utf-8", errors="surrogatepass")
+        else:
+            path.write_bytes(data.draw(changed_bytes(original)))
+        source = accepted(lambda: open_source(card, root))
+        if source is not None:
+            assert not {*source.get("test").keys()} & {*source.get("trainval").keys()}
+            assert source.class_names is None or len(source.class_names) == card.classes
+    finally:
+        path.write_bytes(original)
+
+
 def picture(kind: str) -> bytes:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (24, 20, 3), dtype=np.uint8))

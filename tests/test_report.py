@@ -27,8 +27,9 @@ from svp_bench.results.record import Record
 from svp_bench.results.report import libraries
 from svp_bench.results.report.curves import POINTS, Curve, read_curve, read_curves, thin
 from svp_bench.results.report.figures import columns_of, figures_of, plain
+from svp_bench.results.report.model import ReportView, SectionView
 from svp_bench.results.report.page import json_in_html, render
-from svp_bench.results.report.view import ReportView, SectionView, front, report_view
+from svp_bench.results.report.view import front, report_view
 from svp_bench.results.rows import Table
 from svp_bench.results.stats import mean_of, one_standard_error
 from svp_bench.results.tables import load_table

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from helpers import Outcome, command, complaint, read_json, run, settle
 from helpers import small as line
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.utilities import rank_zero_only
 
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler
@@ -28,7 +29,7 @@ from svp_bench.errors import CheckpointError, SvpBenchError
 from svp_bench.train import cli, resume
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.resumable import check_resumable
-from svp_bench.train.resume import AtomicCheckpointIO, find_run, locked
+from svp_bench.train.resume import AtomicCheckpointIO, claim_run, find_run, is_first_process, locked
 from svp_bench.train.saved import Saved
 
 CHANGING = {"run_id", "created", "times", "images_per_second", "peak_memory_mib", "checkpoint_file"}
@@ -272,6 +273,23 @@ def test_a_run_that_another_process_has_just_finished_is_left_alone(
     again = command(*small(*FLAGS, "--resume"))
     assert again.status == 0
     assert f"Nothing to go on with: {first.folder.name} is complete" in again.out
+
+
+def test_only_the_first_of_a_runs_processes_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun starts them alike; the others find the same run, and must not stumble over the lock of their own."""
+    folder = tmp_path / "svp-20260101T000000Z-seed0-aa-1"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed_everything: 0\n")
+    monkeypatch.setattr(resume, "locked", lambda folder: pytest.fail("held") if rank else nullcontext())
+    for rank in (0, 1):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        with ExitStack() as holding:
+            found = claim_run(holding, tmp_path, tmp_path, 0, lambda config: True)
+        assert found is not None
+        assert found.folder == folder
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert not is_first_process()
 
 
 def test_other_data_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import svp_bench
+from svp_bench.cards import displayed_class_names, load_task
 from svp_bench.data import module as data_module
 from svp_bench.data import sources
 from svp_bench.data.module import VisionDataModule
@@ -293,6 +294,7 @@ def test_the_checkpoint_holds_the_trained_part_and_what_it_belongs_to(scored: Si
         "ema_decay": None,
         "ema_evaluate": False,
         "view": {"resize": "straight", "interpolation": "bicubic", "crop_ratio": 0.875},
+        "class_names": displayed_class_names(load_task(TASK)),
     }
 
 

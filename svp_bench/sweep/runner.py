@@ -20,7 +20,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from svp_bench.cards import load_protocol, load_suite, load_task
 from svp_bench.config import split_flags
-from svp_bench.data.keep import keep_between_runs
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, open_source
 from svp_bench.errors import SvpBenchError
@@ -71,7 +70,6 @@ class Runner:
     """Runs jobs, one after the other, in this process."""
 
     def __init__(self) -> None:
-        keep_between_runs()
         self._resolved: dict[tuple[str, ...], Resolved] = {}
         self._data: dict[tuple[Any, ...], DataReport] = {}
         self._trained: dict[tuple[str, str], int] = {}

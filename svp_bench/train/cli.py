@@ -50,6 +50,7 @@ from svp_bench.train.resume import (
     Stopper,
     agreed_name,
     claim_run,
+    is_first_process,
     is_of_a_lost_process,
     locked,
 )
@@ -284,7 +285,7 @@ class BenchCLI(ConfigCLI):
     def _alone(self) -> AbstractContextManager[None]:
         """No other process trains this run; the processes of one run are one. A run to go on with is held already."""
         dry = bool(self.config[self.verb].trainer.fast_dev_run)
-        begun = self.resumed is not None
+        begun = self.resumed is not None and is_first_process()
         return nullcontext() if dry or begun or not self.trainer.is_global_zero else locked(self.run_dir)
 
     @rank_zero_only

@@ -19,6 +19,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 
 from svp_bench.atomic import replacing
 from svp_bench.data.samplers import GlobalBatchSampler
@@ -40,6 +41,7 @@ __all__ = [
     "claim_run",
     "find_run",
     "held",
+    "is_first_process",
     "is_of_a_lost_process",
     "locked",
 ]
@@ -199,13 +201,14 @@ def claim_run(
 ) -> Found | None:
     """Find the run to go on with, as `find_run`, and hold it as long as `holding` lasts.
 
-    It is looked at again once it is held: another process may have finished it just before.
+    It is looked at again once it is held: another process may have finished it just before. Of the processes of a
+    cluster's launcher (srun), which share no more than the file system, the first holds it for all.
 
     Raises:
         UsageError: If another process is training it.
     """
     found = find_run(folder, records, seed, same_setting)
-    if found is None or found.finished:
+    if found is None or found.finished or not is_first_process():
         return found
     holding.enter_context(locked(found.folder))
     return Found.at(found.folder, records)
@@ -266,6 +269,12 @@ def _agreed_by_store(holding: ExitStack, decide: Callable[[], str]) -> str:
         raise
     shared.set("run", name)
     return name
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of a run's processes, as far as the environment tells before they have met."""
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return rank_zero_only.rank == 0 and node == "0"
 
 
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe")

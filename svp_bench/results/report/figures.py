@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from svp_bench.results.report.view import (
+from svp_bench.results.report.model import (
     CellView,
     Point,
     QuotedView,

@@ -27,7 +27,7 @@ from svp_bench.results.record import CREATED, Record
 from svp_bench.results.report import figures as drawing
 from svp_bench.results.report import libraries
 from svp_bench.results.report.curves import POINTS, read_curves
-from svp_bench.results.report.view import (
+from svp_bench.results.report.model import (
     Point,
     ReportView,
     RowView,
@@ -35,8 +35,8 @@ from svp_bench.results.report.view import (
     SuiteView,
     TaskView,
     TradeOff,
-    report_view,
 )
+from svp_bench.results.report.view import report_view
 from svp_bench.results.rows import Table
 from svp_bench.results.tables import load_table
 from svp_bench.results.wording import PLUMBING, interval, p_value, percent, plural, short_name, signed, size, span
