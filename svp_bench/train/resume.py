@@ -274,7 +274,8 @@ def _agreed_by_store(holding: ExitStack, decide: Callable[[], str]) -> str:
 def is_first_process() -> bool:
     """Whether this is the first of a run's processes, as far as the environment tells before they have met."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return rank_zero_only.rank == 0 and node == "0"
+    rank: int = getattr(rank_zero_only, "rank", 0)  # Lightning sets it there
+    return rank == 0 and node == "0"
 
 
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe")
