@@ -50,7 +50,7 @@ SUMMARY = "summary.json"
 # What decides the weights. The rest does not: folder, minutes, workers, device, and how often things are written
 _DECIDES = (
     *("seed", "backbone", "views", "batch_size", "warmup_views", "learning_rate", "min_learning_rate", "weight_decay"),
-    *("betas", "pose_weight", "coarse_weight", "patch_weight", "centred_weight", "spread_weight"),
+    *("betas", "gradient_clip", "pose_weight", "coarse_weight", "patch_weight", "centred_weight", "spread_weight"),
 )
 
 
@@ -74,7 +74,13 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--backbone", type=str, help="timm name")
     for name in ("views", "batch_size", "warmup_views", "held_out", "held_out_every", "log_every", "save_every"):
         parser.add_argument(f"--{name}", type=int)
-    for name in ("learning_rate", "min_learning_rate", "weight_decay", *(f"{part}_weight" for part in PARTS)):
+    for name in (
+        "learning_rate",
+        "min_learning_rate",
+        "weight_decay",
+        "gradient_clip",
+        *(f"{part}_weight" for part in PARTS),
+    ):
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--betas", type=tuple[float, float])
     settings = parser.parse_args(arguments)
@@ -361,6 +367,7 @@ def _trainer(settings: Namespace, keeper: Keeper) -> Trainer:
         devices=1,
         max_steps=steps_of(settings),
         max_epochs=-1,
+        gradient_clip_val=settings.gradient_clip,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
