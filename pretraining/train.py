@@ -285,7 +285,7 @@ class Keeper(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         self._collect()
-        trainer.save_checkpoint(self.folder / CHECKPOINT)
+        trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)  # with the optimizer
         self._write_log()
 
     # --- what people look at -----------------------------------------------------------------------------------------

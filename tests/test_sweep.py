@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svp_bench.errors import ConfigError, RecordError, UnavailableError, UsageError
-from svp_bench.results.choices import Choice, Trial, choice_path, read_choice, write_choice
+from svp_bench.results.choices import Choice, Trial, choice_path, choose, read_choice, write_choice
+from svp_bench.results.digests import canonical_digest
 from svp_bench.results.stats import one_standard_error
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.pools import Done, Event, Pool
-from svp_bench.sweep.search import choose, load_search, make_sampler
+from svp_bench.sweep.search import load_search, make_sampler
 from svp_bench.sweep.sweep import Cell, Sweep, Watcher
 
 LR = "model.learning_rate"
@@ -213,13 +214,23 @@ def test_what_is_chosen_is_never_worse_than_one_standard_error(scores: list[int 
 
 # ---- frozen choices
 
+DECLARED: dict[str, Any] = {
+    "name": "small",
+    "version": 1,
+    "sampler": "grid",
+    "budget": 4,
+    "seeds": [0],
+    "rule": "one_standard_error",
+    "spaces": {"default": {LR: [1e-3, 1e-2]}},
+}
+
 
 def a_choice(**changes: Any) -> Choice:
     choice = Choice(
         task="vtab/dtd",
         method="svp",
-        search={"name": "small", "version": 1, "sampler": "grid", "budget": 4, "space": {LR: [1e-3, 1e-2]}},
-        search_digest="sha256:" + "12" * 32,
+        search=DECLARED,
+        search_digest=canonical_digest(DECLARED),
         context={"trainer": {"max_epochs": 3}},
         checkpoint_digest=WEIGHTS,
         data_digest="sha256:" + "34" * 32,
@@ -227,8 +238,8 @@ def a_choice(**changes: Any) -> Choice:
         count=200,
         trials=(trial(50.0, **{LR: 1e-3}), trial(60.0, **{LR: 1e-2})),
         chosen=1,
-        standard_error=3.4,
-        reason="because",
+        standard_error=one_standard_error(60.0, 200),
+        reason=choose([trial(50.0), trial(60.0)], 200)[2],
         created="2026-01-31T12:00:00+00:00",
     )
     return dataclasses.replace(choice, **changes)
@@ -241,7 +252,7 @@ def test_a_choice_is_written_once(tmp_path: Path) -> None:
     before = path.read_bytes()
     assert write_choice(a_choice(created="2026-02-01T12:00:00+00:00"), tmp_path) == path  # the same: whoever was first
     with pytest.raises(RecordError, match="holds another choice already, and a choice is never overwritten"):
-        write_choice(a_choice(chosen=0), tmp_path)
+        write_choice(a_choice(context={"trainer": {"max_epochs": 4}}), tmp_path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
@@ -254,6 +265,9 @@ def test_a_record_says_what_the_choice_was() -> None:
     assert tuned.search.choice == a_choice().digest
 
 
+PLAIN: list[dict[str, Any]] = json.loads(a_choice().text())["trials"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -263,7 +277,22 @@ def test_a_record_says_what_the_choice_was() -> None:
         ({"reasons": "x"}, r"unknown key of a choice 'reasons'; did you mean 'reason'\?"),
         ({"trials": [{}]}, r"the key 'trials\[0\].values' is missing"),
         ({"trials": []}, "'chosen' is 1"),
-        ({"search": {"name": "x", "sampler": "grid"}}, "'search' lacks 'budget'"),
+        ({"search": {"name": "x", "version": 1, "sampler": "grid"}}, "'search' lacks 'budget'"),
+        ({"search": {**DECLARED, "budget": 500}}, "'search_digest' is not that of the declaration"),
+        (
+            {"search": {**DECLARED, "spaces": {"default": {LR: [9.0]}}}},
+            "'search_digest' is not that of the declaration",
+        ),
+        ({"chosen": 0, "reason": "mine"}, "'chosen' is trial 1, and by its rule trial 2 wins"),
+        ({"reason": "mine"}, "'standard_error' or 'reason' is not what the trials give"),
+        ({"trials": PLAIN[1:], "chosen": 0}, "not the default setting and then the declared grid"),
+        (
+            {"trials": [PLAIN[0], {**PLAIN[1], "values": {LR: 5.0}}]},
+            "not the default setting and then the declared grid",
+        ),
+        ({"trials": [{**PLAIN[0], "run_ids": [], "scores": [], "status": "gone"}, PLAIN[1]]}, "trial 1 has 0 runs"),
+        ({"trials": [{**PLAIN[0], "status": "gone"}, PLAIN[1]]}, "trial 1 is 'gone' and has 1 scores"),
+        ({"trials": [{**PLAIN[0], "scores": [50.2]}, PLAIN[1]]}, "is no whole number of pictures"),
         ({"checkpoint_digest": 3}, "'checkpoint_digest' must be text or null"),
     ],
 )
@@ -329,7 +358,7 @@ class Fate(Pool):
         fixed = random.Random(dataclasses.replace(job, choice=None).key)  # what a run gives follows from it alone
         if fixed.random() < self.fails:
             return Outcome("failed", reason="the loss became nan")
-        top1 = fixed.randrange(0, 2001) / 20
+        top1 = fixed.randrange(0, 201) / 2
         return Outcome("complete", top1=top1, count=200, trainable=fixed.randrange(5), selected_on="val200", run_id="r")
 
     def stop(self) -> None:
@@ -404,6 +433,19 @@ def test_a_choice_on_other_weights_blocks_its_cell(tmp_path: Path) -> None:
     assert sweep.done
     again = dataclasses.replace(cells(1)[0], checkpoint_digest="sha256:" + "00" * 32)
     assert "was chosen on other weights" in (Sweep([again], (0,), (), tmp_path, search=search).blocked[0].blocked or "")
+
+
+def test_an_edited_choice_blocks_its_cell(tmp_path: Path) -> None:
+    search = load_search(str(declare(tmp_path)))
+    Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).run(Fate(random.Random(0), 1, 0, 0, 0), Watcher())
+    (path,) = tmp_path.rglob("linear.json")
+    blocked = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).blocked
+    assert "is not what its trials' records say: trial 1" in (blocked[0].blocked or "")  # fate writes no records
+    data = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**data, "chosen": 1 - data["chosen"]}), encoding="utf-8")
+    blocked = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).blocked
+    assert "by its rule trial" in (blocked[0].blocked or "")
+    assert "a frozen choice is not edited" in (blocked[0].blocked or "")
 
 
 def test_jobs_survive_json() -> None:

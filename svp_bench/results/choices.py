@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svp_bench.errors import RecordError, unknown_name
-from svp_bench.results.digests import plain
-from svp_bench.results.files import read_json, write_atomically
+from svp_bench.errors import RecordError, UsageError, unknown_name
+from svp_bench.results.digests import canonical_digest, plain
+from svp_bench.results.files import read_json, read_record, write_atomically
 from svp_bench.results.record import Search, Tuned
+from svp_bench.results.stats import one_standard_error
 
-__all__ = ["SCHEMA", "Choice", "Trial", "choice_path", "context_of", "read_choice", "write_choice"]
+__all__ = [
+    "FALLBACK",
+    "RULE",
+    "SCHEMA",
+    "Choice",
+    "Trial",
+    "check_choice",
+    "choice_path",
+    "choose",
+    "context_of",
+    "grid_settings",
+    "read_choice",
+    "trial_problems",
+    "write_choice",
+]
 
 SCHEMA = "svp-bench/choice-1"
+RULE = "one_standard_error"
+FALLBACK = "default"  # the space of methods without one of their own
+_DECLARED: Mapping[str, tuple[type, ...]] = {
+    "name": (str,),
+    "version": (int,),
+    "sampler": (str,),
+    "budget": (int,),
+    "rule": (str,),
+    "seeds": (list,),
+    "spaces": (Mapping,),
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +85,8 @@ class Choice:
     Attributes:
         task: Full name.
         method: Registered name, or that of a method file.
-        search: The search's declaration, as plain values: name, sampler, budget, seeds, rule, the method's space.
-        search_digest: Digest of the whole declaration, the same for all methods and tasks of a search.
+        search: The search's whole declaration, as plain values: name, sampler, budget, seeds, rule, all spaces.
+        search_digest: Its digest, the same for all methods and tasks of a search.
         context: The resolved config that all trials share: without seed, paths, devices, stage and the searched keys.
         checkpoint_digest: Of the backbone's weights; None for random ones.
         data_digest: Of the lists that the trials read.
@@ -143,18 +170,155 @@ class Choice:
                 raise RecordError(f"{where}: {key!r} must be {' or '.join(t.__name__ for t in allowed)}")
         if data["checkpoint_digest"] is not None and not isinstance(data["checkpoint_digest"], str):
             raise RecordError(f"{where}: 'checkpoint_digest' must be text or null")
-        missing = [key for key in ("name", "sampler", "budget") if key not in data["search"]]
-        if missing:
-            raise RecordError(f"{where}: 'search' lacks {missing[0]!r}")
-        if not isinstance(data["search"]["budget"], int) or data["search"]["budget"] < 1:
-            raise RecordError(f"{where}: 'search.budget' must be a whole number of at least 1")
+        for key, allowed in _DECLARED.items():
+            if key not in data["search"]:
+                raise RecordError(f"{where}: 'search' lacks {key!r}")
+            if not isinstance(data["search"][key], allowed) or isinstance(data["search"][key], bool):
+                raise RecordError(f"{where}: 'search.{key}' must be {' or '.join(t.__name__ for t in allowed)}")
         trials = tuple(_trial(item, f"trials[{i}]", where) for i, item in enumerate(data["trials"]))
         if not 0 <= data["chosen"] < len(trials):
             raise RecordError(f"{where}: 'chosen' is {data['chosen']}, and there are {len(trials)} trials")
-        keys = {tuple(sorted(trial.values)) for trial in trials}
-        if len(keys) != 1:
-            raise RecordError(f"{where}: the trials do not all set the same keys")
-        return cls(**{**{name: data[name] for name in names}, "trials": trials})
+        choice = cls(**{**{name: data[name] for name in names}, "trials": trials})
+        for problem in check_choice(choice):
+            raise RecordError(f"{where}: {problem}")
+        return choice
+
+
+def check_choice(choice: Choice) -> list[str]:
+    """Return what in a choice contradicts itself, a line each: digest, trials, space, budget, rule.
+
+    What it cannot see is whether the trials were run as it says: that is in their records.
+    """
+    problems = []
+    search, trials = choice.search, choice.trials
+    if canonical_digest(search) != choice.search_digest:
+        problems.append("'search_digest' is not that of the declaration in 'search'")
+    spaces = search["spaces"]
+    space = spaces.get(choice.method, spaces.get(FALLBACK))
+    if not isinstance(space, Mapping):
+        return [*problems, f"the search declares no space for the method {choice.method!r}"]
+    for number, trial in enumerate(trials):
+        what = f"trial {number + 1}"
+        if set(trial.values) != set(space):
+            problems.append(f"{what} does not set the keys of its space: {', '.join(sorted(space))}")
+        if len(trial.run_ids) != len(search["seeds"]):
+            problems.append(f"{what} has {len(trial.run_ids)} runs, and the search has {len(search['seeds'])} seeds")
+        if len(trial.scores) != (len(trial.run_ids) if trial.status == "complete" else 0):
+            problems.append(f"{what} is {trial.status!r} and has {len(trial.scores)} scores")
+        for score in trial.scores:
+            right = score * choice.count / 100
+            if not 0 <= right <= choice.count + 1e-3 or abs(right - round(right)) > 1e-3:
+                problems.append(f"{what}: {score} % of {choice.count} pictures is no whole number of pictures")
+    if problems:
+        return problems
+    settings = [dict(trial.values) for trial in trials]
+    if search["sampler"] == "grid":
+        if settings != grid_settings(space, settings[0]):
+            problems.append("the trials are not the default setting and then the declared grid, whole and in order")
+    elif len(trials) != search["budget"]:
+        problems.append(f"there are {len(trials)} trials, and the search declares {search['budget']}")
+    if len(trials) > search["budget"]:
+        problems.append(f"there are {len(trials)} trials, more than the budget of {search['budget']}")
+    if any(not _inside(setting, space) for setting in settings[1:]):
+        problems.append("a trial lies outside of the declared space")
+    if search["rule"] != RULE:
+        problems.append(f"the rule {search['rule']!r} is not known here; known: {RULE}")
+    elif not any(trial.scores for trial in trials):
+        problems.append("no trial has a score on val")
+    else:
+        chosen, error, reason = choose(trials, choice.count)
+        if chosen != choice.chosen:
+            problems.append(f"'chosen' is trial {choice.chosen + 1}, and by its rule trial {chosen + 1} wins")
+        elif abs(error - choice.standard_error) > 1e-9 or reason != choice.reason:
+            problems.append("'standard_error' or 'reason' is not what the trials give")
+    return problems
+
+
+def _inside(setting: Mapping[str, Any], space: Mapping[str, Any]) -> bool:
+    for key, declared in space.items():
+        if isinstance(declared, Mapping):
+            value = setting[key]
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                return False
+            if not declared.get("low", value) <= value <= declared.get("high", value):
+                return False
+        elif setting[key] not in declared:
+            return False
+    return True
+
+
+def trial_problems(choice: Choice, results_root: Path | str) -> list[str]:
+    """Return where the records of a choice's trials do not say what it says: missing, of another kind or score."""
+    problems = []
+    for number, trial in enumerate(choice.trials):
+        for run_id, score in zip(trial.run_ids, trial.scores, strict=False):
+            path = Path(results_root) / "records" / choice.task / f"{run_id}.json"
+            try:
+                record = read_record(path)
+            except RecordError as error:
+                problems.append(f"trial {number + 1}: {error}")
+                continue
+            top1 = record.metrics.top1 if record.metrics else None
+            if record.kind != "selection" or top1 != score:
+                problems.append(f"trial {number + 1}: {path} is of kind {record.kind} with {top1} %, not {score} %")
+    return problems
+
+
+def grid_settings(space: Mapping[str, Any], default: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings of a grid search: the default first, then the rest of the grid in the declared order.
+
+    Args:
+        space: Dotted config key → its values.
+        default: The method's own setting.
+    """
+    product = itertools.product(*(space.values()))
+    grid = [dict(zip(space, values, strict=True)) for values in product]
+    return [dict(default), *(setting for setting in grid if setting != dict(default))]
+
+
+def choose(trials: Sequence[Trial], count: int) -> tuple[int, float, str]:
+    """Choose among finished trials: within one standard error of the best, the default or the cheapest setting wins.
+
+    The standard error is that of the best score on a val list of `count` pictures (binomial; about 3 points at 200
+    pictures). Differences within it are noise, and a search that follows them overfits val. (The one-standard-error
+    rule: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.)
+
+    Args:
+        trials: The first is the default setting.
+        count: Pictures in the val list.
+
+    Returns:
+        Index of the choice, the standard error in points, and the reason in a line.
+
+    Raises:
+        UsageError: If no trial has a score.
+    """
+    means = [trial.mean for trial in trials]
+    scored = [index for index, mean in enumerate(means) if mean is not None]
+    if not scored:
+        raise UsageError("no setting of the search has a score on val")
+
+    def score(index: int) -> float:
+        mean = means[index]
+        assert mean is not None
+        return mean
+
+    best = max(scored, key=lambda index: (score(index), -index))
+    error = one_standard_error(score(best), count)
+    equal = [index for index in scored if score(index) >= score(best) - error]
+    if 0 in equal:
+        chosen, why = 0, "the default setting"
+    else:
+        chosen = min(equal, key=lambda index: (trials[index].trainable or 0, -score(index), index))
+        why = "the cheapest setting (fewest trained parameters, then the best score)"
+    if len(equal) == 1:
+        reason = f"{score(best):.2f} on val; no other setting is within one standard error ({error:.2f} points)"
+    else:
+        reason = (
+            f"{len(equal)} of {len(scored)} settings are within one standard error ({error:.2f} points) of the best, "
+            f"{score(best):.2f} on val; among them {why}, {score(chosen):.2f}, wins"
+        )
+    return chosen, error, reason
 
 
 def _check_keys(data: Mapping[str, Any], names: Sequence[str], where: str, inside: str) -> None:

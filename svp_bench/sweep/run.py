@@ -388,7 +388,9 @@ def _conclude(console: Console, sweep: Sweep, request: Request, asked: _Asked) -
     if sweep.failed:
         console.print("Once the reason is mended: the same command with --retry_failed.")
     if sweep.stopping:
-        console.print(f"Stopped; the running jobs have saved. Go on: {shlex.join(request.command)}", soft_wrap=True)
+        saved = sum(ended.outcome.status == "stopped" for ended in sweep.stopped)
+        what = f"{saved} running job{'' if saved == 1 else 's'} saved" if saved else "no job had begun to train"
+        console.print(f"Stopped; {what}. Go on: {shlex.join(request.command)}", soft_wrap=True)
         return 130 if signal.SIGINT in asked.signals else 0
     if request.report and not request.only_search and sweep.done:
         suites = sorted({task.split("/")[0] for task in request.tasks})

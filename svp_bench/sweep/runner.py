@@ -219,7 +219,7 @@ class Runner:
             outcome = Outcome("failed", reason=one_line(str(error)))
         except KeyboardInterrupt:
             outcome = Outcome("stopped", reason="interrupted")
-        except Exception as error:  # a job that fails, however, must not take the others with it
+        except Exception as error:  # while looking, before anything is run
             outcome = Outcome("failed", reason=one_line(f"{type(error).__name__}: {error}"))
         return replace(outcome, seconds=time.perf_counter() - began)
 
@@ -242,19 +242,21 @@ class Runner:
             )
             # a finished one of the same setting is of other data or weights (else `look` had found it)
             resume = ["--resume"] if unfinished is not None and not unfinished.finished else []
-            problem: SvpBenchError | None = None
+            problem: Exception | None = None
             quiet = ["--trainer.enable_progress_bar", "false"]
             try:
                 run("fit", split_flags([*job.arguments(), *quiet, *resume]), [_Epochs(report)])
-            except SvpBenchError as error:
+            except Exception as error:  # a job that fails, however, must not take the others with it
                 problem = error
             return self._ended(job, resolved, problem)
 
-    def _ended(self, job: Job, resolved: Resolved, problem: SvpBenchError | None) -> Outcome:
-        if problem is not None:
-            return Outcome("failed", reason=one_line(str(problem)))
+    def _ended(self, job: Job, resolved: Resolved, problem: Exception | None) -> Outcome:
         ours = [(record, path) for record, path in self._records(resolved) if self._same(record, resolved)]
         ours.sort(key=lambda found: (found[0].status == "complete", found[0].run_id))
+        if problem is not None:
+            known = isinstance(problem, SvpBenchError)
+            text = str(problem) if known else f"{type(problem).__name__}: {problem}"
+            return Outcome("failed", reason=one_line(text), run_id=ours[-1][0].run_id if ours else None)
         if not ours or ours[-1][0].status == "interrupted":
             return Outcome("stopped", reason="saved on the way; it goes on from there")
         record, path = ours[-1]

@@ -7,7 +7,6 @@ samplers (the extra `search`), seeded, so that a search that is taken up again a
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,20 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from svp_bench.errors import ConfigError, UnavailableError, UsageError, unknown_name
+from svp_bench.errors import ConfigError, UnavailableError, unknown_name
 from svp_bench.plain_yaml import Node, read_yaml
 from svp_bench.resources import configs_dir
-from svp_bench.results.choices import Trial
+from svp_bench.results.choices import FALLBACK, RULE, grid_settings
 from svp_bench.results.digests import canonical_digest
-from svp_bench.results.stats import one_standard_error
 
-__all__ = ["SAMPLERS", "Dimension", "Sampler", "Search", "choose", "load_search", "make_sampler"]
+__all__ = ["SAMPLERS", "Dimension", "Sampler", "Search", "load_search", "make_sampler", "space_declaration"]
 
 SAMPLERS = ("grid", "random", "tpe")
-RULE = "one_standard_error"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _KEY = re.compile(r"(?:model|data|trainer)(?:\.\w+)+")
-_FALLBACK = "default"  # the space of methods without one of their own
 _FIXED = ("data.task", "data.stage", "data.root", "data.protocol", "model.backbone", "model.checkpoint")
 
 
@@ -56,7 +52,7 @@ class Dimension:
         """Return plain values that say the same."""
         if self.values is not None:
             return list(self.values)
-        return {"low": self.low, "high": self.high, "log": self.log}
+        return {"low": self.low, "high": self.high, "log": self.log, "integer": self.integer}
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class Search:
         Raises:
             ConfigError: If it has none and there is no default.
         """
-        found = self.spaces.get(method, self.spaces.get(_FALLBACK))
+        found = self.spaces.get(method, self.spaces.get(FALLBACK))
         if found is None:
             raise unknown_name("method", method, self.spaces, where=f"{self.path}: spaces", error=ConfigError)
         return found
@@ -101,16 +97,18 @@ class Search:
             "budget": self.budget,
             "seeds": list(self.seeds),
             "rule": RULE,
-            "spaces": {
-                method: {dimension.key: dimension.declaration() for dimension in space}
-                for method, space in sorted(self.spaces.items())
-            },
+            "spaces": {method: space_declaration(space) for method, space in sorted(self.spaces.items())},
         }
 
     @property
     def digest(self) -> str:
         """Return "sha256:..." of the declaration."""
         return canonical_digest(self.declaration())
+
+
+def space_declaration(space: Sequence[Dimension]) -> dict[str, Any]:
+    """Return a space as plain values."""
+    return {dimension.key: dimension.declaration() for dimension in space}
 
 
 def load_search(name: str) -> Search:
@@ -241,21 +239,13 @@ def make_sampler(search: Search, method: str, default: Mapping[str, Any], seed_t
     space = search.space(method)
     if search.sampler != "grid":
         return _Optuna(search, space, default, seed_text)
-    grid = [
-        dict(zip([d.key for d in space], values, strict=True))
-        for values in itertools.product(*(d.values or () for d in space))
-    ]
-    settings = [dict(default), *(setting for setting in grid if not _same(setting, default))]
+    settings = grid_settings(space_declaration(space), default)
     if len(settings) > search.budget:
         raise ConfigError(
             f"{search.path}: the grid of {method} and its default setting are {len(settings)} settings, more than the "
             f"budget of {search.budget}; put the recipe's own values into the grid, or raise the budget for all"
         )
     return _Grid(settings)
-
-
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one[key] == other[key] for key in one)
 
 
 class _Grid:
@@ -326,51 +316,3 @@ class _Optuna:
         if dimension.integer:
             return self._optuna.distributions.IntDistribution(int(dimension.low), int(dimension.high), dimension.log)
         return self._optuna.distributions.FloatDistribution(dimension.low, dimension.high, dimension.log)
-
-
-# ----------------------------------------------------------------------------------------------------------- the rule
-
-
-def choose(trials: Sequence[Trial], count: int) -> tuple[int, float, str]:
-    """Choose among finished trials: within one standard error of the best, the default or the cheapest setting wins.
-
-    The standard error is that of the best score on a val list of `count` pictures (binomial; about 3 points at 200
-    pictures). Differences within it are noise, and a search that follows them overfits val. (The one-standard-error
-    rule: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.)
-
-    Args:
-        trials: The first is the default setting.
-        count: Pictures in the val list.
-
-    Returns:
-        Index of the choice, the standard error in points, and the reason in a line.
-
-    Raises:
-        UsageError: If no trial has a score.
-    """
-    means = [trial.mean for trial in trials]
-    scored = [index for index, mean in enumerate(means) if mean is not None]
-    if not scored:
-        raise UsageError("no setting of the search has a score on val")
-
-    def score(index: int) -> float:
-        mean = means[index]
-        assert mean is not None
-        return mean
-
-    best = max(scored, key=lambda index: (score(index), -index))
-    error = one_standard_error(score(best), count)
-    equal = [index for index in scored if score(index) >= score(best) - error]
-    if 0 in equal:
-        chosen, why = 0, "the default setting"
-    else:
-        chosen = min(equal, key=lambda index: (trials[index].trainable or 0, -score(index), index))
-        why = "the cheapest setting (fewest trained parameters, then the best score)"
-    if len(equal) == 1:
-        reason = f"{score(best):.2f} on val; no other setting is within one standard error ({error:.2f} points)"
-    else:
-        reason = (
-            f"{len(equal)} of {len(scored)} settings are within one standard error ({error:.2f} points) of the best, "
-            f"{score(best):.2f} on val; among them {why}, {score(chosen):.2f}, wins"
-        )
-    return chosen, error, reason

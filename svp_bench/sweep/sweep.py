@@ -13,13 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svp_bench.errors import SvpBenchError
-from svp_bench.results.choices import Choice, Trial, choice_path, context_of, read_choice, write_choice
+from svp_bench.errors import RecordError, SvpBenchError
+from svp_bench.results.choices import (
+    Choice,
+    Trial,
+    choice_path,
+    choose,
+    context_of,
+    read_choice,
+    trial_problems,
+    write_choice,
+)
 from svp_bench.results.digests import cell_config
 from svp_bench.results.record import timestamp
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.pools import Pool, Progress
-from svp_bench.sweep.search import Sampler, Search, choose, make_sampler
+from svp_bench.sweep.search import Sampler, Search, make_sampler
 
 __all__ = ["Cell", "Ended", "Sweep", "Watcher"]
 
@@ -157,11 +166,18 @@ class Sweep:
             return
         path = choice_path(self.results_root, self.search.name, self.search.digest, cell.task, cell.label)
         if path.is_file():
-            choice = read_choice(path)
+            try:
+                choice = read_choice(path)
+            except RecordError as error:
+                cell.blocked = f"{error}; a frozen choice is not edited: take the file away to search again"
+                return
             other = [name for name in ("context", "checkpoint_digest") if getattr(choice, name) != getattr(cell, name)]
             if other or choice.data_digest != cell.data_digest:
                 what = {"context": "setting", "checkpoint_digest": "weights"}.get(other[0]) if other else "data"
                 cell.blocked = f"{path} was chosen on other {what}; take those, or another folder with --results_root"
+                return
+            for problem in trial_problems(choice, self.results_root):
+                cell.blocked = f"{path} is not what its trials' records say: {problem}"
                 return
             cell.choice = str(path)
             self._refit(cell)
@@ -255,12 +271,10 @@ class Sweep:
         assert count is not None
         assert selected_on is not None
         chosen, error, reason = choose(trials, count)
-        space = {dimension.key: dimension.declaration() for dimension in self.search.space(cell.label)}
-        declaration = {key: value for key, value in self.search.declaration().items() if key != "spaces"}
         choice = Choice(
             task=cell.task,
             method=cell.label,
-            search={**declaration, "space": space},
+            search=self.search.declaration(),
             search_digest=self.search.digest,
             context=cell.context,
             checkpoint_digest=cell.checkpoint_digest,
