@@ -283,3 +283,24 @@ def test_two_sweeps_at_once_share_the_work(undisturbed: Path, tmp_path: Path) ->
         out, _ = sweep.communicate(timeout=240)
         assert sweep.returncode == 0, out
     assert facts(tmp_path / "results") == facts(undisturbed / "results")
+
+
+@pytest.mark.slow
+def test_the_elements_of_a_slurm_array_make_the_same_records(undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
+    out, _ = start(tmp_path, "--emit", "slurm").communicate(timeout=90)
+    assert "2 array elements" in out, out
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    for element in range(2):
+        done = subprocess.run(
+            ["bash", "runs/slurm/sweep.sbatch"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path, "SLURM_ARRAY_TASK_ID": str(element)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(list(tmp_path.glob("results/choices/*/*/*/*.json"))) == element + 1
+    assert facts(tmp_path / "results") == facts(undisturbed / "results")
