@@ -149,7 +149,7 @@ def test_one_shared_seed_has_pictures_and_no_interval_over_seeds(tmp_path: Path)
     text = compare(tmp_path, draw({"svp": 0.8, "linear": 0.7}, 1, TASKS[:1]))
     line = lines_of(text)["cifar"]
     assert line[1:5] == ["–", "1", "too", "few"]
-    assert "one shared seed, and a variance that is unknown" in " ".join(text.split())
+    assert "one shared seed, or differences that are all the same: the variance is unknown" in " ".join(text.split())
     (p,) = {line[7], line[8], line[9]}  # one test: its own p, and nothing to adjust
     assert float(p.removeprefix("<")) < 1
 

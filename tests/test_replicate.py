@@ -137,7 +137,7 @@ def test_it_is_no_record_and_no_table_counts_it(both: SimpleNamespace, monkeypat
     reason = "is no record but a replication, its best epoch picked on the test list: no table of results takes it"
     try:
         assert f"{copy.relative_to('results').as_posix()}: {reason}" in " ".join(run("table").out.split())
-        (one,) = audit([copy])
+        (one,) = audit([copy]).audits
         assert [finding.text for finding in one.failures] == [reason]
         assert reason in complaint(command("rerun", str(copy)), 1)
     finally:

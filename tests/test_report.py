@@ -336,6 +336,10 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_without_records_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    line = complaint(command("report"), 2)
+    assert "--results_root results: there is no such folder" in line
+    assert not Path("results").exists()  # a mistyped folder is not made
+    Path("results").mkdir()
     outcome = run("report")
     assert (
         "There are no records yet, so the page is empty; `svp-bench fit --config FILE` writes a record." in outcome.out
@@ -345,6 +349,7 @@ def test_without_records_the_page_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_published_suites_are_shown_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
     run("report", "--published")
     page = Path("results/report/index.html").read_text(encoding="utf-8")
     assert '<body class="quoting">' in page
@@ -359,6 +364,7 @@ def test_wrong_usage_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "vtap" in line
     assert "did you mean 'vtab'" in line or "vtab" in line
     (tmp_path / "here").mkdir()
+    (tmp_path / "results").mkdir()
     line = complaint(command("report", "--output", "here"), 2)
     assert "--output here is a folder; give the name of the page, e.g. here/index.html" in line
     (tmp_path / "file").write_text("", encoding="utf-8")

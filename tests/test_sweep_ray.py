@@ -1,4 +1,7 @@
-"""Sweeps on Ray: how a cluster is shared out, the same records as a local sweep, and workers and nodes that go."""
+"""Sweeps on Ray: how a cluster is shared out, the same records as a local sweep, and workers and nodes that go.
+
+Everything that Ray does stands in processes of its own: its signal handlers, threads and variables outlive `shutdown`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from helpers import command, complaint
 
 from svp_bench.errors import UsageError
 from svp_bench.results.files import read_records
-from svp_bench.sweep.ray_pool import share_out
+from svp_bench.sweep.ray_pool import _Actor, _Setup, share_out
 
 FLAGS = [
     *("--model.backbone", "vim_nano_patch8_64", "--model.checkpoint", "none", "--data.image_size", "32"),
@@ -75,6 +78,33 @@ def test_without_ray_one_line_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "pip install 'svp-bench[ray]'" in complaint(command(*SWEEP, "--engine", "ray"), 1)
 
 
+# ---- a node
+
+
+def complaint_of_a_node(folder: Path, *marks: Path) -> str | None:
+    """What a worker says of its node, asked without Ray."""
+    setup = _Setup(str(folder), "logs", 1, {}, tuple(map(str, marks)))
+    problem: str | None = _Actor(0, setup).check()["problem"]
+    return problem
+
+
+def test_a_node_must_see_the_folders_of_the_sweep(tmp_path: Path) -> None:
+    (tmp_path / "mark").touch()
+    assert complaint_of_a_node(tmp_path, tmp_path / "mark") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["mark"]
+    said = complaint_of_a_node(tmp_path, tmp_path / "mark", tmp_path / "elsewhere" / "mark")
+    assert said == f"does not see the files that the sweep writes to {tmp_path / 'elsewhere'}"
+    assert complaint_of_a_node(tmp_path / "gone") == f"has no folder {tmp_path / 'gone'}, where the sweep was started"
+
+
+def test_a_worker_that_was_asked_to_stop_takes_no_job(tmp_path: Path) -> None:
+    actor = _Actor(0, _Setup(str(tmp_path), "logs", 1, {}, ()))
+    actor.stop()
+    actor.submit(1, {}, False, "log")
+    (message,) = actor.news(0)
+    assert message["event"] == "ended"
+
+
 # ---- sweeps
 
 
@@ -84,16 +114,27 @@ def scores(root: Path) -> dict[tuple[str, int], Any]:
     return {(r.method, r.seed): (r.setting_digest, r.correct, r.metrics) for r in records}
 
 
-def start(folder: Path, *extra: str) -> subprocess.Popen[str]:
+def environment() -> dict[str, str]:
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    return {**os.environ, **ray, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def start(folder: Path, *extra: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "svp_bench", *SWEEP, *extra],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
     )
+
+
+def until_runs_began(folder: Path, count: int) -> None:
+    until = time.monotonic() + 120
+    while len(list(folder.glob("runs/demo/*/*/config.yaml"))) < count and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def workers_in(folder: Path) -> Iterator[int]:
@@ -109,30 +150,89 @@ def workers_in(folder: Path) -> Iterator[int]:
             continue
 
 
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sweep, run by the local engine."""
+    folder = tmp_path_factory.mktemp("local")
+    out, _ = (sweep := start(folder)).communicate(timeout=200)
+    assert sweep.returncode == 0, out
+    return folder
+
+
+def visible_gpus(process: int) -> str:
+    """CUDA_VISIBLE_DEVICES of a process."""
+    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return next(text.partition(b"=")[2].decode() for text in variables if text.startswith(b"CUDA_VISIBLE_DEVICES="))
+
+
 @pytest.mark.slow
-def test_a_sweep_on_ray_survives_a_killed_worker_and_equals_a_local_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_on_ray_survives_a_killed_worker_and_equals_a_local_one(tmp_path: Path, local: Path) -> None:
     pytest.importorskip("ray")
-    local, remote = tmp_path / "local", tmp_path / "remote"
-    for folder in (local, remote):
-        folder.mkdir()
-    monkeypatch.chdir(local)
-    assert command(*SWEEP).status == 0
-    sweep = start(remote, "--engine", "ray", "--workers", "2", "--threads", "1")
-    until = time.monotonic() + 120
-    while not list(remote.glob("runs/demo/*/*/config.yaml")) and time.monotonic() < until:
-        time.sleep(0.1)
-    victims = list(workers_in(remote))
+    sweep = start(tmp_path, "--engine", "ray", "--workers", "2", "--threads", "1")
+    until_runs_began(tmp_path, 1)
+    victims = list(workers_in(tmp_path))
     assert victims
     os.kill(victims[0], signal.SIGKILL)
     out, _ = sweep.communicate(timeout=200)
     assert sweep.returncode == 0, out
     assert "on Ray on this machine" in out
     assert "4 runs complete (4 new), 0 failed" in out
-    assert scores(remote / "results") == scores(local / "results")
-    assert not list(workers_in(remote))
-    assert not list(remote.rglob(".ray-*"))
+    assert "(raylet)" not in out
+    assert scores(tmp_path / "results") == scores(local / "results")
+    assert not list(workers_in(tmp_path))
+    assert not list(tmp_path.rglob(".ray-*"))
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 10**8}
+cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+second = cluster.add_node(**node)
+print(cluster.address, flush=True)
+sys.stdin.readline()
+cluster.remove_node(second, allow_graceful=False)
+sys.stdin.readline()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_goes_and_a_sweep_that_is_stopped(tmp_path: Path, local: Path) -> None:
+    pytest.importorskip("ray")
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**environment(), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},  # on the loopback device only
+    )
+    assert cluster.stdin is not None
+    assert cluster.stdout is not None
+    try:
+        options = ("--engine", "ray", "--ray_address", cluster.stdout.readline().strip())
+        sweep = start(tmp_path, *options)
+        until_runs_began(tmp_path, 2)
+        assert {visible_gpus(worker) for worker in workers_in(tmp_path)} == {"0"}  # each node's only one
+        print(file=cluster.stdin, flush=True)
+        assert sweep.stdout is not None
+        for line in sweep.stdout:
+            if "its Ray worker is gone" in line:
+                break
+        sweep.send_signal(signal.SIGTERM)
+        out, _ = sweep.communicate(timeout=100)
+        assert sweep.returncode == 0, out
+        assert "the running jobs have saved" in out
+        sweep = start(tmp_path, *options)
+        out, _ = sweep.communicate(timeout=200)
+    finally:
+        cluster.communicate("\n", timeout=60)
+    assert sweep.returncode == 0, out
+    assert "1 worker with 1 GPU each on the Ray cluster" in out
+    assert "4 runs complete" in out
+    assert "(4 new)" in out
+    assert scores(tmp_path / "results") == scores(local / "results")
 
 
 @pytest.mark.slow
@@ -143,3 +243,46 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert sweep.returncode in (1, 2), out
     assert "cannot reach the Ray cluster 127.0.0.1:1" in out
     assert "Traceback" not in out
+
+
+# ---- searches
+
+
+TUNE = """
+import sys
+import ray
+from svp_bench.sweep.ray_tune import make_tuner
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+results = make_tuner("demo/digits-5shot", "linear", "two.yaml", flags=sys.argv[1:]).fit()
+print("tried", sorted(result.config["model.learning_rate"] for result in results), results.num_errors)
+"""
+TWO = """
+name: two
+version: 1
+sampler: grid
+budget: 2
+spaces:
+  default:
+    model.learning_rate: [1.0e-3, 1.0e-2]
+"""
+
+
+@pytest.mark.slow
+def test_ray_tune_may_run_the_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.tune", exc_type=ImportError)
+    (tmp_path / "two.yaml").write_text(TWO)
+    done = subprocess.run(
+        [sys.executable, "-c", TUNE, *FLAGS],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tried [0.001, 0.01] 0" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    frozen = command("tune", "--task", "demo/digits-5shot", "--method", "linear", "--search", "two.yaml", *FLAGS)
+    assert frozen.status == 0, frozen.err
+    assert "2 runs complete (0 new)" in frozen.out
+    assert list(tmp_path.glob("results/choices/two-*/demo/digits-5shot/linear.json"))

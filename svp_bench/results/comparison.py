@@ -144,7 +144,7 @@ def _same_pictures(cell: Cell, other: Cell) -> bool:
 
 
 def contrast(suite: SuiteCard, row: Row, control: Row, level: float) -> Contrast | None:
-    """Compare `row` with `control` on the tasks that they share; None if there is none. `holm` is p, unadjusted."""
+    """Compare `row` with `control` on the tasks that they share; None if there is none. `holm` is left open."""
     tasks = shared_tasks(suite, row, control)
     if not tasks:
         return None
@@ -161,14 +161,18 @@ def contrast(suite: SuiteCard, row: Row, control: Row, level: float) -> Contrast
         these_tasks=result.these_tasks,
         new_tasks=result.new_tasks,
         p=result.p,
-        holm=result.p,
+        holm=None,
         sources=result.n_sources,
         verdicts={task: cell_verdict(ours[task], theirs[task], level=level) for task in tasks},
     )
 
 
 def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: float) -> Comparison | None:
-    """Compare the rows of a section with its control; None for fewer than two ranked rows."""
+    """Compare the rows of a section with its control; None for fewer than two ranked rows.
+
+    Holm's family is the rows that are compared on all tasks of the suite. A mean over fewer tasks is another quantity:
+    such a row neither makes the others' p larger nor gets an adjusted p itself.
+    """
     if sum(row.rank is not None for row in section.rows) < 2:
         return None
     control, missing = pick_control(section.rows, name)
@@ -187,11 +191,11 @@ def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: fl
             incomparable[row.label] = "shares no task with it on the same pictures and with a seed in common"
         else:
             contrasts.append(found)
-    adjusted = holm({found.row: found.p for found in contrasts})
+    adjusted = holm({found.row: found.p for found in contrasts if len(found.tasks) == len(suite.tasks)})
     return Comparison(
         control=control.label,
         missing=None,
-        contrasts=tuple(replace(found, holm=adjusted[found.row]) for found in contrasts),
+        contrasts=tuple(replace(found, holm=adjusted.get(found.row)) for found in contrasts),
         incomparable=incomparable,
     )
 
@@ -211,8 +215,9 @@ def rank_rows(suite: SuiteCard, section: Section, level: float) -> Ranks | None:
 def column_marks(suite: SuiteCard, section: Section, level: float) -> list[Marks | None]:
     """Return who may be printed as best and second in each column: tasks, groups, mean of tasks, mean of groups.
 
-    A mean is tested by its values seed by seed, for which all of its tasks need the same seeds. None where rows do not
-    compare: random weights, a drawn stand-in, lists of pictures that differ between the rows.
+    The test and the number of seeds are those of the marks against the control (`stats.cell_verdict`), so that no two
+    renderings disagree. A mean is tested by its values seed by seed, for which all of its tasks need the same seeds.
+    None where rows do not compare: random weights, a drawn stand-in, lists of pictures that differ between the rows.
     """
     groups = full_groups(suite)
     weighings = [*({task: 1.0} for task in suite.tasks), *(dict.fromkeys(tasks, 1.0) for tasks in groups.values())]

@@ -258,13 +258,15 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
             )
     notes += [
         f"New seeds: t interval ({percent(level)}) of the differences of runs with the same seed. By seeds: sign flip "
-        f"over these pairs, each task by itself; too few: n < {FEWEST_PAIRS} paired seeds.",
+        f"over these pairs, each task by itself; too few: n < {FEWEST_PAIRS} paired seeds. It is the test of all "
+        "marks in tables; tie: not told apart by it, also where the t interval, which trusts a normal distribution, "
+        "leaves out zero.",
         f"New pictures: paired bootstrap ({percent(level)}) of the test pictures, from the bits in the records; about "
         "these runs, not other seeds. McNemar p: exact, smallest and largest of the shared seeds; one p: their median, "
         f"at most doubled, valid for any dependence (Rüger); Holm over {plural(len(tested), 'task')}.",
     ]
     if any(found.seeds.estimate.low is None for found in pair.tasks):
-        notes.append("– for new seeds: one shared seed, and a variance that is unknown.")
+        notes.append("– for new seeds: one shared seed, or differences that are all the same: the variance is unknown.")
     if len(tested) < len(pair.tasks):
         notes.append("– for new pictures: the bits of the two rows are not of one list of pictures.")
     return notes

@@ -64,7 +64,7 @@ def wide_csv(table: Table) -> str:
     marks = ["data_different", "other_variants"]
     quoted = ["source", "citation"]
     head = ["origin", *_SECTION_COLUMNS, "rank", "row", "method", "setting_digest", *names, *facts, *marks, *quoted]
-    lines: list[Sequence[object]] = [[*head, "interval_level", *ends]]
+    lines: list[Sequence[object]] = [[*head, "interval_level", *ends, "departures", "mixed_cells"]]
     for section in table.sections:
         for row in section.rows:
             different = [short_name(task) for task in suite.tasks if task in row.cells and row.cells[task].different]
@@ -81,6 +81,7 @@ def wide_csv(table: Table) -> str:
                     *(f"{len(row.cells)}/{len(suite.tasks)}", *row.seeds, *row.adapter),
                     *(";".join(different), ";".join(variants), "", ""),
                     *(f"{table.level:g}", *_interval_ends(row, suite)),
+                    *("; ".join(row.departures), ";".join(short_name(t) for t, c in row.cells.items() if c.mixed)),
                 ]
             )
     for quote, values, _ in quoted_methods(table):
@@ -90,7 +91,7 @@ def wide_csv(table: Table) -> str:
                 *("", quote.method, quote.method, ""),
                 *(values.get(name, "") for name in names),
                 *("", "", "", "", "", "", "", quote.source, quote.citation),
-                *("", *("" for _ in ends)),
+                *("", *("" for _ in ends), "", ""),
             ]
         )
     return _csv(lines)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from svp_bench.cards import SuiteCard
 from svp_bench.results.comparison import column_marks
 from svp_bench.results.rows import Row, Section, Table
+from svp_bench.results.stats import FEWEST_PAIRS as FEWEST
 from svp_bench.results.stats import Estimate, Marks
 from svp_bench.results.wording import (
     HOLE,
@@ -20,10 +21,13 @@ from svp_bench.results.wording import (
     averaged_tasks,
     column_estimates,
     columns,
+    departure_notes,
     interval,
     marks,
+    named,
     one_line,
     percent,
+    provenance_notes,
     scores,
     short_name,
     shown_columns,
@@ -50,6 +54,8 @@ _SPECIAL = {
     "†": r"$^{\dagger}$",
     "‡": r"$^{\ddagger}$",
     "§": r"$^{\S}$",
+    "¶": r"$^{\P}$",
+    "‖": r"$^{\|}$",
 }
 _LATIN = 0x180  # below: Latin letters, which LaTeX knows as UTF-8
 
@@ -117,11 +123,14 @@ def _caption(table: Table, section: Section, allowed: Sequence[Marks | None]) ->
         parts.append(f"In brackets: {level} interval for new tasks.")
     if any(found and found.best for found in allowed):
         parts.append(
-            f"Bold: better than every other row of the column over the seeds ({level}, Holm within the column); "
-            "underlined: better than every other but that."
+            f"Bold: better than every other row of the column by a sign flip over the shared seeds, from {FEWEST} on "
+            f"({level}, Holm within the column); underlined: better than every other but that."
         )
     elif not section.random and len(section.rows) > 1:
-        parts.append("No row is told from all others of a column over the seeds, so nothing is bold.")
+        parts.append(
+            "No row is told from all others of a column over the seeds "
+            f"({FEWEST} shared ones at least), so nothing is bold."
+        )
     return escape(" ".join(parts))
 
 
@@ -147,7 +156,7 @@ def _tasks(section: Section, suite: SuiteCard, allowed: Sequence[Marks | None]) 
                 cell = row.cells.get(suite.tasks[index])
                 text = escape(HOLE) if cell is None else _emphasised(f"{cell.mean:.2f}", row, allowed[index])
                 cells.append(text + ("" if cell is None else escape(marks(cell))))
-            lines.append(_line([escape(row.label), *cells]))
+            lines.append(_line([escape(named(row)), *cells]))
         lines += [r"\bottomrule", r"\end{tabular}"]
     return lines
 
@@ -178,7 +187,7 @@ def _means(section: Section, suite: SuiteCard, allowed: Sequence[Marks | None], 
         rank = escape(HOLE) if row.rank is None else str(row.rank)
         done = f"{len(row.cells)}/{len(suite.tasks)}"
         facts = [done, escape(span(*row.seeds)), escape(sizes(row))]
-        lines.append(_line([rank, escape(row.label), *cells, _new_tasks(section, row) or escape(HOLE), *facts]))
+        lines.append(_line([rank, escape(named(row)), *cells, _new_tasks(section, row) or escape(HOLE), *facts]))
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
@@ -213,7 +222,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _footnotes(section: Section, suite: SuiteCard) -> list[str]:
-    """What the marks of the data mean, and where an interval is missing."""
+    """What the marks mean, where an interval is missing, and what the runs were made with."""
     notes = []
     cells = [cell for row in section.rows for cell in row.cells.values()]
     shown = {mark for cell in cells for mark in marks(cell)}
@@ -225,4 +234,6 @@ def _footnotes(section: Section, suite: SuiteCard) -> list[str]:
     if "§" in shown:
         notes.append(STAND_IN)
     notes += unknown_variance_notes(section, suite)
+    notes += departure_notes(section)
+    notes += provenance_notes(section)
     return [line for note in notes for line in ("", r"\smallskip", rf"\parbox{{0.95\linewidth}}{{{escape(note)}}}")]

@@ -24,16 +24,19 @@ from svp_bench.results.wording import (
     comparison_notes,
     counts,
     data_notes,
+    departure_notes,
     dirty_notes,
     heading,
     interval,
     interval_notes,
     left_out_lines,
     marks,
+    named,
     new_tasks_note,
     one_line,
     p_value,
     percent,
+    provenance_notes,
     ranks_notes,
     scores,
     section_notes,
@@ -109,7 +112,7 @@ def _grid(section: Section, suite: SuiteCard, layout: _Layout) -> list[list[str]
         texts = _texts(row, suite, layout, estimates, verdicts.get(row.label, {}))
         rank = HOLE if row.rank is None else str(row.rank)
         done = f"{len(row.cells)}/{len(suite.tasks)}"
-        grid.append([rank, row.label, *(texts[index] for index in shown), done, span(*row.seeds), sizes(row)])
+        grid.append([rank, named(row), *(texts[index] for index in shown), done, span(*row.seeds), sizes(row)])
     return grid
 
 
@@ -155,13 +158,18 @@ def _comparison_grid(section: Section, suite: SuiteCard) -> list[list[str]]:
 
 def _markdown_grid(grid: list[list[str]], left: int) -> list[str]:
     """A Markdown table; the first `left` columns are text, the rest numbers."""
-    rows = [[one_line(text).replace("|", "\\|") for text in line] for line in grid]
+    rows = [[_escaped(text).replace("|", "\\|") for text in line] for line in grid]
     rule = [":---" if index < left else "---:" for index in range(len(grid[0]))]
     return [f"| {' | '.join(line)} |" for line in (rows[0], rule, *rows[1:])]
 
 
 def _bullets(notes: Sequence[str]) -> list[str]:
-    return [f"- {one_line(note)}" for note in notes]
+    return [f"- {_escaped(note)}" for note in notes]
+
+
+def _escaped(text: str) -> str:
+    """`text` on one line, without HTML: a checkpoint may be named `<script>`, and Markdown passes tags on."""
+    return one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def render_markdown(table: Table) -> str:
@@ -171,7 +179,7 @@ def render_markdown(table: Table) -> str:
     if not table.sections:
         lines += ["", "There are no complete records of this suite yet."]
     for section in table.sections:
-        lines += ["", f"## {heading(section)}", "", above(section), ""]
+        lines += ["", f"## {_escaped(heading(section))}", "", _escaped(above(section)), ""]
         if section.random:
             lines += [f"**{PLUMBING}**", ""]
         lines += [*_markdown_grid(_grid(section, suite, _PAGE), left=2), ""]
@@ -196,8 +204,8 @@ def _markdown_statistics(section: Section, suite: SuiteCard, level: float) -> li
         lines += _bullets(new_tasks_note(section, suite))
     comparison = section.comparison
     if comparison is not None:
-        title = f"### Differences to {comparison.control}" if comparison.control else "### Differences to a control"
-        lines += ["", one_line(title), ""]
+        title = f"Differences to {comparison.control or 'a control'}"
+        lines += ["", f"### {_escaped(title)}", ""]
         if comparison.contrasts:
             lines += [*_markdown_grid(_comparison_grid(section, suite), left=1), ""]
         lines += _bullets(comparison_notes(section, suite, level))
@@ -218,7 +226,7 @@ def _appendix(table: Table) -> list[str]:
                 middle = iqm([row.cells[task].mean for task in table.suite.tasks])
                 grid.append([row.label, f"{middle:.2f}", f"{row.task_mean:.2f}"])
         if len(grid) > 1:
-            lines += ["", heading(section), "", *_markdown_grid(grid, left=1)]
+            lines += ["", _escaped(heading(section)), "", *_markdown_grid(grid, left=1)]
     if not lines:
         return []
     return [
@@ -239,8 +247,8 @@ def _published_lines(table: Table) -> list[str]:
         "",
         *_markdown_grid(grid, left=4),
         "",
-        *(f"- {line}" for line in not_quoted(table, grid)),
-        *(f"- {citation}" for citation in citations(table).values()),
+        *_bullets(not_quoted(table, grid)),
+        *_bullets(list(citations(table).values())),
     ]
 
 
@@ -273,6 +281,8 @@ def render_terminal(table: Table) -> str:
         notes = [
             *interval_notes(section, suite, table.level),
             *choice_notes(section),
+            *departure_notes(section),
+            *provenance_notes(section),
             *data_notes(section, suite),
             *dirty_notes(section),
         ]

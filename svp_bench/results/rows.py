@@ -5,8 +5,8 @@ Every number leads back to its records: a cell holds the records of its seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from svp_bench.cards import SuiteCard
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CARD",
     "DRAWN",
+    "PROVENANCE",
     "Cell",
     "Comparison",
     "Contrast",
@@ -44,8 +45,8 @@ class Track:
     """How the settings of a row's runs were come by. Rows of different tracks are never in one ranking.
 
     Attributes:
-        kind: "default" (no value was chosen for a task), "searched" (by a declared search on val), or "tuned" (from a
-            table of values that says no search).
+        kind: "default" (the record names no search and no table), "searched" (by a declared search on val), or "tuned"
+            (from a table of values that says no search).
         name: Of the search or the table; "" for the default track.
         budget: K of the search: settings that each method might try on each task; else 0.
         sampler: Of the search; else "".
@@ -77,7 +78,8 @@ class Track:
             )
         if self.kind == "tuned":
             return f"tuned: values of the table {self.name}, which records no search; its budget is unknown"
-        return "default: one setting per method, fixed before any of the suite was seen"
+        # A record cannot prove when or why a value was fixed, so no track claims it; `Row.departures` shows what it can
+        return "default: no search and no tuned table is recorded"
 
 
 def track_of(record: Record) -> Track:
@@ -89,6 +91,17 @@ def track_of(record: Record) -> Track:
         return Track("tuned", tuned.table, digest=tuned.digest)
     search = tuned.search
     return Track("searched", search.name, search.budget, search.sampler, search.selected_on, tuned.digest)
+
+
+PROVENANCE: Mapping[str, Callable[[Record], Hashable]] = {
+    "commit": lambda run: (run.package_version, run.commit, run.dirty),
+    "libraries": lambda run: tuple(sorted(run.libraries.items())),
+    "device": lambda run: (run.device, run.device_count),
+    "scan backend": lambda run: run.scan_backend,
+    "precision": lambda run: run.precision,
+}
+"""What a run was made with, outside of its config: numbers of one cell may differ by it as well as by their seeds. A
+commit with uncommitted changes, and a release of the package without a commit, count as code of their own."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,11 @@ class Cell:
     def drawn(self) -> bool:
         """Are the data a drawn stand-in?"""
         return self.variant == DRAWN
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """What is not the same for all of its seeds: "commit", "libraries", "device" ...; see `PROVENANCE`."""
+        return tuple(name for name, fact in PROVENANCE.items() if len({fact(run) for run in self.records}) > 1)
 
     @property
     def scores(self) -> dict[int, float]:
@@ -177,6 +195,9 @@ class Row:
         group_mean: Mean over the group means, or None.
         intervals: Of these means.
         rank: 1 is best; None for incomplete rows, for rows with a drawn cell, and for random weights.
+        departures: "model.learning_rate 0.123, not 0.001" → the tasks whose runs depart so from the shipped settings
+            (protocol card, task, recipe); what a search or a tuned table set is no departure.
+        shipped: Is there a shipped recipe of the method to compare with?
     """
 
     method: str
@@ -189,6 +210,8 @@ class Row:
     group_mean: float | None
     intervals: Intervals
     rank: int | None = None
+    departures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shipped: bool = True
 
     @property
     def drawn(self) -> bool:
@@ -231,7 +254,8 @@ class Contrast:
         these_tasks: Mean difference, with the interval over new seeds on these tasks.
         new_tasks: The same difference, with the interval over new tasks.
         p: Two-sided sign flip over the independent sources of pictures; at fewer than six it cannot fall below 0.05.
-        holm: p, adjusted by Holm over the rows of the section.
+        holm: p, adjusted by Holm over the complete rows of the section; None for a row that is compared on fewer tasks
+            than the suite has: its difference is another quantity, and its p stands raw.
         sources: Independent sources of pictures among the tasks.
         verdicts: Task → "better", "worse", "tie", or "too few" (fewer than six shared seeds).
     """
@@ -243,7 +267,7 @@ class Contrast:
     these_tasks: Estimate
     new_tasks: Estimate
     p: float
-    holm: float
+    holm: float | None
     sources: int
     verdicts: Mapping[str, str]
 

@@ -71,11 +71,11 @@ class Estimate:
 
     Attributes:
         value: The estimate, in the unit of the input.
-        low: Lower end of the interval; None if the variance cannot be known (one seed, one source).
+        low: Lower end of the interval; None if the variance cannot be known (one seed, one source, or seeds that all
+            gave the same number: no spread in a few draws is not a spread of zero).
         high: Upper end, or None.
         se: Standard error, or None.
-        df: Degrees of freedom of the t interval; None if there is no interval, if nothing varies, or if the interval
-            is no t interval.
+        df: Degrees of freedom of the t interval; None if there is no interval, or if it is no t interval.
         n: Independent draws behind it; what they are (runs, sources, pictures), the function says.
         level: Confidence level of the interval, e.g. 0.95.
     """
@@ -160,7 +160,7 @@ class Marks:
     Attributes:
         best: The one row that is better than every other, or None.
         tied: If `best` is None: the row with the highest mean, then those that cannot be told from it, by mean.
-        second: The one row that is better than every other but `best`, or None.
+        second: The one row that is better than every other but `best`, or None; always None for two rows.
     """
 
     best: str | None
@@ -217,7 +217,7 @@ def mean_of(
     t interval. The number of seeds may differ by task.
 
     A task with one seed has no variance that could be known, and is given none: the interval, se and df are then None.
-    If no task varies at all, the interval has no width, and df is None.
+    So it is if no task varies at all: equal numbers from a few seeds do not show that others would be equal too.
 
     Source: Satterthwaite 1946, Biometrics Bulletin 2(6), 110-114; Welch 1947, Biometrika 34, 28-35.
 
@@ -284,7 +284,8 @@ def mean_over_new_tasks(
         level: Confidence level.
 
     Returns:
-        The estimate; `n` is the number of sources G. With one source, interval, se and df are None.
+        The estimate; `n` is the number of sources G. With one source, or sources that do not differ, interval, se and
+        df are None.
 
     Raises:
         StatsError: As `mean_of`; or if a task is in no source, or in two.
@@ -525,18 +526,16 @@ def paired_bootstrap(
 def best_and_second(rows: Mapping[str, Mapping[int, float]], level: float = 0.95) -> Marks:
     """Say which rows of one column may be marked best and second.
 
-    The row with the highest mean is compared with each other row: by the t test of the differences by seed if both
-    share two seeds or more and the differences vary, else by Welch's t test. The p are adjusted (`holm`, over the
-    comparisons with the top row). Rows that fall below 1 - level are worse. If all are, the top row is `best`, and the
-    same procedure among the others finds `second`. If not, nobody is best: `tied` is the top row with all that cannot
-    be told from it, and there is no second.
+    The row with the highest mean is compared with each other row by the test of `cell_verdict`: `sign_flip` of the
+    differences by seed, from six shared seeds on (`FEWEST_PAIRS`). With fewer, no outcome could reach 95 %, and nothing
+    is told apart. One test and one number of seeds for all marks of a table: what is best here is also "better" there.
+    The p are adjusted (`holm`, over the comparisons with the top row), so that three rows need seven seeds, and twelve
+    need nine. Rows that fall below 1 - level are worse. If all are, the top row is `best`, and the same procedure among
+    the others finds `second`. If not, nobody is best: `tied` is the top row with all that cannot be told from it, and
+    there is no second. Of two rows none is second: it was compared with nothing. Nor is a single row best.
 
-    A row with a single seed can be told from nothing, nor anything from it: in its column nobody is best. If neither
-    of two rows varies over its seeds (a closed-form probe), they are apart if their means are. A single row is not
-    best: it was compared with nothing.
-
-    Source: comparisons with the best, Hsu 1996, Multiple Comparisons, chapter 4; here with Holm's steps instead of a
-    common variance.
+    Source: comparisons with the best, Hsu 1996, Multiple Comparisons, chapter 4; here with the exact test by pairs and
+    Holm's steps instead of a common variance.
 
     Args:
         rows: Row → seed → value, for one column: of one task.
@@ -560,8 +559,6 @@ def best_and_second(rows: Mapping[str, Mapping[int, float]], level: float = 0.95
     if len(top) != 1:
         return Marks(None, tuple(top), None)
     rest = group(order[1:])
-    if len(order) == 2:  # the other of two rows is second by being the other
-        return Marks(top[0], (), order[1])
     return Marks(top[0], (), rest[0] if len(rest) == 1 else None)
 
 
@@ -818,8 +815,8 @@ def _mean_over_new_tasks(
 
 
 def _t_interval(value: float, variance: float, df: float | None, n: int, level: float) -> Estimate:
-    if not variance or df is None:
-        return Estimate(value, value, value, 0.0, df, n, level)
+    if not variance or df is None:  # equal numbers: their spread is unknown, not zero
+        return Estimate(value, None, None, None, None, n, level)
     from scipy import special
 
     se = math.sqrt(variance)
@@ -879,23 +876,11 @@ def _mean_ranks(values: Sequence[float]) -> list[float]:
 
 
 def _p_of_two(a: Mapping[int, float], b: Mapping[int, float], scale: float) -> float:
-    """Two-sided p that two rows of a column have one mean; see `best_and_second`."""
-    from scipy import special
-
+    """Two-sided p that the row a is no better than b; 1 below six shared seeds, and where b is ahead over these."""
     differences = _seed_differences(a, b, scale)
-    mean, variance, df = 0.0, 0.0, None
-    if len(differences) >= 2:
-        mean, of_one = _moments(differences)
-        variance, df = (of_one or 0.0) / len(differences), len(differences) - 1.0
-    if not variance:  # no pairs; or pairs with one difference, which few seeds have by chance
-        (mean_a, var_a), (mean_b, var_b) = _moments(list(a.values())), _moments(list(b.values()))
-        if var_a is None or var_b is None:
-            return 1.0
-        mean = _apart(mean_a, mean_b, scale)
-        variance, df = _satterthwaite([(var_a / len(a), len(a) - 1), (var_b / len(b), len(b) - 1)])
-    if not variance or df is None:
-        return 1.0 if mean == 0 else 0.0
-    return min(1.0, 2 * float(special.stdtr(df, -abs(mean) / math.sqrt(variance))))
+    if len(differences) < FEWEST_PAIRS or math.fsum(differences) <= 0:
+        return 1.0
+    return sign_flip(differences)
 
 
 def _discordant(a: Any, b: Any) -> tuple[int, int, int]:

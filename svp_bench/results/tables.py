@@ -22,6 +22,7 @@ from svp_bench.results.comparison import compare_rows, rank_rows, row_intervals
 from svp_bench.results.files import Problem, read_records, write_atomically
 from svp_bench.results.labels import row_labels
 from svp_bench.results.published import PublishedRow, load_published
+from svp_bench.results.recipes import departure_texts, departures, recipe
 from svp_bench.results.record import Record
 from svp_bench.results.render_csv import long_csv, wide_csv
 from svp_bench.results.render_latex import render_latex
@@ -88,7 +89,7 @@ def build_table(
         control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
         level: Of all intervals.
     """
-    rules = {(card.name, card.version): card.selection for card in protocols}
+    rules = {(card.name, card.version): card for card in protocols}
     entering: list[Record] = []
     left_out: list[LeftOut] = []
     for record in records:
@@ -168,19 +169,23 @@ def _suite_of(problem: Problem) -> str | None:
     return parts[1] if len(parts) > 2 else None
 
 
-def _section(suite: SuiteCard, records: list[Record], rules: Mapping[tuple[str, int], str], level: float) -> Section:
+def _section(
+    suite: SuiteCard, records: list[Record], rules: Mapping[tuple[str, int], ProtocolCard], level: float
+) -> Section:
     first = records[0]
+    protocol = rules.get((first.protocol, first.protocol_version))
     by_row: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         by_row[record.method, record.setting_digest].append(record)
     labels = row_labels({key: members[0] for key, members in by_row.items()})
     rows = [
-        _row(suite, method, labels[method, digest], by_row[method, digest], level) for method, digest in sorted(by_row)
+        _row(suite, method, labels[method, digest], by_row[method, digest], level, protocol)
+        for method, digest in sorted(by_row)
     ]
     return Section(
         protocol=first.protocol,
         protocol_version=first.protocol_version,
-        selection=rules.get((first.protocol, first.protocol_version)),
+        selection=None if protocol is None else protocol.selection,
         backbone=first.backbone,
         checkpoint=", ".join(sorted({record.checkpoint for record in records})),
         checkpoint_digest=first.checkpoint_digest,
@@ -192,7 +197,9 @@ def _section(suite: SuiteCard, records: list[Record], rules: Mapping[tuple[str, 
     )
 
 
-def _row(suite: SuiteCard, method: str, label: str, records: list[Record], level: float) -> Row:
+def _row(
+    suite: SuiteCard, method: str, label: str, records: list[Record], level: float, protocol: ProtocolCard | None
+) -> Row:
     by_cell: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in records:
         by_cell[(record.task, *_cell_key(record))].append(record)
@@ -226,7 +233,23 @@ def _row(suite: SuiteCard, method: str, label: str, records: list[Record], level
         task_mean=_mean_or_hole([cells.get(task) for task in suite.tasks]),
         group_mean=_mean(means) if len(means) == len(groups) else None,
         intervals=row_intervals(suite, cells, level),
+        departures=_departures(suite, cells, protocol),
+        shipped=bool(recipe(method)),
     )
+
+
+def _departures(
+    suite: SuiteCard, cells: Mapping[str, Cell], protocol: ProtocolCard | None
+) -> dict[str, tuple[str, ...]]:
+    """What of the shown cells is not as shipped → their tasks. The runs of a cell have one config."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for task in suite.tasks:
+        if task in cells:
+            run = cells[task].records[0]
+            searched = run.tuned.keys if run.tuned is not None else ()
+            for text in departure_texts(departures(run, protocol, searched, epochs=True)):
+                found[text].append(task)
+    return {text: tuple(found[text]) for text in sorted(found)}
 
 
 def _cell(runs: list[Record]) -> Cell:
@@ -358,6 +381,8 @@ def run_table(
             continue
         tables.append(load_table(card, records, problems, quoted[name], control))
     _check_control(tables, control)
+    if not Path(results_root).is_dir() and not any(quoted.values()):
+        return _no_records(results_root)  # a mistyped folder is not made; quoted numbers alone are a table
     parts: list[str] = []
     for table in tables:
         paths = write_tables(table, results_root)

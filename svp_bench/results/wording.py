@@ -10,7 +10,7 @@ from svp_bench.cards import SuiteCard
 from svp_bench.results.comparison import sources_of
 from svp_bench.results.labels import short_value
 from svp_bench.results.published import mean_names
-from svp_bench.results.rows import CARD, Cell, Comparison, Row, Section, Table
+from svp_bench.results.rows import CARD, PROVENANCE, Cell, Comparison, Row, Section, Table
 from svp_bench.results.stats import FEWEST_PAIRS as FEWEST
 
 if TYPE_CHECKING:
@@ -30,17 +30,20 @@ __all__ = [
     "comparison_notes",
     "counts",
     "data_notes",
+    "departure_notes",
     "dirty_notes",
     "heading",
     "interval",
     "interval_notes",
     "left_out_lines",
     "marks",
+    "named",
     "new_tasks_note",
     "one_line",
     "p_value",
     "percent",
     "plural",
+    "provenance_notes",
     "ranks_notes",
     "scores",
     "section_notes",
@@ -57,6 +60,7 @@ __all__ = [
 
 HOLE = "–"
 QUOTED = "published, not measured here"
+_SHOWN = 6  # departures of a row that a note lists
 DIGITS = 4
 """Decimals in CSV files; two means that agree in them share a rank."""
 PLUMBING = "The backbone has random weights: these rows show plumbing, not science, and are not ranked."
@@ -140,8 +144,10 @@ def _point(value: float) -> str:
     return "0.00" if text == "-0.00" else text
 
 
-def p_value(p: float) -> str:
-    """Return "0.031", or "<0.001"."""
+def p_value(p: float | None) -> str:
+    """Return "0.031", "<0.001", or a hole."""
+    if p is None:
+        return HOLE
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -161,10 +167,9 @@ def sizes(row: Row) -> str:
 
 
 def marks(cell: Cell) -> str:
-    """Return the marks of a cell's data: §, or † and ‡ as they apply."""
-    if cell.drawn:
-        return "§"
-    return ("†" if cell.different else "") + ("‡" if cell.variant != CARD else "")
+    """Return the marks of a cell: of its data § or † and ‡ as they apply, and ‖ where its seeds differ in more."""
+    data = "§" if cell.drawn else ("†" if cell.different else "") + ("‡" if cell.variant != CARD else "")
+    return data + ("‖" if cell.mixed else "")
 
 
 def one_line(text: str) -> str:
@@ -204,6 +209,8 @@ def section_notes(section: Section, suite: SuiteCard, level: float) -> list[str]
         "Accuracy in percent. ± behind a task is the standard deviation over its seeds.",
         *interval_notes(section, suite, level),
         *choice_notes(section),
+        *departure_notes(section),
+        *provenance_notes(section),
     ]
     if any("†" in marks(cell) for cell in cells):
         notes.append("† The files on disk differ from the task card in count or digest; the records say how.")
@@ -242,7 +249,10 @@ def unknown_variance_notes(section: Section, suite: SuiteCard) -> list[str]:
     if section.random or not rows:
         return []
     named = ", ".join(rows) if len(rows) <= 3 else f"{len(rows)} rows"
-    return [f"No interval over new seeds where a task behind the mean has one seed: its variance is unknown ({named})."]
+    return [
+        "No interval over new seeds where a task behind the mean has one seed, or all seeds of all its tasks gave the "
+        f"same number: the variance is unknown ({named})."
+    ]
 
 
 def new_tasks_note(section: Section, suite: SuiteCard) -> list[str]:
@@ -276,22 +286,26 @@ def comparison_notes(section: Section, suite: SuiteCard, level: float, cells: bo
     notes = []
     found = comparison.contrasts
     if found:
+        whole = [c for c in found if c.holm is not None]
         fewest, most = min(c.sources for c in found), max(c.sources for c in found)
         notes += [
             f"Row minus {comparison.control}, in points: mean over tasks of the differences of runs with the same seed "
             f"on the same pictures. Intervals ({percent(level)}) for other seeds on these tasks, and for other tasks.",
-            f"p: two-sided sign flip over {span(fewest, most)} independent sources of pictures; adjusted by Holm over "
-            f"{plural(len(found), 'row')}."
+            f"p: two-sided sign flip over {span(fewest, most)} independent sources of pictures"
+            + (f"; adjusted by Holm over {plural(len(whole), 'complete row')}." if whole else ".")
             + (" With fewer than six sources no p can fall below 0.05." if fewest < FEWEST else ""),
         ]
         partial = [f"{c.row} ({len(c.tasks)})" for c in found if len(c.tasks) < len(suite.tasks)]
         if partial:
             notes.append(
                 f"On fewer than {len(suite.tasks)} tasks, those that both rows have on the same pictures with a shared "
-                f"seed: {', '.join(partial)}."
+                f"seed: {', '.join(partial)}. Their p is raw and not in Holm's family: it is about another mean."
             )
         if any(c.these_tasks.low is None for c in found):
-            notes.append("No interval over new seeds where a task has one shared seed: its variance is unknown.")
+            notes.append(
+                "No interval over new seeds where a task has one shared seed, or the differences of all seeds are the "
+                "same: the variance is unknown."
+            )
         notes += _verdict_notes(comparison, level, cells)
     notes += [f"Not compared: {label} {why}." for label, why in comparison.incomparable.items()]
     return notes
@@ -306,8 +320,8 @@ def _verdict_notes(comparison: Comparison, level: float, cells: bool) -> list[st
         return ["Per-cell marks are on the Markdown page."]
     notes = [
         f"▲ ▼ behind a task: better, worse than {comparison.control} by a sign flip over the shared seeds, "
-        f"{percent(level)}, each cell by itself: of {len(verdicts) - few} cells without any difference, about "
-        f"{(1 - level) * (len(verdicts) - few):.0f} would get a mark."
+        f"{percent(level)}, from {FEWEST} on, each cell by itself: of {len(verdicts) - few} cells without any "
+        f"difference, about {(1 - level) * (len(verdicts) - few):.0f} would get a mark."
     ]
     return [*notes, f"No mark on {plural(few, 'cell')}: n < {FEWEST} paired seeds."] if few else notes
 
@@ -352,8 +366,8 @@ def choice_notes(section: Section) -> list[str]:
     if any(trials != (section.track.budget, section.track.budget) for trials in tried.values()):
         listed = ", ".join(f"{label} {span(*trials)}" for label, trials in tried.items())
         notes.append(
-            f"Settings tried per task, of at most K = {section.track.budget}: {listed}. A grid that holds fewer is "
-            "tried whole."
+            f"Settings tried per task, as the records state, of at most K = {section.track.budget}: {listed}. Whether "
+            "a declaration holds no more, `svp-bench audit` compares with the frozen choice; a table does not."
         )
     return notes
 
@@ -376,6 +390,52 @@ def data_notes(section: Section, suite: SuiteCard) -> list[str]:
                 f"{short_name(cell.task)}, {row.label}: also {cell.mean:.2f} ({plural(len(cell.seeds), 'seed')}) "
                 f"{where}; in the long CSV only."
             )
+    return notes
+
+
+def named(row: Row) -> str:
+    """Return the label of a row, with ¶ if it departs from the shipped settings."""
+    return f"{row.label} ¶" if row.departures else row.label
+
+
+def departure_notes(section: Section) -> list[str]:
+    """Say which rows are not as shipped, and of which there is nothing to compare with."""
+    notes = []
+    for row in section.rows:
+        if row.departures:
+            told = [
+                text if len(tasks) == len(row.cells) else f"{text} ({len(tasks)} of {plural(len(row.cells), 'task')})"
+                for text, tasks in row.departures.items()
+            ]
+            more = f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
+            notes.append(f"¶ {row.label} departs from the shipped settings: {'; '.join(told[:_SHOWN])}{more}.")
+    if notes:
+        notes.append("¶ No record can prove when or why a value was chosen; a chosen one may have been chosen on test.")
+    unknown = sorted({row.method for row in section.rows if not row.shipped})
+    if unknown:
+        notes.append(f"There is no shipped recipe to compare with: {', '.join(unknown)}.")
+    return notes
+
+
+def provenance_notes(section: Section) -> list[str]:
+    """Say in one line how many commits, devices ... the runs are from, and in another which cells average over them."""
+    cells = [(row, cell) for row in section.rows for cell in row.cells.values()]
+    runs = [run for _, cell in cells for run in cell.records]
+    kinds = {name: len({fact(run) for run in runs}) for name, fact in PROVENANCE.items()}
+    listed = ", ".join(
+        f"{plural(count, 'set')} of libraries" if name == "libraries" else plural(count, name)
+        for name, count in kinds.items()
+    )
+    notes = [f"The {plural(len(runs), 'run')} of these rows {'is' if len(runs) == 1 else 'are'} from {listed}."]
+    mixed = [(row, cell) for row, cell in cells if cell.mixed]
+    if mixed:
+        what = [name for name in PROVENANCE if any(name in cell.mixed for _, cell in mixed)]
+        by_row = [(row.label, sum(r is row for r, _ in mixed)) for row in section.rows]
+        where = ", ".join(f"{label} {count}" for label, count in by_row if count)
+        notes.append(
+            f"‖ A cell whose seeds differ in more than the seed ({', '.join(what)}): its spread is not that of seeds "
+            f"alone. Cells by row: {where}."
+        )
     return notes
 
 

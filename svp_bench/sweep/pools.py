@@ -117,6 +117,7 @@ class WorkerProcess:
             text=True,
             start_new_session=True,  # ctrl-C of the terminal is ours: the workers are told by `stop`
         )
+        self._leaving = False
         reader = threading.Thread(target=self._read, args=(hear,), daemon=True)
         reader.start()
         threading.Thread(target=self._watch, args=(hear, reader), daemon=True).start()
@@ -124,8 +125,8 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
-        return self._process.poll() is None
+        """Whether it takes a job: it runs, and was not asked to stop."""
+        return not self._leaving and self._process.poll() is None
 
     def submit(self, number: int, job: Mapping[str, Any], *, retry: bool, log: Path) -> None:
         """Give it a job, as plain values; `number` comes back in its messages. It takes one after the other."""
@@ -166,6 +167,7 @@ class WorkerProcess:
                 message = json.loads(line)
             except ValueError:
                 continue  # half a line of a process that was killed
+            self._leaving |= message["event"] == "done" and message["outcome"]["status"] == "stopped"
             hear(message)
 
     def _watch(self, hear: Callable[[Mapping[str, Any]], None], reader: threading.Thread) -> None:

@@ -146,6 +146,7 @@ class _Actor:
         self._setup = setup
         self._messages: queue.Queue[Mapping[str, Any]] = queue.Queue()
         self._process: WorkerProcess | None = None
+        self._starts = 0
         self._stopped = False
         self._lock = threading.Lock()  # orders come in their order, but in different threads
 
@@ -187,8 +188,15 @@ class _Actor:
                 self._messages.put({"event": "ended", "how": f"before it began: {error}"})
 
     def _start(self) -> WorkerProcess:
+        self._starts += 1
+        number = self._starts
+
+        def hear(message: Mapping[str, Any]) -> None:
+            if number == self._starts:  # the end of an older process is no end of what the newer one does
+                self._messages.put(message)
+
         return WorkerProcess(
-            self._messages.put,
+            hear,
             Path(self._setup.logs) / f"worker-{self._number}.log",
             threads=self._setup.threads,
             environment=self._setup.environment,

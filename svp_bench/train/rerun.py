@@ -8,11 +8,12 @@ The exit status is 0 if the numbers agree:
 
 - bit-equal: the same pictures are right, and the mean loss is the same to the last digit; or
 - something that is known to move the last digits differs (device, threads, number of devices, scan backend, versions,
-  commit, or a setting that no digest holds), and the two accuracies are within test-sample noise at 95 %: they are no
-  further apart than 1.96 binomial standard errors of the test list, at the mean of the two accuracies.
+  commit, or a setting that no digest holds), and the pictures that differ are as good as evenly divided: by the exact
+  McNemar test on the recorded bits, p >= 0.05. Both runs saw the same pictures, so only those that one run alone has
+  right say anything; two independent test lists could be much further apart by chance. A selection record has no bits:
+  there the two accuracies may be 1.96 binomial standard errors of the val list apart, the wider bound.
 
-Otherwise it is 1. McNemar's p is printed beside: it asks whether the two networks differ, which they may although the
-method gives what it gave. The rerun's record goes to a results folder of its own, so that no table counts a seed twice.
+Otherwise it is 1. The rerun's record goes to a results folder of its own, so that no table counts a seed twice.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from svp_bench.train.parsing import make_importable, one_line
 __all__ = ["run_rerun"]
 
 _Z = 1.959963984540054  # of a normal distribution, at 95 %
+_LEVEL = 0.05  # below this p the pictures that differ are not evenly divided
 _NAMED_WEIGHTS = ("hub", "embedded", "none")
 _FACTS = ("device", "device_count", "scan_backend", "package_version", "commit")
 _MOVE_NOTHING = ("data.num_workers", "model.scan_backend")  # the backend that ran is a fact of its own
@@ -255,35 +257,47 @@ def _compare(old: Record, new: Record) -> int:
     if same_bits and before.loss == after.loss and before.per_class == after.per_class:
         print("Bit-equal: the same pictures are right, and the loss is the same to the last digit.")
         return 0
-    apart = after.top1 - before.top1
-    noise = one_standard_error((before.top1 + after.top1) / 2, before.count)
-    print(f"Not bit-equal: {_pictures(old, new)}")
-    print(f"Top-1 {apart:+.2f} points; one standard error of {before.count} pictures is {noise:.2f}.")
+    agrees, apart, bound = _within_noise(old, new)
+    print(f"Not bit-equal: {apart}")
+    print(f"Top-1 {after.top1 - before.top1:+.2f} points.")
     if not differing:
         print("Nothing that is recorded differs, so the numbers should be the same, and are not (exit status 1).")
         return 1
-    if abs(apart) <= _Z * noise:
-        print(f"Agrees: within test-sample noise at 95 % (± {_Z * noise:.2f} points), on another machine or version.")
+    if agrees:
+        print(f"Agrees: {bound}, on another machine or version.")
         return 0
-    print(f"Does not agree: more than test-sample noise at 95 % (± {_Z * noise:.2f} points) (exit status 1).")
+    print(f"Does not agree: {bound} (exit status 1).")
     return 1
 
 
-def _pictures(old: Record, new: Record) -> str:
-    """How many pictures differ, with McNemar's p where bits are recorded."""
-    assert old.metrics is not None
-    assert new.metrics is not None
+def _within_noise(old: Record, new: Record) -> tuple[bool, str, str]:
+    """Return whether two runs agree; how many pictures differ; and by which bound they agree or not."""
+    before, after = old.metrics, new.metrics
+    assert before is not None
+    assert after is not None
     if old.correct is None or new.correct is None:  # a selection record has no bits
-        return f"{abs(new.metrics.correct - old.metrics.correct)} more or fewer pictures are right"
+        apart = abs(after.top1 - before.top1)
+        bound = _Z * one_standard_error((before.top1 + after.top1) / 2, before.count)
+        where = f"1.96 binomial standard errors of {before.count} pictures (± {bound:.2f} points; no bits to pair)"
+        said = f"{abs(after.correct - before.correct)} more or fewer pictures are right"
+        return apart <= bound, said, f"{'within' if apart <= bound else 'beyond'} {where}"
     if old.correct.count != new.correct.count:
         raise RecordError(f"the rerun scored {new.correct.count} pictures, the run {old.correct.count}; report this")
     one, other = (unpack_bits(bits.bits, bits.count) for bits in (old.correct, new.correct))
     test = mcnemar(one, other)
-    if test.b + test.c == 0:
-        return "the same pictures are right, but the loss differs"
+    differ = test.b + test.c
+    if differ == 0:
+        return True, "the same pictures are right, but the loss differs", "no picture divides the two runs"
+    said = (
+        f"{differ} of {old.correct.count} pictures differ ({test.b} right in the record alone, {test.c} in the rerun "
+        "alone)"
+    )
+    agrees = test.p >= _LEVEL
+    how = "may well" if agrees else "would hardly"
     return (
-        f"{test.b + test.c} of {old.correct.count} pictures differ ({test.b} right in the record alone, {test.c} in "
-        f"the rerun alone; McNemar p = {test.p:.3g})"
+        agrees,
+        said,
+        f"{test.b} against {test.c} {how} be chance (paired by picture: exact McNemar p = {test.p:.3g})",
     )
 
 

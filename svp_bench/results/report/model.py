@@ -79,9 +79,11 @@ class CellView:
         pictures: In the test list.
         binomial: Standard error in points that the number of test pictures alone implies; see `one_standard_error`.
         runs: Its seeds.
-        marks: "†" (data differ from the card), "‡" (another variant), "§" (a drawn stand-in), or "".
+        marks: "†" (data differ from the card), "‡" (another variant), "§" (a drawn stand-in), "‖" (seeds of several
+            commits, devices ...), or "".
         variant: Of the data.
-        standing: "best" (better than every other ranked row, beyond chance), "second", "tied" (with the best), or "".
+        standing: "best" (better than every other row, beyond chance), "second", "tied" (not told from the highest,
+            where others are), or "".
         verdict: "▲" or "▼" where it is told from the control's cell, or "".
     """
 
@@ -121,6 +123,7 @@ class RowView:
         seeds: Smallest and largest number of seeds of a cell.
         trainable: Trained parameters outside the head: smallest and largest of the runs.
         trials: Settings tried for a cell, smallest and largest; None outside of searches.
+        departs: Does it depart from the shipped settings?
     """
 
     id: str
@@ -137,6 +140,7 @@ class RowView:
     seeds: tuple[int, int]
     trainable: tuple[int, int]
     trials: tuple[int, int] | None
+    departs: bool
 
     @property
     def records(self) -> tuple[int, ...]:

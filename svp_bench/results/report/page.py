@@ -38,6 +38,7 @@ from svp_bench.results.report.model import (
 )
 from svp_bench.results.report.view import report_view
 from svp_bench.results.rows import Table
+from svp_bench.results.stats import FEWEST_PAIRS
 from svp_bench.results.tables import load_table
 from svp_bench.results.wording import PLUMBING, interval, p_value, percent, plural, short_name, signed, size, span
 
@@ -90,15 +91,21 @@ def run_report(
         control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
 
     Raises:
-        UsageError: If a suite is unknown, no table has a row named `control`, or `output` is a folder.
+        UsageError: If there is no folder `results_root`, a suite is unknown, no table has a row named `control`, or
+            `output` is a folder.
         RecordError: If the page cannot be written, or a file of published numbers is malformed.
     """
     target = report_path(results_root) if output is None else Path(output)
     if target.is_dir():
         raise UsageError(f"--output {target} is a folder; give the name of the page, e.g. {target / 'index.html'}")
-    records, problems = read_records(results_root)
     known = list_suites()
     cards = {name: load_suite(name) for name in (known if suites is None else suites)}
+    if not Path(results_root).is_dir():
+        raise UsageError(
+            f"--results_root {results_root}: there is no such folder; give the one that holds records/ "
+            "(`svp-bench fit` makes it)"
+        )
+    records, problems = read_records(results_root)
     present = {record.suite for record in records} | {_suite_of(problem) for problem in problems}
     tables = []
     for name, card in cards.items():
@@ -202,7 +209,7 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
         "sizes": lambda pair: _sizes(*pair),
         "interval": interval,
         "signed": signed,
-        "p_value": lambda p: "–" if p is None else p_value(p),
+        "p_value": p_value,
         "point": _point,
         "places_of": _places_of,
         "quoted_columns": _quoted_columns,
@@ -218,6 +225,7 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
         newest=None if report.newest is None else _readable(report.newest),
         level=percent(report.level),
         plumbing=PLUMBING,
+        fewest=FEWEST_PAIRS,
         show_published=published,
         any_quoted=any(suite.quoted for suite in report.suites),
         curve_points=POINTS,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from svp_bench.cards import SuiteCard
+from svp_bench.results.comparison import column_marks
 from svp_bench.results.files import Problem
 from svp_bench.results.published import WHOLE, mean_names
 from svp_bench.results.quoted import quoted_methods
@@ -35,16 +36,18 @@ from svp_bench.results.report.model import (
     Value,
 )
 from svp_bench.results.rows import Cell, LeftOut, Row, Section, Table
-from svp_bench.results.stats import best_and_second, mean_of, one_standard_error
+from svp_bench.results.stats import mean_of, one_standard_error
 from svp_bench.results.wording import (
     STAND_IN,
     choice_notes,
     comparison_notes,
     data_notes,
+    departure_notes,
     dirty_notes,
     marks,
     new_tasks_note,
     one_line,
+    provenance_notes,
     ranks_notes,
     short_name,
     verdict_marks,
@@ -189,8 +192,12 @@ def _notes(section: Section, suite: SuiteCard) -> Iterable[str]:
             "No interval over new seeds where a task has one seed only, for its variance is unknown: "
             f"{'; '.join(single)}."
         )
+    if any(cell.std == 0 for cell in cells):
+        yield "No interval over new seeds where all seeds gave the same number: their variance is unknown, not zero."
     yield from new_tasks_note(section, suite)
     yield from choice_notes(section)
+    yield from departure_notes(section)
+    yield from provenance_notes(section)
     if any("†" in marks(cell) for cell in cells):
         yield "† The files on disk differ from the task card in count or digest; the records say how."
     variants = sorted({f"{short_name(cell.task)} ({cell.variant})" for cell in cells if "‡" in marks(cell)})
@@ -206,14 +213,15 @@ def _notes(section: Section, suite: SuiteCard) -> Iterable[str]:
 
 
 def _standings(section: Section, suite: SuiteCard, level: float) -> dict[tuple[str, str], str]:
-    """(Task, label) → "best", "second" or "tied" among the ranked rows, on tasks that all have on the same lists."""
-    ranked = [row for row in section.rows if row.rank is not None]
+    """(Task, label) → "best", "second" or "tied", as `column_marks` has it, and so the same as in LaTeX."""
     found: dict[tuple[str, str], str] = {}
-    for task in suite.tasks:
-        if len(ranked) < 2 or len({row.cells[task].data_digest for row in ranked}) > 1:
+    of_tasks = column_marks(suite, section, level)[: len(suite.tasks)]  # those of the means stand behind
+    for task, known in zip(suite.tasks, of_tasks, strict=True):
+        if known is None:
             continue
-        known = best_and_second({row.label: row.cells[task].scores for row in ranked}, level=level)
-        for standing, labels in (("best", [known.best]), ("second", [known.second]), ("tied", known.tied)):
+        told = len(known.tied) < sum(task in row.cells for row in section.rows)  # all tied: a mark would say nothing
+        tied = known.tied if told else ()
+        for standing, labels in (("best", [known.best]), ("second", [known.second]), ("tied", tied)):
             found.update({(task, label): standing for label in labels if label is not None})
     return found
 
@@ -254,6 +262,7 @@ def _row(
         seeds=row.seeds,
         trainable=row.adapter,
         trials=row.trials,
+        departs=bool(row.departures),
     )
 
 

@@ -1,0 +1,281 @@
+"""What a searched run proves: its frozen choice, the trials behind it, and what was tried beside them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from svp_bench.cards import ProtocolCard
+from svp_bench.errors import RecordError
+from svp_bench.results.audit_base import Auditor, Finding, Shelf, began, differ, hour, roles, short, some
+from svp_bench.results.choices import FALLBACK, Choice, Trial, choice_path, context_of, read_choice
+from svp_bench.results.digests import cell_config, flat
+from svp_bench.results.record import CREATED, Record, Search, Tuned
+from svp_bench.results.stats import one_standard_error
+
+__all__ = ["search_findings"]
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # what may be part of a path
+_TABLE = re.compile(rf"{_NAME.pattern}/{_NAME.pattern}")
+
+
+def search_findings(
+    record: Record, tuned: Tuned, search: Search, shelf: Shelf | None, protocol: ProtocolCard | None
+) -> list[Finding]:
+    """Look at the choice that a searched run names, and at the records of its trials.
+
+    Args:
+        record: The run.
+        tuned: What it says of its tuned values.
+        search: What it says of the search.
+        shelf: The records and choices beside it, None if it lies in no results folder.
+        protocol: The card at hand, None if it is not the run's.
+    """
+    auditor = _SearchAuditor(record, shelf)
+    auditor.look(tuned, search, protocol)
+    return auditor.findings
+
+
+class _SearchAuditor(Auditor):
+    def look(self, tuned: Tuned, search: Search, protocol: ProtocolCard | None) -> None:
+        """Look at the choice that a run names, and at its trials."""
+        track = f"searched ({search.name}, K = {search.budget}), {search.sampler}, {search.trials} settings tried on "
+        self.say("note", "track", f"{track}{search.selected_on}; declaration {short(tuned.digest)}")
+        if self.shelf is None:
+            self.say(
+                "fail", "choice", "the record lies in no results folder: give the one with its choice, --results_root R"
+            )
+            return
+        if not _TABLE.fullmatch(tuned.table) or not _NAME.fullmatch(search.name):
+            self.say(
+                "fail", "choice", f"{tuned.table!r} of the search {search.name!r} names no choice: <suite>/<method>"
+            )
+            return
+        method = tuned.table.partition("/")[2]
+        path = choice_path(self.shelf.root, search.name, tuned.digest, self.record.task, method)
+        where = path.relative_to(self.shelf.root).as_posix()
+        if not path.is_file():
+            self.say("fail", "choice", f"{where} is missing: what chose the setting cannot be seen")
+            return
+        try:
+            choice = read_choice(path)
+        except RecordError as error:
+            self.say("fail", "choice", str(error).replace(str(path), where))
+            return
+        problems = self._choice_problems(choice, tuned, search, where)
+        val = protocol.stages["select"]["val"] if protocol is not None else None
+        if val is not None and choice.selected_on != val:
+            problems.append(f"chosen on {choice.selected_on}, and {self.record.protocol} chooses on {val}")
+        self.judge(
+            "choice", problems, f"{where}, frozen {hour(choice.created)}, before the run; the config has its values"
+        )
+        self._trials(choice)
+        self._rule(choice)
+        self._other_searches(path)
+
+    def _choice_problems(self, choice: Choice, tuned: Tuned, search: Search, where: str) -> list[str]:
+        record, ours = self.record, dict(flat(self.record.config))
+        problems = []
+        if choice.digest != search.choice:
+            problems.append(f"{where} is not the file that the run was made with ({short(search.choice)})")
+        stated = {
+            "task": (choice.task, record.task),
+            "method": (choice.method, tuned.table.partition("/")[2]),
+            "declaration": (choice.search_digest, tuned.digest),
+            "weights": (short(choice.checkpoint_digest), short(record.checkpoint_digest)),
+            "list": (choice.selected_on, search.selected_on),
+            "budget": (choice.search.get("budget"), search.budget),
+            "sampler": (choice.search.get("sampler"), search.sampler),
+            "number of trials": (len(choice.trials), search.trials),
+            "keys": (sorted(choice.values), sorted(tuned.keys)),
+        }
+        problems += [
+            f"the choice's {name} is {theirs}, the record's {mine}"
+            for name, (theirs, mine) in stated.items()
+            if theirs != mine
+        ]
+        problems += [
+            f"{key} is {ours.get(key)}, and the choice says {value}"
+            for key, value in choice.values.items()
+            if differ(ours.get(key), value)
+        ]
+        problems += self._context_problem(record, choice, "the run")
+        start_time = began(record)
+        try:
+            frozen = datetime.strptime(choice.created, CREATED).replace(tzinfo=timezone.utc)
+        except ValueError:
+            problems.append(f"the choice's created {choice.created!r} is no time")
+        else:
+            if start_time is None or frozen > start_time:
+                start = record.run_id if start_time is None else f"{start_time:%Y-%m-%d %H:%M:%S}"
+                problems.append(
+                    f"frozen {hour(choice.created)}, after the run began ({start}): it did not choose for it"
+                )
+        return problems
+
+    @staticmethod
+    def _context_problem(record: Record, choice: Choice, who: str) -> list[str]:
+        ours = dict(flat(context_of(cell_config(record.config), list(choice.values))))
+        theirs = dict(flat(choice.context))
+        other = sorted(key for key in {*ours, *theirs} if differ(ours.get(key), theirs.get(key)))
+        if not other:
+            return []
+        return [f"chosen with {other[0]} = {theirs.get(other[0])}, and {who} has {ours.get(other[0])}"]
+
+    def _trials(self, choice: Choice) -> None:
+        """Every trial must have the selection records, with the scores, that the choice claims."""
+        assert self.shelf is not None
+        problems = []
+        for number, trial in enumerate(choice.trials, 1):
+            found = [self.shelf.by_id.get(run_id) for run_id in trial.run_ids]
+            if trial.status == "complete":
+                problems += [f"trial {number}: {text}" for text in self._trial_problems(choice, trial, found)]
+                continue
+            if all(record is not None and record.status == "complete" for record in found):
+                problems.append(f"trial {number} is said to have failed ({trial.status}), but its records are complete")
+            problems += [  # a run that ended before it had a record has no name
+                f"trial {number}: its record {run_id} is missing"
+                for run_id, record in zip(trial.run_ids, found, strict=True)
+                if run_id and record is None
+            ]
+        runs = sum(len(trial.run_ids) for trial in choice.trials if trial.status == "complete")
+        problems += self._outside(choice)
+        self.judge(
+            "trials",
+            problems,
+            f"{runs} selection records have the scores that the choice claims, all on {choice.selected_on}; none "
+            "states a test list",
+        )
+
+    def _trial_problems(self, choice: Choice, trial: Trial, found: Sequence[Record | None]) -> Iterable[str]:
+        seeds = choice.search["seeds"]
+        for run_id, score, record, place in zip(trial.run_ids, trial.scores, found, range(len(found)), strict=True):
+            if record is None:
+                yield f"its record {run_id} is missing"
+                continue
+            if record.kind != "selection" or "test" in record.lists or record.correct is not None:
+                yield f"{run_id} read test pictures ({record.kind}, {roles(record.lists)})"
+                continue
+            if record.status != "complete" or record.metrics is None:
+                yield f"{run_id} is {record.status}, and has no score"
+                continue
+            if not math.isclose(record.metrics.top1, score, abs_tol=1e-9):
+                yield f"{run_id} has {record.metrics.top1:.2f} on val, the choice says {score:.2f}"
+            if record.lists.get("val") != choice.selected_on or record.metrics.count != choice.count:
+                yield (
+                    f"{run_id} was scored on {record.metrics.count} pictures of {record.lists.get('val')}, the choice "
+                    f"says {choice.count} of {choice.selected_on}"
+                )
+            if (record.task, record.checkpoint_digest) != (choice.task, choice.checkpoint_digest):
+                yield f"{run_id} is of another task or other weights"
+            if record.data_digest != choice.data_digest:
+                yield f"{run_id} read other lists ({short(record.data_digest)}, not {short(choice.data_digest)})"
+            ours = dict(flat(record.config))
+            for key, value in trial.values.items():
+                if differ(ours.get(key), value):
+                    yield f"{run_id} ran with {key} = {ours.get(key)}, the choice says {value}"
+            yield from self._context_problem(record, choice, run_id)
+            if record.seed != seeds[place]:
+                yield f"{run_id} has seed {record.seed}, and the search declares {seeds}"
+            if trial.trainable is not None and record.parameters.trainable != trial.trainable:
+                yield f"{run_id} trains {record.parameters.trainable} parameters, the choice says {trial.trainable}"
+
+    def _outside(self, choice: Choice) -> list[str]:
+        """Return which runs on val of this search's settings and seeds the choice leaves out; note what else is here.
+
+        Such a run is a second draw, or one that lost and was taken out, if it came before and no other choice names it.
+        """
+        assert self.shelf is not None
+        named = {run_id for trial in choice.trials for run_id in trial.run_ids} | self._named_elsewhere(choice)
+        keys = list(choice.values)
+        hidden: list[Record] = []
+        extra: list[Record] = []
+        before: list[Record] = []
+        for other in self.shelf.records:
+            if (other.task, other.method, other.status) != (choice.task, self.record.method, "complete"):
+                continue
+            if context_of(cell_config(other.config), keys) != dict(choice.context):
+                continue
+            if other.kind == "final" and other.created < choice.created:
+                before.append(other)
+            elif other.kind == "selection" and other.run_id not in named:
+                same = (other.checkpoint_digest, other.data_digest) == (choice.checkpoint_digest, choice.data_digest)
+                ours = same and other.seed in choice.search["seeds"] and other.created <= choice.created
+                (hidden if ours and _declared(choice, other) else extra).append(other)
+        for runs, what in ((extra, "scored on val outside of the search"), (before, "tested before it was over")):
+            if runs:
+                names = some(record.run_id for record in runs)
+                self.say("note", "trials", f"further runs of this method, {what}: {len(runs)} ({names})")
+        if not hidden:
+            return []
+        names = some(record.run_id for record in hidden)
+        return [f"runs of settings and seeds that the search declares, which the choice leaves out: {names}"]
+
+    def _named_elsewhere(self, choice: Choice) -> set[str]:
+        """Return the runs that other sound choices for this task and method name as their trials."""
+        assert self.shelf is not None
+        found: set[str] = set()
+        for file in self.shelf.choices.glob(f"*/{choice.task}/*.json"):
+            try:
+                other = read_choice(file)
+            except RecordError:
+                continue
+            if other.search_digest != choice.search_digest:
+                found.update(run_id for trial in other.trials for run_id in trial.run_ids)
+        return found
+
+    def _rule(self, choice: Choice) -> None:
+        """Reckon again, by code of its own, what `read_choice` has reckoned already."""
+        winner, problems = _by_the_rule(choice), []
+        if winner != choice.chosen:
+            problems.append(f"by its rule trial {winner + 1} wins, and the choice took {choice.chosen + 1}")
+        rule = choice.search["rule"]
+        self.judge("rule", problems, f"{rule}: trial {choice.chosen + 1} of {len(choice.trials)}; {choice.reason}")
+
+    def _other_searches(self, path: Path) -> None:
+        assert self.shelf is not None
+        inside = path.relative_to(self.shelf.choices).parts
+        others = [
+            file.relative_to(self.shelf.choices).parts[0]
+            for file in sorted(self.shelf.choices.glob("/".join(("*", *inside[1:]))))
+            if file != path
+        ]
+        if others:
+            self.say("note", "choice", f"other searches chose for this method and task too: {some(others)}")
+
+
+def _by_the_rule(choice: Choice) -> int:
+    """Return which trial wins by the one-standard-error rule; written anew, to check with.
+
+    Settings within one (binomial) standard error of the best score on val are equal. Among equal ones the first trial,
+    the default, wins; else the one that trains the fewest parameters, then the better score, then the earlier one.
+    """
+    scored = [(index, trial.mean, trial) for index, trial in enumerate(choice.trials) if trial.mean is not None]
+    best = max(mean for _, mean, _ in scored)
+    error = one_standard_error(best, choice.count)
+    equal = [(index, mean, trial) for index, mean, trial in scored if mean >= best - error]
+    if equal[0][0] == 0:
+        return 0
+    return min(equal, key=lambda one: (one[2].trainable or 0, -one[1], one[0]))[0]
+
+
+def _declared(choice: Choice, record: Record) -> bool:
+    """Whether a run's setting is that of a trial, or lies in the declared space."""
+    ours = dict(flat(record.config))
+    if any(not any(differ(ours.get(key), value) for key, value in trial.values.items()) for trial in choice.trials):
+        return True
+    spaces = choice.search["spaces"]
+    space = spaces[choice.method] if choice.method in spaces else spaces[FALLBACK]
+    return all(_holds(declared, ours.get(key)) for key, declared in space.items())
+
+
+def _holds(declared: Any, value: Any) -> bool:
+    """Whether a list of values or a range holds a value."""
+    if not isinstance(declared, Mapping):
+        return any(not differ(one, value) for one in declared)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and bool(declared["low"] <= value <= declared["high"])

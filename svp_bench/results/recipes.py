@@ -1,0 +1,85 @@
+"""What the shipped settings would have been, and where a record departs from them.
+
+The shipped settings of a run are three layers: protocol card, config of the task, recipe of the method (as `fit` lays
+them). A record holds the whole config of its run, so both can be compared key by key. It cannot be seen from a record
+when or why a value was chosen; that it is not the shipped one can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from svp_bench.cards import ProtocolCard
+from svp_bench.errors import SvpBenchError
+from svp_bench.plain_yaml import read_yaml
+from svp_bench.resources import configs_dir
+from svp_bench.results.digests import flat
+from svp_bench.results.record import Record
+
+__all__ = ["departure_texts", "departures", "other", "recipe", "shipped_layer"]
+
+_SPARED = frozenset(
+    {
+        "trainer.max_epochs",  # the budget: an audit has a line of its own for it
+        "model.method.class_path",
+        "data.task",
+        "model.backbone",
+        "model.checkpoint",
+    }
+)
+"""Keys that say which run it is, not how it was set."""
+
+
+def departures(
+    record: Record, protocol: ProtocolCard | None, searched: Iterable[str] = (), *, epochs: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """Return dotted key → (the record's value, the shipped value) where they differ, by key.
+
+    Keys that the record does not have, or no shipped layer sets, are passed over: there is nothing to compare.
+
+    Args:
+        record: The record.
+        protocol: Its protocol card; None if that card is not at hand in the record's version.
+        searched: Keys that may differ, because a search or a tuned table set them.
+        epochs: Compare the number of epochs too.
+    """
+    layers: dict[str, Any] = dict(flat(protocol.training)) if protocol is not None else {}
+    layers.update(shipped_layer(f"{record.task}.yaml"))
+    layers.update(recipe(record.method))
+    ours, allowed = dict(flat(record.config)), set(searched)
+    spared = _SPARED - {"trainer.max_epochs"} if epochs else _SPARED
+    return {
+        key: (ours[key], value)
+        for key, value in sorted(layers.items())
+        if key in ours and key not in spared and key not in allowed and other(ours[key], value)
+    }
+
+
+def departure_texts(found: dict[str, tuple[Any, Any]]) -> list[str]:
+    """Return "model.learning_rate 0.123, not 0.001" for each of `departures`."""
+    return [f"{key} {ours}, not {shipped}" for key, (ours, shipped) in found.items()]
+
+
+def recipe(method: str) -> dict[str, Any]:
+    """Return dotted key → value of the shipped recipe of `method`; empty if there is none."""
+    return shipped_layer(f"method/{method}.yaml")
+
+
+def shipped_layer(name: str) -> dict[str, Any]:
+    """Return the leaves of the shipped config `name`, e.g. "vtab/dtd.yaml"; empty if there is no such file."""
+    return _leaves(configs_dir() / name)
+
+
+@cache
+def _leaves(path: Path) -> dict[str, Any]:
+    return dict(flat(read_yaml(path, error=SvpBenchError).value)) if path.is_file() else {}
+
+
+def other(one: Any, two: Any) -> bool:
+    """Whether two config values differ; a list is a tuple, and true is not 1."""
+    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
+        return len(one) != len(two) or any(other(a, b) for a, b in zip(one, two, strict=True))
+    return isinstance(one, bool) != isinstance(two, bool) or one != two
