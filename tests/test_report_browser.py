@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import re
@@ -66,7 +67,10 @@ class Reader:
         )
 
     def overflow(self) -> int:
-        """By how many pixels the page is wider than the window."""
+        """By how many pixels the page is wider than the window, once plots have settled (five seconds at most)."""
+        wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+        with contextlib.suppress(playwright.TimeoutError):
+            self.page.wait_for_function(f"!({wide})", timeout=5000)
         return int(self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
     def picture(self, folder: Path, name: str) -> None:

@@ -264,9 +264,9 @@ class BenchCLI(ConfigCLI):
         except Exception as error:
             status, reason = "failed", one_line(f"{type(error).__name__}: {error}")
             if self.trainer.world_size > 1 and is_of_a_lost_process(error):
+                why = one_line(str(error)).partition(". ")[0]
                 raise SvpBenchError(
-                    f"another process of this run is gone ({one_line(str(error))}); go on: the same command with "
-                    "--resume"
+                    f"another process of this run is gone ({why}); go on: the same command with --resume"
                 ) from None
             raise
         finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -254,21 +254,29 @@ def _agreed_by_store(holding: ExitStack, decide: Callable[[], str]) -> str:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public all the same
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, _ = next(rendezvous("env://", timeout=_PATIENCE))
+    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
     holding.callback(lambda: store)  # where the first process is the store itself, it must stay until training meets
     shared = PrefixStore("svp-bench", store)
     if rank > 0:
         name = str(shared.get("run").decode())
+        shared.set(f"heard-{rank}", "")
         if not name:
             raise UsageError("the first process of this run has stopped; it says why")
         return name
     try:
         name = decide()
     except BaseException:
-        shared.set("run", "")
+        _tell(shared, "", size)
         raise
-    shared.set("run", name)
+    _tell(shared, name, size)
     return name
+
+
+def _tell(store: Any, name: str, size: int) -> None:
+    """Tell the other processes, and wait until they have heard: the first may be the store, and go with it."""
+    store.set("run", name)
+    with suppress(RuntimeError):  # one that never came is missed later, when they meet
+        store.wait([f"heard-{rank}" for rank in range(1, size)], timedelta(minutes=1))
 
 
 def is_first_process() -> bool:
