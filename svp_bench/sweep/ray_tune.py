@@ -1,6 +1,6 @@
 """A search as a Ray Tune experiment, for those who live in Tune: its tables, its loggers, its dashboards.
 
-    from svp_bench.sweep.ray_tune import make_tuner
+    from svp_bench.sweep.ray_tune import make_tuner  # the extra `tune`
     make_tuner("vtab/dtd", "svp", flags=["--data.root", "data"]).fit()
 
 Tune places the trials and keeps its own table of them. What is tried comes from the declaration of the search, through
@@ -72,7 +72,7 @@ def make_tuner(
     try:
         from ray import tune
     except ImportError:
-        raise UnavailableError("Ray Tune is not installed: pip install 'svp-bench[ray]'") from None
+        raise UnavailableError("Ray Tune is not installed: pip install 'svp-bench[tune]'") from None
     from svp_bench.sweep.runner import Runner  # torch
 
     declared = load_search(search)
