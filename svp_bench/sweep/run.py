@@ -105,7 +105,7 @@ def run_sweep(request: Request) -> int:
     index, of = request.shard
     cells = [Cell(task, method, _label(method)) for task, method in names[index::of]]
     if request.dry_run:
-        console.print(f"{len(cells)} cells (task and method); looking what is there …")
+        console.print(f"{_count(len(cells), 'cell')} (task and method); looking what is there …")
     else:
         check_writable(request.results_root)
     prepared = _Prepared(cells, common, search)
@@ -123,7 +123,7 @@ def run_sweep(request: Request) -> int:
         return 1 if sweep.blocked else 0
     with _signals() as asked, _pool(request) as pool:
         console.print(
-            f"Sweep: {len(cells)} cells × {len(request.seeds)} seeds"
+            f"Sweep: {_count(len(cells), 'cell')} × {_count(len(request.seeds), 'seed')}"
             + (f", search {search.name} (K = {search.budget}, {search.sampler})" if search else ", default settings")
             + f"; {pool.what}",
             soft_wrap=True,
@@ -198,6 +198,10 @@ class _Prepared:
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _print_plan(console: Console, sweep: Sweep, request: Request, prepared: _Prepared) -> None:
