@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import http.server
 import re
@@ -68,10 +67,12 @@ class Reader:
 
     def overflow(self) -> int:
         """By how many pixels the page is wider than the window, once plots have settled (five seconds at most)."""
-        wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
-        with contextlib.suppress(playwright.TimeoutError):
-            self.page.wait_for_function(f"!({wide})", timeout=5000)
-        return int(self.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+        wider = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        for _ in range(50):  # asked from here: the page's policy forbids a function of our own that waits in it
+            if int(self.page.evaluate(wider)) <= 0:
+                break
+            self.page.wait_for_timeout(100)
+        return int(self.page.evaluate(wider))
 
     def picture(self, folder: Path, name: str) -> None:
         self.page.screenshot(path=folder / f"{name}.png")
