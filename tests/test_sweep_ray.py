@@ -231,7 +231,7 @@ def test_a_node_that_goes_and_a_sweep_that_is_stopped(tmp_path: Path, local: Pat
     finally:
         cluster.communicate("\n", timeout=60)
     assert sweep.returncode == 0, out
-    assert "1 worker with 1 GPU each on the Ray cluster" in out
+    assert "with 1 GPU each on the Ray cluster" in out  # 1 worker, or 2 as long as Ray believes in the lost node
     assert "3 runs complete" in out
     assert scores(tmp_path / "results") == scores(local / "results")
 
