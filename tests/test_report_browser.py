@@ -89,7 +89,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder with its report, and learning curves of a few runs."""
-    folder = tmp_path_factory.mktemp("report")
+    folder = tmp_path_factory.mktemp("report") / "a_folder_whose_name_is_wider_than_the_window_of_any_phone"
     records = list(vtab(seeds=(0, 1)))
     write(folder / "results", records, broken=True)
     for record in records:
