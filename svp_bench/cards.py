@@ -64,7 +64,7 @@ class TaskCard:
         classes: Number of classes; labels run from 0 to classes - 1.
         counts: Name of each list → its number of pictures.
         folder: Folder of the task below the data root.
-        source: Address of the data set's home page.
+        source: Address of the data set's home page, or "drawn" if code draws its pictures.
         licence: Terms of the data in a few words.
         citation: Key in `references.bib`.
         digest: "sha256:<64 hex digits>" over all lists as first seen, or None while unseen. With the reader `lists`, of
@@ -341,7 +341,7 @@ def _stems(folder: Path) -> list[str]:
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # one component: no slash, no leading dot
-_URL = re.compile(r"https?://\S+")
+_SOURCE = re.compile(r"https?://\S+|drawn")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _CITATION = re.compile(r"[A-Za-z][A-Za-z0-9:_.+-]*")
 
@@ -408,7 +408,7 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
         classes=keys["classes"].positive(),
         counts=counts,
         folder=keys["folder"].text(_FILE, "a single folder name"),
-        source=keys["source"].text(_URL, "an address that begins with http:// or https://"),
+        source=keys["source"].text(_SOURCE, "an address that begins with http:// or https://, or the word drawn"),
         licence=keys["licence"].text(),
         citation=keys["citation"].text(_CITATION, "a key of references.bib"),
         digest=None if keys["digest"].value is None else keys["digest"].text(_DIGEST, "null or sha256:<64 hex digits>"),

@@ -320,7 +320,7 @@ WRONG = [
         "https://example.org/one",
         "example.org",
         8,
-        "source must be an address that begins with http:// or https://",
+        "source must be an address that begins with http:// or https://, or the word drawn",
     ),
     (ONE, "someone2020toy", "some one", 10, "citation must be a key of references.bib, not 'some one'"),
     (ONE, "digest: null", "digest: sha256:12", 11, "digest must be null or sha256:<64 hex digits>, not 'sha256:12'"),

@@ -187,6 +187,14 @@ def test_beyond_it_the_cheapest_of_the_best_wins() -> None:
     assert choose([trial(50.0), trial(72.0)], 200)[0] == 1
 
 
+def test_best_on_val_follows_val_and_breaks_ties_by_the_order() -> None:
+    chosen, error, reason = choose([trial(70.0), trial(72.0), trial(None), trial(72.0)], 200, "best_on_val")
+    assert chosen == 1
+    assert error == pytest.approx(one_standard_error(72.0, 200))
+    assert reason == "72.00 on val, the best of 3 settings, the first of 2 that reach it"
+    assert choose([trial(70.0), trial(69.5)], 200, "best_on_val")[::2] == (0, "70.00 on val, the best of 2 settings")
+
+
 def test_no_score_no_choice() -> None:
     with pytest.raises(UsageError, match="no setting of the search has a score"):
         choose([trial(None)], 200)

@@ -54,6 +54,7 @@ READERS.add(
 )
 READERS.add("torchvision", "svp_bench.data.torchvision_sets:open_torchvision", "a data set that torchvision reads")
 READERS.add("digits", "svp_bench.data.digits:open_digits", "scikit-learn's handwritten digits, 8 x 8, which it ships")
+READERS.add("drawn", "svp_bench.data.drawn:open_drawn", "pictures drawn anew, the same on every machine")
 
 Note = Callable[[str], None]
 _T = TypeVar("_T")

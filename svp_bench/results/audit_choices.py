@@ -249,13 +249,16 @@ class _SearchAuditor(Auditor):
 
 
 def _by_the_rule(choice: Choice) -> int:
-    """Return which trial wins by the one-standard-error rule; written anew, to check with.
+    """Return which trial wins by the choice's rule; written anew, to check with.
 
-    Settings within one (binomial) standard error of the best score on val are equal. Among equal ones the first trial,
-    the default, wins; else the one that trains the fewest parameters, then the better score, then the earlier one.
+    `best_on_val`: the highest mean, of equal ones the earliest. `one_standard_error`: settings within one (binomial)
+    standard error of the best score on val are equal; among them the first trial, the default, wins, else the one that
+    trains the fewest parameters, then the better score, then the earlier one.
     """
     scored = [(index, trial.mean, trial) for index, trial in enumerate(choice.trials) if trial.mean is not None]
     best = max(mean for _, mean, _ in scored)
+    if choice.search["rule"] == "best_on_val":
+        return next(index for index, mean, _ in scored if mean == best)
     error = one_standard_error(best, choice.count)
     equal = [(index, mean, trial) for index, mean, trial in scored if mean >= best - error]
     if equal[0][0] == 0:

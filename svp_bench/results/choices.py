@@ -26,7 +26,7 @@ from svp_bench.results.stats import one_standard_error
 
 __all__ = [
     "FALLBACK",
-    "RULE",
+    "RULES",
     "SCHEMA",
     "Choice",
     "Trial",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 SCHEMA = "svp-bench/choice-1"
-RULE = "one_standard_error"
+RULES = ("one_standard_error", "best_on_val")
 FALLBACK = "default"  # the space of methods without one of their own
 _DECLARED: Mapping[str, tuple[type, ...]] = {
     "name": (str,),
@@ -221,12 +221,12 @@ def check_choice(choice: Choice) -> list[str]:
         problems.append(f"there are {len(trials)} trials, more than the budget of {search['budget']}")
     if any(not _inside(setting, space) for setting in settings[1:]):
         problems.append("a trial lies outside of the declared space")
-    if search["rule"] != RULE:
-        problems.append(f"the rule {search['rule']!r} is not known here; known: {RULE}")
+    if search["rule"] not in RULES:
+        problems.append(f"the rule {search['rule']!r} is not known here; known: {', '.join(RULES)}")
     elif not any(trial.scores for trial in trials):
         problems.append("no trial has a score on val")
     else:
-        chosen, error, reason = choose(trials, choice.count)
+        chosen, error, reason = choose(trials, choice.count, search["rule"])
         if chosen != choice.chosen:
             problems.append(f"'chosen' is trial {choice.chosen + 1}, and by its rule trial {chosen + 1} wins")
         elif abs(error - choice.standard_error) > 1e-9 or reason != choice.reason:
@@ -276,16 +276,21 @@ def grid_settings(space: Mapping[str, Any], default: Mapping[str, Any]) -> list[
     return [dict(default), *(setting for setting in grid if setting != dict(default))]
 
 
-def choose(trials: Sequence[Trial], count: int) -> tuple[int, float, str]:
-    """Choose among finished trials: within one standard error of the best, the default or the cheapest setting wins.
+def choose(trials: Sequence[Trial], count: int, rule: str = RULES[0]) -> tuple[int, float, str]:
+    """Choose among finished trials.
 
-    The standard error is that of the best score on a val list of `count` pictures (binomial; about 3 points at 200
-    pictures). Differences within it are noise, and a search that follows them overfits val. (The one-standard-error
-    rule: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.)
+    `one_standard_error`: within one standard error of the best, the default or the cheapest setting wins. The standard
+    error is that of the best score on a val list of `count` pictures (binomial; about 3 points at 200 pictures).
+    Differences within it are noise, and a search that follows them overfits val. (Breiman et al., Classification and
+    Regression Trees, 1984, section 3.4.3.)
+
+    `best_on_val`: the best score, of equal ones the earliest trial. For searches whose default setting is no
+    sensible prior, e.g. one made for runs ten times as long.
 
     Args:
         trials: The first is the default setting.
         count: Pictures in the val list.
+        rule: Of `RULES`.
 
     Returns:
         Index of the choice, the standard error in points, and the reason in a line.
@@ -305,6 +310,10 @@ def choose(trials: Sequence[Trial], count: int) -> tuple[int, float, str]:
 
     best = max(scored, key=lambda index: (score(index), -index))
     error = one_standard_error(score(best), count)
+    if rule == "best_on_val":
+        ties = sum(score(index) == score(best) for index in scored)
+        among = f", the first of {ties} that reach it" if ties > 1 else ""
+        return best, error, f"{score(best):.2f} on val, the best of {len(scored)} settings{among}"
     equal = [index for index in scored if score(index) >= score(best) - error]
     if 0 in equal:
         chosen, why = 0, "the default setting"

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from svp_bench.errors import ConfigError, UnavailableError, unknown_name
 from svp_bench.plain_yaml import Node, read_yaml
 from svp_bench.resources import configs_dir
-from svp_bench.results.choices import FALLBACK, RULE, grid_settings
+from svp_bench.results.choices import FALLBACK, RULES, grid_settings
 from svp_bench.results.digests import canonical_digest
 
 __all__ = ["SAMPLERS", "Dimension", "Sampler", "Search", "load_search", "make_sampler", "space_declaration"]
@@ -65,6 +65,7 @@ class Search:
         sampler: grid, random or tpe.
         budget: K: settings that each method may try on each task, the default one among them.
         seeds: Each setting is trained once with each of them; their mean on val counts.
+        rule: How its trials are compared; see `svp_bench.results.choices.choose`.
         spaces: Method → its space; "default" serves methods without one.
         path: Its file.
     """
@@ -74,6 +75,7 @@ class Search:
     sampler: str
     budget: int
     seeds: tuple[int, ...]
+    rule: str
     spaces: Mapping[str, tuple[Dimension, ...]]
     path: Path
 
@@ -96,7 +98,7 @@ class Search:
             "sampler": self.sampler,
             "budget": self.budget,
             "seeds": list(self.seeds),
-            "rule": RULE,
+            "rule": self.rule,
             "spaces": {method: space_declaration(space) for method, space in sorted(self.spaces.items())},
         }
 
@@ -128,8 +130,7 @@ def load_search(name: str) -> Search:
             raise unknown_name("search", name, known)
     node = read_yaml(path, error=ConfigError, label="the search")
     keys = node.keys(["name", "version", "sampler", "budget", "spaces"], ["seeds", "rule", "notes"])
-    if "rule" in keys:
-        keys["rule"].choice([RULE], "rule")
+    rule = keys["rule"].choice(RULES, "rule") if "rule" in keys else RULES[0]
     sampler = keys["sampler"].choice(SAMPLERS, "sampler")
     seeds = tuple(_seed(item) for item in keys["seeds"].sequence()) if "seeds" in keys else (0,)
     if len(set(seeds)) != len(seeds):
@@ -141,6 +142,7 @@ def load_search(name: str) -> Search:
         sampler=sampler,
         budget=keys["budget"].positive(),
         seeds=seeds,
+        rule=rule,
         spaces=spaces,
         path=path,
     )

@@ -270,7 +270,7 @@ class Sweep:
         count, selected_on = scored[0].count, scored[0].selected_on
         assert count is not None
         assert selected_on is not None
-        chosen, error, reason = choose(trials, count)
+        chosen, error, reason = choose(trials, count, self.search.rule)
         choice = Choice(
             task=cell.task,
             method=cell.label,
