@@ -107,7 +107,8 @@ def _key(at: Frame, side: int) -> Mask:
     return bow | shaft | bit
 
 
-_SHAPES: tuple[Callable[[Frame], Mask], ...] = (_disc, _square, _triangle, _cross)
+Shape = Callable[[Frame], Mask]
+_SHAPES: tuple[Shape, ...] = (_disc, _square, _triangle, _cross)
 
 
 # --- patterns: masks that repeat, of the whole plane -----------------------------------------------------------------
@@ -183,9 +184,12 @@ class Canvas:
         for plane, value in zip(self.pixels, colour, strict=True):
             plane[mask] = value
 
-    def shape(self, x: float, y: float, size: float) -> None:
-        """Paint a sprite of a kind, direction and colour that are drawn."""
-        shape = _SHAPES[self.dice.below(len(_SHAPES))]
+    def kind(self) -> Shape:
+        """Return one of the shapes."""
+        return _SHAPES[self.dice.below(len(_SHAPES))]
+
+    def sprite(self, shape: Shape, x: float, y: float, size: float) -> None:
+        """Paint a shape in a direction and colour that are drawn."""
         self.paint(shape(_frame(x, y, size, self.dice.below(360))), self.colour())
 
     def specks(self) -> None:
@@ -224,7 +228,7 @@ def _location(canvas: Canvas, label: int) -> None:
     row, column = divmod(label, _CELLS)
     x = _MARGIN + _CELL * (column + dice.between(0.1, 0.9))
     y = _MARGIN + _CELL * (row + dice.between(0.1, 0.9))
-    canvas.shape(x, y, dice.between(4, 8))
+    canvas.sprite(canvas.kind(), x, y, dice.between(4, 8))
 
 
 def _orientation(canvas: Canvas, label: int) -> None:
@@ -251,7 +255,7 @@ def _count(canvas: Canvas, label: int) -> None:
         if all((x - ox) * (x - ox) + (y - oy) * (y - oy) > (size + o + 1) * (size + o + 1) for ox, oy, o in placed):
             placed.append((x, y, size))
     for x, y, size in placed:
-        canvas.shape(x, y, size)
+        canvas.sprite(canvas.kind(), x, y, size)
 
 
 def _size(canvas: Canvas, label: int) -> None:
@@ -263,8 +267,9 @@ def _size(canvas: Canvas, label: int) -> None:
     across, down = apart * _COSINE[degrees % 360], apart * _COSINE[(degrees - 90) % 360]
     x = dice.between(max(small, large - across), min(SIZE - small, SIZE - large - across))
     y = dice.between(max(small, large - down), min(SIZE - small, SIZE - large - down))
-    canvas.shape(x, y, small)
-    canvas.shape(x + across, y + down, large)
+    shape = canvas.kind()  # one for both: a disc and a triangle have no sizes to compare
+    canvas.sprite(shape, x, y, small)
+    canvas.sprite(shape, x + across, y + down, large)
 
 
 @dataclass(frozen=True)

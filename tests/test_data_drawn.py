@@ -1,0 +1,158 @@
+"""Drawn tasks: what a picture shows is what its label says, and a card gives the same bytes everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from svp_bench.cards import ReaderSpec, load_suite, load_task
+from svp_bench.data.drawn import KINDS, SIZE, draw_numbered
+from svp_bench.data.sources import Source, open_source
+from svp_bench.errors import CardError
+
+TASKS = [name for name in load_suite("demo").tasks if load_task(name).reader.kind == "drawn"]
+MANY = 96  # pictures of a kind that are measured
+
+
+def objects(picture: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float64]]:
+    """Return the pixels (row, column) of each connected thing that stands out from the ground, the largest first.
+
+    The ground is a plane of grey values in each channel, fitted to the border where it agrees with itself.
+    """
+    rows, columns = np.mgrid[:SIZE, :SIZE]
+    terms = np.stack([rows, columns, np.ones_like(rows)], axis=-1).reshape(-1, 3).astype(float)
+    values = picture.reshape(-1, 3).astype(float)
+    kept = np.ones(len(values), dtype=bool)
+    for limit in (60.0, 30.0, 22.0, 22.0):  # what does not fit is no ground
+        plane, *_ = np.linalg.lstsq(terms[kept], values[kept], rcond=None)
+        far = np.abs(values - terms @ plane).max(axis=1)
+        kept = far < limit
+    found, number = ndimage.label(ndimage.median_filter((far >= 22).reshape(SIZE, SIZE).astype(np.uint8), 3))
+    things = [np.argwhere(found == one + 1).astype(float) for one in range(number)]
+    return sorted(things, key=len, reverse=True)
+
+
+def agreement(kind: str, read: dict[int, int]) -> float:
+    return sum(label == draw_numbered(kind, 5, number)[1] for number, label in read.items()) / MANY
+
+
+def test_the_largest_thing_lies_in_the_cell_of_its_label() -> None:
+    read = {}
+    for number in range(MANY):
+        row, column = objects(draw_numbered("location", 5, number)[0])[0].mean(axis=0) + 0.5
+        read[number] = int((row - 8) // 12) * 4 + int((column - 8) // 12)
+    assert agreement("location", read) > 0.9
+
+
+def test_there_are_as_many_things_as_the_label_says() -> None:
+    read = {n: len([t for t in objects(draw_numbered("count", 5, n)[0]) if len(t) > 8]) - 1 for n in range(MANY)}
+    assert agreement("count", read) > 0.9
+
+
+def test_the_larger_thing_lies_where_the_label_says() -> None:
+    read = {}
+    for number in range(MANY):
+        things = objects(draw_numbered("size", 5, number)[0])
+        if len(things) < 2:  # one has nearly the ground's colour
+            continue
+        down, right = things[0].mean(axis=0) - things[1].mean(axis=0)
+        sideways = abs(right) > abs(down)
+        read[number] = (0 if right > 0 else 1) if sideways else (2 if down > 0 else 3)
+    assert agreement("size", read) > 0.9
+
+
+def test_the_bow_points_where_the_label_says() -> None:
+    """The bow holds more of the key than the shaft: seen from the middle of its extent, the mean lies towards it."""
+    read = {}
+    for number in range(MANY):
+        thing = objects(draw_numbered("orientation", 5, number)[0])[0]
+        mean = thing.mean(axis=0)
+        axis = np.linalg.svd(thing - mean, full_matrices=False)[2][0]
+        along = (thing - mean) @ axis
+        if along.max() + along.min() > 0:  # the far end is the shaft's
+            axis = -axis
+        read[number] = round(np.degrees(np.arctan2(axis[0], axis[1])) / 45) % 8
+    assert agreement("orientation", read) > 0.85
+
+
+def test_patterns_differ_from_one_another_and_within_themselves() -> None:
+    """No two pictures are the same, and the mean picture of a class is nearly flat: the place of a pixel says nothing."""
+    drawn = [draw_numbered("textures", 5, number) for number in range(400)]
+    assert len({picture.tobytes() for picture, _ in drawn}) == len(drawn)
+    for label in range(8):
+        grey = np.stack([picture.mean(axis=2) for picture, of in drawn if of == label])
+        within = grey.std(axis=(1, 2)).mean()
+        assert grey.mean(axis=0).std() < 0.35 * within
+
+
+@given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 10**9), number=st.integers(0, 10**9))
+@settings(max_examples=40, deadline=None)
+def test_a_picture_is_a_pure_function_of_its_numbers(kind: str, seed: int, number: int) -> None:
+    picture, label = draw_numbered(kind, seed, number)
+    again, _ = draw_numbered(kind, seed, number)
+    assert picture.shape == (SIZE, SIZE, 3)
+    assert picture.dtype == np.uint8
+    assert label == number % len(KINDS[kind].classes)
+    assert np.array_equal(picture, again)
+    assert not np.array_equal(picture, draw_numbered(kind, seed + 1, number)[0])
+    assert picture.std() > 3
+
+
+# --- the reader ------------------------------------------------------------------------------------------------------
+
+
+def opened(task: str = "demo/size", **changes: object) -> Source:
+    card = load_task(task)
+    options = {**card.reader.options, **changes.pop("options", {})}  # type: ignore[dict-item]
+    options = {key: value for key, value in options.items() if value is not None}
+    return open_source(replace(card, reader=ReaderSpec("drawn", options), **changes), suite=load_suite("demo"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_shipped_cards_are_true(task: str) -> None:
+    source = open_source(load_task(task))
+    card = load_task(task)
+    assert source.digest == card.digest  # the same bytes on every machine
+    assert {name: len(pictures) for name, pictures in source.lists.items()} == dict(card.counts)
+    assert source.class_names == KINDS[str(card.reader.options["kind"])].classes
+    for pictures in source.lists.values():
+        counts = np.bincount(pictures.labels, minlength=card.classes)
+        assert counts.max() - counts.min() <= 2  # every class is there, in equal parts
+
+
+def test_lists_share_no_picture_and_trainval_is_both() -> None:
+    source = opened()
+    of = {name: [pictures.load(i).tobytes() for i in range(len(pictures))] for name, pictures in source.lists.items()}
+    assert of["trainval"] == of["train"] + of["val"]
+    assert not set(of["trainval"]) & set(of["test"])
+    assert source.get("test").where(0) == "picture 300"
+
+
+def test_another_seed_draws_other_pictures() -> None:
+    assert opened(options={"seed": 1}).digest != opened().digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"options": {"kind": "sizes"}}, "unknown kind of the reader 'drawn' 'sizes'; did you mean 'size'"),
+        ({"options": {"kind": None}}, "the reader 'drawn' needs the option 'kind'"),
+        ({"options": {"seed": None}}, "the reader 'drawn' needs the option 'seed'"),
+        ({"options": {"generator": 2}}, "the card is for generator 2, this is 1"),
+        ({"options": {"seeds": 2}}, "unknown option of the reader 'drawn' 'seeds'; did you mean 'seed'"),
+        ({"options": {"seed": "zero"}}, "seed"),
+        ({"classes": 5}, "'size' has 4 classes, the card says 5"),
+        ({"counts": {"train": 4, "tests": 4}}, "unknown list of the reader 'drawn' 'tests'; did you mean 'test'"),
+        ({"counts": {"train": 4, "val": 4, "trainval": 9}}, "trainval is train and val together, 8, not 9"),
+    ],
+)
+def test_cards_that_cannot_be_drawn_are_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(CardError, match=said) as caught:
+        opened(**changes)
+    assert str(caught.value).startswith(f"{load_task('demo/size').path}:1: ")
