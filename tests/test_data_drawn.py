@@ -82,7 +82,7 @@ def test_the_bow_points_where_the_label_says() -> None:
 
 
 def test_patterns_differ_from_one_another_and_within_themselves() -> None:
-    """No two pictures are the same, and the mean picture of a class is nearly flat: the place of a pixel says nothing."""
+    """No two pictures are the same, and the mean of a class is nearly flat: a pixel alone says nothing."""
     drawn = [draw_numbered("textures", 5, number) for number in range(400)]
     assert len({picture.tobytes() for picture, _ in drawn}) == len(drawn)
     for label in range(8):
