@@ -41,10 +41,11 @@ VTAB = {
     "smallnorb_ele": ("structured", 9, 12_150),
 }
 DIGITS = {
-    "demo/digits": ({"train": 800, "val": 200, "trainval": 1000, "test": 797}, {}),
-    "demo/digits-10shot": ({"train": 80, "val": 20, "trainval": 100, "test": 797}, {"per_class": 10}),
-    "demo/digits-5shot": ({"train": 40, "val": 10, "trainval": 50, "test": 797}, {"per_class": 5}),
+    "demo/digits": ({"train": 800, "val": 200, "trainval": 1000, "test": 797}, {"margin": 2}),
+    "demo/digits-10shot": ({"train": 80, "val": 20, "trainval": 100, "test": 797}, {"per_class": 10, "margin": 2}),
+    "demo/digits-5shot": ({"train": 40, "val": 10, "trainval": 50, "test": 797}, {"per_class": 5, "margin": 2}),
 }
+DRAWN = {"textures": 8, "location": 16, "orientation": 8, "count": 6, "size": 4}  # classes
 
 
 # --- the shipped cards -----------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def test_the_shipped_suites_and_tasks_are_listed_in_table_order() -> None:
     assert {"demo", "vtab"} <= {*cards.list_suites()}
     assert cards.list_suites() == sorted(cards.list_suites())
     assert cards.list_tasks("vtab") == [f"vtab/{task}" for task in VTAB]
-    assert cards.list_tasks("demo") == list(DIGITS)
+    assert cards.list_tasks("demo") == [*DIGITS, *(f"demo/{kind}" for kind in DRAWN)]
     assert cards.list_tasks() == [task for suite in cards.list_suites() for task in cards.list_tasks(suite)]
 
 
@@ -91,6 +92,15 @@ def test_digits_cards(name: str) -> None:
     counts, options = DIGITS[name]
     card = cards.load_task(name)
     assert (card.counts, card.classes, card.reader) == (counts, 10, cards.ReaderSpec("digits", options))
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_drawn_cards(kind: str) -> None:
+    card = cards.load_task(f"demo/{kind}")
+    assert card.counts == {"train": 240, "val": 60, "trainval": 300, "test": 1000}
+    assert card.classes == DRAWN[kind]
+    assert card.reader == cards.ReaderSpec("drawn", {"kind": kind, "seed": 0, "generator": 1})
+    assert (card.source, card.digest is not None) == ("drawn", True)
 
 
 def test_vtab_protocol() -> None:

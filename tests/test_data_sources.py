@@ -387,6 +387,24 @@ def test_the_shipped_digit_cards_are_true(name: str) -> None:
     assert report.digest == card.digest  # as `svp-bench data check` prints it
 
 
+@pytest.mark.parametrize("margin", [0, 2, 16])
+def test_a_margin_stands_around_the_digits_and_changes_nothing_else(margin: int) -> None:
+    bare = np.asarray(digits().get("test").load(7))
+    framed = np.asarray(digits(margin=margin).get("test").load(7))
+    assert framed.shape == (8 + 2 * margin, 8 + 2 * margin, 3)
+    inside = slice(margin, margin + 8)
+    assert np.array_equal(framed[inside, inside], bare)
+    assert framed.sum() == bare.sum()
+
+
+@pytest.mark.parametrize("margin", [-1, 17])
+def test_margin_out_of_range(margin: int) -> None:
+    with pytest.raises(
+        CardError, match=rf"digits\.yaml:1: margin {margin} is out of range, allowed: 0\.\.16 \(pixels\)"
+    ):
+        digits(margin=margin)
+
+
 @pytest.mark.parametrize("per_class", [2, 0, -1, 1000])
 def test_per_class_out_of_range(per_class: int) -> None:
     with pytest.raises(CardError, match=rf"digits\.yaml:1: per_class {per_class} is out of range, allowed: 3\.\.\d+ "):
