@@ -365,7 +365,7 @@ class Fate(Pool):
     def outcome(self, job: Job) -> Outcome:
         fixed = random.Random(dataclasses.replace(job, choice=None).key)  # what a run gives follows from it alone
         if fixed.random() < self.fails:
-            return Outcome("failed", reason="the loss became nan")
+            return Outcome("failed", reason="the loss became nan", run_id="r")
         top1 = fixed.randrange(0, 201) / 2
         return Outcome("complete", top1=top1, count=200, trainable=fixed.randrange(5), selected_on="val200", run_id="r")
 
@@ -379,7 +379,7 @@ class Fate(Pool):
 def cells(method_count: int = 2) -> list[Cell]:
     names = ["linear", "full", "svp"][:method_count]
     return [
-        Cell(task, name, name, {LR: 1e-3, WD: 0.1}, {"a": 1}, WEIGHTS, "sha256:" + "34" * 32)
+        Cell(task, name, name, {}, {LR: 1e-3, WD: 0.1}, {"a": 1}, WEIGHTS, "sha256:" + "34" * 32)
         for task in ("vtab/dtd", "vtab/svhn")
         for name in names
     ]
@@ -432,6 +432,27 @@ def test_a_process_that_always_dies_is_given_up(tmp_path: Path) -> None:
     sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, retries=2)
     sweep.run(Deadly(random.Random(0), 1, 0, 0, 0), Watcher())
     assert [ended.outcome.status for ended in sweep.failed] == ["died"]
+
+
+def test_a_setting_does_not_lose_for_a_folder_that_was_missing(tmp_path: Path) -> None:
+    """A trial that failed before it trained has no run: its cell waits for better days, and no choice is frozen."""
+
+    class Broken(Fate):
+        def outcome(self, job: Job) -> Outcome:
+            lost = len(self.ran) == 2
+            return Outcome("failed", reason="no configs folder") if lost else super().outcome(job)
+
+    search = load_search(str(declare(tmp_path)))
+    sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
+    sweep.run(Broken(random.Random(0), 1, 0, 0, 0), Watcher())
+    assert not list(tmp_path.rglob("linear.json"))
+    assert [job for job in sweep.done if job.job.stage == "final"] == []
+    said = sweep.blocked[0].blocked or ""
+    assert said.startswith("nothing is chosen, since the trial ")
+    assert "failed before it trained: no configs folder; put that right and run the same command again" in said
+    again = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
+    again.run(Fate(random.Random(0), 1, 0, 0, 0), Watcher())
+    assert (again.blocked, len(list(tmp_path.rglob("linear.json")))) == ([], 1)
 
 
 def test_a_choice_on_other_weights_blocks_its_cell(tmp_path: Path) -> None:

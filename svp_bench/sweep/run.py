@@ -28,7 +28,7 @@ from svp_bench.sweep.pools import LocalPool, Pool
 from svp_bench.sweep.search import Search, load_search
 from svp_bench.sweep.sweep import Cell, Sweep, searched_context
 
-__all__ = ["Request", "run_sweep"]
+__all__ = ["Asked", "Request", "asked_by_signals", "conclude", "run_sweep"]
 
 _NOT_HERE = (
     "seed_everything",
@@ -121,7 +121,7 @@ def run_sweep(request: Request) -> int:
     if request.dry_run:
         _print_plan(console, sweep, request, prepared)
         return 1 if sweep.blocked else 0
-    with _signals() as asked, _pool(request) as pool:
+    with asked_by_signals() as asked, _pool(request) as pool:
         console.print(
             f"Sweep: {_count(len(cells), 'cell')} × {_count(len(request.seeds), 'seed')}"
             + (f", search {search.name} (K = {search.budget}, {search.sampler})" if search else ", default settings")
@@ -130,7 +130,15 @@ def run_sweep(request: Request) -> int:
         )
         with View(console, pool.what) as view:
             sweep.run(pool, view, asked.soft)
-    return _conclude(console, sweep, request, asked)
+    status = conclude(console, sweep, request.command, asked)
+    if status is not None:
+        return status
+    if request.report and not request.only_search and sweep.done:
+        suites = sorted({task.split("/")[0] for task in request.tasks})
+        console.print(run_table(request.results_root, suites), soft_wrap=True, markup=False, end="")
+        page = run_report(request.results_root, suites, runs_root=request.runs_root)
+        console.print(page, soft_wrap=True, markup=False, end="")
+    return 1 if sweep.failed or sweep.blocked else 0
 
 
 def _common(request: Request) -> tuple[str, ...]:
@@ -345,7 +353,7 @@ def _pool(request: Request) -> Iterator[Pool]:
         yield pool
 
 
-class _Asked:
+class Asked:
     """Signals that asked to stop."""
 
     def __init__(self) -> None:
@@ -359,8 +367,9 @@ class _Asked:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[_Asked]:
-    asked = _Asked()
+def asked_by_signals() -> Iterator[Asked]:
+    """Collect SIGINT, SIGTERM and SIGUSR1 instead of dying of them (in the main thread)."""
+    asked = Asked()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
@@ -377,7 +386,18 @@ def _signals() -> Iterator[_Asked]:
             signal.signal(getattr(signal, name), handler)
 
 
-def _conclude(console: Console, sweep: Sweep, request: Request, asked: _Asked) -> int:
+def conclude(console: Console, sweep: Sweep, command: Sequence[str], asked: Asked) -> int | None:
+    """Say how a sweep ended.
+
+    Args:
+        console: Where to.
+        sweep: It.
+        command: Of the sweep: what goes on with it, if it was stopped.
+        asked: The signals that came.
+
+    Returns:
+        The exit status if it was stopped, else None.
+    """
     new = sum(not ended.outcome.found for ended in sweep.done)
     console.print(
         f"{len(sweep.done)} runs complete ({new} new), {len(sweep.failed)} failed, "
@@ -390,15 +410,11 @@ def _conclude(console: Console, sweep: Sweep, request: Request, asked: _Asked) -
     for cell in sweep.blocked:
         console.print(f"  cannot run: {cell.task}, {cell.label}: {cell.blocked}", soft_wrap=True, markup=False)
     if sweep.failed:
-        console.print("Once the reason is mended: the same command with --retry_failed.")
+        how = "" if sweep.retry_failed else " with --retry_failed"
+        console.print(f"Once the reason is mended: the same command{how}.")
     if sweep.stopping:
         saved = sum(ended.outcome.status == "stopped" for ended in sweep.stopped)
         what = f"{saved} running job{'' if saved == 1 else 's'} saved" if saved else "no job had begun to train"
-        console.print(f"Stopped; {what}. Go on: {shlex.join(request.command)}", soft_wrap=True)
+        console.print(f"Stopped; {what}. Go on: {shlex.join(command)}", soft_wrap=True)
         return 130 if signal.SIGINT in asked.signals else 0
-    if request.report and not request.only_search and sweep.done:
-        suites = sorted({task.split("/")[0] for task in request.tasks})
-        console.print(run_table(request.results_root, suites), soft_wrap=True, markup=False, end="")
-        page = run_report(request.results_root, suites, runs_root=request.runs_root)
-        console.print(page, soft_wrap=True, markup=False, end="")
-    return 1 if sweep.failed or sweep.blocked else 0
+    return None

@@ -63,6 +63,7 @@ class Cell:
         task: Full name.
         method: `--method`: a name or a file.
         label: The method's name in choices.
+        values: Fixed config values of the cell's runs, where there is no search.
         default: Values of the searched keys in the method's recipe; empty without a search.
         context: What all its runs share (`choices.context_of`), of a search.
         checkpoint_digest: Of the backbone's weights, of a search; None for random ones.
@@ -72,6 +73,7 @@ class Cell:
     task: str
     method: str
     label: str
+    values: Mapping[str, Any] = field(default_factory=dict)
     default: Mapping[str, Any] = field(default_factory=dict)
     context: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_digest: str | None = None
@@ -189,7 +191,7 @@ class Sweep:
         if self.only_search:
             return
         for seed in self.seeds:
-            self._add(cell, None, Job(cell.task, cell.method, seed, "final", {}, cell.choice, self.common))
+            self._add(cell, None, Job(cell.task, cell.method, seed, "final", cell.values, cell.choice, self.common))
 
     def _ask(self, cell: Cell) -> bool:
         """Make the next trials of a search due; return whether there are any."""
@@ -262,8 +264,17 @@ class Sweep:
         cell.tries[number].outcomes[job.seed] = outcome
         if any(len(one.outcomes) < len(self.search.seeds) for one in cell.tries) or self._ask(cell):
             return
+        outcomes = [(one.values, outcome) for one in cell.tries for outcome in one.outcomes.values()]
+        for values, outcome in outcomes:
+            if outcome.status == "failed" and outcome.run_id is None:  # no setting loses for what is not its doing
+                setting = ", ".join(f"{key} = {value}" for key, value in values.items())
+                cell.blocked = (
+                    f"nothing is chosen, since the trial {setting} failed before it trained: {outcome.reason}; "
+                    "put that right and run the same command again"
+                )
+                return
         trials = tuple(one.trial(self.search.seeds) for one in cell.tries)
-        scored = [outcome for one in cell.tries for outcome in one.outcomes.values() if outcome.status == "complete"]
+        scored = [outcome for _, outcome in outcomes if outcome.status == "complete"]
         if not any(trial.mean is not None for trial in trials):
             cell.blocked = f"no setting of its search has a score on val: {trials[0].status}"
             return

@@ -35,7 +35,10 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
-    "demo": Verb("train four methods on real digits, offline, and show a table", "svp_bench.verbs.using:demo"),
+    "demo": Verb(
+        "adapt embedded weights to three tasks with four methods, offline; a leaderboard in minutes",
+        "svp_bench.verbs.using:demo",
+    ),
     "sweep": Verb(
         "run methods × tasks × seeds, searching on val first if asked to; goes on where it was cut off",
         "svp_bench.verbs.sweep:sweep",

@@ -10,12 +10,12 @@ __all__ = ["demo", "predict"]
 
 
 def demo(argv: Sequence[str]) -> int:
-    """Train several methods on real digits and show a table."""
+    """Adapt the embedded weights to three tasks with four methods, and show a leaderboard."""
     options = parser("demo")
     options.add_argument("--results_root", default="results", help="where records and tables go")
     options.add_argument("--runs_root", default="runs", help="where logs and checkpoints go")
     arguments = options.parse_args(argv)
-    from svp_bench.train.demo import run_demo
+    from svp_bench.sweep.demo import run_demo
 
     return run_demo(arguments.results_root, arguments.runs_root)
 

@@ -1,0 +1,131 @@
+"""`svp-bench demo`: three tasks, four methods, the embedded weights: real transfer in minutes, offline."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from svp_bench.cards import load_suite, load_task
+from svp_bench.data.sources import cpu_count
+from svp_bench.results.files import check_writable
+from svp_bench.results.report.page import report_path, run_report
+from svp_bench.results.stats import one_standard_error
+from svp_bench.results.tables import run_table, table_paths
+from svp_bench.sweep.jobs import common_arguments
+from svp_bench.sweep.live import View
+from svp_bench.sweep.pools import LocalPool
+from svp_bench.sweep.run import asked_by_signals, conclude
+from svp_bench.sweep.sweep import Cell, Sweep
+
+__all__ = ["METHODS", "TASKS", "run_demo"]
+
+TASKS = ("demo/digits-10shot", "demo/textures", "demo/orientation")  # one of each of VTAB's groups
+# The recipes' learning rates are for runs ten times as long. These are those that the searches behind the reference
+# results chose on val most often (results/reference/README.md).
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "svp": {"model.learning_rate": 3e-3},
+    "vpt_deep": {"model.learning_rate": 1e-2},
+    "linear": {"model.learning_rate": 3e-2},
+    "full": {"model.learning_rate": 1e-3},
+}
+_MOST_WORKERS = 4  # each a process of its own with some 0.6 GB
+
+
+def run_demo(results_root: str, runs_root: str) -> int:
+    """Train each method on each task, show a leaderboard, write tables and report, and say where everything is.
+
+    Runs that are there already are not run again.
+
+    Args:
+        results_root: Where records, tables and the report go.
+        runs_root: Where logs and checkpoints go.
+
+    Returns:
+        The exit status: 0 if all runs are complete, 1 if one failed, 130 after ctrl-C.
+
+    Raises:
+        SvpBenchError: If it cannot begin.
+    """
+    console = Console(highlight=False)
+    began = time.perf_counter()
+    check_writable(results_root)
+    cells = [Cell(task, method, method, values=values) for task in TASKS for method, values in METHODS.items()]
+    common = common_arguments((), (), results_root, runs_root)
+    sweep = Sweep(cells, (0,), common, Path(results_root), retry_failed=True)
+    with asked_by_signals() as asked, LocalPool(_workers(), None, Path(runs_root) / "sweep-logs") as pool:
+        console.print(
+            f"Demo: {len(TASKS)} tasks × {len(METHODS)} methods, a Vision Mamba of 0.3 M parameters that was "
+            f"pre-trained on drawn pictures; {pool.what}",
+            soft_wrap=True,
+        )
+        with View(console, pool.what) as view:
+            sweep.run(pool, view, asked.soft)
+    command = ("svp-bench", "demo", "--results_root", results_root, "--runs_root", runs_root)
+    status = conclude(console, sweep, command, asked)
+    if status is not None:
+        return status
+    run_table(results_root, ["demo"])
+    run_report(results_root, ["demo"], runs_root=runs_root)
+    console.print(_leaderboard(sweep))
+    console.print(_closing(results_root, runs_root), soft_wrap=True, markup=False)
+    console.print(f"\n{len(sweep.done)} runs in {time.perf_counter() - began:.0f} s.")
+    return 1 if sweep.failed else 0
+
+
+def _workers() -> int | None:
+    """Return how many runs at once: on GPUs the pool's own default, on CPUs one for each core, up to a few."""
+    import torch
+
+    return None if torch.cuda.is_available() else min(_MOST_WORKERS, cpu_count())
+
+
+def _leaderboard(sweep: Sweep) -> Table:
+    """Top-1 of each method on each task, the best mean first."""
+    scores: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    for ended in sweep.done:
+        top1, count = ended.outcome.top1, ended.outcome.count
+        assert top1 is not None
+        assert count is not None
+        scores[ended.job.method][ended.job.task] = top1, one_standard_error(top1, count)
+    board = Table(title="Top-1 on test, in %", title_justify="left")
+    board.add_column("method")
+    for task in TASKS:
+        board.add_column(f"{load_task(task).title}\n{task}", justify="right")
+    board.add_column(f"mean of\n{len(TASKS)} tasks", justify="right")
+
+    def mean(method: str) -> float:
+        return sum(top1 for top1, _ in scores[method].values()) / len(TASKS)
+
+    whole = [method for method in scores if len(scores[method]) == len(TASKS)]
+    for method in [*sorted(whole, key=mean, reverse=True), *sorted(set(scores) - set(whole))]:
+        shown = [scores[method].get(task) for task in TASKS]
+        texts = ["–" if one is None else f"{one[0]:.1f} ± {one[1]:.1f}" for one in shown]
+        board.add_row(method, *texts, f"{mean(method):.1f}" if method in whole else "–")
+    return board
+
+
+def _closing(results_root: str, runs_root: str) -> str:
+    tables = "\n             ".join(str(path) for path in table_paths(load_suite("demo"), results_root))
+    chance = ", ".join(f"{100 / load_task(task).classes:.0f}" for task in TASKS)
+    return (
+        f"± is one binomial standard error of the test list; guessing gives {chance} %. One seed each, at settings\n"
+        'that a search chose on val. The README\'s section "Reference results" has the whole suite with all methods,\n'
+        "five seeds, intervals and the controls (random weights, raw pixels). What holds for a tiny model and such\n"
+        "pictures need not hold for Vim-S on photographs.\n"
+        "\n"
+        f"report       {report_path(results_root)}   (open it in a browser; it loads nothing)\n"
+        f"tables       {tables}\n"
+        f"records      {Path(results_root) / 'records' / 'demo'}\n"
+        f"TensorBoard  tensorboard --logdir {runs_root}   (make tensorboard)\n"
+        "\n"
+        "Next:\n"
+        "  svp-bench fit --config configs/demo/count.yaml --method lora --model.learning_rate 1e-2\n"
+        "  svp-bench sweep --tasks demo/size --methods svp,adapter --seeds 0,1,2 --search configs/search/demo.yaml\n"
+        "  svp-bench fit --config configs/vtab/caltech101.yaml --data.root DIR    (VTAB-1k's pictures, Vim-S's weights)"
+    )
