@@ -33,6 +33,7 @@ SOURCES = ["pyproject.toml", "README.md", "LICENSE", "svp_bench", "tasks", "conf
 SHARED = {"tasks": "tasks", "configs": "configs", "published": "results/published"}
 DATA_SUFFIXES = {".yaml", ".yml", ".csv", ".bib", ".txt"}
 LARGEST_FILE = 1 << 20  # bytes
+LARGEST_WEIGHTS = 4_000_000
 
 PROBE = """
 import hashlib, json, sys
@@ -145,15 +146,16 @@ def test_the_wheel_holds_package_and_data_and_nothing_else(wheel: Path) -> None:
     share = "svp_bench/_share/"
     shipped = {name.removeprefix(share) for name in entries if name.startswith(share)}
     package = {name for name in entries if not name.startswith((info, share))}
-    kinds = {".py", ".j2", ".css", ".js"}  # the code, and the template of the report with its style and script
+    kinds = {".py", ".j2", ".css", ".js", ".safetensors"}  # code, the report's template, style, script, the weights
     paths = [path for path in (ROOT / "svp_bench").rglob("*") if path.suffix in kinds]
     in_checkout = {path.relative_to(ROOT).as_posix() for path in paths}
 
     assert {name for name in shipped if Path(name).suffix in DATA_SUFFIXES} == set(shared_files(ROOT))
     assert {Path(name).suffix for name in shipped} <= DATA_SUFFIXES | {".md"}
-    assert package == in_checkout | {"svp_bench/py.typed"}
+    assert package == in_checkout | {"svp_bench/py.typed", "svp_bench/models/embedded/README.md"}
     assert f"{info}licenses/LICENSE" in entries
-    assert {name: entry.file_size for name, entry in entries.items() if entry.file_size > LARGEST_FILE} == {}
+    large = {name: entry.file_size for name, entry in entries.items() if entry.file_size > LARGEST_FILE}
+    assert all(name.endswith(".safetensors") and size <= LARGEST_WEIGHTS for name, size in large.items()), large
     print(f"{wheel.name}: {wheel.stat().st_size / 1024:.0f} KiB, {len(entries)} files")
 
 
