@@ -61,10 +61,10 @@ class TaskCard:
         version: Goes up when the meaning of the card changes, so that old numbers do not mix with new ones.
         group: The suite's group that lists the task.
         title: Short name for tables.
-        classes: Number of classes; labels run from 0 to classes - 1.
-        counts: Name of each list → its number of pictures.
+        classes: Number of classes; labels run from 0 to classes - 1. 0 if it is as found (`as_found`).
+        counts: Name of each list → its number of pictures; empty if they are as found.
         folder: Folder of the task below the data root.
-        source: Address of the data set's home page, or "drawn" if code draws its pictures.
+        source: Address of the data set's home page, "drawn" if code draws its pictures, or "your own".
         licence: Terms of the data in a few words.
         citation: Key in `references.bib`.
         digest: "sha256:<64 hex digits>" over all lists as first seen, or None while unseen. With the reader `lists`, of
@@ -94,6 +94,14 @@ class TaskCard:
     class_names: str | None
     path: Path = field(compare=False)
     other_folders: tuple[str, ...] = ()
+
+    @property
+    def as_found(self) -> bool:
+        """Do the data say how many classes and pictures there are (own pictures), not the card?
+
+        `svp_bench.data.sources.measured` fills such a card in.
+        """
+        return self.classes == 0
 
     @property
     def suite(self) -> str:
@@ -341,7 +349,8 @@ def _stems(folder: Path) -> list[str]:
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # one component: no slash, no leading dot
-_SOURCE = re.compile(r"https?://\S+|drawn")
+_SOURCE = re.compile(r"https?://\S+|drawn|your own")
+_FOUND = "found"  # in the place of classes and counts
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _CITATION = re.compile(r"[A-Za-z][A-Za-z0-9:_.+-]*")
 
@@ -381,10 +390,13 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
         listed = next(other for other, tasks in suite.groups.items() if card.path.stem in tasks)
         raise keys["group"].error(f"group is {group!r}, but {suite.path.name} lists the task under {listed!r}")
 
-    counts = _counts(keys["counts"])
+    found = [key for key in ("classes", "counts") if keys[key].value == _FOUND]
+    if len(found) == 1:
+        raise keys[found[0]].error(f"classes and counts are both {_FOUND!r}, or neither is")
+    counts = {} if found else _counts(keys["counts"])
     for stage, roles in protocol.stages.items():
         for role, list_name in roles.items():
-            if list_name not in counts:
+            if list_name not in counts and not found:
                 raise keys["counts"].error(
                     f"counts lacks the list {list_name!r} ({role} of stage {stage!r} in protocol {protocol.name!r}); "
                     f"it has: {', '.join(counts)}"
@@ -405,10 +417,10 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
         version=keys["version"].positive(),
         group=group,
         title=keys["title"].text(),
-        classes=keys["classes"].positive(),
+        classes=0 if found else keys["classes"].positive(),
         counts=counts,
         folder=keys["folder"].text(_FILE, "a single folder name"),
-        source=keys["source"].text(_SOURCE, "an address that begins with http:// or https://, or the word drawn"),
+        source=keys["source"].text(_SOURCE, "an address that begins with http:// or https://, drawn, or your own"),
         licence=keys["licence"].text(),
         citation=keys["citation"].text(_CITATION, "a key of references.bib"),
         digest=None if keys["digest"].value is None else keys["digest"].text(_DIGEST, "null or sha256:<64 hex digits>"),

@@ -5,8 +5,8 @@ everywhere it is made of whole numbers from Philox's raw words (a stream that Nu
 products and comparisons in float64, which IEEE 754 fixes; directions come from a table rounded to 1/4096. There is no
 sine, exponential or sum of an array in it, whose last bits depend on the processor.
 
-It shares no code with the pictures of `pretraining/`. Several objects, sprites of fixed shape and patterns of motifs are
-what those never show; nearest are the waves in some of their grounds to the stripes here.
+It shares no code with the pictures of `pretraining/`. Several objects, sprites of fixed shape and patterns of motifs
+are what those never show; nearest are the waves in some of their grounds to the stripes here.
 """
 
 from __future__ import annotations

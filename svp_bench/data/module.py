@@ -35,7 +35,16 @@ from svp_bench.cards import (
 from svp_bench.data.augment import Augment, Augmenter, Mixing
 from svp_bench.data.keep import kept, verified
 from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler, Positions
-from svp_bench.data.sources import DataReport, Pictures, Source, cpu_count, in_threads, inspect, open_source
+from svp_bench.data.sources import (
+    DataReport,
+    Pictures,
+    Source,
+    cpu_count,
+    in_threads,
+    inspect,
+    measured,
+    open_source,
+)
 from svp_bench.data.transforms import CROP_RATIO, INTERPOLATIONS, RESIZES, View, sides
 from svp_bench.errors import ConfigError, DataError, UsageError, unknown_name
 
@@ -149,7 +158,8 @@ class VisionDataModule(LightningDataModule):
         repeats: int | None = None,
     ) -> None:
         super().__init__()
-        self.card: TaskCard = load_task(task)
+        self._root = None if root is None else Path(root)
+        self.card: TaskCard = measured(load_task(task), self._root)
         self.suite: SuiteCard = load_suite(self.card.suite)
         self.protocol: ProtocolCard = load_protocol(protocol or self.suite.protocol)
         if stage not in self.protocol.stages:
@@ -205,7 +215,6 @@ class VisionDataModule(LightningDataModule):
             _between(0, 1, "mix_switch_probability", 0.5 if mix_switch_probability is None else mix_switch_probability),
         )
         self.repeats = _at_least(1, "repeats", 1 if repeats is None else repeats)
-        self._root = None if root is None else Path(root)
         self._source: Source | None = None
         self._report: DataReport | None = None
         self._datasets: dict[str, _Pictures] = {}

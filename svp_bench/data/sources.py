@@ -41,6 +41,7 @@ __all__ = [
     "cpu_count",
     "in_threads",
     "inspect",
+    "measured",
     "open_lists",
     "open_source",
 ]
@@ -54,6 +55,11 @@ READERS.add(
 )
 READERS.add("torchvision", "svp_bench.data.torchvision_sets:open_torchvision", "a data set that torchvision reads")
 READERS.add("digits", "svp_bench.data.digits:open_digits", "scikit-learn's handwritten digits, 8 x 8, which it ships")
+READERS.add(
+    "class_folders",
+    "svp_bench.data.class_folders:open_class_folders",
+    "own pictures, a folder for each class",
+)
 READERS.add("drawn", "svp_bench.data.drawn:open_drawn", "pictures drawn anew, the same on every machine")
 
 Note = Callable[[str], None]
@@ -249,6 +255,22 @@ def open_source(
     suite = suite or load_suite(card.suite)
     source: Source = read(card, suite, root)
     return source.checked((protocol or load_protocol(suite.protocol)).stages)
+
+
+def measured(card: TaskCard, root: Path | None = None) -> TaskCard:
+    """Return a card whose classes and counts are as found, filled in from the data; any other card as it is.
+
+    Raises:
+        CardError: If its reader cannot say what the classes are.
+        DataError: If the data are missing or malformed.
+    """
+    if not card.as_found:
+        return card
+    source = open_source(card, root)
+    if source.class_names is None:
+        raise CardError(f"{card.path}:1: the reader {card.reader.kind!r} finds no classes; the card must say them")
+    counts = {name: len(pictures) for name, pictures in source.lists.items()}
+    return replace(card, classes=len(source.class_names), counts=counts)
 
 
 def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:

@@ -448,16 +448,16 @@ class _Auditor(Auditor):
             problems.append(f"the card has no data variant {record.data_variant!r}")
         elif expected is not None and record.metrics.count != expected:
             problems.append(f"{name} has {record.metrics.count} pictures, and the card says {expected}")
-        if record.metrics.per_class is not None and len(record.metrics.per_class.count) != card.classes:
-            problems.append(
-                f"scores of {len(record.metrics.per_class.count)} classes, and the card says {card.classes}"
-            )
+        scored = record.metrics.per_class
+        if scored is not None and not card.as_found and len(scored.count) != card.classes:
+            problems.append(f"scores of {len(scored.count)} classes, and the card says {card.classes}")
         top5 = record.metrics.top5
         if top5 is not None and not _whole(top5, record.metrics.count):
             problems.append(f"top5 {top5} % of {record.metrics.count} pictures is no whole number of pictures")
         problems += self._other_digests()
         digest = f" ({short(record.correct.list_digest)})" if record.correct is not None else ""
-        self.judge("pictures", problems, f"{record.metrics.count} pictures of {name}{digest}, {card.classes} classes")
+        classes = "classes as found" if card.as_found else f"{card.classes} classes"
+        self.judge("pictures", problems, f"{record.metrics.count} pictures of {name}{digest}, {classes}")
 
     def _other_digests(self) -> list[str]:
         """Records of the same lists must have the same digest of the test list."""

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from svp_bench.cards import load_suite, load_task
 from svp_bench.config import Flags, method_layer
+from svp_bench.data.sources import measured
 from svp_bench.errors import SvpBenchError, UsageError, unknown_name
 from svp_bench.results.files import check_writable, read_records
 from svp_bench.results.record import Record
@@ -293,7 +294,8 @@ class _Speed:
         spent = self._train.get((backbone, method))
         if not spent:
             return None
-        card = load_task(str(config["data"]["task"]))
+        root = config["data"].get("root")
+        card = measured(load_task(str(config["data"]["task"])), Path(root) if root else None)
         from svp_bench.cards import load_protocol
 
         protocol = load_protocol(str(config["data"].get("protocol") or load_suite(card.suite).protocol))

@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from svp_bench.cards import load_protocol, load_suite, load_task
 from svp_bench.config import split_flags
 from svp_bench.data.module import VisionDataModule
-from svp_bench.data.sources import DataReport, inspect, open_source
+from svp_bench.data.sources import DataReport, inspect, measured, open_source
 from svp_bench.errors import SvpBenchError
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
@@ -108,7 +108,8 @@ class Runner:
             model = config["model"]
             method = model["method"]
             made = import_object(method["class_path"])(**(method.get("init_args") or {}))
-            card = load_task(job.task)
+            root = config["data"].get("root")
+            card = measured(load_task(job.task), Path(root) if root else None)
             backbone = create_backbone(str(model["backbone"]), num_classes=card.classes, checkpoint="none")
             self._trained[key] = sum(p.numel() for p in trained_parameters(adapt(backbone, made)).values())
         copies = 2 + (2 if (config["model"].get("optimizer") or "adamw") == "adamw" else 1)

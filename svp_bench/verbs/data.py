@@ -29,7 +29,7 @@ def data(argv: Sequence[str]) -> int:
 
 def _check_data(arguments: Any) -> int:
     from svp_bench.cards import list_suites, list_tasks, load_task
-    from svp_bench.data.sources import inspect, open_source
+    from svp_bench.data.sources import inspect, measured, open_source
     from svp_bench.errors import DataError
 
     names: list[str] = []
@@ -38,9 +38,10 @@ def _check_data(arguments: Any) -> int:
     rows = [("task", "status", "lists", "notes")]
     worst = 0
     for name in names:
-        card = load_task(name)
+        root = Path(arguments.root) if arguments.root else None
         try:
-            source = open_source(card, Path(arguments.root) if arguments.root else None)
+            card = measured(load_task(name), root)
+            source = open_source(card, root)
             report = inspect(card, source, sorted(source.lists))
             for pictures in source.lists.values():
                 pictures.verify()

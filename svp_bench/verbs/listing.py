@@ -26,7 +26,8 @@ def tasks(argv: Sequence[str]) -> int:
             card = load_task(task)
             test = card.counts.get("test", 0)
             most = max((count for key, count in card.counts.items() if key != "test"), default=0)
-            rows.append((task, card.group, str(card.classes), str(most), str(test), card.title))
+            classes, count, tested = ("found",) * 3 if card.as_found else (str(card.classes), str(most), str(test))
+            rows.append((task, card.group, classes, count, tested, card.title))
     print_table(rows)
     return 0
 

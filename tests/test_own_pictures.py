@@ -1,0 +1,215 @@
+"""Own pictures: a folder for each class, no card to write."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import command, complaint, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from svp_bench.cards import load_task
+from svp_bench.data.class_folders import open_class_folders
+from svp_bench.data.sources import FilePictures, Source, inspect, measured, open_source
+from svp_bench.errors import DataError
+from svp_bench.results.files import read_records
+
+CARD = load_task("own/pictures")
+NANO = (
+    *("--model.backbone", "vim_nano_patch8_64", "--model.checkpoint", "embedded", "--data.image_size", "64"),
+    *("--trainer.max_epochs", "1", "--data.batch_size", "8", "--trainer.accelerator", "cpu"),
+)
+
+
+def picture(path: Path, grey: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(grey).integers(0, 40, size=(12, 10), dtype=np.uint8)
+    Image.fromarray(noise + np.uint8(grey)).save(path)
+
+
+def fill(root: Path, *, below: str = "", classes: tuple[str, ...] = ("cat", "dog"), count: int = 10) -> Path:
+    for label, name in enumerate(classes):
+        for number in range(count):
+            picture(root / below / name / f"{number}.png", 20 + 80 * label + number)
+    return root
+
+
+def paths(source: Source, name: str) -> list[str]:
+    pictures = source.get(name)
+    assert isinstance(pictures, FilePictures)
+    return list(pictures.paths)
+
+
+def lengths(source: Source) -> dict[str, int]:
+    return {name: len(pictures) for name, pictures in source.lists.items()}
+
+
+# --- the two layouts -------------------------------------------------------------------------------------------------
+
+
+def test_class_folders_are_split_in_fifths(tmp_path: Path) -> None:
+    source = open_source(CARD, fill(tmp_path))
+    assert source.class_names == ("cat", "dog")
+    assert lengths(source) == {"train": 12, "val": 4, "trainval": 16, "test": 4}
+    for name in source.lists:
+        labels = source.get(name).labels.tolist()
+        assert [path.startswith("dog/") for path in paths(source, name)] == [label == 1 for label in labels]
+    assert paths(source, "trainval") == sorted(paths(source, "train") + paths(source, "val"))
+    card = measured(CARD, tmp_path)
+    assert (card.classes, card.counts) == (2, lengths(source))
+    assert inspect(card, source, ["train", "val", "test"]).status == "as_card"
+
+
+def test_folders_train_val_test_are_taken_as_they_are(tmp_path: Path) -> None:
+    for part, count in (("train", 5), ("validation", 2), ("test", 3)):
+        fill(tmp_path, below=part, count=count)
+    source = open_source(CARD, tmp_path)
+    assert lengths(source) == {"train": 10, "val": 4, "trainval": 14, "test": 6}
+    assert {path.split("/")[0] for path in paths(source, "val")} == {"validation"}
+
+
+def test_without_val_a_fifth_of_train_is_val(tmp_path: Path) -> None:
+    fill(tmp_path, below="train", count=10)
+    fill(tmp_path, below="test", count=3)
+    source = open_source(CARD, tmp_path)
+    assert lengths(source) == {"train": 16, "val": 4, "trainval": 20, "test": 6}
+    assert {path.split("/")[0] for path in paths(source, "val")} == {"train"}
+
+
+def test_what_is_no_picture_is_left_out_and_folders_within_a_class_are_its_own(tmp_path: Path) -> None:
+    fill(tmp_path)
+    before = lengths(open_source(CARD, tmp_path))
+    (tmp_path / "README.txt").write_text("mine")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "cat" / "Thumbs.db").write_bytes(b"x")
+    (tmp_path / "cat" / ".hidden.png").write_bytes(b"x")
+    assert lengths(open_source(CARD, tmp_path)) == before
+    picture(tmp_path / "cat" / "indoors" / "möwe 1.JPG", 77)
+    assert sum(lengths(open_source(CARD, tmp_path)).values()) > sum(before.values())
+
+
+@given(counts=st.lists(st.integers(3, 40), min_size=1, max_size=5), more=st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_a_split_is_a_partition_and_one_more_picture_moves_at_most_one_of_each_list(
+    tmp_path_factory: pytest.TempPathFactory, counts: list[int], more: int
+) -> None:
+    root = tmp_path_factory.mktemp("own")
+    for label, count in enumerate(counts):
+        (root / f"c{label}").mkdir()
+        for number in range(count):
+            (root / f"c{label}" / f"{number}.jpg").touch()
+    first = open_class_folders(CARD, None, root)  # type: ignore[arg-type]  # the suite's card says nothing to it
+    parts = [set(paths(first, name)) for name in ("train", "val", "test")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == sum(counts)
+    for name in first.lists:
+        assert np.bincount(first.get(name).labels, minlength=len(counts)).min() >= 1
+    (root / "c0" / f"new {more}.jpg").touch()
+    second = open_class_folders(CARD, None, root)  # type: ignore[arg-type]
+    assert len(set(paths(second, "test")) - parts[2]) <= 1
+    assert len(set(paths(second, "val")) - parts[1]) <= 2
+    shutil.rmtree(root)
+
+
+# --- what cannot be read ---------------------------------------------------------------------------------------------
+
+
+def make_empty(root: Path) -> None:
+    root.mkdir(exist_ok=True)
+
+
+def make_lonely(root: Path) -> None:
+    fill(root)
+    picture(root / "cow" / "1.png", 9)
+
+
+def make_hollow(root: Path) -> None:
+    fill(root)
+    (root / "cow").mkdir()
+
+
+def make_untested(root: Path) -> None:
+    fill(root, below="train")
+    fill(root, below="val")
+
+
+def make_foreign(root: Path) -> None:
+    fill(root, below="train")
+    fill(root, below="test", classes=("cat", "dogs"))
+
+
+def make_double(root: Path) -> None:
+    for part in ("train", "val", "valid", "test"):
+        fill(root, below=part)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (make_empty, "holds no folder with pictures; own pictures lie in DIR/<class>/, or in DIR/train/<class>/"),
+        (make_lonely, "cow has 1 picture; to be split, a class needs at least 3"),
+        (make_hollow, "cow holds no picture"),
+        (make_untested, "has a folder train and none called test; rename the one to test on"),
+        (make_foreign, "the class 'dogs' is not in .*train; did you mean 'dog'"),
+        (make_double, "has both val and valid; keep one of them"),
+    ],
+)
+def test_folders_that_cannot_be_read_say_why(make: object, said: str, tmp_path: Path) -> None:
+    make(tmp_path / "pictures")  # type: ignore[operator]
+    with pytest.raises(DataError, match=said):
+        measured(CARD, tmp_path / "pictures")
+
+
+def test_a_missing_folder_and_no_folder_are_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SVP_BENCH_DATA", raising=False)
+    fit = ("fit", "--config", "configs/own/pictures.yaml", *NANO)
+    assert "Give their folder with --data.root DIR (DIR/<class>/*.jpg)" in complaint(command(*fit), 1)
+    assert "nowhere is no folder (--data.root)" in complaint(command(*fit, "--data.root", "nowhere"), 1)
+    assert not list(tmp_path.iterdir())
+
+
+# --- through the commands --------------------------------------------------------------------------------------------
+
+
+def test_from_a_folder_to_a_table_and_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "my pictures", classes=("cat", "dog", "öl"))
+    assert "found" in run("tasks", "own").out
+    assert "train 18, val 6, trainval 24, test 6" in run("data", "check", "own/pictures", "--root", "my pictures").out
+    given = ("--config", "configs/own/pictures.yaml", "--data.root", "my pictures", *NANO)
+    run("fit", *given, "--method", "linear")
+    run("fit", *given, "--method", "svp", "--data.stage", "select")
+    records, problems = read_records(tmp_path / "results")
+    assert problems == []
+    assert {(record.kind, record.method, record.data_status) for record in records} == {
+        ("final", "linear", "as_card"),
+        ("selection", "svp", "as_card"),
+    }
+    (final,) = (record for record in records if record.kind == "final")
+    assert final.metrics is not None
+    assert final.metrics.count == 6
+    assert "linear" in run("table").out
+    (path,) = (tmp_path / "results" / "records").rglob(f"{final.run_id}.json")
+    audited = command("audit", str(path)).out
+    assert "6 pictures of test" in audited
+    assert "classes as found" in audited
+    again = run("rerun", str(path), "--results_root", "again", "--runs_root", "again-runs")
+    assert "Bit-equal" in again.out
+    (checkpoint,) = (tmp_path / "runs").rglob(f"{final.run_id}/checkpoints/last.ckpt")
+    named = run("predict", "--ckpt", str(checkpoint), "--images", "my pictures/öl/1.png").out
+    assert set(named.splitlines()[-1].split(",")) & {"cat", "dog", "öl"}
+    plan = run("sweep", "--tasks", "own/pictures", "--methods", "linear,bias", *given[2:], "--dry_run").out
+    assert "bias" in plan
+
+
+def test_other_pictures_are_another_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("one", 5), ("two", 6)):
+        fill(tmp_path / name, count=count)
+        run("fit", "--config", "configs/own/pictures.yaml", "--data.root", name, "--method", "linear", *NANO)
+    records, _ = read_records(tmp_path / "results")
+    assert len({record.data_digest for record in records}) == 2
