@@ -361,9 +361,8 @@ def test_digits_are_scikit_learns_in_file_order() -> None:
 
 
 @pytest.mark.parametrize(("per_class", "train"), [(5, 4), (10, 8), (3, 2)])
-def test_few_digits_are_the_first_of_each_class(per_class: int, train: int) -> None:
+def test_few_digits_of_each_class_are_spread_over_the_writers(per_class: int, train: int) -> None:
     labels = digits().get("trainval").labels
-    first = [np.flatnonzero(labels == digit)[:per_class] for digit in range(10)]
     source = digits(per_class=per_class)
 
     def numbers(name: str) -> list[int]:
@@ -371,10 +370,17 @@ def test_few_digits_are_the_first_of_each_class(per_class: int, train: int) -> N
         assert found == sorted(found)
         return found
 
-    assert numbers("trainval") == sorted(np.concatenate(first).tolist())
-    assert numbers("train") == sorted(np.concatenate([chosen[:train] for chosen in first]).tolist())
     assert sorted(numbers("train") + numbers("val")) == numbers("trainval")
+    assert np.bincount(source.get("train").labels).tolist() == [train] * 10
     assert np.bincount(source.get("val").labels).tolist() == [per_class - train] * 10
+    for digit in range(10):
+        of_class = np.flatnonzero(labels == digit)
+        ranks = np.flatnonzero(np.isin(of_class, numbers("trainval")))
+        assert len(ranks) == per_class
+        gaps = np.diff(ranks)
+        assert gaps.max() - gaps.min() <= 1  # evenly spaced
+        assert ranks[0] <= len(of_class) / per_class
+        assert len(of_class) - ranks[-1] <= len(of_class) / per_class + 1
     assert source.get("test").digest == digits().get("test").digest
     assert source.get("train").digest != digits().get("train").digest
 

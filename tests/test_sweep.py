@@ -434,22 +434,23 @@ def test_a_process_that_always_dies_is_given_up(tmp_path: Path) -> None:
     assert [ended.outcome.status for ended in sweep.failed] == ["died"]
 
 
-def test_a_setting_does_not_lose_for_a_folder_that_was_missing(tmp_path: Path) -> None:
-    """A trial that failed before it trained has no run: its cell waits for better days, and no choice is frozen."""
+@pytest.mark.parametrize("how", ["failed", "died"])
+def test_a_setting_does_not_lose_for_what_is_not_its_doing(how: str, tmp_path: Path) -> None:
+    """A trial that failed before it trained, or was killed, leaves no record: its cell waits, no choice is frozen."""
 
     class Broken(Fate):
         def outcome(self, job: Job) -> Outcome:
             lost = len(self.ran) == 2
-            return Outcome("failed", reason="no configs folder") if lost else super().outcome(job)
+            return Outcome(how, reason="no configs folder") if lost else super().outcome(job)
 
     search = load_search(str(declare(tmp_path)))
-    sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
+    sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search, retries=0)
     sweep.run(Broken(random.Random(0), 1, 0, 0, 0), Watcher())
     assert not list(tmp_path.rglob("linear.json"))
     assert [job for job in sweep.done if job.job.stage == "final"] == []
     said = sweep.blocked[0].blocked or ""
     assert said.startswith("nothing is chosen, since the trial ")
-    assert "failed before it trained: no configs folder; put that right and run the same command again" in said
+    assert "left no record: no configs folder; put that right and run the same command again" in said
     again = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
     again.run(Fate(random.Random(0), 1, 0, 0, 0), Watcher())
     assert (again.blocked, len(list(tmp_path.rglob("linear.json")))) == ([], 1)

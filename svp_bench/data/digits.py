@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from svp_bench.cards import SuiteCard, TaskCard
 from svp_bench.data.reading import reader_options
@@ -23,9 +24,11 @@ def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     """Read the handwritten digits that scikit-learn ships: 1,797 grey pictures of 8 × 8 pixels, 10 classes.
 
     Lists, all in file order: `train` the first 800, `val` the next 200, `trainval` both, `test` the last 797. With the
-    option `per_class: k`, `trainval` holds the first k of each class among the first 1,000, and the first round(0.8 k)
-    of each of these are `train`, the others `val`. With the option `margin: m`, m empty pixels are put around each
-    picture: 2 make the share of the digit that of MNIST, 8 of 12 pixels for its 20 of 28. `root` is not used.
+    option `per_class: k`, `trainval` holds k of each class, evenly spaced among the first 1,000 (the file goes from
+    writer to writer, so val is not by those of train alone); of these, a fifth, evenly spaced again, are `val`.
+
+    With the option `margin: m`, m empty pixels are put around each picture: 2 make the share of the digit that of
+    MNIST, 8 of 12 pixels for its 20 of 28. `root` is not used.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository (its test part).
 
@@ -58,10 +61,10 @@ def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
                 f"{card.path}:1: per_class {per_class} is out of range, allowed: {_FEWEST}..{most} "
                 f"(of the first {_TRAINING:,} digits, with at least one of each class for val)"
             )
-        of_class = [np.flatnonzero(first == digit)[:per_class] for digit in range(card.classes)]
-        cut = round(0.8 * per_class)
-        train = np.sort(np.concatenate([chosen[:cut] for chosen in of_class]))
-        val = np.sort(np.concatenate([chosen[cut:] for chosen in of_class]))
+        of_class = [_spread(np.flatnonzero(first == digit), per_class) for digit in range(card.classes)]
+        held = per_class - round(0.8 * per_class)
+        val = np.sort(np.concatenate([_spread(chosen, held) for chosen in of_class]))
+        train = np.setdiff1d(np.concatenate(of_class), val)
     positions = {
         "train": train,
         "val": val,
@@ -75,3 +78,13 @@ def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
         )
     lists = {name: ArrayPictures(name, pixels, labels, positions[name]) for name in card.counts}
     return Source("scikit-learn's digits", lists, class_names=tuple(map(str, digits.target_names)))
+
+
+def _spread(numbers: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """Return `count` of some numbers, evenly spaced: the file goes from writer to writer, so these have many."""
+    return numbers[_middles(len(numbers), count)]
+
+
+def _middles(length: int, count: int) -> npt.NDArray[np.int64]:
+    """Return the middles of `count` equal parts of 0 … length - 1."""
+    return (2 * np.arange(count, dtype=np.int64) + 1) * length // (2 * count)

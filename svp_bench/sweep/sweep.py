@@ -266,11 +266,11 @@ class Sweep:
             return
         outcomes = [(one.values, outcome) for one in cell.tries for outcome in one.outcomes.values()]
         for values, outcome in outcomes:
-            if outcome.status == "failed" and outcome.run_id is None:  # no setting loses for what is not its doing
+            if outcome.run_id is None and outcome.status != "complete":  # no setting loses for what is not its doing
                 setting = ", ".join(f"{key} = {value}" for key, value in values.items())
                 cell.blocked = (
-                    f"nothing is chosen, since the trial {setting} failed before it trained: {outcome.reason}; "
-                    "put that right and run the same command again"
+                    f"nothing is chosen, since the trial {setting} left no record: {outcome.reason or outcome.status}; "
+                    "put that right and run the same command again (or take the setting out of the search)"
                 )
                 return
         trials = tuple(one.trial(self.search.seeds) for one in cell.tries)
