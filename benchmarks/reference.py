@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from svp_bench.atomic import replacing
 from svp_bench.cards import SuiteCard, load_suite
+from svp_bench.results.choices import read_choice
 from svp_bench.results.files import read_records
 from svp_bench.results.rows import Row, Section
 from svp_bench.results.stats import Estimate, mean_of, paired
@@ -25,6 +27,9 @@ from svp_bench.results.tables import load_table
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "results" / "reference"
 BEGIN, END = "<!-- begin: {} -->", "<!-- end: {} -->"
+FLOORS = {"pixels": "logistic regression on pixels", "contrasts": "logistic regression on contrasts"}
+RATE = "model.learning_rate"
+POSE = ("location", "orientation", "size")  # what pre-training was asked for answers these
 SCRATCH = {"full": "full, from scratch", "linear": "linear on random features"}
 
 Seeds = Mapping[str, Mapping[int, float]]  # task → seed → top-1
@@ -81,7 +86,7 @@ class Reference:
         self.tasks = list(self.suite.tasks)
         self.embedded = section(self.suite, self.roots[0])
         self.random = section(self.suite, self.roots[1])
-        self.pixels: dict[str, Any] = json.loads((self.roots[0] / "raw_pixels.json").read_text(encoding="utf-8"))[
+        self.floors: dict[str, Any] = json.loads((self.roots[0] / "raw_pixels.json").read_text(encoding="utf-8"))[
             "tasks"
         ]
 
@@ -93,15 +98,15 @@ class Reference:
         """Methods × tasks, the best mean first; then the controls."""
         sources = self.embedded.rows
         ordered = sorted(sources, key=lambda row: -(row.task_mean or 0.0))
-        rows = [self._line(row, row.method, row.method in ("linear", "full")) for row in ordered]
-        rows += [self._line(row, f"*{SCRATCH[row.method]}*", False) for row in self.random.rows]
-        pixels = [self.pixels[task]["top1"] for task in self.tasks]
-        mean = sum(pixels) / len(pixels)
-        rows.append(["*logistic regression on raw pixels*", *(f"{one:.1f}" for one in pixels), f"{mean:.1f}", "–"])
+        rows = [self._line(row, row.method) for row in ordered]
+        rows += [self._line(row, f"*{SCRATCH[row.method]}*") for row in self.random.rows]
+        for name, called in FLOORS.items():
+            floor = [self.floors[task][name]["top1"] for task in self.tasks]
+            rows.append([f"*{called}*", *(f"{one:.1f}" for one in floor), f"{sum(floor) / len(floor):.1f}", "–"])
         head = ["", *(task.split("/")[1] for task in self.tasks), "mean of 8 [95 %]", "trained, without head"]
         return markdown(head, rows)
 
-    def _line(self, row: Row, name: str, plain: bool) -> list[str]:
+    def _line(self, row: Row, name: str) -> list[str]:
         cells = [row.cells[task] for task in self.tasks]
         mean = mean_of({task: list(seeds.values()) for task, seeds in by_seed(row).items()})
         shown = [f"{cell.mean:.1f} ± {cell.std or 0.0:.1f}" for cell in cells]
@@ -112,7 +117,12 @@ class Reference:
     def against_linear(self) -> str:
         """Each method minus linear: per group of tasks and over the suite, paired by task and seed."""
         base = by_seed(self.row("linear"))
-        groups = {**self.suite.groups, "all 8": [task.split("/")[1] for task in self.tasks]}
+        every = [task.split("/")[1] for task in self.tasks]
+        groups = {
+            **self.suite.groups,
+            "all 8": every,
+            f"the {len(every) - len(POSE)} that no pose answers": [name for name in every if name not in POSE],
+        }
         rows = []
         for row in sorted(self.embedded.rows, key=lambda row: -(row.task_mean or 0.0)):
             if row.method == "linear":
@@ -147,7 +157,7 @@ class Reference:
                     task.split("/")[1],
                     with_interval(differences[0], sign=True),
                     f"{-cut:+.0f} %",
-                    f"{ours - self.pixels[task]['top1']:+.1f}",
+                    f"{ours - max(self.floors[task][name]['top1'] for name in FLOORS):+.1f}",
                     with_interval(differences[1], sign=True),
                 ]
             )
@@ -155,26 +165,31 @@ class Reference:
             "",
             "linear: embedded − random weights",
             "its error",
-            "linear: embedded − raw pixels",
+            "linear: embedded − the better of pixels and contrasts",
             "full: embedded − from scratch",
         ]
         return markdown(head, rows)
 
     def chosen(self) -> str:
-        """Return the settings that the searches chose: how often each."""
+        """Return the settings that the searches chose, and how often by a tie or at an edge of the grid."""
         rows = []
         for root, names in zip(self.roots, ({}, SCRATCH), strict=True):
-            counts: dict[str, dict[str, int]] = {}
+            counts: dict[str, Counter[str]] = {}
+            ties: Counter[str] = Counter()
+            edges: Counter[str] = Counter()
             for path in sorted((root / "choices").rglob("*.json")):
-                choice = json.loads(path.read_text(encoding="utf-8"))
-                values = choice["trials"][choice["chosen"]]["values"]
-                text = ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in values.items())
-                of = counts.setdefault(choice["method"], {})
-                of[text] = of.get(text, 0) + 1
+                choice = read_choice(path)
+                chosen, method = choice.trials[choice.chosen], choice.method
+                text = ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in chosen.values.items())
+                counts.setdefault(method, Counter())[text] += 1
+                ties[method] += sum(trial.mean == chosen.mean for trial in choice.trials) > 1
+                rates = [trial.values[RATE] for trial in choice.trials]
+                edges[method] += chosen.values[RATE] in (min(rates), max(rates))
             for method, of in counts.items():
                 often = sorted(of.items(), key=lambda item: (-item[1], item[0]))
-                rows.append([names.get(method, method), "; ".join(f"{text} ({count}×)" for text, count in often)])
-        return markdown(["method", "settings chosen on val"], rows)
+                settings = "; ".join(f"{text} ({count}×)" for text, count in often)
+                rows.append([names.get(method, method), settings, str(ties[method]), str(edges[method])])
+        return markdown(["method", "settings chosen on val", "of 8 by a tie", "of 8 at an edge"], rows)
 
     def device(self) -> str:
         """Say what made them."""

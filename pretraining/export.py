@@ -141,6 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_status
     shipped = json.loads((given.results / "shipped.json").read_text(encoding="utf-8"))
     print(f"{path}: seed {shipped['seed']}, {shipped['bytes']:,} bytes, {shipped['weights']}")
+    now = Path(__file__).with_name("results") / "shipped.json"
+    if now.is_file() and now != given.results / "shipped.json":
+        weights = json.loads(now.read_text(encoding="utf-8"))["weights"]
+        print("the same weights as those shipped" if weights == shipped["weights"] else f"those shipped are {weights}")
     return 0
 
 

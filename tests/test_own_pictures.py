@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,7 @@ NANO = (
 
 def picture(path: Path, grey: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(grey).integers(0, 40, size=(12, 10), dtype=np.uint8)
+    noise = np.random.default_rng([grey, *str(path).encode()]).integers(0, 40, size=(12, 10), dtype=np.uint8)
     Image.fromarray(noise + np.uint8(grey)).save(path)
 
 
@@ -92,7 +93,7 @@ def test_what_is_no_picture_is_left_out_and_folders_within_a_class_are_its_own(t
     assert sum(lengths(open_source(CARD, tmp_path)).values()) > sum(before.values())
 
 
-@given(counts=st.lists(st.integers(3, 40), min_size=1, max_size=5), more=st.integers(0, 10**6))
+@given(counts=st.lists(st.integers(3, 40), min_size=2, max_size=5), more=st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
 def test_a_split_is_a_partition_and_one_more_picture_moves_at_most_one_of_each_list(
     tmp_path_factory: pytest.TempPathFactory, counts: list[int], more: int
@@ -101,13 +102,13 @@ def test_a_split_is_a_partition_and_one_more_picture_moves_at_most_one_of_each_l
     for label, count in enumerate(counts):
         (root / f"c{label}").mkdir()
         for number in range(count):
-            (root / f"c{label}" / f"{number}.jpg").touch()
+            (root / f"c{label}" / f"{number}.jpg").write_text(f"{label} {number}")
     first = open_class_folders(CARD, None, root)  # type: ignore[arg-type]  # the suite's card says nothing to it
     parts = [set(paths(first, name)) for name in ("train", "val", "test")]
     assert sum(map(len, parts)) == len(set.union(*parts)) == sum(counts)
     for name in first.lists:
         assert np.bincount(first.get(name).labels, minlength=len(counts)).min() >= 1
-    (root / "c0" / f"new {more}.jpg").touch()
+    (root / "c0" / f"new {more}.jpg").write_text("new")
     second = open_class_folders(CARD, None, root)  # type: ignore[arg-type]
     assert len(set(paths(second, "test")) - parts[2]) <= 1
     assert len(set(paths(second, "val")) - parts[1]) <= 2
@@ -132,8 +133,37 @@ def make_hollow(root: Path) -> None:
 
 
 def make_untested(root: Path) -> None:
-    fill(root, below="train")
-    fill(root, below="val")
+    fill(root, below="train", classes=("cat", "dog"))
+    fill(root, below="val", classes=("cow", "dog"))
+
+
+def make_untrained(root: Path) -> None:
+    fill(root, below="Val")
+    fill(root, below="Test", classes=("cow", "dog"))
+
+
+def make_single(root: Path) -> None:
+    fill(root / "pictures")
+
+
+def make_twice(root: Path) -> None:
+    fill(root)
+    shutil.copy(root / "cat" / "3.png", root / "dog" / "copy.png")
+
+
+def make_looped(root: Path) -> None:
+    fill(root)
+    (root / "cat" / "all").symlink_to("..", target_is_directory=True)
+
+
+def make_heic(root: Path) -> None:
+    fill(root)
+    (root / "dog" / "phone.HEIC").write_bytes(b"x")
+
+
+def make_dangling(root: Path) -> None:
+    fill(root)
+    (root / "dog" / "gone.jpg").symlink_to("nowhere.jpg")
 
 
 def make_foreign(root: Path) -> None:
@@ -152,7 +182,13 @@ def make_double(root: Path) -> None:
         (make_empty, "holds no folder with pictures; own pictures lie in DIR/<class>/, or in DIR/train/<class>/"),
         (make_lonely, "cow has 1 picture; to be split, a class needs at least 3"),
         (make_hollow, "cow holds no picture"),
-        (make_untested, "has a folder train and none called test; rename the one to test on"),
+        (make_untested, "has train, val and no folder called test; add one, or put all pictures into class folders"),
+        (make_untrained, "has Test, Val and no folder called train"),
+        (make_single, "holds one class only, 'pictures'; .*one level too high"),
+        (make_twice, "cat/3.png and dog/copy.png are the same picture; keep one of them"),
+        (make_looped, "this link leads back to a folder that it is in; take it away"),
+        (make_heic, "phone.HEIC: heic files are not read here; convert them, e.g. to JPEG"),
+        (make_dangling, "gone.jpg: cannot be read"),
         (make_foreign, "the class 'dogs' is not in .*train; did you mean 'dog'"),
         (make_double, "has both val and valid; keep one of them"),
     ],
@@ -179,7 +215,9 @@ def test_from_a_folder_to_a_table_and_predictions(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "my pictures", classes=("cat", "dog", "öl"))
     assert "found" in run("tasks", "own").out
-    assert "train 18, val 6, trainval 24, test 6" in run("data", "check", "own/pictures", "--root", "my pictures").out
+    checked = run("data", "check", "own/pictures", "--root", "my pictures").out
+    assert "train 18, val 6, trainval 24, test 6" in checked
+    assert "classes cat, dog, öl" in checked
     given = ("--config", "configs/own/pictures.yaml", "--data.root", "my pictures", *NANO)
     run("fit", *given, "--method", "linear")
     run("fit", *given, "--method", "svp", "--data.stage", "select")
@@ -206,10 +244,37 @@ def test_from_a_folder_to_a_table_and_predictions(tmp_path: Path, monkeypatch: p
     assert "bias" in plan
 
 
-def test_other_pictures_are_another_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_pictures_under_the_same_names_are_another_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, count in (("one", 5), ("two", 6)):
-        fill(tmp_path / name, count=count)
-        run("fit", "--config", "configs/own/pictures.yaml", "--data.root", name, "--method", "linear", *NANO)
-    records, _ = read_records(tmp_path / "results")
-    assert len({record.data_digest for record in records}) == 2
+    fill(tmp_path / "one", count=6)
+    shutil.copytree(tmp_path / "one", tmp_path / "same")
+    (tmp_path / "two").mkdir()
+    for old, new in (("cat", "dog"), ("dog", "cat")):  # the labels swapped
+        shutil.copytree(tmp_path / "one" / old, tmp_path / "two" / new)
+    assert open_source(CARD, tmp_path / "one").digest == open_source(CARD, tmp_path / "same").digest
+    given = ("--config", "configs/own/pictures.yaml", "--method", "linear", *NANO)
+    run("fit", *given, "--data.root", "one")
+    sweep = ("sweep", "--tasks", "own/pictures", "--methods", "linear", *NANO, "--dry_run", "--data.root")
+    plans = {name: run(*sweep, name).out.splitlines() for name in ("same", "two")}
+    there = {name: next(line.split() for line in plan if line.startswith("  linear")) for name, plan in plans.items()}
+    assert there["same"][:6] == ["linear", "0", "1", "1", "0", "0"]  # trials, runs, there, failed, to do
+    assert there["two"][:6] == ["linear", "0", "1", "0", "0", "1"]
+
+
+def test_parts_may_be_called_as_people_do_and_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for part, name in (("Training", "a"), ("TEST", "b"), ("Valid", "c")):
+        fill(tmp_path / "parts", below=part, count=3 + len(name))
+    assert lengths(open_source(CARD, tmp_path / "parts")) == {"train": 8, "val": 8, "trainval": 16, "test": 8}
+    vehicles = open_source(CARD, fill(tmp_path / "vehicles", classes=("bus", "train")))
+    assert vehicles.class_names == ("bus", "train")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "cat").chmod(0)
+    try:
+        with pytest.raises(DataError, match="cat: cannot be read"):
+            open_source(CARD, tmp_path)
+    finally:
+        (tmp_path / "cat").chmod(0o755)

@@ -2,19 +2,26 @@
 
 Two layouts, told apart by what is there:
 
-- `ROOT/train/<class>/…` and `ROOT/test/<class>/…`, and `ROOT/val/<class>/…` (or `valid`, `validation`) if there is one;
+- `ROOT/train/<class>/…` and `ROOT/test/<class>/…`, and `ROOT/val/<class>/…` if there is one (in any case of letters;
+  also `training`, `testing`, `valid`, `validation`);
 - `ROOT/<class>/…`, which is split: of each class a fifth (at least one picture) for test, a fifth for val, the rest
   for train.
 
 Which picture goes where follows from the SHA-256 of its path below the root, so it is the same on every machine, and a
 picture that is added later moves few others. Without a `val` folder, val is a fifth of each class of train.
+
+What tells a picture from all others is its content: two data sets with the same names are two, and a picture that is
+there twice, under whatever names, is refused: it could be trained on and tested on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +30,28 @@ from svp_bench.cards import SuiteCard, TaskCard
 from svp_bench.data.lists import PictureList
 from svp_bench.data.locate import ROOT_VARIABLE
 from svp_bench.data.reading import reader_options
-from svp_bench.data.sources import FilePictures, Source
+from svp_bench.data.sources import FilePictures, Source, in_threads
 from svp_bench.errors import CardError, DataError
 from svp_bench.plain_yaml import did_you_mean
 
 __all__ = ["open_class_folders"]
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # in any case of letters
-_VALS = ("val", "valid", "validation")
+_NOT_READ = (".avif", ".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef")  # pictures to people, not here
+_PARTS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 _SHARE = 0.2  # of a class, for val and for test
 _LISTS = ("train", "val", "trainval", "test")
+_LAYOUTS = "own pictures lie in DIR/<class>/, or in DIR/train/<class>/ and DIR/test/<class>/"
 
-Classes = Mapping[str, list[str]]  # name of a class → paths below the root, sorted
+Classes = dict[str, list[str]]  # name of a class → paths below the root, sorted
 
 
 def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
@@ -44,23 +61,44 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
 
     Raises:
         CardError: If the card gives options, or lists by other names than train, val, trainval and test.
-        DataError: If there are no class folders, a class has too few pictures, or val or test has a class that train
-            lacks.
+        DataError: If there are no class folders or only one, a class has too few pictures, val or test has a class that
+            train lacks, a picture is there twice, a file is of a format that is not read, or a folder cannot be.
     """
     reader_options(card, {})
     for name in card.counts:
         if name not in _LISTS:
             raise CardError(f"{card.path}:1: unknown list {name!r}; allowed: {', '.join(_LISTS)}")
     folder = _folder(root)
-    parts = _given(folder) if (folder / "train").is_dir() else _split(folder)
+    given = _part_folders(folder)
+    parts = _given(folder, given) if given else _split(folder)
     names = tuple(parts["train"])
+    if len(names) < 2:
+        raise DataError(
+            f"{folder} holds one class only, {names[0]!r}; a folder for each class is needed (one level too high?)"
+        )
     parts["trainval"] = {name: sorted([*parts["train"][name], *parts["val"].get(name, [])]) for name in names}
     if not card.as_found and card.classes != len(names):
-        raise DataError(
-            f"{folder} has {len(names)} classes, it had {card.classes}; leave it as it is while a run is on"
-        )
-    lists = {name: FilePictures(folder, name, _listed(parts[name], names), str(folder)) for name in _LISTS}
+        raise DataError(f"{folder} has {len(names)} classes now, it had {card.classes}; do not change it during a run")
+    paths = sorted(path for name in ("trainval", "test") for of in parts[name].values() for path in of)
+    contents = _contents(folder, paths)
+    lists = {name: _OwnPictures(folder, name, _listed(parts[name], names), contents) for name in _LISTS}
     return Source(str(folder), lists, class_names=names)
+
+
+class _OwnPictures(FilePictures):
+    """Pictures that their content tells apart.
+
+    Args:
+        folder: What the paths are relative to.
+        name: Name of the list.
+        pictures: Paths and labels.
+        contents: Path → SHA-256 of the file, for all lists.
+    """
+
+    def __init__(self, folder: Path, name: str, pictures: PictureList, contents: Mapping[str, str]) -> None:
+        super().__init__(folder, name, pictures, str(folder))
+        lines = [name, *(f"{contents[p]} {label}" for p, label in zip(pictures.paths, pictures.labels, strict=True))]
+        self.digest = "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _folder(root: Path | None) -> Path:
@@ -69,43 +107,59 @@ def _folder(root: Path | None) -> Path:
         raise DataError("own pictures: where are they? Give their folder with --data.root DIR (DIR/<class>/*.jpg)")
     folder = Path(os.path.abspath(Path(given).expanduser()))
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder ({source}); own pictures lie in DIR/<class>/, or in DIR/train/<class>/")
+        raise DataError(f"{folder} is no folder ({source}); {_LAYOUTS}")
     return folder
 
 
-def _given(folder: Path) -> dict[str, dict[str, list[str]]]:
+# --- the two layouts -------------------------------------------------------------------------------------------------
+
+
+def _part_folders(folder: Path) -> dict[str, str]:
+    """Return part → its folder's name, if the root holds parts: folders called so that hold folders (a class may be
+    called "train" too).
+    """
+    found: dict[str, str] = {}
+    for name in _folders(folder):
+        part = _PARTS.get(name.lower())
+        if part is None or not _folders(folder / name):
+            continue
+        if part in found:
+            raise DataError(f"{folder} has both {found[part]} and {name}; keep one of them")
+        found[part] = name
+    return found
+
+
+def _given(folder: Path, given: Mapping[str, str]) -> dict[str, Classes]:
     """Read train, val and test folders; take val from train if there is none."""
-    if not (folder / "test").is_dir():
-        raise DataError(
-            f"{folder} has a folder train and none called test; rename the one to test on, or put all pictures into "
-            "class folders side by side, to have them split"
-        )
-    parts = {"train": _classes(folder, "train"), "test": _classes(folder, "test")}
-    vals = [name for name in _VALS if (folder / name).is_dir()]
-    if len(vals) > 1:
-        raise DataError(f"{folder} has both {vals[0]} and {vals[1]}; keep one of them")
-    if vals:
-        parts["val"] = _classes(folder, vals[0])
+    for part in ("train", "test"):
+        if part not in given:
+            has = ", ".join(given.values())
+            raise DataError(
+                f"{folder} has {has} and no folder called {part}; add one, or put all pictures into class folders side "
+                "by side, to have them split"
+            )
+    parts = {part: _classes(folder, name) for part, name in given.items()}
+    train = folder / given["train"]
     for part, classes in parts.items():
         for name in classes:
             if name not in parts["train"]:
                 hint = did_you_mean(name, parts["train"])
-                raise DataError(f"{folder / part}: the class {name!r} is not in {folder / 'train'}{hint}")
-    if not vals:
-        cut = {name: _fifth(paths, folder / "train" / name, 2) for name, paths in parts["train"].items()}
-        parts["val"] = {name: val for name, (val, _) in cut.items()}
-        parts["train"] = {name: rest for name, (_, rest) in cut.items()}
+                raise DataError(f"{folder / given[part]}: the class {name!r} is not in {train}{hint}")
+    if "val" not in parts:
+        cut = {name: _fifth(paths, train / name, 2) for name, paths in parts["train"].items()}
+        parts["val"] = {name: sorted(val) for name, (val, _) in cut.items()}
+        parts["train"] = {name: sorted(rest) for name, (_, rest) in cut.items()}
     return parts
 
 
-def _split(folder: Path) -> dict[str, dict[str, list[str]]]:
+def _split(folder: Path) -> dict[str, Classes]:
     """Split class folders."""
-    parts: dict[str, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
+    parts: dict[str, Classes] = {"train": {}, "val": {}, "test": {}}
     for name, paths in _classes(folder, "").items():
-        parts["test"][name], rest = _fifth(paths, folder / name, 3)
-        count = len(parts["test"][name])
-        parts["val"][name], parts["train"][name] = rest[:count], rest[count:]
-    return {part: {name: sorted(paths) for name, paths in classes.items()} for part, classes in parts.items()}
+        test, rest = _fifth(paths, folder / name, 3)
+        parts["test"][name] = sorted(test)
+        parts["val"][name], parts["train"][name] = sorted(rest[: len(test)]), sorted(rest[len(test) :])
+    return parts
 
 
 def _fifth(paths: list[str], place: Path, least: int) -> tuple[list[str], list[str]]:
@@ -113,44 +167,94 @@ def _fifth(paths: list[str], place: Path, least: int) -> tuple[list[str], list[s
     if len(paths) < least:
         pictures = "picture" if len(paths) == 1 else "pictures"
         raise DataError(f"{place} has {len(paths)} {pictures}; to be split, a class needs at least {least}")
-    ordered = sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest())
+
+    def digest(path: str) -> bytes:  # file systems spell accents in two ways
+        return hashlib.sha256(unicodedata.normalize("NFC", path).encode()).digest()
+
+    ordered = sorted(paths, key=digest)
     count = max(1, round(_SHARE * len(paths)))
     return ordered[:count], ordered[count:]
 
 
-def _classes(folder: Path, part: str) -> dict[str, list[str]]:
+def _listed(classes: Classes, names: Sequence[str]) -> PictureList:
+    paths = [path for name in names for path in classes.get(name, ())]
+    labels = [label for label, name in enumerate(names) for _ in classes.get(name, ())]
+    return PictureList(tuple(paths), np.asarray(labels, dtype=np.int64))
+
+
+# --- folders and files -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read ({error.strerror or type(error).__name__})") from None
+
+
+def _folders(place: Path) -> list[str]:
+    with _readable(place), os.scandir(place) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _classes(folder: Path, part: str) -> Classes:
     """Return the classes of a folder, by name, each with at least one picture."""
     place = folder / part if part else folder
-    names = sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith("."))
-    classes = {name: sorted(_pictures(folder, f"{part}/{name}" if part else name)) for name in names}
+    classes = {name: sorted(_pictures(folder, f"{part}/{name}" if part else name, ())) for name in _folders(place)}
     if not any(classes.values()):
-        raise DataError(
-            f"{place} holds no folder with pictures; own pictures lie in DIR/<class>/, or in DIR/train/<class>/ and "
-            f"DIR/test/<class>/, as {', '.join(ENDINGS)}"
-        )
+        raise DataError(f"{place} holds no folder with pictures; {_LAYOUTS}, as {', '.join(ENDINGS)}")
     for name, paths in classes.items():
         if not paths:
             raise DataError(f"{place / name} holds no picture ({', '.join(ENDINGS)}); take the folder away, or fill it")
     return classes
 
 
-def _pictures(folder: Path, below: str) -> Iterator[str]:
+def _pictures(folder: Path, below: str, above: tuple[str, ...]) -> Iterator[str]:
     """Yield the paths of all pictures in a folder and its folders, relative to `folder`, with forward slashes."""
-    for entry in os.scandir(folder / below):
-        path = f"{below}/{entry.name}"
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _pictures(folder, path)
-        elif entry.name.lower().endswith(ENDINGS):
+    place = folder / below
+    real = os.path.realpath(place)
+    if real in above or len(above) > 50:
+        raise DataError(f"{place}: this link leads back to a folder that it is in; take it away")
+    with _readable(place), os.scandir(place) as entries:
+        found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    for name, is_folder in found:
+        path, ending = f"{below}/{name}", os.path.splitext(name)[1].lower()
+        if is_folder:
+            yield from _pictures(folder, path, (*above, real))
+        elif ending in ENDINGS:
             try:
                 path.encode()
             except UnicodeEncodeError:
                 raise DataError(f"{folder}: the name {path!r} is not UTF-8; rename the file") from None
             yield path
+        elif ending in _NOT_READ:
+            raise DataError(f"{folder / path}: {ending[1:]} files are not read here; convert them, e.g. to JPEG")
 
 
-def _listed(classes: Classes, names: tuple[str, ...]) -> PictureList:
-    paths = [path for name in names for path in classes.get(name, ())]
-    labels = [label for label, name in enumerate(names) for _ in classes.get(name, ())]
-    return PictureList(tuple(paths), np.asarray(labels, dtype=np.int64))
+def _contents(folder: Path, paths: Sequence[str]) -> dict[str, str]:
+    """Return path → SHA-256 of each file.
+
+    Raises:
+        DataError: If two are the same, or one cannot be read.
+    """
+
+    def digest(index: int) -> str:
+        place = folder / paths[index]
+        with _readable(place):
+            status = place.stat()
+            return _digest(str(place), status.st_size, status.st_mtime_ns)
+
+    digests = in_threads(digest, len(paths), "reading the pictures")
+    first: dict[str, str] = {}
+    for path, one in zip(paths, digests, strict=True):
+        other = first.setdefault(one, path)
+        if other != path:
+            raise DataError(f"{folder}: {other} and {path} are the same picture; keep one of them")
+    return dict(zip(paths, digests, strict=True))
+
+
+@lru_cache(maxsize=200_000)
+def _digest(place: str, size: int, modified: int) -> str:
+    """Hash a file; one of the same size and time is not read again."""
+    return hashlib.sha256(Path(place).read_bytes()).hexdigest()

@@ -2,11 +2,11 @@
 
 What each asks is in `KINDS`. A picture is a pure function of (generator version, kind, seed, number). To be the same
 everywhere it is made of whole numbers from Philox's raw words (a stream that NumPy guarantees) and of single additions,
-products and comparisons in float64, which IEEE 754 fixes; directions come from a table rounded to 1/4096. There is no
-sine, exponential or sum of an array in it, whose last bits depend on the processor.
+products, quotients, floors and comparisons in float64, which IEEE 754 fixes; directions come from a table rounded to
+1/4096. There is no sine, exponential or sum of an array in it, whose last bits depend on the processor.
 
-It shares no code with the pictures of `pretraining/`. Several objects, sprites of fixed shape and patterns of motifs
-are what those never show; nearest are the waves in some of their grounds to the stripes here.
+It shares no code with the pictures of `pretraining/`. What that asked for, a figure's pose, is what `location`,
+`orientation` and `size` read out; `count` and `textures` are unlike it, but for waves that look like the stripes here.
 """
 
 from __future__ import annotations

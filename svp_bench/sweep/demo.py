@@ -22,12 +22,12 @@ from svp_bench.sweep.live import View
 from svp_bench.sweep.pools import LocalPool
 from svp_bench.sweep.run import asked_by_signals, conclude
 from svp_bench.sweep.sweep import Cell, Sweep
+from svp_bench.train.cli import refuse_unwritable
 
 __all__ = ["METHODS", "TASKS", "run_demo"]
 
 TASKS = ("demo/digits-10shot", "demo/textures", "demo/orientation")  # one of each of VTAB's groups
-# The recipes' learning rates are for runs ten times as long. These are those that the searches behind the reference
-# results chose on val most often (results/reference/README.md).
+# The recipes' learning rates are for runs ten times as long; these do well on val at this length.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "svp": {"model.learning_rate": 3e-3},
     "vpt_deep": {"model.learning_rate": 1e-2},
@@ -55,6 +55,7 @@ def run_demo(results_root: str, runs_root: str) -> int:
     console = Console(highlight=False)
     began = time.perf_counter()
     check_writable(results_root)
+    refuse_unwritable(Path(runs_root), "--runs_root")
     cells = [Cell(task, method, method, values=values) for task in TASKS for method, values in METHODS.items()]
     common = common_arguments((), (), results_root, runs_root)
     sweep = Sweep(cells, (0,), common, Path(results_root), retry_failed=True)
@@ -70,6 +71,8 @@ def run_demo(results_root: str, runs_root: str) -> int:
     status = conclude(console, sweep, command, asked)
     if status is not None:
         return status
+    if not sweep.done:
+        return 1
     run_table(results_root, ["demo"])
     run_report(results_root, ["demo"], runs_root=runs_root)
     console.print(_leaderboard(sweep))
@@ -94,10 +97,10 @@ def _leaderboard(sweep: Sweep) -> Table:
         assert count is not None
         scores[ended.job.method][ended.job.task] = top1, one_standard_error(top1, count)
     board = Table(title="Top-1 on test, in %", title_justify="left")
-    board.add_column("method")
+    board.add_column("method", overflow="fold")
     for task in TASKS:
-        board.add_column(f"{load_task(task).title}\n{task}", justify="right")
-    board.add_column(f"mean of\n{len(TASKS)} tasks", justify="right")
+        board.add_column(task.split("/")[1], justify="right", overflow="fold")
+    board.add_column("mean", justify="right", overflow="fold")
 
     def mean(method: str) -> float:
         return sum(top1 for top1, _ in scores[method].values()) / len(TASKS)
@@ -112,12 +115,12 @@ def _leaderboard(sweep: Sweep) -> Table:
 
 def _closing(results_root: str, runs_root: str) -> str:
     tables = "\n             ".join(str(path) for path in table_paths(load_suite("demo"), results_root))
-    chance = ", ".join(f"{100 / load_task(task).classes:.0f}" for task in TASKS)
+    chance = ", ".join(f"{100 / load_task(task).classes:g}" for task in TASKS)
     return (
-        f"± is one binomial standard error of the test list; guessing gives {chance} %. One seed each, at settings\n"
-        'that a search chose on val. The README\'s section "Reference results" has the whole suite with all methods,\n'
-        "five seeds, intervals and the controls (random weights, raw pixels). What holds for a tiny model and such\n"
-        "pictures need not hold for Vim-S on photographs.\n"
+        f"± is one binomial standard error of the test list; guessing gives {chance} %. One seed each, one setting\n"
+        "a method. results/reference in the repository is for the whole suite with all methods, five seeds, a search\n"
+        "for each, intervals and controls (random weights, raw pixels). What holds for a tiny model and such pictures\n"
+        "need not hold for Vim-S on photographs.\n"
         "\n"
         f"report       {report_path(results_root)}   (open it in a browser; it loads nothing)\n"
         f"tables       {tables}\n"

@@ -108,7 +108,10 @@ def run_sweep(request: Request) -> int:
     if request.dry_run:
         console.print(f"{_count(len(cells), 'cell')} (task and method); looking what is there …")
     else:
+        from svp_bench.train.cli import refuse_unwritable  # torch
+
         check_writable(request.results_root)
+        refuse_unwritable(Path(request.runs_root), "--runs_root")
     prepared = _Prepared(cells, common, search)
     sweep = Sweep(
         cells,

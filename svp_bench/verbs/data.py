@@ -50,7 +50,8 @@ def _check_data(arguments: Any) -> int:
             worst = 1
             continue
         lists = ", ".join(f"{key} {count}" for key, count in report.counts.items())
-        rows.append((name, report.status, lists, "; ".join(report.notes) or report.digest))
+        found = f"; classes {', '.join(source.class_names or ())}" if load_task(name).as_found else ""
+        rows.append((name, report.status, lists, ("; ".join(report.notes) or report.digest) + found))
     print_table(rows)
     return worst
 
