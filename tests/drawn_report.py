@@ -118,4 +118,4 @@ def write(root: Path, records: Sequence[Record], broken: bool = False) -> Path:
 
 def stand_ins() -> list[Record]:
     """Return records of the demo on drawn data."""
-    return [named(drawn_record("demo/digits", "linear", seed=seed, number=seed), 9100 + seed) for seed in (0, 1)]
+    return [named(drawn_record("demo/size", "linear", seed=seed, number=seed), 9100 + seed) for seed in (0, 1)]

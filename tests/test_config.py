@@ -570,3 +570,17 @@ def test_a_saved_config_gives_nothing_of_its_recipe_to_another_method(tmp_path: 
     assert composed.get("model.method") == fresh.get("model.method")
     assert composed.get("model.backbone") == "vim_tiny_patch16_224"
     assert any("--method brings its own recipe" in notice for notice in composed.notices)
+
+
+def test_one_batch_is_one_batch_whatever_was_imported_before() -> None:
+    """scikit-learn's types make typing spell Optional[Union[int, float]] the other way round."""
+    code = (
+        "import sklearn.linear_model\n"
+        "from svp_bench.config import split_flags\n"
+        "from svp_bench.train.parsing import resolve\n"
+        "given = ['--config', 'configs/demo/size.yaml', '--trainer.limit_train_batches', '1']\n"
+        "print(repr(resolve(split_flags([*given, '--trainer.limit_test_batches', '0.5'])).config['trainer']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'limit_train_batches': 1," in done.stdout
+    assert "'limit_test_batches': 0.5," in done.stdout

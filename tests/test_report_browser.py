@@ -275,6 +275,7 @@ def test_a_number_opens_its_records(reader: Reader, results: Path, tmp_path: Pat
     seeds = dialog.locator("details.record")
     assert seeds.count() == 2
     seeds.first.locator("summary").click()
+    dialog.get_by_text("Digest of the weights").first.wait_for()
     text = dialog.inner_text()
     for word in ("Digest of the weights", "sha256:" + "ab" * 32, "torch: 2.6.0", "NVIDIA H100", "top1: ", "Seed\n0"):
         assert word in text, word

@@ -11,12 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Union, get_args, get_type_hints
 
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse._util import import_object  # the look-up that will instantiate the method
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from svp_bench.config import Composed, Flags, compose
@@ -31,6 +32,24 @@ from svp_bench.train.module import AdaptationModule
 from svp_bench.train.quiet import quiet
 
 __all__ = ["ConfigCLI", "Resolved", "make_importable", "one_line", "resolve"]
+
+
+def _whole_numbers_first() -> None:
+    """Let `--trainer.limit_train_batches 1` be one batch, whatever was imported before.
+
+    `typing` keeps one spelling of Optional[Union[int, float]] a process, that of whoever came first. scikit-learn's has
+    float first; jsonargparse would then read 1 as 1.0, which means all batches.
+    """
+    hints = Trainer.__init__.__annotations__
+    for name, hint in hints.items():
+        kinds = list(get_args(hint))
+        if int in kinds and float in kinds and kinds.index(float) < kinds.index(int):
+            first, second = kinds.index(float), kinds.index(int)
+            kinds[first], kinds[second] = int, float
+            hints[name] = Union[tuple(kinds)]  # noqa: UP007  # made of a list
+
+
+_whole_numbers_first()
 
 _LINKED = {
     "model.num_classes": "it follows from the task's card",
