@@ -14,6 +14,11 @@ BACKENDS = Registry("scan backend", listing="svp-bench doctor")
 # In the order in which `auto` tries them. A backend module offers `unavailable()`, `unsupported(device, dtype)`,
 # `scan` and `conv`; svp_bench/ops/reference.py is the model to follow.
 BACKENDS.add("cpu", "svp_bench.ops.cpu:scan", "fused vector kernels for CPUs, compiled by numba at the first call")
+BACKENDS.add(
+    "triton",
+    "svp_bench.ops.triton:scan",
+    "fused kernels for CUDA, both directions in one, compiled by Triton at the first call",
+)
 BACKENDS.add("mamba_ssm", "svp_bench.ops.mamba_ssm:scan", "the compiled CUDA packages mamba-ssm and causal-conv1d")
 BACKENDS.add("reference", "svp_bench.ops.reference:scan", "plain PyTorch, any device; right rather than fast")
 

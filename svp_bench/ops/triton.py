@@ -1,0 +1,451 @@
+"""The Triton backend: fused kernels for CUDA, compiled by Triton at their first call, no compiler of the user's needed.
+
+The scan of both directions, softplus, skip, gate and mean are one kernel forward and one backward, over tensors where
+they lie: nothing is flipped or transposed. Convolution and SiLU of both directions are another pair. The kernels stand
+in triton_kernels.py; here is what autograd, torch.compile and the launches need. They are operators of torch.library,
+so that a compiled or traced model keeps them whole.
+
+With TRITON_INTERPRET=1 in the environment Triton interprets the kernels with NumPy on the CPU: slow, but the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from svp_bench.ops import reference
+
+if TYPE_CHECKING:
+    from svp_bench.ops.interface import Direction, Remake
+
+__all__ = ["conv", "scan", "unavailable", "unsupported"]
+
+_FIELDS = 7
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OLDEST = (8, 0)  # of the compute capabilities: before it, no bfloat16
+
+# Sizes of a program: steps of a tile, channels, warps. No sizes follow from a measurement yet: benchmarks/triton_aot.py
+# says how many registers each takes, and nothing may spill.
+SCAN_FORWARD = {"T": 8, "BE": 32, "num_warps": 4}
+SCAN_BACKWARD = {"T": 8, "BE": 32, "num_warps": 4}
+CONV = {"BL": 8, "BE": 128, "num_warps": 4}
+_LANES = 4  # threads that share the states of a channel
+
+
+@cache
+def _interpreted() -> bool:
+    """Whether Triton interprets its kernels; decided by the environment when triton is imported."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def unavailable() -> str | None:
+    """Return why the kernels cannot run on this machine, or None if they can."""
+    try:
+        interpreted = _interpreted()
+    except Exception as error:  # a broken triton raises many kinds
+        return f"triton cannot be imported ({type(error).__name__}: {error}); `pip install triton` (Linux)"
+    if interpreted:
+        return None
+    if not torch.cuda.is_available():
+        return "it needs a CUDA device, and torch sees none (TRITON_INTERPRET=1 lets it run on the CPU, very slowly)"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < _OLDEST:
+        return (
+            f"it needs a GPU of compute capability {_OLDEST[0]}.{_OLDEST[1]} or later, and this one has {major}.{minor}"
+        )
+    return None
+
+
+def unsupported(device: str, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot take such tensors, or None if they can."""
+    if dtype not in _DTYPES:
+        return f"it takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if device == "cpu" and not _interpreted():
+        return "it runs on CUDA devices; on the CPU only with TRITON_INTERPRET=1, very slowly"
+    if device not in ("cpu", "cuda"):
+        return f"it runs on CUDA devices, not on {device}"
+    return None
+
+
+def scan(
+    directions: Sequence[Direction],
+    reverse: Sequence[bool],
+    z: Tensor | None,
+    softplus: bool,
+    remake: Remake | None = None,
+) -> Tensor:
+    """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
+    flat = [tensor for direction in directions for tensor in direction]
+    y: Tensor = _Scan.apply(tuple(reverse), softplus, remake, z, *flat)
+    return y
+
+
+def conv(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
+) -> tuple[Tensor, ...]:
+    """Depth-wise causal convolution of the same input in each direction; see reference.py."""
+    out: tuple[Tensor, ...] = _Conv.apply(x, tuple(reverse), silu, *weights, *biases)
+    return out
+
+
+class _Scan(torch.autograd.Function):
+    """Keeps its inputs and no states: the backward kernel runs the states again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        reverse: tuple[bool, ...],
+        softplus: bool,
+        remake: Remake | None,
+        z: Tensor | None,
+        *flat: Tensor | None,
+    ) -> Tensor:
+        ctx.settings = (reverse, softplus, None if remake is None else remake.make)
+        ctx.save_for_backward(z, *reference.forget(flat, remake))
+        y: Tensor = torch.ops.svp_bench.triton_scan([z, *flat], reverse, softplus)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        reverse, softplus, make = ctx.settings
+        z, *kept = ctx.saved_tensors
+        flat = reference.recall(kept, len(reverse), make)
+        wanted = list(ctx.needs_input_grad[3:])
+        grads = torch.ops.svp_bench.triton_scan_backward(grad, [z, *flat], reverse, softplus, wanted)
+        return (None, None, None, *_spread(grads, wanted))
+
+
+class _Conv(torch.autograd.Function):
+    """Keeps its input only; what SiLU needs is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, reverse: tuple[bool, ...], silu: bool, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.settings = (reverse, silu)
+        ctx.save_for_backward(x, *parameters)
+        outs = torch.ops.svp_bench.triton_conv(x, parameters, reverse, silu)
+        need_x, need, count = ctx.needs_input_grad[0], ctx.needs_input_grad[3:], len(reverse)
+        ctx.mark_non_differentiable(*[o for i, o in enumerate(outs) if not (need_x or need[i] or need[count + i])])
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        reverse, silu = ctx.settings
+        x, *parameters = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        found = torch.ops.svp_bench.triton_conv_backward(grads, x, parameters, reverse, silu, wanted)
+        dx, *rest = _spread(found, wanted)
+        return (dx, None, None, *rest)
+
+
+def _spread(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The inverse of leaving out what nobody wants."""
+    rest = iter(found)
+    return [next(rest) if want else None for want in wanted]
+
+
+# ---- the operators. Their inputs are lists, so that one operator serves one direction and two.
+
+
+def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+    """An empty tensor without gaps for each one wanted."""
+    found = []
+    for tensor, want in zip(tensors, wanted, strict=True):
+        if want:
+            assert tensor is not None
+            found.append(tensor.new_empty(tensor.shape))
+    return found
+
+
+@torch.library.custom_op(
+    "svp_bench::triton_scan", mutates_args=(), schema="(Tensor?[] tensors, bool[] reverse, bool softplus) -> Tensor"
+)
+def _scan_op(tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> Tensor:
+    """`tensors`: z, then the seven fields of each direction."""
+    problem = _Problem(tensors, reverse, softplus)
+    out = problem.u.new_empty(problem.u.shape, dtype=_written(problem.u.dtype))
+    if out.numel():
+        problem.forward(out)
+    return out.to(problem.u.dtype)
+
+
+@_scan_op.register_fake
+def _(tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> Tensor:
+    u = tensors[1]
+    assert u is not None
+    return u.new_empty(u.shape)
+
+
+@torch.library.custom_op(
+    "svp_bench::triton_scan_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor?[] tensors, bool[] reverse, bool softplus, bool[] wanted) -> Tensor[]",
+)
+def _scan_backward_op(
+    grad: Tensor, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, wanted: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients of the tensors that are wanted, in their order."""
+    problem = _Problem(tensors, reverse, softplus)
+    if not problem.u.numel():
+        return [t.zero_() for t in _like(tensors, wanted)]
+    return problem.backward(grad, tensors, wanted)
+
+
+@_scan_backward_op.register_fake
+def _(
+    grad: Tensor, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, wanted: Sequence[bool]
+) -> list[Tensor]:
+    return _like(tensors, wanted)
+
+
+@torch.library.custom_op(
+    "svp_bench::triton_conv",
+    mutates_args=(),
+    schema="(Tensor x, Tensor?[] parameters, bool[] reverse, bool silu) -> Tensor[]",
+)
+def _conv_op(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
+    """`parameters`: the weights of all directions, then the biases."""
+    outs = [x.new_empty(x.shape, dtype=_written(x.dtype)) for _ in reverse]
+    if x.numel():
+        _conv_forward(outs, x, parameters, reverse, silu)
+    return [out.to(x.dtype) for out in outs]
+
+
+@_conv_op.register_fake
+def _(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
+    return [x.new_empty(x.shape) for _ in reverse]
+
+
+@torch.library.custom_op(
+    "svp_bench::triton_conv_backward",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor x, Tensor?[] parameters, bool[] reverse, bool silu, bool[] wanted) -> Tensor[]",
+)
+def _conv_backward_op(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    silu: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of x and of the parameters that are wanted, in their order."""
+    if not x.numel():
+        return [t.zero_() for t in _like([x, *parameters], wanted)]
+    return _conv_backward(grads, x, parameters, reverse, silu, wanted)
+
+
+@_conv_backward_op.register_fake
+def _(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    silu: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    return _like([x, *parameters], wanted)
+
+
+# ---- the launches
+
+
+def _launch(name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    from svp_bench.ops import triton_kernels
+
+    some = next(value for value in arguments.values() if isinstance(value, Tensor))
+    # Triton launches on the current device, whatever the tensors'
+    with torch.cuda.device(some.device) if some.is_cuda else nullcontext():
+        getattr(triton_kernels, name)[grid](**arguments)
+
+
+def _written(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a kernel writes a result of this dtype. GPUs round to bfloat16, the interpreter cuts off."""
+    return torch.float32 if _interpreted() else dtype
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With neighbours side by side along the last axis, which is all that the kernels ask for."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class _Problem:
+    """The arguments that both kernels of a scan share."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> None:
+        z, *flat = tensors
+        u, A = flat[0], flat[2]
+        assert u is not None
+        assert A is not None
+        self.u = u
+        self.batch, self.length, self.channels = u.shape
+        self.states = A.shape[-1]
+        self.count = len(reverse)
+        padded = _power_of_two(self.states)
+        lanes = min(padded, _LANES)
+        self.z = None if z is None else _rows(z)
+        self.shared: dict[str, Any] = {
+            "z": self.z,
+            "z_picture": 0 if self.z is None else self.z.stride(0),
+            "z_row": 0 if self.z is None else self.z.stride(1),
+            "length": self.length,
+            "channels": self.channels,
+            "states": self.states,
+            "one": 1,
+            "SOFTPLUS": softplus,
+            "K": self.count,
+            "N1": padded // lanes,
+            "N2": lanes,
+        }
+        names = ("u", "delta", "A", "B", "C", "D", "bias")
+        for k in range(2):
+            fields = flat[_FIELDS * k : _FIELDS * (k + 1)] if k < self.count else [None] * _FIELDS
+            for name, tensor in zip(names, fields, strict=True):
+                rows = None if tensor is None else _rows(tensor)
+                self.shared[f"{name}{k}"] = rows
+                if name in ("u", "delta", "B", "C"):
+                    self.shared[f"{name}{k}_picture"] = 0 if rows is None else rows.stride(0)
+                if name in ("u", "delta", "A", "B", "C"):
+                    self.shared[f"{name}{k}_row"] = 0 if rows is None else rows.stride(-2)
+            self.shared[f"REVERSE{k}"] = k < self.count and reverse[k]
+
+    def _sizes(self, sizes: dict[str, int]) -> tuple[dict[str, int], tuple[int, int]]:
+        """The sizes of a program, and the programs. Few channels or few steps need no large program."""
+        block = min(sizes["BE"], _power_of_two(self.channels))
+        own = {**sizes, "BE": block, "T": min(sizes["T"], _power_of_two(self.length))}
+        return own, (-(-self.channels // block), self.batch)
+
+    def forward(self, out: Tensor) -> None:
+        sizes, grid = self._sizes(SCAN_FORWARD)
+        partial = None
+        if self.count == 2:
+            partial = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        _launch("scan_forward", grid, {**self.shared, **sizes, "out": out, "partial": partial})
+
+    def backward(self, grad: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+        sizes, grid = self._sizes(SCAN_BACKWARD)
+        grad = _rows(grad)
+        tiles = -(-self.length // sizes["T"])
+        shared = self.shared
+
+        def empty(*shape: int) -> Tensor:
+            return grad.new_empty(shape, dtype=torch.float32)
+
+        own: dict[str, Any] = {"dz": torch.empty_like(self.u, **_dense(self.z)) if wanted[0] else None}
+        forms = {
+            "dA": (self.batch, self.channels, self.states),
+            "dB": (grid[0], self.batch, self.length, self.states),
+            "dC": (grid[0], self.batch, self.length, self.states),
+            "dD": (self.batch, self.channels),
+            "dbias": (self.batch, self.channels),
+        }
+        names = ("du", "ddelta", "dA", "dB", "dC", "dD", "dbias")
+        for k in range(2):
+            want = wanted[1 + _FIELDS * k : 1 + _FIELDS * (k + 1)] if k < self.count else [False] * _FIELDS
+            for name, asked in zip(names, want, strict=True):
+                shape = forms.get(name)
+                if not asked:
+                    own[f"{name}{k}"] = None
+                elif shape is None:
+                    own[f"{name}{k}"] = torch.empty_like(self.u, **_dense(shared[f"{name[1:]}{k}"]))
+                else:
+                    own[f"{name}{k}"] = empty(*shape)
+            own[f"ASKED{k}"] = any(want) or (k < self.count and wanted[0])
+        two = self.count == 2 and wanted[0]
+        own["partial"] = empty(*self.u.shape) if two else None
+        # transient: one direction's states before each tile, the second direction's after the first's
+        own["before"] = empty(self.batch, grid[0], tiles, shared["N1"] * shared["N2"] * sizes["BE"])
+        own |= {"grad": grad, "grad_picture": grad.stride(0), "grad_row": grad.stride(1)}
+        _launch("scan_backward", grid, {**shared, **sizes, **own})
+        order = ["dz", *(f"{name}{k}" for k in range(self.count) for name in names)]
+        found = []
+        for name, tensor, asked in zip(order, tensors, wanted, strict=True):
+            if asked:
+                assert tensor is not None
+                value: Tensor = own[name]
+                # partial sums, one for each picture or block of channels
+                value = value.sum(dim=0) if name[:-1] in forms else value
+                found.append(value.to(tensor.dtype))
+        return found
+
+
+def _dense(like: Tensor | None) -> dict[str, Any]:
+    assert like is not None
+    return {"dtype": _written(like.dtype), "memory_format": torch.contiguous_format}
+
+
+def _conv_arguments(
+    x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
+) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """The arguments that both kernels of a convolution share, and the programs."""
+    count = len(reverse)
+    batch, length, channels = x.shape
+    sizes = {**CONV, "BE": min(CONV["BE"], _power_of_two(channels)), "BL": min(CONV["BL"], _power_of_two(length))}
+    x = _rows(x)
+    shared: dict[str, Any] = {**sizes, "x": x, "x_picture": x.stride(0), "x_row": x.stride(1)}
+    shared |= {"length": length, "channels": channels, "SILU": silu}
+    for k in range(2):
+        weight, bias = (parameters[k], parameters[count + k]) if k < count else (None, None)
+        weight = None if weight is None else _rows(weight)
+        shared[f"weight{k}"] = weight
+        shared[f"weight{k}_row"] = 0 if weight is None else weight.stride(0)
+        shared[f"bias{k}"] = None if bias is None else _rows(bias)
+        shared[f"WAY{k}"] = -1 if k < count and reverse[k] else 1
+    shared["W"] = shared["weight0"].shape[-1]
+    return shared, (-(-channels // sizes["BE"]), -(-length // sizes["BL"]), batch)
+
+
+def _conv_forward(
+    outs: Sequence[Tensor], x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
+) -> None:
+    shared, grid = _conv_arguments(x, parameters, reverse, silu)
+    own = {"out0": outs[0], "out1": outs[1] if len(outs) == 2 else None, "K": len(outs)}
+    _launch("conv_forward", grid, {**shared, **own})
+
+
+def _conv_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    silu: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    shared, grid = _conv_arguments(x, parameters, reverse, silu)
+    count, channels, width = len(reverse), x.shape[-1], shared["W"]
+    shares = grid[1] * grid[2]
+    dx = x.new_empty(x.shape, dtype=_written(x.dtype)) if wanted[0] else None
+    own: dict[str, Any] = {"dx": dx}
+    for k in range(2):
+        want_weight, want_bias = (wanted[1 + k], wanted[1 + count + k]) if k < count else (False, False)
+        grad = _rows(grads[k]) if k < count else None
+        own[f"grad{k}"] = grad
+        own[f"grad{k}_picture"] = 0 if grad is None else grad.stride(0)
+        own[f"grad{k}_row"] = 0 if grad is None else grad.stride(1)
+        own[f"dweight{k}"] = x.new_empty(shares, width, channels, dtype=torch.float32) if want_weight else None
+        own[f"dbias{k}"] = x.new_empty(shares, channels, dtype=torch.float32) if want_bias else None
+        own[f"ASKED{k}"] = want_weight or want_bias or (k < count and wanted[0])
+    _launch("conv_backward", grid, {**shared, **own})
+    found = [] if dx is None else [dx.to(x.dtype)]
+    for i, parameter in enumerate(parameters):
+        if wanted[1 + i]:
+            assert parameter is not None
+            partial: Tensor = own[f"{'dweight' if i < count else 'dbias'}{i % count}"]
+            total = partial.sum(dim=0)
+            found.append((total.mT if i < count else total).to(parameter.dtype).contiguous())
+    return found

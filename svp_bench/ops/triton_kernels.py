@@ -1,0 +1,1022 @@
+"""The kernels of the triton backend. Imported only where triton is; what each computes is told in reference.py.
+
+A program takes one block of channels of one picture through all of its steps, direction after direction. Tensors are
+read where they lie: a reversed direction counts its tokens from the end. Steps are worked through in tiles of T in the
+order of the scan; a tile's states are one block (T, N1, BE, N2), where state n is n1 · N2 + n2. Channels and N2 are its
+last axes because Triton spreads threads from the last axis on: so each thread holds all T steps of its channels, and
+"take row i" or "put row i" (a sum and a choice over the first axis, which the compiler folds away) move nothing.
+The recurrence itself is then one multiply-add after another, in the order of the formula, and the state before a step
+is simply there: no cancellation, whatever A is.
+
+Were the compiler to see that states lie side by side in memory, it would hand four to a thread for that access, and
+carry them through shared memory to and from where they are needed; hence an index times `one`, which it cannot see.
+
+No atomics: what is summed over channels or pictures is written as one partial sum a program, and summed afterwards.
+
+A step past the end has Δ = 0: its decay is 1 and it adds 0, so the state passes through.
+An argument that may be None is a constant of the compilation: what it stands for is not compiled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["conv_backward", "conv_forward", "scan_backward", "scan_forward"]
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _sigmoid(x: tl.tensor) -> tl.tensor:
+    small = tl.exp(-tl.abs(x))  # never overflows
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _softplus(x: tl.tensor) -> tl.tensor:
+    """Identity above 20. log(1 + e) = 2 artanh(e / (2 + e)), whose series keeps all digits where e is tiny."""
+    small = tl.exp(-tl.abs(x))
+    s = small / (2.0 + small)  # at most 1/3: the first term left out is below 2e-9
+    q = s * s
+    series = 1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
+    return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + 2.0 * s * series)
+
+
+@triton.jit
+def _row(tile: tl.tensor, i: tl.constexpr, T: tl.constexpr) -> tl.tensor:
+    """Row i of a tile, (1, …)."""
+    index = tl.arange(0, T)[:, None, None, None]
+    return tl.sum(tl.where(index == i, tile, 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def _with_row(tile: tl.tensor, i: tl.constexpr, row: tl.tensor, T: tl.constexpr) -> tl.tensor:
+    """The tile with another row i."""
+    index = tl.arange(0, T)[:, None, None, None]
+    return tl.where(index == i, row, tile)
+
+
+@triton.jit
+def _tokens(
+    tile: tl.tensor, length: tl.tensor, T: tl.constexpr, REVERSE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The token of a tile's first step, those of its steps counted from it, and which of them exist."""
+    step = tl.arange(0, T)
+    first = tile * T
+    inside = step < length - first
+    if REVERSE:
+        first = length - 1 - first
+        step = -step
+    return first, step, inside
+
+
+@triton.jit
+def _at(pointer: tl.tensor, first: tl.tensor, stride: tl.tensor) -> tl.tensor:
+    """The row of a tile's first step: 64 bits once a tile, so that 32 do for what each thread counts from there."""
+    return pointer + tl.cast(first, tl.int64) * stride
+
+
+@triton.jit
+def _channels(
+    pointer: tl.tensor,
+    first: tl.tensor,
+    step: tl.tensor,
+    stride: tl.tensor,
+    e: tl.tensor,
+    inside: tl.tensor,
+    fits: tl.tensor,
+) -> tl.tensor:
+    """Rows of channels as float32, (T, BE); zeros outside."""
+    where = step[:, None] * stride + e[None, :]
+    return tl.load(_at(pointer, first, stride) + where, mask=inside[:, None] & fits[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(
+    pointer: tl.tensor,
+    first: tl.tensor,
+    step: tl.tensor,
+    width: tl.tensor,
+    e: tl.tensor,
+    inside: tl.tensor,
+    fits: tl.tensor,
+    value: tl.tensor,
+) -> None:
+    where = step[:, None] * width + e[None, :]
+    tl.store(
+        _at(pointer, first, width) + where, value.to(pointer.dtype.element_ty), mask=inside[:, None] & fits[None, :]
+    )
+
+
+@triton.jit
+def _per_channel(pointer: tl.tensor, e: tl.tensor, fits: tl.tensor) -> tl.tensor:
+    return tl.load(pointer + e, mask=fits, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _states(
+    pointer: tl.tensor,
+    first: tl.tensor,
+    step: tl.tensor,
+    stride: tl.tensor,
+    inside: tl.tensor,
+    states: tl.tensor,
+    T: tl.constexpr,
+    BE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+) -> tl.tensor:
+    """Rows of B or C as float32, (T, N1, BE, N2), the same for every channel; zeros outside."""
+    n = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    where = step[:, None, None] * stride + n[None, :, :]
+    mask = inside[:, None, None] & (n < states)[None, :, :]
+    rows = tl.load(_at(pointer, first, stride) + where, mask=mask, other=0.0).to(tl.float32)
+    return tl.broadcast_to(rows[:, :, None, :], [T, N1, BE, N2])
+
+
+@triton.jit
+def _matrix(
+    pointer: tl.tensor,
+    stride: tl.tensor,
+    e: tl.tensor,
+    fits: tl.tensor,
+    states: tl.tensor,
+    one: tl.tensor,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+) -> tl.tensor:
+    """A as float32, (1, N1, BE, N2); zeros outside."""
+    n = tl.arange(0, N1)[:, None, None] * N2 + tl.arange(0, N2)[None, None, :]
+    mask = fits[None, :, None] & (n < states)
+    rows = tl.load(pointer + e[None, :, None] * stride + n * one, mask=mask, other=0.0).to(tl.float32)
+    return rows[None, :, :, :]
+
+
+@triton.jit
+def _spread(tile: tl.tensor, T: tl.constexpr, BE: tl.constexpr, N2: tl.constexpr) -> tl.tensor:
+    """(T, BE) → (T, 1, BE, N2): what every state of a channel shares."""
+    return tl.broadcast_to(tile[:, None, :, None], [T, 1, BE, N2])
+
+
+@triton.jit
+def _over_states(tile: tl.tensor) -> tl.tensor:
+    """(T, N1, BE, N2) → (T, BE), summed; first over what one thread holds."""
+    return tl.sum(tl.sum(tile, axis=1), axis=2)
+
+
+@triton.jit
+def _raw_steps(
+    delta: tl.tensor,
+    bias: tl.tensor,
+    first: tl.tensor,
+    step: tl.tensor,
+    stride: tl.tensor,
+    e: tl.tensor,
+    inside: tl.tensor,
+    fits: tl.tensor,
+) -> tl.tensor:
+    raw = _channels(delta, first, step, stride, e, inside, fits)
+    if bias is not None:
+        raw += _per_channel(bias, e, fits)
+    return raw
+
+
+@triton.jit
+def _step_sizes(raw: tl.tensor, inside: tl.tensor, SOFTPLUS: tl.constexpr) -> tl.tensor:
+    if SOFTPLUS:
+        raw = _softplus(raw)
+    return tl.where(inside[:, None], raw, 0.0)
+
+
+@triton.jit
+def _forward_direction(
+    u: tl.tensor,
+    delta: tl.tensor,
+    A: tl.tensor,
+    B: tl.tensor,
+    C: tl.tensor,
+    D: tl.tensor,
+    bias: tl.tensor,
+    u_row: tl.tensor,
+    delta_row: tl.tensor,
+    A_row: tl.tensor,
+    B_row: tl.tensor,
+    C_row: tl.tensor,
+    z: tl.tensor,
+    z_row: tl.tensor,
+    out: tl.tensor,
+    partial: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    states: tl.tensor,
+    one: tl.tensor,
+    e: tl.tensor,
+    fits: tl.tensor,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    T: tl.constexpr,
+    BE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+) -> None:
+    decay_rate = _matrix(A, A_row, e, fits, states, one, N1, N2) * _LOG2E
+    h = tl.zeros([1, N1, BE, N2], tl.float32)
+    for tile in range(tl.cdiv(length, T)):
+        first, step, inside = _tokens(tile, length, T, REVERSE)
+        inputs = _channels(u, first, step, u_row, e, inside, fits)
+        dt = _step_sizes(_raw_steps(delta, bias, first, step, delta_row, e, inside, fits), inside, SOFTPLUS)
+        decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
+        drive = _spread(dt * inputs, T, BE, N2) * _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
+        all_states = drive
+        for i in tl.static_range(T):
+            h = _row(decay, i, T) * h + _row(drive, i, T)
+            all_states = _with_row(all_states, i, h, T)
+        y = _over_states(all_states * _states(C, first, step, C_row, inside, states, T, BE, N1, N2))
+        if D is not None:
+            y += _per_channel(D, e, fits) * inputs
+        if not FIRST:
+            y += _channels(partial, first, step, channels, e, inside, fits)
+        if LAST:
+            if not FIRST:
+                y *= 0.5
+            if z is not None:
+                gate = _channels(z, first, step, z_row, e, inside, fits)
+                y *= gate * _sigmoid(gate)
+            _put(out, first, step, channels, e, inside, fits, y)
+        else:
+            _put(partial, first, step, channels, e, inside, fits, y)
+
+
+@triton.jit(do_not_specialize=["one"])
+def scan_forward(
+    u0: tl.tensor,
+    delta0: tl.tensor,
+    A0: tl.tensor,
+    B0: tl.tensor,
+    C0: tl.tensor,
+    D0: tl.tensor,
+    bias0: tl.tensor,
+    u1: tl.tensor,
+    delta1: tl.tensor,
+    A1: tl.tensor,
+    B1: tl.tensor,
+    C1: tl.tensor,
+    D1: tl.tensor,
+    bias1: tl.tensor,
+    z: tl.tensor,
+    out: tl.tensor,  # (B, L, E) without gaps, as is all that is written
+    partial: tl.tensor,  # (B, L, E) float32: the first direction's y; each program reads only what it wrote
+    u0_picture: tl.tensor,
+    u0_row: tl.tensor,
+    delta0_picture: tl.tensor,
+    delta0_row: tl.tensor,
+    A0_row: tl.tensor,
+    B0_picture: tl.tensor,
+    B0_row: tl.tensor,
+    C0_picture: tl.tensor,
+    C0_row: tl.tensor,
+    u1_picture: tl.tensor,
+    u1_row: tl.tensor,
+    delta1_picture: tl.tensor,
+    delta1_row: tl.tensor,
+    A1_row: tl.tensor,
+    B1_picture: tl.tensor,
+    B1_row: tl.tensor,
+    C1_picture: tl.tensor,
+    C1_row: tl.tensor,
+    z_picture: tl.tensor,
+    z_row: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    states: tl.tensor,
+    one: tl.tensor,  # 1, which the compiler must not know
+    SOFTPLUS: tl.constexpr,
+    K: tl.constexpr,
+    REVERSE0: tl.constexpr,
+    REVERSE1: tl.constexpr,
+    T: tl.constexpr,
+    BE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+) -> None:
+    """Mean over K directions of their scans, gated. Programs: blocks of channels × pictures."""
+    picture = tl.program_id(1).to(tl.int64)
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    fits = e < channels
+    out += picture * length * channels
+    if z is not None:
+        z += picture * z_picture
+    if K == 2:
+        partial += picture * length * channels
+    _forward_direction(
+        u0 + picture * u0_picture,
+        delta0 + picture * delta0_picture,
+        A0,
+        B0 + picture * B0_picture,
+        C0 + picture * C0_picture,
+        D0,
+        bias0,
+        u0_row,
+        delta0_row,
+        A0_row,
+        B0_row,
+        C0_row,
+        z,
+        z_row,
+        out,
+        partial,
+        length,
+        channels,
+        states,
+        one,
+        e,
+        fits,
+        SOFTPLUS,
+        REVERSE0,
+        True,
+        K == 1,
+        T,
+        BE,
+        N1,
+        N2,
+    )
+    if K == 2:
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        _forward_direction(
+            u1 + picture * u1_picture,
+            delta1 + picture * delta1_picture,
+            A1,
+            B1 + picture * B1_picture,
+            C1 + picture * C1_picture,
+            D1,
+            bias1,
+            u1_row,
+            delta1_row,
+            A1_row,
+            B1_row,
+            C1_row,
+            z,
+            z_row,
+            out,
+            partial,
+            length,
+            channels,
+            states,
+            one,
+            e,
+            fits,
+            SOFTPLUS,
+            REVERSE1,
+            False,
+            True,
+            T,
+            BE,
+            N1,
+            N2,
+        )
+
+
+@triton.jit
+def _backward_direction(
+    u: tl.tensor,
+    delta: tl.tensor,
+    A: tl.tensor,
+    B: tl.tensor,
+    C: tl.tensor,
+    D: tl.tensor,
+    bias: tl.tensor,
+    u_row: tl.tensor,
+    delta_row: tl.tensor,
+    A_row: tl.tensor,
+    B_row: tl.tensor,
+    C_row: tl.tensor,
+    z: tl.tensor,
+    z_row: tl.tensor,
+    grad: tl.tensor,
+    grad_row: tl.tensor,
+    du: tl.tensor,
+    ddelta: tl.tensor,
+    dA: tl.tensor,
+    dB: tl.tensor,
+    dC: tl.tensor,
+    dD: tl.tensor,
+    dbias: tl.tensor,
+    dz: tl.tensor,
+    partial: tl.tensor,
+    before: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    states: tl.tensor,
+    one: tl.tensor,
+    e: tl.tensor,
+    fits: tl.tensor,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    BE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+) -> None:
+    NEED_DT: tl.constexpr = (ddelta is not None) or (dbias is not None)
+    NEED_GATE: tl.constexpr = NEED_DT or (dA is not None)  # the gradient of Δ A
+    NEED_G: tl.constexpr = NEED_GATE or (du is not None) or (dB is not None)
+    NEED_H: tl.constexpr = NEED_GATE or (dC is not None) or (dz is not None)
+    tiles = tl.cdiv(length, T)
+    matrix = _matrix(A, A_row, e, fits, states, one, N1, N2)
+    decay_rate = matrix * _LOG2E
+    # the states of a tile lie as its threads hold them: (N1, BE, N2)
+    c = tl.arange(0, BE)[None, :, None]
+    spot = (tl.arange(0, N1)[:, None, None] * BE + c) * N2 + tl.arange(0, N2)[None, None, :] * one
+    spot = spot[None, :, :, :]
+    h = tl.zeros([1, N1, BE, N2], tl.float32)
+
+    if NEED_H:  # once ahead, keeping the state before each tile
+        for tile in range(tiles):
+            tl.store(before + tile * (N1 * BE * N2) + spot, h)
+            first, step, inside = _tokens(tile, length, T, REVERSE)
+            inputs = _channels(u, first, step, u_row, e, inside, fits)
+            dt = _step_sizes(_raw_steps(delta, bias, first, step, delta_row, e, inside, fits), inside, SOFTPLUS)
+            decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
+            drive = _spread(dt * inputs, T, BE, N2) * _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
+            for i in tl.static_range(T):
+                h = _row(decay, i, T) * h + _row(drive, i, T)
+        tl.debug_barrier()
+
+    carry = tl.zeros([1, N1, BE, N2], tl.float32)  # decay ⊙ g of the step after the tile
+    sum_A = tl.zeros([1, N1, BE, N2], tl.float32)
+    sum_D = tl.zeros([T, BE], tl.float32)
+    sum_bias = tl.zeros([T, BE], tl.float32)
+    for back in range(tiles):
+        tile = tiles - 1 - back
+        first, step, inside = _tokens(tile, length, T, REVERSE)
+        inputs = _channels(u, first, step, u_row, e, inside, fits)
+        raw = _raw_steps(delta, bias, first, step, delta_row, e, inside, fits)
+        dt = _step_sizes(raw, inside, SOFTPLUS)
+        dout = _channels(grad, first, step, grad_row, e, inside, fits)
+        dy = dout
+        if z is not None:
+            gate = _channels(z, first, step, z_row, e, inside, fits)
+            sigmoid = _sigmoid(gate)
+            dy = dout * gate * sigmoid
+        if K == 2:
+            dy *= 0.5
+        decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
+        driven = _spread(dt * inputs, T, BE, N2)
+        spread_dy = _spread(dy, T, BE, N2)
+        rows_B = _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
+        rows_C = _states(C, first, step, C_row, inside, states, T, BE, N1, N2)
+        kept = decay  # of the state before each step, what its decay leaves
+        if NEED_H:
+            drive = driven * rows_B
+            h = tl.load(before + tile * (N1 * BE * N2) + spot)
+            for i in tl.static_range(T):
+                left = _row(decay, i, T) * h
+                h = left + _row(drive, i, T)
+                kept = _with_row(kept, i, left, T)
+            if (dC is not None) or (dz is not None):
+                all_states = kept + drive
+                if dC is not None:
+                    _put_states(dC, tl.sum(all_states * spread_dy, axis=2), first, step, inside, states, T, N1, N2)
+                if dz is not None:
+                    y = _over_states(all_states * rows_C)
+                    if D is not None:
+                        y += _per_channel(D, e, fits) * inputs
+                    if not FIRST:
+                        y += _channels(partial, first, step, channels, e, inside, fits)
+                    if LAST:
+                        if K == 2:
+                            y *= 0.5
+                        slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                        _put(dz, first, step, channels, e, inside, fits, dout * y * slope)
+                    else:
+                        _put(partial, first, step, channels, e, inside, fits, y)
+        if dD is not None:
+            sum_D += dy * inputs
+        if NEED_G:
+            g = spread_dy * rows_C
+            for i in tl.static_range(T):
+                now = _row(g, T - 1 - i, T) + carry
+                carry = _row(decay, T - 1 - i, T) * now
+                g = _with_row(g, T - 1 - i, now, T)
+            if dB is not None:
+                _put_states(dB, tl.sum(g * driven, axis=2), first, step, inside, states, T, N1, N2)
+            along = _over_states(g * rows_B)  # gradient of Δ u
+            if du is not None:
+                value = along * dt
+                if D is not None:
+                    value += dy * _per_channel(D, e, fits)
+                _put(du, first, step, channels, e, inside, fits, value)
+            if NEED_GATE:
+                of_exponent = g * kept
+                if dA is not None:
+                    sum_A += tl.sum(of_exponent * _spread(dt, T, BE, N2), axis=0, keep_dims=True)
+                if NEED_DT:
+                    slope = along * inputs + _over_states(of_exponent * matrix)
+                    if SOFTPLUS:
+                        slope = tl.where(raw > 20.0, slope, slope * _sigmoid(raw))
+                    if ddelta is not None:
+                        _put(ddelta, first, step, channels, e, inside, fits, slope)
+                    if dbias is not None:
+                        sum_bias += tl.where(inside[:, None], slope, 0.0)
+    if dA is not None:
+        n = tl.arange(0, N1)[:, None, None] * N2 + tl.arange(0, N2)[None, None, :]
+        mask = (n < states) & fits[None, :, None]
+        where = e[None, :, None] * states + n * one
+        tl.store(dA + where[None, :, :, :], sum_A, mask=mask[None, :, :, :])
+    if dD is not None:
+        tl.store(dD + e, tl.sum(sum_D, axis=0), mask=fits)
+    if dbias is not None:
+        tl.store(dbias + e, tl.sum(sum_bias, axis=0), mask=fits)
+
+
+@triton.jit
+def _put_states(
+    pointer: tl.tensor,
+    value: tl.tensor,
+    first: tl.tensor,
+    step: tl.tensor,
+    inside: tl.tensor,
+    states: tl.tensor,
+    T: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+) -> None:
+    """Write (T, N1, N2) to rows of N states."""
+    n = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    where = step[:, None, None] * states + n[None, :, :]
+    tl.store(_at(pointer, first, states) + where, value, mask=inside[:, None, None] & (n < states)[None, :, :])
+
+
+@triton.jit
+def _shift(pointer: tl.tensor, by: tl.tensor) -> tl.tensor:
+    """None stays None."""
+    if pointer is not None:
+        pointer += by
+    return pointer
+
+
+@triton.jit(do_not_specialize=["one"])
+def scan_backward(
+    u0: tl.tensor,
+    delta0: tl.tensor,
+    A0: tl.tensor,
+    B0: tl.tensor,
+    C0: tl.tensor,
+    D0: tl.tensor,
+    bias0: tl.tensor,
+    u1: tl.tensor,
+    delta1: tl.tensor,
+    A1: tl.tensor,
+    B1: tl.tensor,
+    C1: tl.tensor,
+    D1: tl.tensor,
+    bias1: tl.tensor,
+    z: tl.tensor,
+    grad: tl.tensor,
+    du0: tl.tensor,  # (B, L, E), as ddelta and dz
+    ddelta0: tl.tensor,
+    dA0: tl.tensor,  # (B, E, N) float32
+    dB0: tl.tensor,  # (blocks of channels, B, L, N) float32, as dC
+    dC0: tl.tensor,
+    dD0: tl.tensor,  # (B, E) float32, as dbias
+    dbias0: tl.tensor,
+    du1: tl.tensor,
+    ddelta1: tl.tensor,
+    dA1: tl.tensor,
+    dB1: tl.tensor,
+    dC1: tl.tensor,
+    dD1: tl.tensor,
+    dbias1: tl.tensor,
+    dz: tl.tensor,
+    partial: tl.tensor,  # (B, L, E) float32: the first direction's y
+    before: tl.tensor,  # (B, blocks of channels, tiles, N1 · BE · N2) float32: the state before each tile
+    u0_picture: tl.tensor,
+    u0_row: tl.tensor,
+    delta0_picture: tl.tensor,
+    delta0_row: tl.tensor,
+    A0_row: tl.tensor,
+    B0_picture: tl.tensor,
+    B0_row: tl.tensor,
+    C0_picture: tl.tensor,
+    C0_row: tl.tensor,
+    u1_picture: tl.tensor,
+    u1_row: tl.tensor,
+    delta1_picture: tl.tensor,
+    delta1_row: tl.tensor,
+    A1_row: tl.tensor,
+    B1_picture: tl.tensor,
+    B1_row: tl.tensor,
+    C1_picture: tl.tensor,
+    C1_row: tl.tensor,
+    z_picture: tl.tensor,
+    z_row: tl.tensor,
+    grad_picture: tl.tensor,
+    grad_row: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    states: tl.tensor,
+    one: tl.tensor,  # 1, which the compiler must not know
+    SOFTPLUS: tl.constexpr,
+    K: tl.constexpr,
+    REVERSE0: tl.constexpr,
+    REVERSE1: tl.constexpr,
+    ASKED0: tl.constexpr,
+    ASKED1: tl.constexpr,
+    T: tl.constexpr,
+    BE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+) -> None:
+    """Gradients of `scan_forward`; None is not computed. Programs: blocks of channels × pictures."""
+    block = tl.program_id(0)
+    picture = tl.program_id(1).to(tl.int64)
+    e = block * BE + tl.arange(0, BE)
+    fits = e < channels
+    rows = picture * length * channels
+    of_states = (block.to(tl.int64) * tl.num_programs(1) + picture) * length * states
+    z = _shift(z, picture * z_picture)
+    grad += picture * grad_picture
+    dz = _shift(dz, rows)
+    partial = _shift(partial, rows)
+    before = _shift(before, (picture * tl.num_programs(0) + block) * tl.cdiv(length, T) * (N1 * BE * N2))
+    if ASKED0:
+        _backward_direction(
+            u0 + picture * u0_picture,
+            delta0 + picture * delta0_picture,
+            A0,
+            B0 + picture * B0_picture,
+            C0 + picture * C0_picture,
+            D0,
+            bias0,
+            u0_row,
+            delta0_row,
+            A0_row,
+            B0_row,
+            C0_row,
+            z,
+            z_row,
+            grad,
+            grad_row,
+            _shift(du0, rows),
+            _shift(ddelta0, rows),
+            _shift(dA0, picture * channels * states),
+            _shift(dB0, of_states),
+            _shift(dC0, of_states),
+            _shift(dD0, picture * channels),
+            _shift(dbias0, picture * channels),
+            dz,
+            partial,
+            before,
+            length,
+            channels,
+            states,
+            one,
+            e,
+            fits,
+            SOFTPLUS,
+            REVERSE0,
+            True,
+            K == 1,
+            K,
+            T,
+            BE,
+            N1,
+            N2,
+        )
+    if ASKED1:
+        tl.debug_barrier()  # `partial` is read and `before` written anew
+        _backward_direction(
+            u1 + picture * u1_picture,
+            delta1 + picture * delta1_picture,
+            A1,
+            B1 + picture * B1_picture,
+            C1 + picture * C1_picture,
+            D1,
+            bias1,
+            u1_row,
+            delta1_row,
+            A1_row,
+            B1_row,
+            C1_row,
+            z,
+            z_row,
+            grad,
+            grad_row,
+            _shift(du1, rows),
+            _shift(ddelta1, rows),
+            _shift(dA1, picture * channels * states),
+            _shift(dB1, of_states),
+            _shift(dC1, of_states),
+            _shift(dD1, picture * channels),
+            _shift(dbias1, picture * channels),
+            dz,
+            partial,
+            before,
+            length,
+            channels,
+            states,
+            one,
+            e,
+            fits,
+            SOFTPLUS,
+            REVERSE1,
+            False,
+            True,
+            K,
+            T,
+            BE,
+            N1,
+            N2,
+        )
+
+
+@triton.jit
+def _at_distance(
+    pointer: tl.tensor,
+    first: tl.tensor,
+    step: tl.tensor,
+    distance: tl.constexpr,
+    stride: tl.tensor,
+    length: tl.tensor,
+    e: tl.tensor,
+    fits: tl.tensor,
+) -> tl.tensor:
+    """The rows `distance` tokens away, zeros outside."""
+    there = first + distance + step
+    return _channels(pointer, first + distance, step, stride, e, (there >= 0) & (there < length), fits)
+
+
+@triton.jit
+def _convolved(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    first: tl.tensor,
+    step: tl.tensor,
+    x_row: tl.tensor,
+    weight_row: tl.tensor,
+    length: tl.tensor,
+    e: tl.tensor,
+    fits: tl.tensor,
+    AWAY: tl.constexpr,
+    WAY: tl.constexpr,
+    W: tl.constexpr,
+    BL: tl.constexpr,
+    BE: tl.constexpr,
+) -> tl.tensor:
+    """What goes into SiLU, at the tokens AWAY from these: the tap of age a reads the token a steps before."""
+    total = tl.zeros([BL, BE], tl.float32)
+    if bias is not None:
+        total += _per_channel(bias, e, fits)
+    for k in tl.static_range(W):
+        tap = tl.load(weight + e * weight_row + k, mask=fits, other=0.0).to(tl.float32)[None, :]
+        total += tap * _at_distance(x, first, step, AWAY - WAY * (W - 1 - k), x_row, length, e, fits)
+    return total
+
+
+@triton.jit
+def _convolve(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    first: tl.tensor,
+    step: tl.tensor,
+    x_row: tl.tensor,
+    weight_row: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    e: tl.tensor,
+    fits: tl.tensor,
+    SILU: tl.constexpr,
+    WAY: tl.constexpr,
+    W: tl.constexpr,
+    BL: tl.constexpr,
+    BE: tl.constexpr,
+) -> None:
+    y = _convolved(x, weight, bias, first, step, x_row, weight_row, length, e, fits, 0, WAY, W, BL, BE)
+    if SILU:
+        y *= _sigmoid(y)
+    _put(out, first, step, channels, e, first + step < length, fits, y)
+
+
+@triton.jit
+def conv_forward(
+    x: tl.tensor,
+    weight0: tl.tensor,
+    bias0: tl.tensor,
+    out0: tl.tensor,  # (B, L, E) without gaps
+    weight1: tl.tensor,
+    bias1: tl.tensor,
+    out1: tl.tensor,
+    x_picture: tl.tensor,
+    x_row: tl.tensor,
+    weight0_row: tl.tensor,
+    weight1_row: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    SILU: tl.constexpr,
+    K: tl.constexpr,
+    WAY0: tl.constexpr,  # 1, or -1 for a reversed direction
+    WAY1: tl.constexpr,
+    W: tl.constexpr,
+    BL: tl.constexpr,
+    BE: tl.constexpr,
+) -> None:
+    """Depth-wise convolutions of one input. Programs: blocks of channels × blocks of tokens × pictures."""
+    picture = tl.program_id(2).to(tl.int64)
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    fits = e < channels
+    first = tl.program_id(1) * BL
+    step = tl.arange(0, BL)
+    x += picture * x_picture
+    rows = picture * length * channels
+    _convolve(
+        x,
+        weight0,
+        bias0,
+        out0 + rows,
+        first,
+        step,
+        x_row,
+        weight0_row,
+        length,
+        channels,
+        e,
+        fits,
+        SILU,
+        WAY0,
+        W,
+        BL,
+        BE,
+    )
+    if K == 2:
+        _convolve(
+            x,
+            weight1,
+            bias1,
+            out1 + rows,
+            first,
+            step,
+            x_row,
+            weight1_row,
+            length,
+            channels,
+            e,
+            fits,
+            SILU,
+            WAY1,
+            W,
+            BL,
+            BE,
+        )
+
+
+@triton.jit
+def _convolve_back(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    grad: tl.tensor,
+    dweight: tl.tensor,
+    dbias: tl.tensor,
+    dx: tl.tensor,
+    first: tl.tensor,
+    step: tl.tensor,
+    x_row: tl.tensor,
+    weight_row: tl.tensor,
+    grad_row: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    e: tl.tensor,
+    fits: tl.tensor,
+    NEED_X: tl.constexpr,
+    SILU: tl.constexpr,
+    WAY: tl.constexpr,
+    W: tl.constexpr,
+    BL: tl.constexpr,
+    BE: tl.constexpr,
+) -> tl.tensor:
+    """Write the partial sums of one direction, and return dx with its share added."""
+    AHEAD: tl.constexpr = W if NEED_X else 1
+    for age in tl.static_range(AHEAD):  # the outputs that read these tokens
+        g = _at_distance(grad, first, step, WAY * age, grad_row, length, e, fits)
+        if SILU:
+            y = _convolved(x, weight, bias, first, step, x_row, weight_row, length, e, fits, WAY * age, WAY, W, BL, BE)
+            sigmoid = _sigmoid(y)
+            g *= sigmoid * (1.0 + y * (1.0 - sigmoid))
+        if NEED_X:
+            tap = tl.load(weight + e * weight_row + (W - 1 - age), mask=fits, other=0.0).to(tl.float32)[None, :]
+            dx += tap * g
+        if age == 0:
+            if dbias is not None:
+                tl.store(dbias + e, tl.sum(g, axis=0), mask=fits)
+            if dweight is not None:
+                for k in tl.static_range(W):
+                    read = _at_distance(x, first, step, -WAY * (W - 1 - k), x_row, length, e, fits)
+                    tl.store(dweight + k * channels + e, tl.sum(g * read, axis=0), mask=fits)
+    return dx
+
+
+@triton.jit
+def conv_backward(
+    x: tl.tensor,
+    weight0: tl.tensor,
+    bias0: tl.tensor,
+    grad0: tl.tensor,
+    dweight0: tl.tensor,  # (blocks of tokens · B, W, E) float32
+    dbias0: tl.tensor,  # (blocks of tokens · B, E) float32
+    weight1: tl.tensor,
+    bias1: tl.tensor,
+    grad1: tl.tensor,
+    dweight1: tl.tensor,
+    dbias1: tl.tensor,
+    dx: tl.tensor,  # (B, L, E) without gaps, or None
+    x_picture: tl.tensor,
+    x_row: tl.tensor,
+    weight0_row: tl.tensor,
+    grad0_picture: tl.tensor,
+    grad0_row: tl.tensor,
+    weight1_row: tl.tensor,
+    grad1_picture: tl.tensor,
+    grad1_row: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    ASKED0: tl.constexpr,
+    ASKED1: tl.constexpr,
+    SILU: tl.constexpr,
+    WAY0: tl.constexpr,
+    WAY1: tl.constexpr,
+    W: tl.constexpr,
+    BL: tl.constexpr,
+    BE: tl.constexpr,
+) -> None:
+    """Gradients of `conv_forward`; None is not computed. Programs as there."""
+    picture = tl.program_id(2).to(tl.int64)
+    share = picture * tl.num_programs(1) + tl.program_id(1)
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    fits = e < channels
+    first = tl.program_id(1) * BL
+    step = tl.arange(0, BL)
+    x += picture * x_picture
+    NEED_X: tl.constexpr = dx is not None
+    total = tl.zeros([BL, BE], tl.float32)
+    if ASKED0:
+        total = _convolve_back(
+            x,
+            weight0,
+            bias0,
+            grad0 + picture * grad0_picture,
+            _shift(dweight0, share * W * channels),
+            _shift(dbias0, share * channels),
+            total,
+            first,
+            step,
+            x_row,
+            weight0_row,
+            grad0_row,
+            length,
+            channels,
+            e,
+            fits,
+            NEED_X,
+            SILU,
+            WAY0,
+            W,
+            BL,
+            BE,
+        )
+    if ASKED1:
+        total = _convolve_back(
+            x,
+            weight1,
+            bias1,
+            grad1 + picture * grad1_picture,
+            _shift(dweight1, share * W * channels),
+            _shift(dbias1, share * channels),
+            total,
+            first,
+            step,
+            x_row,
+            weight1_row,
+            grad1_row,
+            length,
+            channels,
+            e,
+            fits,
+            NEED_X,
+            SILU,
+            WAY1,
+            W,
+            BL,
+            BE,
+        )
+    if NEED_X:
+        _put(dx + picture * length * channels, first, step, channels, e, first + step < length, fits, total)
