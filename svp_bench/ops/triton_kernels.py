@@ -427,65 +427,46 @@ def _backward_direction(
     NEED_DT: tl.constexpr = (ddelta is not None) or (dbias is not None)
     NEED_GATE: tl.constexpr = NEED_DT or (dA is not None)  # the gradient of Δ A
     NEED_G: tl.constexpr = NEED_GATE or (du is not None) or (dB is not None)
-    NEED_H: tl.constexpr = NEED_GATE or (dC is not None) or (dz is not None)
+    OF_STATES: tl.constexpr = (dC is not None) or (dz is not None)
     tiles = tl.cdiv(length, T)
-    matrix = _matrix(A, A_row, e, fits, states, one, N1, N2)
-    decay_rate = matrix * _LOG2E
+    decay_rate = _matrix(A, A_row, e, fits, states, one, N1, N2) * _LOG2E
     # the states of a tile lie as its threads hold them: (N1, BE, N2)
     c = tl.arange(0, BE)[None, :, None]
     spot = (tl.arange(0, N1)[:, None, None] * BE + c) * N2 + tl.arange(0, N2)[None, None, :] * one
     spot = spot[None, :, :, :]
-    h = tl.zeros([1, N1, BE, N2], tl.float32)
+    sum_D = tl.zeros([T, BE], tl.float32)
 
-    if NEED_H:  # once ahead, keeping the state before each tile
+    if NEED_GATE or OF_STATES or (dD is not None):  # once ahead: what follows from states; and they are kept
+        h = tl.zeros([1, N1, BE, N2], tl.float32)
         for tile in range(tiles):
-            tl.store(before + tile * (N1 * BE * N2) + spot, h)
             first, step, inside = _tokens(tile, length, T, REVERSE)
             inputs = _channels(u, first, step, u_row, e, inside, fits)
-            dt = _step_sizes(_raw_steps(delta, bias, first, step, delta_row, e, inside, fits), inside, SOFTPLUS)
-            decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
-            drive = _spread(dt * inputs, T, BE, N2) * _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
-            for i in tl.static_range(T):
-                h = _row(decay, i, T) * h + _row(drive, i, T)
-        tl.debug_barrier()
-
-    carry = tl.zeros([1, N1, BE, N2], tl.float32)  # decay ⊙ g of the step after the tile
-    sum_A = tl.zeros([1, N1, BE, N2], tl.float32)
-    sum_D = tl.zeros([T, BE], tl.float32)
-    sum_bias = tl.zeros([T, BE], tl.float32)
-    for back in range(tiles):
-        tile = tiles - 1 - back
-        first, step, inside = _tokens(tile, length, T, REVERSE)
-        inputs = _channels(u, first, step, u_row, e, inside, fits)
-        raw = _raw_steps(delta, bias, first, step, delta_row, e, inside, fits)
-        dt = _step_sizes(raw, inside, SOFTPLUS)
-        dout = _channels(grad, first, step, grad_row, e, inside, fits)
-        dy = dout
-        if z is not None:
-            gate = _channels(z, first, step, z_row, e, inside, fits)
-            sigmoid = _sigmoid(gate)
-            dy = dout * gate * sigmoid
-        if K == 2:
-            dy *= 0.5
-        decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
-        driven = _spread(dt * inputs, T, BE, N2)
-        spread_dy = _spread(dy, T, BE, N2)
-        rows_B = _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
-        rows_C = _states(C, first, step, C_row, inside, states, T, BE, N1, N2)
-        kept = decay  # of the state before each step, what its decay leaves
-        if NEED_H:
-            drive = driven * rows_B
-            h = tl.load(before + tile * (N1 * BE * N2) + spot)
-            for i in tl.static_range(T):
-                left = _row(decay, i, T) * h
-                h = left + _row(drive, i, T)
-                kept = _with_row(kept, i, left, T)
-            if (dC is not None) or (dz is not None):
-                all_states = kept + drive
+            if NEED_GATE or OF_STATES:
+                if NEED_GATE:
+                    tl.store(before + tile * (N1 * BE * N2) + spot, h)
+                dt = _step_sizes(_raw_steps(delta, bias, first, step, delta_row, e, inside, fits), inside, SOFTPLUS)
+                decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
+                drive = _spread(dt * inputs, T, BE, N2) * _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
+                all_states = drive
+                for i in tl.static_range(T):
+                    h = _row(decay, i, T) * h + _row(drive, i, T)
+                    all_states = _with_row(all_states, i, h, T)
+            if OF_STATES or (dD is not None):
+                dout = _channels(grad, first, step, grad_row, e, inside, fits)
+                dy = dout
+                if z is not None:
+                    gate = _channels(z, first, step, z_row, e, inside, fits)
+                    sigmoid = _sigmoid(gate)
+                    dy = dout * gate * sigmoid
+                if K == 2:
+                    dy *= 0.5
+                if dD is not None:
+                    sum_D += dy * inputs
                 if dC is not None:
-                    _put_states(dC, tl.sum(all_states * spread_dy, axis=2), first, step, inside, states, T, N1, N2)
+                    of_C = tl.sum(all_states * _spread(dy, T, BE, N2), axis=2)
+                    _put_states(dC, of_C, first, step, inside, states, T, N1, N2)
                 if dz is not None:
-                    y = _over_states(all_states * rows_C)
+                    y = _over_states(all_states * _states(C, first, step, C_row, inside, states, T, BE, N1, N2))
                     if D is not None:
                         y += _per_channel(D, e, fits) * inputs
                     if not FIRST:
@@ -497,10 +478,36 @@ def _backward_direction(
                         _put(dz, first, step, channels, e, inside, fits, dout * y * slope)
                     else:
                         _put(partial, first, step, channels, e, inside, fits, y)
-        if dD is not None:
-            sum_D += dy * inputs
-        if NEED_G:
-            g = spread_dy * rows_C
+        tl.debug_barrier()
+
+    sum_A = tl.zeros([1, N1, BE, N2], tl.float32)
+    sum_bias = tl.zeros([BE], tl.float32)
+    if NEED_G:  # and once back
+        carry = tl.zeros([1, N1, BE, N2], tl.float32)  # decay ⊙ g of the step after the tile
+        for back in range(tiles):
+            tile = tiles - 1 - back
+            first, step, inside = _tokens(tile, length, T, REVERSE)
+            inputs = _channels(u, first, step, u_row, e, inside, fits)
+            raw = _raw_steps(delta, bias, first, step, delta_row, e, inside, fits)
+            dt = _step_sizes(raw, inside, SOFTPLUS)
+            dy = _channels(grad, first, step, grad_row, e, inside, fits)
+            if z is not None:
+                gate = _channels(z, first, step, z_row, e, inside, fits)
+                dy *= gate * _sigmoid(gate)
+            if K == 2:
+                dy *= 0.5
+            decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
+            driven = _spread(dt * inputs, T, BE, N2)
+            rows_B = _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
+            kept = decay  # what the decay of a step leaves of the state before it
+            if NEED_GATE:
+                drive = driven * rows_B
+                h = tl.load(before + tile * (N1 * BE * N2) + spot)
+                for i in tl.static_range(T):
+                    left = _row(decay, i, T) * h
+                    h = left + _row(drive, i, T)
+                    kept = _with_row(kept, i, left, T)
+            g = _spread(dy, T, BE, N2) * _states(C, first, step, C_row, inside, states, T, BE, N1, N2)
             for i in tl.static_range(T):
                 now = _row(g, T - 1 - i, T) + carry
                 carry = _row(decay, T - 1 - i, T) * now
@@ -518,13 +525,13 @@ def _backward_direction(
                 if dA is not None:
                     sum_A += tl.sum(of_exponent * _spread(dt, T, BE, N2), axis=0, keep_dims=True)
                 if NEED_DT:
-                    slope = along * inputs + _over_states(of_exponent * matrix)
+                    slope = along * inputs + _over_states(of_exponent * decay_rate) / _LOG2E
                     if SOFTPLUS:
                         slope = tl.where(raw > 20.0, slope, slope * _sigmoid(raw))
                     if ddelta is not None:
                         _put(ddelta, first, step, channels, e, inside, fits, slope)
                     if dbias is not None:
-                        sum_bias += tl.where(inside[:, None], slope, 0.0)
+                        sum_bias += tl.sum(tl.where(inside[:, None], slope, 0.0), axis=0)
     if dA is not None:
         n = tl.arange(0, N1)[:, None, None] * N2 + tl.arange(0, N2)[None, None, :]
         mask = (n < states) & fits[None, :, None]
@@ -533,7 +540,7 @@ def _backward_direction(
     if dD is not None:
         tl.store(dD + e, tl.sum(sum_D, axis=0), mask=fits)
     if dbias is not None:
-        tl.store(dbias + e, tl.sum(sum_bias, axis=0), mask=fits)
+        tl.store(dbias + e, sum_bias, mask=fits)
 
 
 @triton.jit
