@@ -53,7 +53,7 @@ def launch_arguments(kernel: str, channels: int, dtype: torch.dtype) -> tuple[st
 
     caught: list[tuple[str, dict[str, Any]]] = []
     launch = backend._launch
-    backend._launch = lambda name, grid, arguments: caught.append((name, arguments))
+    backend._launch = lambda name, programs, arguments: caught.append((name, arguments))
     try:
         parameters = [weight(channels, WIDTH), weight(channels, WIDTH), weight(channels), weight(channels)]
         x, y = rows(channels, 2 * channels), rows(channels)

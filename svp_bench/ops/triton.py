@@ -10,6 +10,7 @@ With TRITON_INTERPRET=1 in the environment Triton interprets the kernels with Nu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -43,7 +44,8 @@ def _interpreted() -> bool:
     """Whether Triton interprets its kernels; decided by the environment when triton is imported."""
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    knobs = getattr(triton, "knobs", None)  # since 3.4
+    return os.environ.get("TRITON_INTERPRET", "0") == "1" if knobs is None else bool(knobs.runtime.interpret)
 
 
 def unavailable() -> str | None:
@@ -261,13 +263,13 @@ def _(
 # ---- the launches
 
 
-def _launch(name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+def _launch(name: str, programs: int, arguments: dict[str, Any]) -> None:
     from svp_bench.ops import triton_kernels
 
     some = next(value for value in arguments.values() if isinstance(value, Tensor))
     # Triton launches on the current device, whatever the tensors'
     with torch.cuda.device(some.device) if some.is_cuda else nullcontext():
-        getattr(triton_kernels, name)[grid](**arguments)
+        getattr(triton_kernels, name)[(programs,)](**arguments)
 
 
 def _written(dtype: torch.dtype) -> torch.dtype:
@@ -324,21 +326,21 @@ class _Problem:
                     self.shared[f"{name}{k}_row"] = 0 if rows is None else rows.stride(-2)
             self.shared[f"REVERSE{k}"] = k < self.count and reverse[k]
 
-    def _sizes(self, sizes: dict[str, int]) -> tuple[dict[str, int], tuple[int, int]]:
-        """The sizes of a program, and the programs. Few channels or few steps need no large program."""
+    def _sizes(self, sizes: dict[str, int]) -> tuple[dict[str, int], int]:
+        """The sizes of a program, and the programs of a picture. Few channels or few steps need no large program."""
         block = min(sizes["BE"], _power_of_two(self.channels))
         own = {**sizes, "BE": block, "T": min(sizes["T"], _power_of_two(self.length))}
-        return own, (-(-self.channels // block), self.batch)
+        return own, -(-self.channels // block)
 
     def forward(self, out: Tensor) -> None:
-        sizes, grid = self._sizes(SCAN_FORWARD)
+        sizes, blocks = self._sizes(SCAN_FORWARD)
         partial = None
         if self.count == 2:
             partial = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        _launch("scan_forward", grid, {**self.shared, **sizes, "out": out, "partial": partial})
+        _launch("scan_forward", self.batch * blocks, {**self.shared, **sizes, "out": out, "partial": partial})
 
     def backward(self, grad: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
-        sizes, grid = self._sizes(SCAN_BACKWARD)
+        sizes, blocks = self._sizes(SCAN_BACKWARD)
         grad = _rows(grad)
         tiles = -(-self.length // sizes["T"])
         shared = self.shared
@@ -349,8 +351,8 @@ class _Problem:
         own: dict[str, Any] = {"dz": torch.empty_like(self.u, **_dense(self.z)) if wanted[0] else None}
         forms = {
             "dA": (self.batch, self.channels, self.states),
-            "dB": (grid[0], self.batch, self.length, self.states),
-            "dC": (grid[0], self.batch, self.length, self.states),
+            "dB": (self.batch, blocks, self.length, self.states),
+            "dC": (self.batch, blocks, self.length, self.states),
             "dD": (self.batch, self.channels),
             "dbias": (self.batch, self.channels),
         }
@@ -368,18 +370,20 @@ class _Problem:
             own[f"ASKED{k}"] = any(want) or (k < self.count and wanted[0])
         two = self.count == 2 and wanted[0]
         own["partial"] = empty(*self.u.shape) if two else None
-        # transient: one direction's states before each tile, the second direction's after the first's
-        own["before"] = empty(self.batch, grid[0], tiles, shared["N1"] * shared["N2"] * sizes["BE"])
+        own["before"] = None
+        if any(own[f"{name}{k}"] is not None for name in ("ddelta", "dA", "dbias") for k in range(2)):
+            # transient: one direction's states before each tile, the second direction's after the first's
+            own["before"] = empty(self.batch, blocks, tiles, shared["N1"] * shared["N2"] * sizes["BE"])
         own |= {"grad": grad, "grad_picture": grad.stride(0), "grad_row": grad.stride(1)}
-        _launch("scan_backward", grid, {**shared, **sizes, **own})
+        _launch("scan_backward", self.batch * blocks, {**shared, **sizes, **own})
         order = ["dz", *(f"{name}{k}" for k in range(self.count) for name in names)]
         found = []
         for name, tensor, asked in zip(order, tensors, wanted, strict=True):
             if asked:
                 assert tensor is not None
                 value: Tensor = own[name]
-                # partial sums, one for each picture or block of channels
-                value = value.sum(dim=0) if name[:-1] in forms else value
+                if name[:-1] in forms:  # partial sums of blocks of channels, or of pictures
+                    value = value.sum(dim=1 if name[:-1] in ("dB", "dC") else 0)
                 found.append(value.to(tensor.dtype))
         return found
 
@@ -391,8 +395,8 @@ def _dense(like: Tensor | None) -> dict[str, Any]:
 
 def _conv_arguments(
     x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
-) -> tuple[dict[str, Any], tuple[int, int, int]]:
-    """The arguments that both kernels of a convolution share, and the programs."""
+) -> tuple[dict[str, Any], int, int]:
+    """The arguments that both kernels of a convolution share, the programs, and those of one block of channels."""
     count = len(reverse)
     batch, length, channels = x.shape
     sizes = {**CONV, "BE": min(CONV["BE"], _power_of_two(channels)), "BL": min(CONV["BL"], _power_of_two(length))}
@@ -407,15 +411,16 @@ def _conv_arguments(
         shared[f"bias{k}"] = None if bias is None else _rows(bias)
         shared[f"WAY{k}"] = -1 if k < count and reverse[k] else 1
     shared["W"] = shared["weight0"].shape[-1]
-    return shared, (-(-channels // sizes["BE"]), -(-length // sizes["BL"]), batch)
+    shares = batch * -(-length // sizes["BL"])
+    return shared, shares * -(-channels // sizes["BE"]), shares
 
 
 def _conv_forward(
     outs: Sequence[Tensor], x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
 ) -> None:
-    shared, grid = _conv_arguments(x, parameters, reverse, silu)
+    shared, programs, _ = _conv_arguments(x, parameters, reverse, silu)
     own = {"out0": outs[0], "out1": outs[1] if len(outs) == 2 else None, "K": len(outs)}
-    _launch("conv_forward", grid, {**shared, **own})
+    _launch("conv_forward", programs, {**shared, **own})
 
 
 def _conv_backward(
@@ -426,9 +431,8 @@ def _conv_backward(
     silu: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    shared, grid = _conv_arguments(x, parameters, reverse, silu)
+    shared, programs, shares = _conv_arguments(x, parameters, reverse, silu)
     count, channels, width = len(reverse), x.shape[-1], shared["W"]
-    shares = grid[1] * grid[2]
     dx = x.new_empty(x.shape, dtype=_written(x.dtype)) if wanted[0] else None
     own: dict[str, Any] = {"dx": dx}
     for k in range(2):
@@ -440,7 +444,7 @@ def _conv_backward(
         own[f"dweight{k}"] = x.new_empty(shares, width, channels, dtype=torch.float32) if want_weight else None
         own[f"dbias{k}"] = x.new_empty(shares, channels, dtype=torch.float32) if want_bias else None
         own[f"ASKED{k}"] = want_weight or want_bias or (k < count and wanted[0])
-    _launch("conv_backward", grid, {**shared, **own})
+    _launch("conv_backward", programs, {**shared, **own})
     found = [] if dx is None else [dx.to(x.dtype)]
     for i, parameter in enumerate(parameters):
         if wanted[1 + i]:

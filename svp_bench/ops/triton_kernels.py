@@ -303,9 +303,10 @@ def scan_forward(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> None:
-    """Mean over K directions of their scans, gated. Programs: blocks of channels × pictures."""
-    picture = tl.program_id(1).to(tl.int64)
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    """Mean over K directions of their scans, gated. Programs: pictures × blocks of channels."""
+    blocks = tl.cdiv(channels, BE)
+    picture = (tl.program_id(0) // blocks).to(tl.int64)
+    e = tl.program_id(0) % blocks * BE + tl.arange(0, BE)
     fits = e < channels
     out += picture * length * channels
     if z is not None:
@@ -590,7 +591,7 @@ def scan_backward(
     du0: tl.tensor,  # (B, L, E), as ddelta and dz
     ddelta0: tl.tensor,
     dA0: tl.tensor,  # (B, E, N) float32
-    dB0: tl.tensor,  # (blocks of channels, B, L, N) float32, as dC
+    dB0: tl.tensor,  # (B, blocks of channels, L, N) float32, as dC
     dC0: tl.tensor,
     dD0: tl.tensor,  # (B, E) float32, as dbias
     dbias0: tl.tensor,
@@ -641,18 +642,19 @@ def scan_backward(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> None:
-    """Gradients of `scan_forward`; None is not computed. Programs: blocks of channels × pictures."""
-    block = tl.program_id(0)
-    picture = tl.program_id(1).to(tl.int64)
+    """Gradients of `scan_forward`; None is not computed. Programs as there."""
+    blocks = tl.cdiv(channels, BE)
+    block = tl.program_id(0) % blocks
+    picture = (tl.program_id(0) // blocks).to(tl.int64)
     e = block * BE + tl.arange(0, BE)
     fits = e < channels
     rows = picture * length * channels
-    of_states = (block.to(tl.int64) * tl.num_programs(1) + picture) * length * states
+    of_states = (picture * blocks + block) * length * states
     z = _shift(z, picture * z_picture)
     grad += picture * grad_picture
     dz = _shift(dz, rows)
     partial = _shift(partial, rows)
-    before = _shift(before, (picture * tl.num_programs(0) + block) * tl.cdiv(length, T) * (N1 * BE * N2))
+    before = _shift(before, (picture * blocks + block) * tl.cdiv(length, T) * (N1 * BE * N2))
     if ASKED0:
         _backward_direction(
             u0 + picture * u0_picture,
@@ -837,11 +839,14 @@ def conv_forward(
     BL: tl.constexpr,
     BE: tl.constexpr,
 ) -> None:
-    """Depth-wise convolutions of one input. Programs: blocks of channels × blocks of tokens × pictures."""
-    picture = tl.program_id(2).to(tl.int64)
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    """Depth-wise convolutions of one input. Programs: pictures × blocks of tokens × blocks of channels."""
+    blocks = tl.cdiv(channels, BE)
+    parts = tl.cdiv(length, BL)
+    share = tl.program_id(0) // blocks
+    picture = (share // parts).to(tl.int64)
+    e = tl.program_id(0) % blocks * BE + tl.arange(0, BE)
     fits = e < channels
-    first = tl.program_id(1) * BL
+    first = share % parts * BL
     step = tl.arange(0, BL)
     x += picture * x_picture
     rows = picture * length * channels
@@ -966,11 +971,13 @@ def conv_backward(
     BE: tl.constexpr,
 ) -> None:
     """Gradients of `conv_forward`; None is not computed. Programs as there."""
-    picture = tl.program_id(2).to(tl.int64)
-    share = picture * tl.num_programs(1) + tl.program_id(1)
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    blocks = tl.cdiv(channels, BE)
+    parts = tl.cdiv(length, BL)
+    share = (tl.program_id(0) // blocks).to(tl.int64)
+    picture = share // parts
+    e = tl.program_id(0) % blocks * BE + tl.arange(0, BE)
     fits = e < channels
-    first = tl.program_id(1) * BL
+    first = (share % parts).to(tl.int32) * BL
     step = tl.arange(0, BL)
     x += picture * x_picture
     NEED_X: tl.constexpr = dx is not None

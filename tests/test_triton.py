@@ -1,0 +1,135 @@
+"""The triton backend on a machine without a GPU: its kernels under Triton's interpreter, and compiled for GPUs.
+
+The interpreter is chosen by an environment variable when triton is imported, so both run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from svp_bench.errors import UnavailableError
+from svp_bench.ops import choose, list_backends
+from svp_bench.ops import triton as backend
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "tests" / "triton_table.py"
+RECORD = ROOT / "benchmarks" / "results" / "triton_aot.json"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not sys.platform.startswith("linux"), reason="triton is not here"
+)
+
+
+def python(*arguments: str, interpret: bool, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        **variables,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600
+    )
+
+
+@needs_triton
+def test_the_kernels_under_the_interpreter() -> None:
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(TABLE), interpret=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"^(\d+) passed in ", done.stdout, re.MULTILINE)
+    assert passed is not None, done.stdout[-2000:]
+    assert int(passed.group(1)) >= 50
+
+
+WRONG = """
+import sys
+import pytest, triton.language as tl
+from svp_bench.ops import triton_kernels
+triton_kernels.{name} = {value}
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {table!r}, "-k", "{only}"]))
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "value", "only"),
+    [
+        # five parts in a million: just above what the table allows
+        ("_LOG2E", "tl.constexpr(1.4426950408889634 * 1.00003)", "test_lengths and 23-torch.float32"),
+        ("_softplus", "triton_kernels._sigmoid", "test_lengths and 2-torch.bfloat16"),
+    ],
+)
+def test_a_wrong_kernel_fails(name: str, value: str, only: str) -> None:
+    done = python("-c", WRONG.format(name=name, value=value, only=only, table=str(TABLE)), interpret=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^[1-9]\d* failed", done.stdout, re.MULTILINE)
+
+
+def test_it_comes_before_the_compiled_packages_and_after_the_cpu() -> None:
+    names = list_backends()
+    assert names.index("cpu") < names.index("triton") < names.index("mamba_ssm")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ, reason="it can run here")
+def test_it_says_why_it_cannot_run() -> None:
+    reason = backend.unavailable()
+    assert reason is not None
+    assert "\n" not in reason
+    assert "CUDA" in reason or "pip install triton" in reason
+    with pytest.raises(UnavailableError, match="the scan backend 'triton' was asked for and cannot run here"):
+        choose("triton", "cpu", torch.float32)
+
+
+@needs_triton
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter takes tensors of the CPU")
+def test_what_it_does_not_take() -> None:
+    assert backend.unsupported("cuda", torch.bfloat16) is None
+    assert backend.unsupported("cuda", torch.float64) == "it takes float32, float16 and bfloat16, not float64"
+    assert "TRITON_INTERPRET=1" in str(backend.unsupported("cpu", torch.float32))
+    assert "not on mps" in str(backend.unsupported("mps", torch.float32))
+
+
+# ---- compiled for GPUs, without one
+
+
+def rows(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", ["scan_forward", "scan_backward", "conv_forward", "conv_backward"])
+def test_nothing_spills_on_an_h100(kernel: str, tmp_path: Path) -> None:
+    done = python(
+        "benchmarks/triton_aot.py", "--only", kernel, "vim_small", "bfloat16", "sm_90",
+        interpret=False, TRITON_CACHE_DIR=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    (row,) = rows(done.stderr)
+    assert row["spill_bytes"] == 0
+    assert 0 < row["registers"] <= 255
+    assert row["shared_bytes"] <= 48 * 1024
+
+
+def test_the_record_of_all_targets() -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    sizes = {"scan_forward": backend.SCAN_FORWARD, "scan_backward": backend.SCAN_BACKWARD, "conv": backend.CONV}
+    assert record["sizes"] == sizes, "run benchmarks/triton_aot.py again"
+    assert len(record["rows"]) == 5 * 3 * 2 * 3
+    for key, values in {
+        "model": {"vim_tiny", "vim_small", "vim_base"},
+        "dtype": {"bfloat16", "float32"},
+        "target": {"sm_80", "sm_90", "sm_100"},
+    }.items():
+        assert {row[key] for row in record["rows"]} == values
+    assert [row for row in record["rows"] if row["spill_bytes"]] == []

@@ -1,0 +1,316 @@
+"""The triton backend under Triton's interpreter, on small shapes; test_triton.py runs this file in a process of its own.
+
+The comparisons are those of test_ops.py: with the recurrence of the docstring in float64. Where a tile of steps or a
+block of channels ends, something may go wrong, so lengths lie around the tile.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from test_ops import (
+    Inputs,
+    assert_scan,
+    draw,
+    gradients,
+    naive_conv,
+    naive_scan,
+    natural,
+    test_extreme_step_sizes,
+    test_gates_far_out,
+    test_strided_inputs,
+    with_grad,
+)
+from tolerances import BACKBONE, OPS, relative_error
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import svp_bench
+from svp_bench.ops import (
+    Direction,
+    Remake,
+    bidirectional_conv,
+    bidirectional_scan,
+    causal_conv1d,
+    choose,
+    selective_scan,
+)
+from svp_bench.ops import triton as backend
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_triton.py, which sets TRITON_INTERPRET"
+# Of test_ops.py only what is called here is to run here.
+extreme_step_sizes, gates_far_out, strided_inputs = test_extreme_step_sizes, test_gates_far_out, test_strided_inputs
+del test_extreme_step_sizes, test_gates_far_out, test_strided_inputs
+
+T = backend.SCAN_FORWARD["T"]
+HALVES = [torch.float32, torch.bfloat16]
+FIELDS = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, T - 1, T, T + 1, 23])
+def test_lengths(length: int, dtype: torch.dtype) -> None:
+    assert_scan(draw(length, state=3, dtype=dtype, batch=1 + length % 2), "triton")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("state", "dim"), [(1, 1), (3, 33), (16, 7)])
+def test_states_and_channels(state: int, dim: int, dtype: torch.dtype) -> None:
+    assert_scan(draw(9, state, dim, 1, dtype=dtype, wide=torch.float32), "triton")
+
+
+def test_float16() -> None:
+    inputs = draw(9, dtype=torch.float16)
+    y = selective_scan(**inputs, delta_softplus=True, backend="triton")  # type: ignore[arg-type]
+    exact = with_grad(inputs, torch.float64)
+    assert y.dtype == torch.float16
+    assert relative_error(y, naive_scan(**exact, delta_softplus=True)) <= 2**-11  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize(
+    "without", [("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias"), ("z", "delta_bias")], ids="+".join
+)
+def test_optional_inputs(without: tuple[str, ...], softplus: bool) -> None:
+    inputs = draw(5, without=without, batch=1, dim=3)
+    if not softplus:  # a step size is positive
+        inputs["delta"] = torch.rand(1, 3, 5)
+        inputs["delta_bias"] = None if "delta_bias" in without else torch.rand(3)
+    assert_scan(inputs, "triton", softplus)
+
+
+def test_extremes() -> None:
+    extreme_step_sizes(torch.float32, "triton")
+    gates_far_out("triton")
+    strided_inputs("triton")
+    for scale in (1e-8, 1e4):  # a state that never fades, and one that is gone after a step
+        inputs = draw(T + 2, state=3, dim=3, batch=1)
+        A = inputs["A"]
+        assert A is not None
+        inputs["A"] = A * scale
+        if scale > 1:  # its gradient underflows to zero
+            given, exact = with_grad(inputs), with_grad(inputs, torch.float64)
+            y = selective_scan(**given, delta_softplus=True, backend="triton")  # type: ignore[arg-type]
+            expected = naive_scan(**exact, delta_softplus=True)  # type: ignore[arg-type]
+            found = gradients(y, given, torch.ones_like(y))
+            for name, wanted in gradients(expected, exact, torch.ones_like(expected)).items():
+                if name != "A":
+                    assert relative_error(found[name], wanted) <= OPS[torch.float32].backward, name
+            assert found["A"].isfinite().all()
+        else:
+            assert_scan(inputs, "triton")
+
+
+class Two:
+    """Two directions and a gate, for our scan and for the naive one."""
+
+    def __init__(self, length: int, dtype: torch.dtype, without: tuple[tuple[str, ...], ...] = ((), ())) -> None:
+        self.sides = [draw(length, state=3, dim=5, batch=2, dtype=dtype, without=w) for w in without]
+        gates = [side.pop("z") for side in self.sides]
+        assert gates[0] is not None
+        self.z = gates[0]
+
+    def leaves(self, dtype: torch.dtype | None = None) -> tuple[list[Inputs], Tensor]:
+        z = self.z.detach().to(dtype or self.z.dtype).requires_grad_()
+        return [with_grad(side, dtype) for side in self.sides], z
+
+    @staticmethod
+    def naive(sides: list[Inputs], z: Tensor) -> Tensor:
+        flipped = {n: v.flip(-1) if v is not None and v.ndim == 3 else v for n, v in sides[1].items()}
+        ahead = naive_scan(**sides[0], z=z, delta_softplus=True)  # type: ignore[arg-type]
+        back = naive_scan(**flipped, z=z.flip(-1), delta_softplus=True)  # type: ignore[arg-type]
+        return (ahead + back.flip(-1)) / 2
+
+    @staticmethod
+    def ours(sides: list[Inputs], z: Tensor) -> Tensor:
+        return bidirectional_scan(natural(sides[0]), natural(sides[1]), z.mT, backend="triton").mT
+
+    @staticmethod
+    def named(sides: list[Inputs], z: Tensor) -> Inputs:
+        return {"z": z, **{f"{i}.{n}": v for i, side in enumerate(sides) for n, v in side.items()}}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("length", "without"),
+    [(1, ((), ())), (T + 3, ((), ())), (4, (("D", "delta_bias"), ("D", "delta_bias"))), (4, (("D",), ("delta_bias",)))],
+)
+def test_two_directions(length: int, without: tuple[tuple[str, ...], ...], dtype: torch.dtype) -> None:
+    both = Two(length, dtype, without)
+    given, exact = both.leaves(), both.leaves(torch.float64)
+    y, expected = Two.ours(*given), Two.naive(*exact)
+    assert y.dtype == dtype
+    assert relative_error(y, expected) <= OPS[dtype].forward
+    cotangent = torch.randn(y.shape).to(dtype)
+    found = gradients(y, Two.named(*given), cotangent)
+    for name, wanted in gradients(expected, Two.named(*exact), cotangent).items():
+        assert relative_error(found[name], wanted) <= OPS[dtype].backward, name
+
+
+ASKED = ["z", *(f"{i}.{name}" for i in range(2) for name in FIELDS)]
+
+
+def test_each_gradient_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one that comes with all others, and the launch has a place for no other result."""
+    both = Two(3, torch.float32)
+    sides, z = both.leaves()
+    all_of_them = gradients(Two.ours(sides, z), Two.named(sides, z), torch.ones(2, 5, 3))
+    launches: list[dict[str, Any]] = []
+    launch = backend._launch
+
+    def watched(name: str, programs: int, arguments: dict[str, Any]) -> None:
+        launches.append(arguments)
+        launch(name, programs, arguments)
+
+    monkeypatch.setattr(backend, "_launch", watched)
+    for only in ASKED:
+        sides, z = both.leaves()
+        leaves = Two.named(sides, z)
+        for name, leaf in leaves.items():
+            if leaf is not None:
+                leaf.requires_grad_(name == only)
+        Two.ours(sides, z).sum().backward()
+        leaf = leaves[only]
+        assert leaf is not None
+        assert relative_error(leaf.grad, all_of_them[only]) <= OPS[torch.float32].backward, only  # type: ignore[arg-type]
+        places = {f"d{n}{i}" for i in range(2) for n in ("u", "delta", "A", "B", "C", "D", "bias")} | {"dz"}
+        written = {name for name in places if launches[-1][name] is not None}
+        direction, _, field = only.rpartition(".")
+        assert written == {f"d{field.removeprefix('delta_')}{direction}"}
+        assert (launches[-1]["before"] is None) == (field not in ("delta", "A", "delta_bias"))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("length", "width", "bias", "activation"),
+    [(1, 4, True, "silu"), (3, 4, False, None), (23, 3, True, "silu"), (9, 1, False, "silu")],
+)
+def test_convolution(length: int, width: int, bias: bool, activation: Any, dtype: torch.dtype) -> None:
+    inputs: Inputs = {
+        "x": torch.randn(2, 5, length).to(dtype),
+        "weight": torch.randn(5, width).to(dtype),
+        "bias": torch.randn(5).to(dtype) if bias else None,
+    }
+    given, exact = with_grad(inputs), with_grad(inputs, torch.float64)
+    y = causal_conv1d(**given, activation=activation, backend="triton")  # type: ignore[arg-type]
+    expected = naive_conv(**exact, silu=activation is not None)  # type: ignore[arg-type]
+    assert relative_error(y, expected) <= OPS[dtype].forward
+    cotangent = torch.randn(y.shape).to(dtype)
+    found, wanted = gradients(y, given, cotangent), gradients(expected, exact, cotangent)
+    for name, gradient in found.items():
+        assert relative_error(gradient, wanted[name]) <= OPS[dtype].backward, name
+
+
+def test_two_convolutions() -> None:
+    x = torch.randn(2, 11, 10)[..., :5].requires_grad_()  # a strided view, as the mixer passes it
+    weights = [torch.randn(5, 4, requires_grad=True) for _ in range(2)]
+    biases = [torch.randn(5, requires_grad=True) for _ in range(2)]
+    outs = bidirectional_conv(x, (weights[0], biases[0]), (weights[1], biases[1]), backend="triton")
+    leaves = [t.detach().double().requires_grad_() for t in (x, *weights, *biases)]
+    expected = naive_conv(leaves[0].mT, leaves[1], leaves[3], True).mT
+    expected_b = naive_conv(leaves[0].mT.flip(2), leaves[2], leaves[4], True).flip(2).mT
+    cotangents = torch.randn(2, 11, 5), torch.randn(2, 11, 5)
+    found = torch.autograd.grad(outs, (x, *weights, *biases), cotangents)
+    wanted = torch.autograd.grad((expected, expected_b), leaves, [c.double() for c in cotangents])
+    for a, b in zip((*outs, *found), (expected, expected_b, *wanted), strict=True):
+        assert relative_error(a, b) <= OPS[torch.float32].backward
+    frozen, weight = torch.randn(3, 2), torch.randn(3, 2, requires_grad=True)
+    ahead, back = bidirectional_conv(torch.randn(1, 4, 3), (weight, None), (frozen, None), backend="triton")
+    assert ahead.requires_grad
+    assert not back.requires_grad
+
+
+def test_empty_batches() -> None:
+    inputs = with_grad(draw(5, batch=0))
+    y = selective_scan(**inputs, delta_softplus=True, backend="triton")  # type: ignore[arg-type]
+    assert all(g.count_nonzero() == 0 for g in gradients(y, inputs, torch.ones(0, 5, 5)).values())
+    weight = torch.randn(5, 4, requires_grad=True)
+    causal_conv1d(torch.randn(0, 5, 6), weight, backend="triton").sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.count_nonzero() == 0
+
+
+def mixed(x: Tensor, parts: list[Tensor], remake: bool = False) -> Tensor:
+    """Convolution and scan as the mixer chains them; `parts` are weights and rows of fixed inputs."""
+
+    def convolve(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return bidirectional_conv(x, (weight, None), (weight, None), backend="triton")
+
+    weight, A, D, bias, delta, B, C, z = parts
+    u, u_b = convolve(x, weight)
+    ahead, back = Direction(u, delta, A, B, C, D, bias), Direction(u_b, delta, A, C, B, D, bias)
+    again = Remake(torch.no_grad()(convolve), (x, weight)) if remake else None
+    return bidirectional_scan(ahead, back, z, remake=again, backend="triton")
+
+
+def mixer_parts() -> tuple[Tensor, list[Tensor]]:
+    parts = [torch.randn(4, 2), -torch.rand(4, 3), torch.randn(4), torch.randn(4)]
+    parts += [torch.randn(2, T + 1, n) for n in (4, 3, 3, 4)]
+    return torch.randn(2, T + 1, 4, requires_grad=True), [p.requires_grad_() for p in parts]
+
+
+def test_made_again_checkpointed_compiled_and_under_autocast() -> None:
+    x, parts = mixer_parts()
+
+    def run(call: Any) -> list[Tensor]:
+        y = call(x, parts)
+        assert y.dtype == torch.float32
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *parts])]
+
+    plain = run(mixed)
+    assert all(torch.equal(a, b) for a, b in zip(plain, run(mixed), strict=True)), "not deterministic"
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        mixed(x, parts, remake=True)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, *parts)}, "the inputs and nothing else"
+    ways = {
+        "made again": run(lambda x, p: mixed(x, p, remake=True)),
+        "checkpointed": run(lambda x, p: checkpoint(mixed, x, p, use_reentrant=False)),
+        "compiled": run(torch.compile(mixed, backend="aot_eager")),
+    }
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ways["under autocast"] = run(mixed)
+    for way, found in ways.items():
+        assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), way
+
+
+def test_operators_say_what_they_return() -> None:
+    inputs = draw(3)
+    flat = [inputs["z"], *natural(inputs)]
+    flat = [t.contiguous() if t is not None else None for t in flat]
+    ops, checks = torch.ops.svp_bench, ("test_schema", "test_faketensor")
+    x, grad = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    flat[0] = torch.randn(2, 3, 5)
+    parameters = [torch.randn(5, 2), None]
+    torch.library.opcheck(ops.triton_scan, (flat, [True], True), test_utils=checks)
+    wanted = [True, False, True, True, False, True, True, True]
+    torch.library.opcheck(ops.triton_scan_backward, (grad, flat, [True], True, wanted), test_utils=checks)
+    torch.library.opcheck(ops.triton_conv, (x, parameters, [True], True), test_utils=checks)
+    wanted = [True, True, False]
+    torch.library.opcheck(ops.triton_conv_backward, ([grad], x, parameters, [True], True, wanted), test_utils=checks)
+
+
+def test_a_block_of_vim_nano() -> None:
+    torch.manual_seed(0)
+    model = svp_bench.create_model("vim_nano_patch8_64", num_classes=3, method="full")
+    mixer = model.layers[0].mixer
+    hidden = torch.randn(1, 10, mixer.in_proj.in_features, requires_grad=True)
+    parameters = dict(mixer.named_parameters())
+    found = []
+    for name in ("reference", "triton"):
+        mixer.scan_backend = name
+        y = mixer(hidden)
+        grads = torch.autograd.grad(y.square().sum(), [hidden, *parameters.values()])
+        found.append({"y": y, "hidden": grads[0], **dict(zip(parameters, grads[1:], strict=True))})
+    for name, value in found[0].items():
+        allowed = BACKBONE.forward if name == "y" else BACKBONE.backward
+        assert relative_error(found[1][name], value) <= allowed, name
+
+
+def test_auto_on_a_cpu_is_not_triton() -> None:
+    assert choose("triton", "cpu", torch.float32).name == "triton"
+    assert choose("auto", "cpu", torch.float32).name == "cpu"
+    assert choose("auto", "cpu", torch.float64).name == "reference"
