@@ -1,4 +1,4 @@
-"""What the Triton kernels need of a GPU, without one: registers, shared memory and spills, from Triton's own compiler.
+"""What the Triton kernels need of a GPU, without one: registers, spills, shared memory and instructions, as compiled.
 
     python benchmarks/triton_aot.py            # all of it, into benchmarks/results/triton_aot.json
     python benchmarks/triton_aot.py --only sm_90 vim_small bfloat16 scan_forward
@@ -112,16 +112,23 @@ def compiled(name: str, arguments: dict[str, Any], target: int) -> dict[str, int
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """Registers and spilled bytes of a thread, as the disassembler that Triton carries tells them."""
+    """Registers and spilled bytes of a thread, and how many instructions the kernel has, each loop counted once."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        told, listing = (disassembled(flag, file.name) for flag in ("-res-usage", "-sass"))
     found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", told)
     assert found is not None, told
     registers, stack, local = map(int, found.groups())
-    return {"registers": registers, "spill_bytes": stack + local}
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\w+)", listing, re.MULTILINE)
+    counts = {"instructions": len(operations), "special": operations.count("MUFU")}  # the unit of exp, among others
+    counts |= {"shuffles": operations.count("SHFL"), "barriers": operations.count("BAR")}
+    return {"registers": registers, "spill_bytes": stack + local, **counts}
+
+
+def disassembled(flag: str, path: str) -> str:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
 
 
 def cases(only: list[str]) -> Iterator[tuple[str, str, torch.dtype, int]]:

@@ -1,4 +1,4 @@
-"""The triton backend under Triton's interpreter, on small shapes; test_triton.py runs this file in a process of its own.
+"""The triton backend under Triton's interpreter, on small shapes; test_triton.py runs this file in its own process.
 
 The comparisons are those of test_ops.py: with the recurrence of the docstring in float64. Where a tile of steps or a
 block of channels ends, something may go wrong, so lengths lie around the tile.
@@ -46,12 +46,15 @@ extreme_step_sizes, gates_far_out, strided_inputs = test_extreme_step_sizes, tes
 del test_extreme_step_sizes, test_gates_far_out, test_strided_inputs
 
 T = backend.SCAN_FORWARD["T"]
+LENGTHS = sorted(
+    {1, 2, 23, *(sizes["T"] + i for sizes in (backend.SCAN_FORWARD, backend.SCAN_BACKWARD) for i in (-1, 0, 1))}
+)
 HALVES = [torch.float32, torch.bfloat16]
 FIELDS = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("length", [1, 2, T - 1, T, T + 1, 23])
+@pytest.mark.parametrize("length", LENGTHS)
 def test_lengths(length: int, dtype: torch.dtype) -> None:
     assert_scan(draw(length, state=3, dtype=dtype, batch=1 + length % 2), "triton")
 

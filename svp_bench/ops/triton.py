@@ -33,8 +33,8 @@ _OLDEST = (8, 0)  # of the compute capabilities: before it, no bfloat16
 
 # Sizes of a program: steps of a tile, channels, warps. No sizes follow from a measurement yet: benchmarks/triton_aot.py
 # says how many registers each takes, and nothing may spill.
-SCAN_FORWARD = {"T": 8, "BE": 32, "num_warps": 4}
-SCAN_BACKWARD = {"T": 8, "BE": 32, "num_warps": 4}
+SCAN_FORWARD = {"T": 8, "BE": 32, "num_warps": 4, "maxnreg": 96}
+SCAN_BACKWARD = {"T": 4, "BE": 32, "num_warps": 2}
 CONV = {"BL": 8, "BE": 128, "num_warps": 4}
 _LANES = 4  # threads that share the states of a channel
 

@@ -46,9 +46,10 @@ def _softplus(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _row(tile: tl.tensor, i: tl.constexpr, T: tl.constexpr) -> tl.tensor:
-    """Row i of a tile, (1, …)."""
+    """Row i of a tile, (1, …). Summed as integers: adding 0 is then nothing, where x + 0.0 might be -0.0 + 0.0."""
     index = tl.arange(0, T)[:, None, None, None]
-    return tl.sum(tl.where(index == i, tile, 0.0), axis=0, keep_dims=True)
+    bits = tl.where(index == i, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=0, keep_dims=True).to(tl.float32, bitcast=True)
 
 
 @triton.jit
