@@ -280,6 +280,30 @@ def test_made_again_checkpointed_compiled_and_under_autocast() -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), way
 
 
+def test_compiled_without_a_graph_break() -> None:
+    """The functions of the backend themselves; the front functions look up a module, where Dynamo breaks the graph."""
+
+    def whole(x: Tensor, *parts: Tensor) -> Tensor:
+        def convolve(x: Tensor, weight: Tensor, weight_b: Tensor) -> tuple[Tensor, ...]:
+            return backend.conv(x, (weight, weight_b), (None, None), (False, True), True)
+
+        weight, weight_b, *rest, z = parts
+        u, u_b = convolve(x, weight, weight_b)
+        directions = Direction(u, *rest[:4], None, None), Direction(u_b, *rest[4:], None, None)
+        again = Remake(torch.no_grad()(convolve), (x, weight, weight_b))
+        return backend.scan(directions, (False, True), z, True, again)
+
+    leaves = [torch.randn(2, 5, 4), torch.randn(4, 2), torch.randn(4, 2)]
+    for _ in range(2):
+        leaves += [torch.randn(2, 5, 4), -torch.rand(4, 3), torch.randn(2, 5, 3), torch.randn(2, 5, 3)]
+    leaves = [leaf.requires_grad_() for leaf in (*leaves, torch.randn(2, 5, 4))]
+    found = []
+    for call in (whole, torch.compile(whole, backend="aot_eager", fullgraph=True)):
+        y = call(*leaves)
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_operators_say_what_they_return() -> None:
     inputs = draw(3)
     flat = [inputs["z"], *natural(inputs)]
