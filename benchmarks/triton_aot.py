@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,45 +40,79 @@ BATCH, LENGTH, STATES, WIDTH = 64, 197, 16, 4
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
-def launch_arguments(kernel: str, channels: int, dtype: torch.dtype) -> tuple[str, dict[str, Any]]:
-    """The name of the kernel and what it would be launched with: the launch is caught, the tensors have no memory.
+Launch = tuple[str, dict[str, Any]]
+
+
+@contextmanager
+def caught() -> Iterator[list[Launch]]:
+    """The launches inside, by the kernel's name and its arguments. Nothing runs: tensors may lie on `meta`."""
+    launches: list[Launch] = []
+    launch = backend._launch
+    backend._launch = lambda name, programs, arguments: launches.append((name, arguments))
+    try:
+        yield launches
+    finally:
+        backend._launch = launch
+
+
+def rows(width: int, dtype: torch.dtype, step: int | None = None) -> Tensor:
+    return torch.empty(BATCH, LENGTH, step or width, device="meta", dtype=dtype)[..., :width]
+
+
+def weight(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def direction(channels: int, dtype: torch.dtype, states: int = STATES) -> list[Tensor | None]:
+    """The seven fields of one direction; B and C are columns of what x_proj gives, as in the mixer."""
+    B, C = (rows(states, dtype, channels // 32 + 2 * states) for _ in range(2))
+    y = rows(channels, dtype)
+    return [y, y, weight(channels, states), B, C, weight(channels), weight(channels)]
+
+
+def launch_arguments(kernel: str, channels: int, dtype: torch.dtype) -> Launch:
+    """The name of the kernel and what it would be launched with.
 
     `scan_backward_of_activations` is the backward kernel as a frozen backbone asks for it: no gradients of weights.
     """
-
-    def rows(width: int, step: int | None = None) -> Tensor:
-        return torch.empty(BATCH, LENGTH, step or width, device="meta", dtype=dtype)[..., :width]
-
-    def weight(*shape: int) -> Tensor:
-        return torch.empty(*shape, device="meta")
-
-    caught: list[tuple[str, dict[str, Any]]] = []
-    launch = backend._launch
-    backend._launch = lambda name, programs, arguments: caught.append((name, arguments))
-    try:
+    x, y = rows(channels, dtype, 2 * channels), rows(channels, dtype)
+    with caught() as launches:
         parameters = [weight(channels, WIDTH), weight(channels, WIDTH), weight(channels), weight(channels)]
-        x, y = rows(channels, 2 * channels), rows(channels)
-        rank = channels // 32
         if kernel == "conv_forward":
             backend._conv_forward([y, y], x, parameters, (False, True), True)
         elif kernel == "conv_backward":
             backend._conv_backward([y, y], x, parameters, (False, True), True, [True] * 5)
         else:
-            directions: list[Tensor] = []
-            for _ in range(2):
-                B, C = (rows(STATES, rank + 2 * STATES) for _ in range(2))
-                A, D, bias = weight(channels, STATES), weight(channels), weight(channels)
-                directions += [y, y, A, B, C, D, bias]
-            problem = backend._Problem([x, *directions], (False, True), True)
+            tensors = [x, *direction(channels, dtype), *direction(channels, dtype)]
+            problem = backend._Problem(tensors, (False, True), True)
             if kernel == "scan_forward":
                 problem.forward(y)
             else:
                 weights = kernel == "scan_backward"
                 wanted = [True] + 2 * [True, True, weights, True, True, weights, weights]
-                problem.backward(y, [x, *directions], wanted)
-    finally:
-        backend._launch = launch
-    return caught[0]
+                problem.backward(y, tensors, wanted)
+    return launches[0]
+
+
+def odd_launches() -> list[Launch]:
+    """One direction, what is optional left out, single gradients, few states: what a compiler has to see as well."""
+    dtype, channels = torch.float16, 33
+    y, few = rows(channels, dtype), direction(channels, dtype, states=3)
+    few[5] = few[6] = None
+    with caught() as launches:
+        one = backend._Problem([None, *few], (True,), False)
+        one.forward(y)
+        one.backward(y, [None, *few], [False, *[f is not None for f in few]])
+        tensors = [y, *direction(channels, dtype, states=3), *few]
+        two = backend._Problem(tensors, (True, False), True)
+        two.forward(y)
+        for only in (0, 1, 3, 4, 5, 5 + 1, 7 + 2, 7 + 3):
+            two.backward(y, tensors, [i == only for i in range(15)])
+        backend._conv_forward([y], y, [weight(channels, 3), None], (True,), False)
+        backend._conv_backward([y], y, [weight(channels, 3), None], (True,), False, [False, True, False])
+        parameters = [weight(channels, 2), weight(channels, 2), None, weight(channels)]
+        backend._conv_backward([y, y], y, parameters, (True, False), True, [True, False, False, False, False])
+    return launches
 
 
 def compiled(name: str, arguments: dict[str, Any], target: int) -> dict[str, int]:
@@ -142,22 +177,27 @@ def cases(only: list[str]) -> Iterator[tuple[str, str, torch.dtype, int]]:
 
 
 def record(only: list[str]) -> list[dict[str, Any]]:
-    rows = []
+    found = []
     for kernel, model, dtype, target in cases(only):
         name, arguments = launch_arguments(kernel, WIDTHS[model], dtype)
         row: dict[str, Any] = {"kernel": kernel, "model": model, "dtype": str(dtype).removeprefix("torch.")}
         row |= {"target": f"sm_{target}", **compiled(name, arguments, target)}
         print(json.dumps(row), file=sys.stderr, flush=True)
-        rows.append(row)
-    return rows
+        found.append(row)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="labels that a case must have; nothing is written then")
-    only = parser.parse_args().only
-    rows = record(only)
-    if not only:
+    parser.add_argument("--odd", action="store_true", help="compile odd launches for sm_90 instead; nothing is written")
+    given = parser.parse_args()
+    if given.odd:
+        for name, arguments in odd_launches():
+            print(json.dumps({"kernel": name, **compiled(name, arguments, 90)}), file=sys.stderr, flush=True)
+        return
+    measured = record(given.only)
+    if not given.only:
         result = {
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "triton": triton.__version__,
@@ -167,7 +207,7 @@ def main() -> None:
                 "scan_backward": backend.SCAN_BACKWARD,
                 "conv": backend.CONV,
             },
-            "rows": rows,
+            "rows": measured,
         }
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

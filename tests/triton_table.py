@@ -60,7 +60,7 @@ def test_lengths(length: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("state", "dim"), [(1, 1), (3, 33), (16, 7)])
+@pytest.mark.parametrize(("state", "dim"), [(1, 1), (3, 33), (16, 7), (40, 2)])
 def test_states_and_channels(state: int, dim: int, dtype: torch.dtype) -> None:
     assert_scan(draw(9, state, dim, 1, dtype=dtype, wide=torch.float32), "triton")
 

@@ -37,6 +37,7 @@ SCAN_FORWARD = {"T": 8, "BE": 32, "num_warps": 4, "maxnreg": 96}
 SCAN_BACKWARD = {"T": 4, "BE": 32, "num_warps": 2}
 CONV = {"BL": 8, "BE": 128, "num_warps": 4}
 _LANES = 4  # threads that share the states of a channel
+_STATES = 16  # for which the steps of a tile are meant
 
 
 @cache
@@ -329,7 +330,9 @@ class _Problem:
     def _sizes(self, sizes: dict[str, int]) -> tuple[dict[str, int], int]:
         """The sizes of a program, and the programs of a picture. Few channels or few steps need no large program."""
         block = min(sizes["BE"], _power_of_two(self.channels))
-        own = {**sizes, "BE": block, "T": min(sizes["T"], _power_of_two(self.length))}
+        padded = self.shared["N1"] * self.shared["N2"]
+        steps = max(1, sizes["T"] * _STATES // max(padded, _STATES))  # a thread holds its states of all steps of a tile
+        own = {**sizes, "BE": block, "T": min(steps, _power_of_two(self.length))}
         return own, -(-self.channels // block)
 
     def forward(self, out: Tensor) -> None:
