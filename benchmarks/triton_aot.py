@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import re
 import subprocess
@@ -201,6 +202,7 @@ def main() -> None:
         result = {
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "triton": triton.__version__,
+            "kernels_sha256": hashlib.sha256(Path(triton_kernels.__file__).read_bytes()).hexdigest(),
             "shape": {"batch": BATCH, "length": LENGTH, "states": STATES, "conv_width": WIDTH},
             "sizes": {
                 "scan_forward": backend.SCAN_FORWARD,

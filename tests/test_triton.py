@@ -5,6 +5,7 @@ The interpreter is chosen by an environment variable when triton is imported, so
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -128,7 +129,10 @@ def test_odd_launches_compile(tmp_path: Path) -> None:
 def test_the_record_of_all_targets() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     sizes = {"scan_forward": backend.SCAN_FORWARD, "scan_backward": backend.SCAN_BACKWARD, "conv": backend.CONV}
-    assert record["sizes"] == sizes, "run benchmarks/triton_aot.py again"
+    kernels = Path(backend.__file__).with_name("triton_kernels.py").read_bytes()
+    again = "run benchmarks/triton_aot.py again"
+    assert record["kernels_sha256"] == hashlib.sha256(kernels).hexdigest(), again
+    assert record["sizes"] == sizes, again
     assert len(record["rows"]) == 5 * 3 * 2 * 3
     for key, values in {
         "model": {"vim_tiny", "vim_small", "vim_base"},

@@ -59,6 +59,8 @@ def unavailable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "it needs a CUDA device, and torch sees none (TRITON_INTERPRET=1 lets it run on the CPU, very slowly)"
+    if torch.version.hip is not None:
+        return "it is written for GPUs of NVIDIA and was never tried on others"
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < _OLDEST:
         return (
