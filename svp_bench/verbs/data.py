@@ -37,10 +37,11 @@ def _check_data(arguments: Any) -> int:
         names += [name] if "/" in name else list_tasks(name)
     rows = [("task", "status", "lists", "notes")]
     worst = 0
+    root = Path(arguments.root) if arguments.root else None
     for name in names:
-        root = Path(arguments.root) if arguments.root else None
         try:
-            card = measured(load_task(name), root)
+            shipped = load_task(name)
+            card = measured(shipped, root)
             source = open_source(card, root)
             report = inspect(card, source, sorted(source.lists))
             for pictures in source.lists.values():
@@ -50,7 +51,7 @@ def _check_data(arguments: Any) -> int:
             worst = 1
             continue
         lists = ", ".join(f"{key} {count}" for key, count in report.counts.items())
-        found = f"; classes {', '.join(source.class_names or ())}" if load_task(name).as_found else ""
+        found = f"; classes {', '.join(source.class_names or ())}" if shipped.as_found else ""
         rows.append((name, report.status, lists, ("; ".join(report.notes) or report.digest) + found))
     print_table(rows)
     return worst
