@@ -69,6 +69,7 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 .PHONY: demo
 demo: $(STAMP) ## adapt the embedded weights to three tasks with four methods: leaderboard, tables, report (three minutes)
 	$(BIN)/svp-bench demo
+	@echo "(to type these: source $(VENV)/bin/activate)"
 
 # One thread each, as the shipped ones: other thread counts round sums otherwise. What is shipped stays as it is.
 .PHONY: pretrain
