@@ -114,6 +114,54 @@ $(PEERS)/installed.stamp: $(STAMP)
 bench: $(PEERS)/installed.stamp ## measure this machine against the floor and the peers (about ten minutes)
 	$(BIN)/python benchmarks/cpu.py --peers $(PEERS)/bin/python --output benchmarks/results/cpu.json
 
+# The packages of the index, from source and for an H100 alone. Their setup.py names all architectures, which overrules
+# TORCH_CUDA_ARCH_LIST, and one asks for C++17, where PyTorch's headers want C++20 by now. So the build is told of
+# compilers that see to both. (PyTorch heeds PYTORCH_NVCC with ninja only.)
+PEERS_GPU := $(VENV)/peers-gpu
+define COMPILER
+#!/bin/sh
+for word do
+  shift
+  case $$word in
+    -gencode* | arch=compute_*) ;;
+    -std=c++17) set -- "$$@" -std=c++20 ;;
+    *) set -- "$$@" "$$word" ;;
+  esac
+done
+case $$0 in
+  */nvcc) exec "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc" -gencode arch=compute_90,code=sm_90 "$$@" ;;
+  *) exec c++ "$$@" ;;
+esac
+endef
+
+$(PEERS_GPU)/installed.stamp: export COMPILER := $(COMPILER)
+$(PEERS_GPU)/installed.stamp: $(STAMP)
+	@command -v "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc" > /dev/null || { \
+	  echo "the peers are compiled: CUDA's nvcc must be on the PATH or in CUDA_HOME/bin" >&2; exit 1; }
+	$(BIN)/python -m venv --clear $(PEERS_GPU)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > "$$($(PEERS_GPU)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
+	mkdir $(PEERS_GPU)/compilers
+	for name in nvcc c++; do \
+	  printf '%s\n' "$$COMPILER" > $(PEERS_GPU)/compilers/$$name && chmod +x $(PEERS_GPU)/compilers/$$name || exit 1; \
+	done
+	$(PEERS_GPU)/bin/python -m pip install --disable-pip-version-check -q ninja==1.13.2 einops==0.8.2 wheel
+	PATH="$(abspath $(PEERS_GPU)/bin):$$PATH" \
+	  PYTORCH_NVCC="$(abspath $(PEERS_GPU)/compilers/nvcc)" CXX="$(abspath $(PEERS_GPU)/compilers/c++)" \
+	  MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
+	  $(PEERS_GPU)/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps \
+	  --no-binary mamba-ssm,causal-conv1d causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1
+	$(PEERS_GPU)/bin/python -c "import torch, selective_scan_cuda, causal_conv1d_cuda"
+	touch $@
+
+.PHONY: peers-gpu
+peers-gpu: $(PEERS_GPU)/installed.stamp ## compile mamba-ssm and causal-conv1d for sm_90, as peers of bench-gpu (needs nvcc)
+
+# FORK= a folder with the fused path of Vim's fork of mamba_ssm, built there.
+.PHONY: bench-gpu
+bench-gpu: $(STAMP) ## measure an H100 against the scan's floor and the peers that are built (under nine minutes)
+	$(BIN)/python benchmarks/gpu.py $(if $(wildcard $(PEERS_GPU)/installed.stamp),--peers $(PEERS_GPU)/bin/python) \
+	  $(if $(FORK),--fork "$(FORK)")
+
 .PHONY: bench-sweep
 bench-sweep: $(STAMP) ## 40 tiny runs as one sweep against 40 fit processes (about ten minutes)
 	$(BIN)/python benchmarks/sweep.py --output benchmarks/results/sweep.json

@@ -30,13 +30,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from svp_bench.ops import triton as backend
-from svp_bench.ops import triton_kernels
+from svp_bench.ops import triton_kernels, triton_launch, triton_norm, triton_norm_kernels
 
 RESULT = Path(__file__).parent / "results" / "triton_aot.json"
 TARGETS = (80, 90, 100)
-WIDTHS = {"vim_tiny": 384, "vim_small": 768, "vim_base": 1536}
+WIDTHS = {"vim_tiny": 384, "vim_small": 768, "vim_base": 1536}  # channels; twice the width of the stream
 DTYPES = (torch.bfloat16, torch.float32)
-KERNELS = ("scan_forward", "scan_backward", "scan_backward_of_activations", "conv_forward", "conv_backward")
+KERNELS: tuple[str, ...] = (
+    "scan_forward",
+    "scan_backward",
+    "scan_backward_of_activations",
+    "conv_forward",
+    "conv_backward",
+)
+KERNELS += ("norm_forward", "norm_backward", "norm_backward_of_activations")
+SOURCES = (triton_kernels.__file__, triton_norm_kernels.__file__)
 BATCH, LENGTH, STATES, WIDTH = 64, 197, 16, 4
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
@@ -48,12 +56,12 @@ Launch = tuple[str, dict[str, Any]]
 def caught() -> Iterator[list[Launch]]:
     """The launches inside, by the kernel's name and its arguments. Nothing runs: tensors may lie on `meta`."""
     launches: list[Launch] = []
-    launch = backend._launch
-    backend._launch = lambda name, programs, arguments: launches.append((name, arguments))
+    launch = triton_launch.launch
+    triton_launch.launch = lambda name, programs, arguments: launches.append((name, arguments))
     try:
         yield launches
     finally:
-        backend._launch = launch
+        triton_launch.launch = launch
 
 
 def rows(width: int, dtype: torch.dtype, step: int | None = None) -> Tensor:
@@ -74,7 +82,8 @@ def direction(channels: int, dtype: torch.dtype, states: int = STATES) -> list[T
 def launch_arguments(kernel: str, channels: int, dtype: torch.dtype) -> Launch:
     """The name of the kernel and what it would be launched with.
 
-    `scan_backward_of_activations` is the backward kernel as a frozen backbone asks for it: no gradients of weights.
+    `…_of_activations` are the backward kernels as a frozen backbone asks for them: no gradients of weights, but those
+    of both scales of SVP's prompts.
     """
     x, y = rows(channels, dtype, 2 * channels), rows(channels, dtype)
     with caught() as launches:
@@ -83,6 +92,15 @@ def launch_arguments(kernel: str, channels: int, dtype: torch.dtype) -> Launch:
             backend._conv_forward([y, y], x, parameters, (False, True), True)
         elif kernel == "conv_backward":
             backend._conv_backward([y, y], x, parameters, (False, True), True, [True] * 5)
+        elif kernel.startswith("norm"):
+            width = channels // 2
+            branch, stream = rows(width, dtype), rows(width, torch.float32)
+            terms = [weight(width), branch, weight(width), branch]
+            if kernel == "norm_forward":
+                triton_norm.forward(branch, stream, weight(width), 1e-5, terms, 98, [stream, branch])
+            else:
+                wanted = [True, True, kernel == "norm_backward", *4 * [True]]
+                triton_norm.backward(stream, branch, stream, weight(width), 1e-5, terms, 98, dtype, wanted)
         else:
             tensors = [x, *direction(channels, dtype), *direction(channels, dtype)]
             problem = backend._Problem(tensors, (False, True), True)
@@ -113,12 +131,17 @@ def odd_launches() -> list[Launch]:
         backend._conv_backward([y], y, [weight(channels, 3), None], (True,), False, [False, True, False])
         parameters = [weight(channels, 2), weight(channels, 2), None, weight(channels)]
         backend._conv_backward([y, y], y, parameters, (True, False), True, [True, False, False, False, False])
+        stream, terms = rows(channels, torch.float32), [weight(channels), y]
+        triton_norm.forward(y, None, weight(channels), 1e-5, [], None, [stream, y])
+        triton_norm.forward(y, None, None, 0.0, terms, None, [y])
+        triton_norm.backward(y, None, None, None, 0.0, terms, -1, dtype, [False, False, False, True, True])
+        triton_norm.backward(None, y, stream, weight(channels), 1e-5, [], -1, dtype, [False, False, True])
     return launches
 
 
 def compiled(name: str, arguments: dict[str, Any], target: int) -> dict[str, int]:
     """Compile as a launch would: None and constants are compiled in, 16-byte alignment is told."""
-    function = getattr(triton_kernels, name)
+    function = triton_launch.kernel(name)
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -131,9 +154,11 @@ def compiled(name: str, arguments: dict[str, Any], target: int) -> dict[str, int
         elif isinstance(value, Tensor):
             signature[key] = TYPES[value.dtype]
             attributes[place,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[key] = "fp32"
         else:
             signature[key] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and key not in plain:
                 attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     began = time.perf_counter()
@@ -188,6 +213,11 @@ def record(only: list[str]) -> list[dict[str, Any]]:
     return found
 
 
+def sources() -> dict[str, str]:
+    """Digests of the files that hold the kernels."""
+    return {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in SOURCES}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="labels that a case must have; nothing is written then")
@@ -202,12 +232,13 @@ def main() -> None:
         result = {
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "triton": triton.__version__,
-            "kernels_sha256": hashlib.sha256(Path(triton_kernels.__file__).read_bytes()).hexdigest(),
+            "kernels_sha256": sources(),
             "shape": {"batch": BATCH, "length": LENGTH, "states": STATES, "conv_width": WIDTH},
             "sizes": {
                 "scan_forward": backend.SCAN_FORWARD,
                 "scan_backward": backend.SCAN_BACKWARD,
                 "conv": backend.CONV,
+                "norm": triton_norm.NORM,
             },
             "rows": measured,
         }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from curves import curve, follows
 from helpers import run, settle
 from helpers import small as line
 from tolerances import BACKBONE, relative_error
@@ -93,3 +98,25 @@ def test_gradient_checkpointing_saves_memory() -> None:
     assert peaks[1] < 0.6 * peaks[0]
     plain, again = gradients
     assert all(relative_error(again[name], plain[name]) < 1e-5 for name in plain)
+
+
+def test_the_table_of_tolerances_on_the_device() -> None:
+    """In its own process, whose default device is the GPU: scan, convolution, norms; 200 repetitions bit for bit."""
+    table = Path(__file__).with_name("gpu_table.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(table.parents[1]), *sys.path])}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(table)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=table.parents[1],
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"^\d{2,} passed", done.stdout, re.MULTILINE), done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("method", ["svp", "full"])
+def test_fifty_steps_follow_those_on_the_cpu(method: str) -> None:
+    here, there = (curve(method, device, "auto") for device in ("cpu", "cuda"))
+    assert follows(there, here)

@@ -42,7 +42,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def needs(backend: str, dtype: torch.dtype) -> None:
     """Skip where a backend says that it does not take this dtype."""
     try:
-        choose(backend, "cpu", dtype)
+        choose(backend, torch.get_default_device(), dtype)
     except UnavailableError as reason:
         pytest.skip(str(reason))
 
@@ -694,5 +694,5 @@ def test_autocast_does_not_reach_into_the_scan(backend: str) -> None:
         return bidirectional_scan(ahead, back, z, backend=backend)
 
     plain = run()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert relative_error(run(), plain.double()) <= 1e-6

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from svp_bench.errors import UnavailableError
-from svp_bench.ops import choose, list_backends
+from svp_bench.ops import choose, list_backends, triton_norm
 from svp_bench.ops import triton as backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def test_nothing_spills_on_an_h100(tmp_path: Path) -> None:
     done = python(*asked, interpret=False, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     found = rows(done.stderr)
-    assert len(found) == 5
+    assert len(found) == 8
     for row in found:
         assert row["spill_bytes"] == 0, row
         assert 0 < row["registers"] <= 255
@@ -120,7 +120,7 @@ def test_odd_launches_compile(tmp_path: Path) -> None:
     done = python("benchmarks/triton_aot.py", "--odd", interpret=False, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     found = rows(done.stderr)
-    assert len(found) == 14
+    assert len(found) == 18
     assert not any(row["spill_bytes"] for row in found)
     costs = [row["instructions"] for row in found if row["kernel"] == "scan_backward"]
     assert min(costs) < max(costs) / 2, "the gradient of D alone needs no states"
@@ -129,11 +129,14 @@ def test_odd_launches_compile(tmp_path: Path) -> None:
 def test_the_record_of_all_targets() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     sizes = {"scan_forward": backend.SCAN_FORWARD, "scan_backward": backend.SCAN_BACKWARD, "conv": backend.CONV}
-    kernels = Path(backend.__file__).with_name("triton_kernels.py").read_bytes()
+    sizes["norm"] = triton_norm.NORM
     again = "run benchmarks/triton_aot.py again"
-    assert record["kernels_sha256"] == hashlib.sha256(kernels).hexdigest(), again
+    assert set(record["kernels_sha256"]) == {"triton_kernels.py", "triton_norm_kernels.py"}
+    for name, digest in record["kernels_sha256"].items():
+        kernels = Path(backend.__file__).with_name(name).read_bytes()
+        assert digest == hashlib.sha256(kernels).hexdigest(), again
     assert record["sizes"] == sizes, again
-    assert len(record["rows"]) == 5 * 3 * 2 * 3
+    assert len(record["rows"]) == 8 * 3 * 2 * 3
     for key, values in {
         "model": {"vim_tiny", "vim_small", "vim_base"},
         "dtype": {"bfloat16", "float32"},

@@ -7,7 +7,8 @@ block of channels ends, something may go wrong, so lengths lie around the tile.
 from __future__ import annotations
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,22 +26,33 @@ from test_ops import (
     with_grad,
 )
 from tolerances import BACKBONE, OPS, relative_error
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import svp_bench
+from svp_bench.methods import METHODS
+from svp_bench.methods.base import build_method
+from svp_bench.methods.build import adapt
+from svp_bench.models.vim import VisionMamba
 from svp_bench.ops import (
     Direction,
+    Prompts,
     Remake,
+    add_norm,
+    add_prompts,
     bidirectional_conv,
     bidirectional_scan,
     causal_conv1d,
     choose,
     selective_scan,
+    triton_launch,
+    triton_norm,
 )
 from svp_bench.ops import triton as backend
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_triton.py, which sets TRITON_INTERPRET"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+assert INTERPRETED or torch.cuda.is_available(), "run tests/test_triton.py, which sets TRITON_INTERPRET"
 # Of test_ops.py only what is called here is to run here.
 extreme_step_sizes, gates_far_out, strided_inputs = test_extreme_step_sizes, test_gates_far_out, test_strided_inputs
 del test_extreme_step_sizes, test_gates_far_out, test_strided_inputs
@@ -67,10 +79,16 @@ def test_states_and_channels(state: int, dim: int, dtype: torch.dtype) -> None:
 
 def test_float16() -> None:
     inputs = draw(9, dtype=torch.float16)
-    y = selective_scan(**inputs, delta_softplus=True, backend="triton")  # type: ignore[arg-type]
-    exact = with_grad(inputs, torch.float64)
+    given, exact = with_grad(inputs), with_grad(inputs, torch.float64)
+    y = selective_scan(**given, delta_softplus=True, backend="triton")  # type: ignore[arg-type]
+    expected = naive_scan(**exact, delta_softplus=True)  # type: ignore[arg-type]
     assert y.dtype == torch.float16
-    assert relative_error(y, naive_scan(**exact, delta_softplus=True)) <= 2**-11  # type: ignore[arg-type]
+    assert relative_error(y, expected) <= 2**-11
+    cotangent = torch.randn(y.shape).half()
+    found, wanted = gradients(y, given, cotangent), gradients(expected, exact, cotangent)
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float16
+        assert relative_error(gradient, wanted[name]) <= 2**-10, name
 
 
 @pytest.mark.parametrize("softplus", [True, False])
@@ -162,13 +180,13 @@ def test_each_gradient_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     sides, z = both.leaves()
     all_of_them = gradients(Two.ours(sides, z), Two.named(sides, z), torch.ones(2, 5, 3))
     launches: list[dict[str, Any]] = []
-    launch = backend._launch
+    launch = triton_launch.launch
 
     def watched(name: str, programs: int, arguments: dict[str, Any]) -> None:
         launches.append(arguments)
         launch(name, programs, arguments)
 
-    monkeypatch.setattr(backend, "_launch", watched)
+    monkeypatch.setattr(triton_launch, "launch", watched)
     for only in ASKED:
         sides, z = both.leaves()
         leaves = Two.named(sides, z)
@@ -236,6 +254,185 @@ def test_empty_batches() -> None:
     assert weight.grad.count_nonzero() == 0
 
 
+# ---- prompts, residual addition and norm
+
+
+class Rows(NamedTuple):
+    """What `add_norm` takes: tensors by name, and the token without prompts."""
+
+    tensors: dict[str, Tensor | None]
+    spared: int | None
+
+    @staticmethod
+    def drawn(width: int, terms: int, residual: bool, spared: int | None, dtype: torch.dtype) -> Rows:
+        def row() -> Tensor:
+            return torch.randn(2, 3, width).to(dtype)
+
+        tensors: dict[str, Tensor | None] = {"hidden": row(), "weight": torch.randn(width)}
+        tensors["residual"] = torch.randn(2, 3, width) if residual else None
+        for k in range(terms):
+            tensors |= {f"scale{k}": torch.randn(width), f"pre{k}": 3 * row()}
+        return Rows(tensors, spared)
+
+    def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
+        return with_grad(self.tensors, dtype)
+
+    def prompts(self, leaves: dict[str, Tensor | None]) -> Prompts | None:
+        terms = [(leaves[f"scale{k}"], leaves[f"pre{k}"]) for k in range(8) if f"pre{k}" in leaves]
+        return Prompts(terms, self.spared) if terms else None  # type: ignore[arg-type]
+
+    def ours(self, leaves: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+        assert leaves["hidden"] is not None
+        assert leaves["weight"] is not None
+        prompts = self.prompts(leaves)
+        return add_norm(leaves["hidden"], leaves["residual"], leaves["weight"], 1e-5, prompts, backend="triton")
+
+    def naive(self, leaves: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """The formulas of the docstrings, token by token where one is spared."""
+        total, weight = leaves["hidden"], leaves["weight"]
+        assert total is not None
+        assert weight is not None
+        prompted = torch.tensor([float(token != self.spared) for token in range(total.shape[1])])[:, None]
+        for scale, pre in (self.prompts(leaves) or Prompts([], None)).terms:
+            total = total + prompted * scale * pre / (1 + torch.exp(-pre))
+        if leaves["residual"] is not None:
+            total = total + leaves["residual"]
+        return total, weight * total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("width", "terms", "residual", "spared"),
+    [(1, 0, True, None), (33, 1, False, 2), (64, 2, True, 1), (7, 2, True, None), (600, 3, False, 0)],
+)
+def test_add_norm(width: int, terms: int, residual: bool, spared: int | None, dtype: torch.dtype) -> None:
+    if terms == 3:  # PyTorch's operators then, which round each product
+        dtype = torch.float32
+    rows = Rows.drawn(width, terms, residual, spared, dtype)
+    given, exact = rows.leaves(), rows.leaves(torch.float64)
+    outs, expected = rows.ours(given), rows.naive(exact)
+    assert [o.dtype for o in outs] == [torch.float32, dtype]
+    allowed = OPS[dtype] if dtype in OPS else OPS[torch.bfloat16]
+    for out, wanted in zip(outs, expected, strict=True):
+        assert relative_error(out, wanted) <= allowed.forward
+    cotangents = [torch.randn(2, 3, width), torch.randn(2, 3, width).to(dtype)]
+    names = [name for name, leaf in given.items() if leaf is not None]
+    found = torch.autograd.grad(outs, [given[name] for name in names], cotangents)  # type: ignore[misc]
+    exactly = [c.double() for c in cotangents]
+    rows_wanted = torch.autograd.grad(expected, [exact[name] for name in names], exactly)  # type: ignore[misc]
+    for name, gradient, wanted in zip(names, found, rows_wanted, strict=True):
+        leaf = given[name]
+        assert leaf is not None
+        assert gradient.dtype == leaf.dtype
+        if width > 1 or name == "weight":  # the norm of one number has no slope but by eps
+            assert relative_error(gradient, wanted) <= allowed.backward, name
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("terms", "spared"), [(1, None), (2, 1), (3, 0)])
+def test_add_prompts(terms: int, spared: int | None, dtype: torch.dtype) -> None:
+    if terms == 3:
+        dtype = torch.float32
+    rows = Rows.drawn(33, terms, False, spared, dtype)
+    del rows.tensors["weight"]
+    given = rows.leaves()
+    exact = {**rows.leaves(torch.float64), "weight": torch.ones(33, dtype=torch.float64)}
+    hidden, prompts = given["hidden"], rows.prompts(given)
+    assert hidden is not None
+    assert prompts is not None
+    out, expected = add_prompts(hidden, *prompts, backend="triton"), rows.naive(exact)[0]
+    assert relative_error(out, expected) <= OPS[dtype].forward
+    names = [name for name, leaf in given.items() if leaf is not None]
+    cotangent = torch.randn(out.shape).to(dtype)
+    found = torch.autograd.grad(out, [given[n] for n in names], cotangent)  # type: ignore[misc]
+    rows_wanted = torch.autograd.grad(expected, [exact[n] for n in names], cotangent.double())  # type: ignore[misc]
+    for name, gradient, wanted in zip(names, found, rows_wanted, strict=True):
+        assert relative_error(gradient, wanted) <= OPS[dtype].backward, name
+
+
+def test_each_gradient_of_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from one output alone; and a pass of several rows a program adds up its sums."""
+    rows = Rows.drawn(9, 2, True, 1, torch.float32)
+    launches: list[dict[str, Any]] = []
+    launch = triton_launch.launch
+
+    def watched(name: str, programs: int, arguments: dict[str, Any]) -> None:
+        launches.append(arguments)
+        launch(name, programs, arguments)
+
+    monkeypatch.setattr(triton_launch, "launch", watched)
+    for output in (0, 1, 2):
+        every = rows.leaves()
+        names = [n for n in every if output or n != "weight"]
+
+        def loss(leaves: dict[str, Tensor | None], output: int = output) -> Tensor:
+            total, normed = rows.ours(leaves)
+            parts = [total.square().sum(), (normed * torch.arange(9.0)).sum()]
+            return parts[output] if output < 2 else parts[0] + parts[1]
+
+        together = torch.autograd.grad(loss(every), [every[n] for n in names])  # type: ignore[misc]
+        monkeypatch.setitem(triton_norm.NORM, "programs", 4)
+        for name, wanted in zip(names, together, strict=True):
+            leaves = rows.leaves()
+            for other, leaf in leaves.items():
+                assert leaf is not None
+                leaf.requires_grad_(other == name)
+            (found,) = torch.autograd.grad(loss(leaves), [leaves[name]])  # type: ignore[list-item]
+            assert relative_error(found, wanted) <= OPS[torch.float32].backward, name
+            places = {"hidden", "residual", "weight", "scale0", "pre0", "scale1", "pre1"}
+            assert {p for p in places if launches[-1][f"d{p}"] is not None} == {name}
+        monkeypatch.undo()
+        monkeypatch.setattr(triton_launch, "launch", watched)
+
+
+def test_a_spared_token_takes_nothing_from_a_broken_prompt() -> None:
+    rows = Rows.drawn(4, 1, True, 1, torch.float32)
+    pre = rows.tensors["pre0"]
+    assert pre is not None
+    pre[:, 1] = torch.nan
+    total, _ = rows.ours(rows.leaves())
+    assert total.isfinite().all()
+
+
+def test_rows_that_kernels_do_not_take() -> None:
+    """PyTorch's operators do: no tokens, and rows too wide for one program."""
+    for shape in ((0, 3, 8), (1, 1, triton_norm._WIDEST + 1)):
+        hidden, weight = torch.randn(shape, requires_grad=True), torch.randn(shape[-1])
+        total, normed = add_norm(hidden, None, weight, 1e-5, backend="triton")
+        assert torch.equal(total, hidden)
+        assert normed.shape == hidden.shape
+        normed.sum().backward()
+        assert hidden.grad is not None
+
+
+def test_rows_checkpointed_and_compiled() -> None:
+    rows = Rows.drawn(9, 2, True, 1, torch.float32)
+
+    def run(call: Any) -> list[Tensor]:
+        leaves = rows.leaves()
+        outs = call(leaves)
+        return [*outs, *torch.autograd.grad(sum(o.square().sum() for o in outs), list(leaves.values()))]
+
+    def inner(leaves: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+        hidden, weight, residual = leaves["hidden"], leaves["weight"], leaves["residual"]
+        assert hidden is not None
+        assert weight is not None
+        total, normed = triton_norm.add_norm(hidden, residual, weight, 1e-5, rows.prompts(leaves))
+        assert residual is not None
+        scale, pre = leaves["scale0"], leaves["pre0"]
+        assert scale is not None
+        assert pre is not None
+        return total, triton_norm.add_prompts(normed, [(scale, pre)], None)
+
+    plain = run(inner)
+    for way, found in {
+        "again": run(inner),
+        "checkpointed": run(lambda leaves: checkpoint(inner, leaves, use_reentrant=False)),
+        "compiled": run(torch.compile(inner, backend="aot_eager", fullgraph=True)),
+    }.items():
+        assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), way
+
+
 def mixed(x: Tensor, parts: list[Tensor], remake: bool = False) -> Tensor:
     """Convolution and scan as the mixer chains them; `parts` are weights and rows of fixed inputs."""
 
@@ -274,7 +471,7 @@ def test_made_again_checkpointed_compiled_and_under_autocast() -> None:
         "checkpointed": run(lambda x, p: checkpoint(mixed, x, p, use_reentrant=False)),
         "compiled": run(torch.compile(mixed, backend="aot_eager")),
     }
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         ways["under autocast"] = run(mixed)
     for way, found in ways.items():
         assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), way
@@ -304,6 +501,41 @@ def test_compiled_without_a_graph_break() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_a_model_is_one_graph() -> None:
+    torch.manual_seed(0)
+    model = VisionMamba(img_size=32, embed_dim=32, depth=2, d_state=2, num_classes=3, scan_backend="triton")
+    model = adapt(model, build_method(METHODS.get("svp"), "svp", {}))
+    images, trained = torch.randn(1, 3, 32, 32), [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(1)  # of what a method drops
+        y = call(images)
+        found.append([y, *torch.autograd.grad(y.square().sum(), trained, allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or relative_error(a, b) <= BACKBONE.backward
+
+
+def test_a_model_under_ddp(tmp_path: Path) -> None:
+    """One process, with all hooks of many: its gradients are those of the model alone."""
+    torch.manual_seed(0)
+    model = VisionMamba(img_size=32, embed_dim=16, depth=1, d_state=2, num_classes=3, scan_backend="triton")
+    images = torch.randn(1, 3, 32, 32)
+    found = []
+    distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for call in (model, DistributedDataParallel(model)):
+            model.zero_grad(set_to_none=True)
+            call(images).square().sum().backward()
+            found.append([p.grad for p in model.parameters()])
+    finally:
+        distributed.destroy_process_group()
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+
+
 def test_operators_say_what_they_return() -> None:
     inputs = draw(3)
     flat = [inputs["z"], *natural(inputs)]
@@ -318,6 +550,14 @@ def test_operators_say_what_they_return() -> None:
     torch.library.opcheck(ops.triton_conv, (x, parameters, [True], True), test_utils=checks)
     wanted = [True, True, False]
     torch.library.opcheck(ops.triton_conv_backward, ([grad], x, parameters, [True], True, wanted), test_utils=checks)
+    scale, terms = torch.randn(5), [torch.randn(5), torch.randn(2, 3, 5)]
+    torch.library.opcheck(ops.triton_norm, (x, grad, scale, 1e-5, terms, 1), test_utils=checks)
+    torch.library.opcheck(ops.triton_norm, (x.bfloat16(), None, None, 0.0, terms, None), test_utils=checks)
+    wanted = [True, True, True, True, True]
+    given = (grad, x.bfloat16(), x, scale, 1e-5, terms, 1, torch.bfloat16, wanted)
+    torch.library.opcheck(ops.triton_norm_backward, given, test_utils=checks)
+    given = (grad, None, None, None, 0.0, terms, -1, torch.float32, [False, False, False, True, True])
+    torch.library.opcheck(ops.triton_norm_backward, given, test_utils=checks)
 
 
 def test_a_block_of_vim_nano() -> None:

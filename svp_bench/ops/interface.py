@@ -87,6 +87,9 @@ class Prompts(NamedTuple):
     spared: int | None
 
 
+_LOADED: dict[str, ModuleType] = {}
+
+
 @cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS.entry(name).target.split(":")[0])
@@ -121,6 +124,19 @@ def choose(backend: str, device: torch.device | str, dtype: torch.dtype) -> Choi
     if backend != "auto":
         BACKENDS.entry(backend)
     return _choose(backend, torch.device(device).type, dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _chosen(name: str, device: str, dtype: torch.dtype) -> str:
+    """The backend that `choose` takes, its module loaded. torch.compile looking inside would break the graph."""
+    chosen = choose(name, device, dtype).name
+    for needed in (chosen, "reference"):
+        _LOADED[needed] = _module(needed)
+    return chosen
+
+
+def _backend(name: str, like: Tensor) -> ModuleType:
+    return _LOADED[_chosen(name, like.device.type, like.dtype)]
 
 
 def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
@@ -187,7 +203,7 @@ def selective_scan(
     _check("z", z, (batch, dim, length), "(batch, dim, length)")
     _check("delta_bias", delta_bias, (dim,), "(dim,)")
     direction = Direction(u.mT, delta.mT, A, B.mT, C.mT, D, delta_bias)
-    module = _module(choose(backend, u.device, u.dtype).name)
+    module = _backend(backend, u)
     with _no_autocast(u):
         y: Tensor = module.scan((direction,), (False,), None if z is None else z.mT, delta_softplus)
     return y.mT
@@ -232,7 +248,7 @@ def bidirectional_scan(
             ("delta_bias", (dim,), "(dim,)"),
         ):
             _check(name, getattr(direction, name), shape, letters)
-    module = _module(choose(backend, z.device, z.dtype).name)
+    module = _backend(backend, z)
     with _no_autocast(z):
         y: Tensor = module.scan((forward, backward), (False, True), z, True, remake)
     return y
@@ -267,7 +283,7 @@ def causal_conv1d(
         raise ValueError(f"x must be (batch, dim, length), not {tuple(x.shape)}")
     _check("weight", weight, (x.shape[1], weight.shape[-1]), "(dim, width)")
     _check("bias", bias, (x.shape[1],), "(dim,)")
-    module = _module(choose(backend, x.device, x.dtype).name)
+    module = _backend(backend, x)
     with _no_autocast(x):
         (y,) = module.conv(x.mT, (weight,), (bias,), (False,), activation is not None)
     out: Tensor = y.mT
@@ -295,7 +311,7 @@ def bidirectional_conv(
     for weight, bias in (forward, backward):
         _check("weight", weight, (x.shape[-1], forward[0].shape[-1]), "(dim, width)")
         _check("bias", bias, (x.shape[-1],), "(dim,)")
-    module = _module(choose(backend, x.device, x.dtype).name)
+    module = _backend(backend, x)
     with _no_autocast(x):
         u, u_b = module.conv(x, (forward[0], backward[0]), (forward[1], backward[1]), (False, True), True)
     return u, u_b
@@ -359,5 +375,5 @@ def _check_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], spared: in
 
 
 def _function(name: str, backend: str, like: Tensor) -> Any:
-    module = _module(choose(backend, like.device, like.dtype).name)
-    return getattr(module, name, None) or getattr(_module("reference"), name)
+    module = _backend(backend, like)
+    return getattr(module, name, None) or getattr(_LOADED["reference"], name)

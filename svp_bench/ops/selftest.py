@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svp_bench.ops.backends import BACKENDS, backend_statuses
-from svp_bench.ops.interface import Direction, bidirectional_conv, bidirectional_scan
+from svp_bench.ops.interface import Direction, Prompts, add_norm, bidirectional_conv, bidirectional_scan
 
 __all__ = ["SelfTest", "self_test"]
 
@@ -66,7 +66,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def _run(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs and gradients of the two operations that the model calls."""
+    """Outputs and gradients of the operations that the model calls."""
     batch, length, channels, states, width = 2, 61, 48, 16, 4
     generator = torch.Generator().manual_seed(0)
 
@@ -90,4 +90,10 @@ def _run(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     y = bidirectional_scan(forward, backward, z, backend=backend)
     leaves = [x, z, *weights[0], *weights[1], *forward[1:], *backward[1:]]
     gradients = torch.autograd.grad(y.square().sum(), [t for t in leaves if t is not None])
-    return [u.detach(), u_b.detach(), y.detach(), *gradients]
+    branch, stream, weight = draw(batch, length, channels), draw(batch, length, channels), draw(channels)
+    terms = [(draw(channels), draw(batch, length, channels)) for _ in range(2)]
+    total, normed = add_norm(branch, stream, weight, 1e-5, Prompts(terms, length // 2), backend=backend)
+    rows = [branch, stream, weight, *(t for term in terms for t in term)]
+    slopes = torch.autograd.grad(total.square().sum() + normed.square().sum() + normed.sum(), rows)
+    results = [u, u_b, y, total, normed]
+    return [*(t.detach() for t in results), *gradients, *slopes]

@@ -10,22 +10,21 @@ With TRITON_INTERPRET=1 in the environment Triton interprets the kernels with Nu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from svp_bench.ops import reference
+from svp_bench.ops import reference, triton_launch
+from svp_bench.ops.triton_launch import power_of_two, rows, spread, written
+from svp_bench.ops.triton_norm import add_norm, add_prompts
 
 if TYPE_CHECKING:
     from svp_bench.ops.interface import Direction, Remake
 
-__all__ = ["conv", "scan", "unavailable", "unsupported"]
+__all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
 _FIELDS = 7
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,19 +39,10 @@ _LANES = 4  # threads that share the states of a channel
 _STATES = 16  # for which the steps of a tile are meant
 
 
-@cache
-def _interpreted() -> bool:
-    """Whether Triton interprets its kernels; decided by the environment when triton is imported."""
-    import triton
-
-    knobs = getattr(triton, "knobs", None)  # since 3.4
-    return os.environ.get("TRITON_INTERPRET", "0") == "1" if knobs is None else bool(knobs.runtime.interpret)
-
-
 def unavailable() -> str | None:
     """Return why the kernels cannot run on this machine, or None if they can."""
     try:
-        interpreted = _interpreted()
+        interpreted = triton_launch.interpreted()
     except Exception as error:  # a broken triton raises many kinds
         return f"triton cannot be imported ({type(error).__name__}: {error}); `pip install triton` (Linux)"
     if interpreted:
@@ -73,7 +63,7 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot take such tensors, or None if they can."""
     if dtype not in _DTYPES:
         return f"it takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if device == "cpu" and not _interpreted():
+    if device == "cpu" and not triton_launch.interpreted():
         return "it runs on CUDA devices; on the CPU only with TRITON_INTERPRET=1, very slowly"
     if device not in ("cpu", "cuda"):
         return f"it runs on CUDA devices, not on {device}"
@@ -126,7 +116,7 @@ class _Scan(torch.autograd.Function):
         flat = reference.recall(kept, len(reverse), make)
         wanted = list(ctx.needs_input_grad[3:])
         grads = torch.ops.svp_bench.triton_scan_backward(grad, [z, *flat], reverse, softplus, wanted)
-        return (None, None, None, *_spread(grads, wanted))
+        return (None, None, None, *spread(grads, wanted))
 
 
 class _Conv(torch.autograd.Function):
@@ -150,14 +140,8 @@ class _Conv(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         found = torch.ops.svp_bench.triton_conv_backward(grads, x, parameters, reverse, silu, wanted)
-        dx, *rest = _spread(found, wanted)
+        dx, *rest = spread(found, wanted)
         return (dx, None, None, *rest)
-
-
-def _spread(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The inverse of leaving out what nobody wants."""
-    rest = iter(found)
-    return [next(rest) if want else None for want in wanted]
 
 
 # ---- the operators. Their inputs are lists, so that one operator serves one direction and two.
@@ -179,7 +163,7 @@ def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tens
 def _scan_op(tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> Tensor:
     """`tensors`: z, then the seven fields of each direction."""
     problem = _Problem(tensors, reverse, softplus)
-    out = problem.u.new_empty(problem.u.shape, dtype=_written(problem.u.dtype))
+    out = problem.u.new_empty(problem.u.shape, dtype=written(problem.u.dtype))
     if out.numel():
         problem.forward(out)
     return out.to(problem.u.dtype)
@@ -221,7 +205,7 @@ def _(
 )
 def _conv_op(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
     """`parameters`: the weights of all directions, then the biases."""
-    outs = [x.new_empty(x.shape, dtype=_written(x.dtype)) for _ in reverse]
+    outs = [x.new_empty(x.shape, dtype=written(x.dtype)) for _ in reverse]
     if x.numel():
         _conv_forward(outs, x, parameters, reverse, silu)
     return [out.to(x.dtype) for out in outs]
@@ -266,29 +250,6 @@ def _(
 # ---- the launches
 
 
-def _launch(name: str, programs: int, arguments: dict[str, Any]) -> None:
-    from svp_bench.ops import triton_kernels
-
-    some = next(value for value in arguments.values() if isinstance(value, Tensor))
-    # Triton launches on the current device, whatever the tensors'
-    with torch.cuda.device(some.device) if some.is_cuda else nullcontext():
-        getattr(triton_kernels, name)[(programs,)](**arguments)
-
-
-def _written(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a kernel writes a result of this dtype. GPUs round to bfloat16, the interpreter cuts off."""
-    return torch.float32 if _interpreted() else dtype
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """With neighbours side by side along the last axis, which is all that the kernels ask for."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 class _Problem:
     """The arguments that both kernels of a scan share."""
 
@@ -301,9 +262,9 @@ class _Problem:
         self.batch, self.length, self.channels = u.shape
         self.states = A.shape[-1]
         self.count = len(reverse)
-        padded = _power_of_two(self.states)
+        padded = power_of_two(self.states)
         lanes = min(padded, _LANES)
-        self.z = None if z is None else _rows(z)
+        self.z = None if z is None else rows(z)
         self.shared: dict[str, Any] = {
             "z": self.z,
             "z_picture": 0 if self.z is None else self.z.stride(0),
@@ -321,20 +282,20 @@ class _Problem:
         for k in range(2):
             fields = flat[_FIELDS * k : _FIELDS * (k + 1)] if k < self.count else [None] * _FIELDS
             for name, tensor in zip(names, fields, strict=True):
-                rows = None if tensor is None else _rows(tensor)
-                self.shared[f"{name}{k}"] = rows
+                own = None if tensor is None else rows(tensor)
+                self.shared[f"{name}{k}"] = own
                 if name in ("u", "delta", "B", "C"):
-                    self.shared[f"{name}{k}_picture"] = 0 if rows is None else rows.stride(0)
+                    self.shared[f"{name}{k}_picture"] = 0 if own is None else own.stride(0)
                 if name in ("u", "delta", "A", "B", "C"):
-                    self.shared[f"{name}{k}_row"] = 0 if rows is None else rows.stride(-2)
+                    self.shared[f"{name}{k}_row"] = 0 if own is None else own.stride(-2)
             self.shared[f"REVERSE{k}"] = k < self.count and reverse[k]
 
     def _sizes(self, sizes: dict[str, int]) -> tuple[dict[str, int], int]:
         """The sizes of a program, and the programs of a picture. Few channels or few steps need no large program."""
-        block = min(sizes["BE"], _power_of_two(self.channels))
+        block = min(sizes["BE"], power_of_two(self.channels))
         padded = self.shared["N1"] * self.shared["N2"]
         steps = max(1, sizes["T"] * _STATES // max(padded, _STATES))  # a thread holds its states of all steps of a tile
-        own = {**sizes, "BE": block, "T": min(steps, _power_of_two(self.length))}
+        own = {**sizes, "BE": block, "T": min(steps, power_of_two(self.length))}
         return own, -(-self.channels // block)
 
     def forward(self, out: Tensor) -> None:
@@ -342,11 +303,13 @@ class _Problem:
         partial = None
         if self.count == 2:
             partial = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        _launch("scan_forward", self.batch * blocks, {**self.shared, **sizes, "out": out, "partial": partial})
+        triton_launch.launch(
+            "scan_forward", self.batch * blocks, {**self.shared, **sizes, "out": out, "partial": partial}
+        )
 
     def backward(self, grad: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
         sizes, blocks = self._sizes(SCAN_BACKWARD)
-        grad = _rows(grad)
+        grad = rows(grad)
         tiles = -(-self.length // sizes["T"])
         shared = self.shared
 
@@ -380,7 +343,7 @@ class _Problem:
             # transient: one direction's states before each tile, the second direction's after the first's
             own["before"] = empty(self.batch, blocks, tiles, shared["N1"] * shared["N2"] * sizes["BE"])
         own |= {"grad": grad, "grad_picture": grad.stride(0), "grad_row": grad.stride(1)}
-        _launch("scan_backward", self.batch * blocks, {**shared, **sizes, **own})
+        triton_launch.launch("scan_backward", self.batch * blocks, {**shared, **sizes, **own})
         order = ["dz", *(f"{name}{k}" for k in range(self.count) for name in names)]
         found = []
         for name, tensor, asked in zip(order, tensors, wanted, strict=True):
@@ -395,7 +358,7 @@ class _Problem:
 
 def _dense(like: Tensor | None) -> dict[str, Any]:
     assert like is not None
-    return {"dtype": _written(like.dtype), "memory_format": torch.contiguous_format}
+    return {"dtype": written(like.dtype), "memory_format": torch.contiguous_format}
 
 
 def _conv_arguments(
@@ -404,16 +367,16 @@ def _conv_arguments(
     """The arguments that both kernels of a convolution share, the programs, and those of one block of channels."""
     count = len(reverse)
     batch, length, channels = x.shape
-    sizes = {**CONV, "BE": min(CONV["BE"], _power_of_two(channels)), "BL": min(CONV["BL"], _power_of_two(length))}
-    x = _rows(x)
+    sizes = {**CONV, "BE": min(CONV["BE"], power_of_two(channels)), "BL": min(CONV["BL"], power_of_two(length))}
+    x = rows(x)
     shared: dict[str, Any] = {**sizes, "x": x, "x_picture": x.stride(0), "x_row": x.stride(1)}
     shared |= {"length": length, "channels": channels, "SILU": silu}
     for k in range(2):
         weight, bias = (parameters[k], parameters[count + k]) if k < count else (None, None)
-        weight = None if weight is None else _rows(weight)
+        weight = None if weight is None else rows(weight)
         shared[f"weight{k}"] = weight
         shared[f"weight{k}_row"] = 0 if weight is None else weight.stride(0)
-        shared[f"bias{k}"] = None if bias is None else _rows(bias)
+        shared[f"bias{k}"] = None if bias is None else rows(bias)
         shared[f"WAY{k}"] = -1 if k < count and reverse[k] else 1
     shared["W"] = shared["weight0"].shape[-1]
     shares = batch * -(-length // sizes["BL"])
@@ -425,7 +388,7 @@ def _conv_forward(
 ) -> None:
     shared, programs, _ = _conv_arguments(x, parameters, reverse, silu)
     own = {"out0": outs[0], "out1": outs[1] if len(outs) == 2 else None, "K": len(outs)}
-    _launch("conv_forward", programs, {**shared, **own})
+    triton_launch.launch("conv_forward", programs, {**shared, **own})
 
 
 def _conv_backward(
@@ -438,18 +401,18 @@ def _conv_backward(
 ) -> list[Tensor]:
     shared, programs, shares = _conv_arguments(x, parameters, reverse, silu)
     count, channels, width = len(reverse), x.shape[-1], shared["W"]
-    dx = x.new_empty(x.shape, dtype=_written(x.dtype)) if wanted[0] else None
+    dx = x.new_empty(x.shape, dtype=written(x.dtype)) if wanted[0] else None
     own: dict[str, Any] = {"dx": dx}
     for k in range(2):
         want_weight, want_bias = (wanted[1 + k], wanted[1 + count + k]) if k < count else (False, False)
-        grad = _rows(grads[k]) if k < count else None
+        grad = rows(grads[k]) if k < count else None
         own[f"grad{k}"] = grad
         own[f"grad{k}_picture"] = 0 if grad is None else grad.stride(0)
         own[f"grad{k}_row"] = 0 if grad is None else grad.stride(1)
         own[f"dweight{k}"] = x.new_empty(shares, width, channels, dtype=torch.float32) if want_weight else None
         own[f"dbias{k}"] = x.new_empty(shares, channels, dtype=torch.float32) if want_bias else None
         own[f"ASKED{k}"] = want_weight or want_bias or (k < count and wanted[0])
-    _launch("conv_backward", programs, {**shared, **own})
+    triton_launch.launch("conv_backward", programs, {**shared, **own})
     found = [] if dx is None else [dx.to(x.dtype)]
     for i, parameter in enumerate(parameters):
         if wanted[1 + i]:
