@@ -88,6 +88,7 @@ reference: $(STAMP) ## the reference results anew: demo suite, all methods, five
 	$(BIN)/svp-bench sweep $(SEARCHED) --methods $(METHODS) --results_root $(REFERENCE)/demo
 	$(BIN)/svp-bench sweep $(SEARCHED) --methods linear,full --model.checkpoint none --results_root $(REFERENCE)/demo-random
 	$(BIN)/python benchmarks/raw_pixels.py --output $(REFERENCE)/demo/raw_pixels.json
+	$(BIN)/python benchmarks/features.py --output $(REFERENCE)/demo/features.json
 	$(BIN)/python benchmarks/reference.py --folder $(REFERENCE)
 
 .PHONY: table

@@ -17,6 +17,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ FEATURES = {"pixels": pixels, "contrasts": contrasts}
 
 
 def table(pictures: Pictures, feature: Callable[[Table], Table]) -> Table:
-    """Return float64 (N, D): a feature of each picture."""
+    """Return float64 (N, D): a feature of each picture of a list."""
     loaded = (np.asarray(pictures.load(index), dtype=np.float64) for index in range(len(pictures)))
     return np.stack([feature(picture) for picture in loaded])
 
@@ -72,11 +73,11 @@ def accuracy(classifier: Pipeline, features: Table, labels: npt.NDArray[np.int64
     return 100.0 * float((classifier.predict(features) == labels).mean())
 
 
-def measure(source: Source, select: tuple[str, str], final: tuple[str, str], feature: str) -> dict[str, Any]:
+def measure(
+    source: Source, select: tuple[str, str], final: tuple[str, str], features: Callable[[Pictures], Table]
+) -> dict[str, Any]:
     """Choose C on the first stage, report the second."""
-    known = {
-        name: (table(source.lists[name], FEATURES[feature]), source.lists[name].labels) for name in {*select, *final}
-    }
+    known = {name: (features(source.lists[name]), source.lists[name].labels) for name in {*select, *final}}
     (train, val), (refit, test) = ([known[name] for name in names] for names in (select, final))
     on_val = {strength: accuracy(fitted(*train, strength), *val) for strength in STRENGTHS}
     chosen = max(STRENGTHS, key=lambda strength: (on_val[strength], -abs(math.log10(strength))))
@@ -100,7 +101,10 @@ def main() -> None:
         source = open_source(load_task(name))
         select, final = stages["select"], stages["final"]
         lists = (select["train"], select["val"]), (final["train"], final["test"])
-        tasks[name] = {"data_digest": source.digest, **{one: measure(source, *lists, one) for one in FEATURES}}
+        tasks[name] = {
+            "data_digest": source.digest,
+            **{one: measure(source, *lists, partial(table, feature=of)) for one, of in FEATURES.items()},
+        }
         shown = ", ".join(f"{one} {tasks[name][one]['top1']:.2f} % (C {tasks[name][one]['C']})" for one in FEATURES)
         print(f"{name}: {shown}", flush=True)
     result = {"what": "logistic regression without a network", "scikit_learn": sklearn.__version__, "tasks": tasks}

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from svp_bench.atomic import replacing
 from svp_bench.cards import SuiteCard, load_suite
@@ -86,9 +86,10 @@ class Reference:
         self.tasks = list(self.suite.tasks)
         self.embedded = section(self.suite, self.roots[0])
         self.random = section(self.suite, self.roots[1])
-        self.floors: dict[str, Any] = json.loads((self.roots[0] / "raw_pixels.json").read_text(encoding="utf-8"))[
-            "tasks"
-        ]
+        self.floors, self.features = (
+            json.loads((self.roots[0] / name).read_text(encoding="utf-8"))["tasks"]
+            for name in ("raw_pixels.json", "features.json")
+        )
 
     def row(self, method: str, part: Section | None = None) -> Row:
         """Return the row of a method."""
@@ -170,6 +171,36 @@ class Reference:
         ]
         return markdown(head, rows)
 
+    def probes(self) -> str:
+        """Logistic regressions that have converged: on pixels, contrasts, features of both kinds of weights."""
+        rows = []
+        for task in self.tasks:
+            floors, probed = self.floors[task], self.features[task]
+            if floors["data_digest"] != probed["data_digest"]:
+                raise SystemExit(f"{task}: the floors and the features are of other data")
+            plain = [floors[name]["top1"] for name in FLOORS]
+            chances = [one["top1"] for one in probed["random"]]
+            ours, chance = probed["embedded"]["top1"], statistics.mean(chances)
+            rows.append(
+                [
+                    task.split("/")[1],
+                    *(f"{one:.1f}" for one in plain),
+                    f"{chance:.1f} ± {statistics.stdev(chances):.1f}",
+                    f"{ours:.1f}",
+                    f"{-100 * (ours - chance) / (100 - chance):+.0f} %",
+                    f"{ours - max(plain):+.1f}",
+                ]
+            )
+        head = [
+            "",
+            *FLOORS,
+            "random features",
+            "embedded features",
+            "its error",
+            "embedded − the better of the first two",
+        ]
+        return markdown(head, rows)
+
     def chosen(self) -> str:
         """Return the settings that the searches chose, and how often by a tie or at an edge of the grid."""
         rows = []
@@ -212,6 +243,7 @@ def blocks(folder: Path = FOLDER) -> dict[Path, dict[str, str]]:
             "reference table": reference.main_table(),
             "minus linear": reference.against_linear(),
             "transfer": reference.transfer(),
+            "probes": reference.probes(),
             "chosen": reference.chosen(),
             "made by": reference.device(),
         },

@@ -8,13 +8,14 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from helpers import run
 
-from svp_bench.cards import load_suite, load_task
+from svp_bench.cards import load_protocol, load_suite, load_task
 from svp_bench.data.sources import open_source
 from svp_bench.methods import list_methods
 from svp_bench.results.files import read_record, read_records
@@ -80,9 +81,24 @@ def test_the_floors_are_of_these_data_and_come_out_again() -> None:
         name: load_task(name).digest for name in load_suite("demo").tasks
     }
     script = load("raw_pixels")
-    again = script.measure(open_source(load_task(SMALL)), ("train", "val"), ("trainval", "test"), "contrasts")
+    lists = ("train", "val"), ("trainval", "test")
+    contrasts = partial(script.table, feature=script.contrasts)
+    again = script.measure(open_source(load_task(SMALL)), *lists, contrasts)
     assert again["C"] == tasks[SMALL]["contrasts"]["C"]
     assert again["top1"] == pytest.approx(tasks[SMALL]["contrasts"]["top1"], abs=0.3)  # two pictures, elsewhere
+
+
+def test_the_probes_are_of_these_data_and_come_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tasks = json.loads((REFERENCE / "demo" / "features.json").read_text(encoding="utf-8"))["tasks"]
+    assert {name: task["data_digest"] for name, task in tasks.items()} == {
+        name: load_task(name).digest for name in load_suite("demo").tasks
+    }
+    script = load("features")
+    protocol = load_protocol(load_suite("demo").protocol)
+    probe = partial(script.features, model=script.network("embedded", 0), protocol=protocol)
+    again = script.measure(open_source(load_task(SMALL)), ("train", "val"), ("trainval", "test"), probe)
+    assert again["top1"] == pytest.approx(tasks[SMALL]["embedded"]["top1"], abs=0.5)
 
 
 def test_a_record_drawn_at_random_gives_its_number_again(tmp_path: Path) -> None:

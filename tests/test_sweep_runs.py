@@ -154,6 +154,18 @@ def test_the_track_keeps_searched_rows_apart(undisturbed: Path, monkeypatch: pyt
     assert "K = 2" in table
 
 
+def test_runs_of_other_weights_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sweeps with other weights share a runs folder: their settings are the same, their runs are not."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--tasks", "demo/digits-5shot", "--methods", "linear", "--seeds", "0", "--no_report", "--workers", "1"]
+    common += ["--model.backbone", "vim_nano_patch8_64", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    for weights in ("embedded", "none"):
+        done = command("sweep", *common, "--model.checkpoint", weights, "--results_root", weights)
+        assert done.status == 0, done.out + done.err
+        (record,) = read_records(Path(weights))[0]
+        assert (record.status, record.checkpoint) == ("complete", weights)
+
+
 def test_a_failure_is_listed_and_run_again_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     flags = [flag if flag != "1" else "2" for flag in FLAGS]

@@ -237,10 +237,15 @@ class Runner:
                 return there
             folder = resolved.runs_root / resolved.task
             records = resolved.results_root / "records" / resolved.task
-            digest = resolved.setting_digest
-            unfinished = find_run(
-                folder, records, resolved.seed, lambda config: setting_digest(config, resolved.tuned) == digest
-            )
+            digest, weights = resolved.setting_digest, resolved.config["model"]["checkpoint"]
+
+            def same(config: Mapping[str, Any]) -> bool:  # another sweep over these runs may have had other weights
+                return (
+                    config.get("model", {}).get("checkpoint") == weights
+                    and setting_digest(config, resolved.tuned) == digest
+                )
+
+            unfinished = find_run(folder, records, resolved.seed, same)
             # a finished one of the same setting is of other data or weights (else `look` had found it)
             resume = ["--resume"] if unfinished is not None and not unfinished.finished else []
             problem: Exception | None = None

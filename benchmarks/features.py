@@ -1,0 +1,83 @@
+"""The same logistic regression as raw_pixels.py, on what the network makes of a picture: with and without pre-training.
+
+A probe of frozen features that has converged, beside raw pixels that have: it asks what the features hold, where the
+suite's `linear`, trained by AdamW for as many epochs as every method, asks what the common recipe finds in them.
+Random weights are drawn once for each seed; the embedded ones are what they are.
+
+    python benchmarks/features.py --suite demo --output results/reference/demo/features.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sklearn
+import torch
+from raw_pixels import Table, measure
+
+from svp_bench.atomic import replacing
+from svp_bench.cards import ProtocolCard, load_protocol, load_suite, load_task
+from svp_bench.data.sources import Pictures, open_source
+from svp_bench.data.transforms import View
+from svp_bench.methods.build import create_model
+
+BACKBONE, SIDE = "vim_nano_patch8_64", 64
+SEEDS = range(5)  # of random weights
+BATCH = 64
+
+
+def network(checkpoint: str, seed: int) -> Any:
+    """Return the backbone, ready to be read."""
+    torch.manual_seed(seed)
+    return create_model(BACKBONE, num_classes=2, method="linear", checkpoint=checkpoint).eval()
+
+
+def features(pictures: Pictures, model: Any, protocol: ProtocolCard) -> Table:
+    """Return float64 (N, D): the normed class token of each picture of a list."""
+    view = View(SIDE, resize=protocol.resize, interpolation=protocol.interpolation)
+    mean, std = (torch.tensor(model.default_cfg[name]).view(1, 3, 1, 1) * 255 for name in ("mean", "std"))
+    parts = []
+    for start in range(0, len(pictures), BATCH):
+        seen = [view(pictures.load(i)) for i in range(start, min(start + BATCH, len(pictures)))]
+        with torch.inference_mode():
+            parts.append(model.forward_features((torch.from_numpy(np.stack(seen)).float() - mean) / std).double())
+    return torch.cat(parts).numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Logistic regression on frozen features, for every task of a suite.")
+    parser.add_argument("--suite", default="demo")
+    parser.add_argument("--output", type=Path, help="JSON")
+    arguments = parser.parse_args()
+    suite = load_suite(arguments.suite)
+    protocol = load_protocol(suite.protocol)
+    select, final = protocol.stages["select"], protocol.stages["final"]
+    tasks = {}
+    for name in suite.tasks:
+        source = open_source(load_task(name))
+        lists = (select["train"], select["val"]), (final["train"], final["test"])
+        found = {
+            checkpoint: [
+                measure(source, *lists, partial(features, model=network(checkpoint, seed), protocol=protocol))
+                for seed in seeds
+            ]
+            for checkpoint, seeds in (("embedded", [0]), ("none", SEEDS))
+        }
+        tasks[name] = {"data_digest": source.digest, "embedded": found["embedded"][0], "random": found["none"]}
+        chances = [one["top1"] for one in found["none"]]
+        print(f"{name}: embedded {tasks[name]['embedded']['top1']:.2f} %, random {np.mean(chances):.2f} %", flush=True)
+    result = {"what": "logistic regression on frozen features", "backbone": BACKBONE, "tasks": tasks}
+    result |= {"scikit_learn": sklearn.__version__, "torch": str(torch.__version__)}
+    if arguments.output:
+        with replacing(arguments.output) as file:
+            file.write((json.dumps(result, indent=2) + "\n").encode())
+        print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
