@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from drawn_records import make_record
 
-from svp_bench.results import audit
+from svp_bench.cards import load_suite
+from svp_bench.results import audit, recipes
 from svp_bench.results.files import write_record
+from svp_bench.results.tables import load_table
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,23 @@ def test_the_tasks_config_may_set_the_epochs(
     text = audit.render(audit.audit([path], tmp_path))
     (line,) = [line for line in text.splitlines() if " budget " in line]
     assert line.split()[0] == expected, text
+
+
+def test_epochs_of_the_tasks_own_config_split_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task has 500 epochs of its own, the others the protocol's 100: one row. 100 for that task is another one."""
+    monkeypatch.setattr(
+        recipes, "shipped_layer", lambda name: {"trainer.max_epochs": 500} if name == "vtab/dtd.yaml" else {}
+    )
+    own = make_record("vtab/dtd", changes={"trainer.max_epochs": 500}, epochs=500)
+    usual, short = make_record("vtab/caltech101"), make_record("vtab/dtd", seed=1)
+    assert own.setting_digest != usual.setting_digest
+    suite = load_suite("vtab")
+    (section,) = load_table(suite, [own, usual], []).sections
+    (row,) = section.rows
+    assert (row.label, sorted(row.cells)) == (usual.method, ["vtab/caltech101", "vtab/dtd"])
+    (section,) = load_table(suite, [own, usual, short], []).sections
+    labels = sorted(row.label for row in section.rows)
+    assert labels == [
+        f"{usual.method} (max_epochs=100)",
+        f"{usual.method} (max_epochs=100, not the task's 500)",
+    ]

@@ -527,8 +527,9 @@ def test_card_versions_and_shared_pictures_are_said() -> None:
 
 def test_a_small_suite_fits_the_terminal_task_by_task() -> None:
     demo = dataclasses.replace(load_suite("demo"), groups={"natural": ["digits", "digits-10shot", "digits-5shot"]})
+    epochs = {"trainer.max_epochs": 7}  # for all of them, though some have epochs of their own
     records = [
-        make_record(task, method, seed, 55 + seed, 100, checkpoint="none", checkpoint_digest=None)
+        make_record(task, method, seed, 55 + seed, 100, checkpoint="none", checkpoint_digest=None, changes=epochs)
         for task in demo.tasks
         for method in ("svp", "vpt_shallow", "vpt_deep", "linear", "full")
         for seed in (0, 1, 2)

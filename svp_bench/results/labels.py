@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from svp_bench.results.digests import setting_config
+from svp_bench.results.recipes import row_setting
 from svp_bench.results.record import Record
 
 __all__ = ["row_labels", "short_value"]
@@ -21,11 +21,7 @@ def row_labels(rows: Mapping[tuple[str, str], Record]) -> dict[tuple[str, str], 
     """
     labels: dict[tuple[str, str], str] = {}
     for method in {method for method, _ in rows}:
-        settings = {
-            key: dict(_flat(setting_config(record.config, record.tuned)))
-            for key, record in rows.items()
-            if key[0] == method
-        }
+        settings = {key: dict(_flat(row_setting(record))) for key, record in rows.items() if key[0] == method}
         names = {name for setting in settings.values() for name in setting}
         differing = sorted(name for name in names if _differs(name, list(settings.values())))
         shown = _short_names(differing)

@@ -12,18 +12,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from svp_bench.cards import ProtocolCard
+from svp_bench.cards import ProtocolCard, load_protocol
 from svp_bench.errors import SvpBenchError
 from svp_bench.plain_yaml import read_yaml
 from svp_bench.resources import configs_dir
-from svp_bench.results.digests import flat
+from svp_bench.results.digests import canonical_digest, flat, setting_config
 from svp_bench.results.record import Record
 
-__all__ = ["departure_texts", "departures", "other", "recipe", "shipped_layer"]
+__all__ = ["departure_texts", "departures", "other", "recipe", "row_digest", "row_setting", "shipped_layer"]
 
+_EPOCHS = "trainer.max_epochs"
 _SPARED = frozenset(
     {
-        "trainer.max_epochs",  # the budget: an audit has a line of its own for it
+        _EPOCHS,  # the budget: an audit has a line of its own for it
         "model.method.class_path",
         "data.task",
         "model.backbone",
@@ -50,7 +51,7 @@ def departures(
     layers.update(shipped_layer(f"{record.task}.yaml"))
     layers.update(recipe(record.method))
     ours, allowed = dict(flat(record.config)), set(searched)
-    spared = _SPARED - {"trainer.max_epochs"} if epochs else _SPARED
+    spared = _SPARED - {_EPOCHS} if epochs else _SPARED
     return {
         key: (ours[key], value)
         for key, value in sorted(layers.items())
@@ -76,6 +77,39 @@ def shipped_layer(name: str) -> dict[str, Any]:
 @cache
 def _leaves(path: Path) -> dict[str, Any]:
     return dict(flat(read_yaml(path, error=SvpBenchError).value)) if path.is_file() else {}
+
+
+def row_setting(record: Record) -> dict[str, Any]:
+    """Return what a table row has in common: `setting_config`, but the epochs that the config of a task sets for it.
+
+    A short list may have more epochs than its protocol's others. They are the task's own, as its lists are, and count
+    here as the protocol's epochs; a run of such a task with the protocol's number is of another row.
+    """
+    setting = setting_config(record.config, record.tuned)
+    own, used = shipped_layer(f"{record.task}.yaml").get(_EPOCHS), record.config.get("trainer", {}).get("max_epochs")
+    usual = _epochs(record.protocol)
+    if own is None or usual is None or "max_epochs" not in setting.get("trainer", {}) or not other(own, usual):
+        return setting
+    if not other(used, own):
+        epochs = usual
+    elif not other(used, usual):
+        epochs = f"{used}, not the task's {own}"
+    else:
+        return setting
+    return {**setting, "trainer": {**setting["trainer"], "max_epochs": epochs}}
+
+
+def row_digest(record: Record) -> str:
+    """Return "sha256:..." of `row_setting`: for tasks without epochs of their own it is the record's setting digest."""
+    return canonical_digest(row_setting(record))
+
+
+@cache
+def _epochs(protocol: str) -> Any:
+    try:
+        return dict(flat(load_protocol(protocol).training)).get(_EPOCHS)
+    except SvpBenchError:  # a protocol of another time
+        return None
 
 
 def other(one: Any, two: Any) -> bool:

@@ -6,7 +6,7 @@ written aside, fsynced and renamed. Nothing changes afterwards, except that an u
 
 A *cell* is task, protocol, backbone, checkpoint digest, data variant, data digest, method and `config_digest`; its
 seeds are averaged. A table *row* is protocol, backbone, checkpoint digest, method and `setting_digest`: the config
-without the task and what a tuned table set for it.
+without the task and what a tuned table set for it; epochs that the task's own shipped config sets are the task's too.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from svp_bench.results.comparison import sources_of
 from svp_bench.results.digests import plain
 from svp_bench.results.files import Problem, read_json, write_atomically
 from svp_bench.results.labels import row_labels
+from svp_bench.results.recipes import row_digest
 from svp_bench.results.record import Record
 from svp_bench.results.rows import CARD, DRAWN, track_of
 from svp_bench.results.stats import Estimate, Tax, mean_over_new_tasks, tax
@@ -390,7 +391,7 @@ def _counting(suite: SuiteCard, replications: Iterable[Replication]) -> tuple[li
         elif run.task_version != load_task(run.task).version:
             leave(one, f"run on version {run.task_version} of the task card, now {load_task(run.task).version}")
         else:
-            key = (*_section_key(run), run.method, run.setting_digest, *_cell_key(run), run.seed)
+            key = (*_section_key(run), run.method, row_digest(run), *_cell_key(run), run.seed)
             if key in newest:
                 leave(newest[key], f"superseded by {run.run_id}, a newer run of the same cell and seed")
             newest[key] = one
@@ -414,7 +415,7 @@ def _sections(suite: SuiteCard, replications: Iterable[Replication]) -> list[_Se
     for _, members in sorted(by_section.items(), key=lambda item: (item[0][3] == "", item[0])):
         by_row: dict[tuple[str, str], list[Replication]] = defaultdict(list)
         for one in members:
-            by_row[one.run.method, one.run.setting_digest].append(one)
+            by_row[one.run.method, row_digest(one.run)].append(one)
         labels = row_labels({key: rows[0].run for key, rows in by_row.items()})
         rows = [_row(suite, labels[key], by_row[key]) for key in sorted(by_row, key=lambda key: (labels[key], key))]
         sections.append(_Section(members[0].run, rows))

@@ -186,7 +186,7 @@ class Row:
     Attributes:
         method: Registered name.
         label: The name, with what tells its settings apart if there are several.
-        setting_digest: See `record.setting_digest`.
+        setting_digest: `row_digest` of its records.
         cells: Task → the cell that is shown; a hole has no entry.
         apart: Further cells, on other data (or with other tuned values) of tasks that have a cell; they stand in the
             long CSV and in a line each below the table.

@@ -22,7 +22,7 @@ from svp_bench.results.comparison import compare_rows, rank_rows, row_intervals
 from svp_bench.results.files import Problem, read_records, write_atomically
 from svp_bench.results.labels import row_labels
 from svp_bench.results.published import PublishedRow, load_published
-from svp_bench.results.recipes import departure_texts, departures, recipe
+from svp_bench.results.recipes import departure_texts, departures, recipe, row_digest
 from svp_bench.results.record import Record
 from svp_bench.results.render_csv import long_csv, wide_csv
 from svp_bench.results.render_latex import render_latex
@@ -155,7 +155,7 @@ def _row_key(record: Record) -> tuple[Any, ...]:
         record.checkpoint_digest,
         track_of(record),
         record.method,
-        record.setting_digest,
+        row_digest(record),
     )
 
 
@@ -176,10 +176,10 @@ def _section(
     protocol = rules.get((first.protocol, first.protocol_version))
     by_row: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
-        by_row[record.method, record.setting_digest].append(record)
+        by_row[record.method, row_digest(record)].append(record)
     labels = row_labels({key: members[0] for key, members in by_row.items()})
     rows = [
-        _row(suite, method, labels[method, digest], by_row[method, digest], level, protocol)
+        _row(suite, (method, digest), labels[method, digest], by_row[method, digest], level, protocol)
         for method, digest in sorted(by_row)
     ]
     return Section(
@@ -198,8 +198,14 @@ def _section(
 
 
 def _row(
-    suite: SuiteCard, method: str, label: str, records: list[Record], level: float, protocol: ProtocolCard | None
+    suite: SuiteCard,
+    key: tuple[str, str],
+    label: str,
+    records: list[Record],
+    level: float,
+    protocol: ProtocolCard | None,
 ) -> Row:
+    method, digest = key
     by_cell: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in records:
         by_cell[(record.task, *_cell_key(record))].append(record)
@@ -226,7 +232,7 @@ def _row(
     return Row(
         method=method,
         label=label,
-        setting_digest=records[0].setting_digest,
+        setting_digest=digest,
         cells=cells,
         apart=tuple(apart),
         groups=groups,
