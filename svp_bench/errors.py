@@ -15,6 +15,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "NonFiniteLossError",
+    "OutOfMemoryError",
     "RecordError",
     "SvpBenchError",
     "UnavailableError",
@@ -62,6 +63,10 @@ class UnavailableError(SvpBenchError):
 
 class NonFiniteLossError(SvpBenchError):
     """The training loss became NaN or infinite."""
+
+
+class OutOfMemoryError(SvpBenchError):
+    """A step needs more memory than the device has left; says what would fit."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -391,11 +391,34 @@ class VisionDataModule(LightningDataModule):
             return 1, 0, 1
         return trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
 
-    def _check_batch_size(self, count: int) -> None:
+    def pictures_at_once(self, role: str, batch_size: int | None = None, accumulate: int | None = None) -> int:
+        """Return how many pictures one process gets at a time, at most; after `setup`.
+
+        Args:
+            role: "train", "val" or "test".
+            batch_size: As of `data.batch_size`, or for val and test of `data.eval_batch_size`; what is set by default.
+            accumulate: Batches that are accumulated for a step of training; as many as the Trainer does by default.
+
+        Raises:
+            ConfigError: If a batch of training cannot be shared out so.
+        """
+        count = len(self._pictures(role))
+        world_size, _, accumulated = self._processes()
+        if role != "train":
+            in_one_step = math.ceil((batch_size or self.eval_batch_size) / world_size) * world_size
+            return math.ceil(count / (math.ceil(count / in_one_step) * world_size))  # as EvalBatchSampler cuts the list
+        batch_size, accumulate = batch_size or self.batch_size, accumulate or accumulated
+        self._check_batch_size(count, batch_size, accumulate)
+        unit = 2 if self.mixing else 1  # mixed pictures stay in pairs
+        units = math.ceil(min(batch_size, count) / unit)
+        return min(unit * math.ceil(math.ceil(units / accumulate) / world_size), batch_size, count)
+
+    def _check_batch_size(self, count: int, batch_size: int | None = None, accumulate: int | None = None) -> None:
         """Refuse a batch size that cannot be shared out so that every process has pictures in every step."""
-        world_size, _, accumulate = self._processes()
+        world_size, _, accumulated = self._processes()
+        batch_size, accumulate = batch_size or self.batch_size, accumulate or accumulated
         parts = world_size * accumulate
-        given = f"--data.batch_size {self.batch_size}"
+        given = f"--data.batch_size {batch_size}"
         shared = f"{world_size} processes x {accumulate} accumulated batches = {parts} parts"
         least = parts  # pictures that a batch needs
         if self.mixing and parts > 1:
@@ -406,18 +429,14 @@ class VisionDataModule(LightningDataModule):
                 f"{self.lists['train']} has {count} pictures, fewer than {shared}; use fewer devices "
                 f"or a smaller --trainer.accumulate_grad_batches"
             )
-        fit = [
-            size
-            for size in range(parts, max(count, self.batch_size) + parts, parts)
-            if self._last(count, size) >= least
-        ]
-        near = sorted(sorted(fit, key=lambda size: (abs(size - self.batch_size), size))[:2])
+        fit = [size for size in range(parts, max(count, batch_size) + parts, parts) if self._last(count, size) >= least]
+        near = sorted(sorted(fit, key=lambda size: (abs(size - batch_size), size))[:2])
         allowed = " or ".join(map(str, near))
-        if self.batch_size % parts:
+        if batch_size % parts:
             raise ConfigError(f"{given} cannot be divided by {shared}; {allowed} would fit")
-        if self._last(count, self.batch_size) < least:
+        if self._last(count, batch_size) < least:
             raise ConfigError(
-                f"{given} leaves a last batch of {self._last(count, self.batch_size)} of the {count} pictures, "
+                f"{given} leaves a last batch of {self._last(count, batch_size)} of the {count} pictures, "
                 f"fewer than {shared}; {allowed} would fit, or leave it out with --data.drop_last true"
             )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from torch.optim import Optimizer
 
 __all__ = ["Meter", "peak_memory_mib"]
@@ -21,6 +22,8 @@ class Meter(Callback):
         images: Training pictures seen, all processes together.
         epochs: Completed training epochs.
         validated_at: Optimizer steps that were done when val was last scored, or None.
+        failed_in: What the trainer was doing when an exception ended it, or None.
+        peak_mib: The peak memory, where it was read before something else was measured, or None.
     """
 
     def __init__(self) -> None:
@@ -28,6 +31,8 @@ class Meter(Callback):
         self.images = 0
         self.epochs = 0
         self.validated_at: int | None = None
+        self.failed_in: RunningStage | None = None
+        self.peak_mib: float | None = None
         self._started: dict[str, float] = {}
         self._epoch = (0.0, 0)  # when it began, and the pictures seen by then
 
@@ -108,6 +113,10 @@ class Meter(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._stop("test_seconds")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Note where it came: the trainer forgets."""
+        self.failed_in = trainer.state.stage
 
     def _start(self, phase: str) -> None:
         self._started[phase] = time.perf_counter()

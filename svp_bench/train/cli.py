@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import Namespace
@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from svp_bench.config import Flags
@@ -34,9 +35,11 @@ from svp_bench.results.files import (
     write_record,
 )
 from svp_bench.results.record import Record, new_run_id
-from svp_bench.train.callbacks import Meter
+from svp_bench.train.callbacks import Meter, peak_memory_mib
+from svp_bench.train.memory import Shortage, gauge_of, is_out_of_memory
 from svp_bench.train.metrics import describe
 from svp_bench.train.module import AdaptationModule
+from svp_bench.train.out_of_memory import Failed, explain
 from svp_bench.train.parsing import ConfigCLI, make_importable, one_line
 from svp_bench.train.provenance import commit_and_dirty
 from svp_bench.train.quiet import quiet
@@ -57,6 +60,8 @@ from svp_bench.train.resume import (
 from svp_bench.train.saved import About, Saved
 
 __all__ = ["BenchCLI", "refuse_unwritable", "run"]
+
+T = TypeVar("T")
 
 
 def run(
@@ -244,17 +249,7 @@ class BenchCLI(ConfigCLI):
         status, reason = "failed", None
         tested = preempted = False
         try:
-            self.trainer.fit(model, datamodule=datamodule, **kwargs)
-            status, reason = self.recorder.outcome()
-            if datamodule.stage == "select" and status == "complete" and model.validated is None:
-                self.trainer.validate(model, datamodule=datamodule, verbose=False)  # resumed after the last epoch
-            if datamodule.stage == "final" and status == "complete":
-                if self.config[self.verb].no_test:
-                    status, reason = "unscored", "--no_test"
-                else:
-                    datamodule.unlock_test()
-                    self.trainer.test(model, datamodule=datamodule, verbose=False)
-                    tested = True
+            status, reason, tested = self.within_memory(lambda: self._train_and_test(model, datamodule, kwargs))
         except Preempted:
             preempted = True
             raise
@@ -273,6 +268,61 @@ class BenchCLI(ConfigCLI):
             if not preempted:
                 INTERRUPTS.waits = True  # the end is near: no signal cuts the record in two
                 self._finish(status, reason, tested)
+
+    def _train_and_test(
+        self, model: AdaptationModule, datamodule: VisionDataModule, kwargs: dict[str, Any]
+    ) -> tuple[str, str | None, bool]:
+        """Train, and test what is to be tested; return status, its reason, and whether it was tested."""
+        self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        status, reason = self.recorder.outcome()
+        if status != "complete":
+            return status, reason, False
+        if datamodule.stage == "select" and model.validated is None:
+            self.trainer.validate(model, datamodule=datamodule, verbose=False)  # resumed after the last epoch
+        if datamodule.stage != "final":
+            return status, reason, False
+        if self.config[self.verb].no_test:
+            return "unscored", "--no_test", False
+        datamodule.unlock_test()
+        self.trainer.test(model, datamodule=datamodule, verbose=False)
+        return status, reason, True
+
+    def within_memory(self, work: Callable[[], T]) -> T:
+        """Do what the trainer does; where memory does not suffice, measure what would fit, and say it.
+
+        Raises:
+            OutOfMemoryError: If it does not suffice.
+        """
+        device = self.trainer.strategy.root_device
+        gauge = gauge_of(device)
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = Shortage.told_by(error)
+        # out of the clause, which keeps what it has caught, and so what the step had made
+        INTERRUPTS.waits = INTERRUPTS.waits or self.verb == "fit"  # the end is near, as for any failure
+        self.meter.peak_mib = peak_memory_mib(device)  # of the run, not of what is measured now
+        stage, data = self.meter.failed_in, self.datamodule
+        evaluates = {RunningStage.VALIDATING: "val", RunningStage.SANITY_CHECKING: "val", RunningStage.TESTING: "test"}
+        role = evaluates.get(stage, "train") if stage else "train"
+        trains = self.verb == "fit" and role != "test"
+        scores = None if self.config[self.verb].get("no_test") or not trains else "test"
+        failed = Failed(
+            role=role,
+            trains=trains,
+            scores="val" if "val" in data.lists else scores,
+            method=self.settings.method,
+            model=self.model,
+            data=data,
+            trainer=self.trainer,
+            gauge=gauge,
+            resumes=self.verb == "fit" and self.goes_on and (self.run_dir / CHECKPOINT).is_file(),
+        )
+        if failed.measures(shortage):
+            print("Out of memory: measuring what would fit", flush=True)
+        raise explain(failed, shortage)
 
     def _need_same_data(self, saved: Saved) -> None:
         """Refuse to go on with other pictures than those that the run began with."""
@@ -302,7 +352,7 @@ class BenchCLI(ConfigCLI):
     def validate(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
         """Validate a checkpoint on val (stage select)."""
         self._need_checkpoint(kwargs)
-        self.trainer.validate(model, datamodule=datamodule, **kwargs)
+        self.within_memory(lambda: self.trainer.validate(model, datamodule=datamodule, **kwargs))
 
     def test(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
         """Test the final weights of a run made with `--no_test`, and complete its record.
@@ -326,7 +376,8 @@ class BenchCLI(ConfigCLI):
         datamodule.setup("test")
         self._need_same_run(old, where)
         datamodule.unlock_test()
-        self.trainer.test(model, datamodule=datamodule, **{**kwargs, "verbose": False})
+        given = {**kwargs, "verbose": False}
+        self.within_memory(lambda: self.trainer.test(model, datamodule=datamodule, **given))
         self._complete(old, where)
 
     @rank_zero_only

@@ -19,12 +19,13 @@ from svp_bench.errors import CheckpointError, ConfigError, DataError, RecordErro
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
 from svp_bench.results.files import write_atomically
+from svp_bench.train.memory import HostGauge, Shortage, is_out_of_memory
 from svp_bench.train.module import AdaptationModule
+from svp_bench.train.out_of_memory import explain_prediction
 from svp_bench.train.saved import SAVED_KEY, About, Saved, wrong_part
 
 __all__ = ["load_run", "run_predict"]
 
-_BATCH = 32
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
@@ -94,7 +95,9 @@ def find_pictures(places: Sequence[str]) -> list[Path]:
     return found
 
 
-def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint: str | None, top: int) -> int:
+def run_predict(
+    ckpt: str, places: Sequence[str], output: str | None, checkpoint: str | None, top: int, batch_size: int = 32
+) -> int:
     """Write one CSV row a picture: path, then class, name and probability of the `top` best classes.
 
     The classes are called as in the run; where nobody knows their names, "class 0", "class 1" …
@@ -105,6 +108,7 @@ def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint
         output: CSV file; standard output if None.
         checkpoint: Where the backbone's weights are now, if not where the run had them.
         top: How many classes a row names.
+        batch_size: Pictures at a time.
 
     Returns:
         The exit status.
@@ -112,6 +116,8 @@ def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint
     Raises:
         SvpBenchError: For everything that a user can mend.
     """
+    if batch_size < 1:
+        raise UsageError(f"--batch_size is at least 1, not {batch_size}")
     pictures = find_pictures(places)
     module, about = load_run(ckpt, checkpoint)
     names = about.class_names or displayed_class_names(load_task(about.task))  # older checkpoints do not say
@@ -126,11 +132,20 @@ def run_predict(ckpt: str, places: Sequence[str], output: str | None, checkpoint
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", *(f"{column}{rank}" for rank in range(1, top + 1) for column in ("class", "name", "p"))])
-    for start in range(0, len(pictures), _BATCH):
-        part = pictures[start : start + _BATCH]
-        images = torch.from_numpy(np.stack([_read(path, view) for path in part]))
-        with torch.inference_mode():
-            best = module(images).softmax(dim=-1).topk(top)
+    gauge = HostGauge()
+    for start in range(0, len(pictures), batch_size):
+        part = pictures[start : start + batch_size]
+        shortage: Shortage | None = None
+        try:
+            images = torch.from_numpy(np.stack([_read(path, view) for path in part]))
+            with torch.inference_mode():
+                best = module(images).softmax(dim=-1).topk(top)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = Shortage.told_by(error)
+        if shortage is not None:  # out of the clause, which keeps what it has caught
+            raise explain_prediction(module, gauge, len(part), "--batch_size", shortage)
         for path, values, classes in zip(part, best.values.tolist(), best.indices.tolist(), strict=True):
             row = zip(classes, values, strict=True)
             writer.writerow([path, *_cells(row, names)])

@@ -141,6 +141,7 @@ class Recorder:
         looked = data._report is not None
         choice = self.scan_choice()
         saved = self.run_dir / CHECKPOINT
+        peak = self.meter.peak_mib
         source = str(model.checkpoint)
         return Record(
             schema=1,
@@ -185,6 +186,6 @@ class Recorder:
             times={name: round(value, 3) for name, value in self.meter.seconds.items()},
             epochs=self.meter.epochs,
             images_per_second=self.meter.images_per_second,
-            peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device),
+            peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device) if peak is None else peak,
             checkpoint_file=saved.relative_to(resolved.runs_root).as_posix() if saved.is_file() else None,
         )

@@ -135,7 +135,7 @@ class _ReplicationCLI(BenchCLI):
             self._announce()
             self._warn()
             self._save_config()
-            self.trainer.fit(model, datamodule=datamodule)
+            self.within_memory(lambda: self.trainer.fit(model, datamodule=datamodule))
             self._write()
 
     @rank_zero_only
