@@ -84,7 +84,7 @@ REFERENCE ?= results/reference-anew
 METHODS := svp,vpt_deep,vpt_shallow,linear,full,lora,adapter,offset,bias
 SEARCHED := --suite demo --seeds 0,1,2,3,4 --search configs/search/demo.yaml --workers $(WORKERS) --threads 1 --no_report
 .PHONY: reference
-reference: $(STAMP) ## the reference results anew: demo suite, all methods, five seeds (two hours on two cores; goes on if stopped)
+reference: $(STAMP) ## the reference results anew: demo suite, all methods, five seeds (three to four hours on two cores; goes on if stopped)
 	$(BIN)/svp-bench sweep $(SEARCHED) --methods $(METHODS) --results_root $(REFERENCE)/demo
 	$(BIN)/svp-bench sweep $(SEARCHED) --methods linear,full --model.checkpoint none --results_root $(REFERENCE)/demo-random
 	$(BIN)/python benchmarks/raw_pixels.py --output $(REFERENCE)/demo/raw_pixels.json

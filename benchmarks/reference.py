@@ -1,6 +1,6 @@
 """Write the tables of the reference results into README.md and results/reference/README.md, from the committed records.
 
-    make reference                                # runs everything anew (two hours on two cores), then prints this
+    make reference                                # runs everything anew (3 to 4 hours on two cores), then prints this
     python benchmarks/reference.py                # print the tables of the committed records
     python benchmarks/reference.py --write        # put them between their marks in both files
 
@@ -196,7 +196,7 @@ class Reference:
             *FLOORS,
             "random features",
             "embedded features",
-            "its error",
+            "error, random → embedded",
             "embedded − the better of the first two",
         ]
         return markdown(head, rows)

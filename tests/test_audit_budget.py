@@ -43,6 +43,6 @@ def test_epochs_of_the_tasks_own_config_split_no_row(tmp_path: Path, monkeypatch
     (section,) = load_table(suite, [own, usual, short], []).sections
     labels = sorted(row.label for row in section.rows)
     assert labels == [
+        f"{usual.method} (max_epochs=100 for each task)",
         f"{usual.method} (max_epochs=100)",
-        f"{usual.method} (max_epochs=100, not the task's 500)",
     ]

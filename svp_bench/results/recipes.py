@@ -83,7 +83,8 @@ def row_setting(record: Record) -> dict[str, Any]:
     """Return what a table row has in common: `setting_config`, but the epochs that the config of a task sets for it.
 
     A short list may have more epochs than its protocol's others. They are the task's own, as its lists are, and count
-    here as the protocol's epochs; a run of such a task with the protocol's number is of another row.
+    here as the protocol's epochs; a run of such a task with the protocol's number is of another row. A record does not
+    say whether its epochs came from that config or from whoever ran it.
     """
     setting = setting_config(record.config, record.tuned)
     own, used = shipped_layer(f"{record.task}.yaml").get(_EPOCHS), record.config.get("trainer", {}).get("max_epochs")
@@ -93,7 +94,7 @@ def row_setting(record: Record) -> dict[str, Any]:
     if not other(used, own):
         epochs = usual
     elif not other(used, usual):
-        epochs = f"{used}, not the task's {own}"
+        epochs = f"{used} for each task"
     else:
         return setting
     return {**setting, "trainer": {**setting["trainer"], "max_epochs": epochs}}

@@ -555,7 +555,7 @@ def _csv(suite: SuiteCard, sections: Sequence[_Section]) -> str:
         where = ["picked on the test list", run.protocol, run.protocol_version, run.backbone, run.checkpoint]
         where += [run.checkpoint_digest or "", track_of(run).title]
         for row in section.rows:
-            facts = [*where, row.label, row.cells[0].first.method, row.cells[0].first.setting_digest]
+            facts = [*where, row.label, row.cells[0].first.method, row_digest(row.cells[0].first)]
             for scope, estimate in (("mean, these tasks", row.tax.overall), ("mean, new tasks", row.new_tasks)):
                 numbers = [_number(row.last), _number(row.best), "", *_numbers(estimate)]
                 lines.append([*facts, scope, "", "", "", "", estimate.n, *numbers])
