@@ -34,4 +34,4 @@ def curve(method: str, device: str, backend: str, steps: int = STEPS) -> list[fl
 def follows(found: Sequence[float], expected: Sequence[float]) -> bool:
     """Whether a curve is another but for rounding, which steps of training enlarge."""
     falls = expected[-1] < 0.8 * expected[0]
-    return falls and all(abs(a - b) <= 2e-3 * (1 + b) for a, b in zip(found, expected, strict=True))
+    return falls and all(abs(a - b) <= 2e-4 * (1 + b) for a, b in zip(found, expected, strict=True))
