@@ -10,7 +10,6 @@ Random weights are drawn once for each seed; the embedded ones are what they are
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from typing import Any
 import numpy as np
 import sklearn
 import torch
-from raw_pixels import Table, measure
+from raw_pixels import Table, measure, save
 
-from svp_bench.atomic import replacing
 from svp_bench.cards import ProtocolCard, load_protocol, load_suite, load_task
 from svp_bench.data.sources import Pictures, open_source
 from svp_bench.data.transforms import View
@@ -73,10 +71,7 @@ def main() -> None:
         print(f"{name}: embedded {tasks[name]['embedded']['top1']:.2f} %, random {np.mean(chances):.2f} %", flush=True)
     result = {"what": "logistic regression on frozen features", "backbone": BACKBONE, "tasks": tasks}
     result |= {"scikit_learn": sklearn.__version__, "torch": str(torch.__version__)}
-    if arguments.output:
-        with replacing(arguments.output) as file:
-            file.write((json.dumps(result, indent=2) + "\n").encode())
-        print(f"wrote {arguments.output}")
+    save(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,14 @@ def measure(
     }
 
 
+def save(result: dict[str, Any], output: Path | None) -> None:
+    """Write a result as JSON, if it is to be written."""
+    if output is not None:
+        with replacing(output) as file:
+            file.write((json.dumps(result, indent=2) + "\n").encode())
+        print(f"wrote {output}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Logistic regression on raw pixels, for every task of a suite.")
     parser.add_argument("--suite", default="demo")
@@ -108,10 +116,7 @@ def main() -> None:
         shown = ", ".join(f"{one} {tasks[name][one]['top1']:.2f} % (C {tasks[name][one]['C']})" for one in FEATURES)
         print(f"{name}: {shown}", flush=True)
     result = {"what": "logistic regression without a network", "scikit_learn": sklearn.__version__, "tasks": tasks}
-    if arguments.output:
-        with replacing(arguments.output) as file:
-            file.write((json.dumps(result, indent=2) + "\n").encode())
-        print(f"wrote {arguments.output}")
+    save(result, arguments.output)
 
 
 if __name__ == "__main__":

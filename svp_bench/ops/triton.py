@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from svp_bench.ops import reference, triton_launch
-from svp_bench.ops.triton_launch import power_of_two, rows, spread, written
+from svp_bench.ops.triton_launch import DTYPES, power_of_two, rows, spread, written
 from svp_bench.ops.triton_norm import add_norm, add_prompts
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
 _FIELDS = 7
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST = (8, 0)  # of the compute capabilities: before it, no bfloat16
 
 # Sizes of a program: steps of a tile, channels, warps. No sizes follow from a measurement yet: benchmarks/triton_aot.py
@@ -61,7 +60,7 @@ def unavailable() -> str | None:
 
 def unsupported(device: str, dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot take such tensors, or None if they can."""
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return f"it takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if device == "cpu" and not triton_launch.interpreted():
         return "it runs on CUDA devices; on the CPU only with TRITON_INTERPRET=1, very slowly"

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["interpreted", "launch", "power_of_two", "rows", "spread", "written"]
+__all__ = ["DTYPES", "interpreted", "launch", "power_of_two", "rows", "spread", "written"]
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that the kernels take
 _MODULES = ("svp_bench.ops.triton_kernels", "svp_bench.ops.triton_norm_kernels")
 
 

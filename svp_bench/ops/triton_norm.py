@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from svp_bench.ops import reference, triton_launch
-from svp_bench.ops.triton_launch import power_of_two, spread, written
+from svp_bench.ops.triton_launch import DTYPES, power_of_two, spread, written
 
 if TYPE_CHECKING:
     from svp_bench.ops.interface import Prompts
 
 __all__ = ["add_norm", "add_prompts"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TERMS = 2  # at most: SVP has one of each path
 
 # No sizes follow from a measurement yet.
@@ -29,7 +28,7 @@ _WIDEST = 16 * NORM["backward"]  # 512 threads can have 128 registers each
 
 def _fits(*tensors: Tensor | None) -> bool:
     """Whether the kernels can take these rows; others use PyTorch's operators."""
-    return all(t is None or (t.dtype in _DTYPES and 0 < t.shape[-1] <= _WIDEST and t.numel() > 0) for t in tensors)
+    return all(t is None or (t.dtype in DTYPES and 0 < t.shape[-1] <= _WIDEST and t.numel() > 0) for t in tensors)
 
 
 def add_norm(
@@ -130,10 +129,9 @@ def _backward(
 # ---- the operators
 
 
-def _outputs(hidden: Tensor, weight: Tensor | None) -> list[Tensor]:
-    """The stream and the normed stream, or the prompted tokens alone."""
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    return [out] if weight is None else [torch.empty_like(out, dtype=torch.float32), out]
+def _kinds(hidden: Tensor, weight: Tensor | None) -> list[torch.dtype]:
+    """The dtypes of the stream and the normed stream, or of the prompted tokens alone."""
+    return [hidden.dtype] if weight is None else [torch.float32, hidden.dtype]
 
 
 @torch.library.custom_op(
@@ -150,9 +148,10 @@ def _norm_op(
     spared: int | None,
 ) -> list[Tensor]:
     """`terms`: scale and pre of each."""
-    found = [torch.empty_like(out, dtype=written(out.dtype)) for out in _outputs(hidden, weight)]
+    kinds = _kinds(hidden, weight)
+    found = [hidden.new_empty(hidden.shape, dtype=written(kind)) for kind in kinds]
     forward(hidden, residual, weight, eps, terms, spared, found)
-    return [out.to(like.dtype) for out, like in zip(found, _outputs(hidden, weight), strict=True)]
+    return [out.to(kind) for out, kind in zip(found, kinds, strict=True)]
 
 
 @_norm_op.register_fake
@@ -164,7 +163,7 @@ def _(
     terms: Sequence[Tensor],
     spared: int | None,
 ) -> list[Tensor]:
-    return _outputs(hidden, weight)
+    return [hidden.new_empty(hidden.shape, dtype=kind) for kind in _kinds(hidden, weight)]
 
 
 @torch.library.custom_op(
