@@ -53,15 +53,16 @@ Launch = tuple[str, dict[str, Any]]
 
 
 @contextmanager
-def caught() -> Iterator[list[Launch]]:
+def caught(target: int) -> Iterator[list[Launch]]:
     """The launches inside, by the kernel's name and its arguments. Nothing runs: tensors may lie on `meta`."""
     launches: list[Launch] = []
-    launch = triton_launch.launch
+    launch, capability = triton_launch.launch, triton_launch.capability
+    triton_launch.capability = lambda tensor: target // 10
     triton_launch.launch = lambda name, programs, arguments: launches.append((name, arguments))
     try:
         yield launches
     finally:
-        triton_launch.launch = launch
+        triton_launch.launch, triton_launch.capability = launch, capability
 
 
 def rows(width: int, dtype: torch.dtype, step: int | None = None) -> Tensor:
@@ -79,14 +80,14 @@ def direction(channels: int, dtype: torch.dtype, states: int = STATES) -> list[T
     return [y, y, weight(channels, states), B, C, weight(channels), weight(channels)]
 
 
-def launch_arguments(kernel: str, channels: int, dtype: torch.dtype) -> Launch:
+def launch_arguments(kernel: str, channels: int, dtype: torch.dtype, target: int) -> Launch:
     """The name of the kernel and what it would be launched with.
 
     `…_of_activations` are the backward kernels as a frozen backbone asks for them: no gradients of weights, but those
     of both scales of SVP's prompts.
     """
     x, y = rows(channels, dtype, 2 * channels), rows(channels, dtype)
-    with caught() as launches:
+    with caught(target) as launches:
         parameters = [weight(channels, WIDTH), weight(channels, WIDTH), weight(channels), weight(channels)]
         if kernel == "conv_forward":
             backend._conv_forward([y, y], x, parameters, (False, True), True)
@@ -118,7 +119,7 @@ def odd_launches() -> list[Launch]:
     dtype, channels = torch.float16, 33
     y, few = rows(channels, dtype), direction(channels, dtype, states=3)
     few[5] = few[6] = None
-    with caught() as launches:
+    with caught(90) as launches:
         one = backend._Problem([None, *few], (True,), False)
         one.forward(y)
         one.backward(y, [None, *few], [False, *[f is not None for f in few]])
@@ -162,7 +163,7 @@ def compiled(name: str, arguments: dict[str, Any], target: int) -> dict[str, int
                 attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constants, attributes)
     began = time.perf_counter()
-    options = {key: arguments[key] for key in ("num_warps", "maxnreg") if key in arguments}
+    options = {key: arguments[key] for key in ("num_warps", "maxnreg", "enable_fp_fusion") if key in arguments}
     kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     return {
         **usage(kernel.asm["cubin"]),
@@ -173,7 +174,10 @@ def compiled(name: str, arguments: dict[str, Any], target: int) -> dict[str, int
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """Registers and spilled bytes of a thread, and how many instructions the kernel has, each loop counted once."""
+    """Registers and spilled bytes of a thread, and how many instructions a step of the kernel's loops takes.
+
+    Each loop is counted once, and what stands outside of loops is not; of a kernel without loops, all is counted.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -181,10 +185,22 @@ def usage(cubin: bytes) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", told)
     assert found is not None, told
     registers, stack, local = map(int, found.groups())
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\w+)", listing, re.MULTILINE)
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?(\w+)([^;]*)", listing, re.MULTILINE)
+    code = [(int(place, 16), name, operands) for place, name, operands in lines]
+    operations = [name for _, name, _ in code]
+    if loops := list(jumps_back(code)):
+        operations = [name for place, name, _ in code if any(first <= place <= last for first, last in loops)]
     counts = {"instructions": len(operations), "special": operations.count("MUFU")}  # the unit of exp, among others
     counts |= {"shuffles": operations.count("SHFL"), "barriers": operations.count("BAR")}
     return {"registers": registers, "spill_bytes": stack + local, **counts}
+
+
+def jumps_back(code: list[tuple[int, str, str]]) -> Iterator[tuple[int, int]]:
+    """The first and last place of each loop. The jump of the last instruction to itself is none."""
+    for place, name, operands in code:
+        target = re.search(r"\b0x([0-9a-f]+)", operands)
+        if name == "BRA" and target is not None and int(target.group(1), 16) < place:
+            yield int(target.group(1), 16), place
 
 
 def disassembled(flag: str, path: str) -> str:
@@ -205,7 +221,7 @@ def cases(only: list[str]) -> Iterator[tuple[str, str, torch.dtype, int]]:
 def record(only: list[str]) -> list[dict[str, Any]]:
     found = []
     for kernel, model, dtype, target in cases(only):
-        name, arguments = launch_arguments(kernel, WIDTHS[model], dtype)
+        name, arguments = launch_arguments(kernel, WIDTHS[model], dtype, target)
         row: dict[str, Any] = {"kernel": kernel, "model": model, "dtype": str(dtype).removeprefix("torch.")}
         row |= {"target": f"sm_{target}", **compiled(name, arguments, target)}
         print(json.dumps(row), file=sys.stderr, flush=True)
@@ -237,7 +253,9 @@ def main() -> None:
             "sizes": {
                 "scan_forward": backend.SCAN_FORWARD,
                 "scan_backward": backend.SCAN_BACKWARD,
+                "scan_backward_wide": backend.SCAN_BACKWARD_WIDE,
                 "conv": backend.CONV,
+                "conv_of_weights": backend.CONV_OF_WEIGHTS,
                 "norm": triton_norm.NORM,
             },
             "rows": measured,

@@ -128,8 +128,9 @@ def test_odd_launches_compile(tmp_path: Path) -> None:
 
 def test_the_record_of_all_targets() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
-    sizes = {"scan_forward": backend.SCAN_FORWARD, "scan_backward": backend.SCAN_BACKWARD, "conv": backend.CONV}
-    sizes["norm"] = triton_norm.NORM
+    sizes = {"scan_forward": backend.SCAN_FORWARD, "scan_backward": backend.SCAN_BACKWARD}
+    sizes |= {"scan_backward_wide": backend.SCAN_BACKWARD_WIDE, "norm": triton_norm.NORM}
+    sizes |= {"conv": backend.CONV, "conv_of_weights": backend.CONV_OF_WEIGHTS}
     again = "run benchmarks/triton_aot.py again"
     assert set(record["kernels_sha256"]) == {"triton_kernels.py", "triton_norm_kernels.py"}
     for name, digest in record["kernels_sha256"].items():

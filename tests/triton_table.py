@@ -52,14 +52,18 @@ from svp_bench.ops import (
 from svp_bench.ops import triton as backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-assert INTERPRETED or torch.cuda.is_available(), "run tests/test_triton.py, which sets TRITON_INTERPRET"
+if COMPILED := os.environ.get("SVP_BENCH_PTX"):
+    import ptx_driver
+
+    ptx_driver.install(int(COMPILED))
+assert INTERPRETED or COMPILED or torch.cuda.is_available(), "run tests/test_triton.py, which sets TRITON_INTERPRET"
 # Of test_ops.py only what is called here is to run here.
 extreme_step_sizes, gates_far_out, strided_inputs = test_extreme_step_sizes, test_gates_far_out, test_strided_inputs
 del test_extreme_step_sizes, test_gates_far_out, test_strided_inputs
 
 T = backend.SCAN_FORWARD["T"]
 LENGTHS = sorted(
-    {1, 2, 23, *(sizes["T"] + i for sizes in (backend.SCAN_FORWARD, backend.SCAN_BACKWARD) for i in (-1, 0, 1))}
+    {1, 2, 9, 23, *(sizes["T"] + i for sizes in (backend.SCAN_FORWARD, backend.SCAN_BACKWARD) for i in (-1, 0, 1))}
 )
 HALVES = [torch.float32, torch.bfloat16]
 FIELDS = ("u", "delta", "A", "B", "C", "D", "delta_bias")
@@ -128,8 +132,16 @@ def test_extremes() -> None:
 class Two:
     """Two directions and a gate, for our scan and for the naive one."""
 
-    def __init__(self, length: int, dtype: torch.dtype, without: tuple[tuple[str, ...], ...] = ((), ())) -> None:
-        self.sides = [draw(length, state=3, dim=5, batch=2, dtype=dtype, without=w) for w in without]
+    def __init__(
+        self,
+        length: int,
+        dtype: torch.dtype,
+        without: tuple[tuple[str, ...], ...] = ((), ()),
+        state: int = 3,
+        dim: int = 5,
+    ) -> None:
+        wide = torch.float32 if dim > 5 else None  # weights, as in a model
+        self.sides = [draw(length, state, dim, 2, dtype=dtype, without=w, wide=wide) for w in without]
         gates = [side.pop("z") for side in self.sides]
         assert gates[0] is not None
         self.z = gates[0]
@@ -151,7 +163,8 @@ class Two:
 
     @staticmethod
     def named(sides: list[Inputs], z: Tensor) -> Inputs:
-        return {"z": z, **{f"{i}.{n}": v for i, side in enumerate(sides) for n, v in side.items()}}
+        every = {"z": z, **{f"{i}.{n}": v for i, side in enumerate(sides) for n, v in side.items()}}
+        return {n: v if v is not None and v.requires_grad else None for n, v in every.items()}
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -160,8 +173,36 @@ class Two:
     [(1, ((), ())), (T + 3, ((), ())), (4, (("D", "delta_bias"), ("D", "delta_bias"))), (4, (("D",), ("delta_bias",)))],
 )
 def test_two_directions(length: int, without: tuple[tuple[str, ...], ...], dtype: torch.dtype) -> None:
-    both = Two(length, dtype, without)
+    assert_two(Two(length, dtype, without))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_sizes_of_a_model(trained: bool, dtype: torch.dtype) -> None:
+    """Programs as large as they are in a model, with gradients of the weights and without them."""
+    assert_two(Two(2 * T + 1, dtype, state=16, dim=64), () if trained else ("A", "D", "delta_bias"))
+    x, cotangent = torch.randn(2, 9, 136).to(dtype).requires_grad_(), torch.randn(2, 9, 136).to(dtype)
+    weights = [torch.randn(136, *form).requires_grad_(trained) for form in ((4,), (4,), (), ())]
+    outs = bidirectional_conv(x, (weights[0], weights[2]), (weights[1], weights[3]), backend="triton")
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, *weights)]
+    ahead = naive_conv(exact[0].mT, exact[1], exact[3], silu=True).mT
+    back = naive_conv(exact[0].mT.flip(-1), exact[2], exact[4], silu=True).flip(-1).mT
+    for found, wanted in zip(outs, (ahead, back), strict=True):
+        assert relative_error(found, wanted) <= OPS[dtype].forward
+    asked = [t for t in (x, *weights) if t.requires_grad]
+    found = torch.autograd.grad(outs, asked, [cotangent, cotangent])
+    wanted = torch.autograd.grad([ahead, back], [t for t in exact if t.requires_grad], [cotangent.double()] * 2)
+    for a, b in zip(found, wanted, strict=True):
+        assert relative_error(a, b) <= OPS[dtype if a.dtype == dtype else torch.float32].backward
+
+
+def assert_two(both: Two, frozen: tuple[str, ...] = ()) -> None:
+    dtype = both.z.dtype
     given, exact = both.leaves(), both.leaves(torch.float64)
+    for sides, _ in (given, exact):
+        for side in sides:
+            for name in frozen:
+                side[name] = side[name].detach()  # type: ignore[union-attr]
     y, expected = Two.ours(*given), Two.naive(*exact)
     assert y.dtype == dtype
     assert relative_error(y, expected) <= OPS[dtype].forward
@@ -577,6 +618,7 @@ def test_a_block_of_vim_nano() -> None:
         assert relative_error(found[1][name], value) <= allowed, name
 
 
+@pytest.mark.skipif(bool(COMPILED), reason="the driver of ptx_driver.py takes tensors of the CPU")
 def test_auto_on_a_cpu_is_not_triton() -> None:
     assert choose("triton", "cpu", torch.float32).name == "triton"
     assert choose("auto", "cpu", torch.float32).name == "cpu"

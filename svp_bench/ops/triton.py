@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
 _FIELDS = 7
+_WEIGHTS = (2, 5, 6)  # of these: A, D and the bias
 _OLDEST = (8, 0)  # of the compute capabilities: before it, no bfloat16
 
 # Sizes of a program: steps of a tile, channels, warps. No sizes follow from a measurement yet: benchmarks/triton_aot.py
 # says how many registers each takes, and nothing may spill.
-SCAN_FORWARD = {"T": 8, "BE": 32, "num_warps": 4, "maxnreg": 96}
-SCAN_BACKWARD = {"T": 4, "BE": 32, "num_warps": 2}
+SCAN_FORWARD = {"T": 4, "BE": 32, "num_warps": 1, "maxnreg": 192}  # left to itself, the compiler may spill to keep 168
+SCAN_BACKWARD = {"T": 4, "BE": 32, "num_warps": 1}
+# The sums for weights take registers as well; and from sm_100 on, pairs of multiplications take pairs of registers.
+SCAN_BACKWARD_WIDE = {"T": 4, "BE": 32, "num_warps": 2}
+_PAIRED = 10  # of the compute capability
 CONV = {"BL": 8, "BE": 128, "num_warps": 4}
+CONV_OF_WEIGHTS = {"num_warps": 8}  # where it has sums for weights
 _LANES = 4  # threads that share the states of a channel
 _STATES = 16  # for which the steps of a tile are meant
 
@@ -295,19 +300,26 @@ class _Problem:
         padded = self.shared["N1"] * self.shared["N2"]
         steps = max(1, sizes["T"] * _STATES // max(padded, _STATES))  # a thread holds its states of all steps of a tile
         own = {**sizes, "BE": block, "T": min(steps, power_of_two(self.length))}
+        # Where a thread holds one term of a sum over threads, a fused multiply-add would round the sum in each thread
+        # differently, and which thread's is kept is nowhere written.
+        own["enable_fp_fusion"] = own == sizes and padded > _LANES
         return own, -(-self.channels // block)
 
     def forward(self, out: Tensor) -> None:
         sizes, blocks = self._sizes(SCAN_FORWARD)
         partial = None
         if self.count == 2:
-            partial = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+            # where several threads hold an entry, one would read what another has written over already
+            alone = out.dtype == torch.float32 and sizes["T"] * sizes["BE"] >= 32 * sizes["num_warps"]
+            partial = out if alone else torch.empty_like(out, dtype=torch.float32)
         triton_launch.launch(
             "scan_forward", self.batch * blocks, {**self.shared, **sizes, "out": out, "partial": partial}
         )
 
     def backward(self, grad: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
-        sizes, blocks = self._sizes(SCAN_BACKWARD)
+        weights = any(wanted[1 + _FIELDS * k + place] for k in range(self.count) for place in _WEIGHTS)
+        wide = weights or triton_launch.capability(self.u) >= _PAIRED
+        sizes, blocks = self._sizes(SCAN_BACKWARD_WIDE if wide else SCAN_BACKWARD)
         grad = rows(grad)
         tiles = -(-self.length // sizes["T"])
         shared = self.shared
@@ -411,7 +423,9 @@ def _conv_backward(
         own[f"dweight{k}"] = x.new_empty(shares, width, channels, dtype=torch.float32) if want_weight else None
         own[f"dbias{k}"] = x.new_empty(shares, channels, dtype=torch.float32) if want_bias else None
         own[f"ASKED{k}"] = want_weight or want_bias or (k < count and wanted[0])
-    triton_launch.launch("conv_backward", programs, {**shared, **own})
+    # of weights: sums over threads, see `_sizes`
+    options = {**CONV_OF_WEIGHTS, "enable_fp_fusion": False} if any(wanted[1:]) else {}
+    triton_launch.launch("conv_backward", programs, {**shared, **own, **options})
     found = [] if dx is None else [dx.to(x.dtype)]
     for i, parameter in enumerate(parameters):
         if wanted[1 + i]:

@@ -25,12 +25,28 @@ import triton.language as tl
 __all__ = ["conv_backward", "conv_forward", "scan_backward", "scan_forward"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _sigmoid(x: tl.tensor) -> tl.tensor:
     small = tl.exp(-tl.abs(x))  # never overflows
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _sigmoids(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """sigmoid(x) and sigmoid(-x). The second is not 1 minus the first, of which nothing right is left at x = 20."""
+    small = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + small)
+    return tl.where(x >= 0, large, small * large), tl.where(x >= 0, small * large, large)
+
+
+@triton.jit
+def _slope_of_silu(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """SiLU(x) and its derivative."""
+    sigmoid, rest = _sigmoids(x)
+    return x * sigmoid, sigmoid * (1.0 + x * rest)
 
 
 @triton.jit
@@ -165,6 +181,12 @@ def _spread(tile: tl.tensor, T: tl.constexpr, BE: tl.constexpr, N2: tl.constexpr
 def _over_states(tile: tl.tensor) -> tl.tensor:
     """(T, N1, BE, N2) → (T, BE), summed; first over what one thread holds."""
     return tl.sum(tl.sum(tile, axis=1), axis=2)
+
+
+@triton.jit
+def _sum_of_states(row: tl.tensor) -> tl.tensor:
+    """(1, N1, BE, N2) → (1, 1, BE, 1)."""
+    return tl.sum(tl.sum(row, axis=1, keep_dims=True), axis=3, keep_dims=True)
 
 
 @triton.jit
@@ -383,7 +405,18 @@ def scan_forward(
 
 
 @triton.jit
-def _backward_direction(
+def _place(
+    program: tl.tensor, channels: tl.tensor, BE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A program's block of channels, its picture, its channels, and which of them exist."""
+    blocks = tl.cdiv(channels, BE)
+    block = program % blocks
+    e = block * BE + tl.arange(0, BE)
+    return block, (program // blocks).to(tl.int64), e, e < channels
+
+
+@triton.jit
+def _ahead(
     u: tl.tensor,
     delta: tl.tensor,
     A: tl.tensor,
@@ -391,22 +424,23 @@ def _backward_direction(
     C: tl.tensor,
     D: tl.tensor,
     bias: tl.tensor,
+    u_picture: tl.tensor,
     u_row: tl.tensor,
+    delta_picture: tl.tensor,
     delta_row: tl.tensor,
     A_row: tl.tensor,
+    B_picture: tl.tensor,
     B_row: tl.tensor,
+    C_picture: tl.tensor,
     C_row: tl.tensor,
     z: tl.tensor,
+    z_picture: tl.tensor,
     z_row: tl.tensor,
     grad: tl.tensor,
+    grad_picture: tl.tensor,
     grad_row: tl.tensor,
-    du: tl.tensor,
-    ddelta: tl.tensor,
-    dA: tl.tensor,
-    dB: tl.tensor,
     dC: tl.tensor,
     dD: tl.tensor,
-    dbias: tl.tensor,
     dz: tl.tensor,
     partial: tl.tensor,
     before: tl.tensor,
@@ -414,133 +448,216 @@ def _backward_direction(
     channels: tl.tensor,
     states: tl.tensor,
     one: tl.tensor,
-    e: tl.tensor,
-    fits: tl.tensor,
+    program: tl.tensor,
     SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    KEEP: tl.constexpr,
     K: tl.constexpr,
     T: tl.constexpr,
     BE: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> None:
-    NEED_DT: tl.constexpr = (ddelta is not None) or (dbias is not None)
-    NEED_GATE: tl.constexpr = NEED_DT or (dA is not None)  # the gradient of Δ A
-    NEED_G: tl.constexpr = NEED_GATE or (du is not None) or (dB is not None)
+    """The states once more: what follows from them alone (dC, dz, dD) and, if KEEP, the state before each tile."""
     OF_STATES: tl.constexpr = (dC is not None) or (dz is not None)
+    block, picture, e, fits = _place(program, channels, BE)
+    rows = picture * length * channels
+    part = picture * tl.cdiv(channels, BE) + block  # of all programs
     tiles = tl.cdiv(length, T)
+    u += picture * u_picture
+    delta += picture * delta_picture
+    B += picture * B_picture
+    C += picture * C_picture
+    z = _shift(z, picture * z_picture)
+    grad += picture * grad_picture
+    dC = _shift(dC, part * length * states)
+    dD = _shift(dD, picture * channels)
+    dz = _shift(dz, rows)
+    partial = _shift(partial, rows)
+    before = _shift(before, part * tiles * (N1 * BE * N2))
     decay_rate = _matrix(A, A_row, e, fits, states, one, N1, N2) * _LOG2E
-    # the states of a tile lie as its threads hold them: (N1, BE, N2)
-    c = tl.arange(0, BE)[None, :, None]
-    spot = (tl.arange(0, N1)[:, None, None] * BE + c) * N2 + tl.arange(0, N2)[None, None, :] * one
-    spot = spot[None, :, :, :]
+    # the states of a tile lie as its threads hold them: (N1, BE, N2). Where N1 goes is added last, as a constant.
+    c = tl.arange(0, BE)[None, None, :, None]
+    spot = c * N2 + tl.arange(0, N2)[None, None, None, :] * one
+    plane = tl.arange(0, N1)[None, :, None, None] * (BE * N2)
     sum_D = tl.zeros([T, BE], tl.float32)
-
-    if NEED_GATE or OF_STATES or (dD is not None):  # once ahead: what follows from states; and they are kept
-        h = tl.zeros([1, N1, BE, N2], tl.float32)
-        for tile in range(tiles):
-            first, step, inside = _tokens(tile, length, T, REVERSE)
-            inputs = _channels(u, first, step, u_row, e, inside, fits)
-            if NEED_GATE or OF_STATES:
-                if NEED_GATE:
-                    tl.store(before + tile * (N1 * BE * N2) + spot, h)
-                dt = _step_sizes(_raw_steps(delta, bias, first, step, delta_row, e, inside, fits), inside, SOFTPLUS)
-                decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
-                drive = _spread(dt * inputs, T, BE, N2) * _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
-                all_states = drive
-                for i in tl.static_range(T):
-                    h = _row(decay, i, T) * h + _row(drive, i, T)
-                    all_states = _with_row(all_states, i, h, T)
-            if OF_STATES or (dD is not None):
-                dout = _channels(grad, first, step, grad_row, e, inside, fits)
-                dy = dout
-                if z is not None:
-                    gate = _channels(z, first, step, z_row, e, inside, fits)
-                    sigmoid = _sigmoid(gate)
-                    dy = dout * gate * sigmoid
-                if K == 2:
-                    dy *= 0.5
-                if dD is not None:
-                    sum_D += dy * inputs
-                if dC is not None:
-                    of_C = tl.sum(all_states * _spread(dy, T, BE, N2), axis=2)
-                    _put_states(dC, of_C, first, step, inside, states, T, N1, N2)
-                if dz is not None:
-                    y = _over_states(all_states * _states(C, first, step, C_row, inside, states, T, BE, N1, N2))
-                    if D is not None:
-                        y += _per_channel(D, e, fits) * inputs
-                    if not FIRST:
-                        y += _channels(partial, first, step, channels, e, inside, fits)
-                    if LAST:
-                        if K == 2:
-                            y *= 0.5
-                        slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
-                        _put(dz, first, step, channels, e, inside, fits, dout * y * slope)
-                    else:
-                        _put(partial, first, step, channels, e, inside, fits, y)
-        tl.debug_barrier()
-
-    sum_A = tl.zeros([1, N1, BE, N2], tl.float32)
-    sum_bias = tl.zeros([BE], tl.float32)
-    if NEED_G:  # and once back
-        carry = tl.zeros([1, N1, BE, N2], tl.float32)  # decay ⊙ g of the step after the tile
-        for back in range(tiles):
-            tile = tiles - 1 - back
-            first, step, inside = _tokens(tile, length, T, REVERSE)
-            inputs = _channels(u, first, step, u_row, e, inside, fits)
-            raw = _raw_steps(delta, bias, first, step, delta_row, e, inside, fits)
-            dt = _step_sizes(raw, inside, SOFTPLUS)
-            dy = _channels(grad, first, step, grad_row, e, inside, fits)
+    h = tl.zeros([1, N1, BE, N2], tl.float32)
+    for tile in range(tiles):
+        first, step, inside = _tokens(tile, length, T, REVERSE)
+        inputs = _channels(u, first, step, u_row, e, inside, fits)
+        if KEEP or OF_STATES:
+            if KEEP:
+                tl.store(before + tile * (N1 * BE * N2) + spot + plane, h)
+            dt = _step_sizes(_raw_steps(delta, bias, first, step, delta_row, e, inside, fits), inside, SOFTPLUS)
+            decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
+            drive = _spread(dt * inputs, T, BE, N2) * _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
+            all_states = drive
+            for i in tl.static_range(T):
+                h = _row(decay, i, T) * h + _row(drive, i, T)
+                all_states = _with_row(all_states, i, h, T)
+        if OF_STATES or (dD is not None):
+            dout = _channels(grad, first, step, grad_row, e, inside, fits)
+            dy = dout
             if z is not None:
                 gate = _channels(z, first, step, z_row, e, inside, fits)
-                dy *= gate * _sigmoid(gate)
+                silu, slope = _slope_of_silu(gate)
+                dy = dout * silu
             if K == 2:
                 dy *= 0.5
-            decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
-            driven = _spread(dt * inputs, T, BE, N2)
-            rows_B = _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
-            kept = decay  # what the decay of a step leaves of the state before it
-            if NEED_GATE:
-                drive = driven * rows_B
-                h = tl.load(before + tile * (N1 * BE * N2) + spot)
-                for i in tl.static_range(T):
-                    left = _row(decay, i, T) * h
-                    h = left + _row(drive, i, T)
-                    kept = _with_row(kept, i, left, T)
-            g = _spread(dy, T, BE, N2) * _states(C, first, step, C_row, inside, states, T, BE, N1, N2)
-            for i in tl.static_range(T):
-                now = _row(g, T - 1 - i, T) + carry
-                carry = _row(decay, T - 1 - i, T) * now
-                g = _with_row(g, T - 1 - i, now, T)
-            if dB is not None:
-                _put_states(dB, tl.sum(g * driven, axis=2), first, step, inside, states, T, N1, N2)
-            along = _over_states(g * rows_B)  # gradient of Δ u
-            if du is not None:
-                value = along * dt
+            if dD is not None:
+                sum_D += dy * inputs
+            if dC is not None:
+                of_C = tl.sum(all_states * _spread(dy, T, BE, N2), axis=2)
+                _put_states(dC, of_C, first, step, inside, states, T, N1, N2)
+            if dz is not None:
+                y = _over_states(all_states * _states(C, first, step, C_row, inside, states, T, BE, N1, N2))
                 if D is not None:
-                    value += dy * _per_channel(D, e, fits)
-                _put(du, first, step, channels, e, inside, fits, value)
+                    y += _per_channel(D, e, fits) * inputs
+                if not FIRST:
+                    y += _channels(partial, first, step, channels, e, inside, fits)
+                if LAST:
+                    if K == 2:
+                        y *= 0.5
+                    _put(dz, first, step, channels, e, inside, fits, dout * y * slope)
+                else:
+                    _put(partial, first, step, channels, e, inside, fits, y)
+    if dD is not None:
+        tl.store(dD + e, tl.sum(sum_D, axis=0), mask=fits)
+
+
+@triton.jit
+def _back(
+    u: tl.tensor,
+    delta: tl.tensor,
+    A: tl.tensor,
+    B: tl.tensor,
+    C: tl.tensor,
+    D: tl.tensor,
+    bias: tl.tensor,
+    u_picture: tl.tensor,
+    u_row: tl.tensor,
+    delta_picture: tl.tensor,
+    delta_row: tl.tensor,
+    A_row: tl.tensor,
+    B_picture: tl.tensor,
+    B_row: tl.tensor,
+    C_picture: tl.tensor,
+    C_row: tl.tensor,
+    z: tl.tensor,
+    z_picture: tl.tensor,
+    z_row: tl.tensor,
+    grad: tl.tensor,
+    grad_picture: tl.tensor,
+    grad_row: tl.tensor,
+    du: tl.tensor,
+    ddelta: tl.tensor,
+    dA: tl.tensor,
+    dB: tl.tensor,
+    dbias: tl.tensor,
+    before: tl.tensor,
+    length: tl.tensor,
+    channels: tl.tensor,
+    states: tl.tensor,
+    one: tl.tensor,
+    program: tl.tensor,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    BE: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+) -> None:
+    """The gradients that follow from those of the states, from the last tile to the first."""
+    NEED_DT: tl.constexpr = (ddelta is not None) or (dbias is not None)
+    NEED_GATE: tl.constexpr = NEED_DT or (dA is not None)  # the gradient of Δ A
+    block, picture, e, fits = _place(program, channels, BE)
+    rows = picture * length * channels
+    part = picture * tl.cdiv(channels, BE) + block  # of all programs
+    tiles = tl.cdiv(length, T)
+    u += picture * u_picture
+    delta += picture * delta_picture
+    B += picture * B_picture
+    C += picture * C_picture
+    z = _shift(z, picture * z_picture)
+    grad += picture * grad_picture
+    du = _shift(du, rows)
+    ddelta = _shift(ddelta, rows)
+    dA = _shift(dA, picture * channels * states)
+    dB = _shift(dB, part * length * states)
+    dbias = _shift(dbias, picture * channels)
+    before = _shift(before, part * tiles * (N1 * BE * N2))
+    decay_rate = _matrix(A, A_row, e, fits, states, one, N1, N2) * _LOG2E
+    # the states of a tile lie as its threads hold them: (N1, BE, N2). Where N1 goes is added last, as a constant.
+    c = tl.arange(0, BE)[None, None, :, None]
+    spot = c * N2 + tl.arange(0, N2)[None, None, None, :] * one
+    plane = tl.arange(0, N1)[None, :, None, None] * (BE * N2)
+    sum_A = tl.zeros([1, N1, BE, N2], tl.float32)
+    sum_bias = tl.zeros([BE], tl.float32)
+    carry = tl.zeros([1, N1, BE, N2], tl.float32)  # decay ⊙ g of the step after the tile
+    for back in range(tiles):
+        tile = tiles - 1 - back
+        first, step, inside = _tokens(tile, length, T, REVERSE)
+        inputs = _channels(u, first, step, u_row, e, inside, fits)
+        raw = _raw_steps(delta, bias, first, step, delta_row, e, inside, fits)
+        dt = _step_sizes(raw, inside, SOFTPLUS)
+        dy = _channels(grad, first, step, grad_row, e, inside, fits)
+        if z is not None:
+            gate = _channels(z, first, step, z_row, e, inside, fits)
+            dy *= gate * _sigmoid(gate)
+        if K == 2:
+            dy *= 0.5
+        decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
+        driven = _spread(dt * inputs, T, BE, N2)
+        rows_B = _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
+        earlier = decay  # the states before each step
+        if NEED_GATE:
+            drive = driven * rows_B
+            h = tl.load(before + tile * (N1 * BE * N2) + spot + plane)
+            for i in tl.static_range(T):
+                earlier = _with_row(earlier, i, h, T)
+                h = _row(decay, i, T) * h + _row(drive, i, T)
+        rows_C = _states(C, first, step, C_row, inside, states, T, BE, N1, N2)
+        cotangents = _spread(dy, T, BE, N2)
+        # a step is finished before the next begins, so that few of its products are held at a time
+        of_B = tl.zeros([T, N1, 1, N2], tl.float32)
+        along = tl.zeros([T, 1, BE, 1], tl.float32)  # gradient of Δ u
+        against = tl.zeros([T, 1, BE, 1], tl.float32)  # gradient of Δ, through the decay
+        for j in tl.static_range(T):
+            g = _row(cotangents, T - 1 - j, T) * _row(rows_C, T - 1 - j, T) + carry
+            carry = _row(decay, T - 1 - j, T) * g
+            if dB is not None:
+                of_B = _with_row(of_B, T - 1 - j, tl.sum(g * _row(driven, T - 1 - j, T), axis=2, keep_dims=True), T)
+            along = _with_row(along, T - 1 - j, _sum_of_states(g * _row(rows_B, T - 1 - j, T)), T)
             if NEED_GATE:
-                of_exponent = g * kept
+                of_exponent = carry * _row(earlier, T - 1 - j, T)
                 if dA is not None:
-                    sum_A += tl.sum(of_exponent * _spread(dt, T, BE, N2), axis=0, keep_dims=True)
+                    sum_A += of_exponent * _row(_spread(dt, T, BE, N2), T - 1 - j, T)
                 if NEED_DT:
-                    slope = along * inputs + _over_states(of_exponent * decay_rate) / _LOG2E
-                    if SOFTPLUS:
-                        slope = tl.where(raw > 20.0, slope, slope * _sigmoid(raw))
-                    if ddelta is not None:
-                        _put(ddelta, first, step, channels, e, inside, fits, slope)
-                    if dbias is not None:
-                        sum_bias += tl.sum(tl.where(inside[:, None], slope, 0.0), axis=0)
+                    against = _with_row(against, T - 1 - j, _sum_of_states(of_exponent * decay_rate), T)
+        if dB is not None:
+            _put_states(dB, tl.sum(of_B, axis=2), first, step, inside, states, T, N1, N2)
+        along = _over_states(along)
+        if du is not None:
+            value = along * dt
+            if D is not None:
+                value += dy * _per_channel(D, e, fits)
+            _put(du, first, step, channels, e, inside, fits, value)
+        if NEED_DT:
+            slope = along * inputs + _over_states(against) * _LN2
+            if SOFTPLUS:
+                slope = tl.where(raw > 20.0, slope, slope * _sigmoid(raw))
+            if ddelta is not None:
+                _put(ddelta, first, step, channels, e, inside, fits, slope)
+            if dbias is not None:
+                sum_bias += tl.sum(tl.where(inside[:, None], slope, 0.0), axis=0)
     if dA is not None:
         n = tl.arange(0, N1)[:, None, None] * N2 + tl.arange(0, N2)[None, None, :]
         mask = (n < states) & fits[None, :, None]
         where = e[None, :, None] * states + n * one
         tl.store(dA + where[None, :, :, :], sum_A, mask=mask[None, :, :, :])
-    if dD is not None:
-        tl.store(dD + e, tl.sum(sum_D, axis=0), mask=fits)
     if dbias is not None:
         tl.store(dbias + e, sum_bias, mask=fits)
 
@@ -643,44 +760,38 @@ def scan_backward(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> None:
-    """Gradients of `scan_forward`; None is not computed. Programs as there."""
-    blocks = tl.cdiv(channels, BE)
-    block = tl.program_id(0) % blocks
-    picture = (tl.program_id(0) // blocks).to(tl.int64)
-    e = block * BE + tl.arange(0, BE)
-    fits = e < channels
-    rows = picture * length * channels
-    of_states = (picture * blocks + block) * length * states
-    z = _shift(z, picture * z_picture)
-    grad += picture * grad_picture
-    dz = _shift(dz, rows)
-    partial = _shift(partial, rows)
-    before = _shift(before, (picture * blocks + block) * tl.cdiv(length, T) * (N1 * BE * N2))
-    if ASKED0:
-        _backward_direction(
-            u0 + picture * u0_picture,
-            delta0 + picture * delta0_picture,
+    """Gradients of `scan_forward`; None is not computed. Programs as there.
+
+    The second and third numbers of a program are 0, which the compiler does not know. So each part works out its places
+    anew, and keeps none of them in registers while another part needs them all.
+    """
+    GATE0: tl.constexpr = (ddelta0 is not None) or (dbias0 is not None) or (dA0 is not None)
+    if GATE0 or (dC0 is not None) or (dz is not None and ASKED0) or (dD0 is not None):
+        _ahead(
+            u0,
+            delta0,
             A0,
-            B0 + picture * B0_picture,
-            C0 + picture * C0_picture,
+            B0,
+            C0,
             D0,
             bias0,
+            u0_picture,
             u0_row,
+            delta0_picture,
             delta0_row,
             A0_row,
+            B0_picture,
             B0_row,
+            C0_picture,
             C0_row,
             z,
+            z_picture,
             z_row,
             grad,
+            grad_picture,
             grad_row,
-            _shift(du0, rows),
-            _shift(ddelta0, rows),
-            _shift(dA0, picture * channels * states),
-            _shift(dB0, of_states),
-            _shift(dC0, of_states),
-            _shift(dD0, picture * channels),
-            _shift(dbias0, picture * channels),
+            dC0,
+            dD0,
             dz,
             partial,
             before,
@@ -688,44 +799,90 @@ def scan_backward(
             channels,
             states,
             one,
-            e,
-            fits,
+            tl.program_id(0),
             SOFTPLUS,
             REVERSE0,
             True,
             K == 1,
+            GATE0,
             K,
             T,
             BE,
             N1,
             N2,
         )
-    if ASKED1:
-        tl.debug_barrier()  # `partial` is read and `before` written anew
-        _backward_direction(
-            u1 + picture * u1_picture,
-            delta1 + picture * delta1_picture,
-            A1,
-            B1 + picture * B1_picture,
-            C1 + picture * C1_picture,
-            D1,
-            bias1,
-            u1_row,
-            delta1_row,
-            A1_row,
-            B1_row,
-            C1_row,
+        tl.debug_barrier()  # `before` is read by other threads; and `partial`, or `before` is written anew
+    if GATE0 or (du0 is not None) or (dB0 is not None):
+        _back(
+            u0,
+            delta0,
+            A0,
+            B0,
+            C0,
+            D0,
+            bias0,
+            u0_picture,
+            u0_row,
+            delta0_picture,
+            delta0_row,
+            A0_row,
+            B0_picture,
+            B0_row,
+            C0_picture,
+            C0_row,
             z,
+            z_picture,
             z_row,
             grad,
+            grad_picture,
             grad_row,
-            _shift(du1, rows),
-            _shift(ddelta1, rows),
-            _shift(dA1, picture * channels * states),
-            _shift(dB1, of_states),
-            _shift(dC1, of_states),
-            _shift(dD1, picture * channels),
-            _shift(dbias1, picture * channels),
+            du0,
+            ddelta0,
+            dA0,
+            dB0,
+            dbias0,
+            before,
+            length,
+            channels,
+            states,
+            one,
+            tl.program_id(0) + tl.program_id(1),
+            SOFTPLUS,
+            REVERSE0,
+            K,
+            T,
+            BE,
+            N1,
+            N2,
+        )
+        tl.debug_barrier()
+    GATE1: tl.constexpr = (ddelta1 is not None) or (dbias1 is not None) or (dA1 is not None)
+    if GATE1 or (dC1 is not None) or (dz is not None and ASKED1) or (dD1 is not None):
+        _ahead(
+            u1,
+            delta1,
+            A1,
+            B1,
+            C1,
+            D1,
+            bias1,
+            u1_picture,
+            u1_row,
+            delta1_picture,
+            delta1_row,
+            A1_row,
+            B1_picture,
+            B1_row,
+            C1_picture,
+            C1_row,
+            z,
+            z_picture,
+            z_row,
+            grad,
+            grad_picture,
+            grad_row,
+            dC1,
+            dD1,
             dz,
             partial,
             before,
@@ -733,18 +890,63 @@ def scan_backward(
             channels,
             states,
             one,
-            e,
-            fits,
+            tl.program_id(0) + tl.program_id(2),
             SOFTPLUS,
             REVERSE1,
             False,
             True,
+            GATE1,
             K,
             T,
             BE,
             N1,
             N2,
         )
+        tl.debug_barrier()  # `before` is read by other threads; and `partial`, or `before` is written anew
+    if GATE1 or (du1 is not None) or (dB1 is not None):
+        _back(
+            u1,
+            delta1,
+            A1,
+            B1,
+            C1,
+            D1,
+            bias1,
+            u1_picture,
+            u1_row,
+            delta1_picture,
+            delta1_row,
+            A1_row,
+            B1_picture,
+            B1_row,
+            C1_picture,
+            C1_row,
+            z,
+            z_picture,
+            z_row,
+            grad,
+            grad_picture,
+            grad_row,
+            du1,
+            ddelta1,
+            dA1,
+            dB1,
+            dbias1,
+            before,
+            length,
+            channels,
+            states,
+            one,
+            tl.program_id(0) + tl.program_id(1) + tl.program_id(2),
+            SOFTPLUS,
+            REVERSE1,
+            K,
+            T,
+            BE,
+            N1,
+            N2,
+        )
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -923,8 +1125,8 @@ def _convolve_back(
         g = _at_distance(grad, first, step, WAY * age, grad_row, length, e, fits)
         if SILU:
             y = _convolved(x, weight, bias, first, step, x_row, weight_row, length, e, fits, WAY * age, WAY, W, BL, BE)
-            sigmoid = _sigmoid(y)
-            g *= sigmoid * (1.0 + y * (1.0 - sigmoid))
+            _, slope = _slope_of_silu(y)
+            g *= slope
         if NEED_X:
             tap = tl.load(weight + e * weight_row + (W - 1 - age), mask=fits, other=0.0).to(tl.float32)[None, :]
             dx += tap * g

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "interpreted", "launch", "power_of_two", "rows", "spread", "written"]
+__all__ = ["DTYPES", "capability", "interpreted", "launch", "power_of_two", "rows", "spread", "written"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that the kernels take
 _MODULES = ("svp_bench.ops.triton_kernels", "svp_bench.ops.triton_norm_kernels")
@@ -35,6 +35,11 @@ def kernel(name: str) -> Any:
         if name in module.__all__:
             return getattr(module, name)
     raise KeyError(name)
+
+
+def capability(tensor: Tensor) -> int:
+    """The first number of the compute capability of a tensor's GPU; under the interpreter, that of an H100."""
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
 
 
 def launch(name: str, programs: int, arguments: dict[str, Any]) -> None:

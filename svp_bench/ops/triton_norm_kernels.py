@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from svp_bench.ops.triton_kernels import _sigmoid
+from svp_bench.ops.triton_kernels import _sigmoid, _slope_of_silu
 
 __all__ = ["norm_backward", "norm_forward"]
 
@@ -84,11 +84,10 @@ def _prompt_back(
 ) -> tl.tensor:
     """Write the gradient of `pre`, and return this row's share in that of `scale`."""
     x = _read(pre, row, width, e, mask)
-    sigmoid = _sigmoid(x)
+    silu, slope = _slope_of_silu(x)
     if dpre is not None:
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
         _write(dpre, row, width, e, mask, d * _read(scale, 0, width, e, mask) * slope)
-    return d * x * sigmoid
+    return d * silu
 
 
 @triton.jit(do_not_specialize=["spared"])
