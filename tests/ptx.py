@@ -15,29 +15,21 @@ bits of their input. Not modelled: time, caches, and what ptxas makes of PTX. So
 
 from __future__ import annotations
 
-import ctypes
 import operator
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from ptx_memory import GRANULE, WARP, Array, Counts, Fault, Memory, Watch, as_stored
 
 __all__ = ["Counts", "Fault", "Memory", "Program"]
 
-Array = npt.NDArray[Any]
-WARP = 32
 _SHARED_BASE = 1 << 12  # so that an address is not by chance right
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _KINDS = {"u": "u", "b": "u", "s": "i", "f": "f"}
 _ULP = 2.0**-23
-
-
-class Fault(Exception):
-    """What a GPU would do wrong, or would be free to."""
 
 
 def _bytes(kind: str) -> int:
@@ -66,130 +58,13 @@ def _flushed(value: Array) -> Array:
     return np.where(np.abs(value) < 2.0**-126, np.float32(0), value)
 
 
-# ---- memory
-
-
-class _Watch:
-    """Who touched a granule of memory last, and since which barrier. Threads are numbered over the whole launch."""
-
-    def __init__(self, size: int) -> None:
-        self.writer = np.zeros(size, np.int64)  # thread + 1
-        self.written = np.zeros(size, np.int32)  # barriers passed then
-        self.reader = np.zeros(size, np.int64)
-        self.read = np.zeros(size, np.int32)
-        self.shared_since = np.full(size, -1, np.int32)  # read by several threads since this barrier
-        self.programs = np.zeros(size, bool)  # read by several programs
-        self.alike = np.full(size, -1, np.int32)  # written the same by several threads since this barrier
-
-    def reads(self, where: Array, thread: Array, epoch: int, threads: int, what: str) -> None:
-        writer = self.writer[where]
-        other = (writer != 0) & (writer != thread + 1)
-        same = (writer - 1) // threads == thread // threads
-        if (other & (~same | (self.written[where] == epoch))).any() or (self.alike[where] == epoch).any():
-            raise Fault(f"race: {what} is read by one thread and written by another, with no barrier between")
-        before = self.reader[where]
-        seen = before != 0
-        self.programs[where[seen & ((before - 1) // threads != thread // threads)]] = True
-        now = seen & (before != thread + 1) & (self.read[where] == epoch)
-        self.shared_since[where[now]] = epoch
-        self.reader[where] = thread + 1
-        self.read[where] = epoch
-        apart = self.reader[where] != thread + 1  # several lanes of this very instruction
-        self.shared_since[where[apart]] = epoch
-        self.programs[where[apart & ((self.reader[where] - 1) // threads != thread // threads)]] = True
-
-    def writes(self, where: Array, thread: Array, epoch: int, threads: int, what: str) -> None:
-        """Several threads of a program may write the same by one instruction; that it is the same, `_stored` looks."""
-        writer, reader = self.writer[where], self.reader[where]
-        other = (writer != 0) & (writer != thread + 1)
-        same = (writer - 1) // threads == thread // threads
-        wrong = other & (~same | (self.written[where] == epoch))
-        other = (reader != 0) & (reader != thread + 1)
-        same = (reader - 1) // threads == thread // threads
-        wrong |= other & (~same | (self.read[where] == epoch))
-        wrong |= (self.shared_since[where] == epoch) | (self.alike[where] == epoch) | self.programs[where]
-        if wrong.any():
-            raise Fault(f"race: {what} is written while another thread uses it, with no barrier between")
-        self.writer[where] = thread + 1
-        self.written[where] = epoch
-        apart = self.writer[where] != thread + 1
-        if ((self.writer[where] - 1) // threads != thread // threads).any():
-            raise Fault(f"race: two programs write {what}")
-        self.alike[where[apart]] = epoch
-
-
-def _stored(found: Array, given: Array, text: str) -> None:
-    """Fault where an instruction stored other than its last thread for an address."""
-    if (found != given).any():
-        raise Fault(f"race: two threads write one address by one instruction, and not the same: {text}")
-
-
-_GRANULE = 2  # bytes of global memory that are watched together; no kernel touches single bytes
-
-
-class _Buffer(NamedTuple):
-    name: str
-    base: int
-    data: Array  # its bytes
-    allowed: Array  # which granules belong to the tensors given
-    watch: _Watch
-
-
-class Memory:
-    """The tensors of a launch, at their own addresses."""
-
-    def __init__(self) -> None:
-        self.buffers: list[_Buffer] = []
-
-    def add(self, name: str, base: int, size: int, offsets: Array) -> None:
-        """Give the machine a storage of `size` bytes at `base`, of which a tensor holds the granules `offsets`."""
-        for buffer in self.buffers:
-            if buffer.base == base:
-                buffer.allowed[offsets] = True
-                return
-        data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base))
-        allowed = np.zeros(size // _GRANULE, bool)
-        allowed[offsets] = True
-        self.buffers.append(_Buffer(name, base, data, allowed, _Watch(size // _GRANULE)))
-
-    def spans(self, address: Array, size: int, text: str) -> list[tuple[_Buffer, Array]]:
-        """The buffers that these accesses of `size` bytes fall into, each with the numbers of its accesses."""
-        if (address % np.uint64(size)).any():
-            raise Fault(f"misaligned access of {size} bytes: {text}")
-        found, left = [], len(address)
-        for buffer in self.buffers:
-            inside = (address >= np.uint64(buffer.base)) & (
-                address + np.uint64(size) <= np.uint64(buffer.base + len(buffer.data))
-            )
-            if count := int(inside.sum()):
-                found.append((buffer, np.flatnonzero(inside)))
-                left -= count
-            if not left:
-                return found
-        raise Fault(f"an address outside all tensors: {text}")
-
-
-# ---- what a launch carries
-
-
-@dataclass
-class Counts:
-    """What was executed: instructions of warps by name; and what memory had to do for them."""
-
-    instructions: Counter[str] = field(default_factory=Counter)
-    global_bytes: Counter[str] = field(default_factory=Counter)  # asked for, by ld and st
-    sectors: Counter[str] = field(default_factory=Counter)  # of 32 bytes, touched by an instruction of a warp
-    wavefronts: int = 0  # passes of shared memory
-    conflicts: int = 0  # of these, more than the bytes need
-
-
 @dataclass
 class _State:
     registers: dict[str, Array]  # each broadcasts to (programs, threads)
     programs: Array
     threads: int
     shared: Array  # (programs, bytes)
-    watch: _Watch | None  # of shared memory
+    watch: Watch | None  # of shared memory
     memory: Memory
     checked: bool
     counts: Counts | None
@@ -209,7 +84,7 @@ class _State:
         registers = {n: v[rows] if v.shape[0] > 1 else v for n, v in self.registers.items()}
         shared, watch = self.shared[rows], None
         if self.watch is not None:
-            watch = _Watch(0)
+            watch = Watch(0)
             for name, value in vars(self.watch).items():
                 setattr(watch, name, value.reshape(len(self.programs), -1)[rows].reshape(-1))
         return _State(
@@ -385,7 +260,7 @@ def _shifted(name: str, a: Array, b: Array) -> Array:
     out = a << amount if name == "shl" else a >> amount
     gone = b >= width
     if name == "shr" and a.dtype.kind == "i":
-        return out
+        return np.asarray(out)
     return np.where(gone, np.zeros((), a.dtype), out)
 
 
@@ -396,7 +271,7 @@ def _field(a: Array, start: Array, count: Array, signed: bool) -> Array:
         return bits.astype(np.uint32)
     top = (bits >> (count.astype(np.uint64) - np.uint64(1))) & np.uint64(1)
     extended = bits.astype(np.int64) - (top.astype(np.int64) << count.astype(np.int64))
-    return extended.astype(np.int32)
+    return np.asarray(extended, np.int32)
 
 
 def _permuted(a: Array, b: Array, selector: Array) -> Array:
@@ -672,11 +547,11 @@ def _memory_step(instruction: _Instruction, parts: list[str]) -> Step:
         given = [np.broadcast_to(read(state), state.shape).reshape(-1)[chosen] for read in values]
         found = [np.empty(len(chosen), raw) for _ in names] if not storing else []
         if state.counts is not None:
-            _count_global(state, state.counts, parts[0], chosen, where, size * count)
+            state.counts.of_global(parts[0], chosen, where, size * count)
         for buffer, inside in state.memory.spans(where, size * count, text):
             start = (where[inside] - np.uint64(buffer.base)).astype(np.int64)
             if state.checked:
-                spots = (start[:, None] + np.arange(0, size * count, _GRANULE)[None, :]) // _GRANULE
+                spots = (start[:, None] + np.arange(0, size * count, GRANULE)[None, :]) // GRANULE
                 if not buffer.allowed[spots].all():
                     raise Fault(f"memory between a tensor's rows: {buffer.name}, {text}")
                 threads = np.broadcast_to(everyone[inside][:, None], spots.shape).reshape(-1)
@@ -686,7 +561,7 @@ def _memory_step(instruction: _Instruction, parts: list[str]) -> Step:
             for i in range(count):
                 if storing:
                     data[start // size + i] = given[i][inside]
-                    _stored(data[start // size + i], given[i][inside], text)
+                    as_stored(data[start // size + i], given[i][inside], text)
                 else:
                     found[i][inside] = data[start // size + i]
         if not storing:
@@ -707,7 +582,7 @@ def _memory_step(instruction: _Instruction, parts: list[str]) -> Step:
         for i in range(count):
             if storing:
                 data[program, where // size + i] = given[i]
-                _stored(data[program, where // size + i], given[i], text)
+                as_stored(data[program, where // size + i], given[i], text)
             else:
                 found.append(data[program, where // size + i])
         if not storing:
@@ -725,7 +600,7 @@ def _watch_shared(
 ) -> None:
     """Note an access of each `thread` (numbered over the programs here) to `size` bytes of its shared memory."""
     if state.counts is not None and len(where):
-        _count_shared(state, state.counts, thread, where, size)
+        state.counts.of_shared(thread, where, size)
     if state.watch is None or not len(where):
         return
     spots = (program * state.shared.shape[1] + where)[:, None] + np.arange(size)[None, :]
@@ -771,13 +646,13 @@ def _matrix_step(instruction: _Instruction, parts: list[str]) -> Step:
                 _watch_matrix(state, storing, program, thread, spots[-1], instruction.text)
             if state.counts is not None:
                 rows = address[:, :, 8 * i : 8 * i + 8]
-                _count_shared(state, state.counts, thread[:, :, :8].reshape(-1), rows.reshape(-1), 16)
+                state.counts.of_shared(thread[:, :, :8].reshape(-1), rows.reshape(-1), 16)
             if storing:
                 value = np.broadcast_to(state.registers[name], state.shape).reshape(address.shape)
                 for half, where in enumerate(spots):
                     part = (value >> np.uint32(16 * half)).astype(np.uint16)
                     data[program, where // 2] = part
-                    _stored(data[program, where // 2], part, instruction.text)
+                    as_stored(data[program, where // 2], part, instruction.text)
             else:
                 low, high = (data[program, where // 2].astype(np.uint32) for where in spots)
                 _write(state, name, (low | (high << np.uint32(16))).reshape(state.shape), None)
@@ -790,31 +665,6 @@ def _watch_matrix(state: _State, storing: bool, program: Array, thread: Array, w
     programs = np.broadcast_to(program, where.shape).reshape(-1)
     _watch_shared(state, storing, programs, thread.reshape(-1), where.reshape(-1), 2, text)
     state.counts = counts
-
-
-# ---- counting
-
-
-def _count_global(state: _State, counts: Counts, name: str, chosen: Array, where: Array, size: int) -> None:
-    counts.global_bytes[name] += len(chosen) * size
-    first, last = where // np.uint64(32), (where + np.uint64(size - 1)) // np.uint64(32)
-    keys = np.concatenate([(chosen // WARP).astype(np.uint64) << np.uint64(40) ^ s for s in (first, last)])
-    counts.sectors[name] += len(np.unique(keys))
-
-
-def _count_shared(state: _State, counts: Counts, chosen: Array, where: Array, size: int) -> None:
-    """Lanes are served 32, 16 or 8 at a time, for at most 128 bytes; in each pass, a bank gives one word."""
-    together = WARP // max(size // 4, 1)
-    group = chosen // together
-    words = (where[:, None] + np.arange(0, size, 4)[None, :]).reshape(-1) // 4
-    pairs = np.unique(np.stack([np.repeat(group, len(words) // len(group)), words]), axis=1)
-    _, passes = np.unique(pairs[0] * 32 + pairs[1] % 32, return_counts=True)
-    worst: dict[int, int] = {}
-    banks = np.unique(pairs[0] * 32 + pairs[1] % 32)
-    for key, n in zip(banks // 32, passes, strict=True):
-        worst[int(key)] = max(worst.get(int(key), 0), int(n))
-    counts.wavefronts += sum(worst.values())
-    counts.conflicts += sum(worst.values()) - len(worst)
 
 
 # ---- programs
@@ -875,7 +725,7 @@ class Program:
             np.arange(programs),
             self.threads,
             np.full((programs, space), 0xFF, np.uint8),  # NaN, if anyone looks
-            _Watch(programs * space) if checked else None,
+            Watch(programs * space) if checked else None,
             memory,
             checked,
             counts,

@@ -6,6 +6,7 @@ And that machine itself: that it computes what PTX says, and that it faults wher
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -88,6 +89,56 @@ def test_a_wrong_kernel_fails(change: tuple[str, str, int], says: str) -> None:
     done = run(["-c", BROKEN.format(change=change, only=ONLY)], SVP_BENCH_PTX="90")
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     assert re.search(says, done.stdout), done.stdout[-3000:]
+
+
+COSTS = """
+import json, sys
+import ptx_driver, torch
+from ptx_memory import Counts
+sys.path.append("benchmarks")
+import triton_aot
+from svp_bench.ops import triton_launch
+
+driver = ptx_driver.install(90)
+driver.checked = False
+triton_aot.BATCH, triton_aot.LENGTH, channels = 1, 64, 64
+launch = triton_launch.launch
+
+def drawn(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    storage = torch.randn(value.untyped_storage().nbytes() // value.element_size()).to(value.dtype)
+    return storage.as_strided(value.shape, value.stride(), value.storage_offset())
+
+for kernel in ("scan_forward", "scan_backward_of_activations"):
+    name, arguments = triton_aot.launch_arguments(kernel, channels, torch.bfloat16, 90)
+    driver.counts = counts = Counts()
+    launch(name, channels // arguments["BE"], {key: drawn(value) for key, value in arguments.items()})
+    elements = triton_aot.LENGTH * channels
+    print(json.dumps({
+        "kernel": kernel,
+        "instructions": 32 * counts.instructions.total() / elements,
+        "bytes": sum(counts.global_bytes.values()) / elements,
+        "sectors": 32 * sum(counts.sectors.values()) / elements,
+        "conflicts": counts.conflicts,
+    }))
+"""
+
+
+@needs_triton
+def test_what_the_scan_costs() -> None:
+    """Counted as executed, an element of both directions: what docs/gpu.md's floors are about. No way to be slow
+    unseen: a layout that loses coalescing, or an expression that the compiler no longer folds away, shows here."""
+    done = run(["-c", COSTS])
+    assert done.returncode == 0, done.stderr[-3000:]
+    forward, backward = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert forward["instructions"] <= 340, forward
+    assert backward["instructions"] <= 1210, backward
+    assert forward["bytes"] <= 32, forward
+    assert backward["bytes"] <= 145, backward
+    for kernel in (forward, backward):
+        assert kernel["sectors"] <= 1.3 * kernel["bytes"], kernel
+        assert kernel["conflicts"] == 0, kernel
 
 
 # ---- the machine
