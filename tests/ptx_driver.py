@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ptx import Counts, Memory, Program
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 
 __all__ = ["Driver", "install"]
@@ -101,6 +103,9 @@ def install(capability: int = 90) -> Driver:
             kernel._run = _launcher(kernel, driver)
 
     CompiledKernel._init_handles = handles
+    # PTX is all that is needed: it is not assembled, and so kept apart from where kernels for a GPU are looked up
+    triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / "ptx")
+    CUDABackend.make_cubin = lambda *given: b""
     triton_launch.capability = lambda tensor: capability // 10
     backend.unavailable = lambda: None
     backend.unsupported = lambda device, dtype: None

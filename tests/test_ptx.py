@@ -42,17 +42,25 @@ def table(capability: int, *options: str) -> subprocess.CompletedProcess[str]:
     return run(arguments, SVP_BENCH_PTX=str(capability))
 
 
+# One of each kind: most of the time goes into compiling, and each other shape is another kernel.
+SOME = "5-torch or test_states_and_channels or test_float16 or sizes_of_a_model or test_two or test_add_norm"
+
+
 @needs_triton
 @pytest.mark.parametrize(
-    "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+    ("capability", "options", "least"),
+    [
+        (90, ["-k", SOME], 20),
+        *(pytest.param(capability, [], 85, marks=pytest.mark.slow) for capability in (80, 90, 100)),
+    ],
 )
-def test_the_table_as_compiled(capability: int) -> None:
-    """Every comparison of triton_table.py, and none of its kernels may fault."""
-    done = table(capability)
+def test_the_table_as_compiled(capability: int, options: list[str], least: int) -> None:
+    """The comparisons of triton_table.py, and none of its kernels may fault."""
+    done = table(capability, *options)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"^(\d+) passed\b", done.stdout, re.MULTILINE)
     assert passed is not None, done.stdout[-2000:]
-    assert int(passed.group(1)) >= 80
+    assert int(passed.group(1)) >= least
 
 
 # A kernel with one thing wrong must not pass. Each change is to the PTX of a launch.
