@@ -154,6 +154,8 @@ def _immediate(text: str, kind: str) -> Array | None:
     if re.fullmatch(r"0[fF][0-9A-Fa-f]{8}", text):
         return np.array([[int(text[2:], 16)]], np.uint32)
     if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", text):
+        if kind == "pred":
+            return np.array([[int(text.removesuffix("U"), 0) != 0]])
         size = _bytes(kind)
         return np.array([[int(text.removesuffix("U"), 0) & ((1 << 8 * size) - 1)]], _RAW[size])
     if text in ("true", "false"):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx import Counts, Fault, Memory, Program
 
@@ -206,11 +206,13 @@ def computed(body: str, *words: int) -> int:
 WORDS = st.integers(0, 2**32 - 1)
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS)
 def test_integers(a: int, b: int) -> None:
     assert computed("add.s32 %r30, %r3, %r4;", a, b) == (a + b) % 2**32
     assert computed("mul.lo.s32 %r30, %r3, %r4;", a, b) == a * b % 2**32
     assert computed("xor.b32 %r30, %r3, %r4;", a, b) == a ^ b
+    assert computed("mov.pred %p1, -1; selp.b32 %r30, %r3, %r4, %p1;", a, b) == a
     amount = b % 40
     assert computed("shl.b32 %r30, %r3, %r4;", a, amount) == (a << amount) % 2**32
     assert computed("shr.u32 %r30, %r3, %r4;", a, amount) == a >> amount
@@ -221,6 +223,7 @@ def test_integers(a: int, b: int) -> None:
     assert computed("rem.s32 %r30, %r3, %r4;", a, divisor) == int(np.fmod(signed, divisor)) % 2**32
 
 
+@settings(deadline=None)
 @given(WORDS, st.integers(0, 31), st.integers(1, 31))
 def test_fields(a: int, start: int, count: int) -> None:
     bits = (a >> start) & ((1 << count) - 1)
@@ -230,6 +233,7 @@ def test_fields(a: int, start: int, count: int) -> None:
     assert computed("bfe.s32 %r30, %r3, %r4, %r5;", a, start, count) == (bits - (sign << width)) % 2**32
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS, st.lists(st.integers(0, 15), min_size=4, max_size=4))
 def test_permutation_of_bytes(a: int, b: int, picks: list[int]) -> None:
     pool = [*a.to_bytes(4, "little"), *b.to_bytes(4, "little")]
@@ -238,6 +242,7 @@ def test_permutation_of_bytes(a: int, b: int, picks: list[int]) -> None:
     assert computed("prmt.b32 %r30, %r3, %r4, %r5;", a, b, selector) == int.from_bytes(bytes(expected), "little")
 
 
+@settings(deadline=None)
 @given(st.floats(width=32), st.floats(width=32))
 def test_rounding_to_bfloat16(low: float, high: float) -> None:
     words = [int(np.float32(x).view(np.uint32)) for x in (low, high)]
@@ -248,6 +253,7 @@ def test_rounding_to_bfloat16(low: float, high: float) -> None:
         assert torch.equal(value, expected) or (value.isnan() and expected.isnan())
 
 
+@settings(deadline=None)
 @given(st.floats(-100, 100, width=32), st.floats(-100, 100, width=32))
 def test_floats(a: float, b: float) -> None:
     """Exact where PTX is exact; where it is not, off, but by no more than two units of the last place."""
