@@ -86,8 +86,12 @@ class _State:
         shared, watch = self.shared[rows], None
         if self.watch is not None:
             watch = Watch(0)
+            moved = (rows - np.arange(len(rows)))[:, None] * self.threads  # threads are numbered over the programs here
             for name, value in vars(self.watch).items():
-                setattr(watch, name, value.reshape(len(self.programs), -1)[rows].reshape(-1))
+                part = value.reshape(len(self.programs), -1)[rows]
+                if name in ("writer", "reader"):
+                    part = np.where(part != 0, part - moved, 0)
+                setattr(watch, name, part.reshape(-1))
         return _State(
             registers,
             self.programs[rows],
@@ -229,10 +233,12 @@ def _quotient(a: Array, b: Array) -> Array:
 
 
 def _multiply_add(a: Array, b: Array, c: Array) -> Array:
+    """The product is exact in float64; the sum is rounded twice, which in rare cases is half a unit more."""
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
-_COMPARE = {n: getattr(operator, n) for n in ("eq", "ne", "lt", "le", "gt", "ge")}
+_COMPARE: dict[str, Callable[..., Any]] = {n: getattr(operator, n) for n in ("eq", "lt", "le", "gt", "ge")}
+_COMPARE["ne"] = lambda a, b: (a < b) | (a > b)  # false for NaN, as all of these
 _PLAIN: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -343,11 +349,11 @@ def _arithmetic(parts: list[str]) -> tuple[list[str], str, Callable[..., Any]] |
         return [kind], kind, lambda a: _near(1.0 / np.sqrt(a.astype(np.float64)), a, 1.0)
     if name in ("shl", "shr"):
         return [kind, "u32"], kind, lambda a, b: _shifted(name, a, b)
-    if name == "bfe":
+    if name == "bfe" and kind in ("u32", "s32"):
         return [kind, "u32", "u32"], kind, lambda a, s, n: _field(a, s, n, kind[0] == "s")
     if name == "prmt" and len(parts) == 2:
         return ["b32"] * 3, "b32", _permuted
-    if name == "setp" and len(parts) == 3:
+    if name == "setp" and len(parts) == 3 and parts[1] in _COMPARE:
         return [kind] * 2, "pred", _COMPARE[parts[1]]
     if name == "selp":
         return [kind, kind, "pred"], kind, lambda a, b, p: np.where(p, a, b)
@@ -375,7 +381,9 @@ def _conversion(parts: list[str]) -> tuple[list[str], str, Callable[..., Any]] |
         return [kind, kind], "b32", lambda a, b: (half[0](a) << 16) | half[0](b)
     if into == "bf16":
         return [kind], "bf16", lambda a: a
-    if into[0] in "sub" and kind[0] == "f":  # floats to integers: only by names that are not used here
+    if kind in ("bf16", "f16", "f32") and into[0] in "sub":  # floats to integers: not needed so far
+        return None
+    if set(parts[1:-2]) - {"rn"}:
         return None
     to = np.dtype(f"{_KINDS[into[0]]}{_bytes(into)}")
     return [kind], into, lambda a: a.astype(to)
@@ -387,6 +395,9 @@ def _conversion(parts: list[str]) -> tuple[list[str], str, Callable[..., Any]] |
 def _compile(instruction: _Instruction, shared_bytes: int) -> Step:
     parts = instruction.name.split(".")
     name = parts[0]
+    packs = name == "mov" and any(isinstance(operand, list) for operand in instruction.operands)
+    if instruction.guard and (name == "setp" or packs):
+        raise Fault(f"a guard that this machine does not heed: {instruction.text}")
     if name in ("ld", "st"):
         return _memory_step(instruction, parts)
     if name in ("ldmatrix", "stmatrix"):
@@ -397,7 +408,9 @@ def _compile(instruction: _Instruction, shared_bytes: int) -> Step:
         return _barrier_step(instruction, parts)
     if name == "mov" and (isinstance(instruction.operands[0], list) or isinstance(instruction.operands[1], list)):
         return _pack_step(instruction)
-    if name == "mov" and instruction.operands[1] in _SPECIAL:
+    if name == "mov" and isinstance(instruction.operands[1], str) and instruction.operands[1] in _SPECIAL:
+        if instruction.guard:
+            raise Fault(f"a guard that this machine does not heed: {instruction.text}")
         special, target = _SPECIAL[instruction.operands[1]], instruction.operands[0]
         return lambda state: _write(state, target, special(state), None)
     if name == "setp" and parts[-1] in ("bf16x2", "f16x2"):
@@ -494,8 +507,8 @@ def _shuffle_step(instruction: _Instruction, parts: list[str]) -> Step:
 
     def step(state: _State) -> None:
         lane = np.arange(state.threads)[None, :]
-        other = amount(state).astype(np.int64)
-        source = lane ^ other if parts[2] == "bfly" else lane // WARP * WARP + other % WARP
+        other = amount(state).astype(np.int64) % WARP
+        source = lane ^ other if parts[2] == "bfly" else lane // WARP * WARP + other
         held = np.broadcast_to(value(state), state.shape)
         _write(state, target, np.take_along_axis(held, np.broadcast_to(source, state.shape), 1), None)
 
@@ -515,6 +528,8 @@ def _memory_step(instruction: _Instruction, parts: list[str]) -> Step:
     if len(names) != count:
         raise Fault(f"{count} registers expected: {instruction.text}")
     if space == "param":
+        if instruction.guard or offset:
+            raise Fault(f"an access that this machine does not know: {instruction.text}")
         return lambda state: _write(state, names[0], state.registers[base], None)
     guard, text = _guarded(instruction.guard), instruction.text
     values = [_reader(name, f"b{8 * size}") for name in names] if storing else []
@@ -544,7 +559,7 @@ def _memory_step(instruction: _Instruction, parts: list[str]) -> Step:
             state.registers[name] = full.reshape(state.shape)
 
     def in_global(state: _State) -> None:
-        address = _view(state.registers[base], "u64") + np.uint64(offset)
+        address = _view(state.registers[base], "u64") + np.uint64(offset % 2**64)
         chosen, where = active(state, address)
         everyone = state.everyone().reshape(-1)[chosen] if state.checked else chosen
         given = [np.broadcast_to(read(state), state.shape).reshape(-1)[chosen] for read in values]
@@ -749,14 +764,16 @@ class Program:
             if step is not None:
                 step(state)
                 continue
-            if instruction.name == "ret":
-                return []
-            target = self.labels[instruction.operands[0]]
+            ends = instruction.name == "ret"
+            target = len(self.steps) if ends else self.labels[instruction.operands[0]]
             taken = _guarded(instruction.guard)(state)
             if taken is None or taken.all():
+                if ends:
+                    return []
                 place = target
             elif taken.any():
                 jumps = np.broadcast_to(taken, state.shape)
                 if (jumps.any(1) != jumps.all(1)).any():
                     raise Fault(f"threads of one program part: {instruction.text}")
-                return [(state.split(jumps[:, 0]), target), (state.split(~jumps[:, 0]), place)]
+                stay = (state.split(~jumps[:, 0]), place)
+                return [stay] if ends else [(state.split(jumps[:, 0]), target), stay]

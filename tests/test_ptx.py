@@ -90,8 +90,9 @@ ONLY = "test_lengths and 5-torch.float32"
         ((r"(ld\.shared\S* [^;]*\[%r\d+)\]", r"\1+4]", 0), "Fault|AssertionError"),
         ((r"@%p\d+ st\.global", "st.global", 0), "Fault"),
         ((r"0f3FB8AA3B", "0f3FB8AC00", 0), "AssertionError"),
+        ((r"@%p\d+ st\.global[^;]*;", "", 0), "AssertionError"),
     ],
-    ids=["barrier", "shuffle", "address", "mask", "constant"],
+    ids=["barrier", "shuffle", "address", "mask", "constant", "store"],
 )
 def test_a_wrong_kernel_fails(change: tuple[str, str, int], says: str) -> None:
     done = run(["-c", BROKEN.format(change=change, only=ONLY)], SVP_BENCH_PTX="90")
@@ -353,6 +354,35 @@ def test_programs_may_part() -> None:
     """
     execute(body, memory, programs=4)
     assert memory.tolist() == [p * (p + 1) for p in range(4)]
+
+
+def test_programs_that_part_keep_their_shared_memory() -> None:
+    """The upper half goes around once more, through shared memory that it has written before."""
+    memory = torch.zeros(4 * 64, dtype=torch.int32)
+    body = f"""
+    mov.u32 %r3, %ctaid.x; mad.lo.s32 %r4, %r3, 64, %r1; mul.wide.u32 %rd4, %r4, 4; add.s64 %rd5, %rd1, %rd4;
+    {STORE} bar.sync 0; xor.b32 %r8, %r7, 128; ld.shared.b32 %r9, [%r8]; bar.sync 0;
+    setp.lt.u32 %p1, %r3, 2; @%p1 bra $out;
+    st.shared.b32 [%r7], %r4; bar.sync 0; ld.shared.b32 %r9, [%r8];
+    $out:
+    st.global.b32 [%rd5], %r9;
+    """
+    execute(body, memory, programs=4)
+    expected = [[t ^ 32 for t in range(64)]] * 2 + [[64 * p + (t ^ 32) for t in range(64)] for p in (2, 3)]
+    assert memory.reshape(4, 64).tolist() == expected
+
+
+def test_what_a_guard_does() -> None:
+    memory = torch.zeros(64, dtype=torch.int32)
+    execute("setp.gt.u32 %p1, %r2, 5; @%p1 ret; st.global.b32 [%rd3], %r1;", memory, 9)
+    assert not memory.any()
+    execute("setp.gt.u32 %p1, %r2, 5; @%p1 ret; st.global.b32 [%rd3], %r1;", memory, 3)
+    assert memory.tolist() == list(range(64))
+    for body in ("@%p1 mov.u32 %r3, %laneid;", "@%p1 mov.b32 {%rs1, %rs2}, %r1;", "setp.neu.f32 %p1, %r1, %r1;"):
+        with pytest.raises(Fault, match="does not"):
+            execute(body, memory)
+    nan = 0x7FC00000
+    assert computed("setp.ne.f32 %p1, %r3, %r3; selp.b32 %r30, 1, 0, %p1;", nan) == 0
 
 
 def test_what_is_counted() -> None:

@@ -489,7 +489,7 @@ def _ahead(
         inputs = _channels(u, first, step, u_row, e, inside, fits)
         if KEEP or OF_STATES:
             if KEEP:
-                tl.store(before + tile * (N1 * BE * N2) + spot + plane, h)
+                tl.store(_at(before, tile, N1 * BE * N2) + spot + plane, h)
             dt = _step_sizes(_raw_steps(delta, bias, first, step, delta_row, e, inside, fits), inside, SOFTPLUS)
             decay = tl.exp2(_spread(dt, T, BE, N2) * decay_rate)
             drive = _spread(dt * inputs, T, BE, N2) * _states(B, first, step, B_row, inside, states, T, BE, N1, N2)
@@ -615,7 +615,7 @@ def _back(
         earlier = decay  # the states before each step
         if NEED_GATE:
             drive = driven * rows_B
-            h = tl.load(before + tile * (N1 * BE * N2) + spot + plane)
+            h = tl.load(_at(before, tile, N1 * BE * N2) + spot + plane)
             for i in tl.static_range(T):
                 earlier = _with_row(earlier, i, h, T)
                 h = _row(decay, i, T) * h + _row(drive, i, T)
