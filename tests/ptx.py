@@ -392,7 +392,7 @@ def _conversion(parts: list[str]) -> tuple[list[str], str, Callable[..., Any]] |
 # ---- instructions
 
 
-def _compile(instruction: _Instruction, shared_bytes: int) -> Step:
+def _compile(instruction: _Instruction) -> Step:
     parts = instruction.name.split(".")
     name = parts[0]
     packs = name == "mov" and any(isinstance(operand, list) for operand in instruction.operands)
@@ -518,7 +518,7 @@ def _shuffle_step(instruction: _Instruction, parts: list[str]) -> Step:
 def _memory_step(instruction: _Instruction, parts: list[str]) -> Step:
     space, kind = parts[1], parts[-1]
     count = int(parts[-2][1]) if re.fullmatch(r"v[248]", parts[-2]) else 1
-    if set(parts[1:]) - {space, kind, f"v{count}", "relaxed", "gpu"}:
+    if set(parts[1:]) - {space, kind, f"v{count}"}:
         raise Fault(f"an access that this machine does not know: {instruction.text}")
     storing = parts[0] == "st"
     place, other = instruction.operands if storing else instruction.operands[::-1]
@@ -593,6 +593,8 @@ def _memory_step(instruction: _Instruction, parts: list[str]) -> Step:
             raise Fault(f"misaligned access of {size * count} bytes: {text}")
         if len(where) and (where.min() < 0 or where.max() + size * count > state.shared.shape[1]):
             raise Fault(f"outside shared memory: {text}")
+        if state.counts is not None and len(where):
+            state.counts.of_shared(chosen, where, size * count)
         _watch_shared(state, storing, program, chosen, where, size * count, text)
         data = state.shared.view(raw)
         given = [np.broadcast_to(read(state), state.shape).reshape(-1)[chosen] for read in values]
@@ -617,8 +619,6 @@ def _watch_shared(
     state: _State, storing: bool, program: Array, thread: Array, where: Array, size: int, text: str
 ) -> None:
     """Note an access of each `thread` (numbered over the programs here) to `size` bytes of its shared memory."""
-    if state.counts is not None and len(where):
-        state.counts.of_shared(thread, where, size)
     if state.watch is None or not len(where):
         return
     spots = (program * state.shared.shape[1] + where)[:, None] + np.arange(size)[None, :]
@@ -655,13 +655,15 @@ def _matrix_step(instruction: _Instruction, parts: list[str]) -> Step:
             raise Fault(f"outside shared memory: {instruction.text}")
         data = state.shared.view(np.uint16)
         program = np.arange(programs)[:, None, None]
-        thread = (np.arange(programs * threads)).reshape(programs, -1, WARP)
+        everyone = np.arange(programs * threads)
+        thread = everyone.reshape(programs, -1, WARP)
         for i, name in enumerate(names):
             spots = []
             for half in range(2):
                 r, c = (column + half, row) if across else (row, column + half)
                 spots.append(address[:, :, 8 * i + r] + 2 * c)
-                _watch_matrix(state, storing, program, thread, spots[-1], instruction.text)
+                where = spots[-1].reshape(-1)
+                _watch_shared(state, storing, everyone // threads, everyone, where, 2, instruction.text)
             if state.counts is not None:
                 rows = address[:, :, 8 * i : 8 * i + 8]
                 state.counts.of_shared(thread[:, :, :8].reshape(-1), rows.reshape(-1), 16)
@@ -676,13 +678,6 @@ def _matrix_step(instruction: _Instruction, parts: list[str]) -> Step:
                 _write(state, name, (low | (high << np.uint32(16))).reshape(state.shape), None)
 
     return step
-
-
-def _watch_matrix(state: _State, storing: bool, program: Array, thread: Array, where: Array, text: str) -> None:
-    counts, state.counts = state.counts, None  # counted by rows
-    programs = np.broadcast_to(program, where.shape).reshape(-1)
-    _watch_shared(state, storing, programs, thread.reshape(-1), where.reshape(-1), 2, text)
-    state.counts = counts
 
 
 # ---- programs
@@ -711,9 +706,7 @@ class Program:
         self.threads = int(threads.group(1))
         self.shared_bytes = shared_bytes
         self.instructions, self.labels = _statements(body)
-        self.steps = [
-            None if i.name.startswith(("bra", "ret")) else _compile(i, shared_bytes) for i in self.instructions
-        ]
+        self.steps = [None if i.name.startswith(("bra", "ret")) else _compile(i) for i in self.instructions]
 
     def run(
         self,

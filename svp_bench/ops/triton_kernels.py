@@ -43,7 +43,7 @@ def _sigmoids(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def _slope_of_silu(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _silu_and_slope(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """SiLU(x) and its derivative."""
     sigmoid, rest = _sigmoids(x)
     return x * sigmoid, sigmoid * (1.0 + x * rest)
@@ -73,6 +73,14 @@ def _with_row(tile: tl.tensor, i: tl.constexpr, row: tl.tensor, T: tl.constexpr)
     """The tile with another row i."""
     index = tl.arange(0, T)[:, None, None, None]
     return tl.where(index == i, row, tile)
+
+
+@triton.jit
+def _place(program: tl.tensor, channels: tl.tensor, BE: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A program's picture, its channels, and which of them exist. Programs: pictures × blocks of channels."""
+    blocks = tl.cdiv(channels, BE)
+    e = program % blocks * BE + tl.arange(0, BE)
+    return (program // blocks).to(tl.int64), e, e < channels
 
 
 @triton.jit
@@ -327,10 +335,7 @@ def scan_forward(
     N2: tl.constexpr,
 ) -> None:
     """Mean over K directions of their scans, gated. Programs: pictures × blocks of channels."""
-    blocks = tl.cdiv(channels, BE)
-    picture = (tl.program_id(0) // blocks).to(tl.int64)
-    e = tl.program_id(0) % blocks * BE + tl.arange(0, BE)
-    fits = e < channels
+    picture, e, fits = _place(tl.program_id(0), channels, BE)
     out += picture * length * channels
     if z is not None:
         z += picture * z_picture
@@ -405,14 +410,14 @@ def scan_forward(
 
 
 @triton.jit
-def _place(
-    program: tl.tensor, channels: tl.tensor, BE: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """A program's block of channels, its picture, its channels, and which of them exist."""
-    blocks = tl.cdiv(channels, BE)
-    block = program % blocks
-    e = block * BE + tl.arange(0, BE)
-    return block, (program // blocks).to(tl.int64), e, e < channels
+def _spots(one: tl.tensor, BE: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Where a tile's states are kept, in two summands: (N1, BE, N2), as its threads hold them.
+
+    The second is a constant in each thread: added last, it is part of the access itself.
+    """
+    c = tl.arange(0, BE)[None, None, :, None]
+    spot = c * N2 + tl.arange(0, N2)[None, None, None, :] * one
+    return spot, tl.arange(0, N1)[None, :, None, None] * (BE * N2)
 
 
 @triton.jit
@@ -462,9 +467,9 @@ def _ahead(
 ) -> None:
     """The states once more: what follows from them alone (dC, dz, dD) and, if KEEP, the state before each tile."""
     OF_STATES: tl.constexpr = (dC is not None) or (dz is not None)
-    block, picture, e, fits = _place(program, channels, BE)
+    picture, e, fits = _place(program, channels, BE)
     rows = picture * length * channels
-    part = picture * tl.cdiv(channels, BE) + block  # of all programs
+    own = program.to(tl.int64)
     tiles = tl.cdiv(length, T)
     u += picture * u_picture
     delta += picture * delta_picture
@@ -472,16 +477,13 @@ def _ahead(
     C += picture * C_picture
     z = _shift(z, picture * z_picture)
     grad += picture * grad_picture
-    dC = _shift(dC, part * length * states)
+    dC = _shift(dC, own * length * states)
     dD = _shift(dD, picture * channels)
     dz = _shift(dz, rows)
     partial = _shift(partial, rows)
-    before = _shift(before, part * tiles * (N1 * BE * N2))
+    before = _shift(before, own * tiles * (N1 * BE * N2))
     decay_rate = _matrix(A, A_row, e, fits, states, one, N1, N2) * _LOG2E
-    # the states of a tile lie as its threads hold them: (N1, BE, N2). Where N1 goes is added last, as a constant.
-    c = tl.arange(0, BE)[None, None, :, None]
-    spot = c * N2 + tl.arange(0, N2)[None, None, None, :] * one
-    plane = tl.arange(0, N1)[None, :, None, None] * (BE * N2)
+    spot, plane = _spots(one, BE, N1, N2)
     sum_D = tl.zeros([T, BE], tl.float32)
     h = tl.zeros([1, N1, BE, N2], tl.float32)
     for tile in range(tiles):
@@ -502,7 +504,7 @@ def _ahead(
             dy = dout
             if z is not None:
                 gate = _channels(z, first, step, z_row, e, inside, fits)
-                silu, slope = _slope_of_silu(gate)
+                silu, slope = _silu_and_slope(gate)
                 dy = dout * silu
             if K == 2:
                 dy *= 0.5
@@ -573,9 +575,9 @@ def _back(
     """The gradients that follow from those of the states, from the last tile to the first."""
     NEED_DT: tl.constexpr = (ddelta is not None) or (dbias is not None)
     NEED_GATE: tl.constexpr = NEED_DT or (dA is not None)  # the gradient of Δ A
-    block, picture, e, fits = _place(program, channels, BE)
+    picture, e, fits = _place(program, channels, BE)
     rows = picture * length * channels
-    part = picture * tl.cdiv(channels, BE) + block  # of all programs
+    own = program.to(tl.int64)
     tiles = tl.cdiv(length, T)
     u += picture * u_picture
     delta += picture * delta_picture
@@ -586,14 +588,11 @@ def _back(
     du = _shift(du, rows)
     ddelta = _shift(ddelta, rows)
     dA = _shift(dA, picture * channels * states)
-    dB = _shift(dB, part * length * states)
+    dB = _shift(dB, own * length * states)
     dbias = _shift(dbias, picture * channels)
-    before = _shift(before, part * tiles * (N1 * BE * N2))
+    before = _shift(before, own * tiles * (N1 * BE * N2))
     decay_rate = _matrix(A, A_row, e, fits, states, one, N1, N2) * _LOG2E
-    # the states of a tile lie as its threads hold them: (N1, BE, N2). Where N1 goes is added last, as a constant.
-    c = tl.arange(0, BE)[None, None, :, None]
-    spot = c * N2 + tl.arange(0, N2)[None, None, None, :] * one
-    plane = tl.arange(0, N1)[None, :, None, None] * (BE * N2)
+    spot, plane = _spots(one, BE, N1, N2)
     sum_A = tl.zeros([1, N1, BE, N2], tl.float32)
     sum_bias = tl.zeros([BE], tl.float32)
     carry = tl.zeros([1, N1, BE, N2], tl.float32)  # decay ⊙ g of the step after the tile
@@ -1125,7 +1124,7 @@ def _convolve_back(
         g = _at_distance(grad, first, step, WAY * age, grad_row, length, e, fits)
         if SILU:
             y = _convolved(x, weight, bias, first, step, x_row, weight_row, length, e, fits, WAY * age, WAY, W, BL, BE)
-            _, slope = _slope_of_silu(y)
+            _, slope = _silu_and_slope(y)
             g *= slope
         if NEED_X:
             tap = tl.load(weight + e * weight_row + (W - 1 - age), mask=fits, other=0.0).to(tl.float32)[None, :]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from svp_bench.ops.triton_kernels import _sigmoid, _slope_of_silu
+from svp_bench.ops.triton_kernels import _sigmoid, _silu_and_slope
 
 __all__ = ["norm_backward", "norm_forward"]
 
@@ -84,7 +84,7 @@ def _prompt_back(
 ) -> tl.tensor:
     """Write the gradient of `pre`, and return this row's share in that of `scale`."""
     x = _read(pre, row, width, e, mask)
-    silu, slope = _slope_of_silu(x)
+    silu, slope = _silu_and_slope(x)
     if dpre is not None:
         _write(dpre, row, width, e, mask, d * _read(scale, 0, width, e, mask) * slope)
     return d * silu
