@@ -35,6 +35,7 @@ from svp_bench.results.files import (
     write_atomically,
     write_record,
 )
+from svp_bench.results.recipes import row_digest
 from svp_bench.results.record import Correct, Metrics, PerClass, Record, Tuned, new_run_id, timestamp
 
 HISTORIC = Path(__file__).parent / "historic_records"
@@ -215,8 +216,25 @@ def test_keys_stand_in_the_order_of_the_schema(tmp_path: Path) -> None:
     one = dataclasses.replace(one, run_id=other.run_id)
     assert list(other.config) != list(one.config)
     assert other.text() == one.text()
-    assert list(json.loads(one.text())) == [field.name for field in dataclasses.fields(Record)]
+    assert list(json.loads(one.text())) == REQUIRED
+    full = dataclasses.replace(one, **OPTIONAL)
+    assert list(json.loads(full.text())) == [field.name for field in dataclasses.fields(Record)]
+    assert Record.from_json(json.loads(full.text())) == full
     assert '\n  "schema": 1,\n' in one.text()
+
+
+REQUIRED = [field.name for field in dataclasses.fields(Record) if field.default is dataclasses.MISSING]
+OPTIONAL: dict[str, Any] = {
+    "weights_digest": "sha256:" + "12" * 32,
+    "checkpoint_load": {"dropped": ["head.weight"]},
+    "method_source": {"mine.py": "sha256:" + "12" * 32},
+    "package_digest": "sha256:" + "12" * 32,
+    "cpu": "a processor, AVX2",
+    "external_classes": ["mine.Callback"],
+    "not_comparable": ["weights were averaged"],
+    "image_notes": {"skipped: .svg": 1},
+    "content_digests": {"test": "sha256:" + "12" * 32},
+}
 
 
 @settings(deadline=None)
@@ -379,7 +397,18 @@ def test_hand_edited_records_are_refused(tmp_path: Path, key: str, value: Any, m
     assert str(tmp_path) not in problems[0].reason
 
 
-@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Record)])
+def test_a_load_report_and_a_method_source_make_another_cell_and_row() -> None:
+    plain = make_record()
+    loaded = dataclasses.replace(plain, checkpoint_load={"resized": ["pos_embed 14x14 -> 4x16"]})
+    own = dataclasses.replace(plain, method_source={"mine.py": "sha256:" + "12" * 32})
+    edited = dataclasses.replace(plain, method_source={"mine.py": "sha256:" + "13" * 32})
+    assert plain.source_digest == ""
+    assert len({record.source_digest for record in (plain, loaded, own, edited)}) == 4
+    assert row_digest(plain) == plain.setting_digest
+    assert len({row_digest(record) for record in (plain, loaded, own, edited)}) == 4
+
+
+@pytest.mark.parametrize("key", REQUIRED)
 def test_a_missing_key_is_named(key: str) -> None:
     data = make_record().to_json()
     del data[key]

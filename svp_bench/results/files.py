@@ -27,6 +27,7 @@ __all__ = [
 _SAME_RUN = (
     *("run_id", "created", "kind", "seed", "method", "backbone", "checkpoint_digest", "task_version", "protocol"),
     *("protocol_version", "data_variant", "data_digest", "config_digest", "setting_digest"),
+    "source_digest",
 )
 
 

@@ -101,8 +101,12 @@ def row_setting(record: Record) -> dict[str, Any]:
 
 
 def row_digest(record: Record) -> str:
-    """Return "sha256:..." of `row_setting`: for tasks without epochs of their own it is the record's setting digest."""
-    return canonical_digest(row_setting(record))
+    """Return "sha256:..." of `row_setting`, and of the record's `source_digest` where it has one.
+
+    For a shipped method and tasks without epochs of their own it is the record's setting digest.
+    """
+    setting = row_setting(record)
+    return canonical_digest({**setting, "source": record.source_digest} if record.source_digest else setting)
 
 
 @cache

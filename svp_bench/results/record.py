@@ -4,9 +4,13 @@ A record is `<results root>/records/<suite>/<task>/<run_id>.json`, pretty-printe
 of `Record`'s fields, the keys of inner mappings in alphabetical order, so equal records are equal bytes. Files are
 written aside, fsynced and renamed. Nothing changes afterwards, except that an unscored record may become complete.
 
-A *cell* is task, protocol, backbone, checkpoint digest, data variant, data digest, method and `config_digest`; its
-seeds are averaged. A table *row* is protocol, backbone, checkpoint digest, method and `setting_digest`: the config
-without the task and what a tuned table set for it; epochs that the task's own shipped config sets are the task's too.
+A *cell* is task, protocol, backbone, checkpoint digest, data variant, data digest, method, `config_digest` and
+`source_digest` (what loading did to the checkpoint, and the source of a method that is not shipped); its seeds are
+averaged. A table *row* is protocol, backbone, checkpoint digest, method, `source_digest` and `setting_digest`: the
+config without the task and what a tuned table set for it; epochs of the task's own shipped config are the task's too.
+
+The last fields of `Record` are optional: None is left out of the JSON, so that records from before they existed keep
+their bytes and their digests.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from svp_bench.errors import RecordError
 from svp_bench.results.bits import pack_bits
-from svp_bench.results.digests import plain
+from svp_bench.results.digests import canonical_digest, plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -245,6 +249,17 @@ class Record:
         images_per_second: Training throughput over the whole run, all devices together, or null.
         peak_memory_mib: Peak device memory, or null where it is not measured.
         checkpoint_file: What the run saved, relative to the runs folder, or null.
+        weights_digest: Digest of the weights that were scored (or, unscored, that were final), as `checkpoint_file`
+            holds them.
+        checkpoint_load: What loading did to the published weights besides copying them, e.g.
+            {"resized": ["pos_embed 14x14 -> 4x16"], "dropped": ["head.weight"]}. Empty lists are left out.
+        method_source: Digests of the files that define a method which is not shipped, by file name.
+        package_digest: Digest of the package's own source files, as they were on disk.
+        cpu: Model name of the processor and the widest instruction set that PyTorch used.
+        external_classes: Callbacks, loggers, profilers, strategies and plugins from outside the package.
+        not_comparable: Why the run's number does not belong into a table, one reason a line.
+        image_notes: Conversion or skip of images → how often, e.g. {"skipped: .svg": 1, "rotated by EXIF": 2}.
+        content_digests: Split → digest of the decoded pixels of its images.
     """
 
     schema: int
@@ -291,6 +306,22 @@ class Record:
     images_per_second: float | None
     peak_memory_mib: float | None
     checkpoint_file: str | None
+    weights_digest: str | None = None
+    checkpoint_load: Mapping[str, Sequence[str]] | None = None
+    method_source: Mapping[str, str] | None = None
+    package_digest: str | None = None
+    cpu: str | None = None
+    external_classes: Sequence[str] | None = None
+    not_comparable: Sequence[str] | None = None
+    image_notes: Mapping[str, int] | None = None
+    content_digests: Mapping[str, str] | None = None
+
+    @property
+    def source_digest(self) -> str:
+        """Digest of the changes at loading and of the source of a user's method; "" if there is neither."""
+        if not self.checkpoint_load and not self.method_source:
+            return ""
+        return canonical_digest({"load": self.checkpoint_load or {}, "method": self.method_source or {}})
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain JSON values.
@@ -301,6 +332,8 @@ class Record:
         data: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
             if isinstance(value, (Metrics, Tuned)):
                 data[field.name] = value.to_json()
             elif isinstance(value, (Correct, Parameters)):

@@ -152,6 +152,18 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and bool(_DIGEST.fullmatch(value))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _parse(data: Any, where: str) -> Record:
     if isinstance(data, Mapping) and _is_text(data.get("schema")) and data["schema"] in _OTHER_FILES:
         raise RecordError(f"{where}: is no record but {_OTHER_FILES[data['schema']]}")
@@ -210,6 +222,21 @@ def _parse(data: Any, where: str) -> Record:
         images_per_second=take.number_or_null("images_per_second"),
         peak_memory_mib=take.number_or_null("peak_memory_mib"),
         checkpoint_file=take.text_or_null("checkpoint_file"),
+        weights_digest=take.digest("weights_digest") if take.has("weights_digest") else None,
+        checkpoint_load=take.mapping("checkpoint_load", "an object of lists of texts", _is_texts)
+        if take.has("checkpoint_load")
+        else None,
+        method_source=take.mapping("method_source", "an object of digests", _is_digest)
+        if take.has("method_source")
+        else None,
+        package_digest=take.digest("package_digest") if take.has("package_digest") else None,
+        cpu=take.text("cpu") if take.has("cpu") else None,
+        external_classes=take.texts("external_classes") if take.has("external_classes") else None,
+        not_comparable=take.texts("not_comparable") if take.has("not_comparable") else None,
+        image_notes=take.mapping("image_notes", "an object of counts", _is_count) if take.has("image_notes") else None,
+        content_digests=take.mapping("content_digests", "an object of digests", _is_digest)
+        if take.has("content_digests")
+        else None,
     )
 
 

@@ -161,7 +161,7 @@ def _row_key(record: Record) -> tuple[Any, ...]:
 
 def _cell_key(record: Record) -> tuple[str, str, str]:
     """What tells the cells of one row and task apart. Only failed runs lack a data digest, and none of them enters."""
-    return record.data_variant, record.data_digest or "", record.config_digest
+    return record.data_variant, record.data_digest or "", record.config_digest + record.source_digest
 
 
 def _suite_of(problem: Problem) -> str | None:
