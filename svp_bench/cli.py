@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from svp_bench import __version__
-from svp_bench.errors import SvpBenchError, unknown_name
+from svp_bench.errors import SvpBenchError, printable, unknown_name
 from svp_bench.interrupts import INTERRUPTS, Preempted, ignore_from_now_on
+from svp_bench.terminal import readable_output
 from svp_bench.verbs import HEAVY, VERBS
 
 __all__ = ["entry_point", "main"]
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # `--help` of a parser
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except SvpBenchError as error:
-        text = " ".join(str(error).split())
+        text = printable(" ".join(str(error).split()))
         print(f"svp-bench: error: {text}", file=sys.stderr, flush=True)
         return error.exit_status
     except KeyboardInterrupt:
@@ -98,6 +99,7 @@ def entry_point() -> None:
     # GNU OpenMP, read when torch is imported: idle threads soon sleep instead of spinning. On a machine that has other
     # work, spinning threads make a step several times slower; on a quiet one it is the same.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    readable_output()
     status = main()
     ignore_from_now_on()
     sys.exit(status)

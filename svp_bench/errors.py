@@ -7,6 +7,7 @@ prints that line and exits with the class's `exit_status`; it never shows a stac
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -21,8 +22,13 @@ __all__ = [
     "UnavailableError",
     "UsageError",
     "nearest",
+    "printable",
     "unknown_name",
 ]
+
+# Control characters (ANSI escapes begin with one), line separators, halves of surrogate pairs, and the marks that
+# reverse the order in which a terminal shows text.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 class SvpBenchError(Exception):
@@ -67,6 +73,17 @@ class NonFiniteLossError(SvpBenchError):
 
 class OutOfMemoryError(SvpBenchError):
     """A step needs more memory than the device has left; says what would fit."""
+
+
+def printable(text: object) -> str:
+    r"""Return a name from a file, a folder or a config as one line that a terminal shows and does not obey.
+
+    Control characters, line ends and marks of the writing direction become Python's escapes; all other text stays.
+
+    >>> printable("a\x1b[31mb\nc")
+    'a\\x1b[31mb\\nc'
+    """
+    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), str(text))
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

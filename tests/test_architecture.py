@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 # The rooms in the order of ARCHITECTURE.md, lowest first: the modules or packages of a room, and the rooms that it may
 # import. Its own room is always allowed. The package itself, `svp_bench/__init__.py`, is the front door.
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "foundation": (("_version", "errors", "registry", "resources", "atomic", "interrupts"), ()),
+    "foundation": (("_version", "errors", "registry", "resources", "atomic", "interrupts", "terminal"), ()),
     "cards": (("plain_yaml", "cards"), ("foundation",)),
     "results": (("results",), ("foundation", "cards")),
     "ops": (("ops",), ("foundation",)),

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from svp_bench.cards import load_suite, load_task
@@ -22,6 +21,7 @@ from svp_bench.sweep.live import View
 from svp_bench.sweep.pools import LocalPool
 from svp_bench.sweep.run import asked_by_signals, conclude
 from svp_bench.sweep.sweep import Cell, Sweep
+from svp_bench.terminal import plain_console
 from svp_bench.train.cli import refuse_unwritable
 
 __all__ = ["METHODS", "TASKS", "run_demo"]
@@ -52,7 +52,7 @@ def run_demo(results_root: str, runs_root: str) -> int:
     Raises:
         SvpBenchError: If it cannot begin.
     """
-    console = Console(highlight=False)
+    console = plain_console()
     began = time.perf_counter()
     check_writable(results_root)
     refuse_unwritable(Path(runs_root), "--runs_root")
@@ -76,7 +76,7 @@ def run_demo(results_root: str, runs_root: str) -> int:
     run_table(results_root, ["demo"])
     run_report(results_root, ["demo"], runs_root=runs_root)
     console.print(_leaderboard(sweep))
-    console.print(_closing(results_root, runs_root), soft_wrap=True, markup=False)
+    console.print(_closing(results_root, runs_root), soft_wrap=True)
     console.print(f"\n{len(sweep.done)} runs in {time.perf_counter() - began:.0f} s.")
     return 1 if sweep.failed else 0
 

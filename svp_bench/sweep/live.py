@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from svp_bench.errors import printable
 from svp_bench.results.choices import Choice
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.pools import Progress
@@ -57,7 +58,7 @@ class View(Watcher):
             self._live.stop()
 
     def _say(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
 
     def started(self, job: Job) -> None:
         """Remember when."""
@@ -128,15 +129,15 @@ class View(Watcher):
         eta = "unknown until a run has ended" if seconds is None else duration(seconds)
         head = Text(
             f"{over} of {over + left} runs over, {len(sweep.running)} running, {len(sweep.failed)} failed; "
-            f"{duration(time.monotonic() - self._began)} so far, about {eta} left; {self._what}"
+            f"{duration(time.monotonic() - self._began)} so far, about {eta} left; {printable(self._what)}"
         )
         if sweep.stopping:
             head = Text("Stopping: the running jobs save and end. ctrl-C once more ends them at once.\n") + head
         rows = Table.grid(padding=(0, 2))
         for job in list(sweep.running.values())[:_SHOWN]:
             epoch, epochs = self._progress.get(job.key, (0, 0))
-            rows.add_row(job.name, f"epoch {epoch} of {epochs}" if epochs else "starting")
+            rows.add_row(Text(printable(job.name)), f"epoch {epoch} of {epochs}" if epochs else "starting")
         best = Table.grid(padding=(0, 2))
         for (task, method), (score, _) in sorted(self._best.items())[-_SHOWN:]:
-            best.add_row(f"best on val so far: {task}, {method}", f"{score:.2f} %")
+            best.add_row(Text(printable(f"best on val so far: {task}, {method}")), f"{score:.2f} %")
         return Group(ProgressBar(total=max(1, over + left), completed=over), head, rows, best)

@@ -18,7 +18,7 @@ from rich.console import Console
 from svp_bench.cards import load_suite, load_task
 from svp_bench.config import Flags, method_layer
 from svp_bench.data.sources import measured
-from svp_bench.errors import SvpBenchError, UsageError, unknown_name
+from svp_bench.errors import SvpBenchError, UsageError, printable, unknown_name
 from svp_bench.results.files import check_writable, read_records
 from svp_bench.results.record import Record
 from svp_bench.results.report.page import run_report
@@ -28,6 +28,7 @@ from svp_bench.sweep.live import View, duration
 from svp_bench.sweep.pools import LocalPool, Pool
 from svp_bench.sweep.search import Search, load_search
 from svp_bench.sweep.sweep import Cell, Sweep, searched_context
+from svp_bench.terminal import plain_console
 
 __all__ = ["Asked", "Request", "asked_by_signals", "conclude", "run_sweep"]
 
@@ -99,7 +100,7 @@ def run_sweep(request: Request) -> int:
     Raises:
         SvpBenchError: If it cannot begin.
     """
-    console = Console(highlight=False)
+    console = plain_console()
     common = _common(request)
     search = load_search(request.search) if request.search else None
     names = [(task, method) for task in request.tasks for method in request.methods]
@@ -139,9 +140,9 @@ def run_sweep(request: Request) -> int:
         return status
     if request.report and not request.only_search and sweep.done:
         suites = sorted({task.split("/")[0] for task in request.tasks})
-        console.print(run_table(request.results_root, suites), soft_wrap=True, markup=False, end="")
+        console.print(run_table(request.results_root, suites), soft_wrap=True, end="")
         page = run_report(request.results_root, suites, runs_root=request.runs_root)
-        console.print(page, soft_wrap=True, markup=False, end="")
+        console.print(page, soft_wrap=True, end="")
     return 1 if sweep.failed or sweep.blocked else 0
 
 
@@ -267,7 +268,7 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, prepared: _Pre
     free = _free(Path(request.runs_root))
     console.print(f"Disk: about {_size(disk)} for checkpoints of final runs; {_size(free)} are free.")
     for cell in sweep.blocked:
-        console.print(f"Cannot run: {cell.task}, {cell.label}: {cell.blocked}", soft_wrap=True)
+        console.print(printable(f"Cannot run: {cell.task}, {cell.label}: {cell.blocked}"), soft_wrap=True)
 
 
 class _Speed:
@@ -411,9 +412,9 @@ def conclude(console: Console, sweep: Sweep, command: Sequence[str], asked: Aske
     )
     for ended in sweep.failed:
         log = f" (log: {ended.outcome.log})" if ended.outcome.log else ""
-        console.print(f"  failed: {ended.job.name}: {ended.outcome.reason}{log}", soft_wrap=True, markup=False)
+        console.print(printable(f"  failed: {ended.job.name}: {ended.outcome.reason}{log}"), soft_wrap=True)
     for cell in sweep.blocked:
-        console.print(f"  cannot run: {cell.task}, {cell.label}: {cell.blocked}", soft_wrap=True, markup=False)
+        console.print(printable(f"  cannot run: {cell.task}, {cell.label}: {cell.blocked}"), soft_wrap=True)
     if sweep.failed:
         how = "" if sweep.retry_failed else " with --retry_failed"
         console.print(f"Once the reason is mended: the same command{how}.")

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from svp_bench.terminal import readable_output
+
 __all__ = ["main"]
 
 _PATIENCE = 120.0  # seconds that a run gets to save, once nobody listens any more
@@ -49,6 +51,7 @@ def _redirect(log: Path) -> None:
 
 def main() -> None:
     """Serve jobs until standard input ends."""
+    readable_output()
     channel = _Channel()
     # A descriptor of our own: a thread that waits on sys.stdin holds its lock, and forked data workers close sys.stdin.
     orders = os.fdopen(os.dup(0), encoding="utf-8")

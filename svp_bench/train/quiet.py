@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from svp_bench.errors import printable
+
 __all__ = ["quiet"]
 
 
@@ -24,8 +26,12 @@ def quiet() -> Iterator[None]:
 
 
 def _no_chatter(record: logging.LogRecord) -> bool:
-    """Leave out Lightning's lines about devices that are not there, its advertisements, and what our header says."""
+    """Leave out Lightning's lines about devices that are not there, its advertisements, and what our header says.
+
+    The lines that stay may hold names of files and classes; a terminal must not obey these.
+    """
     text = record.getMessage()
+    record.msg, record.args = "\n".join(map(printable, text.split("\n"))), None
     chatter = (
         *("GPU available", "TPU available", "HPU available", "Tip:", "to estimate number of stepping batches"),
         "`weights_only` was not set",  # our reader is strict anyway
@@ -38,7 +44,7 @@ def _expected_warnings() -> Iterator[None]:
     """Leave out warnings of libraries about things that are meant to be so here."""
     shape = warnings.formatwarning
     with warnings.catch_warnings():
-        warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
+        warnings.formatwarning = lambda message, *_, **__: f"Warning: {printable(message)}\n"
         for pattern in (
             r".*does not have many workers.*",  # training pictures are in memory
             r".*LightningCLI's args parameter.*",  # the config is composed first

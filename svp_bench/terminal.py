@@ -1,0 +1,67 @@
+"""Output that any terminal can show: replacements for characters its encoding lacks, and a console of plain text."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["ascii_for", "plain_console", "readable_output"]
+
+_HANDLER = "svp-bench-ascii"  # name of the codec error handler
+_ASCII = {
+    "…": "...",
+    "–": "-",
+    "—": "-",
+    "−": "-",
+    "×": "x",
+    "±": "+/-",
+    "·": "*",
+    "≥": ">=",
+    "≤": "<=",
+    "≈": "~",
+    "→": "->",
+    "←": "<-",
+    "•": "*",
+    "‘": "'",
+    "’": "'",
+    "“": '"',
+    "”": '"',
+    "²": "^2",
+    "√": "sqrt",
+    "\u00a0": " ",
+    **dict.fromkeys("─━═", "-"),
+    **dict.fromkeys("│┃║", "|"),
+    **dict.fromkeys("┌┐└┘├┤┬┴┼┏┓┗┛┡┩╇", "+"),
+    **dict.fromkeys("█▉▊▋▌▍▎▏", "#"),
+}
+
+
+def ascii_for(text: str) -> str:
+    """Return the text in ASCII: typographic signs by their usual replacement, all else as Python's escape."""
+    return "".join(_ASCII.get(char) or char.encode("ascii", "backslashreplace").decode("ascii") for char in text)
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return ascii_for(error.object[error.start : error.end]), error.end
+
+
+def readable_output() -> None:
+    """Let standard output and standard error replace what their encoding cannot express instead of raising."""
+    codecs.register_error(_HANDLER, _replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not what a test or a notebook puts there
+            stream.reconfigure(errors=_HANDLER)
+
+
+def plain_console() -> Console:
+    """Return a rich console that takes text as it is: "[/x]" in a path is no markup, ":x:" no emoji."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
