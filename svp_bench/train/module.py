@@ -440,8 +440,10 @@ class AdaptationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained part, and what it takes to build the rest."""
-        trained = {f"model.{name}" for name in trained_parameters(self.model)}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        trained = self.trained_names()
+        for part in ("state_dict", "current_model_state"):  # the second is Lightning's, where a callback averages
+            if part in checkpoint:
+                checkpoint[part] = {k: v for k, v in checkpoint[part].items() if k in trained}
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         view = data.view
         checkpoint[SAVED_KEY] = {
@@ -460,6 +462,20 @@ class AdaptationModule(LightningModule):
         }
         if self.ema is not None:
             checkpoint["ema"] = self.ema.weights
+
+    def trained_names(self) -> set[str]:
+        """Return the names of the tensors that a checkpoint holds: trained parameters, and buffers that may change."""
+        frozen = {f"model.{name}" for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {name for name in self.state_dict() if name.startswith("model.") and name not in frozen}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights as a checkpoint holds them, by its parts: `state_dict`, and `ema` if there is an average.
+
+        They share memory with the model.
+        """
+        names = self.trained_names()
+        parts = {"state_dict": {name: value for name, value in self.state_dict().items() if name in names}}
+        return parts if self.ema is None else {**parts, "ema": self.ema.weights}
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint of the trained part belongs to, as plain values."""
@@ -495,13 +511,18 @@ class AdaptationModule(LightningModule):
                     f"the checkpoint was trained with {key} = {theirs[key]!r}, this run has {ours[key]!r}; "
                     "use the config.yaml beside it"
                 )
-        expected = {f"model.{name}": p.shape for name, p in trained_parameters(self.model).items()}
+        own = self.state_dict()
+        expected = {name: own[name].shape for name in self.trained_names()}
         found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if expected != found:
             odd = sorted(set(expected) ^ set(found)) or [k for k in expected if expected[k] != found[k]]
             raise CheckpointError(f"the checkpoint does not hold exactly the trained part; first difference: {odd[0]}")
         if self.ema is not None:
             self.ema.load(checkpoint.get("ema", {}))
+        if "averaging_state" in checkpoint:  # Lightning's WeightAveraging wants the frozen part too, which is here
+            assert isinstance(checkpoint, dict)
+            for part in ("state_dict", "current_model_state"):
+                checkpoint[part] = {**own, **checkpoint[part]}
 
 
 def _check_range(

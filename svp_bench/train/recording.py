@@ -21,6 +21,7 @@ from svp_bench.train.module import AdaptationModule
 from svp_bench.train.parsing import Resolved
 from svp_bench.train.provenance import device_name, library_versions
 from svp_bench.train.resume import CHECKPOINT
+from svp_bench.train.saved import weights_digest
 
 __all__ = ["Recorder"]
 
@@ -188,4 +189,5 @@ class Recorder:
             images_per_second=self.meter.images_per_second,
             peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device) if peak is None else peak,
             checkpoint_file=saved.relative_to(resolved.runs_root).as_posix() if saved.is_file() else None,
+            weights_digest=weights_digest(model.weights()) if status in ("complete", "unscored") else None,
         )

@@ -5,11 +5,13 @@ A file from elsewhere, or a damaged one, is refused in one line here; nobody beh
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from svp_bench.data.reading import show
@@ -17,7 +19,7 @@ from svp_bench.data.transforms import INTERPOLATIONS, RESIZES
 from svp_bench.errors import CheckpointError
 from svp_bench.models.checkpoints import load_pickle_safely
 
-__all__ = ["SAVED_KEY", "About", "Saved", "wrong_part"]
+__all__ = ["SAVED_KEY", "About", "Saved", "file_weights_digest", "weights_digest", "wrong_part"]
 
 SAVED_KEY = "svp_bench"  # our key in a Lightning checkpoint
 _UNREADABLE = "; get the file again, or give another"  # the end of what `load_pickle_safely` says of a damaged file
@@ -216,3 +218,27 @@ def _is_state_dict(value: object) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(name, str) and isinstance(part, Tensor) for name, part in value.items()
     )
+
+
+def weights_digest(content: Mapping[str, Any]) -> str:
+    """Return the digest of the weights in a checkpoint: names, types, shapes and bytes of all tensors that it holds.
+
+    Args:
+        content: A checkpoint, or the parts of one that hold weights: `state_dict`, and `ema` if weights are averaged.
+    """
+    sha = hashlib.sha256()
+    for part in ("state_dict", "ema"):
+        for name, value in sorted((content.get(part) or {}).items()):
+            tensor = value.detach().cpu().contiguous()
+            sha.update(f"{part} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return f"sha256:{sha.hexdigest()}"
+
+
+def file_weights_digest(path: str | Path) -> str:
+    """Return `weights_digest` of a checkpoint file; that of a record's `checkpoint_file` equals its `weights_digest`.
+
+    Raises:
+        CheckpointError: If the file is missing, unreadable, or not a checkpoint of a run.
+    """
+    return weights_digest(Saved.read(path).content)
