@@ -19,15 +19,16 @@ side, G = 8 patches a side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = ["CENTRED", "FAMILIES", "GRID", "POSE", "SIZE", "VERSION", "Chance", "Drawn", "draw", "family_of"]
 
-VERSION = 1  # rises with every change of what is drawn
+VERSION = 1  # rises with every change of what is drawn, beyond rounding
 SIZE = 64
 GRID = 8
 CENTRED = 16
@@ -145,6 +146,8 @@ def draw(seed: int, index: Sequence[int] | npt.NDArray[np.int64]) -> Drawn:
     count = len(index)
     images = np.empty((count, 3, SIZE, SIZE), dtype=np.uint8)
     cover = np.empty((count, SIZE, SIZE), dtype=np.float32)
+    centred = np.empty((count, CENTRED, CENTRED), dtype=np.float32)
+    pose = np.empty((count, len(POSE)), dtype=np.float32)
     blanked = np.empty((count, GRID, GRID), dtype=np.bool_)
     for number, name in enumerate(FAMILIES):
         (rows,) = np.nonzero(family == number)
@@ -157,8 +160,16 @@ def draw(seed: int, index: Sequence[int] | npt.NDArray[np.int64]) -> Drawn:
             images[some] = _paint(chance, mask, textured=name == "gratings")
             hidden = chance.uniform(shape=(GRID * GRID,)).argsort(axis=1) < round(BLANKED_SHARE * GRID * GRID)
             blanked[some] = (hidden & chance.happens(0.5)[:, None]).reshape(-1, GRID, GRID)
-    pose, centred = _describe(cover)
+            pose[some], centred[some] = _describe(mask)
     return Drawn(images, _to_bytes(cover), _to_bytes(centred), pose, blanked, family)
+
+
+def _each(left: Iterable[npt.NDArray[Any]], right: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Multiply matrices, one image after the other: (B, …, rows, columns).
+
+    NumPy may pass a stack to BLAS as one product, and BLAS rounds by shape: an image would then depend on its batch.
+    """
+    return np.stack([np.matmul(a, b) for a, b in zip(left, right, strict=False)])
 
 
 def _to_bytes(unit: Floats) -> Bytes:
@@ -235,7 +246,7 @@ def _ink(x: Floats, y: Floats, width: Floats, step: Floats) -> Floats:
     # at the pen's edge, d = width / 2, the weighted sum is 1 whatever the width
     edge = np.exp(np.square(width / 2 * sharp))
     across *= (step / (math.sqrt(2 * math.pi) * sigma) * edge)[:, :, None]
-    field = np.matmul(down.transpose(0, 2, 1), across)
+    field = _each(down.transpose(0, 2, 1), across)
     # log(field) = ((width/2)² - d²) / 2σ²; its slope at the edge is width / 2σ², taken as the mean over the points
     inked = step > 0
     slope = (np.where(inked, width / (2 * np.square(sigma)), 0).sum(axis=1) / inked.sum(axis=1)).astype(np.float32)
@@ -269,9 +280,9 @@ def _blob(chance: Chance, half: Floats, cx: Floats, cy: Floats) -> Floats:
     """Signed distance to a smooth closed curve, in pixels, positive inside: (B, S, S)."""
     decay = np.tile(_HARMONICS, 2) ** -chance.uniform(0.8, 2.0)[:, None]
     waves = chance.normal((12,)) * decay * chance.uniform(0.08, 0.34)[:, None]
-    radius = 1 + waves.astype(np.float32) @ _WAVES
+    radius = 1 + _each(waves.astype(np.float32), repeat(_WAVES))
     radius = np.maximum(radius, np.float32(0.2))
-    slope = (waves.astype(np.float32) @ _SLOPES) / radius
+    slope = _each(waves.astype(np.float32), repeat(_SLOPES)) / radius
     radius *= (half / radius.max(axis=1))[:, None]
     _, entry, _, rho = _polar(cx, cy)
     shrink = 1 / np.sqrt(1 + np.square(slope))  # the curve is not square to the radius: the distance is shorter
@@ -361,11 +372,11 @@ def _fractals(chance: Chance) -> Floats:
     strengths = np.stack([chance.uniform(0.5, 0.85, (3,)), chance.uniform(0.2, 0.6, (3,))], axis=2)
     cos, sin = np.cos(angles), np.sin(angles)
     turn = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)  # (B, 3, 2 turns, 2, 2)
-    maps = (turn[:, :, 0] * strengths[:, :, None, :]) @ turn[:, :, 1]  # singular values below one: it contracts
+    maps = _each(turn[:, :, 0] * strengths[:, :, None, :], turn[:, :, 1])  # singular values below one: it contracts
     shifts = chance.uniform(-1, 1, (3, 2))
     points = np.zeros((batch, 1, 2), dtype=np.float32)
     for _ in range(_WORDS_LEVELS):
-        moved = np.matmul(points[:, None], maps.transpose(0, 1, 3, 2)) + shifts[:, :, None, :]
+        moved = _each(points[:, None], maps.transpose(0, 1, 3, 2)) + shifts[:, :, None, :]
         points = moved.reshape(batch, -1, 2)
     low, high = points.min(axis=1), points.max(axis=1)
     half, cx, cy = _place(chance)
@@ -376,7 +387,7 @@ def _fractals(chance: Chance) -> Floats:
     flat = cell[:, :, 1] * SIZE + cell[:, :, 0] + np.arange(batch)[:, None] * SIZE**2
     count = np.bincount(flat[inside], minlength=batch * SIZE**2).reshape(batch, SIZE, SIZE).astype(np.float32)
     spread = _BLURS[chance.integers(5, 10)]  # a dot has a width
-    return np.clip(spread @ count @ spread.transpose(0, 2, 1) * np.float32(3), 0, 1)
+    return np.clip(_each(_each(spread, count), spread.transpose(0, 2, 1)) * np.float32(3), 0, 1)
 
 
 _FIGURES: dict[str, Callable[[Chance], Floats]] = {
@@ -454,7 +465,7 @@ def _paint(chance: Chance, cover: Floats, textured: bool) -> Bytes:
         gain[:, 1] = gain[:, 0]
         strength = np.repeat(chance.uniform(0.12, 0.4)[:, None], 2, axis=1)
     cloud = chance.normal((_CLOUDS, _CLOUDS)) * (chance.uniform(0.02, 0.14) * chance.happens(0.4))[:, None, None]
-    tone = _HATS @ cloud @ _HATS.T
+    tone = _each(_each(repeat(_HATS), cloud), repeat(_HATS.T))
     layers = []
     for number in (0, 1):
         wave = _wave(cycles[:, number], angle[:, number], phase[:, number], gain[:, number])
@@ -468,7 +479,7 @@ def _paint(chance: Chance, cover: Floats, textured: bool) -> Bytes:
     image += ground.astype(np.float32)[:, :, None, None]
     image += tone[:, None]
     blur = _BLURS[np.where(chance.happens(0.5), chance.integers(1, len(_SIGMAS) - 1), 0)][:, None]
-    image = blur @ image @ blur.transpose(0, 1, 3, 2)
+    image = _each(_each(blur, image), blur.transpose(0, 1, 3, 2))
     # noise: the sum of two bytes, which is triangular, with a spread of 104.5
     level = chance.uniform(0.0, 0.11) * chance.happens(0.6)
     grey = chance.happens(0.4)
@@ -495,7 +506,7 @@ _POSE_SPREAD = np.array([0.27, 0.27, 0.14, 0.37, 0.37, 0.15, 0.15, 0.3, 0.3, 0.8
 
 def _describe(cover: Floats) -> tuple[Floats, Floats]:
     """Pose by moments, (B, 10), and the mask at a common centre and scale, (B, 16, 16)."""
-    raw = np.matmul(_POWERS.T, np.matmul(cover.astype(np.float64), _POWERS))  # [y power, x power]
+    raw = _each(repeat(_POWERS.T), _each(cover.astype(np.float64), repeat(_POWERS)))  # [y power, x power]
     raw[:, 0, 0] += 1e-9
     m = raw / raw[:, :1, :1]
     x, y = m[:, 0, 1], m[:, 1, 0]
@@ -529,5 +540,5 @@ def _centre(cover: Floats, x: Doubles, y: Doubles, scale: Doubles) -> Floats:
         inside: Floats = (hats[:, :, SIZE : 2 * SIZE] / total).astype(np.float32)
         return inside
 
-    centred: Floats = np.matmul(np.matmul(weights(y), cover), weights(x).transpose(0, 2, 1))
+    centred = _each(_each(weights(y), cover), weights(x).transpose(0, 2, 1))
     return np.clip(centred, 0, 1)

@@ -48,11 +48,19 @@ def _to_bfloat16(value: Array) -> Array:
 
 
 def _near(exact: Array, seed: Array, ulps: float) -> Array:
-    """As far from `exact` (float64) as a GPU's result may lie, up or down by the bits of the input."""
+    """Return the float32 farthest from `exact` (float64) that a GPU may give, up or down by the bits of the input.
+
+    Half way between two values float64 itself rounds, and a sum could come to lie a hair outside the bound: so the
+    distance is taken once more, where it is exact, and what is too far goes one float32 back.
+    """
     bits = np.ascontiguousarray(seed).view(np.uint32)
     sign = np.where((bits * np.uint32(0x9E3779B1)) >> 31, 1.0, -1.0)
-    step = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)  # rounding to float32 costs half of one more
-    return np.where(np.isfinite(step), exact + sign * (ulps - 0.5) * step, exact).astype(np.float32)
+    size = np.abs(exact).astype(np.float32)
+    size = np.where(size > np.abs(exact), np.nextafter(size, np.float32(0)), size)  # just below a power of two
+    step = np.spacing(size).astype(np.float64)
+    found = (exact + sign * ulps * step).astype(np.float32)
+    found = np.where(np.abs(found - exact) > ulps * step, np.nextafter(found, -sign.astype(np.float32) * np.inf), found)
+    return np.where(np.isfinite(size), found, exact).astype(np.float32)
 
 
 def _flushed(value: Array) -> Array:

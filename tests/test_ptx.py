@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ptx import Counts, Fault, Memory, Program
 
@@ -255,6 +255,7 @@ def test_rounding_to_bfloat16(low: float, high: float) -> None:
 
 
 @settings(deadline=None)
+@example(-2.220446049250313e-16, 0.0)  # just below a power of two, where float64 rounds the bound itself
 @given(st.floats(-100, 100, width=32), st.floats(-100, 100, width=32))
 def test_floats(a: float, b: float) -> None:
     """Exact where PTX is exact; where it is not, off, but by no more than two units of the last place."""
@@ -267,14 +268,14 @@ def test_floats(a: float, b: float) -> None:
     assert result("mul.f32 %r30, %r3, %r4;") == x * y
     fused = np.float32(np.float64(x) * np.float64(y) + np.float64(x))
     assert result("fma.rn.f32 %r30, %r3, %r4, %r3;") == fused
-    for found, exact in (
-        (result("ex2.approx.ftz.f32 %r30, %r3;"), np.exp2(np.float64(x))),
-        (result("rsqrt.approx.ftz.f32 %r30, %r3;"), 1 / np.sqrt(np.float64(x)) if x > 0 else None),
-        (result("div.full.f32 %r30, %r3, %r4;"), np.float64(x) / np.float64(y) if y else None),
+    for found, exact, ulps in (
+        (result("ex2.approx.ftz.f32 %r30, %r3;"), np.exp2(np.float64(x)), 2),
+        (result("rsqrt.approx.ftz.f32 %r30, %r3;"), 1 / np.sqrt(np.float64(x)) if x > 0 else None, 1),
+        (result("div.full.f32 %r30, %r3, %r4;"), np.float64(x) / np.float64(y) if y else None, 2),
     ):
         if exact is not None and 1e-30 < abs(exact) < 1e30:
-            step = np.spacing(np.float32(abs(exact)))
-            assert abs(np.float64(found) - exact) <= 2 * step
+            step = 2.0 ** (np.frexp(abs(exact))[1] - 24)  # a unit of the last place; the difference is exact
+            assert abs(np.float64(found) - exact) <= ulps * step
 
 
 def test_shuffles_and_matrices() -> None:
