@@ -128,14 +128,15 @@ class Replication:
         for key in data:
             if key not in names:
                 raise unknown_name("key of a replication", key, names, where=where, error=RecordError)
+        optional = {name for name, field in Record.__dataclass_fields__.items() if field.default is None}
         for key in names:
-            if key not in data:
+            if key not in data and key not in optional:
                 raise RecordError(f"{where}: the key {key!r} is missing")
         if data["status"] not in STATUSES:
             raise RecordError(f"{where}: 'status' must be one of {', '.join(STATUSES)}, not {data['status']!r}")
         run = Record.from_json(
             {
-                **{key: data[key] for key in shared},
+                **{key: data[key] for key in shared if key in data},
                 "schema": 1,
                 "kind": "final",
                 "metrics": {},
