@@ -62,7 +62,7 @@ def record(right: int = 5000, changes: dict[str, Any] | None = None, clock: str 
 
 def selection(rate: float, top1: float, seed: int = 0, **fields: Any) -> Record:
     """The record of a trial."""
-    scored = Metrics(top1, 0.5, round(2 * top1), 200)
+    scored = Metrics(top1, 0.75, round(2 * top1), 200)
     facts: dict[str, Any] = {
         "kind": "selection",
         "stage": "select",

@@ -234,6 +234,7 @@ OPTIONAL: dict[str, Any] = {
     "not_comparable": ["weights were averaged"],
     "image_notes": {"skipped: .svg": 1},
     "content_digests": {"test": "sha256:" + "12" * 32},
+    "card_digests": {"task": "sha256:" + "34" * 32},
 }
 
 

@@ -7,6 +7,7 @@ fails, and what does not:
 - A file that breaks the schema, or that lies where another record belongs, fails: tables list it as a problem.
 - A run that is not complete fails, and so does a complete one whose config cuts it short (`limit_*`). A selection
   record is not failed for its kind: tables never show it, and that is said.
+- Scores that no model can have fail: a loss below ln 2 for each wrong image, an impossible top-5 or calibration error.
 - Facts that contradict the config, the run's name or the cards fail: seed, task, lists, numbers of pictures, classes.
   The digests leave the seed out, so that an edited seed shows here alone.
 - Another version of the task card fails, as tables leave it out. Another version of the protocol card is a note: tables
@@ -28,7 +29,15 @@ fails, and what does not:
   the same known commit without changes, or, of installed packages, the same version.
 - Two seeds of a cell with the same scores, bits, loss and times fail: one is a copy. Equal bits and an equal loss alone
   are a note.
-- A dirty tree fails: the run cannot be rebuilt from a commit. An installed package without a commit is a note.
+  A seed that was run again on other code with another score fails too where other seeds of its cell still count from
+  another code. Which code: the digest of the package's files, where both records have it, else commit or version.
+- A run id that another record has fails, for the later of them: one of the two was written under the name of the other.
+  All given folders are looked through together. Two files with the same content are one record and its copy, a note.
+- A dirty tree fails: the run cannot be rebuilt from a commit. An installed package without a commit is a note. So does
+  a digest of the package's files that is not that of the stated commit, where git has it, or not that of other records
+  of the same commit or installed version: git can be told not to look at a changed file.
+- A task or protocol card that says something else than the card here of the same version fails.
+- Runs of one cell with other parameter counts, or with other numbers of pictures a class of the same list, fail.
 
 An audit believes what the files say. It cannot see runs whose records were deleted, nor numbers, digests or a commit
 that were invented, nor when a value was fixed; its last line says so. `svp-bench rerun` repeats a run.
@@ -38,9 +47,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from functools import cache
 from pathlib import Path
@@ -65,7 +74,9 @@ from svp_bench.results.audit_base import (
     some,
 )
 from svp_bench.results.audit_choices import search_findings
-from svp_bench.results.digests import cell_config, flat
+from svp_bench.results.audit_scores import impossible_scores
+from svp_bench.results.code import package_digest_at
+from svp_bench.results.digests import card_digest, cell_config, flat
 from svp_bench.results.files import read_json, read_record, record_path
 from svp_bench.results.recipes import departure_texts, departures, recipe, shipped_layer
 from svp_bench.results.record import CREATED, Record, Tuned
@@ -93,10 +104,12 @@ class Audit:
     Attributes:
         path: The file.
         findings: One line each.
+        record: What it holds; None if it is no valid record.
     """
 
     path: Path
     findings: tuple[Finding, ...]
+    record: Record | None = None
 
     @property
     def failures(self) -> tuple[Finding, ...]:
@@ -147,7 +160,7 @@ def audit(paths: Sequence[Path | str], results_root: Path | str | None = None) -
         raise UsageError(f"--results_root {results_root} is no folder; give the one that holds records/ and choices/")
     shelves: dict[Path, Shelf] = {}
     audits = []
-    files: dict[Path, None] = {}
+    files: dict[Path, None] = {}  # in order, none twice
     skipped: set[Path] = set()
     for given in paths:
         found, left_out = _files(Path(given))
@@ -157,7 +170,7 @@ def audit(paths: Sequence[Path | str], results_root: Path | str | None = None) -
         root = Path(results_root) if results_root is not None else _root_of(path)
         shelf = shelves.setdefault(root, Shelf(root)) if root is not None else None
         audits.append(_audit_file(path, shelf))
-    return Report(tuple(audits), len(skipped - files.keys()))
+    return Report(tuple(_with_namesakes(audits)), len(skipped - files.keys()))
 
 
 def render(report: Report) -> str:
@@ -225,7 +238,40 @@ def _audit_file(path: Path, shelf: Shelf | None) -> Audit:
         return Audit(path, (Finding("fail", "schema", " ".join(str(error).removeprefix(f"{path}: ").split())),))
     auditor = _Auditor(record, shelf, path)
     auditor.look()
-    return Audit(path, tuple(auditor.findings))
+    return Audit(path, tuple(auditor.findings), record)
+
+
+def _with_namesakes(audits: Sequence[Audit]) -> list[Audit]:
+    """Add a line to each record whose run id another of the audited files has too."""
+    by_id: dict[str, list[Audit]] = defaultdict(list)
+    for one in audits:
+        if one.record is not None:
+            by_id[one.record.run_id].append(one)
+    return [
+        replace(one, findings=(*one.findings, *_namesake_findings(one, by_id[one.record.run_id])))
+        if one.record
+        else one
+        for one in audits
+    ]
+
+
+def _namesake_findings(one: Audit, all_of_them: Sequence[Audit]) -> Iterator[Finding]:
+    record = one.record
+    for other in all_of_them:
+        if other.path == one.path or other.record is None or record is None:
+            continue
+        if other.record == record:
+            yield Finding("note", "run id", f"{other.path} is a copy of this record")
+            continue
+        parts = ("task", "checkpoint", "checkpoint_digest", "method", "seed", "kind", "created")
+        differing = [name for name in parts if getattr(record, name) != getattr(other.record, name)]
+        text = f"{other.path} has the same run id, and is another run ({', '.join(differing) or 'other content'})"
+        if record.created > other.record.created:
+            yield Finding("fail", "run id", f"{text}: this one, the later, was written under the name of the other")
+        elif record.created == other.record.created:
+            yield Finding("fail", "run id", f"{text}: one of them was written under the name of the other")
+        else:
+            yield Finding("note", "run id", f"{text}: the other one, the later, was written under this one's name")
 
 
 # ---------------------------------------------------------------------------------------------------------- one record
@@ -241,6 +287,9 @@ class _Auditor(Auditor):
         scored = f"its {record.correct.count} bits give the score, " if record.correct else ""
         self.say("pass", "schema", f"schema {record.schema}; {scored}its digests belong to its config")
         self._place()
+        if record.metrics is not None:
+            scores = "loss, accuracies and calibration error can be those of one model"
+            self.judge("scores", impossible_scores(record.metrics), scores)
         self._status()
         self._identity()
         card, protocol = self._cards()
@@ -254,6 +303,7 @@ class _Auditor(Auditor):
         self._track(protocol)
         self._seeds()
         self._repetitions()
+        self._alike()
         self._tested_settings()
         self._code()
         self._machine()
@@ -279,8 +329,10 @@ class _Auditor(Auditor):
         elif cut:
             problems.append(f"said to be complete, but its config cuts it short: {', '.join(cut)}")
         epochs = get(record.config, "trainer.max_epochs")
-        if record.status == "complete" and isinstance(epochs, int) and record.epochs != epochs:
-            problems.append(f"said to be complete after {record.epochs} epochs, and its config asks for {epochs}")
+        if record.status in ("complete", "unscored") and isinstance(epochs, int) and record.epochs != epochs:
+            problems.append(
+                f"said to be {record.status} after {record.epochs} epochs, and its config asks for {epochs}"
+            )
         self.judge("status", problems, f"complete: {record.epochs} epochs")
 
     def _identity(self) -> None:
@@ -321,14 +373,34 @@ class _Auditor(Auditor):
             problems.append(f"the method is {record.method}, but the config's class is {theirs}")
         self.judge("identity", problems, f"{record.method}, seed {record.seed}: name, facts and config agree")
         if not theirs.startswith("svp_bench."):
-            self.say(
-                "note", "identity", f"the method's class {theirs} is not part of svp-bench; no commit names its code"
+            stated = (
+                f"its files are stated: {some(f'{name} {short(one)}' for name, one in record.method_source.items())}"
+                if record.method_source
+                else "no commit names its code"
             )
+            self.say("note", "identity", f"the method's class {theirs} is not part of svp-bench; {stated}")
+        self._other_sources()
+        if get(config, "selected_on") == "test":
+            what = "the recipe's authors chose its values on test lists (selected_on: test); tables mark the row"
+            self.say("note", "identity", what)
         callbacks = get(config, "trainer.callbacks")
         if callbacks:
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             names = [str(one.get("class_path", one)) if isinstance(one, Mapping) else str(one) for one in callbacks]
             self.say("note", "identity", f"callbacks of its own ran along: {', '.join(names)}")
+
+    def _other_sources(self) -> None:
+        """Note runs of this setting with another source of the method: tables keep them apart, as other cells."""
+        record, found = self.record, dict[str, str]()
+        for other in self._others(record.kind):
+            if _cell(other)[:-1] == _cell(record)[:-1] and (other.method_source or {}) != (record.method_source or {}):
+                names = {*(other.method_source or {}), *(record.method_source or {})}
+                ours, theirs = record.method_source or {}, other.method_source or {}
+                found[other.run_id] = ", ".join(sorted(n for n in names if ours.get(n) != theirs.get(n)))
+        if found:
+            files = ", ".join(dict.fromkeys(found.values()))
+            text = f"{some(found)} ran this setting with another source of the method ({files}): another cell"
+            self.say("note", "identity", text)
 
     def _clocks(self, card: TaskCard | None) -> None:
         """The times of a record must fit its run's name, each other and the pictures that it trained on."""
@@ -351,6 +423,10 @@ class _Auditor(Auditor):
         ]
         if record.status == "complete" and record.epochs and seconds is None:
             problems.append("there is no train_seconds, and the run trained")
+        for name in ("images_per_second", "peak_memory_mib"):
+            value = getattr(record, name)
+            if value is not None and value <= 0:
+                problems.append(f"{name} is {value}, which no run has")
         pictures = self._pictures(card, "train")
         if record.status == "complete" and pictures and seconds and record.images_per_second is not None:
             seen, expected = record.images_per_second * seconds, pictures * record.epochs
@@ -379,7 +455,11 @@ class _Auditor(Auditor):
         try:
             card, suite_protocol = _task_card(record.task)
         except UsageError:
-            self.say("fail", "protocol", f"there is no task card {record.task} here: no table has such a task")
+            self.say(
+                "fail",
+                "protocol",
+                f"there is no task card {record.task} here: no table has such a task (cards of your own: --tasks_dir)",
+            )
             return None, None
         if card.version != record.task_version:
             self.say(
@@ -387,6 +467,8 @@ class _Auditor(Auditor):
                 "protocol",
                 f"run on version {record.task_version} of the task card, now {card.version}: tables leave it out",
             )
+            card = None
+        elif self._card_differs("task", card):
             card = None
         try:
             protocol = _protocol_card(record.protocol)
@@ -406,10 +488,24 @@ class _Auditor(Auditor):
                 "so that lists and budget were not checked",
             )
             return card, None
+        if self._card_differs("protocol", protocol):
+            return card, None
         own = "" if record.protocol == suite_protocol else f"; the suite's own is {suite_protocol}"
         verdict: Verdict = "note" if own else "pass"
         self.say(verdict, "protocol", f"{record.protocol} version {record.protocol_version}, as the card at hand{own}")
         return card, protocol
+
+    def _card_differs(self, kind: str, card: TaskCard | ProtocolCard) -> bool:
+        """Whether the run used another card of the same name and version than the one here; say so."""
+        stated = (self.record.card_digests or {}).get(kind)
+        if stated is None or stated == card_digest(card):
+            return False
+        text = (
+            f"the {kind} card {card.name} version {card.version} of the run ({short(stated)}) says something else than "
+            f"the one here ({short(card_digest(card))}): it was changed without a new version"
+        )
+        self.say("fail", "protocol", text)
+        return True
 
     def _lists(self, protocol: ProtocolCard | None) -> None:
         record = self.record
@@ -503,6 +599,10 @@ class _Auditor(Auditor):
         else:
             said = f"{record.backbone} from {record.checkpoint}, {short(record.checkpoint_digest)}"
             self.say("pass", "weights", f"the record states {said}; no list of known weights is here to compare with")
+        if record.status in ("complete", "unscored") and record.package_digest and record.weights_digest is None:
+            self.say(
+                "fail", "weights", "weights_digest is missing, which svp-bench writes: nobody can say what was scored"
+            )
         others = {
             one.checkpoint_digest
             for one in (self.shelf.records if self.shelf else ())
@@ -636,7 +736,12 @@ class _Auditor(Auditor):
             if other.metrics.top1 == record.metrics.top1:
                 self.say("note", "repeated", f"{what}, {counts}, with the same score")
             elif not _same_code(record, other):
-                self.say("note", "repeated", f"{what} on other code, {counts}: {scores}")
+                left = self._seeds_on_other_code(record if newer is record else other)
+                if left and record.kind == "final":
+                    text = f"{scores}; drawn again alone: {some(left)} of this cell still count from other code"
+                    self.say("fail", "repeated", f"{what} on other code, {counts}: {text}")
+                else:
+                    self.say("note", "repeated", f"{what} on other code, {counts}: {scores}")
             elif record.kind == "selection":
                 self.say(
                     "note", "repeated", f"{what} on the same code: {scores}; a choice names the runs that it counts"
@@ -644,8 +749,37 @@ class _Auditor(Auditor):
             else:
                 again = "a second draw of one seed on the same code"
                 self.say("fail", "repeated", f"{what}, {counts}: {scores}; {again}")
+        if len(done) > 1:
+            runs = f"{len(done) + 1} complete runs of this cell and seed are here; the newest counts in tables"
+            self.say("note", "repeated", runs)
         if self.shelf is not None and not same:
             self.say("pass", "repeated", "no other run of this cell and seed is here")
+
+    def _seeds_on_other_code(self, newest: Record) -> list[str]:
+        """Return which other seeds of a cell count, by their newest run, from other code than a run."""
+        counting: dict[int, Record] = {}
+        for other in sorted(self._others(newest.kind), key=_age):
+            if _cell(other) == _cell(newest) and other.status == "complete" and other.seed != newest.seed:
+                counting[other.seed] = other
+        return [f"seed {seed}" for seed, other in sorted(counting.items()) if not _same_code(other, newest)]
+
+    def _alike(self) -> None:
+        """What all runs of one cell have in common, whatever their seed."""
+        record, problems = self.record, []
+        for other in self._others(record.kind):
+            if other.run_id == record.run_id:
+                continue
+            if _cell(other) == _cell(record) and other.parameters != record.parameters:
+                problems.append(
+                    f"{other.run_id}, of the same cell, has other parameters: {other.parameters.trainable} of "
+                    f"{other.parameters.total} train, here {record.parameters.trainable} of {record.parameters.total}"
+                )
+            ours, theirs = (one.metrics.per_class if one.metrics else None for one in (record, other))
+            same_list = (other.task, other.data_digest, other.lists) == (record.task, record.data_digest, record.lists)
+            if same_list and ours is not None and theirs is not None and ours.count != theirs.count:
+                problems.append(f"{other.run_id} scored the same list, with other numbers of pictures in its classes")
+        if self.shelf is not None:
+            self.judge("alike", problems, "parameters, and pictures of each class, as in the other runs here")
 
     def _tested_settings(self) -> None:
         record = self.record
@@ -685,17 +819,46 @@ class _Auditor(Auditor):
             self.say("note", "code", f"{version}, commit {record.commit}; whether anything was changed is not known")
         else:
             self.say("pass", "code", f"{version}, commit {record.commit}, nothing changed")
+        if problems := self._code_problems():
+            self.judge("code", problems, "")
         if record.package_version != __version__:
             self.say("note", "code", f"audited by svp-bench {__version__}, with its cards and recipes")
+
+    def _code_problems(self) -> list[str]:
+        """Return how the digest of the package's files contradicts the commit, or other records of the same code."""
+        record, problems = self.record, []
+        if record.package_digest is None or record.dirty:
+            return []
+        ours = short(record.package_digest)
+        expected = package_digest_at(record.commit) if record.commit else None
+        if expected is not None and expected != record.package_digest:
+            problems.append(
+                f"the package's files were {ours}, and those of commit {record.commit} are {short(expected)}: code was "
+                "changed without git showing it"
+            )
+        others = {
+            other.package_digest: other.run_id
+            for other in (self.shelf.records if self.shelf else ())
+            if (other.commit, other.package_version) == (record.commit, record.package_version)
+            and other.package_digest not in (None, record.package_digest)
+            and not other.dirty
+        }
+        same = f"commit {record.commit}" if record.commit else f"version {record.package_version}, installed"
+        problems += [
+            f"{run_id} states the same {same}, and other files of the package ({short(digest)}, here {ours})"
+            for digest, run_id in others.items()
+        ]
+        return problems
 
     def _machine(self) -> None:
         record = self.record
         versions = ", ".join(f"{name} {version}" for name, version in record.libraries.items())
+        cpu = f" ({record.cpu})" if record.cpu else ""
         many = f"{record.device_count} × " if record.device_count > 1 else ""
         self.say(
             "note",
             "machine",
-            f"{many}{record.device}, scan backend {record.scan_backend}, precision {record.precision}; {versions}",
+            f"{many}{record.device}{cpu}, scan backend {record.scan_backend}, precision {record.precision}; {versions}",
         )
 
 
@@ -742,7 +905,7 @@ def _track(record: Record) -> str | None:
 
 
 def _cell(record: Record) -> tuple[Any, ...]:
-    return (*_family(record), record.setting_digest, record.config_digest)
+    return (*_family(record), record.setting_digest, record.config_digest, record.source_digest)
 
 
 def _scores(record: Record) -> tuple[Any, ...]:
@@ -753,6 +916,8 @@ def _scores(record: Record) -> tuple[Any, ...]:
 def _same_code(one: Record, other: Record) -> bool:
     if one.dirty or other.dirty:
         return False
+    if one.package_digest is not None and other.package_digest is not None:
+        return one.package_digest == other.package_digest
     if one.commit is None and other.commit is None:
         return one.package_version == other.package_version
     return one.commit == other.commit

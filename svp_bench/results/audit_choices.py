@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -90,7 +91,7 @@ class _SearchAuditor(Auditor):
             "list": (choice.selected_on, search.selected_on),
             "budget": (choice.search.get("budget"), search.budget),
             "sampler": (choice.search.get("sampler"), search.sampler),
-            "number of trials": (len(choice.trials), search.trials),
+            "number of complete trials": (_complete(choice), search.trials),
             "keys": (sorted(choice.values), sorted(tuned.keys)),
         }
         problems += [
@@ -142,6 +143,8 @@ class _SearchAuditor(Auditor):
                 for run_id, record in zip(trial.run_ids, found, strict=True)
                 if run_id and record is None
             ]
+        named = Counter(run_id for trial in choice.trials for run_id in trial.run_ids if run_id)
+        problems += [f"{count} trials are one run, {run_id}" for run_id, count in named.items() if count > 1]
         runs = sum(len(trial.run_ids) for trial in choice.trials if trial.status == "complete")
         problems += self._outside(choice)
         self.judge(
@@ -150,6 +153,11 @@ class _SearchAuditor(Auditor):
             f"{runs} selection records have the scores that the choice claims, all on {choice.selected_on}; none "
             "states a test list",
         )
+        if (ended := len(choice.trials) - _complete(choice)) > 0:
+            text = (
+                f"{ended} of {len(choice.trials)} trials failed: the method had {_complete(choice)} settings to choose"
+            )
+            self.say("note", "trials", f"{text} from, of a budget of {choice.search['budget']}")
 
     def _trial_problems(self, choice: Choice, trial: Trial, found: Sequence[Record | None]) -> Iterable[str]:
         seeds = choice.search["seeds"]
@@ -246,6 +254,11 @@ class _SearchAuditor(Auditor):
         ]
         if others:
             self.say("note", "choice", f"other searches chose for this method and task too: {some(others)}")
+
+
+def _complete(choice: Choice) -> int:
+    """Return how many trials of a choice have a score: a failed one tried nothing."""
+    return sum(trial.status == "complete" for trial in choice.trials)
 
 
 def _by_the_rule(choice: Choice) -> int:

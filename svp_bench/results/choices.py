@@ -139,7 +139,7 @@ class Choice:
                 name=str(self.search["name"]),
                 sampler=str(self.search["sampler"]),
                 budget=int(self.search["budget"]),
-                trials=len(self.trials),
+                trials=sum(trial.status == "complete" for trial in self.trials),
                 selected_on=self.selected_on,
                 choice=self.digest,
             ),

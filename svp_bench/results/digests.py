@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from svp_bench.cards import ProtocolCard, TaskCard
 from svp_bench.errors import RecordError
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ __all__ = [
     "CELL_EXCLUDED",
     "SETTING_EXCLUDED",
     "canonical_digest",
+    "card_digest",
     "cell_config",
     "config_digest",
     "flat",
@@ -125,6 +128,17 @@ def canonical_digest(value: Any) -> str:
     """
     text = json.dumps(plain(value, "config"), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return "sha256:" + hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+_WORDS = ("path", "title", "group", "folder", "other_folders", "source", "licence", "citation", "notes", "selection")
+
+
+def card_digest(card: TaskCard | ProtocolCard) -> str:
+    """Return "sha256:..." of what a card says that can move a number: no titles, notes, sources or places."""
+    said = {field.name: getattr(card, field.name) for field in dataclasses.fields(card) if field.name not in _WORDS}
+    if isinstance(card, TaskCard):
+        said["reader"] = {"kind": card.reader.kind, "options": dict(card.reader.options)}
+    return canonical_digest(said)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

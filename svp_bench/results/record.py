@@ -68,7 +68,7 @@ class Search:
         name: Name of the search declaration, e.g. "default".
         sampler: "grid", "random" or "tpe".
         budget: K: settings that each method might try on each task. The same for every method.
-        trials: Settings that were tried for this method and task.
+        trials: Settings that were tried for this method and task, and have a score.
         selected_on: The list that chose, e.g. "val200".
         choice: Digest of the frozen choice, with its trials and the reason.
     """
@@ -260,6 +260,7 @@ class Record:
         not_comparable: Why the run's number does not belong into a table, one reason a line.
         image_notes: Conversion or skip of images → how often, e.g. {"skipped: .svg": 1, "rotated by EXIF": 2}.
         content_digests: Split → digest of the decoded pixels of its images.
+        card_digests: `card_digest` of the run's "task" and "protocol" card.
     """
 
     schema: int
@@ -315,6 +316,7 @@ class Record:
     not_comparable: Sequence[str] | None = None
     image_notes: Mapping[str, int] | None = None
     content_digests: Mapping[str, str] | None = None
+    card_digests: Mapping[str, str] | None = None
 
     @property
     def source_digest(self) -> str:

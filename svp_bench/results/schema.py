@@ -237,6 +237,9 @@ def _parse(data: Any, where: str) -> Record:
         content_digests=take.mapping("content_digests", "an object of digests", _is_digest)
         if take.has("content_digests")
         else None,
+        card_digests=take.mapping("card_digests", "an object of digests", _is_digest)
+        if take.has("card_digests")
+        else None,
     )
 
 

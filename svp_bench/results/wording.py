@@ -409,8 +409,18 @@ def departure_notes(section: Section) -> list[str]:
             ]
             more = f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
             notes.append(f"¶ {row.label} departs from the shipped settings: {'; '.join(told[:_SHOWN])}{more}.")
+    published = [
+        row.label
+        for row in section.rows
+        if any(run.config.get("selected_on") == "test" for cell in row.cells.values() for run in cell.records)
+    ]
     if notes:
         notes.append("¶ No record can prove when or why a value was chosen; a chosen one may have been chosen on test.")
+    if published:
+        notes.append(
+            f"Published recipe whose authors chose its values on test lists: {', '.join(published)}. Such a row is no "
+            "fair comparison with rows whose values were chosen on val."
+        )
     unknown = sorted({row.method for row in section.rows if not row.shipped})
     if unknown:
         notes.append(f"There is no shipped recipe to compare with: {', '.join(unknown)}.")

@@ -168,6 +168,7 @@ class Runner:
             return False
         return (
             record.config_digest == resolved.config_digest
+            and (record.method_source or {}) == resolved.sources
             and record.setting_digest == resolved.setting_digest
             and record.seed == resolved.seed
             and record.stage == stage
@@ -245,7 +246,7 @@ class Runner:
                     and setting_digest(config, resolved.tuned) == digest
                 )
 
-            unfinished = find_run(folder, records, resolved.seed, same)
+            unfinished = find_run(folder, records, resolved.seed, same, resolved.sources)
             # a finished one of the same setting is of other data or weights (else `look` had found it)
             resume = ["--resume"] if unfinished is not None and not unfinished.finished else []
             problem: Exception | None = None

@@ -41,7 +41,7 @@ from svp_bench.train.metrics import describe
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.out_of_memory import Failed, explain
 from svp_bench.train.parsing import ConfigCLI, make_importable, one_line
-from svp_bench.train.provenance import commit_and_dirty
+from svp_bench.train.provenance import changed_cards, commit_and_dirty, dirty_warning
 from svp_bench.train.quiet import quiet
 from svp_bench.train.recording import Recorder
 from svp_bench.train.resumable import REMEDY, check_resumable
@@ -52,12 +52,14 @@ from svp_bench.train.resume import (
     StepSeeds,
     Stopper,
     agreed_name,
+    changed_sources,
     claim_run,
     is_first_process,
     is_of_a_lost_process,
     locked,
+    save_sources,
 )
-from svp_bench.train.saved import About, Saved
+from svp_bench.train.saved import About, Saved, weights_digest
 
 __all__ = ["BenchCLI", "refuse_unwritable", "run"]
 
@@ -134,8 +136,11 @@ class BenchCLI(ConfigCLI):
         config = self.config[self.verb]
         for notice in self.composed.notices:
             rank_zero_info(f"Note: {notice}")
-        self.commit, self.dirty = commit_and_dirty()  # of the code that is running, whatever happens to it meanwhile
         self.settings = self.resolved()
+        # of the code that is running, whatever happens to it meanwhile
+        self.commit, self.dirty = commit_and_dirty()
+        self.changed_cards = changed_cards(self.settings.read) if self.commit else []
+        self.dirty = True if self.changed_cards else self.dirty
         data = VisionDataModule(**config.data.as_dict())  # cheap: reads cards only
         if data.card.reader.kind == "lists":
             locate(data.card, data.suite, Path(config.data.root) if config.data.root else None)
@@ -156,7 +161,7 @@ class BenchCLI(ConfigCLI):
         def decide() -> str:
             if resume:
                 same = lambda other: setting_digest(other, tuned) == digest  # noqa: E731
-                found = claim_run(self.holding, runs, records, config.seed_everything, same)
+                found = claim_run(self.holding, runs, records, config.seed_everything, same, self.settings.sources)
                 if found is not None:
                     return found.folder.name
                 rank_zero_info(f"Note: --resume: no run of this setting and seed in {runs}; this one begins.")
@@ -372,6 +377,13 @@ class BenchCLI(ConfigCLI):
             raise UsageError(
                 f"{kwargs['ckpt_path']}: not the final weights of its run ({epochs} of {old.epochs} epochs)"
             )
+        saved = self.checkpoints.known
+        assert saved is not None
+        if old.weights_digest is not None and weights_digest(saved.content) != old.weights_digest:
+            raise UsageError(
+                f"{kwargs['ckpt_path']}: not the weights that its run ended with: their digest is not the weights_digest "
+                f"of {where}; nothing else is tested under this run's name"
+            )
         self.recorder.scan_choice()
         datamodule.setup("test")
         self._need_same_run(old, where)
@@ -419,6 +431,11 @@ class BenchCLI(ConfigCLI):
                 f"the run of {where} was made with another {other[0]} ({theirs.get(other[0])}, "
                 f"here {ours.get(other[0])}); test it with its own config.yaml, unchanged"
             )
+        if edited := changed_sources(old.method_source or {}, self.settings.sources):
+            raise UsageError(
+                f"the run of {where} was made with another source of its method ({edited}); restore the files it was "
+                "trained with"
+            )
         if self.datamodule.report.digest != old.data_digest:
             raise UsageError(
                 f"the run of {where} was trained with other lists of {old.task} than those found here; "
@@ -443,6 +460,8 @@ class BenchCLI(ConfigCLI):
             f"  files      {self.run_dir}",
             flush=True,
         )
+        if self.dirty:
+            print(f"  Warning: {dirty_warning(self.commit, self.changed_cards)}", flush=True)
         if model.checkpoint == "none":
             print("  Random weights: this run shows plumbing, not transfer; tables keep such rows apart.", flush=True)
 
@@ -450,6 +469,7 @@ class BenchCLI(ConfigCLI):
     def _save_config(self) -> None:
         try:
             write_atomically(self.run_dir / self.saved_config, yaml.safe_dump(self.settings.config, sort_keys=False))
+            save_sources(self.run_dir, self.settings.sources)
         except RecordError as error:
             reason = str(error).partition("; ")[0]
             raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None

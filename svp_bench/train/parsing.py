@@ -8,10 +8,10 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Union, get_args, get_type_hints
+from typing import Any, Literal, Optional, Union, get_args, get_type_hints
 
 import torch
 import yaml
@@ -20,13 +20,15 @@ from jsonargparse._util import import_object  # the look-up that will instantiat
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from svp_bench.cards import load_protocol, load_suite, load_task
 from svp_bench.config import Composed, Flags, compose
 from svp_bench.data.module import VisionDataModule
 from svp_bench.errors import ConfigError, UsageError, unknown_name
 from svp_bench.methods import METHODS
 from svp_bench.ops import BACKENDS
 from svp_bench.results.choices import context_of
-from svp_bench.results.digests import cell_config, config_digest, flat, setting_digest
+from svp_bench.results.code import class_paths, source_files
+from svp_bench.results.digests import card_digest, cell_config, config_digest, flat, setting_digest
 from svp_bench.results.record import Tuned
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.quiet import quiet
@@ -74,6 +76,9 @@ class Resolved:
         seed: The run's seed.
         results_root: Where records go.
         runs_root: Where logs and checkpoints go.
+        sources: Digests of the files behind classes that are not shipped, by name; see `source_files`.
+        read: The cards and config files that it was made from.
+        card_digests: `card_digest` of the "task" and the "protocol" card.
     """
 
     config: dict[str, Any]
@@ -82,6 +87,9 @@ class Resolved:
     seed: int
     results_root: Path
     runs_root: Path
+    sources: Mapping[str, str] = field(default_factory=dict)
+    read: tuple[Path, ...] = ()
+    card_digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
@@ -203,6 +211,12 @@ class ConfigCLI(LightningCLI):
         """Add what a run needs besides model, data and trainer, and state each fact once."""
         parser.add_argument("--results_root", type=str, default="results", help="where records and tables go")
         parser.add_argument("--runs_root", type=str, default="runs", help="where logs and checkpoints go")
+        parser.add_argument(
+            "--selected_on",
+            type=Optional[Literal["val", "test"]],  # noqa: UP045  # jsonargparse shows it as it stands
+            default=None,
+            help="where the authors of a published recipe chose its values; recipe files set it, tables mark test",
+        )
         parser.add_argument("--no_test", action="store_true", help="train only; the record is unscored")
         parser.add_argument(
             "--resume",
@@ -345,6 +359,11 @@ class ConfigCLI(LightningCLI):
             BACKENDS.entry(config.model.scan_backend)
         plain = self._plain_config(config)
         self._need_same_context(plain)
+        card = load_task(str(plain["data"]["task"]))
+        suite = load_suite(card.suite)
+        protocol = load_protocol(str(plain["data"].get("protocol") or suite.protocol))
+        names = [card.path.parent / card.class_names] if card.class_names else []
+        layers = {origin.rpartition(":")[0] for origin in self.composed.origins.values()} - {""}
         return Resolved(
             config=plain,
             method=_method_name(str(plain["model"]["method"]["class_path"])),
@@ -352,6 +371,9 @@ class ConfigCLI(LightningCLI):
             seed=int(config.seed_everything),
             results_root=Path(config.results_root),
             runs_root=Path(config.runs_root),
+            sources=source_files(class_paths(plain)),
+            read=(card.path, suite.path, protocol.path, *names, *map(Path, sorted(layers))),
+            card_digests={"task": card_digest(card), "protocol": card_digest(protocol)},
         )
 
     def _need_same_context(self, plain: Mapping[str, Any]) -> None:

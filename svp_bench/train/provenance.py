@@ -1,21 +1,25 @@
-"""What made a number: versions, commit, device."""
+"""What made a number: versions, commit, changed files, processor, device."""
 
 from __future__ import annotations
 
 import contextlib
 import platform
-import subprocess
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from svp_bench.resources import checkout_root
+from svp_bench.results.code import git, package_digest, package_digest_at
 
-__all__ = ["commit_and_dirty", "device_name", "library_versions"]
+__all__ = ["changed_cards", "commit_and_dirty", "cpu_name", "device_name", "dirty_warning", "library_versions"]
 
 _LIBRARIES = ("torch", "lightning", "timm", "torchmetrics", "numpy", "pillow", "jsonargparse")
-_WHAT_COUNTS = ("svp_bench", "tasks", "configs")  # a changed README does not make a number dirty
+_CODE, _READ = "svp_bench", ("tasks", "configs")  # a changed README does not make a number dirty
+_SHOWN = 4  # changed files in one line
 
 
 def library_versions() -> dict[str, str]:
@@ -27,21 +31,72 @@ def library_versions() -> dict[str, str]:
 
 
 def commit_and_dirty() -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout and whether code, cards or configs differ from it; (None, None) for a wheel."""
+    """Return the commit of the checkout and whether the package's code differs from it.
+
+    Code counts as changed also where git was told not to look (`assume-unchanged`, `skip-worktree`).
+
+    Returns:
+        (None, None) for an installed package or without git; (commit, None) if git cannot compare.
+    """
+    root = checkout_root()
+    head = git(root, "rev-parse", "HEAD", timeout=20) if root else None
+    if root is None or head is None:
+        return None, None
+    commit = head.decode().strip()
+    changed = _changed(root, _CODE)
+    if changed is None:
+        return commit, None
+    return commit, bool(changed) or package_digest_at(commit) not in (None, package_digest())
+
+
+def changed_cards(read: Iterable[Path]) -> list[str]:
+    """Return which of the checkout's cards and configs that a run reads differ from the commit, by their paths in it.
+
+    Those that it does not read say nothing about its number; those outside of the checkout are no part of it.
+    """
     root = checkout_root()
     if root is None:
-        return None, None
-    git = ["git", "-C", str(root)]
-    try:
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, timeout=20)
-        if top.returncode or Path(top.stdout.split("\n")[0]) != root:  # inside somebody else's repository
-            return None, None
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--", *_WHAT_COUNTS], capture_output=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None, None
-    return top.stdout.split("\n")[1], bool(status.stdout.strip()) if status.returncode == 0 else None
+        return []
+    places = [path.resolve() for path in read]
+    named = sorted({str(p.relative_to(root)) for p in places if any(p.is_relative_to(root / one) for one in _READ)})
+    return (_changed(root, "--ignored", "--", *named) or []) if named else []
+
+
+def dirty_warning(commit: str | None, cards: Sequence[str]) -> str:
+    """Return what to say before a run whose record an audit would fail.
+
+    Args:
+        commit: Of the checkout.
+        cards: `changed_cards` of the run.
+    """
+    root = checkout_root()
+    files = [*((_changed(root, _CODE) if root else None) or []), *cards]
+    listed = ", ".join(files[:_SHOWN]) + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")
+    shown = listed or f"{_CODE}/, which git was told not to look at (`git ls-files -v {_CODE}`)"
+    own = ", or keep cards of your own outside of the checkout (--tasks_dir DIR)" if cards else ""
+    return (
+        f"changes that commit {(commit or 'unknown')[:12]} does not have: {shown}. Records will say so, and `svp-bench "
+        f"audit` fails them, because nobody can rebuild the run from the commit. Commit the changes first{own}."
+    )
+
+
+def _changed(root: Path, *places: str) -> list[str] | None:
+    """Return the changed, new and (if asked for) ignored files below some places of a repository."""
+    separator = () if "--" in places else ("--",)
+    said = git(root, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", *separator, *places)
+    lines = None if said is None else said.decode("utf-8", "surrogateescape").split("\0")
+    return None if lines is None else sorted({line[3:] for line in lines if line})
+
+
+@cache
+def cpu_name() -> str:
+    """Return the processor's model and the widest instruction set that PyTorch uses: "AMD EPYC 7763, AVX2"."""
+    name = ""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        name = found[1].strip() if found else ""
+    name = " ".join((name or platform.processor() or platform.machine() or "unknown").split())
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def device_name(device: torch.device) -> str:

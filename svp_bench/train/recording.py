@@ -14,12 +14,13 @@ from svp_bench.data.module import VisionDataModule
 from svp_bench.errors import RecordError, SvpBenchError
 from svp_bench.methods.build import trained_parameters
 from svp_bench.ops import Choice
+from svp_bench.results.code import package_digest
 from svp_bench.results.record import Correct, Metrics, Parameters, Record, timestamp
 from svp_bench.train.callbacks import Meter, peak_memory_mib
 from svp_bench.train.metrics import Evaluation, write_tables
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.parsing import Resolved
-from svp_bench.train.provenance import device_name, library_versions
+from svp_bench.train.provenance import cpu_name, device_name, library_versions
 from svp_bench.train.resume import CHECKPOINT
 from svp_bench.train.saved import weights_digest
 
@@ -190,4 +191,8 @@ class Recorder:
             peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device) if peak is None else peak,
             checkpoint_file=saved.relative_to(resolved.runs_root).as_posix() if saved.is_file() else None,
             weights_digest=weights_digest(model.weights()) if status in ("complete", "unscored") else None,
+            method_source=dict(resolved.sources) or None,
+            package_digest=package_digest(),
+            cpu=cpu_name(),
+            card_digests=dict(resolved.card_digests),
         )

@@ -11,13 +11,18 @@ The exit status is 0 if the numbers agree:
   commit, or a setting that no digest holds), and the pictures that differ are as good as evenly divided: by the exact
   McNemar test on the recorded bits, p >= 0.05. Both runs saw the same pictures, so only those that one run alone has
   right say anything; two independent test lists could be much further apart by chance. A selection record has no bits:
-  there the two accuracies may be 1.96 binomial standard errors of the val list apart, the wider bound.
+  there the two accuracies may be 1.96 binomial standard errors of the val list apart, the wider bound. The mean losses
+  may differ by a tenth of the recorded one or 0.02 nats, whichever is more, and by ln 2 for each picture that differs,
+  divided by the number of pictures.
 
-Otherwise it is 1. The rerun's record goes to a results folder of its own, so that no table counts a seed twice.
+Otherwise it is 1; always if the source of a method of somebody's own is not the recorded one. Another processor, or the
+same with another widest instruction set, rounds otherwise: records name it, and a difference is said. The rerun's
+record goes to a results folder of its own, so that no table counts a seed twice.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,13 +46,15 @@ from svp_bench.results.stats import mcnemar, one_standard_error
 from svp_bench.train.cli import BenchCLI, run
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.parsing import make_importable, one_line
+from svp_bench.train.resume import changed_sources
 
 __all__ = ["run_rerun"]
 
 _Z = 1.959963984540054  # of a normal distribution, at 95 %
 _LEVEL = 0.05  # below this p the pictures that differ are not evenly divided
 _NAMED_WEIGHTS = ("hub", "embedded", "none")
-_FACTS = ("device", "device_count", "scan_backend", "package_version", "commit")
+_LOSS_SHARE, _LOSS_NATS = 0.1, 0.02  # how far apart two mean losses may be, besides what differing pictures explain
+_FACTS = ("device", "cpu", "device_count", "scan_backend", "package_version", "commit")
 _MOVE_NOTHING = ("data.num_workers", "model.scan_backend")  # the backend that ran is a fact of its own
 _NOT_GIVEN = ("seed_everything", "data.seed", "model.seed", "config", "ckpt_path", "resume", "no_test")
 _CHANGES = "code: with changes that no commit names, in the record or here"
@@ -168,6 +175,10 @@ class _RerunCLI(BenchCLI):
         ]
         if record.dirty or self.dirty:
             notes.append(_CHANGES)
+        if edited := _edited(record.method_source, self.settings.sources):
+            notes.append(f"the method's source: {edited} here is not what the record's run was made with")
+        elif self.settings.sources and record.method_source is None:
+            notes.append("the method's source: the record does not have it, so that nobody can say whether it changed")
         return notes
 
     @rank_zero_only
@@ -253,6 +264,21 @@ def _compare(old: Record, new: Record) -> int:
     differing = _differences(old, new)
     for line in differing:
         print(f"  differs    {line}")
+    if edited := _edited(old.method_source, new.method_source or {}):
+        print(f"Does not agree on the method's source: {edited} (exit status 1). It is another method's number:")
+    return _compare_numbers(old, new, differing) or int(bool(edited))
+
+
+def _edited(recorded: Mapping[str, str] | None, found: Mapping[str, str]) -> str:
+    """Return which files of a method differ from those of a record that has them; "" if none does."""
+    return "" if recorded is None else changed_sources(recorded, found)
+
+
+def _compare_numbers(old: Record, new: Record, differing: Sequence[str]) -> int:
+    """Print how the scores compare; return the exit status."""
+    before, after = old.metrics, new.metrics
+    assert before is not None
+    assert after is not None
     same_bits = old.correct == new.correct if old.correct and new.correct else before.correct == after.correct
     if same_bits and before.loss == after.loss and before.per_class == after.per_class:
         print("Bit-equal: the same pictures are right, and the loss is the same to the last digit.")
@@ -264,10 +290,27 @@ def _compare(old: Record, new: Record) -> int:
         print("Nothing that is recorded differs, so the numbers should be the same, and are not (exit status 1).")
         return 1
     if agrees:
+        allowed = _loss_tolerance(old, new)
+        agrees = abs(after.loss - before.loss) <= allowed
+        much = f"the loss differs by {abs(after.loss - before.loss):.3g}, of {allowed:.3g} nats that are allowed"
+        bound = f"{bound}; {much}" if agrees else f"{much}; {bound}"
+    if agrees:
         print(f"Agrees: {bound}, on another machine or version.")
         return 0
     print(f"Does not agree: {bound} (exit status 1).")
     return 1
+
+
+def _loss_tolerance(old: Record, new: Record) -> float:
+    """Return how far apart two mean losses may be, in nats; see the text of this module."""
+    before, after = old.metrics, new.metrics
+    assert before is not None
+    assert after is not None
+    apart = abs(after.correct - before.correct)
+    if old.correct is not None and new.correct is not None:
+        one, other = (unpack_bits(bits.bits, bits.count) for bits in (old.correct, new.correct))
+        apart = int((one != other).sum())
+    return max(_LOSS_NATS, _LOSS_SHARE * before.loss) + math.log(2) * apart / before.count
 
 
 def _within_noise(old: Record, new: Record) -> tuple[bool, str, str]:

@@ -6,6 +6,7 @@ follow from (seed, epoch, step), and the checkpoint holds the rest (weights, opt
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.errors import SvpBenchError, UsageError
 from svp_bench.interrupts import INTERRUPTS, Preempted
 from svp_bench.models.checkpoints import load_pickle_safely
-from svp_bench.results.files import read_record
+from svp_bench.results.files import read_record, write_atomically
 from svp_bench.results.record import Record
 from svp_bench.train.saved import Saved
 
@@ -38,16 +39,20 @@ __all__ = [
     "StepSeeds",
     "Stopper",
     "agreed_name",
+    "changed_sources",
     "claim_run",
     "find_run",
     "held",
     "is_first_process",
     "is_of_a_lost_process",
     "locked",
+    "read_sources",
+    "save_sources",
 ]
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 _LOCK = "lock"
+_SOURCES = "method_source.json"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -121,7 +126,13 @@ class Found(NamedTuple):
         return self.record is not None and self.record.status == "complete"
 
 
-def find_run(folder: Path, records: Path, seed: int, same_setting: Callable[[Mapping[str, Any]], bool]) -> Found | None:
+def find_run(
+    folder: Path,
+    records: Path,
+    seed: int,
+    same_setting: Callable[[Mapping[str, Any]], bool],
+    sources: Mapping[str, str] | None = None,
+) -> Found | None:
     """Return the newest unfinished run of a setting and seed, else the newest finished one, else None.
 
     Args:
@@ -129,17 +140,44 @@ def find_run(folder: Path, records: Path, seed: int, same_setting: Callable[[Map
         records: Where its records are.
         seed: The run's seed.
         same_setting: Whether a saved config is of the same setting.
+        sources: `Resolved.sources`, which a run must have begun with; None for any.
     """
     finished: Found | None = None
     for path in sorted(folder.glob(f"*-seed{seed}-*"), key=_started, reverse=True):
         config = _config_of(path)
         if config is None or config.get("seed_everything") != seed or not same_setting(config):
             continue
+        if sources is not None and read_sources(path) != sources:
+            continue
         found = Found.at(path, records)
         if not found.finished:
             return found
         finished = finished or found
     return finished
+
+
+def save_sources(folder: Path, sources: Mapping[str, str]) -> None:
+    """Write down the digests of a method's own files in the folder of a run; nothing for a shipped method.
+
+    Raises:
+        RecordError: If the folder cannot be written.
+    """
+    if sources:
+        write_atomically(folder / _SOURCES, json.dumps(dict(sources), indent=2) + "\n")
+
+
+def read_sources(folder: Path) -> dict[str, str]:
+    """Return what `save_sources` wrote; empty if it wrote nothing."""
+    try:
+        sources = json.loads((folder / _SOURCES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return sources if isinstance(sources, dict) else {}
+
+
+def changed_sources(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Return which files differ, "scale.py, helper.py"; "" if none does."""
+    return ", ".join(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
 
 
 def _started(folder: Path) -> str:
@@ -197,7 +235,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def claim_run(
-    holding: ExitStack, folder: Path, records: Path, seed: int, same_setting: Callable[[Mapping[str, Any]], bool]
+    holding: ExitStack,
+    folder: Path,
+    records: Path,
+    seed: int,
+    same_setting: Callable[[Mapping[str, Any]], bool],
+    sources: Mapping[str, str] | None = None,
 ) -> Found | None:
     """Find the run to go on with, as `find_run`, and hold it as long as `holding` lasts.
 
@@ -205,9 +248,17 @@ def claim_run(
     cluster's launcher (srun), which share no more than the file system, the first holds it for all.
 
     Raises:
-        UsageError: If another process is training it.
+        UsageError: If another process is training it, or the only one began with another source of its method.
     """
-    found = find_run(folder, records, seed, same_setting)
+    found = find_run(folder, records, seed, same_setting, sources)
+    if found is None and sources is not None:
+        other = find_run(folder, records, seed, same_setting)
+        if other is not None and not other.finished:
+            raise UsageError(
+                f"--resume: the run {other.folder.name} began with another source of its method "
+                f"({changed_sources(read_sources(other.folder), sources)}); a changed method does not go on: restore "
+                "the files, or begin a new run without --resume"
+            )
     if found is None or found.finished or not is_first_process():
         return found
     holding.enter_context(locked(found.folder))
