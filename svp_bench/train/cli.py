@@ -381,8 +381,8 @@ class BenchCLI(ConfigCLI):
         assert saved is not None
         if old.weights_digest is not None and weights_digest(saved.content) != old.weights_digest:
             raise UsageError(
-                f"{kwargs['ckpt_path']}: not the weights that its run ended with: their digest is not the weights_digest "
-                f"of {where}; nothing else is tested under this run's name"
+                f"{kwargs['ckpt_path']}: not the weights that its run ended with: their digest is not the "
+                f"weights_digest of {where}; nothing else is tested under this run's name"
             )
         self.recorder.scan_choice()
         datamodule.setup("test")
