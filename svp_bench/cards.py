@@ -7,6 +7,9 @@ Where they lie, below one folder of cards:
     protocols/<name>.yaml    a protocol: the picture transform, the lists of both stages, the training budget
     references.bib           the works that `citation` names
 
+Cards of the user's own lie in further folders of the same form (`--tasks_dir DIR`, `$SVP_BENCH_TASKS`); their suites
+may follow the shipped protocols. No name may stand for two different suites or protocols.
+
 Reading is strict. Every mistake in a card (unknown or missing key, wrong type, a name that does not fit the place, a
 tag, a key given twice) is a `CardError` whose text begins with "file:line:". No card is ever left out silently.
 """
@@ -21,7 +24,7 @@ from typing import Any
 
 from svp_bench.errors import CardError, UsageError, unknown_name
 from svp_bench.plain_yaml import Node, did_you_mean, read_text, read_yaml, show
-from svp_bench.resources import tasks_dir
+from svp_bench.resources import tasks_dirs
 
 __all__ = [
     "ProtocolCard",
@@ -201,16 +204,20 @@ _PROTOCOLS = "protocols"  # the one sub-folder that is not a suite's
 
 
 def list_suites(root: Path | None = None) -> list[str]:
-    """Return the names of all suites, sorted.
+    """Return the names of all suites: the shipped ones, sorted, then the user's own.
 
     Args:
-        root: The folder of cards; the shipped one by default.
+        root: The one folder of cards; the shipped one and the user's own by default.
 
     Raises:
         UsageError: If `root` is not a folder.
         CardError: If a folder of task cards has no suite card, or a file's name is not a valid id.
     """
-    root = _root(root)
+    return [*dict.fromkeys(name for folder in _roots(root) for name in _suites_of(folder))]
+
+
+def _suites_of(root: Path) -> list[str]:
+    """Return the names of the suites in one folder of cards, sorted."""
     suites = _stems(root)
     for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
         if folder.name not in [*suites, _PROTOCOLS] and (cards := _stems(folder)):
@@ -226,7 +233,7 @@ def list_tasks(suite: str | None = None, root: Path | None = None) -> list[str]:
 
     Args:
         suite: Name of a suite; None for all of them.
-        root: The folder of cards; the shipped one by default.
+        root: The one folder of cards; the shipped one and the user's own by default.
 
     Raises:
         UsageError: If there is no such suite; names the nearest.
@@ -241,18 +248,18 @@ def load_task(name: str, root: Path | None = None) -> TaskCard:
 
     Args:
         name: Full name, e.g. "vtab/caltech101".
-        root: The folder of cards; the shipped one by default.
+        root: The one folder of cards; the shipped one and the user's own by default.
 
     Raises:
         UsageError: If there is no such task; names the nearest.
         CardError: If its card, or the card of its suite or protocol, is malformed.
     """
-    root = _root(root)
     suite_name, _, task_id = name.partition("/")
     suite = load_suite(suite_name, root) if suite_name in list_suites(root) else None
     if suite is None or name not in suite.tasks:
         raise unknown_name("task", name, list_tasks(root=root), listing=_LISTING)
-    return _task(read_yaml(root / suite_name / f"{task_id}.yaml"), suite, load_protocol(suite.protocol, root))
+    path = suite.path.parent / suite_name / f"{task_id}.yaml"
+    return _task(read_yaml(path), suite, load_protocol(suite.protocol, root))
 
 
 def load_suite(name: str, root: Path | None = None) -> SuiteCard:
@@ -260,17 +267,17 @@ def load_suite(name: str, root: Path | None = None) -> SuiteCard:
 
     Args:
         name: E.g. "vtab".
-        root: The folder of cards; the shipped one by default.
+        root: The one folder of cards; the shipped one and the user's own by default.
 
     Raises:
         UsageError: If there is no such suite; names the nearest.
         CardError: If the card is malformed or does not fit its folder.
     """
-    root = _root(root)
     suites = list_suites(root)
     if name not in suites:
         raise unknown_name("suite", name, suites, listing=_LISTING)
-    return _suite(read_yaml(root / f"{name}.yaml"), _stems(root / name), _stems(root / _PROTOCOLS))
+    home = _home(root, "suite", f"{name}.yaml", name)
+    return _suite(read_yaml(home / f"{name}.yaml"), _stems(home / name), _protocols(root))
 
 
 def load_protocol(name: str, root: Path | None = None) -> ProtocolCard:
@@ -278,17 +285,41 @@ def load_protocol(name: str, root: Path | None = None) -> ProtocolCard:
 
     Args:
         name: E.g. "vtab-final".
-        root: The folder of cards; the shipped one by default.
+        root: The one folder of cards; the shipped one and the user's own by default.
 
     Raises:
         UsageError: If there is no such protocol; names the nearest.
         CardError: If the card is malformed.
     """
-    folder = _root(root) / _PROTOCOLS
-    names = _stems(folder)
+    names = _protocols(root)
     if name not in names:
         raise unknown_name("protocol", name, names)
-    return _protocol(read_yaml(folder / f"{name}.yaml"))
+    home = _home(root, "protocol", f"{_PROTOCOLS}/{name}.yaml")
+    return _protocol(read_yaml(home / _PROTOCOLS / f"{name}.yaml"))
+
+
+def _protocols(root: Path | None) -> list[str]:
+    return [*dict.fromkeys(name for folder in _roots(root) for name in _stems(folder / _PROTOCOLS))]
+
+
+def _home(root: Path | None, kind: str, card: str, tasks: str | None = None) -> Path:
+    """Return the folder of cards that holds a card.
+
+    Raises:
+        CardError: If several do, and the card or, of a suite, its tasks differ.
+    """
+    first, *others = [folder for folder in _roots(root) if (folder / card).is_file()]
+
+    def content(folder: Path) -> dict[str, bytes]:
+        inside = [path for path in sorted((folder / tasks).glob("*")) if path.is_file()] if tasks else []
+        return {path.name: path.read_bytes() for path in (folder / card, *inside)}
+
+    for other in others:
+        if content(other) != content(first):
+            raise CardError(
+                f"{other / card}:1: there is another {kind} of this name in {first}; give yours a name of its own"
+            )
+    return first
 
 
 def class_names(card: TaskCard) -> list[str] | None:
@@ -323,12 +354,13 @@ def displayed_class_names(card: TaskCard) -> list[str]:
     return class_names(card) or [f"class {label}" for label in range(card.classes)]
 
 
-def _root(root: Path | None) -> Path:
+def _roots(root: Path | None) -> tuple[Path, ...]:
+    """Return the folder that was given, else all folders of cards."""
     if root is None:
-        return tasks_dir()
+        return tasks_dirs()
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give the folder that holds the suite cards (<suite>.yaml)")
-    return root
+    return (root,)
 
 
 def _stems(folder: Path) -> list[str]:

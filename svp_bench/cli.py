@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from svp_bench import __version__
-from svp_bench.errors import SvpBenchError, printable, unknown_name
+from svp_bench.errors import SvpBenchError, UsageError, printable, unknown_name
 from svp_bench.interrupts import INTERRUPTS, Preempted, ignore_from_now_on
+from svp_bench.resources import OWN_TASKS
 from svp_bench.terminal import readable_output
 from svp_bench.verbs import HEAVY, VERBS
 
 __all__ = ["entry_point", "main"]
+
+_TASK_FLAGS = ("--data.task", "--task", "--tasks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 well, 1 failed, 2 wrong usage, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    before = os.environ.get(OWN_TASKS)
     try:
-        status = _dispatch(arguments)
+        status = _dispatch(_with_own_tasks(arguments))
         sys.stdout.flush()  # a closed pipe shows here, not when Python shuts down
         return status
     except SystemExit as stop:  # `--help` of a parser
@@ -42,6 +46,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `svp-bench tasks | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        if before is None:
+            os.environ.pop(OWN_TASKS, None)
+        else:
+            os.environ[OWN_TASKS] = before
+
+
+def _with_own_tasks(arguments: Sequence[str]) -> list[str]:
+    """Take `--tasks_dir DIR` out of a command line, for this process and those it starts; name cards that are paths.
+
+    A card's path in the place of a task's name brings the folder of its suite along.
+
+    Raises:
+        UsageError: If the flag lacks its value, or no suite card lies where that of a given card belongs.
+    """
+    folders = [name for name in os.environ.get(OWN_TASKS, "").split(os.pathsep) if name]
+    rest: list[str] = []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        name, equals, value = argument.partition("=")
+        if name == "--tasks_dir":
+            if not equals and (not queue or queue[0].startswith("--")):
+                raise UsageError("--tasks_dir needs a value: --tasks_dir DIR, which holds <suite>.yaml and <suite>/")
+            folders.append(os.path.abspath(os.path.expanduser(value if equals else queue.pop(0))))
+        elif name in _TASK_FLAGS and equals:
+            rest.append(f"{name}={_task_names(value, folders)}")
+        elif rest and (rest[-1] in _TASK_FLAGS or rest == ["tasks"]):
+            rest.append(_task_names(argument, folders))
+        else:
+            rest.append(argument)
+    if folders:
+        os.environ[OWN_TASKS] = os.pathsep.join(dict.fromkeys(folders))
+    return rest
+
+
+def _task_names(text: str, folders: list[str]) -> str:
+    """Return task names, comma-separated, as they are; a card's path becomes the task's name, its folder is added."""
+    names = []
+    for name in text.split(","):
+        if name.endswith((".yaml", ".yml")) and "/" in name.replace(os.sep, "/"):
+            card = os.path.abspath(os.path.expanduser(name.strip()))
+            folder, file = os.path.split(card)
+            root, suite = os.path.split(folder)
+            if not os.path.isfile(card):
+                raise UsageError(f"no task card {name!r}; give a task's name (`svp-bench tasks`) or its card's path")
+            if not os.path.isfile(f"{folder}.yaml"):
+                raise UsageError(
+                    f"{name}: a card lies in the folder of its suite, and the suite's card {folder}.yaml is missing; "
+                    "take tasks/own.yaml as the pattern"
+                )
+            folders.append(root)
+            name = f"{suite}/{os.path.splitext(file)[0]}"
+        names.append(name)
+    return ",".join(names)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -84,6 +143,8 @@ def _help() -> str:
         "",
         *(f"  {name:<10} {summary}" for name, summary in HEAVY.items()),
         *(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()),
+        "",
+        "task cards of your own: --tasks_dir DIR with any command, or $SVP_BENCH_TASKS",
         "",
         "examples:",
         "  svp-bench demo",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from svp_bench.cards import load_protocol, load_suite, load_task
+from svp_bench.cards import list_tasks, load_protocol, load_suite, load_task
 from svp_bench.errors import ConfigError, UsageError, nearest, unknown_name
 from svp_bench.methods import METHODS
 from svp_bench.plain_yaml import Node, read_yaml
@@ -180,6 +180,19 @@ def find_config(name: str) -> Path:
     raise unknown_name("config file", name, [form.format(k if path.suffix else k[:-5]) for k in known])
 
 
+def _config_layer(name: str) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """Return path, values and origins of a `--config`; a task of the user's own needs no file beside its card."""
+    task = name.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
+    try:
+        path = find_config(name)
+    except UsageError:
+        if task.count("/") != 1 or task not in list_tasks():
+            raise
+        card = load_task(task)
+        return card.path, {"data": {"task": task}}, {"data.task": f"{card.path}:1"}
+    return (path, *_load(path))
+
+
 def method_layer(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
     """Return the layer, the origins and the name of a `--method`: a registered name, or the path of a method file.
 
@@ -214,7 +227,7 @@ def compose(flags: Flags) -> Composed:
     """
     composed = Composed()
     composed.merge(*_load(configs_dir() / "base.yaml"))
-    files = [(path, *_load(path)) for path in map(find_config, flags.configs)]
+    files = [_config_layer(name) for name in flags.configs]
     task_name = flags.values.get("data.task") or _last(files, ("data", "task"))
     if not task_name:
         for _, values, origins in files:

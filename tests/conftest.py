@@ -14,6 +14,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 # The developer's own settings must not reach a test.
 os.environ.pop("SVP_BENCH_DATA", None)
+os.environ.pop("SVP_BENCH_TASKS", None)
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from packaging.utils import canonicalize_name
 
 import svp_bench
 from svp_bench.cards import list_tasks
+from svp_bench.results.code import package_digest
 
 tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -40,7 +41,8 @@ import hashlib, json, sys
 from pathlib import Path
 import svp_bench
 from svp_bench.resources import configs_dir, published_dir, tasks_dir
-found = {"package": svp_bench.__file__, "version": svp_bench.__version__, "files": {}}
+from svp_bench.results.code import package_digest
+found = {"package": svp_bench.__file__, "version": svp_bench.__version__, "files": {}, "digest": package_digest()}
 for name, folder in {"tasks": tasks_dir(), "configs": configs_dir(), "published": published_dir()}.items():
     found[name] = str(folder)
     for path in folder.rglob("*"):
@@ -172,6 +174,7 @@ def test_an_installed_wheel_finds_its_data(installed: Environment, tmp_path: Pat
     found = json.loads(call([installed.python, "-c", PROBE], tmp_path))
     assert installed.folder in Path(found["package"]).parents
     assert found["version"] == svp_bench.__version__
+    assert found["digest"] == package_digest.__wrapped__(), "a checkout and its wheel have one digest of their code"
     for name in SHARED:
         assert Path(found["package"]).parent / "_share" / name == Path(found[name])
     assert {name: digest for name, digest in found["files"].items() if Path(name).suffix in DATA_SUFFIXES} == (

@@ -59,7 +59,7 @@ from svp_bench._version import __version__
 from svp_bench.cards import ProtocolCard, TaskCard, load_protocol, load_suite, load_task
 from svp_bench.errors import RecordError, UsageError
 from svp_bench.plain_yaml import read_yaml
-from svp_bench.resources import configs_dir
+from svp_bench.resources import configs_dir, tasks_dirs
 from svp_bench.results.audit_base import (
     SHOWN,
     Auditor,
@@ -453,7 +453,7 @@ class _Auditor(Auditor):
         card: TaskCard | None = None
         protocol: ProtocolCard | None = None
         try:
-            card, suite_protocol = _task_card(record.task)
+            card, suite_protocol = _task_card(record.task, tasks_dirs())
         except UsageError:
             self.say(
                 "fail",
@@ -471,7 +471,7 @@ class _Auditor(Auditor):
         elif self._card_differs("task", card):
             card = None
         try:
-            protocol = _protocol_card(record.protocol)
+            protocol = _protocol_card(record.protocol, tasks_dirs())
         except UsageError:
             self.say(
                 "note",
@@ -877,13 +877,13 @@ def _whole(percent: float, count: int) -> bool:
 
 
 @cache
-def _task_card(name: str) -> tuple[TaskCard, str]:
+def _task_card(name: str, folders: tuple[Path, ...]) -> tuple[TaskCard, str]:
     """A task's card, and the protocol of its suite; reading all cards for each record would take most of the time."""
     return load_task(name), load_suite(name.partition("/")[0]).protocol
 
 
 @cache
-def _protocol_card(name: str) -> ProtocolCard:
+def _protocol_card(name: str, folders: tuple[Path, ...]) -> ProtocolCard:
     return load_protocol(name)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from svp_bench.cards import ProtocolCard, load_protocol
 from svp_bench.errors import SvpBenchError
 from svp_bench.plain_yaml import read_yaml
-from svp_bench.resources import configs_dir
+from svp_bench.resources import configs_dir, tasks_dirs
 from svp_bench.results.digests import canonical_digest, flat, setting_config
 from svp_bench.results.record import Record
 
@@ -88,7 +88,7 @@ def row_setting(record: Record) -> dict[str, Any]:
     """
     setting = setting_config(record.config, record.tuned)
     own, used = shipped_layer(f"{record.task}.yaml").get(_EPOCHS), record.config.get("trainer", {}).get("max_epochs")
-    usual = _epochs(record.protocol)
+    usual = _epochs(record.protocol, tasks_dirs()) if own is not None else None
     if own is None or usual is None or "max_epochs" not in setting.get("trainer", {}) or not other(own, usual):
         return setting
     if not other(used, own):
@@ -110,7 +110,7 @@ def row_digest(record: Record) -> str:
 
 
 @cache
-def _epochs(protocol: str) -> Any:
+def _epochs(protocol: str, folders: tuple[Path, ...]) -> Any:
     try:
         return dict(flat(load_protocol(protocol).training)).get(_EPOCHS)
     except SvpBenchError:  # a protocol of another time

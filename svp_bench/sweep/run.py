@@ -123,6 +123,7 @@ def run_sweep(request: Request) -> int:
         retry_failed=request.retry_failed,
         only_search=request.only_search,
     )
+    _warn_of_changes(console, prepared)
     if request.dry_run:
         _print_plan(console, sweep, request, prepared)
         return 1 if sweep.blocked else 0
@@ -164,6 +165,16 @@ def _label(method: str) -> str:
     return label
 
 
+def _warn_of_changes(console: Console, prepared: _Prepared) -> None:
+    """Say before anything is trained that an audit will fail the records, if code or cards are not committed."""
+    from svp_bench.train.provenance import changed_cards, commit_and_dirty, dirty_warning  # torch
+
+    commit, dirty = commit_and_dirty()
+    cards = changed_cards(prepared.read) if commit else []
+    if dirty or cards:
+        console.print(f"Warning: {dirty_warning(commit, cards)}", soft_wrap=True, markup=False)
+
+
 class _Prepared:
     """What the plan needs to know of each cell: parsed once, in this process.
 
@@ -177,11 +188,13 @@ class _Prepared:
         from svp_bench.sweep.runner import Runner  # torch
 
         self.runner = Runner()
+        self.read: set[Path] = set()  # cards and configs of all cells
         missing: dict[str, str] = {}
         for cell in cells:
             stage = "final" if search is None else "select"
             job = Job(cell.task, cell.method, 0, stage, common=common)
             resolved = self.runner.resolved(job)  # a wrong flag ends the sweep before it begins
+            self.read.update(resolved.read)
             if cell.task not in missing:
                 try:
                     self.runner.report(resolved)

@@ -460,10 +460,10 @@ class BenchCLI(ConfigCLI):
             f"  files      {self.run_dir}",
             flush=True,
         )
-        if self.dirty:
-            print(f"  Warning: {dirty_warning(self.commit, self.changed_cards)}", flush=True)
         if model.checkpoint == "none":
             print("  Random weights: this run shows plumbing, not transfer; tables keep such rows apart.", flush=True)
+        if self.dirty:
+            print(f"  Warning: {dirty_warning(self.commit, self.changed_cards)}", flush=True)
 
     @rank_zero_only
     def _save_config(self) -> None:

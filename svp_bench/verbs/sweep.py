@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from svp_bench.cards import list_tasks, load_suite, load_task
 from svp_bench.errors import UsageError, unknown_name
+from svp_bench.resources import own_tasks_flags
 from svp_bench.verbs.base import Parser, parser
 
 __all__ = ["sweep", "tune"]
@@ -69,14 +70,14 @@ def sweep(argv: Sequence[str]) -> int:
         results_root=given.results_root,
         runs_root=given.runs_root,
         flags=flags,
-        command=("svp-bench", "sweep", *argv),
+        command=("svp-bench", "sweep", *argv, *own_tasks_flags()),
     )
     if given.emit:
         if given.shard:
             raise UsageError("--emit slurm makes the shards itself; leave --shard out")
         from svp_bench.sweep.slurm import emit_slurm
 
-        script = emit_slurm(request, _without_emit(argv))
+        script = emit_slurm(request, [*_without_emit(argv), *own_tasks_flags()])
         print(f"Wrote {script}: {len(tasks) * len(methods)} array elements. Look at its head, then: sbatch {script}")
         return 0
     return run_sweep(request)
@@ -126,7 +127,7 @@ def tune(argv: Sequence[str]) -> int:
         results_root=given.results_root,
         runs_root=given.runs_root,
         flags=replace(flags, configs=tuple(configs)),
-        command=("svp-bench", "tune", *argv),
+        command=("svp-bench", "tune", *argv, *own_tasks_flags()),
     )
     return run_sweep(request)
 
