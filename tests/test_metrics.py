@@ -37,6 +37,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from svp_bench.cards import displayed_class_names, load_task
 from svp_bench.methods.linear import Linear
+from svp_bench.results.bits import unpack_bits
+from svp_bench.results.files import csv_text
 from svp_bench.results.record import Metrics, PerClass
 from svp_bench.train.metrics import (
     Evaluation,
@@ -50,6 +52,7 @@ from svp_bench.train.metrics import (
     per_class_accuracy,
     per_class_markdown,
     score_pictures,
+    write_predictions,
     write_tables,
 )
 from svp_bench.train.module import AdaptationModule
@@ -285,6 +288,47 @@ def test_the_csv_files_hold_the_counts_and_the_names(three: Evaluation, tmp_path
         ]
 
 
+def test_each_image_is_in_the_predictions(three: Evaluation, tmp_path: Path) -> None:
+    names = ["=1+1", "grüße, 猫", "a\x1b[31m\nb"]
+    path = write_predictions(three, ["x/1.jpg", "@SUM(A1)", "-2", "c\td"], names, tmp_path / "run", "test")
+    assert path == tmp_path / "run" / "test_predictions.csv"
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        *("index", "image", "label", "label_name", "prediction", "prediction_name", "confidence", "correct")
+    ]
+    assert [row["image"] for row in rows] == ["x/1.jpg", "'@SUM(A1)", "'-2", "c\\td"]
+    assert [row["label_name"] for row in rows] == ["'=1+1"] * 3 + ["a\\x1b[31m\\nb"]
+    assert [int(row["correct"]) for row in rows] == three.right.astype(int).tolist()
+    assert [float(row["confidence"]) for row in rows] == pytest.approx(three.scores.confidence.tolist(), abs=1e-6)
+    confusion, per_class = write_tables(three, names, tmp_path / "run", "test")
+    assert "\n=1" not in confusion.read_text() + per_class.read_text().replace("0,", "\n")
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=12))
+def test_no_name_is_a_formula_or_a_second_row(name: str) -> None:
+    cell = csv_text(name)
+    assert not cell.lstrip().startswith(("=", "+", "-", "@"))
+    (row,) = csv.reader([cell.replace('"', '""').join('""')])
+    assert row == [cell]
+
+
+@pytest.mark.parametrize(("stage", "role"), [("final", "test"), ("select", "val")])
+def test_a_run_says_which_images_were_wrong(place: Path, stage: str, role: str) -> None:
+    outcome = run(*small("--method", "linear", "--data.stage", stage))
+    path = outcome.folder / f"{role}_predictions.csv"
+    assert str(path) in outcome.out
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    record = outcome.record
+    assert [int(row["index"]) for row in rows] == list(range(record["metrics"]["count"]))
+    assert sum(int(row["correct"]) for row in rows) == record["metrics"]["correct"]
+    assert all((Path("data/cifar") / row["image"]).is_file() for row in rows)
+    if stage == "final":
+        bits = unpack_bits(record["correct"]["bits"], len(rows)).astype(int).tolist()
+        assert [int(row["correct"]) for row in rows] == bits
+
+
 def test_the_text_names_each_class(three: Evaluation) -> None:
     assert per_class_markdown(three, NAMES).splitlines()[2:] == [
         "| 0 | cat | 3 | 2 | 66.67 % |",
@@ -412,7 +456,7 @@ def test_predict_numbers_the_classes_of_a_card_without_names(place: Path) -> Non
 
 def test_a_run_tested_later_gets_its_tables_then(place: Path) -> None:
     outcome = run(*small("--method", "linear", "--no_test"))
-    tables = [outcome.folder / "test_confusion.csv", outcome.folder / "test_per_class.csv"]
+    tables = [outcome.folder / f"test_{name}.csv" for name in ("confusion", "per_class", "predictions")]
     assert not any(path.exists() for path in tables)
     config, checkpoint = str(outcome.folder / "config.yaml"), str(outcome.folder / "checkpoints/last.ckpt")
     tested = run("test", "--config", config, "--ckpt_path", checkpoint)
@@ -502,6 +546,12 @@ def test_two_processes_score_each_picture_once(stage: str, place: Path) -> None:
         assert "sync_dist" not in done.stderr
         (path,) = Path(root).rglob("*.json")
         found.append(read_json(path))
+        role = "test" if stage == "final" else "val"
+        (written,) = Path("runs").rglob(f"{found[-1]['run_id']}/{role}_predictions.csv")
+        with open(written, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["index"]) for row in rows] == list(range(found[-1]["metrics"]["count"]))
+        assert sum(int(row["correct"]) for row in rows) == found[-1]["metrics"]["correct"]
     one, both = found
     assert (one["device_count"], both["device_count"]) == (1, 2)
     assert both["metrics"]["per_class"] == one["metrics"]["per_class"]

@@ -239,6 +239,7 @@ def test_the_run_folder_holds_config_checkpoint_and_curves(scored: SimpleNamespa
         "lock",
         "test_confusion.csv",
         "test_per_class.csv",
+        "test_predictions.csv",
     }
     assert yaml.safe_load((folder / "config.yaml").read_text()) == scored.record["config"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -268,6 +268,10 @@ class VisionDataModule(LightningDataModule):
     def test_list_digest(self) -> str | None:
         """Digest of the test list, after `setup`; None in a stage that does not test."""
         return self._pictures("test").digest if "test" in self.lists else None
+
+    def image_names(self, role: str) -> Sequence[str]:
+        """Return what names each image of a split, in its order: a path below the data's folder, or a number."""
+        return self._pictures(role).keys()
 
     def _pictures(self, role: str) -> Pictures:
         if self._source is None:

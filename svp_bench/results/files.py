@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svp_bench.errors import RecordError
+from svp_bench.errors import RecordError, printable
 from svp_bench.results.record import Record
 
 __all__ = [
     "Problem",
     "check_writable",
     "continue_record",
+    "csv_text",
     "read_json",
     "read_record",
     "read_records",
@@ -66,6 +67,12 @@ def write_atomically(path: Path, text: str) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise _not_writable(path.parent, error) from None
+
+
+def csv_text(value: str) -> str:
+    """Return a text as one cell of a CSV: one line, and no formula to a spreadsheet (a quote before = + - @)."""
+    text = printable(value)
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") else text
 
 
 def _sync_folder(folder: Path) -> None:

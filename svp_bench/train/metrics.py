@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from svp_bench.results.files import write_atomically
+from svp_bench.results.files import csv_text, write_atomically
 from svp_bench.results.record import Metrics, PerClass
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "per_class_accuracy",
     "per_class_markdown",
     "score_pictures",
+    "write_predictions",
     "write_tables",
 ]
 
@@ -288,6 +289,7 @@ def write_tables(evaluation: Evaluation, names: Sequence[str], folder: Path, rol
         RecordError: If they cannot be written.
     """
     confusion = evaluation.confusion
+    names = [csv_text(name) for name in names]
     matrix = [["true/predicted", *names], *([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))]
     columns = (confusion.sum(axis=1).tolist(), confusion.diagonal().tolist(), per_class_accuracy(confusion).tolist())
     classes = [["class", "name", "count", "correct", "accuracy"]]
@@ -295,10 +297,46 @@ def write_tables(evaluation: Evaluation, names: Sequence[str], folder: Path, rol
         classes.append([str(number), name, str(count), str(correct), f"{100 * accuracy:.4f}"])
     paths = folder / f"{role}_confusion.csv", folder / f"{role}_per_class.csv"
     for path, rows in zip(paths, (matrix, classes), strict=True):
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        write_atomically(path, text.getvalue())
+        _write_csv(path, rows)
     return paths
+
+
+def write_predictions(
+    evaluation: Evaluation, images: Sequence[str], names: Sequence[str], folder: Path, role: str
+) -> Path:
+    """Write `<role>_predictions.csv` into a folder: what was predicted for each image, in the order of the split.
+
+    The columns are index, image, label, label_name, prediction, prediction_name, confidence (softmax probability of the
+    prediction) and correct (1 or 0).
+
+    Args:
+        evaluation: What to write.
+        images: Path or number of each image of the split.
+        names: One name for each class.
+        folder: The run's folder.
+        role: "val" or "test".
+
+    Raises:
+        RecordError: If it cannot be written.
+    """
+    scores, shown = evaluation.scores, [csv_text(name) for name in names]
+    rows: list[list[str]] = [
+        ["index", "image", "label", "label_name", "prediction", "prediction_name", "confidence", "correct"]
+    ]
+    columns = (column.tolist() for column in (scores.index, scores.label, scores.prediction, scores.confidence))
+    for index, label, prediction, confidence in zip(*columns, strict=True):
+        classes = [str(label), shown[label], str(prediction), shown[prediction]]
+        image = csv_text(images[index])
+        rows.append([str(index), image, *classes, f"{confidence:.6f}", str(int(label == prediction))])
+    path = folder / f"{role}_predictions.csv"
+    _write_csv(path, rows)
+    return path
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def per_class_markdown(evaluation: Evaluation, names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from svp_bench.ops import Choice
 from svp_bench.results.code import package_digest
 from svp_bench.results.record import Correct, Metrics, Parameters, Record, timestamp
 from svp_bench.train.callbacks import Meter, peak_memory_mib
-from svp_bench.train.metrics import Evaluation, write_tables
+from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.parsing import Resolved
 from svp_bench.train.provenance import cpu_name, device_name, library_versions
@@ -121,15 +121,18 @@ class Recorder:
         return evaluation
 
     def write_tables(self, role: str, folder: Path) -> None:
-        """Write the confusions and the accuracy of each class beside the run's checkpoint, and say where."""
+        """Write confusions, the accuracy of each class and all predictions beside the run's checkpoint; say where."""
         evaluation = self.model.tested if role == "test" else self.model.validated
         assert evaluation is not None
         try:
             confusion, per_class = write_tables(evaluation, self.data.class_names, folder, role)
+            names = self.data.image_names(role)
+            images = write_predictions(evaluation, names, self.data.class_names, folder, role)
         except RecordError as error:
             reason = str(error).partition("; ")[0]
             raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None
         print(f"Confusion matrix: {confusion}; accuracy of each class: {per_class}", flush=True)
+        print(f"Predictions of all images: {images}", flush=True)
 
     def record(self, status: str, reason: str | None, tested: bool) -> Record:
         """Return the record; `tested`: whether the test list was scored."""
