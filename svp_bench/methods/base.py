@@ -21,7 +21,7 @@ class Method:
     keep it as an attribute of the same name; configs, `--help` and records read them from there.
 
     Attributes:
-        identity_at_start: The adapted model equals the frozen backbone before the first step.
+        identity_at_start: The adapted model equals the frozen backbone before the first step. `adapt` checks it.
         mergeable: The trained part can be folded into the backbone's weights, at no cost when predicting: see `merge`.
     """
 
@@ -30,6 +30,10 @@ class Method:
 
     def attach(self, model: VisionMamba) -> None:
         """Set `model.adapter` to a module with everything that the method adds, and register its points.
+
+        A hook is best a method of that module (``model.points.on_tokens(adapter.add)``): copies of the model then get
+        their own. A hook on tokens that only adds may change `state.hidden`, one summand of what the block reads; one
+        that scales, mixes or projects acts on the sum: ``state.with_stream(scale * state.stream)``.
 
         Raises:
             ConfigError: If the settings do not fit the model; says why.

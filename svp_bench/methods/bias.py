@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from svp_bench.errors import ConfigError, unknown_name
 from svp_bench.methods.base import Method
 from svp_bench.models import VisionMamba
+from svp_bench.models.hooks import plain_parameter
 
 __all__ = ["BIASES", "Bias"]
 
@@ -60,7 +61,7 @@ class Bias(Method):
         for layer, mixer in enumerate(model.mixers if names else []):
             adapter[str(layer)] = parts = nn.ModuleDict()
             for name in names:
-                part = parts[name] = _OnBias(len(mixer.get_parameter(f"{name}.bias")))
+                part = parts[name] = _OnBias(len(plain_parameter(mixer, f"{name}.bias")))
                 model.points.on_tensor(layer, f"{name}.bias", part)
         model.adapter = adapter
 
@@ -69,8 +70,8 @@ class Bias(Method):
         assert model.adapter is not None
         for name, delta in model.adapter.named_parameters():
             first, _, rest = name.partition(".")
-            owner = model.patch_embed.proj if first == "patch_embed" else model.mixers[int(first)]
-            owner.get_parameter(rest).add_(delta)
+            owner = model.patch_embed if first == "patch_embed" else model.mixers[int(first)]
+            plain_parameter(owner, f"proj.{rest}" if first == "patch_embed" else rest).add_(delta)
 
     def adapter_parameters(self, model: VisionMamba) -> int:
         """Return 2 E L for each of dt_proj and conv1d, and D for patch_embed."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import svp_bench.models.vim  # noqa: F401  registers the backbones with timm
 from svp_bench.errors import ConfigError, unknown_name
@@ -54,25 +57,134 @@ def create_backbone(
 def adapt(model: VisionMamba, method: Method) -> VisionMamba:
     """Attach a method to a backbone, in place, and freeze what it does not train.
 
+    A method from outside this package that declares `identity_at_start` is checked: the features of one random image,
+    before and after, differ by at most 1e-4 of the largest (2e-2 below float32).
+
     Raises:
-        ConfigError: If the model carries a method already, or the settings do not fit it.
+        ConfigError: If the model carries a method already, the settings do not fit it, a hook would not take effect, or
+            a promise of the method does not hold; the model is then as it was.
     """
     taken = model.adapter is not None or getattr(model, "method", None) is not None
     if taken:
         raise ConfigError("this model carries a method already; create a new one for another method")
-    method.attach(model)
-    if model.adapter is not None:  # as the backbone: its device, precision and mode
-        model.adapter.to(model.cls_token).train(model.training)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(method.trains(name))
-    counted = sum(p.numel() for name, p in trained_parameters(model).items() if not name.startswith("head."))
-    if (claimed := method.adapter_parameters(model)) != counted:
-        raise ConfigError(
-            f"{type(method).__name__}: adapter_parameters() says {claimed} and {counted} parameters train besides the "
-            "head; correct the formula"
-        )
+    _check_foreign(model, method)
+    shipped = type(method).__module__.startswith(f"{__package__}.")  # tests hold those to their promises
+    before = None if shipped or not _declares_identity(method) else _probe(model)
+    places = [(place, list(place)) for place in model.points.places()]
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        method.attach(model)
+        if model.adapter is not None:  # as the backbone: its device, precision and mode
+            model.adapter.to(model.cls_token).train(model.training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(method.trains(name))
+        _check_promises(model, method, before)
+    except BaseException:
+        kept = {id(place): hooks for place, hooks in places}
+        for place in model.points.places():
+            place[:] = kept.get(id(place), [])
+        model.adapter = None
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained.get(name, True))
+        raise
     model.method = method  # type: ignore[assignment]  # a plain object, no module
     return model
+
+
+def _declares_identity(method: Method) -> bool:
+    """Return `identity_at_start` of a method; refuse a method that does not declare it."""
+    declared = getattr(method, "identity_at_start", None)
+    if not isinstance(declared, bool):
+        raise ConfigError(f"the method {type(method).__name__} must declare identity_at_start = True or False")
+    return declared
+
+
+def _check_promises(model: VisionMamba, method: Method, before: Tensor | None) -> None:
+    """Check that the hooks of a method take effect, its count and, if `before` is given, its identity at the start."""
+    name = type(method).__name__
+    for mixer in model.mixers:
+        mixer.check_points()
+    inside = set(model.modules())
+    for hook in (hook for place in model.points.places() for hook in place):
+        owner = getattr(hook, "__self__", hook)
+        if isinstance(owner, nn.Module) and owner not in inside and any(True for _ in owner.parameters()):
+            raise ConfigError(
+                f"{name}: a hook belongs to a {type(owner).__name__} that is not in the model, so it would be neither "
+                "trained nor saved; put it into model.adapter"
+            )
+    counted = sum(p.numel() for key, p in trained_parameters(model).items() if not key.startswith("head."))
+    if (claimed := method.adapter_parameters(model)) != counted:
+        raise ConfigError(
+            f"{name}: adapter_parameters() says {claimed} and {counted} parameters train besides the head; correct the "
+            "formula"
+        )
+    if before is None or (after := _probe(model)) is None:
+        return
+    same = after.shape == before.shape
+    moved = float((after - before).abs().max() / before.abs().max()) if same else float("nan")
+    bound = 1e-4 if torch.finfo(model.cls_token.dtype).bits >= 32 else 2e-2
+    if not moved <= bound:
+        raise ConfigError(
+            f"{name}: identity_at_start is declared, and the features of a random image change by {moved:.2g} of the "
+            f"largest ({bound:g} is allowed); start at zero, or declare identity_at_start = False"
+        )
+
+
+@torch.no_grad()
+def _probe(model: VisionMamba) -> Tensor | None:
+    """Return the features of one random image (1, D) in float64, without dropout; None where there are no values."""
+    weight = model.cls_token
+    if weight.is_meta:
+        return None
+    noise = torch.randn(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    modes = [(module, module.training) for module in model.modules()]
+    backend = model.scan_backend
+    try:
+        model.eval()
+        if weight.device.type == "cpu":
+            model.set_scan_backend("reference")  # no kernel is compiled for two images
+        return model.forward_features(noise.to(weight)).double()
+    finally:
+        model.set_scan_backend(backend)
+        for module, mode in modes:
+            module.training = mode
+
+
+# what pruning, weight_norm and parametrizations make of the name of a parameter
+_DERIVED = re.compile(r"(\.parametrizations)?\.(\w+?)(_orig|_g|_v|\.original[01]?)$")
+
+
+def _check_foreign(model: VisionMamba, method: Method) -> None:
+    """Refuse to freeze, without a word, trained parameters that somebody put into the backbone.
+
+    The backbone's own are known by their names, or, inside a wrapper, by their shapes.
+    """
+    mixer, embed = model.mixers[0], model.patch_embed
+    (inner, states), width = mixer.A_log.shape, model.embed_dim
+    with torch.device("meta"):
+        sizes = {"embed_dim": width, "d_state": states, "d_conv": mixer.d_conv, "expand": inner // width}
+        twin = VisionMamba(embed.img_size, embed.patch_size[0], embed.stride, model.in_chans, 0, depth=1, **sizes)
+    plain = {name: tuple(p.shape) for name, p in twin.named_parameters()}
+    unclaimed = Counter(("layers" if name.startswith("layers.") else "", shape) for name, shape in plain.items())
+    left = {place: unclaimed.copy() for place in ["", *(f"layers.{i}" for i in range(len(model.layers)))]}
+    others: list[tuple[str, str, str, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        found = re.match(r"layers\.\d+", name)
+        place, kind = (found[0], "layers") if found else ("", "")
+        known = re.sub(r"^layers\.\d+", "layers.0", _DERIVED.sub(r".\2", name))
+        if known in plain:
+            left[place][kind, plain[known]] -= 1
+        elif not name.startswith("head."):
+            others.append((name, place, kind, parameter))
+    for name, place, kind, parameter in others:
+        key = kind, tuple(parameter.shape)
+        left[place][key] -= 1
+        if left[place][key] < 0 and parameter.requires_grad and not method.trains(name):
+            raise ConfigError(
+                f"{type(method).__name__} would freeze {name}, which is no parameter of the backbone: the module that "
+                "has it was put in before the method; attach the method first and replace modules after, or let "
+                "trains() of a method of yours accept the name"
+            )
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

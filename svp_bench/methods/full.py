@@ -32,7 +32,7 @@ class Full(Method):
         """Return the formula of the class docstring."""
         mixer = model.mixers[0]
         width, inner, state = model.embed_dim, mixer.A_log.shape[0], mixer.A_log.shape[1]
-        rank, conv = mixer.dt_rank, mixer.conv1d.weight.shape[-1]
+        rank, conv = mixer.dt_rank, mixer.d_conv
         patches, patch = model.patch_embed.num_patches, math.prod(model.patch_embed.patch_size)
         ends = width + (patches + 1) * width + (3 * patch + 1) * width + width
         one_way = inner * state + inner + inner * conv + inner + inner * (rank + 2 * state) + rank * inner + inner

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from svp_bench.errors import ConfigError, unknown_name
 from svp_bench.methods.base import Method
 from svp_bench.models import VisionMamba
+from svp_bench.models.hooks import is_plain, plain_parameter
+from svp_bench.ops import is_tracing
 
 __all__ = ["TARGETS", "LoRA"]
 
@@ -117,7 +119,7 @@ class LoRA(Method):
         adapter = nn.ModuleDict()
         points, rank, scale, dropout = model.points, self.rank, self.scale, self.dropout
         if "embed" in self.targets:
-            embed = adapter["embed"] = _OnPatches(model.patch_embed.proj, rank, scale, dropout)
+            embed = adapter["embed"] = _OnPatches(model, rank, scale, dropout)
             points.on_patch_embed(embed)
         rows = self._rows(model)
         for layer in range(model.depth if rows else 0):
@@ -138,20 +140,21 @@ class LoRA(Method):
         assert isinstance(model.adapter, nn.ModuleDict)
         for key, part in model.adapter.items():
             if isinstance(part, _OnPatches):
-                weight = model.patch_embed.proj.weight
+                weight = plain_parameter(model, "patch_embed.proj.weight")
                 weight.copy_(part.changed(weight))
                 continue
             assert isinstance(part, nn.ModuleDict)
             for update in part.values():
                 assert isinstance(update, _LowRank)
-                weight = model.mixers[int(key)].get_parameter(update.name)
+                weight = plain_parameter(model.mixers[int(key)], update.name)
                 weight.copy_(update.changed(weight))
 
     def adapter_parameters(self, model: VisionMamba) -> int:
         """Return the sum of the formulas of the class docstring."""
         rows = self._rows(model).values()
         sides = sum(len(place.suffixes) * (place.columns + place.stop - place.start) for place in rows)
-        embed = model.patch_embed.proj.weight[0].numel() + model.embed_dim if "embed" in self.targets else 0
+        patch = model.in_chans * math.prod(model.patch_embed.patch_size)
+        embed = patch + model.embed_dim if "embed" in self.targets else 0
         return self.rank * (model.depth * sides + embed)
 
 
@@ -196,8 +199,9 @@ class _LowRank(nn.Module):
     def changed(self, weight: Tensor) -> Tensor:
         """The weight (out, in) with s · up · down added to its rows."""
         before, rows, after = weight.tensor_split([self.start, self.stop])
+        down, up = plain_parameter(self, "down.weight"), plain_parameter(self, "up.weight")
         with torch.autocast(weight.device.type, enabled=False):  # rounded once, when the projection reads it
-            rows = torch.addmm(rows, self.up.weight, self.down.weight, alpha=self.scale)
+            rows = torch.addmm(rows, up, down, alpha=self.scale)
         return torch.cat([before, rows, after])
 
 
@@ -217,6 +221,9 @@ class _OnOutput(_LowRank):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.dropout(self.down(x)).to(y.dtype)
+        if is_tracing() or not is_plain(self.up, nn.Linear):  # out of place, by plain operations
+            before, rows, after = y.tensor_split([self.start, self.stop], dim=-1)
+            return torch.cat([before, torch.add(rows, self.up(h).to(y.dtype), alpha=self.scale), after], dim=-1)
         added: Tensor = _AddProduct.apply(y.contiguous(), h, self.up.weight.to(y.dtype), self.start, self.scale)
         return added
 
@@ -224,19 +231,20 @@ class _OnOutput(_LowRank):
 class _OnPatches(nn.Module):
     """Acts beside the patch embedding."""
 
-    def __init__(self, proj: nn.Conv2d, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, model: VisionMamba, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
-        side, stride = proj.weight.shape[-1], proj.stride[0]
+        side, stride = model.patch_embed.patch_size[0], model.patch_embed.stride
         self.scale = scale
-        self.down = nn.Conv2d(proj.in_channels, rank, side, stride, bias=False)
-        self.up = nn.Linear(rank, proj.out_channels, bias=False)  # on tokens what a 1 × 1 convolution is on maps
+        self.down = nn.Conv2d(model.in_chans, rank, side, stride, bias=False)
+        self.up = nn.Linear(rank, model.embed_dim, bias=False)  # on tokens what a 1 × 1 convolution is on maps
         nn.init.zeros_(self.up.weight)
         self.dropout = nn.Dropout(dropout)
 
     def changed(self, weight: Tensor) -> Tensor:
         """The weight (D, 3, p, p) with s · up · down added."""
+        down, up = plain_parameter(self, "down.weight"), plain_parameter(self, "up.weight")
         with torch.autocast(weight.device.type, enabled=False):
-            product = self.up.weight @ self.down.weight.flatten(1)
+            product = up @ down.flatten(1)
         return torch.add(weight, product.view_as(weight), alpha=self.scale)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:

@@ -149,7 +149,9 @@ class _Prompts(nn.Module):
         if layer >= len(self.prompts):
             return state
         hidden, residual = state.hidden, state.residual
-        prompts = self.dropout(self.prompts[layer].to(hidden.dtype).expand(len(hidden), -1, -1))  # each picture its own
+        prompts = self.dropout(
+            self.prompts[layer].to(hidden.dtype).expand(hidden.shape[0], -1, -1)
+        )  # each picture its own
         if layer == 0:
             longer = torch.cat([hidden, prompts], dim=1).index_select(1, self.order)
             return TokenState(longer, residual, self.cls_index)

@@ -8,28 +8,31 @@ Letters used for shapes: B batch, L length (patches + class token + whatever a m
 E = 2 D inner width, N state size, R = ceil(D / 16) rank of Δ, W convolution width, P patches.
 
 The backbone knows no method. It offers named points (`Points`) where one may act; each is empty by default.
+
+Kernels read the tensors of a part (projection, convolution, norm) while that part is plain (`is_plain`). A part that
+was replaced, or carries hooks, parametrizations or a pruning mask, is called as a module instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, to_2tuple, trunc_normal_
+from timm.layers import DropPath, resample_abs_pos_embed, resample_patch_embed, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from svp_bench.errors import ConfigError, unknown_name
+from svp_bench.models.hooks import LINEAR_POINTS, TENSOR_POINTS, Points, TokenState, is_plain, not_plain
 from svp_bench.ops import (
     Direction,
-    Prompts,
     Remake,
     add_norm,
-    add_prompts,
     bidirectional_conv,
     bidirectional_scan,
     require,
@@ -38,106 +41,6 @@ from svp_bench.ops import (
 __all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "Block", "Mixer", "Points", "RMSNorm", "TokenState", "VisionMamba"]
 
 NORM_EPS = 1e-5  # of the published checkpoints; timm's usual 1e-6 gives other numbers
-
-LINEAR_POINTS = ("in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj")
-TENSOR_POINTS = (
-    *(f"{name}.weight" for name in (*LINEAR_POINTS, "conv1d", "conv1d_b")),
-    *(f"{name}.bias" for name in ("conv1d", "conv1d_b", "dt_proj", "dt_proj_b")),
-    *("A", "A_b", "D", "D_b"),
-)
-
-
-class TokenState(NamedTuple):
-    """What flows from block to block.
-
-    Attributes:
-        hidden: The block input, (B, L, D): the embedding before block 0, afterwards the previous mixer's output, not
-            yet added to the residual stream.
-        residual: The residual stream, (B, L, D), or None before block 0.
-        cls_index: Where the class token stands.
-        prompts: What is still to be added to `hidden`: the block does it in one pass with the residual stream. A point
-            may leave prompts here; no point finds any, since they are added before the next one is called.
-    """
-
-    hidden: Tensor
-    residual: Tensor | None
-    cls_index: int
-    prompts: Prompts | None = None
-
-    def settled(self, scan_backend: str = "auto") -> TokenState:
-        """Return the state with its prompts added to `hidden`."""
-        if self.prompts is None:
-            return self
-        return self._replace(hidden=add_prompts(self.hidden, *self.prompts, backend=scan_backend), prompts=None)
-
-
-TokenPoint = Callable[[int, TokenState], TokenState]
-LinearPoint = Callable[[Tensor, Tensor], Tensor]
-TensorPoint = Callable[[Tensor], Tensor]
-
-
-class Points:
-    """The places of the backbone where a method may act. All empty by default, at no cost.
-
-    Attributes:
-        tokens: `f(layer, state) -> state`, called before each block in the order of registration.
-        patch_embed: `f(images, y) -> y`, called after the patch embedding of images (B, 3, H, W), before class token
-            and positions: may change its output y (B, P, D).
-        linear: `f(x, y) -> y` by (layer, name of `LINEAR_POINTS`): may change the output y of a projection of x. y is
-            the point's own: it may be changed in place.
-        tensor: `f(w) -> w` by (layer, name of `TENSOR_POINTS`): may change a tensor that a projection, the convolution
-            or the scan reads.
-        scan_backend: The model's choice, for methods whose own operations have backends.
-    """
-
-    def __init__(self, depth: int = 1) -> None:
-        self.depth = depth
-        self.scan_backend = "auto"
-        self.tokens: list[TokenPoint] = []
-        self.patch_embed: list[LinearPoint] = []
-        self.linear: dict[tuple[int, str], list[LinearPoint]] = defaultdict(list)
-        self.tensor: dict[tuple[int, str], list[TensorPoint]] = defaultdict(list)
-
-    def on_tokens(self, point: TokenPoint) -> None:
-        """Call `point` before each block."""
-        self.tokens.append(point)
-
-    def on_patch_embed(self, point: LinearPoint) -> None:
-        """Call `point` after the patch embedding."""
-        self.patch_embed.append(point)
-
-    def on_linear(self, layer: int, name: str, point: LinearPoint) -> None:
-        """Call `point` after the projection `name` of block `layer`.
-
-        Raises:
-            ValueError: If there is no such projection.
-        """
-        self._check_layer(layer)
-        if name not in LINEAR_POINTS:
-            raise ValueError(f"no linear projection {name!r}; there are {', '.join(LINEAR_POINTS)}")
-        self.linear[layer, name].append(point)
-
-    def on_tensor(self, layer: int, name: str, point: TensorPoint) -> None:
-        """Pass the tensor `name` of block `layer` through `point` before it is used.
-
-        Raises:
-            ValueError: If there is no such tensor.
-        """
-        self._check_layer(layer)
-        if name not in TENSOR_POINTS:
-            raise ValueError(f"no tensor {name!r}; there are {', '.join(TENSOR_POINTS)}")
-        self.tensor[layer, name].append(point)
-
-    def remove(self, owner: nn.Module) -> None:
-        """Take away the points that belong to `owner`: itself, its submodules, and methods of these."""
-        parts = {id(module) for module in owner.modules()}
-        places: list[list[Any]] = [self.tokens, self.patch_embed, *self.linear.values(), *self.tensor.values()]
-        for place in places:
-            place[:] = [point for point in place if id(getattr(point, "__self__", point)) not in parts]
-
-    def _check_layer(self, layer: int) -> None:
-        if not 0 <= layer < self.depth:
-            raise ValueError(f"no block {layer}; there are 0..{self.depth - 1}")
 
 
 class RMSNorm(nn.Module):
@@ -202,6 +105,7 @@ class Mixer(nn.Module):
         super().__init__()
         inner = expand * width
         self.dt_rank = math.ceil(width / 16) if dt_rank is None else dt_rank
+        self.d_conv = d_conv
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)  # rows: x, then the gate z
         for suffix in ("", "_b"):  # forward, backward
             self.add_module(f"conv1d{suffix}", nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1))
@@ -230,62 +134,162 @@ class Mixer(nn.Module):
     def tensor(self, name: str) -> Tensor:
         """Return the tensor `name` of `TENSOR_POINTS` as a kernel is to read it: what methods made of it."""
         if name in ("A", "A_b"):
-            log = self.get_parameter(f"{name}_log")
+            log: Tensor = getattr(self, f"{name}_log")
             value = -torch.exp(log.to(torch.promote_types(log.dtype, torch.float32)))
         else:
-            value = self.get_parameter(name)
-            if name.startswith("conv1d") and name.endswith("weight"):
+            part, _, leaf = name.rpartition(".")
+            value = getattr(getattr(self, part) if part else self, leaf)
+            if part.startswith("conv1d") and leaf == "weight":
                 value = value.squeeze(1)  # (E, 1, W) → (E, W)
         for point in self.points.tensor.get((self.layer, name), ()):
             value = point(value)
         return value
 
-    def project(self, name: str, x: Tensor) -> Tensor:
-        """Apply the projection `name` of `LINEAR_POINTS` to x, without its bias, and what methods add to it.
+    def bias(self, part: str) -> Tensor | None:
+        """Return the bias of a plain part as a kernel is to read it, or None if the part has none."""
+        if getattr(self, part).bias is None:
+            self.refuse_tensor_points(part, "bias")
+            return None
+        return self.tensor(f"{part}.bias")
 
-        The biases of dt_proj are not added here: the scan takes them.
+    def refuse_tensor_points(self, part: str, *leaves: str) -> None:
+        """Check that no method changes a tensor of a part that reads its tensors itself.
+
+        Raises:
+            ConfigError: If one does.
         """
-        y = F.linear(x, self.tensor(f"{name}.weight"))
-        for point in self.points.linear.get((self.layer, name), ()):
+        for leaf in leaves:
+            if self.points.tensor.get((self.layer, f"{part}.{leaf}")):
+                raise not_plain(f"layers.{self.layer}.mixer.{part}.{leaf}", getattr(self, part))
+
+    def check_points(self) -> None:
+        """Check that all that methods change is read.
+
+        Raises:
+            ConfigError: If a method changes a tensor of a part that is not plain.
+        """
+        for part in LINEAR_POINTS:
+            if not is_plain(getattr(self, part), nn.Linear):
+                self.refuse_tensor_points(part, "weight", "bias")
+        for part in ("conv1d", "conv1d_b"):
+            if not _is_causal(getattr(self, part)):
+                self.refuse_tensor_points(part, "weight", "bias")
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        """Apply the projection `name` of `LINEAR_POINTS` to x, and what methods add to it.
+
+        The bias of dt_proj is not added here if `bias_in_scan`.
+        """
+        part = getattr(self, name)
+        points = self.points.linear.get((self.layer, name), ())
+        if is_plain(part, nn.Linear):
+            y = F.linear(x, self.tensor(f"{name}.weight"), None if self.bias_in_scan(name) else self.bias(name))
+        else:
+            self.refuse_tensor_points(name, "weight", "bias")
+            y = part(x)
+            if points:
+                y = y.clone()  # its hooks may have kept it, and points may change it in place
+        for point in points:
             y = point(x, y)
         return y
 
+    def bias_in_scan(self, name: str) -> bool:
+        """Whether the scan adds the bias of a projection: of dt_proj, if nothing else makes or sees its output."""
+        return (
+            name.startswith("dt_proj")
+            and not self.points.linear.get((self.layer, name))
+            and is_plain(getattr(self, name), nn.Linear)
+        )
+
     def direction(self, suffix: str, u: Tensor) -> Direction:
         """Return what the scan of one direction reads, from its convolved input u (B, L, E)."""
-        A = self.tensor(f"A{suffix}")
+        A, dt_proj = self.tensor(f"A{suffix}"), f"dt_proj{suffix}"
         state = A.shape[-1]
-        x_dbl = self.project(f"x_proj{suffix}", u)
-        dt, B, C = x_dbl.split([x_dbl.shape[-1] - 2 * state, state, state], dim=-1)
-        delta = self.project(f"dt_proj{suffix}", dt)
-        return Direction(u, delta, A, B, C, self.tensor(f"D{suffix}"), self.tensor(f"dt_proj{suffix}.bias"))
+        dt, B, C = self.project(f"x_proj{suffix}", u).split([self.dt_rank, state, state], dim=-1)
+        delta = self.project(dt_proj, dt)
+        bias = self.bias(dt_proj) if self.bias_in_scan(dt_proj) else None
+        return Direction(u, delta, A, B, C, self.tensor(f"D{suffix}"), bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, L, D) → (B, L, D)."""
         x, z = self.project("in_proj", hidden).chunk(2, dim=-1)
-        ahead = (self.tensor("conv1d.weight"), self.tensor("conv1d.bias"))
-        back = (self.tensor("conv1d_b.weight"), self.tensor("conv1d_b.bias"))
+        u, u_b, remake = self._convolve(x)
+        forward, backward = self.direction("", u), self.direction("_b", u_b)
+        y = bidirectional_scan(forward, backward, z, remake=remake, backend=self.scan_backend)
+        return self.project("out_proj", y)
+
+    def _convolve(self, x: Tensor) -> tuple[Tensor, Tensor, Remake | None]:
+        """Return SiLU of both convolutions of x, (B, L, E) each, and how to compute them again if that pays."""
+        both = _is_causal(self.conv1d) and _is_causal(self.conv1d_b)
+        if not both or self.conv1d.kernel_size != self.conv1d_b.kernel_size:
+            return self._convolve_one("conv1d", x), self._convolve_one("conv1d_b", x.flip(1)).flip(1), None
+        ahead = (self.tensor("conv1d.weight"), self.bias("conv1d"))
+        back = (self.tensor("conv1d_b.weight"), self.bias("conv1d_b"))
 
         def convolve(x: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
             return bidirectional_conv(x, parts[:2], parts[2:], backend=self.scan_backend)  # type: ignore[arg-type]
 
-        u, u_b = convolve(x, *ahead, *back)
-        y = bidirectional_scan(
-            self.direction("", u),
-            self.direction("_b", u_b),
-            z,
-            # where nothing else holds u for the backward pass, convolving again is cheaper than keeping it
-            remake=None if self._keeps_u() else Remake(torch.no_grad()(convolve), (x, *ahead, *back)),
-            backend=self.scan_backend,
-        )
-        return self.project("out_proj", y)
+        u, u_b = convolve(x, *ahead, *back)  # type: ignore[arg-type]
+        # where nothing else holds u for the backward pass, convolving again is cheaper than keeping it
+        remake = None if self._keeps_u() else Remake(torch.no_grad()(convolve), (x, *ahead, *back))
+        return u, u_b, remake
+
+    def _convolve_one(self, name: str, x: Tensor) -> Tensor:
+        """Return SiLU of one convolution of x (B, L, E), the first L steps of what it gives."""
+        conv, length = getattr(self, name), x.shape[1]
+        if _is_causal(conv):
+            y = F.conv1d(
+                x.mT,
+                self.tensor(f"{name}.weight").unsqueeze(1),
+                self.bias(name),
+                padding=conv.padding,
+                groups=conv.groups,
+            )
+        else:
+            self.refuse_tensor_points(name, "weight", "bias")
+            y = conv(x.mT)
+        if y.shape[-1] < length:
+            raise ConfigError(
+                f"layers.{self.layer}.mixer.{name}, a {type(conv).__name__}, gives {y.shape[-1]} steps for {length}; "
+                "what replaces the convolution must pad its input by kernel_size - 1"
+            )
+        return F.silu(y[..., :length]).mT
 
     def _keeps_u(self) -> bool:
         """Whether autograd keeps the convolved inputs anyway: a trained or changed x_proj needs them."""
-        names = ("x_proj", "x_proj_b")
-        trained = any(self.get_parameter(f"{name}.weight").requires_grad for name in names)
         linear, tensor = self.points.linear, self.points.tensor
-        changed = any(linear.get((self.layer, n)) or tensor.get((self.layer, f"{n}.weight")) for n in names)
-        return trained or changed
+        return any(
+            not is_plain(part := getattr(self, name), nn.Linear)
+            or part.weight.requires_grad
+            or linear.get((self.layer, name))
+            or tensor.get((self.layer, f"{name}.weight"))
+            for name in ("x_proj", "x_proj_b")
+        )
+
+
+def _is_causal(conv: nn.Module) -> bool:
+    """Whether a part is the depth-wise causal convolution that kernels know."""
+    return (
+        is_plain(conv, nn.Conv1d)
+        and isinstance(conv, nn.Conv1d)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.padding == (conv.kernel_size[0] - 1,)
+        and conv.stride == conv.dilation == (1,)
+        and conv.padding_mode == "zeros"
+    )
+
+
+def _add_norm(norm: nn.Module, state: TokenState, backend: str) -> tuple[Tensor, Tensor]:
+    """Return the residual stream with the branch added, and what `norm` makes of it."""
+    hidden = state.hidden
+    if is_plain(norm, RMSNorm):
+        weight, eps = norm.weight, norm.eps
+        return add_norm(hidden, state.residual, weight, eps, state.prompts, backend=backend)  # type: ignore[arg-type]
+    stream = state.settled(backend).stream
+    taken = stream
+    if not isinstance(norm, RMSNorm):  # which takes any precision; others take that of their parameters
+        taken = stream.to(next((p.dtype for p in norm.parameters() if p.is_floating_point()), stream.dtype))
+    return stream, norm(taken).to(hidden.dtype)
 
 
 class Block(nn.Module):
@@ -296,15 +300,45 @@ class Block(nn.Module):
         self.norm = RMSNorm(width)
         self.mixer = Mixer(width, **mixer)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.scan_backend = "auto"
 
     def forward(self, state: TokenState) -> TokenState:
-        """Tokens (B, L, D) → hidden: the mixer's output, residual: the stream."""
-        backend, norm = self.mixer.scan_backend, self.norm
-        if state.residual is not None and isinstance(self.drop_path, DropPath) and self.drop_path.training:
+        """Tokens (B, L, D) → hidden: the mixer's output, residual: the stream.
+
+        The drop path acts on the branch of the block before; block 0 has none before it and does not call its own.
+        """
+        backend, drop = self.scan_backend, self.drop_path
+        idle = is_plain(drop, nn.Identity) or (is_plain(drop, DropPath) and not drop.training)
+        if state.residual is not None and not idle:
             state = state.settled(backend)
-            state = state._replace(hidden=self.drop_path(state.hidden))
-        stream, normed = add_norm(state.hidden, state.residual, norm.weight, norm.eps, state.prompts, backend=backend)
+            state = state._replace(hidden=drop(state.hidden))
+        stream, normed = _add_norm(self.norm, state, backend)
         return TokenState(self.mixer(normed), stream, state.cls_index)
+
+
+def _check_pool(name: str) -> None:
+    if name != "token":
+        raise ValueError(
+            f"Vim reads its class token (global_pool='token'); {name!r} is not offered; forward_tokens gives all tokens"
+        )
+
+
+def resize_positions(rows: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """Resize a position embedding (1, P + 1, D) from one grid to another (bicubic), the class token's row apart."""
+    at, to = math.prod(old) // 2, math.prod(new) // 2
+    patches = torch.cat([rows[:, :at], rows[:, at + 1 :]], dim=1)
+    patches = resample_abs_pos_embed(patches, new_size=list(new), old_size=list(old), num_prefix_tokens=0)
+    return torch.cat([patches[:, :to], rows[:, at : at + 1], patches[:, to:]], dim=1)
+
+
+def _mixer_of(layer: int, block: nn.Module) -> Mixer:
+    found = [module for module in block.modules() if isinstance(module, Mixer)]
+    if len(found) != 1:
+        raise ConfigError(
+            f"layers.{layer}, a {type(block).__name__}, holds {len(found)} Mixer modules and must hold one: methods "
+            "act on Vim's mixers; keep the mixer inside what replaces the block"
+        )
+    return found[0]
 
 
 class VisionMamba(nn.Module):
@@ -325,10 +359,15 @@ class VisionMamba(nn.Module):
         drop_path_rate: Of the last block; block i ≥ 1 gets the (i-1)-th of `depth` values from 0 to the rate, block 0
             gets 0, and a last drop path with the full rate stands before the final norm (as released).
         scan_backend: "auto" or a name of `svp_bench.list_backends()`.
+        global_pool: "token", timm's name for reading the class token; there is no other pooling.
 
     Attributes:
         points: Where a method may act.
         adapter: What a method trains, or None.
+        feature_info: A dict a block, as timm's `features_only` reads it.
+
+    Raises:
+        ValueError: If another pooling is asked for.
     """
 
     def __init__(
@@ -346,9 +385,13 @@ class VisionMamba(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         scan_backend: str = "auto",
+        global_pool: str = "token",
     ) -> None:
         super().__init__()
+        _check_pool(global_pool)
+        self.global_pool = global_pool
         self.num_classes = num_classes
+        self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.depth = depth
         self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, stride or patch_size, in_chans, embed_dim)
@@ -361,6 +404,9 @@ class VisionMamba(nn.Module):
         self.layers = nn.ModuleList(Block(embed_dim, rates[max(i - 1, 0)], **mixer) for i in range(depth))
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self.norm_f = RMSNorm(embed_dim)
+        self.feature_info = [
+            {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": self.patch_embed.stride} for i in range(depth)
+        ]
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Identity()
         self.adapter: nn.Module | None = None
@@ -374,8 +420,12 @@ class VisionMamba(nn.Module):
 
     @property
     def mixers(self) -> list[Mixer]:
-        """The mixers, from the first block to the last."""
-        return [block.mixer for block in self.layers if isinstance(block, Block)]
+        """The mixers, from the first block to the last, also of blocks that were wrapped.
+
+        Raises:
+            ConfigError: If a block does not hold exactly one.
+        """
+        return [_mixer_of(layer, block) for layer, block in enumerate(self.layers)]
 
     def set_scan_backend(self, name: str) -> None:
         """Use this scan backend from now on.
@@ -386,8 +436,9 @@ class VisionMamba(nn.Module):
         """
         require(name)
         self.scan_backend = self.points.scan_backend = name
-        for mixer in self.mixers:
-            mixer.scan_backend = name
+        for module in self.modules():
+            if isinstance(module, (Block, Mixer)):
+                module.scan_backend = name
 
     def init_weights(self) -> None:
         """Initialise as Vim does before pre-training: LeCun-normal patches, GPT-2's depth scaling of out_proj."""
@@ -410,6 +461,13 @@ class VisionMamba(nn.Module):
         logs = {name for name, _ in self.named_parameters() if name.endswith(("A_log", "A_b_log"))}
         return {"pos_embed", "cls_token", *logs}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns of parameter names by depth, for layer-wise learning rates; the adapter comes last."""
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
     def get_classifier(self) -> nn.Module:
         """Return the head."""
         return self.head
@@ -418,24 +476,72 @@ class VisionMamba(nn.Module):
         """Replace the head by a new one, initialised as Vim does.
 
         Raises:
-            ValueError: If a pooling is asked for: Vim reads its class token.
+            ValueError: If another pooling than "token" is asked for: Vim reads its class token.
         """
-        if global_pool not in (None, "token"):
-            raise ValueError(f"Vim reads its class token (global_pool='token'); {global_pool!r} is not offered")
+        if global_pool is not None:
+            _check_pool(global_pool)
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
             self.head = head = nn.Linear(self.embed_dim, num_classes)
             trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
-            head.to(device=self.norm_f.weight.device, dtype=self.norm_f.weight.dtype)
+            head.to(device=self.cls_token.device, dtype=self.cls_token.dtype).train(self.training)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Take images of another size, or patches of another, from now on (as timm's ViTs do).
+
+        Positions are resized (bicubic) by their grid, the class token's row apart; so are the weights of the patches.
+
+        Args:
+            img_size: Height and width; as before if None.
+            patch_size: Side of a patch; as before if None. Not for overlapping patches.
+
+        Raises:
+            ConfigError: If the model carries a method, or no patch fits.
+        """
+        if self.adapter is not None or len(self.points):
+            raise ConfigError("set_input_size: this model carries a method that was built for its size; call it before")
+        old, embed = self.patch_embed, self.patch_embed.proj
+        size = old.img_size if img_size is None else to_2tuple(img_size)
+        side = old.patch_size if patch_size is None else to_2tuple(patch_size)
+        if side[0] != side[1] or (side != old.patch_size and old.stride != old.patch_size[0]):
+            raise ConfigError(
+                f"set_input_size: patch_size {patch_size} is not offered; patches are square, and those of this model "
+                f"({old.patch_size[0]}, a step of {old.stride}) can only change where they do not overlap"
+            )
+        stride = old.stride if side == old.patch_size else side[0]
+        new = PatchEmbed(size, side[0], stride, self.in_chans, self.embed_dim)
+        if new.num_patches < 1:
+            raise ConfigError(f"set_input_size: no patch of {side[0]} fits into {size[0]}×{size[1]}")
+        if side != old.patch_size:
+            with torch.no_grad():
+                new.proj.to(embed.weight)
+                new.proj.weight.copy_(resample_patch_embed(embed.weight, list(side)))
+                if embed.bias is None:
+                    new.proj.bias = None
+                elif new.proj.bias is not None:
+                    new.proj.bias.copy_(embed.bias)
+            new.proj.requires_grad_(embed.weight.requires_grad)
+        else:
+            new.proj = embed  # with its hooks, or what it was replaced by
+        self.patch_embed = new.train(old.training)
+        if new.grid_size != old.grid_size:
+            with torch.no_grad():
+                rows = resize_positions(self.pos_embed, old.grid_size, new.grid_size)
+            self.pos_embed = nn.Parameter(rows, requires_grad=self.pos_embed.requires_grad)
+        self.cls_index = new.num_patches // 2
+        for info in self.feature_info:
+            info["reduction"] = stride
 
     def embed(self, images: Tensor) -> TokenState:
         """(B, 3, H, W) → the token sequence before block 0, class token in the middle, positions added."""
         tokens = self.patch_embed(images)
         for point in self.points.patch_embed:
             tokens = point(images, tokens)
-        cls = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
+        cls = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         middle = self.cls_index
         sequence = torch.cat([tokens[:, :middle], cls, tokens[:, middle:]], dim=1)
         return TokenState(sequence + self.pos_embed, None, middle)
@@ -454,20 +560,131 @@ class VisionMamba(nn.Module):
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, int]:
         """(B, 3, H, W) → all tokens after the final norm, (B, L, D), and the place of the class token."""
         state = self.embed(images)
-        for i, block in enumerate(self.layers):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                state = checkpoint(self._layer, i, block, state, use_reentrant=False)
-            else:
-                state = self._layer(i, block, state)
-        branch = state.hidden if state.residual is None else self.drop_path(state.hidden)
-        norm = self.norm_f
-        _, normed = add_norm(branch, state.residual, norm.weight, norm.eps, backend=self.scan_backend)
-        return normed, state.cls_index
+        for layer, block in enumerate(self.layers):
+            state = self._run(layer, block, state)
+        return self._final_norm(state), state.cls_index
+
+    def _run(self, layer: int, block: nn.Module, state: TokenState) -> TokenState:
+        """Return the state after a block, which is computed again in the backward pass if that was asked for."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            again: TokenState = checkpoint(self._layer, layer, block, state, use_reentrant=False)
+            return again
+        return self._layer(layer, block, state)
+
+    def _final_norm(self, state: TokenState) -> Tensor:
+        """(B, L, D), normed, of the state after a block."""
+        if state.residual is not None:
+            state = state._replace(hidden=self.drop_path(state.hidden))
+        return _add_norm(self.norm_f, state, self.scan_backend)[1]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, D), the class token after the final norm."""
         tokens, cls_index = self.forward_tokens(images)
         return tokens[:, cls_index]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Return what `forward_features` returns, and the patch tokens after chosen blocks (timm's interface).
+
+        The tokens after a block are the residual stream with the block's branch added.
+
+        Args:
+            x: Normalised images (B, 3, H, W).
+            indices: The last n blocks, the blocks of these numbers, or all.
+            return_prefix_tokens: Return pairs of the patch tokens and the class token (B, 1, D).
+            norm: Apply the final norm to the tokens of every block.
+            stop_early: Skip the blocks behind the last chosen one; needs `intermediates_only`.
+            output_fmt: NCHW for maps (B, D, rows, columns), NLC for tokens (B, P, D).
+            intermediates_only: Return the list alone.
+            output_dict: Return a dict of image_features, image_intermediates and image_intermediates_prefix.
+
+        Raises:
+            ConfigError: If a method has inserted tokens, so that the others are no map; or if the format is unknown.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise unknown_name("output_fmt", str(output_fmt), ("NCHW", "NLC"), error=ConfigError)
+        chosen, last = feature_take_indices(len(self.layers), indices)
+        patches, (rows, columns) = self.patch_embed.num_patches, self.patch_embed.grid_size
+        taken, prefixes = [], []
+        state = self.embed(x)
+        for layer, block in enumerate(self.layers[: last + 1] if stop_early and intermediates_only else self.layers):
+            state = self._run(layer, block, state)
+            if layer not in chosen:
+                continue
+            tokens, at = self._final_norm(state) if norm else state.stream.to(state.hidden.dtype), state.cls_index
+            if tokens.shape[1] != patches + 1:
+                raise ConfigError(
+                    f"the method of this model inserts tokens ({tokens.shape[1]} where the images give {patches + 1}), "
+                    "so they are no map; take the intermediates of a model without it, or forward_tokens"
+                )
+            spatial = torch.cat([tokens[:, :at], tokens[:, at + 1 :]], dim=1)
+            taken.append(spatial.mT.unflatten(2, (rows, columns)).contiguous() if output_fmt == "NCHW" else spatial)
+            prefixes.append(tokens[:, at : at + 1])
+        if output_dict:
+            outputs: dict[str, Any] = {"image_intermediates": taken}
+            if return_prefix_tokens:
+                outputs["image_intermediates_prefix"] = prefixes
+            if not intermediates_only:
+                outputs["image_features"] = self._final_norm(state)[:, state.cls_index]
+            return outputs
+        intermediates = list(zip(taken, prefixes, strict=True)) if return_prefix_tokens else taken
+        return intermediates if intermediates_only else (self._final_norm(state)[:, state.cls_index], intermediates)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> Any:
+        """Return the patch tokens after blocks n, or after the last n: an older name of `forward_intermediates`."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the blocks behind the last of `indices`, and the head; timm's `features_only` calls this.
+
+        Args:
+            indices: The last n blocks, or the blocks of these numbers.
+            prune_norm: Remove the final norm.
+            prune_head: Remove the head.
+
+        Returns:
+            The numbers of the chosen blocks.
+
+        Raises:
+            ConfigError: If the model carries a method.
+        """
+        if self.adapter is not None or len(self.points):
+            raise ConfigError(
+                "prune_intermediate_layers: this model carries a method for all its blocks; call it before"
+            )
+        chosen, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        self.depth = self.points.depth = last + 1
+        if prune_norm:
+            self.norm_f = nn.Identity()  # type: ignore[assignment]
+        if prune_head:
+            self.reset_classifier(0)
+        return list(chosen)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, D) → (B, classes), or the features before the head if `pre_logits`."""
@@ -523,7 +740,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> VisionMamba:
-    model: VisionMamba = build_model_with_cfg(VisionMamba, variant, pretrained, **{**defaults, **kwargs})
+    features = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}  # as timm's ViTs
+    model: VisionMamba = build_model_with_cfg(
+        VisionMamba, variant, pretrained, feature_cfg=features, **{**defaults, **kwargs}
+    )
     return model
 
 

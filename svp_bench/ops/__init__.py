@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from svp_bench.ops.interface import bidirectional_scan as bidirectional_scan
     from svp_bench.ops.interface import causal_conv1d as causal_conv1d
     from svp_bench.ops.interface import choose as choose
+    from svp_bench.ops.interface import is_tracing as is_tracing
     from svp_bench.ops.interface import selective_scan as selective_scan
 
 _LAZY = (
@@ -36,6 +37,7 @@ _LAZY = (
     "bidirectional_scan",
     "causal_conv1d",
     "choose",
+    "is_tracing",
     "selective_scan",
 )
 
@@ -53,6 +55,7 @@ __all__ = [
     "bidirectional_scan",
     "causal_conv1d",
     "choose",
+    "is_tracing",
     "list_backends",
     "require",
     "selective_scan",

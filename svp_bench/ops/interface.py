@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from svp_bench.errors import UnavailableError
+from svp_bench.ops import traceable
 from svp_bench.ops.backends import BACKENDS
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "bidirectional_scan",
     "causal_conv1d",
     "choose",
+    "is_tracing",
     "selective_scan",
 ]
 
@@ -117,6 +119,8 @@ def _choose(name: str, device: str, dtype: torch.dtype) -> Choice:
 def choose(backend: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
     """Return the backend that `backend` ("auto" or a name) stands for on this device and dtype, and the reason.
 
+    While torch.export or torch.jit.trace records a model, plain operations stand in for `auto` and `reference`.
+
     Raises:
         UsageError: If no backend has that name; names the nearest.
         UnavailableError: If the backend asked for by name cannot run here; gives the reason.
@@ -135,15 +139,33 @@ def _chosen(name: str, device: str, dtype: torch.dtype) -> str:
     return chosen
 
 
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace or torch.export records the operations that run now."""
+    return bool(torch.jit.is_tracing()) or _is_exporting()
+
+
 def _backend(name: str, like: Tensor) -> ModuleType:
+    if is_tracing():
+        if name in ("auto", "reference"):
+            _chosen("reference", like.device.type, like.dtype)  # its operations between the mixers are plain
+            return traceable
+        if name != "triton":  # whose kernels are operators that a graph may hold
+            raise UnavailableError(
+                f"the scan backend {name!r} was asked for, and torch.export and torch.jit.trace cannot record it; "
+                "model.set_scan_backend('auto') takes plain operations while a model is recorded"
+            )
     return _LOADED[_chosen(name, like.device.type, like.dtype)]
 
 
 def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """The operations choose their own precision (float32 accumulation): autocast must not reach into them."""
-    if not torch.amp.is_autocast_available(like.device.type):
+    kind = like.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
-    return torch.autocast(like.device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)
 
 
 def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], letters: str) -> None:

@@ -1,0 +1,271 @@
+"""Where a method may act on a backbone, what flows between its blocks, and which of its parts a kernel may read.
+
+Letters used for shapes: B batch, L length (tokens), D width (embed_dim), P patches.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from svp_bench.errors import ConfigError
+from svp_bench.ops import Prompts, add_prompts
+
+__all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "Points", "TokenState", "is_plain", "plain_parameter"]
+
+LINEAR_POINTS = ("in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj")
+TENSOR_POINTS = (
+    *(f"{name}.weight" for name in (*LINEAR_POINTS, "conv1d", "conv1d_b")),
+    *(f"{name}.bias" for name in ("conv1d", "conv1d_b", "dt_proj", "dt_proj_b")),
+    *("A", "A_b", "D", "D_b"),
+)
+
+
+class TokenState(NamedTuple):
+    """What flows from block to block.
+
+    Attributes:
+        hidden: The block input, (B, L, D): the embedding before block 0, afterwards the previous mixer's output, not
+            yet added to the residual stream.
+        residual: The residual stream, (B, L, D), or None before block 0.
+        cls_index: Where the class token stands.
+        prompts: What is still to be added to `hidden`: the block does it in one pass with the residual stream. A point
+            may leave prompts here; no point finds any, since they are added before the next one is called.
+    """
+
+    hidden: Tensor
+    residual: Tensor | None
+    cls_index: int
+    prompts: Prompts | None = None
+
+    def settled(self, scan_backend: str = "auto") -> TokenState:
+        """Return the state with its prompts added to `hidden`."""
+        if self.prompts is None:
+            return self
+        return self._replace(hidden=add_prompts(self.hidden, *self.prompts, backend=scan_backend), prompts=None)
+
+    @property
+    def stream(self) -> Tensor:
+        """All that the next block norms and mixes: `hidden` + `residual`, (B, L, D), in float32 or wider.
+
+        `hidden` is one summand of it. A hook that adds something may change `hidden` alone; a hook that scales, mixes
+        or projects the tokens acts on the sum: ``state.with_stream(scale * state.stream)``.
+        """
+        state = self.settled()
+        wide = torch.promote_types(state.hidden.dtype, torch.float32)
+        return state.hidden.to(wide) if state.residual is None else state.residual + state.hidden
+
+    def with_stream(self, stream: Tensor) -> TokenState:
+        """Return the state whose `stream` is the given one, (B, L, D): `hidden` takes the difference."""
+        hidden = stream if self.residual is None else stream - self.residual
+        return self._replace(hidden=hidden.to(self.hidden.dtype), prompts=None)
+
+
+TokenPoint = Callable[[int, TokenState], TokenState]
+LinearPoint = Callable[[Tensor, Tensor], Tensor]
+TensorPoint = Callable[[Tensor], Tensor]
+
+
+class Points:
+    """The places of the backbone where a method may act. All empty by default, at no cost.
+
+    A hook is a module of the adapter, a method of one, or a function. A deep copy of the model gets hooks of its own:
+    modules and methods follow their owner, and what a function has closed over is copied with it. A hook must not read
+    modules or trained tensors from global variables, which no copy can change.
+
+    Attributes:
+        tokens: `f(layer, state) -> state`, called before each block in the order of registration. See
+            `TokenState.stream` for hooks that do more than add.
+        patch_embed: `f(images, y) -> y`, called after the patch embedding of images (B, 3, H, W), before class token
+            and positions: may change its output y (B, P, D).
+        linear: `f(x, y) -> y` by (layer, name of `LINEAR_POINTS`): may change the output y of a projection of x, bias
+            included. y is the hook's own: it may be changed in place.
+        tensor: `f(w) -> w` by (layer, name of `TENSOR_POINTS`): may change a tensor that a projection, the convolution
+            or the scan reads. Refused where the part that has the tensor is not plain, since the part reads it itself.
+        scan_backend: The model's choice, for methods whose own operations have backends.
+    """
+
+    def __init__(self, depth: int = 1) -> None:
+        self.depth = depth
+        self.scan_backend = "auto"
+        self.tokens: list[TokenPoint] = []
+        self.patch_embed: list[LinearPoint] = []
+        self.linear: dict[tuple[int, str], list[LinearPoint]] = defaultdict(list)
+        self.tensor: dict[tuple[int, str], list[TensorPoint]] = defaultdict(list)
+
+    def on_tokens(self, point: TokenPoint) -> None:
+        """Call `point` before each block.
+
+        Raises:
+            ConfigError: If it reads a module or a trained tensor from a global variable (all `on_…` do).
+        """
+        self.tokens.append(_checked(point))
+
+    def on_patch_embed(self, point: LinearPoint) -> None:
+        """Call `point` after the patch embedding."""
+        self.patch_embed.append(_checked(point))
+
+    def on_linear(self, layer: int, name: str, point: LinearPoint) -> None:
+        """Call `point` after the projection `name` of block `layer`.
+
+        Raises:
+            ValueError: If there is no such projection.
+        """
+        self._check_layer(layer)
+        if name not in LINEAR_POINTS:
+            raise ValueError(f"no linear projection {name!r}; there are {', '.join(LINEAR_POINTS)}")
+        self.linear[layer, name].append(_checked(point))
+
+    def on_tensor(self, layer: int, name: str, point: TensorPoint) -> None:
+        """Pass the tensor `name` of block `layer` through `point` before it is used.
+
+        Raises:
+            ValueError: If there is no such tensor.
+        """
+        self._check_layer(layer)
+        if name not in TENSOR_POINTS:
+            raise ValueError(f"no tensor {name!r}; there are {', '.join(TENSOR_POINTS)}")
+        self.tensor[layer, name].append(_checked(point))
+
+    def remove(self, owner: nn.Module) -> None:
+        """Take away the points that belong to `owner`: itself, its submodules, and methods of these."""
+        parts = {id(module) for module in owner.modules()}
+        for place in self.places():
+            place[:] = [point for point in place if id(getattr(point, "__self__", point)) not in parts]
+
+    def places(self) -> list[list[Any]]:
+        """Return the lists of hooks, not copied."""
+        return [self.tokens, self.patch_embed, *self.linear.values(), *self.tensor.values()]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.places()))
+
+    def __bool__(self) -> bool:  # also without hooks it is there
+        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Points:
+        made = memo[id(self)] = type(self)(self.depth)
+        made.scan_backend = self.scan_backend
+        made.tokens = _copied(self.tokens, memo)
+        made.patch_embed = _copied(self.patch_embed, memo)
+        for of, to in ((self.linear, made.linear), (self.tensor, made.tensor)):
+            to.update({key: _copied(hooks, memo) for key, hooks in of.items()})  # type: ignore[attr-defined]
+        return made
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.depth:
+            raise ValueError(f"no block {layer}; there are 0..{self.depth - 1}")
+
+
+def _checked(hook: Any) -> Any:
+    """Return a hook; refuse one whose code reads a module or a trained tensor from a global variable."""
+    function = hook.func if isinstance(hook, functools.partial) else hook
+    function = getattr(function, "forward", function) if isinstance(function, nn.Module) else function
+    function = getattr(function, "__func__", function)
+    if isinstance(function, FunctionType):
+        for name in _global_names(function.__code__):
+            value = function.__globals__.get(name)
+            if isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.requires_grad):
+                code = function.__code__
+                raise ConfigError(
+                    f"the hook {function.__qualname__} ({code.co_filename}:{code.co_firstlineno}) reads the global "
+                    f"{name!r}, a {type(value).__name__}: copies of the model would go on using that one; make it a "
+                    "method of the module that is model.adapter, and register that: points.on_tokens(adapter.add)"
+                )
+    return hook
+
+
+@functools.lru_cache(maxsize=256)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """Names of the global variables that a function reads, functions inside it included."""
+    names = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    inner = [name for part in code.co_consts if isinstance(part, CodeType) for name in _global_names(part)]
+    return tuple(dict.fromkeys([*names, *inner]))
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a deep copy that also copies what functions have closed over; `copy.deepcopy` shares that."""
+    if id(value) in memo:
+        return memo[id(value)]
+    made: Any
+    if isinstance(value, FunctionType):
+        cells = tuple(CellType() for _ in value.__closure__ or ())
+        made = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
+        memo[id(value)] = made  # before its cells: they may hold the function itself
+        functools.update_wrapper(made, value)
+        del made.__wrapped__
+        made.__defaults__ = _copied(value.__defaults__, memo)
+        made.__kwdefaults__ = _copied(value.__kwdefaults__, memo)
+        for old, new in zip(value.__closure__ or (), cells, strict=True):
+            if old != CellType():  # an empty cell equals an empty cell
+                new.cell_contents = _copied(old.cell_contents, memo)
+    elif isinstance(value, functools.partial):
+        keywords = {key: _copied(part, memo) for key, part in value.keywords.items()}
+        made = functools.partial(_copied(value.func, memo), *[_copied(part, memo) for part in value.args], **keywords)
+    elif type(value) in (list, tuple, set):
+        made = type(value)(_copied(part, memo) for part in value)
+    elif type(value) is dict:
+        made = {key: _copied(part, memo) for key, part in value.items()}
+    elif isinstance(value, ModuleType) or (isinstance(value, Tensor) and not value.is_leaf):
+        made = value  # nobody trains these, and they cannot be copied
+    else:
+        made = copy.deepcopy(value, memo)
+    return made
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does nothing but the forward of `kind`, so that a kernel may read its tensors instead.
+
+    Not so for subclasses and wrappers (PEFT, quantisation, parametrizations), hooks (of the module or of all modules;
+    pruning and the old weight_norm are forward pre-hooks), and a `forward` set on the instance.
+    """
+    return (
+        type(module) is kind
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or module._compiled_call_impl
+            or _has_any_global_hook()
+        )
+        and "forward" not in module.__dict__
+    )
+
+
+_KINDS = {nn.Linear, nn.Conv1d, nn.Conv2d}
+
+
+def plain_parameter(root: nn.Module, name: str) -> nn.Parameter:
+    """Return the parameter `name` of a plain part of `root`, for methods that change or replace it.
+
+    Raises:
+        ConfigError: If the part was replaced or carries a hook, so that its parameter is not what it computes with.
+    """
+    owner, _, leaf = name.rpartition(".")
+    part = root.get_submodule(owner)
+    value = getattr(part, leaf, None)
+    if type(part) not in _KINDS or not is_plain(part, type(part)) or not isinstance(value, nn.Parameter):
+        raise not_plain(name, part)
+    return value
+
+
+def not_plain(name: str, part: nn.Module) -> ConfigError:
+    """Return the error for a part whose tensor a method wants to change, and that is not plain."""
+    what = type(part).__name__
+    reason = f"is a {what} with hooks" if type(part) in _KINDS else f"was replaced by a {what}"
+    owner, _, leaf = name.rpartition(".")
+    return ConfigError(
+        f"a method changes {name}, but {owner} {reason} and does not read its {leaf} as the backbone would; undo that "
+        "(peft: merge_and_unload; pruning: prune.remove; parametrizations: remove_parametrizations), or take a method "
+        "that acts on tokens or outputs"
+    )
