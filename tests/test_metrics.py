@@ -37,6 +37,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from svp_bench.cards import displayed_class_names, load_task
 from svp_bench.methods.linear import Linear
+from svp_bench.results.audit_scores import impossible_scores
 from svp_bench.results.bits import unpack_bits
 from svp_bench.results.files import csv_text
 from svp_bench.results.record import Metrics, PerClass
@@ -303,6 +304,16 @@ def test_each_image_is_in_the_predictions(three: Evaluation, tmp_path: Path) -> 
     assert [float(row["confidence"]) for row in rows] == pytest.approx(three.scores.confidence.tolist(), abs=1e-6)
     confusion, per_class = write_tables(three, names, tmp_path / "run", "test")
     assert "\n=1" not in confusion.read_text() + per_class.read_text().replace("0,", "\n")
+
+
+@given(st.data())
+def test_no_bound_of_an_audit_excludes_what_a_model_can_give(data: st.DataObject) -> None:
+    classes, count = data.draw(st.integers(2, 9)), data.draw(st.integers(1, 12))
+    logit = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 40.0]), st.floats(-50, 50, width=32))
+    rows = data.draw(st.lists(st.lists(logit, min_size=classes, max_size=classes), min_size=count, max_size=count))
+    labels = data.draw(st.lists(st.integers(0, classes - 1), min_size=count, max_size=count))
+    scores = score_pictures(torch.tensor(rows), torch.tensor(labels), torch.arange(count))
+    assert impossible_scores(evaluate(scores, classes).for_record()) == []
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=12))

@@ -228,6 +228,41 @@ def test_a_loss_alone_that_differs_is_not_bit_equal(elsewhere: Path, data: str) 
     assert f"note       commit: {'d' * 40} in the record, {COMMIT} here" in outcome.out
 
 
+def with_loss(more: float, **fields: Any) -> Callable[[Record], Record]:
+    """Another loss with the same bits."""
+
+    def change(record: Record) -> Record:
+        assert record.metrics is not None
+        loss = record.metrics.loss + more
+        return dataclasses.replace(record, metrics=dataclasses.replace(record.metrics, loss=loss, nll=loss), **fields)
+
+    return change
+
+
+def test_another_processor_explains_a_difference_of_rounding(elsewhere: Path, data: str) -> None:
+    outcome = again(changed(elsewhere, with_loss(1e-6, cpu="Another processor, AVX2")), data)
+    assert outcome.status == 0, outcome.out
+    assert "differs    cpu: Another processor, AVX2 in the record, " in outcome.out
+    assert f"{outcome.record['cpu']} here" in outcome.out
+    assert "Agrees: no picture divides the two runs; the loss differs by 1e-06, of " in outcome.out
+
+
+def test_a_loss_beyond_the_tolerance_does_not_agree_though_the_bits_do(elsewhere: Path, data: str) -> None:
+    read = read_record(elsewhere)
+    assert read.metrics is not None
+    allowed = max(0.02, 0.1 * read.metrics.loss)
+    outcome = again(changed(elsewhere, with_loss(1.3 * allowed, cpu="Another processor, AVX2")), data)
+    assert outcome.status == 1
+    assert "Does not agree: the loss differs by " in outcome.out
+    assert "nats that are allowed" in outcome.out
+
+
+def test_other_files_of_the_package_are_said(elsewhere: Path, data: str) -> None:
+    outcome = again(changed(elsewhere, with_loss(1e-6, package_digest="sha256:" + "1" * 64)), data)
+    assert "note       the package's files: sha256:111111111111 in the record, sha256:" in outcome.out
+    assert "differs    the package's files: sha256:111111111111" in outcome.out
+
+
 def test_uncommitted_changes_count_as_other_code(elsewhere: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "commit_and_dirty", lambda: (COMMIT, True))
     outcome = again(changed(elsewhere, with_flipped(1)), data)

@@ -39,6 +39,7 @@ from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import inspect, open_source
 from svp_bench.errors import CheckpointError, ConfigError, DataError, RecordError, SvpBenchError, UsageError
 from svp_bench.results.bits import unpack_bits
+from svp_bench.results.code import package_digest
 from svp_bench.results.digests import CELL_EXCLUDED, cell_config, flat
 from svp_bench.results.files import read_record, record_path
 from svp_bench.results.record import Record
@@ -46,6 +47,7 @@ from svp_bench.results.stats import mcnemar, one_standard_error
 from svp_bench.train.cli import BenchCLI, run
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.parsing import make_importable, one_line
+from svp_bench.train.provenance import cpu_name
 from svp_bench.train.resume import changed_sources
 
 __all__ = ["run_rerun"]
@@ -168,6 +170,10 @@ class _RerunCLI(BenchCLI):
             ("svp-bench", record.package_version, __version__),
             ("commit", record.commit, self.commit),
         ]
+        if record.package_digest is not None:
+            pairs.append(("the package's files", _short(record.package_digest), _short(package_digest())))
+        if record.cpu is not None:
+            pairs.append(("processor", record.cpu, cpu_name()))
         notes = [
             f"{what}: {_told(theirs)} in the record, {_told(ours)} here"
             for what, theirs, ours in pairs
@@ -351,17 +357,21 @@ def _differences(old: Record, new: Record) -> list[str]:
         for fact in _FACTS
         if getattr(old, fact) != getattr(new, fact)
     ]
+    if old.package_digest not in (None, new.package_digest):
+        lines.append(
+            f"the package's files: {_short(old.package_digest)} in the record, {_short(new.package_digest)} here"
+        )
     names = [*old.libraries, *(name for name in new.libraries if name not in old.libraries)]
     lines += [
         f"{name}: {old.libraries.get(name, 'none')} in the record, {new.libraries.get(name, 'none')} here"
         for name in names
         if old.libraries.get(name) != new.libraries.get(name)
     ]
-    before, after = dict(flat(old.config)), dict(flat(new.config))
+    ours, theirs = dict(flat(old.config)), dict(flat(new.config))
     lines += [
-        f"{key}: {before.get(key)} in the record, {after.get(key)} here"
+        f"{key}: {ours.get(key)} in the record, {theirs.get(key)} here"
         for key, kind in CELL_EXCLUDED.items()
-        if kind.startswith("device") and key not in _MOVE_NOTHING and str(before.get(key)) != str(after.get(key))
+        if kind.startswith("device") and key not in _MOVE_NOTHING and str(ours.get(key)) != str(theirs.get(key))
     ]
     return [*lines, _CHANGES] if old.dirty or new.dirty else lines
 
