@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import special
 from scipy import stats as scipy_stats
 
 from svp_bench.results.power import picture_floor, power_of_t, seeds_needed
@@ -52,6 +53,34 @@ def test_the_predicted_power_comes_true(effect: float, grouped: bool) -> None:
         assert simulated(effect, at.n, weights, 8_000) == pytest.approx(at.power, abs=0.04)
     assert simulated(effect, answer.seeds, weights, 8_000) > 0.77
     assert simulated(effect, answer.seeds - 1, weights, 8_000) < 0.83
+
+
+BOUNDS = {2: (-0.06, 0.30), 3: (-0.02, 0.13), 4: (-0.02, 0.07), 5: (-0.02, 0.05), 10: (-0.02, 0.02)}
+"""Seeds → how far, by the docstring of `seeds_needed`, the true power may be below and above the predicted one."""
+
+
+@pytest.mark.parametrize("n", BOUNDS)
+def test_the_predicted_power_is_as_far_off_as_the_docstring_says(n: int) -> None:
+    generator = np.random.default_rng(25)
+    found = []
+    for count in (1, 2, 5, 19):
+        unequal = np.full(count, 0.01)
+        unequal[0] = 1.0
+        for variances in (np.ones(count), unequal, np.exp(generator.normal(0, 2, count))):
+            pairs = 2 * variances / count**2  # of the weighted difference of one pair
+            for shift in (1.6, 3.0):
+                effect = shift * (1.8 if n == 2 else 1.0) * math.sqrt(pairs.sum() / n)
+                named = {str(i): float(v) for i, v in enumerate(variances)}
+                predicted = seeds_needed(effect, named, dict.fromkeys(named, 4), at=[n]).power_at[0].power
+                means = effect + math.sqrt(pairs.sum() / n) * generator.normal(0, 1, 20_000)
+                parts = pairs / n * generator.chisquare(n - 1, (20_000, count)) / (n - 1)
+                variance = parts.sum(1)
+                df = variance**2 / (parts**2 / (n - 1)).sum(1)
+                true = (abs(means) > special.stdtrit(df, 0.975) * np.sqrt(variance)).mean()
+                found.append(true - predicted)
+                assert BOUNDS[n][0] < found[-1] < BOUNDS[n][1], (count, variances, shift)
+    if n <= 4:
+        assert max(found) > BOUNDS[n][1] / 2  # the bound is of that size, not a safe large number
 
 
 def test_one_task_is_the_paired_t_test() -> None:
@@ -135,6 +164,24 @@ def test_picture_floor() -> None:
     assert 1.96 * drawn.std() == pytest.approx(picture_floor({"x": 0.2}, {"x": 2000}), rel=0.05)
 
 
+def test_picture_floor_with_shared_test_images() -> None:
+    shares, counts = {"x": 0.2, "y": 0.2, "z": 0.1}, {"x": 500, "y": 500, "z": 300}
+    apart = picture_floor(shares, counts)
+    assert picture_floor(shares, counts, sources=[["x"], ["y"], ["z"]]) == pytest.approx(apart)
+    shared = picture_floor(shares, counts, sources=[["x", "y"], ["z"]])
+    assert shared > apart
+    assert picture_floor({"x": 0.2, "y": 0.2}, {"x": 500, "y": 500}, sources=[["x", "y"]]) == pytest.approx(
+        picture_floor({"x": 0.2}, {"x": 500})
+    )
+    # Two tasks on the same images whose errors are the same: the difference of means varies as that of one task
+    generator = np.random.default_rng(26)
+    counted = generator.multinomial(500, [0.1, 0.1, 0.8], size=4000)
+    drawn = 100 * (counted[:, 0] - counted[:, 1]) / 500
+    floor = picture_floor({"x": 0.2, "y": 0.2}, {"x": 500, "y": 500}, sources=[["x", "y"]])
+    assert (abs(drawn) <= floor).mean() >= 0.94
+    assert (abs(drawn) <= picture_floor({"x": 0.2, "y": 0.2}, {"x": 500, "y": 500})).mean() < 0.9
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -157,6 +204,8 @@ def test_picture_floor() -> None:
         (lambda: seeds_needed(1, {"x": 1.0}, {"x": 1}, correlation=1), "the correlation is 1"),
         (lambda: seeds_needed(1, {"x": 1.0}, {"x": 1}, of="pairs", correlation=0.5), "0 for variances of pairs"),
         (lambda: picture_floor({"x": 1.5}, {"x": 10}), "x: a share of 1.5 of 10 pictures"),
+        (lambda: picture_floor({"x": 0.5}, {"x": 10}, sources=[["y"]]), "the sources and the tasks differ in x, y"),
+        (lambda: picture_floor({"x": 0.5}, {"x": 10}, sources=[["x"], ["x"]]), "x: in more than one source"),
     ],
 )
 def test_errors_are_one_line(call: Callable[[], object], text: str) -> None:

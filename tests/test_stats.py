@@ -18,12 +18,15 @@ from scipy import stats as scipy_stats
 from svp_bench.errors import SvpBenchError
 from svp_bench.results.stats import (
     FEWEST_PAIRS,
+    FEWEST_SOURCES,
     Estimate,
     Marks,
     Spread,
     StatsError,
+    accuracy_over_images,
     best_and_second,
     cell_verdict,
+    difference_over_images,
     group_weights,
     holm,
     iqm,
@@ -31,13 +34,15 @@ from svp_bench.results.stats import (
     mean_of,
     mean_over_new_tasks,
     one_standard_error,
+    over_images,
     paired,
-    paired_bootstrap,
     rank_cliques,
     sign_flip,
     signed_rank,
+    smallest_p,
     spread,
     tax,
+    within,
 )
 
 # The shape of VTAB-1k: 7 + 4 + 8 tasks, three picture sources with two tasks each.
@@ -160,7 +165,7 @@ def test_new_tasks_without_clusters_is_the_t_interval_over_tasks() -> None:
     means = np.random.default_rng(1).normal(70, 15, 19)
     estimate = mean_over_new_tasks({t: [m] for t, m in zip(TASKS, means, strict=True)}, ALONE)
     assert ends(estimate) == pytest.approx(scipy_stats.t.interval(0.95, 18, means.mean(), scipy_stats.sem(means)))
-    assert (estimate.n, estimate.df) == (19, 18)
+    assert (estimate.n, estimate.df) == (19, pytest.approx(18))
 
 
 def test_new_tasks_is_the_sandwich_of_weighted_least_squares() -> None:
@@ -172,19 +177,47 @@ def test_new_tasks_is_the_sandwich_of_weighted_least_squares() -> None:
     design = np.ones((19, 1))
     bread = np.linalg.inv(design.T @ np.diag(w) @ design)
     beta = bread @ design.T @ (w * y)
-    scores = design * (w * (y - beta[0]))[:, None]
     member = np.array([[task in source for task in TASKS] for source in SOURCES])
-    meat = sum((scores[m].sum(0)[:, None] @ scores[m].sum(0)[None] for m in member), np.zeros((1, 1)))
+    # CR2 with the working model var(m_t) = 1 / w_t, as matrices: A (I - H) Phi (I - H)' A' = Phi in each cluster
+    hat = design @ bread @ design.T @ np.diag(w)
+    rest, phi = np.eye(19) - hat, np.diag(1 / w)
+    directions, meat = [], 0.0
+    for m in member:
+        root = np.diag(np.sqrt(w[m]))
+        inner = root @ (rest @ phi @ rest.T)[np.ix_(m, m)] @ root
+        values, vectors = np.linalg.eigh(inner)
+        inverse = vectors @ np.diag([x**-0.5 if x > 1e-9 else 0.0 for x in values]) @ vectors.T
+        adjustment = np.linalg.inv(root) @ inverse @ root
+        assert adjustment @ (rest @ phi @ rest.T)[np.ix_(m, m)] @ adjustment.T == pytest.approx(phi[np.ix_(m, m)])
+        row = np.zeros(19)
+        row[m] = bread[0, 0] * w[m] @ adjustment
+        meat += float(row @ (y - beta[0])) ** 2
+        directions.append(row @ rest)
+    gram = np.array(directions) @ phi @ np.array(directions).T
     assert estimate.value == pytest.approx(beta[0])
-    assert estimate.se == pytest.approx(math.sqrt((16 / 15 * bread @ meat @ bread)[0, 0]))
-    assert (estimate.n, estimate.df) == (16, 15)
+    assert estimate.se == pytest.approx(math.sqrt(meat))
+    assert estimate.n == 16
+    assert estimate.df == pytest.approx(np.trace(gram) ** 2 / (gram**2).sum())
+    assert estimate.df is not None
+    assert estimate.df < 15
 
 
 def test_copies_of_a_task_in_one_source_add_nothing() -> None:
-    cells = {task: [float(x)] for task, x in zip("abc", (1, 5, 9), strict=True)}
+    cells = {task: [float(x)] for task, x in zip("abcdef", (1, 5, 9, 2, 7, 7), strict=True)}
     copies = {f"{task}{i}": values for task, values in cells.items() for i in range(4)}
-    once = mean_over_new_tasks(cells, [["a"], ["b"], ["c"]])
-    assert mean_over_new_tasks(copies, [[f"{task}{i}" for i in range(4)] for task in cells]) == once
+    once = mean_over_new_tasks(cells, [[task] for task in cells])
+    assert (once.n, once.df) == (6, pytest.approx(5))
+    copied = mean_over_new_tasks(copies, [[f"{task}{i}" for i in range(4)] for task in cells])
+    assert (copied.value, *ends(copied), copied.n) == pytest.approx((once.value, *ends(once), 6))
+
+
+@pytest.mark.parametrize("count", range(1, FEWEST_SOURCES + 2))
+def test_a_few_sources_have_no_interval_over_new_tasks(count: int) -> None:
+    """Two tasks of 52.6 and 90.6 % would give [-93.68, 236.83]: t with one degree of freedom."""
+    cells = {TASKS[i]: [90.6 if i % 2 else 52.6] for i in range(count)}
+    estimate = mean_over_new_tasks(cells, ALONE)
+    assert estimate.n == count
+    assert (estimate.low is None) == (estimate.df is None) == (count < FEWEST_SOURCES)
 
 
 def test_one_source_has_no_interval_and_absent_tasks_are_passed_over() -> None:
@@ -260,6 +293,35 @@ def test_the_cluster_interval_covers_with_sixteen_sources(weights: Mapping[str, 
     assert np.mean(naive) < np.mean(clustered)
 
 
+@pytest.mark.parametrize("within_source", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *([1] * 6, [3, 1, 1, 1, 1, 1], [2, 2, 2, 1, 1, 1], [4, 3, 2, 1, 1, 1]),
+        *([5, 2, *[1] * 8], [4, 3, 3, 2, 2, *[1] * 5], [2, 2, 2, *[1] * 13], [5, 4, 3, 2, 2, *[1] * 11]),
+    ],
+    ids=str,
+)
+def test_the_cluster_interval_covers_with_sources_of_unequal_size(sizes: list[int], within_source: float) -> None:
+    """6, 10 and 16 sources; their tasks independent, half or wholly dependent: 93 to 97 %."""
+    generator = np.random.default_rng(15)
+    of_source = np.repeat(np.arange(len(sizes)), sizes)
+    names = [f"t{i}" for i in range(len(of_source))]
+    sources = [[name for name, g in zip(names, of_source, strict=True) if g == source] for source in range(len(sizes))]
+    # One estimate of the function gives df, which does not depend on the values; the rest in arrays, and compared
+    twins = math.sqrt(within_source) * generator.normal(0, 1, (20_000, len(sizes)))[:, of_source]
+    means = twins + math.sqrt(1 - within_source) * generator.normal(0, 1, (20_000, len(names)))
+    estimate = mean_over_new_tasks({t: [m] for t, m in zip(names, means[0], strict=True)}, sources)
+    values = means.mean(1)
+    shares = np.array(sizes) / len(names)
+    sums = np.stack([(means - values[:, None])[:, of_source == g].sum(1) for g in range(len(sizes))], 1) / len(names)
+    se = np.sqrt((sums**2 / (1 - shares)).sum(1))
+    assert (estimate.value, estimate.se) == pytest.approx((values[0], se[0]))
+    half = scipy_stats.t.ppf(0.975, estimate.df) * se
+    assert ends(estimate) == pytest.approx((values[0] - half[0], values[0] + half[0]))
+    assert 0.93 < (abs(values) <= half).mean() < 0.97
+
+
 def test_the_paired_p_is_as_rare_as_it_says() -> None:
     generator = np.random.default_rng(14)
     of_source = [next(i for i, source in enumerate(SOURCES) if task in source) for task in TASKS]
@@ -292,7 +354,8 @@ def test_paired_against_scipy() -> None:
     apart = dict(zip(TASKS, (a - b).tolist(), strict=True))
     for one, other in ((result.these_tasks, mean_of(apart)), (result.new_tasks, mean_over_new_tasks(apart, SOURCES))):
         assert (one.value, *ends(one)) == pytest.approx((other.value, *ends(other)))
-    by_source = [np.mean([np.mean(apart[task]) for task in source]) for source in SOURCES]
+    by_source = [np.sum([np.mean(apart[task]) for task in source]) for source in SOURCES]
+    assert sum(by_source) / 19 == pytest.approx(result.new_tasks.value)  # one weighting: p tests the mean that is shown
     assert result.n_sources == 16
     assert result.wilcoxon_p == pytest.approx(scipy_stats.wilcoxon(by_source, method="exact").pvalue)
     test = scipy_stats.permutation_test(
@@ -319,12 +382,16 @@ def test_one_pair_a_task_leaves_the_interval_for_new_tasks() -> None:
     assert result.new_tasks.low is not None
 
 
-def test_weights_move_the_means_and_not_p() -> None:
+def test_weights_move_the_means_and_their_p() -> None:
     generator = np.random.default_rng(4)
     a, b = seeded(generator.normal(1, 1, (19, 3))), seeded(generator.normal(0, 1, (19, 3)))
     plain, grouped = paired(a, b, SOURCES), paired(a, b, SOURCES, weights=group_weights(GROUPS))
     assert plain.these_tasks.value != grouped.these_tasks.value == pytest.approx(grouped.new_tasks.value)
-    assert (plain.p, plain.wilcoxon_p) == (grouped.p, grouped.wilcoxon_p)
+    assert plain.p != grouped.p
+    doubled = paired(a, b, SOURCES, weights=dict.fromkeys(TASKS, 2.0))
+    assert (plain.p, plain.wilcoxon_p) == (doubled.p, doubled.wilcoxon_p)
+    alone = {task: 1.0 if task == TASKS[0] else 0.0 for task in TASKS}
+    assert paired(a, b, SOURCES, weights=alone).n_sources == 1
 
 
 def test_what_is_equal_in_decimals_is_equal() -> None:
@@ -397,6 +464,12 @@ def test_the_smallest_p_there_can_be() -> None:
     assert sign_flip([0.0, 1.0, 2.0, 0.0, 3.0]) == 0.25  # zeros have no sign to flip
 
 
+def test_the_smallest_p_after_holm() -> None:
+    assert smallest_p(6) == sign_flip([1.0] * 6)
+    assert smallest_p(6, 8) == holm({str(i): sign_flip([1.0 + i] * 6) for i in range(8)})["0"] == 0.25
+    assert smallest_p(1) == smallest_p(3, 40) == 1
+
+
 def test_sign_flip_of_many() -> None:
     differences = np.random.default_rng(7).normal(0.35, 1, 40)
     exact = sign_flip(differences.tolist())
@@ -452,7 +525,7 @@ def test_a_cell_needs_six_pairs() -> None:
     assert cell_verdict({}, {}) == "too few"
 
 
-def test_mcnemar_and_its_bootstrap() -> None:
+def test_mcnemar_and_the_difference_over_images() -> None:
     generator = np.random.default_rng(8)
     a, b = generator.random(500) < 0.8, generator.random(500) < 0.74
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
@@ -460,31 +533,92 @@ def test_mcnemar_and_its_bootstrap() -> None:
     assert (result.b, result.c) == (only_a, only_b)
     tail = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1)) / 2 ** (only_a + only_b)
     assert result.p == pytest.approx(min(1, 2 * tail))
-    estimate = paired_bootstrap(a, b, seed=0, level=0.9)
-    d = 100 * (a.astype(float) - b)
-    assert estimate.value == pytest.approx(d.mean())
-    assert estimate.se == pytest.approx(d.std() / math.sqrt(500), rel=0.03)
-    assert ends(estimate) == pytest.approx(scipy_stats.norm.interval(0.9, d.mean(), d.std() / 500**0.5), abs=0.4)
-    assert (estimate.n, estimate.df, estimate.level) == (500, None, 0.9)
-    # The counts drawn at once are the pictures drawn one by one.
-    drawn = d[generator.integers(0, 500, (10_000, 500))].mean(1)
-    assert ends(estimate) == pytest.approx(np.quantile(drawn, [0.05, 0.95]), abs=0.25)
-
-
-def test_the_bootstrap_is_a_function_of_its_seed() -> None:
-    generator = np.random.default_rng(9)
-    a, b = generator.random(300) < 0.7, generator.random(300) < 0.6
-    first = paired_bootstrap(a, b, seed=5)
-    assert first == paired_bootstrap(a, b, seed=np.random.default_rng(5))
-    assert first != paired_bootstrap(a, b, seed=6)
-    order = generator.permutation(300)
-    assert first == paired_bootstrap(a[order], b[order], seed=5)
-    other = paired_bootstrap(b, a, seed=5)
-    assert (other.value, other.low, other.high) == pytest.approx((-first.value, -(first.high or 0), -(first.low or 0)))
-    same = paired_bootstrap(a, a, seed=0)
-    assert (same.value, *ends(same), same.se) == (0, 0, 0, 0)
     assert mcnemar(a, a).p == 1
     assert mcnemar([True, True], [False, True]) == mcnemar(np.array([True, True]), np.array([False, True]))
+    estimate = difference_over_images([(a, b)], level=0.9)
+    first, second = (only_a + 1) / 502, (only_b + 1) / 502  # Bonett & Price 2012, equation 6
+    half = scipy_stats.norm.ppf(0.95) * math.sqrt((first + second - (first - second) ** 2) / 502)
+    assert estimate.value == pytest.approx(100 * (a.mean() - b.mean()))
+    assert ends(estimate) == pytest.approx((100 * (first - second - half), 100 * (first - second + half)))
+    assert (estimate.n, estimate.df, estimate.level) == (500, None, 0.9)
+    # On many images it is the resampling of images
+    drawn = 100 * (a.astype(float) - b)[generator.integers(0, 500, (10_000, 500))].mean(1)
+    assert ends(estimate) == pytest.approx(np.quantile(drawn, [0.05, 0.95]), abs=0.35)
+
+
+def test_several_pairs_share_their_images() -> None:
+    generator = np.random.default_rng(4)
+    pairs = [(generator.random(300) < 0.8, generator.random(300) < 0.7) for _ in range(4)]
+    each = 100 * np.mean([a.astype(float) - b for a, b in pairs], axis=0)
+    drawn = each[generator.integers(0, 300, (10_000, 300))].mean(axis=1)
+    found = difference_over_images(pairs, 0.9)
+    assert found.value == pytest.approx(each.mean())
+    assert ends(found) == pytest.approx(np.quantile(drawn, (0.05, 0.95)), abs=0.6)
+    # Four times the same pair knows no more than once
+    one = difference_over_images(pairs[:1], 0.9)
+    assert ends(difference_over_images(pairs[:1] * 4, 0.9)) == pytest.approx(ends(one))
+
+
+def test_equal_runs_still_have_noise() -> None:
+    a = np.arange(50) < 30
+    low, high = ends(difference_over_images([(a, a)]))
+    assert low == -high
+    assert 1 < high < 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.randoms(use_true_random=False))
+def test_intervals_over_images_are_possible_values_and_turn_with_the_sides(n: int, random: Any) -> None:
+    a, b = (np.array([random.random() < 0.7 for _ in range(n)]) for _ in range(2))
+    ab, ba = difference_over_images([(a, b)]), difference_over_images([(b, a)])
+    low, high = ends(ab)
+    assert -100 <= low < high <= 100
+    assert ends(ba) == pytest.approx((-high, -low))
+    low, high = ends(accuracy_over_images(100 * a.mean(), n))
+    assert 0 <= low <= 100 * a.mean() <= high <= 100
+    assert low < high
+
+
+@pytest.mark.parametrize(("n", "share"), [(20, 0.9), (50, 0.5), (50, 0.9), (300, 0.8)])
+def test_intervals_over_images_cover(n: int, share: float) -> None:
+    generator = np.random.default_rng(28)
+    right = generator.binomial(n, share, 2000)
+    found = {k: ends(accuracy_over_images(100 * k / n, n)) for k in set(right.tolist())}
+    assert 0.93 < np.mean([found[k][0] <= 100 * share <= found[k][1] for k in right.tolist()]) < 0.985
+    wins, losses = 0.15, 0.05
+    hits = []
+    for b, c, _ in generator.multinomial(n, [wins, losses, 1 - wins - losses], 800):
+        one, other = (np.arange(n) < b, (np.arange(n) >= b) & (np.arange(n) < b + c))
+        low, high = ends(difference_over_images([(one, other)]))
+        hits.append(low <= 100 * (wins - losses) <= high)
+    assert np.mean(hits) > 0.93
+
+
+def test_the_interval_over_images_of_a_mean() -> None:
+    """One task: its own interval. Independent tasks: as variances add. Shared images: no smaller than one task's."""
+    task = accuracy_over_images(80.0, 400)
+    assert ends(over_images({"x": task}, [["x"]])) == pytest.approx(ends(task))
+    two = {"x": task, "y": accuracy_over_images(80.0, 400)}
+    apart, shared = over_images(two, [["x"], ["y"]]), over_images(two, [["x", "y"]])
+    assert ends(shared) == pytest.approx(ends(task))
+    low, high = ends(task)
+    assert ends(apart) == pytest.approx((80 - (80 - low) / 2**0.5, 80 + (high - 80) / 2**0.5))
+    assert apart.n == 800
+    perfect = over_images({t: accuracy_over_images(100.0, 10) for t in TASKS}, SOURCES)
+    assert ends(perfect)[1] == 100
+    weighted = over_images(two, [["x"], ["y"]], weights={"x": 1.0, "y": 0.0})
+    assert ends(weighted) == pytest.approx(ends(task))
+
+
+def test_what_is_impossible_is_cut_and_what_says_nothing_is_left_out() -> None:
+    def interval(low: float | None, high: float | None) -> Estimate:
+        return Estimate(71.6, low, high, 1.0, 2.0, 3, 0.95)
+
+    assert within(interval(-93.68, 236.83), 0, 100) == Estimate(71.6, None, None, None, None, 3, 0.95)
+    assert within(interval(60.0, 103.0), 0, 100) == interval(60.0, 100)
+    assert within(interval(-1.0, 80.0), 0, 100) == interval(0, 80.0)
+    assert within(interval(60.0, 80.0), 0, 100) == interval(60.0, 80.0)
+    assert within(interval(None, None), 0, 100) == interval(None, None)
 
 
 # ---- Marks and ranks -------------------------------------------------------------------------------------------------
@@ -677,7 +811,16 @@ RUN: Runs = {"a": {0: 1.0}}
         (lambda: mcnemar([True], [True, False]), "1 pictures against 2"),
         (lambda: mcnemar([], []), "at least one"),
         (lambda: mcnemar([1, 0], [1, 1]), "the bits are int64"),  # type: ignore[list-item]
-        (lambda: paired_bootstrap([True], [False], seed=0, resamples=1), "1 resamples give no interval"),
+        (lambda: difference_over_images([]), "there is no pair of runs"),
+        (
+            lambda: difference_over_images([([True], [False]), ([True, True], [True, True])]),
+            "the pairs have 1, 2 images",
+        ),
+        (lambda: accuracy_over_images(101, 10), "the accuracy is 101"),
+        (lambda: accuracy_over_images(50, 0), "an accuracy over 0 images"),
+        (lambda: over_images({}, []), "there is no task"),
+        (lambda: over_images({"a": mean_of({"a": [1.0]})}, [["a"]]), "a has no interval over its test images"),
+        (lambda: smallest_p(0), "1 tests over 0 sources"),
         (lambda: best_and_second({"a": {}}), "the seeds of a: there is none"),
         (lambda: rank_cliques({}, []), "there is no row"),
         (lambda: rank_cliques({"r": {}}, []), "there is no task"),

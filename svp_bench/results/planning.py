@@ -10,7 +10,7 @@ from typing import Literal
 
 from svp_bench.cards import SuiteCard, list_suites, load_suite
 from svp_bench.errors import RecordError, UsageError, unknown_name
-from svp_bench.results.comparison import find_row, shared_tasks
+from svp_bench.results.comparison import find_row, shared_tasks, sources_of
 from svp_bench.results.files import read_records
 from svp_bench.results.pairs import shared_bits
 from svp_bench.results.power import PowerAnswer, picture_floor, seeds_needed
@@ -205,7 +205,9 @@ def _floor(suite: SuiteCard, section: Section, method: str | None, control: str 
             counts[task] = int(pairs[0][0].size)
             apart = [found.b + found.c for found in (mcnemar(a, b) for a, b in pairs)]
             shares[task] = math.fsum(apart) / len(apart) / counts[task]
-    return picture_floor(shares, counts, level=level) if len(shares) == len(suite.tasks) else None
+    if len(shares) < len(suite.tasks):
+        return None
+    return picture_floor(shares, counts, level=level, sources=sources_of(suite))
 
 
 def _text(suite: SuiteCard, section: Section, noise: Noise, plan: Plan, effect: float, floor: float | None) -> str:

@@ -132,10 +132,11 @@ def seeds_needed(
 
     and the power is that of the noncentral t with ν degrees of freedom. The interval does not know ν: from n seeds it
     estimates about (n - 1) (ν + 2) / (n + 1), the ratio of the expectations of (Σ x)² and Σ x² / (n - 1) for scaled
-    χ² x, and takes a wider quantile. So power = `power_of_t(δ, ν, level, that)`. In simulations with 19 tasks and three
-    seeds or more the power was within 4 points of it; with few or very unequal tasks and two or three seeds it was up
-    to 15 points higher, nowhere more than 2 lower. `seeds` is the smallest n ≥ 2 that reaches `power`. A task alone is
-    the same with one task.
+    χ² x, and takes a wider quantile. So power = `power_of_t(δ, ν, level, that)`. What simulations gave minus what this
+    says, in points, for 1 to 19 tasks from equal variances to one task with 100 times the variance of the others, at
+    powers from 0.2 to 0.99: -6 to +30 at two seeds, -2 to +13 at three, -2 to +7 at four, -2 to +5 at five, -2 to +2 at
+    ten. So a plan of two or three seeds may have more power than it says (`tests/test_power.py` holds these bounds).
+    One task is exact. `seeds` is the smallest n ≥ 2 that reaches `power`.
 
     The variances are estimated, mostly from very few seeds, and a plan on the plain estimate misses its power in about
     half of all cases. The cautious answer puts their upper confidence bound in place: with the estimate's own degrees
@@ -203,13 +204,16 @@ def picture_floor(
     counts: Mapping[str, int],
     weights: Mapping[str, float] | None = None,
     level: float = 0.95,
+    sources: Sequence[Sequence[str]] | None = None,
 ) -> float:
     """Return the half-width, in points, that the choice of test pictures alone leaves to a difference of suite means.
 
-    z · 100 · sqrt(Σ w_t² q_t / n_t) with q_t the share of the n_t pictures that exactly one of two runs has right and z
-    the normal quantile. q_t / n_t is an upper bound of the variance (q_t - (p_a - p_b)²) / n_t of the difference of one
-    pair of runs; over seeds q_t may be averaged. More seeds hardly lower it, for all runs are tested on the same
-    pictures: a difference below it may be true of these test lists and of no other.
+    z · 100 · sqrt(Σ_g (Σ_{t in g} w_t sqrt(q_t / n_t))²) with q_t the share of the n_t test images that exactly one of
+    two runs has right and z the normal quantile. q_t / n_t is an upper bound of the variance (q_t - (p_a - p_b)²) / n_t
+    of the difference of one pair of runs; over seeds q_t may be averaged. More seeds hardly lower it, for all runs are
+    tested on the same images: a difference below it may be true of these test splits and of no other. Tasks of one
+    source g share their test images; how their errors depend on each other is not known, and adding their standard
+    errors bounds it.
 
     Source: McNemar 1947, Psychometrika 12, 153-157 (the variance of a paired difference of shares).
 
@@ -218,20 +222,28 @@ def picture_floor(
         counts: Task → pictures in the test list, at least 1.
         weights: As in `stats.mean_of`.
         level: Confidence level.
+        sources: The tasks of each source of test images, as in `stats.mean_over_new_tasks`; None: none is shared.
 
     Raises:
-        StatsError: If there is no task, tasks differ between the arguments, or a number is outside its range.
+        StatsError: If there is no task, tasks differ between the arguments, a task is in no source or in two, or a
+            number is outside its range.
     """
     from scipy import special
 
     _fraction(level, "the level")
     tasks = _weights_of(discordant, weights)
+    listed = sorted(task for source in sources for task in source) if sources is not None else sorted(discordant)
+    if twice := sorted({task for task in listed if listed.count(task) > 1}):
+        raise StatsError(f"{', '.join(twice[:5])}: in more than one source; test images come from one")
+    _same_tasks(discordant, dict.fromkeys(listed), "the sources")
     _same_tasks(discordant, counts, "the counts")
     for task, share in discordant.items():
         if not 0 <= share <= 1 or counts[task] < 1:
             raise StatsError(f"{task}: a share of {share} of {counts[task]} pictures; 0 to 1, of 1 picture or more")
     total = math.fsum(tasks.values())
-    variance = math.fsum((w / total) ** 2 * discordant[task] / counts[task] for task, w in tasks.items())
+    parts = {task: w / total * math.sqrt(discordant[task] / counts[task]) for task, w in tasks.items()}
+    shared = sources if sources is not None else [[task] for task in tasks]
+    variance = math.fsum(math.fsum(parts.get(task, 0.0) for task in source) ** 2 for source in shared)
     return 100 * float(special.ndtri((1 + level) / 2)) * math.sqrt(variance)
 
 
