@@ -21,7 +21,9 @@ __all__ = [
     "SvpBenchError",
     "UnavailableError",
     "UsageError",
+    "file_size",
     "nearest",
+    "plural",
     "printable",
     "unknown_name",
 ]
@@ -84,6 +86,28 @@ def printable(text: object) -> str:
     'a\\x1b[31mb\\nc'
     """
     return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), str(text))
+
+
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """Return "1 task", "2 tasks", "2 classes".
+
+    Args:
+        count: How many.
+        noun: For one.
+        nouns: For several, where it is neither `noun` with "s" nor, behind ch, s, sh, x or z, with "es".
+    """
+    several = nouns or noun + ("es" if noun.endswith(("ch", "s", "sh", "x", "z")) else "s")
+    return f"{count} {noun if count == 1 else several}"
+
+
+def file_size(count: float) -> str:
+    """Return a number of bytes for people: "0 B", "999 B", "1.5 KiB", "82.3 MiB", "1.2 GiB"."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1023.95 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -18,9 +18,8 @@ from scipy import stats
 from svp_bench.cards import load_suite
 from svp_bench.results.bits import unpack_bits
 from svp_bench.results.files import write_record
-from svp_bench.results.pairs import middle_p, picture_noise
+from svp_bench.results.pairs import middle_p
 from svp_bench.results.record import Correct, Metrics, Record, Search, Tuned
-from svp_bench.results.stats import paired_bootstrap
 
 TASKS = load_suite("vtab").tasks
 PICTURES = 200
@@ -213,32 +212,7 @@ def test_what_does_not_go_with_compare(tmp_path: Path, extra: tuple[str, ...]) -
     assert "--compare" in complaint(outcome, 2)
 
 
-# ---- the noise of the pictures
-
-
-def test_one_pair_has_the_bootstrap_of_statistics() -> None:
-    generator = np.random.default_rng(3)
-    a, b = generator.random(500) < 0.8, generator.random(500) < 0.7
-    ours, theirs = picture_noise([(a, b)], 0.95), paired_bootstrap(a, b, seed=0)
-    assert (ours.value, ours.n, ours.df) == (theirs.value, theirs.n, None)
-    assert (ours.low, ours.high, ours.se) == pytest.approx((theirs.low, theirs.high, theirs.se), abs=0.3)
-
-
-def test_several_pairs_are_resampled_together() -> None:
-    generator = np.random.default_rng(4)
-    pairs = [(generator.random(300) < 0.8, generator.random(300) < 0.7) for _ in range(4)]
-    each = 100 * np.mean([a.astype(float) - b for a, b in pairs], axis=0)
-    drawn = each[generator.integers(0, 300, (10_000, 300))].mean(axis=1)
-    found = picture_noise(pairs, 0.9)
-    assert found.value == pytest.approx(each.mean())
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, (0.05, 0.95))), abs=0.15)
-    assert picture_noise(pairs, 0.9) == found
-
-
-def test_equal_runs_have_no_noise() -> None:
-    a = np.arange(50) < 30
-    found = picture_noise([(a, a)], 0.95)
-    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+# ---- one p of several seeds
 
 
 @pytest.mark.parametrize(

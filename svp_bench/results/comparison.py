@@ -8,22 +8,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from svp_bench.cards import SuiteCard
 from svp_bench.errors import UsageError
+from svp_bench.results.bits import unpack_bits
 from svp_bench.results.rows import Cell, Comparison, Contrast, Intervals, Row, Section
 from svp_bench.results.stats import (
+    FEWEST_SOURCES,
+    Estimate,
     Marks,
     Ranks,
+    accuracy_over_images,
     best_and_second,
     cell_verdict,
+    difference_over_images,
     group_weights,
     holm,
     mean_of,
     mean_over_new_tasks,
+    over_images,
     paired,
     rank_cliques,
+    smallest_p,
+    within,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "DEFAULT_CONTROL",
@@ -32,10 +45,14 @@ __all__ = [
     "contrast",
     "find_row",
     "full_groups",
+    "images_of_cell",
+    "images_of_pair",
     "pick_control",
     "rank_rows",
     "row_intervals",
     "rows_named",
+    "seeds_of_cell",
+    "shared_bits",
     "shared_tasks",
     "sources_of",
 ]
@@ -62,21 +79,54 @@ def full_groups(suite: SuiteCard) -> dict[str, tuple[str, ...]]:
     return {group: tuple(f"{suite.name}/{task}" for task in tasks) for group, tasks in suite.groups.items()}
 
 
+def seeds_of_cell(cell: Cell, level: float) -> Estimate:
+    """Return the accuracy of a cell with its t interval over new seeds, within 0 and 100."""
+    return within(mean_of({cell.task: list(cell.scores.values())}, level=level), 0, 100)
+
+
+def images_of_cell(cell: Cell, level: float) -> Estimate:
+    """Return the accuracy of a cell with its interval over new test images (Wilson); see `accuracy_over_images`."""
+    return accuracy_over_images(min(max(cell.mean, 0.0), 100.0), cell.images, level)
+
+
 def row_intervals(suite: SuiteCard, cells: Mapping[str, Cell], level: float) -> Intervals:
-    """Return the intervals of a row's means; None for each mean over a hole."""
+    """Return the intervals of a row's means, each within 0 and 100; None for each mean over a missing result."""
     scores = {task: list(cell.scores.values()) for task, cell in cells.items()}
+    images = {task: images_of_cell(cell, level) for task, cell in cells.items()}
     groups = full_groups(suite)
     whole = all(task in scores for task in suite.tasks)
     ordered = {task: scores[task] for task in suite.tasks} if whole else {}
-    return Intervals(
+    sources, weights = sources_of(suite), group_weights(groups)
+    present = [task for task in suite.tasks if task in scores]
+
+    def over(tasks: Sequence[str], by_task: Mapping[str, float] | None = None) -> Estimate:
+        return over_images({task: images[task] for task in tasks}, sources, by_task)
+
+    complete = {group: tasks for group, tasks in groups.items() if set(tasks) <= set(scores)}
+    found = Intervals(
         groups={
-            group: mean_of({task: scores[task] for task in tasks}, level=level) if set(tasks) <= set(scores) else None
+            group: mean_of({task: scores[task] for task in tasks}, level=level) if group in complete else None
             for group, tasks in groups.items()
         },
         task_mean=mean_of(ordered, level=level) if whole else None,
-        group_mean=mean_of(ordered, weights=group_weights(groups), level=level) if whole else None,
-        new_tasks=mean_over_new_tasks(ordered, sources_of(suite), level=level) if whole else None,
+        group_mean=mean_of(ordered, weights=weights, level=level) if whole else None,
+        new_tasks=mean_over_new_tasks(ordered, sources, level=level) if whole else None,
+        present=within(mean_of({task: scores[task] for task in present}, level=level), 0, 100),
+        images=over(present),
+        group_images={group: over(tasks) if group in complete else None for group, tasks in groups.items()},
+        group_mean_images=over(suite.tasks, weights) if whole else None,
     )
+    return replace(
+        found,
+        groups={group: _possible(estimate) for group, estimate in found.groups.items()},
+        task_mean=_possible(found.task_mean),
+        group_mean=_possible(found.group_mean),
+        new_tasks=_possible(found.new_tasks),
+    )
+
+
+def _possible(estimate: Estimate | None) -> Estimate | None:
+    return None if estimate is None else within(estimate, 0, 100)
 
 
 # ------------------------------------------------------------------------------------------------------------ control
@@ -143,8 +193,34 @@ def _same_pictures(cell: Cell, other: Cell) -> bool:
     )
 
 
-def contrast(suite: SuiteCard, row: Row, control: Row, level: float) -> Contrast | None:
-    """Compare `row` with `control` on the tasks that they share; None if there is none. `holm` is left open."""
+def shared_bits(ours: Cell, theirs: Cell) -> dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Return shared seed → the bits of both runs, where they are of one split."""
+    others = {run.seed: run.correct for run in theirs.records}
+    found = {}
+    for run in ours.records:
+        mine, other = run.correct, others.get(run.seed)
+        if mine is None or other is None or (mine.list_digest, mine.count) != (other.list_digest, other.count):
+            continue
+        found[run.seed] = (unpack_bits(mine.bits, mine.count), unpack_bits(other.bits, other.count))
+    return found
+
+
+def images_of_pair(ours: Cell, theirs: Cell, level: float) -> Estimate | None:
+    """Return the difference of two cells with its interval over new test images; None without bits of one split."""
+    bits = list(shared_bits(ours, theirs).values())
+    return difference_over_images(bits, level) if bits else None
+
+
+def contrast(suite: SuiteCard, row: Row, control: Row, level: float, tests: int = 1) -> Contrast | None:
+    """Compare `row` with `control` on the tasks that they share; None if there is none. `holm` is left open.
+
+    Args:
+        suite: Their suite.
+        row: A row.
+        control: Another.
+        level: Of the intervals; 1 - level is the level of the test.
+        tests: Rows that Holm's adjustment is over. If no outcome could reject, p is None.
+    """
     tasks = shared_tasks(suite, row, control)
     if not tasks:
         return None
@@ -153,15 +229,20 @@ def contrast(suite: SuiteCard, row: Row, control: Row, level: float) -> Contrast
     sources = sources_of(suite, tasks)
     result = paired(ours, theirs, sources, level=level)
     seeds = [len(set(ours[task]) & set(theirs[task])) for task in tasks]
+    images = {task: images_of_pair(row.cells[task], control.cells[task], level) for task in tasks}
+    known = {task: estimate for task, estimate in images.items() if estimate is not None}
+    least = smallest_p(result.n_sources, tests)
     return Contrast(
         row=row.label,
         setting_digest=row.setting_digest,
         tasks=tuple(tasks),
         seeds=(min(seeds), max(seeds)),
-        these_tasks=result.these_tasks,
-        new_tasks=result.new_tasks,
-        p=result.p,
+        these_tasks=within(result.these_tasks, -100, 100),
+        new_tasks=within(result.new_tasks, -100, 100),
+        images=within(over_images(known, sources), -100, 100) if len(known) == len(tasks) else None,
+        p=result.p if least < 1 - level else None,
         holm=None,
+        least=least,
         sources=result.n_sources,
         verdicts={task: cell_verdict(ours[task], theirs[task], level=level) for task in tasks},
     )
@@ -180,18 +261,22 @@ def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: fl
         return Comparison(None, missing, (), {})
     contrasts: list[Contrast] = []
     incomparable: dict[str, str] = {}
+    others = [row for row in section.rows if row is not control and not row.drawn]
+    family = sum(len(shared_tasks(suite, row, control)) == len(suite.tasks) for row in others)
     for row in section.rows:
         if row is control:
             continue
         if row.drawn:
             incomparable[row.label] = "has a drawn stand-in among its data"
             continue
-        found = contrast(suite, row, control, level)
+        whole = len(shared_tasks(suite, row, control)) == len(suite.tasks)
+        found = contrast(suite, row, control, level, family if whole else 1)
         if found is None:
             incomparable[row.label] = "shares no task with it on the same pictures and with a seed in common"
         else:
             contrasts.append(found)
-    adjusted = holm({found.row: found.p for found in contrasts if len(found.tasks) == len(suite.tasks)})
+    whole_p = {c.row: c.p for c in contrasts if len(c.tasks) == len(suite.tasks)}
+    adjusted = holm({label: p for label, p in whole_p.items() if p is not None})
     return Comparison(
         control=control.label,
         missing=None,
@@ -201,12 +286,16 @@ def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: fl
 
 
 def rank_rows(suite: SuiteCard, section: Section, level: float) -> Ranks | None:
-    """Return the mean ranks of the ranked rows by label, and which are not told apart; None for fewer than two rows."""
+    """Return the mean ranks of the ranked rows by label, and which are not told apart.
+
+    None for fewer than two rows, or fewer sources of tasks than `FEWEST_SOURCES`.
+    """
     ranked = [row for row in section.rows if row.rank is not None]
-    if len(ranked) < 2:
+    sources = sources_of(suite)
+    if len(ranked) < 2 or len(sources) < FEWEST_SOURCES:
         return None
     scores = {row.label: {task: row.cells[task].mean for task in suite.tasks} for row in ranked}
-    return rank_cliques(scores, sources_of(suite), level=level)
+    return rank_cliques(scores, sources, level=level)
 
 
 # -------------------------------------------------------------------------------------------------------------- marks

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from svp_bench.errors import plural
 from svp_bench.results.recipes import row_setting
 from svp_bench.results.record import Record
 
-__all__ = ["row_labels", "short_value"]
+__all__ = ["custom_data", "custom_name", "row_labels", "short_value"]
+
+
+def custom_data(record: Record) -> str:
+    """Return what tells custom data sets apart: variant and digest of the data that a run read."""
+    return f"{record.data_variant} {record.data_digest or ''}"
+
+
+def custom_name(records: Sequence[Record]) -> str:
+    """Return the name of the custom data set of `records`: folders, number of classes, first digits of the digest."""
+    folders = sorted({str(record.config.get("data", {}).get("root") or "") for record in records})
+    named = sorted({_folder(folder) for folder in folders})
+    scored = [record.metrics.per_class for record in records if record.metrics and record.metrics.per_class]
+    classes = len(scored[0].count) if scored else records[0].config.get("model", {}).get("num_classes")
+    parts = [" or ".join(name for name in named if name) or "custom data"]
+    if isinstance(classes, int):
+        parts.append(plural(classes, "class"))
+    return ", ".join([*parts, f"data {short_value(records[0].data_digest)}"])
+
+
+def _folder(path: str) -> str:
+    """The last part of a path that is a name, of either kind of separator."""
+    return next((part for part in reversed(re.split(r"[/\\]", path)) if part not in ("", ".", "..")), "")
 
 
 def row_labels(rows: Mapping[tuple[str, str], Record]) -> dict[tuple[str, str], str]:

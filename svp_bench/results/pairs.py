@@ -10,15 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from svp_bench.cards import SuiteCard
-from svp_bench.errors import UsageError, unknown_name
-from svp_bench.results.bits import unpack_bits
-from svp_bench.results.comparison import contrast, find_row, shared_tasks
-from svp_bench.results.render_text import align, wrap
-from svp_bench.results.rows import Cell, Contrast, Row, Section, Table
-from svp_bench.results.stats import FEWEST_PAIRS, Difference, Estimate, holm, mcnemar, paired
+from svp_bench.errors import UsageError, plural, printable, unknown_name
+from svp_bench.results.comparison import contrast, find_row, shared_bits, shared_tasks
+from svp_bench.results.render_text import align, without_empty, wrap
+from svp_bench.results.rows import Contrast, Row, Section, Table
+from svp_bench.results.stats import (
+    FEWEST_PAIRS,
+    Difference,
+    Estimate,
+    McNemar,
+    difference_over_images,
+    holm,
+    mcnemar,
+    paired,
+    smallest_p,
+    within,
+)
 from svp_bench.results.wording import (
     HOLE,
     PLUMBING,
@@ -27,18 +36,11 @@ from svp_bench.results.wording import (
     interval,
     p_value,
     percent,
-    plural,
     short_name,
     signed,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-__all__ = ["Pair", "PairTask", "compare_pair", "middle_p", "picture_noise", "render_pairs", "shared_bits"]
-
-_RESAMPLES = 10_000
+__all__ = ["Pair", "PairTask", "compare_pair", "middle_p", "render_pairs"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class PairTask:
     Attributes:
         task: Full name.
         seeds: Mean of the paired differences of the shared seeds, with their t interval.
-        pictures: The same difference over the seeds whose bits are of one list, with its paired bootstrap interval over
-            test pictures; None if there are no such seeds.
+        pictures: The same difference over the seeds whose bits are of one split, with its interval over test images
+            (`difference_over_images`); None if there are no such seeds.
         mcnemar: Seed → exact McNemar p of the two runs' bits.
-        p: These p in one (`middle_p`), None without any.
+        p: These p in one (`middle_p`); None without any, and where so few images divide the runs that no outcome could
+            fall below 1 - level.
         holm: p, adjusted by Holm over the tasks; None where p is.
         verdict: Of the seeds: "better", "worse", "tie" or "too few"; see `stats.cell_verdict`.
     """
@@ -124,14 +127,14 @@ def _pair(table: Table, section: Section, first: Row, second: Row) -> Pair:
         ours, theirs = first.cells[task], second.cells[task]
         difference = paired({task: ours.scores}, {task: theirs.scores}, [[task]], level=table.level).tasks[0]
         bits = shared_bits(ours, theirs)
-        p = {seed: mcnemar(a, b).p for seed, (a, b) in bits.items()}
+        tests = {seed: mcnemar(a, b) for seed, (a, b) in bits.items()}
         tasks.append(
             PairTask(
                 task=task,
-                seeds=difference,
-                pictures=picture_noise(list(bits.values()), table.level) if bits else None,
-                mcnemar=p,
-                p=middle_p(list(p.values())) if p else None,
+                seeds=Difference(task, within(difference.estimate, -100, 100), difference.n_pairs),
+                pictures=difference_over_images(list(bits.values()), table.level) if bits else None,
+                mcnemar={seed: test.p for seed, test in tests.items()},
+                p=_one_p(list(tests.values()), table.level),
                 holm=None,
                 verdict=whole.verdicts[task] if whole else "too few",
             )
@@ -148,16 +151,12 @@ def _pair(table: Table, section: Section, first: Row, second: Row) -> Pair:
     )
 
 
-def shared_bits(ours: Cell, theirs: Cell) -> dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """Shared seed → the bits of both runs, where they are of one list."""
-    others = {run.seed: run.correct for run in theirs.records}
-    found = {}
-    for run in ours.records:
-        mine, other = run.correct, others.get(run.seed)
-        if mine is None or other is None or (mine.list_digest, mine.count) != (other.list_digest, other.count):
-            continue
-        found[run.seed] = (unpack_bits(mine.bits, mine.count), unpack_bits(other.bits, other.count))
-    return found
+def _one_p(tests: Sequence[McNemar], level: float) -> float | None:
+    """The p of several tests in one; None if no outcome over the images that divide the runs could reject."""
+    if not tests:
+        return None
+    least = middle_p([smallest_p(test.b + test.c) if test.b + test.c else 1.0 for test in tests])
+    return middle_p([test.p for test in tests]) if least < 1 - level else None
 
 
 def middle_p(values: Sequence[float]) -> float:
@@ -175,36 +174,6 @@ def middle_p(values: Sequence[float]) -> float:
     return min(1.0, sorted(values)[r - 1] * len(values) / r)
 
 
-def picture_noise(bits: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]], level: float, seed: int = 0) -> Estimate:
-    """Estimate the mean accuracy difference of k pairs of runs, in points, and its noise from the test pictures.
-
-    As `stats.paired_bootstrap`, of several seeds at once: a picture counts the mean over the pairs of +1 (the first
-    alone is right), -1 (the second alone) or 0, and all runs are tested on the same resampled pictures. Pictures with
-    equal counts are drawn at once, 10,000 times; the interval is the percentile interval, df is None.
-
-    Args:
-        bits: For each pair, booleans of shape (pictures,) for both runs; the same list throughout.
-        level: Of the interval.
-        seed: For the draws.
-
-    Returns:
-        The estimate in points; `n` is the number of pictures.
-    """
-    import numpy as np
-
-    pairs = len(bits)
-    counts = np.zeros(bits[0][0].size, dtype=np.int64)  # of a picture: pairs won minus pairs lost
-    for a, b in bits:
-        counts += a.astype(np.int64) - b.astype(np.int64)
-    pictures = counts.size
-    tally = np.bincount(counts + pairs, minlength=2 * pairs + 1)
-    points = 100.0 * (np.arange(2 * pairs + 1) - pairs) / pairs
-    drawn = np.random.default_rng(seed).multinomial(pictures, tally / pictures, size=_RESAMPLES) @ points / pictures
-    low, high = (float(x) for x in np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
-    value = 100 * int(counts.sum()) / (pairs * pictures)
-    return Estimate(value, low, high, float(drawn.std(ddof=1)), None, pictures, level)
-
-
 # --------------------------------------------------------------------------------------------------------------- text
 
 
@@ -220,9 +189,9 @@ def _text(suite: SuiteCard, pair: Pair, level: float) -> str:
     if pair.whole is None:
         lines.append("They share no task on the same pictures with a seed in common: nothing can be compared.")
         return "\n".join(lines) + "\n"
-    grid = [["task", "difference", "new seeds", "pairs", "by seeds", "new pictures", "McNemar p", "one p", "(Holm)"]]
+    grid = [["task", "difference", "new seeds", "pairs", "by seeds", "test images", "McNemar p", "one p", "(Holm)"]]
     for found in pair.tasks:
-        p = sorted(found.mcnemar.values())
+        p = sorted(found.mcnemar.values()) if found.p is not None else []
         spread = HOLE if not p else p_value(p[0]) if len(p) == 1 else f"{p_value(p[0])}–{p_value(p[-1])}"
         grid.append(
             [
@@ -237,7 +206,8 @@ def _text(suite: SuiteCard, pair: Pair, level: float) -> str:
                 HOLE if found.holm is None else p_value(found.holm),
             ]
         )
-    return "\n".join([*lines, *align(grid, 1), *wrap(_notes(suite, pair, level))]) + "\n"
+    grid = without_empty(grid, [6, 7, 8])
+    return "\n".join(map(printable, [*lines, *align(grid, 1), *wrap(_notes(suite, pair, level))])) + "\n"
 
 
 def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
@@ -248,8 +218,13 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
         mean = columns(suite)[-2] if len(pair.tasks) == len(suite.tasks) else f"mean of these {len(pair.tasks)} tasks"
         notes.append(
             f"{mean[0].upper()}{mean[1:]}: {signed(whole.these_tasks.value)}, new seeds {interval(whole.these_tasks)}, "
-            f"new tasks {interval(whole.new_tasks)}; sign flip over {plural(whole.sources, 'independent source')} of "
-            f"pictures: p {p_value(whole.p)}."
+            f"test images {interval(whole.images)}, new tasks {interval(whole.new_tasks)}; "
+            + (
+                f"sign flip over {plural(whole.sources, 'independent source')} of images: p {p_value(whole.p)}."
+                if whole.p is not None
+                else f"it cannot be tested with {plural(whole.sources, 'source')} of images: no outcome could give a p "
+                f"below {p_value(whole.least)}."
+            )
         )
         if len(pair.tasks) < len(suite.tasks):
             notes.append(
@@ -261,12 +236,23 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
         f"over these pairs, each task by itself; too few: n < {FEWEST_PAIRS} paired seeds. It is the test of all "
         "marks in tables; tie: not told apart by it, also where the t interval, which trusts a normal distribution, "
         "leaves out zero.",
-        f"New pictures: paired bootstrap ({percent(level)}) of the test pictures, from the bits in the records; about "
-        "these runs, not other seeds. McNemar p: exact, smallest and largest of the shared seeds; one p: their median, "
-        f"at most doubled, valid for any dependence (Rüger); Holm over {plural(len(tested), 'task')}.",
+        f"Test images: interval ({percent(level)}, adjusted Wald of paired shares) from the bits in the records; about "
+        "these runs, not other seeds."
+        + (
+            " McNemar p: exact, smallest and largest of the shared seeds; one p: their median, at most doubled, valid "
+            f"for any dependence (Rüger); Holm over {plural(len(tested), 'task')}."
+            if tested
+            else ""
+        ),
     ]
     if any(found.seeds.estimate.low is None for found in pair.tasks):
         notes.append("– for new seeds: one shared seed, or differences that are all the same: the variance is unknown.")
-    if len(tested) < len(pair.tasks):
-        notes.append("– for new pictures: the bits of the two rows are not of one list of pictures.")
+    if any(found.pictures is None for found in pair.tasks):
+        notes.append("– for test images: the bits of the two rows are not of one split.")
+    untested = [found for found in pair.tasks if found.p is None and found.pictures is not None]
+    if untested:
+        notes.append(
+            f"No McNemar p on {plural(len(untested), 'task')}: fewer than {FEWEST_PAIRS} images divide the runs (or a "
+            "few more, over several seeds), so that no outcome could reject; they cannot be tested."
+        )
     return notes

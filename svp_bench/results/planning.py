@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 from svp_bench.cards import SuiteCard, list_suites, load_suite
-from svp_bench.errors import RecordError, UsageError, unknown_name
-from svp_bench.results.comparison import find_row, shared_tasks, sources_of
+from svp_bench.errors import RecordError, UsageError, plural, printable, unknown_name
+from svp_bench.results.comparison import find_row, shared_bits, shared_tasks, sources_of
 from svp_bench.results.files import read_records
-from svp_bench.results.pairs import shared_bits
 from svp_bench.results.power import PowerAnswer, picture_floor, seeds_needed
 from svp_bench.results.render_text import align, wrap
 from svp_bench.results.rows import Row, Section
 from svp_bench.results.stats import mcnemar, spread
 from svp_bench.results.tables import load_table
-from svp_bench.results.wording import HOLE, columns, heading, percent, plural, short_name
+from svp_bench.results.wording import HOLE, columns, heading, percent, short_name
 
 __all__ = ["AT", "Noise", "Plan", "make_plan", "noise_of", "run_power"]
 
@@ -265,7 +264,7 @@ def _text(suite: SuiteCard, section: Section, noise: Noise, plan: Plan, effect: 
     ]
     if floor is not None:
         lines += wrap([f"The choice of test pictures alone leaves ± {floor:.2f} points ({level}), whatever the seeds."])
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def _seeds(count: int | None) -> str:

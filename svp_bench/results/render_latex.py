@@ -13,28 +13,36 @@ from svp_bench.cards import SuiteCard
 from svp_bench.results.comparison import column_marks
 from svp_bench.results.rows import Row, Section, Table
 from svp_bench.results.stats import FEWEST_PAIRS as FEWEST
-from svp_bench.results.stats import Estimate, Marks
+from svp_bench.results.stats import Marks
 from svp_bench.results.wording import (
     HOLE,
+    IMAGES,
+    MAJORITY,
     PLUMBING,
     STAND_IN,
+    Whisker,
     averaged_tasks,
-    column_estimates,
     columns,
     departure_notes,
+    images_note,
     interval,
+    majority_notes,
+    majority_scores,
     marks,
     named,
     one_line,
+    partial,
+    partial_notes,
     percent,
     provenance_notes,
-    scores,
     short_name,
     shown_columns,
+    shown_scores,
     sizes,
     span,
     unknown_variance_notes,
     weights,
+    whiskers,
 )
 
 __all__ = ["escape", "render_latex"]
@@ -56,6 +64,7 @@ _SPECIAL = {
     "§": r"$^{\S}$",
     "¶": r"$^{\P}$",
     "‖": r"$^{\|}$",
+    "`": r"\textasciigrave{}",
 }
 _LATIN = 0x180  # below: Latin letters, which LaTeX knows as UTF-8
 
@@ -72,8 +81,9 @@ def escape(text: str) -> str:
 def render_latex(table: Table) -> str:
     """Return the table as LaTeX."""
     lines = [
-        f"% {table.suite.title}, suite {table.suite.name}, version {table.suite.version}. Derived from records by",
-        r"% `svp-bench table`; do not edit. Needs \usepackage{booktabs}. Quoted numbers are in the other files only.",
+        f"% {one_line(table.suite.title)}, suite {table.suite.name}, version {table.suite.version}.",
+        "% Derived from records by `svp-bench table`; do not edit.",
+        r"% Needs \usepackage{booktabs}. Quoted numbers are in the other files only.",
     ]
     if not table.sections:
         lines.append("% There are no complete records of this suite yet.")
@@ -108,7 +118,7 @@ def _caption(table: Table, section: Section, allowed: Sequence[Marks | None]) ->
     level = percent(table.level)
     rule = section.selection or "Its card is not at hand in this version."
     parts = [
-        f"{table.suite.title}: top-1 accuracy in percent.",
+        f"{table.suite.title}{f', {section.data}' if section.data else ''}: top-1 accuracy in percent.",
         f"Protocol {section.protocol}, version {section.protocol_version}. {rule}",
         f"Track {section.track.words}.",
         f"Backbone {section.backbone}, {weights(section)}.",
@@ -116,9 +126,11 @@ def _caption(table: Table, section: Section, allowed: Sequence[Marks | None]) ->
     ]
     if section.random:
         parts.append(PLUMBING)
-    estimates = [estimate for row in section.rows for estimate in _estimates(section, row, table.suite)]
-    if any(estimate is not None and estimate.half_width is not None for estimate in estimates):
+    shown = [whisker for row in section.rows for whisker in _whiskers(section, row, table.suite) if whisker is not None]
+    if any(not whisker.images for whisker in shown):
         parts.append(f"± behind a mean: half its {level} interval for these tasks and new seeds (Welch–Satterthwaite).")
+    if any(whisker.images for whisker in shown):
+        parts.append(images_note(table.level))
     if any(_new_tasks(section, row) for row in section.rows):
         parts.append(f"In brackets: {level} interval for new tasks.")
     if any(found and found.best for found in allowed):
@@ -126,11 +138,10 @@ def _caption(table: Table, section: Section, allowed: Sequence[Marks | None]) ->
             f"Bold: better than every other row of the column by a sign flip over the shared seeds, from {FEWEST} on "
             f"({level}, Holm within the column); underlined: better than every other but that."
         )
+    elif not section.random and len(section.rows) > 1 and max(seeds) < FEWEST:
+        parts.append(f"Nothing is bold: differences between rows cannot be tested with fewer than {FEWEST} seeds.")
     elif not section.random and len(section.rows) > 1:
-        parts.append(
-            "No row is told from all others of a column over the seeds "
-            f"({FEWEST} shared ones at least), so nothing is bold."
-        )
+        parts.append("No row is told from all others of a column by a sign flip over the seeds, so nothing is bold.")
     return escape(" ".join(parts))
 
 
@@ -157,6 +168,9 @@ def _tasks(section: Section, suite: SuiteCard, allowed: Sequence[Marks | None]) 
                 text = escape(HOLE) if cell is None else _emphasised(f"{cell.mean:.2f}", row, allowed[index])
                 cells.append(text + ("" if cell is None else escape(marks(cell))))
             lines.append(_line([escape(named(row)), *cells]))
+        chance = majority_scores(section, suite)
+        if any(chance[index] is not None for index in indices):
+            lines += [r"\midrule", _line([escape(MAJORITY), *(_plain(chance[index]) for index in indices)])]
         lines += [r"\bottomrule", r"\end{tabular}"]
     return lines
 
@@ -170,24 +184,33 @@ def _stacked(words: Sequence[str]) -> str:
 def _means(section: Section, suite: SuiteCard, allowed: Sequence[Marks | None], level: float) -> list[str]:
     """The tabular of the means, with their intervals."""
     names, shown = columns(suite), shown_columns(suite, tasks=False)
-    head = ["rank", "method", *(names[index] for index in shown), f"new tasks, {percent(level)}"]
+    beyond = [f"new tasks, {percent(level)}"] if any(_new_tasks(section, row) for row in section.rows) else []
+    head = ["rank", "method", *(names[index] for index in shown), *beyond]
     head += ["complete", "seeds", "trainable w/o head"]
     lines = [rf"\begin{{tabular}}{{rl{'r' * (len(head) - 2)}}}", r"\toprule"]
     lines += [_line([_stacked(_halves(name)) for name in head]), r"\midrule"]
     for row in section.rows:
-        values, estimates, averaged = scores(row, suite), _estimates(section, row, suite), averaged_tasks(suite)
+        values, behind, averaged = shown_scores(row, suite), _whiskers(section, row, suite), averaged_tasks(suite)
         drawn = {task for task, cell in row.cells.items() if cell.drawn}
         cells = []
         for index in shown:
-            value, estimate = values[index], estimates[index]
+            value, whisker = values[index], behind[index]
             text = escape(HOLE) if value is None else _emphasised(f"{value:.2f}", row, allowed[index])
-            half = None if estimate is None else estimate.half_width
-            text += "" if half is None else rf"$_{{\pm {half:.2f}}}$"
+            star = f"^{{{IMAGES}}}" if whisker is not None and whisker.images else ""
+            text += "" if whisker is None else rf"$_{{\pm {whisker.half:.2f}}}{star}$"
+            if index == len(names) - 2 and partial(row, suite):
+                text += f" ({partial(row, suite)})"
             cells.append(text + (escape("§") if value is not None and drawn & averaged[index] else ""))
         rank = escape(HOLE) if row.rank is None else str(row.rank)
         done = f"{len(row.cells)}/{len(suite.tasks)}"
         facts = [done, escape(span(*row.seeds)), escape(sizes(row))]
-        lines.append(_line([rank, escape(named(row)), *cells, _new_tasks(section, row) or escape(HOLE), *facts]))
+        new_tasks = [_new_tasks(section, row) or escape(HOLE) for _ in beyond]
+        lines.append(_line([rank, escape(named(row)), *cells, *new_tasks, *facts]))
+    chance = majority_scores(section, suite)
+    if any(chance[index] is not None for index in shown):
+        rest = [escape(HOLE)] * (len(beyond) + 3)
+        cells = [_plain(chance[index]) for index in shown]
+        lines += [r"\midrule", _line([escape(HOLE), escape(MAJORITY), *cells, *rest])]
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
@@ -198,9 +221,13 @@ def _halves(text: str) -> list[str]:
     return [" ".join(words[:half]), " ".join(words[half:])] if half else [text]
 
 
-def _estimates(section: Section, row: Row, suite: SuiteCard) -> list[Estimate | None]:
-    """As `column_estimates`; random weights show plumbing, and their means stand without intervals."""
-    return [None for _ in columns(suite)] if section.random else column_estimates(row, suite)
+def _plain(value: float | None) -> str:
+    return escape(HOLE) if value is None else f"{value:.2f}"
+
+
+def _whiskers(section: Section, row: Row, suite: SuiteCard) -> list[Whisker | None]:
+    """As `whiskers`; random weights are a smoke test, and their means stand without intervals."""
+    return [None for _ in columns(suite)] if section.random else whiskers(row, suite)
 
 
 def _new_tasks(section: Section, row: Row) -> str:
@@ -233,6 +260,8 @@ def _footnotes(section: Section, suite: SuiteCard) -> list[str]:
         notes.append(f"‡ Another variant of the data than the card's own: {', '.join(variants)}.")
     if "§" in shown:
         notes.append(STAND_IN)
+    notes += partial_notes(section, suite)
+    notes += majority_notes(section)
     notes += unknown_variance_notes(section, suite)
     notes += departure_notes(section)
     notes += provenance_notes(section)

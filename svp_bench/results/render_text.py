@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from svp_bench.cards import SuiteCard
+from svp_bench.errors import printable
 from svp_bench.results.quoted import citations, not_quoted, quoted_grid, quoted_terminal_grid
 from svp_bench.results.rows import Row, Section, Table
-from svp_bench.results.stats import Estimate
 from svp_bench.results.wording import (
     HOLE,
+    MAJORITY,
     PLUMBING,
     QUOTED,
     STAND_IN,
+    Whisker,
     above,
     averaged_tasks,
     choice_notes,
@@ -30,24 +33,30 @@ from svp_bench.results.wording import (
     interval,
     interval_notes,
     left_out_lines,
+    left_out_reasons,
+    majority_notes,
+    majority_scores,
     marks,
     named,
     new_tasks_note,
     one_line,
     p_value,
+    partial,
+    partial_notes,
     percent,
     provenance_notes,
     ranks_notes,
-    scores,
     section_notes,
     shown_columns,
+    shown_scores,
     signed,
     sizes,
     span,
     verdict_marks,
+    whiskers,
 )
 
-__all__ = ["align", "render_markdown", "render_terminal", "wrap"]
+__all__ = ["align", "escape_markdown", "render_markdown", "render_terminal", "without_empty", "wrap"]
 
 _WIDTH = 100
 _NARROW = 20  # characters that a column of text keeps when the terminal is too narrow for all
@@ -76,43 +85,51 @@ _TERMINAL = (
 
 
 def _texts(
-    row: Row, suite: SuiteCard, layout: _Layout, estimates: Sequence[Estimate | None], verdicts: Mapping[str, str]
+    row: Row, suite: SuiteCard, layout: _Layout, behind: Sequence[Whisker | None], verdicts: Mapping[str, str]
 ) -> list[str]:
     """The scores of `row` as text with two decimals, what is behind ± in `layout`, and marks."""
     drawn = {task for task, cell in row.cells.items() if cell.drawn}
     first_mean = len(suite.tasks) + len(suite.groups)
     texts = []
-    for index, (score, averaged) in enumerate(zip(scores(row, suite), averaged_tasks(suite), strict=True)):
+    for index, (score, averaged) in enumerate(zip(shown_scores(row, suite), averaged_tasks(suite), strict=True)):
         text = HOLE if score is None else f"{score:.2f}"
-        estimate = estimates[index]
+        whisker = behind[index]
         if index < len(suite.tasks):
             cell = row.cells.get(suite.tasks[index])
             if cell is not None:
                 text += f" ± {cell.std:.2f}" if layout.spread and cell.std is not None else ""
                 text += marks(cell) + verdicts.get(cell.task, "")
         else:
-            half = None if estimate is None else estimate.half_width
-            if half is not None and (layout.all_means or index == first_mean):
-                text += f" ± {half:.2f}"
+            if whisker is not None and (layout.all_means or index == first_mean):
+                text += f" {whisker.text}"
+            if index == first_mean and partial(row, suite):
+                text += f" ({partial(row, suite)})"
             if score is not None and drawn & averaged:
                 text += "§"
         texts.append(text)
     return texts
 
 
-def _grid(section: Section, suite: SuiteCard, layout: _Layout) -> list[list[str]]:
-    """Header and rows as text."""
+def _grid(section: Section, suite: SuiteCard, layout: _Layout, *, empty: bool = True) -> list[list[str]]:
+    """Header and rows as text; without `empty`, columns in which no row has a number are left out."""
     names, shown = columns(suite), shown_columns(suite, layout.tasks)
+    if not empty:
+        known = [shown_scores(row, suite) for row in section.rows]
+        shown = [index for index in shown if any(values[index] is not None for values in known)]
     head = ["rank", "method", *(names[index] for index in shown), "complete", "seeds", "trainable w/o head"]
     grid = [head]
     verdicts = verdict_marks(section)
     for row in section.rows:
         # Random weights show plumbing: their means stand without intervals
-        estimates = [None for _ in names] if section.random else column_estimates(row, suite)
-        texts = _texts(row, suite, layout, estimates, verdicts.get(row.label, {}))
+        behind = [None for _ in names] if section.random else whiskers(row, suite)
+        texts = _texts(row, suite, layout, behind, verdicts.get(row.label, {}))
         rank = HOLE if row.rank is None else str(row.rank)
         done = f"{len(row.cells)}/{len(suite.tasks)}"
         grid.append([rank, named(row), *(texts[index] for index in shown), done, span(*row.seeds), sizes(row)])
+    chance = majority_scores(section, suite)
+    if any(chance[index] is not None for index in shown):
+        texts = [HOLE if score is None else f"{score:.2f}" for score in chance]
+        grid.append([HOLE, MAJORITY, *(texts[index] for index in shown), HOLE, HOLE, HOLE])
     return grid
 
 
@@ -122,27 +139,29 @@ def _intervals_grid(section: Section, suite: SuiteCard) -> list[list[str]]:
     first = len(suite.tasks)
     several = len(suite.groups) > 1
     shown = [*range(first, len(names))] if several else [len(names) - 2]
-    head = ["method", *(f"{names[index]}, new seeds" for index in shown), f"{names[-2]}, new tasks"]
+    head = ["method", *(f"{names[index]}, new seeds" for index in shown)]
+    head += [f"{names[-2]}, {question}" for question in ("test images", "new tasks")]
     grid = [head]
     for row in section.rows:
         estimates = column_estimates(row, suite)
-        texts = [interval(estimates[index]) for index in shown]
-        beyond = row.intervals.new_tasks
-        if any(text != HOLE for text in (*texts, interval(beyond))):
-            grid.append([row.label, *texts, interval(beyond)])
-    return grid
+        whole = row.intervals.images if row.task_mean is not None else None
+        texts = [*(interval(estimates[index]) for index in shown), interval(whole), interval(row.intervals.new_tasks)]
+        if any(text != HOLE for text in texts):
+            grid.append([row.label, *texts])
+    return without_empty(grid, [index for index, name in enumerate(head) if name.endswith("new tasks")])
 
 
 def _comparison_grid(section: Section, suite: SuiteCard) -> list[list[str]]:
     """Header and rows of the differences to the control."""
     comparison = section.comparison
-    grid = [["method", "difference", "new seeds", "new tasks", "p", "p (Holm)", "tasks", "shared seeds"]]
+    grid = [["method", "difference", "new seeds", "test images", "new tasks", "p", "p (Holm)", "tasks", "shared seeds"]]
     for found in comparison.contrasts if comparison else ():
         grid.append(
             [
                 found.row,
                 signed(found.these_tasks.value),
                 interval(found.these_tasks),
+                interval(found.images),
                 interval(found.new_tasks),
                 p_value(found.p),
                 p_value(found.holm),
@@ -150,7 +169,13 @@ def _comparison_grid(section: Section, suite: SuiteCard) -> list[list[str]]:
                 span(*found.seeds),
             ]
         )
-    return grid
+    return without_empty(grid, [4, 5, 6])
+
+
+def without_empty(grid: list[list[str]], columns: Sequence[int]) -> list[list[str]]:
+    """Return `grid` without those of `columns` in which no row has anything."""
+    empty = {index for index in columns if all(line[index] == HOLE for line in grid[1:])}
+    return [[text for index, text in enumerate(line) if index not in empty] for line in grid]
 
 
 # ----------------------------------------------------------------------------------------------------------- markdown
@@ -158,28 +183,41 @@ def _comparison_grid(section: Section, suite: SuiteCard) -> list[list[str]]:
 
 def _markdown_grid(grid: list[list[str]], left: int) -> list[str]:
     """A Markdown table; the first `left` columns are text, the rest numbers."""
-    rows = [[_escaped(text).replace("|", "\\|") for text in line] for line in grid]
+    rows = [[escape_markdown(text).replace("|", "\\|") for text in line] for line in grid]
     rule = [":---" if index < left else "---:" for index in range(len(grid[0]))]
     return [f"| {' | '.join(line)} |" for line in (rows[0], rule, *rows[1:])]
 
 
 def _bullets(notes: Sequence[str]) -> list[str]:
-    return [f"- {_escaped(note)}" for note in notes]
+    return [f"- {escape_markdown(note, starts=True)}" for note in notes]
 
 
-def _escaped(text: str) -> str:
-    """`text` on one line, without HTML: a checkpoint may be named `<script>`, and Markdown passes tags on."""
-    return one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+_MARKUP = re.compile(r"[\\`*~$]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
+_STARTS = re.compile(r"^(\d*)([-+=#.)])")
+
+
+def escape_markdown(text: str, *, starts: bool = False) -> str:
+    """Return `text` on one line, as Markdown that shows it: a checkpoint may be named `<script>` or `**best**`.
+
+    Args:
+        text: Plain text.
+        starts: Does it begin a block, where "#", "-" or "1." would make a heading or a list of it?
+    """
+    plain = one_line(text)
+    escaped = _MARKUP.sub(lambda match: f"\\{match.group()}", plain)
+    escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _STARTS.sub(r"\1\\\2", escaped) if starts else escaped
 
 
 def render_markdown(table: Table) -> str:
     """Return the table as Markdown."""
     suite = table.suite
-    lines = [f"# {suite.title}", "", f"Suite {suite.name}, version {suite.version}. Derived from records; do not edit."]
+    lines = [f"# {escape_markdown(suite.title)}", ""]
+    lines.append(f"Suite {suite.name}, version {suite.version}. Derived from records; do not edit.")
     if not table.sections:
         lines += ["", "There are no complete records of this suite yet."]
     for section in table.sections:
-        lines += ["", f"## {_escaped(heading(section))}", "", _escaped(above(section)), ""]
+        lines += ["", f"## {escape_markdown(heading(section))}", "", escape_markdown(above(section)), ""]
         if section.random:
             lines += [f"**{PLUMBING}**", ""]
         lines += [*_markdown_grid(_grid(section, suite, _PAGE), left=2), ""]
@@ -205,7 +243,7 @@ def _markdown_statistics(section: Section, suite: SuiteCard, level: float) -> li
     comparison = section.comparison
     if comparison is not None:
         title = f"Differences to {comparison.control or 'a control'}"
-        lines += ["", f"### {_escaped(title)}", ""]
+        lines += ["", f"### {escape_markdown(title)}", ""]
         if comparison.contrasts:
             lines += [*_markdown_grid(_comparison_grid(section, suite), left=1), ""]
         lines += _bullets(comparison_notes(section, suite, level))
@@ -226,7 +264,7 @@ def _appendix(table: Table) -> list[str]:
                 middle = iqm([row.cells[task].mean for task in table.suite.tasks])
                 grid.append([row.label, f"{middle:.2f}", f"{row.task_mean:.2f}"])
         if len(grid) > 1:
-            lines += ["", _escaped(heading(section)), "", *_markdown_grid(grid, left=1)]
+            lines += ["", escape_markdown(heading(section)), "", *_markdown_grid(grid, left=1)]
     if not lines:
         return []
     return [
@@ -255,10 +293,14 @@ def _published_lines(table: Table) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- terminal
 
 
-def render_terminal(table: Table) -> str:
+def render_terminal(table: Table, *, all_columns: bool = False) -> str:
     """Return the table as plain text: with the tasks if they fit into 100 columns, else with groups and averages.
 
     Long names are wrapped; with three groups beside them, lines may become a little longer than that.
+
+    Args:
+        table: The table.
+        all_columns: Show tasks and groups for which no row has a number too.
     """
     suite = table.suite
     lines = [suite.title]
@@ -266,7 +308,7 @@ def render_terminal(table: Table) -> str:
         lines += ["", "There are no complete records of this suite yet."]
     for section in table.sections:
         lines += ["", heading(section)]
-        drawn = [(layout, align(_grid(section, suite, layout), 2)) for layout in _TERMINAL]
+        drawn = [(layout, align(_grid(section, suite, layout, empty=all_columns), 2)) for layout in _TERMINAL]
         layout, fitting = next((one for one in drawn if max(map(len, one[1])) <= _WIDTH), drawn[-1])
         lines += fitting
         if section.random:
@@ -280,6 +322,8 @@ def render_terminal(table: Table) -> str:
             lines.append(STAND_IN)
         notes = [
             *interval_notes(section, suite, table.level),
+            *partial_notes(section, suite),
+            *majority_notes(section),
             *choice_notes(section),
             *departure_notes(section),
             *provenance_notes(section),
@@ -294,21 +338,24 @@ def render_terminal(table: Table) -> str:
         lines += [f"[{number}] {text}" for number, text in enumerate(citations(table).values(), 1)]
     if counts(table):
         lines += ["", f"Not in the table: {counts(table)}"]
+        lines += wrap(left_out_reasons(table))
         lines += [f"  {problem.path}: {one_line(problem.reason)}" for problem in table.problems]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def _terminal_statistics(section: Section, suite: SuiteCard, level: float, cells: bool) -> list[str]:
     if section.random:
         return []
     lines: list[str] = []
-    beyond = [(row.label, row.intervals.new_tasks) for row in section.rows]
-    known = [[label, f"{estimate.value:.2f}", interval(estimate)] for label, estimate in beyond if estimate is not None]
-    known = [line for line in known if line[2] != HOLE]
+    known = [
+        [row.label, f"{row.task_mean:.2f}", interval(row.intervals.images), interval(row.intervals.new_tasks)]
+        for row in section.rows
+        if row.task_mean is not None
+    ]
     if known:
         names = columns(suite)
-        lines += ["", f"Mean with its {percent(level)} interval over new tasks"]
-        lines += align([["method", names[-2], "new tasks"], *known], 1)
+        lines += ["", f"Means with {percent(level)} intervals"]
+        lines += align(without_empty([["method", names[-2], "test images", "new tasks"], *known], [3]), 1)
         lines += wrap(new_tasks_note(section, suite))
     comparison = section.comparison
     if comparison is not None:
@@ -328,6 +375,7 @@ def wrap(notes: Sequence[str]) -> list[str]:
 
 def align(grid: list[list[str]], left: int) -> list[str]:
     """Align the columns under a header of two lines; the first `left` columns are text, wrapped if it has to be."""
+    grid = [list(map(printable, line)) for line in grid]
     heads = [_two_lines(text) for text in grid[0]]
     widths = [max(*map(len, head), *(len(line[index]) for line in grid[1:])) for index, head in enumerate(heads)]
     over = sum(widths) + 2 * (len(widths) - 1) - _WIDTH

@@ -17,8 +17,6 @@ no record can be made of it, and tables list a copy below `records/` as a proble
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections import defaultdict
@@ -28,16 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from svp_bench.cards import SuiteCard, list_suites, load_suite, load_task
-from svp_bench.errors import RecordError, unknown_name
+from svp_bench.errors import RecordError, plural, printable, unknown_name
 from svp_bench.results.comparison import sources_of
 from svp_bench.results.digests import plain
 from svp_bench.results.files import Problem, read_json, write_atomically
-from svp_bench.results.labels import row_labels
+from svp_bench.results.labels import custom_data, custom_name, row_labels
 from svp_bench.results.recipes import row_digest
 from svp_bench.results.record import Record
+from svp_bench.results.render_csv import csv_text
+from svp_bench.results.render_text import escape_markdown
 from svp_bench.results.rows import CARD, DRAWN, track_of
-from svp_bench.results.stats import Estimate, Tax, mean_over_new_tasks, tax
-from svp_bench.results.wording import DIGITS, interval, percent, plural, short_name, signed, span
+from svp_bench.results.stats import FEWEST_SOURCES, Estimate, Tax, mean_over_new_tasks, tax, within
+from svp_bench.results.wording import DIGITS, interval, percent, short_name, signed, span
 
 __all__ = [
     "SCHEMA",
@@ -247,8 +247,8 @@ _WARNING = (
 )
 _MEANING = (
     "Tax: top-1 of the best test epoch minus top-1 of the last epoch of the same run, in points: what printing the "
-    "best test epoch adds. It is never negative; its interval is a t interval and may reach below zero. Means "
-    "are over the tasks that a row has."
+    "best test epoch adds. It is never negative, and its t interval is cut at zero. Means are over the tasks that a "
+    "row has."
 )
 _LEVEL = 0.95
 
@@ -321,6 +321,7 @@ class _Section:
 
     first: Record
     rows: Sequence[_Row]
+    data: str = ""
 
     @property
     def title(self) -> str:
@@ -328,7 +329,8 @@ class _Section:
         digest = run.checkpoint_digest
         weights = "random weights" if digest is None else f"{run.checkpoint}, {digest[: len('sha256:') + 12]}"
         track = track_of(run).title
-        return f"{run.backbone} ({weights}), {run.protocol} version {run.protocol_version}, track {track}"
+        data = f"{self.data}: " if self.data else ""
+        return f"{data}{run.backbone} ({weights}), {run.protocol} version {run.protocol_version}, track {track}"
 
 
 def tax_paths(suite: SuiteCard, results_root: Path | str) -> tuple[Path, Path]:
@@ -371,7 +373,8 @@ def run_tax_table(results_root: Path | str, suites: Sequence[str] | None = None)
         parts.append(f"{_terminal(suite, sections, left_out)}Written: {written}\n")
     strays = [problem for problem in problems if problem.path.split("/")[1] not in list_suites()]
     if strays:
-        parts.append("".join(["Belong to no suite:\n", *(f"  {stray.path}: {stray.reason}\n" for stray in strays)]))
+        listed = (printable(f"  {stray.path}: {stray.reason}") for stray in strays)
+        parts.append("\n".join(["Belong to no suite:", *listed, ""]))
     return "\n".join(parts) or None
 
 
@@ -387,6 +390,8 @@ def _counting(suite: SuiteCard, replications: Iterable[Replication]) -> tuple[li
         run = one.run
         if not one.complete:
             leave(one, f"{run.status} ({run.status_reason})")
+        elif run.not_comparable:
+            leave(one, f"not comparable: {'; '.join(run.not_comparable)}")
         elif run.task not in suite.tasks:
             leave(one, f"the suite {suite.name} has no such task")
         elif run.task_version != load_task(run.task).version:
@@ -400,11 +405,12 @@ def _counting(suite: SuiteCard, replications: Iterable[Replication]) -> tuple[li
 
 
 def _section_key(run: Record) -> tuple[Any, ...]:
-    return run.protocol, run.protocol_version, run.backbone, run.checkpoint_digest or "", track_of(run)
+    custom = custom_data(run) if load_task(run.task).as_found else ""
+    return run.protocol, run.protocol_version, run.backbone, run.checkpoint_digest or "", track_of(run), custom
 
 
 def _cell_key(run: Record) -> tuple[str, str, str, str]:
-    return run.task, run.data_variant, run.data_digest or "", run.config_digest
+    return run.task, run.data_variant, run.data_digest or "", run.config_digest + run.source_digest
 
 
 def _sections(suite: SuiteCard, replications: Iterable[Replication]) -> list[_Section]:
@@ -413,13 +419,15 @@ def _sections(suite: SuiteCard, replications: Iterable[Replication]) -> list[_Se
         by_section[_section_key(one.run)].append(one)
     sections = []
     # pre-trained weights first
-    for _, members in sorted(by_section.items(), key=lambda item: (item[0][3] == "", item[0])):
+    for section, members in sorted(by_section.items(), key=lambda item: (item[0][3] == "", item[0])):
         by_row: dict[tuple[str, str], list[Replication]] = defaultdict(list)
         for one in members:
             by_row[one.run.method, row_digest(one.run)].append(one)
         labels = row_labels({key: rows[0].run for key, rows in by_row.items()})
         rows = [_row(suite, labels[key], by_row[key]) for key in sorted(by_row, key=lambda key: (labels[key], key))]
-        sections.append(_Section(members[0].run, rows))
+        sections.append(
+            _Section(members[0].run, rows, custom_name([one.run for one in members]) if section[-1] else "")
+        )
     return sections
 
 
@@ -442,7 +450,7 @@ def _row(suite: SuiteCard, label: str, replications: Iterable[Replication]) -> _
             cells[cell.task] = cell
     found = _tax(cells.values())
     means = {task: [estimate.value] for task, estimate in found.tasks.items()}
-    new_tasks = mean_over_new_tasks(means, sources_of(suite, list(means)), level=_LEVEL)
+    new_tasks = within(mean_over_new_tasks(means, sources_of(suite, list(means)), level=_LEVEL), 0, 100)
     return _Row(label, list(cells.values()), apart, found, new_tasks)
 
 
@@ -450,7 +458,9 @@ def _tax(cells: Iterable[_Cell]) -> Tax:
     by_task = {cell.task: cell.seeds for cell in cells}
     picked = {task: {seed: one.best_test for seed, one in seeds.items()} for task, seeds in by_task.items()}
     last = {task: {seed: one.final for seed, one in seeds.items()} for task, seeds in by_task.items()}
-    return tax(picked, last, level=_LEVEL)
+    found = tax(picked, last, level=_LEVEL)
+    tasks = {task: within(estimate, 0, 100) for task, estimate in found.tasks.items()}
+    return Tax(tasks, within(found.overall, 0, 100))
 
 
 def _with_interval(estimate: Estimate) -> str:
@@ -494,7 +504,8 @@ def _notes(sections: Sequence[_Section]) -> list[str]:
     notes = [
         _MEANING,
         f"Intervals: {percent(_LEVEL)}. These tasks: of other seeds. New tasks: of other tasks; those that share "
-        "pictures count once. –: one seed, or one source of pictures, has no interval.",
+        f"images are one source. –: one seed, or fewer than {FEWEST_SOURCES} sources, have no interval; nor is there "
+        "one that would hold every value.",
     ]
     if any(section.first.checkpoint_digest is None for section in sections):
         notes.append("Random weights show plumbing, not science.")
@@ -514,17 +525,17 @@ def _markdown(suite: SuiteCard, sections: Sequence[_Section], left_out: Sequence
     if not sections:
         lines += ["There is no complete replication; `svp-bench replicate --config FILE` makes one.", ""]
     for section in sections:
-        lines += [f"## {section.title}", "", *_markdown_table(_grid(suite, section)), ""]
+        lines += [f"## {escape_markdown(section.title)}", "", *_markdown_table(_grid(suite, section)), ""]
         lines += ["By task:", "", *_markdown_table(_task_grid(section)), ""]
     if sections:
-        lines += [*(f"- {note}" for note in _notes(sections)), ""]
+        lines += [*(f"- {escape_markdown(note)}" for note in _notes(sections)), ""]
     if left_out:
-        lines += ["Left out:", "", *(f"- {line}" for line in left_out), ""]
+        lines += ["Left out:", "", *(f"- {escape_markdown(line, starts=True)}" for line in left_out), ""]
     return "\n".join(lines)
 
 
 def _markdown_table(grid: Sequence[Sequence[str]]) -> list[str]:
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in grid]
+    rows = [[escape_markdown(cell).replace("|", "\\|") for cell in row] for row in grid]
     return [
         f"| {' | '.join(rows[0])} |",
         f"|{' --- |' * len(rows[0])}",
@@ -543,7 +554,7 @@ def _terminal(suite: SuiteCard, sections: Sequence[_Section], left_out: Sequence
         ]
     lines += ["", *_notes(sections)] if sections else []
     lines += [f"Left out: {line}" for line in left_out]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def _csv(suite: SuiteCard, sections: Sequence[_Section]) -> str:
@@ -571,9 +582,7 @@ def _csv(suite: SuiteCard, sections: Sequence[_Section]) -> str:
                         *(" ".join(str(one.best_epoch) for one in seeds), *_numbers(estimate)),
                     ]
                 )
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()
+    return csv_text(lines)
 
 
 def _number(value: float | None) -> str:

@@ -5,6 +5,7 @@ Every number leads back to its records: a cell holds the records of its seeds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -155,6 +156,17 @@ class Cell:
         return {run.seed: run.run_id for run in self.records}
 
     @property
+    def images(self) -> int:
+        """Test images that each of its runs was scored on; the smallest number, where they differ."""
+        return min(run.metrics.count for run in self.records if run.metrics is not None)
+
+    @property
+    def majority(self) -> float | None:
+        """Accuracy in percent of always answering the most frequent class of the test split; None if not recorded."""
+        counted = [run.metrics.per_class.count for run in self.records if run.metrics and run.metrics.per_class]
+        return 100 * max(counted[0]) / sum(counted[0]) if counted else None
+
+    @property
     def paths(self) -> dict[int, str]:
         """Seed → path of the record, relative to the results root, with forward slashes."""
         return {run.seed: f"records/{run.task}/{run.run_id}.json" for run in self.records}
@@ -162,21 +174,30 @@ class Cell:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Intervals of a row's means; None where the row has a hole.
+    """Intervals of a row's means, within 0 and 100; None where a result is missing.
 
-    An `Estimate` whose `low` is None has a value and no interval: the variance of some cell is unknown (one seed).
+    An `Estimate` whose `low` is None has a value and no interval: the variance of some cell is unknown (one seed), or
+    the interval would hold every possible value.
 
     Attributes:
         groups: Group → its mean, over new seeds on these tasks.
         task_mean: Mean over all tasks, over new seeds on these tasks.
         group_mean: Mean over the group means, over new seeds on these tasks.
-        new_tasks: Mean over all tasks, over new tasks: the suite's independent sources of pictures are the sample.
+        new_tasks: Mean over all tasks, over new tasks: the suite's independent sources of images are the sample.
+        present: Mean over the tasks that the row has, all or not, over new seeds.
+        images: The same mean, over new test images; for these runs, so that one seed is enough.
+        group_images: Group → its mean, over new test images.
+        group_mean_images: Mean over the group means, over new test images.
     """
 
     groups: Mapping[str, Estimate | None]
     task_mean: Estimate | None
     group_mean: Estimate | None
     new_tasks: Estimate | None
+    present: Estimate
+    images: Estimate
+    group_images: Mapping[str, Estimate | None]
+    group_mean_images: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -219,6 +240,11 @@ class Row:
         return any(cell.drawn for cell in self.cells.values())
 
     @property
+    def present_mean(self) -> float:
+        """Mean over the tasks that it has; `task_mean`, if it has all."""
+        return math.fsum(cell.mean for cell in self.cells.values()) / len(self.cells)
+
+    @property
     def seeds(self) -> tuple[int, int]:
         """Smallest and largest number of seeds of a cell."""
         counts = [len(cell.seeds) for cell in self.cells.values()]
@@ -253,9 +279,13 @@ class Contrast:
         seeds: Smallest and largest number of shared seeds of a task.
         these_tasks: Mean difference, with the interval over new seeds on these tasks.
         new_tasks: The same difference, with the interval over new tasks.
-        p: Two-sided sign flip over the independent sources of pictures; at fewer than six it cannot fall below 0.05.
-        holm: p, adjusted by Holm over the complete rows of the section; None for a row that is compared on fewer tasks
-            than the suite has: its difference is another quantity, and its p stands raw.
+        images: The same difference, with the interval over new test images, from the records' bits of these runs; None
+            if the bits of a task are not of one split.
+        p: Two-sided sign flip over the independent sources of images, each task weighing the same as in the mean; None
+            where no outcome could fall below 1 - level (`least`).
+        holm: p, adjusted by Holm over the complete rows of the section; None where p is, and for a row that is compared
+            on fewer tasks than the suite has: its difference is another quantity, and its p stands raw.
+        least: The smallest p that any outcome could give, after the adjustment.
         sources: Independent sources of pictures among the tasks.
         verdicts: Task → "better", "worse", "tie", or "too few" (fewer than six shared seeds).
     """
@@ -266,8 +296,10 @@ class Contrast:
     seeds: tuple[int, int]
     these_tasks: Estimate
     new_tasks: Estimate
-    p: float
+    images: Estimate | None
+    p: float | None
     holm: float | None
+    least: float
     sources: int
     verdicts: Mapping[str, str]
 
@@ -306,7 +338,10 @@ class Section:
         records: Number of records in it.
         dirty: How many of them were made with uncommitted changes.
         comparison: Against the control; None for fewer than two complete rows and for random weights.
-        ranks: Mean ranks of the ranked rows, by label, and which of them are not told apart; None for fewer than two.
+        ranks: Mean ranks of the ranked rows, by label, and which of them are not told apart; None for fewer than two
+            rows, or fewer sources of tasks than `stats.FEWEST_SOURCES`.
+        data: Name of a custom data set: its folder, number of classes and the first digits of its digest; "" for the
+            tasks of a benchmark, whose cards say what the data are.
     """
 
     protocol: str
@@ -322,6 +357,17 @@ class Section:
     dirty: int
     comparison: Comparison | None = None
     ranks: Ranks | None = None
+    data: str = ""
+
+    @property
+    def majorities(self) -> dict[str, float]:
+        """Task → accuracy of always answering the most frequent class; tasks without, or with several, are left out."""
+        found: dict[str, set[float | None]] = {}
+        for row in self.rows:
+            for task, cell in row.cells.items():
+                found.setdefault(task, set()).add(cell.majority)
+        known = {task: next(iter(values - {None}), None) for task, values in found.items() if len(values - {None}) == 1}
+        return {task: value for task, value in known.items() if value is not None}
 
     @property
     def random(self) -> bool:

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from svp_bench.cards import ProtocolCard, SuiteCard, list_suites, load_protocol, load_suite, load_task
-from svp_bench.errors import UsageError, unknown_name
+from svp_bench.errors import UsageError, printable, unknown_name
 from svp_bench.results.comparison import compare_rows, rank_rows, row_intervals
 from svp_bench.results.files import Problem, read_records, write_atomically
-from svp_bench.results.labels import row_labels
+from svp_bench.results.labels import custom_data, custom_name, row_labels
 from svp_bench.results.published import PublishedRow, load_published
 from svp_bench.results.recipes import departure_texts, departures, recipe, row_digest
 from svp_bench.results.record import Record
@@ -40,7 +40,7 @@ from svp_bench.results.rows import (
     Track,
     track_of,
 )
-from svp_bench.results.wording import DIGITS, HOLE, QUOTED
+from svp_bench.results.wording import DIGITS, HOLE, NOT_COMPARABLE, QUOTED
 
 __all__ = [
     "HOLE",
@@ -72,6 +72,7 @@ def build_table(
     problems: Iterable[Problem] = (),
     *,
     task_versions: Mapping[str, int],
+    as_found: Collection[str] = (),
     protocols: Iterable[ProtocolCard] = (),
     published: Iterable[PublishedRow] = (),
     control: str | None = None,
@@ -84,6 +85,8 @@ def build_table(
         records: Records of any suites, in any order.
         problems: Files that are no records; those of other suites are left to their tables.
         task_versions: Task → version of its card, for every task with records; those of another version do not enter.
+        as_found: Tasks whose card leaves classes and counts to the data: another data set is another task. Their
+            records stand in one section for each digest of the data.
         protocols: Cards whose selection rule is printed.
         published: Quoted numbers to be shown in a section of their own.
         control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
@@ -104,9 +107,13 @@ def build_table(
     by_section: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in counting:
         key = (record.protocol, record.protocol_version, record.backbone, record.checkpoint_digest or "")
-        by_section[(*key, track_of(record))].append(record)
-    sections = [_section(suite, members, rules, level) for _, members in sorted(by_section.items())]
-    sections.sort(key=lambda section: section.random)
+        custom = custom_data(record) if record.task in as_found else ""
+        by_section[(*key, track_of(record), custom)].append(record)
+    sections = [
+        _section(suite, members, rules, level, custom_name(members) if key[-1] else "")
+        for key, members in sorted(by_section.items())
+    ]
+    sections.sort(key=lambda section: (section.random, section.data))
     return Table(
         suite=suite,
         sections=tuple(_compared(suite, section, control, level) for section in sections),
@@ -126,6 +133,8 @@ def _reason_to_leave_out(record: Record, suite: SuiteCard, task_versions: Mappin
         return record.kind, "scored on the list that chooses, not on the test list"
     if record.status != "complete":
         return record.status, record.status_reason or "trained, not tested"
+    if record.not_comparable:
+        return NOT_COMPARABLE, "; ".join(record.not_comparable)
     if record.task not in suite.tasks:
         return "unknown task", f"the suite {suite.name} (version {suite.version}) has no such task"
     version = task_versions[record.task]
@@ -170,7 +179,7 @@ def _suite_of(problem: Problem) -> str | None:
 
 
 def _section(
-    suite: SuiteCard, records: list[Record], rules: Mapping[tuple[str, int], ProtocolCard], level: float
+    suite: SuiteCard, records: list[Record], rules: Mapping[tuple[str, int], ProtocolCard], level: float, data: str
 ) -> Section:
     first = records[0]
     protocol = rules.get((first.protocol, first.protocol_version))
@@ -194,6 +203,7 @@ def _section(
         rows=tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)),
         records=len(records),
         dirty=sum(record.dirty is True for record in records),
+        data=data,
     )
 
 
@@ -350,6 +360,7 @@ def load_table(
         records,
         problems,
         task_versions={task: load_task(task).version for task in card.tasks if task in tasks},
+        as_found=[task for task in card.tasks if task in tasks and load_task(task).as_found],
         protocols=_protocols(records, card.name),
         published=published,
         control=control,
@@ -362,6 +373,7 @@ def run_table(
     suites: Sequence[str] | None = None,
     published: bool = False,
     control: str | None = None,
+    all_columns: bool = False,
 ) -> str:
     """Do what `svp-bench table` does: read all records, write the tables, and return the text to print.
 
@@ -371,6 +383,7 @@ def run_table(
             quoted numbers.
         published: Show the quoted numbers too.
         control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
+        all_columns: Print tasks and groups without any result too.
 
     Raises:
         UsageError: If a suite is unknown, or no table has a row named `control`.
@@ -392,7 +405,8 @@ def run_table(
     parts: list[str] = []
     for table in tables:
         paths = write_tables(table, results_root)
-        parts.append(f"{render_terminal(table)}\nWritten: {', '.join(str(path) for path in paths)}\n")
+        shown = render_terminal(table, all_columns=all_columns)
+        parts.append(f"{shown}\nWritten: {', '.join(printable(path) for path in paths)}\n")
     strays = [problem for problem in problems if _suite_of(problem) not in list_suites()]
     strays += [
         Problem(f"records/{record.task}/{record.run_id}.json", f"there is no suite {record.suite!r}")
@@ -400,7 +414,8 @@ def run_table(
         if record.suite not in list_suites()
     ]
     if strays:
-        parts.append("".join(["Belong to no suite:\n", *(f"  {stray.path}: {stray.reason}\n" for stray in strays)]))
+        listed = (printable(f"  {stray.path}: {stray.reason}") for stray in strays)
+        parts.append("\n".join(["Belong to no suite:", *listed, ""]))
     if (Path(results_root) / "replications").is_dir():
         from svp_bench.results.replication import run_tax_table
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from svp_bench.cards import SuiteCard
+from svp_bench.errors import plural, printable
 from svp_bench.results.comparison import sources_of
 from svp_bench.results.labels import short_value
 from svp_bench.results.published import mean_names
-from svp_bench.results.rows import CARD, PROVENANCE, Cell, Comparison, Row, Section, Table
+from svp_bench.results.rows import CARD, PROVENANCE, Cell, Comparison, Contrast, Row, Section, Table
 from svp_bench.results.stats import FEWEST_PAIRS as FEWEST
+from svp_bench.results.stats import FEWEST_SOURCES
 
 if TYPE_CHECKING:
     from svp_bench.results.stats import Estimate
@@ -19,9 +22,13 @@ if TYPE_CHECKING:
 __all__ = [
     "DIGITS",
     "HOLE",
+    "IMAGES",
+    "MAJORITY",
+    "NOT_COMPARABLE",
     "PLUMBING",
     "QUOTED",
     "STAND_IN",
+    "Whisker",
     "above",
     "averaged_tasks",
     "choice_notes",
@@ -33,14 +40,20 @@ __all__ = [
     "departure_notes",
     "dirty_notes",
     "heading",
+    "images_note",
     "interval",
     "interval_notes",
     "left_out_lines",
+    "left_out_reasons",
+    "majority_notes",
+    "majority_scores",
     "marks",
     "named",
     "new_tasks_note",
     "one_line",
     "p_value",
+    "partial",
+    "partial_notes",
     "percent",
     "plural",
     "provenance_notes",
@@ -49,16 +62,25 @@ __all__ = [
     "section_notes",
     "short_name",
     "shown_columns",
+    "shown_scores",
     "signed",
     "size",
     "sizes",
     "span",
     "unknown_variance_notes",
+    "untested_note",
     "verdict_marks",
     "weights",
+    "whiskers",
 ]
 
 HOLE = "–"
+NOT_COMPARABLE = "not comparable"
+"""Why a record is left out whose run did what no record describes."""
+IMAGES = "*"
+"""Behind ± that is over test images, because one seed shows no spread over seeds."""
+MAJORITY = "majority class"
+"""Label of the line with the accuracy of always answering the most frequent class of the test split."""
 QUOTED = "published, not measured here"
 _SHOWN = 6  # departures of a row that a note lists
 DIGITS = 4
@@ -79,6 +101,60 @@ def scores(row: Row, suite: SuiteCard) -> list[float | None]:
     """Return the scores of `row`, in the order of `columns`."""
     tasks = [row.cells[task].mean if task in row.cells else None for task in suite.tasks]
     return [*tasks, *row.groups.values(), row.task_mean, row.group_mean]
+
+
+class Whisker(NamedTuple):
+    """What stands behind ±: half a width in points, and whether it is over test images instead of seeds."""
+
+    half: float
+    images: bool
+
+    @property
+    def text(self) -> str:
+        """Return "± 1.25", or "± 1.25*" over test images."""
+        return f"± {self.half:.2f}{IMAGES if self.images else ''}"
+
+
+def whiskers(row: Row, suite: SuiteCard) -> list[Whisker | None]:
+    """Return what stands behind ± in each of `columns`: of the means only.
+
+    It is over new seeds, where the variance over seeds is known, else over new test images. The mean of the tasks that
+    an incomplete row has takes the place of the mean over all tasks.
+    """
+    known = row.intervals
+    seeds = [*(known.groups[group] for group in suite.groups), known.present, known.group_mean]
+    images = [*(known.group_images[group] for group in suite.groups), known.images, known.group_mean_images]
+    return [*(None for _ in suite.tasks), *(_whisker(*pair) for pair in zip(seeds, images, strict=True))]
+
+
+def _whisker(seeds: Estimate | None, images: Estimate | None) -> Whisker | None:
+    if seeds is not None and seeds.half_width is not None:
+        return Whisker(seeds.half_width, images=False)
+    if images is not None and images.half_width is not None:
+        return Whisker(images.half_width, images=True)
+    return None
+
+
+def partial(row: Row, suite: SuiteCard) -> str:
+    """Return "3/8" for a row with 3 of 8 tasks, or nothing for a complete one."""
+    return "" if len(row.cells) == len(suite.tasks) else f"{len(row.cells)}/{len(suite.tasks)}"
+
+
+def shown_scores(row: Row, suite: SuiteCard) -> list[float | None]:
+    """As `scores`, but of an incomplete row the mean over the tasks that it has stands for the mean over all."""
+    return [*scores(row, suite)[:-2], row.present_mean, row.group_mean]
+
+
+def majority_scores(section: Section, suite: SuiteCard) -> list[float | None]:
+    """Return the accuracy of the majority class in each of `columns`; of means where all of their tasks have one."""
+    known = section.majorities
+    means = [
+        math.fsum(known[task] for task in tasks) / len(tasks) if tasks <= set(known) else None
+        for tasks in averaged_tasks(suite)[:-1]
+    ]
+    groups = means[len(suite.tasks) : -1]
+    of_groups = [mean for mean in groups if mean is not None]
+    return [*means, math.fsum(of_groups) / len(groups) if len(of_groups) == len(groups) else None]
 
 
 def column_estimates(row: Row, suite: SuiteCard) -> list[Estimate | None]:
@@ -107,11 +183,6 @@ def shown_columns(suite: SuiteCard, tasks: bool = True) -> list[int]:
 def short_name(task: str) -> str:
     """Return a task's name without its suite."""
     return task.split("/")[1]
-
-
-def plural(count: int, noun: str) -> str:
-    """Return "1 seed", "2 seeds"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def span(low: int, high: int) -> str:
@@ -173,8 +244,8 @@ def marks(cell: Cell) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return `text` with its runs of blanks and line ends as single blanks."""
-    return " ".join(text.split())
+    """Return `text` with its runs of blanks and line ends as single blanks, and control characters as escapes."""
+    return printable(" ".join(text.split()))
 
 
 # ------------------------------------------------------------------------------------------------------------- notes
@@ -189,7 +260,8 @@ def weights(section: Section) -> str:
 
 def heading(section: Section) -> str:
     """Return the heading of a section: backbone, weights, protocol and track."""
-    parts = (section.backbone, weights(section), f"{section.protocol} {section.protocol_version}")
+    data = (section.data,) if section.data else ()
+    parts = (*data, section.backbone, weights(section), f"{section.protocol} {section.protocol_version}")
     return f"{', '.join(parts)}, track {section.track.title}"
 
 
@@ -208,6 +280,8 @@ def section_notes(section: Section, suite: SuiteCard, level: float) -> list[str]
         f"Cards: {_versions(cells)}.",
         "Accuracy in percent. ± behind a task is the standard deviation over its seeds.",
         *interval_notes(section, suite, level),
+        *partial_notes(section, suite),
+        *majority_notes(section),
         *choice_notes(section),
         *departure_notes(section),
         *provenance_notes(section),
@@ -229,43 +303,84 @@ def section_notes(section: Section, suite: SuiteCard, level: float) -> list[str]
 
 def interval_notes(section: Section, suite: SuiteCard, level: float) -> list[str]:
     """Say what ± behind a mean is, or why there is none; nothing for random weights, whose means stand without."""
-    known = [] if section.random else [e for row in section.rows for e in column_estimates(row, suite) if e is not None]
+    shown = [] if section.random else [w for row in section.rows for w in whiskers(row, suite) if w is not None]
     notes = []
-    if any(estimate.half_width is not None for estimate in known):
+    if any(not whisker.images for whisker in shown):
         notes.append(
             f"± behind a mean is half its {percent(level)} interval for these tasks and new seeds "
             "(Welch–Satterthwaite)."
         )
+    if any(whisker.images for whisker in shown):
+        notes.append(images_note(level))
     return notes + unknown_variance_notes(section, suite)
 
 
-def unknown_variance_notes(section: Section, suite: SuiteCard) -> list[str]:
-    """Say which rows have means without an interval over seeds."""
-    rows = [
-        row.label
-        for row in section.rows
-        if any(estimate is not None and estimate.half_width is None for estimate in column_estimates(row, suite))
-    ]
-    if section.random or not rows:
+def images_note(level: float) -> str:
+    """Say what ± with a star is."""
+    return (
+        f"± … {IMAGES} behind a mean is half its {percent(level)} interval over test images (Wilson): about these runs "
+        "and other test images; what other seeds would give, one seed does not show."
+    )
+
+
+def partial_notes(section: Section, suite: SuiteCard) -> list[str]:
+    """Say what the mean of an incomplete row is."""
+    if not any(partial(row, suite) for row in section.rows):
         return []
-    named = ", ".join(rows) if len(rows) <= 3 else f"{len(rows)} rows"
     return [
-        "No interval over new seeds where a task behind the mean has one seed, or all seeds of all its tasks gave the "
-        f"same number: the variance is unknown ({named})."
+        f"(n/{len(suite.tasks)}): partial, the mean over the n tasks that the row has; not ranked, and means over "
+        "other tasks do not compare."
     ]
+
+
+def majority_notes(section: Section) -> list[str]:
+    """Say what the line of the majority class is; nothing where no record has counts by class."""
+    if not section.majorities:
+        return []
+    return [f"{MAJORITY[0].upper()}{MAJORITY[1:]}: what always answering the test split's most frequent class gives."]
+
+
+def unknown_variance_notes(section: Section, suite: SuiteCard) -> list[str]:
+    """Say which rows have means without an interval over seeds, and why."""
+    if section.random:
+        return []
+    unknown: list[str] = []
+    wide: list[str] = []
+    for row in section.rows:
+        estimates = [row.intervals.present, *(e for e in column_estimates(row, suite) if e is not None)]
+        if any(estimate.half_width is None for estimate in estimates):
+            known = row.seeds[0] > 1 and any(cell.std for cell in row.cells.values())
+            (wide if known and row.intervals.present.half_width is None else unknown).append(row.label)
+    notes = []
+    if unknown:
+        notes.append(
+            "No interval over new seeds where a task behind the mean has one seed, or all seeds of all its tasks gave "
+            f"the same number: the variance is unknown ({_named(unknown)})."
+        )
+    if wide:
+        notes.append(f"No interval over new seeds where it would hold every accuracy from 0 to 100 ({_named(wide)}).")
+    return notes
+
+
+def _named(labels: Sequence[str]) -> str:
+    return ", ".join(labels) if len(labels) <= 3 else plural(len(labels), "row")
 
 
 def new_tasks_note(section: Section, suite: SuiteCard) -> list[str]:
     """Say what the interval over new tasks is, or why there is none."""
     known = [row.intervals.new_tasks for row in section.rows if row.intervals.new_tasks is not None]
-    sources = plural(len(sources_of(suite)), "independent source") + " of pictures"
+    count = len(sources_of(suite))
+    sources = plural(count, "independent source") + " of images"
     if not known:
         return []
+    if count < FEWEST_SOURCES:
+        return [f"No interval over new tasks: the suite has {sources}, and {FEWEST_SOURCES} are the fewest."]
     if all(estimate.low is None for estimate in known):
-        return [f"No interval over new tasks: the suite has {sources}."]
+        return ["No interval over new tasks: it would hold every accuracy, or the sources do not differ."]
     return [
         "New seeds: what other seeds would give on these tasks. New tasks: what other tasks like these would give; the"
-        f" sample is the suite's {sources}, and one seed a task is enough for it."
+        f" sample is the suite's {sources} (CR2, Satterthwaite), and one seed a task is enough for it. Each task weighs"
+        " the same in the mean and in its intervals."
     ]
 
 
@@ -286,29 +401,62 @@ def comparison_notes(section: Section, suite: SuiteCard, level: float, cells: bo
     notes = []
     found = comparison.contrasts
     if found:
-        whole = [c for c in found if c.holm is not None]
-        fewest, most = min(c.sources for c in found), max(c.sources for c in found)
-        notes += [
-            f"Row minus {comparison.control}, in points: mean over tasks of the differences of runs with the same seed "
-            f"on the same pictures. Intervals ({percent(level)}) for other seeds on these tasks, and for other tasks.",
-            f"p: two-sided sign flip over {span(fewest, most)} independent sources of pictures"
-            + (f"; adjusted by Holm over {plural(len(whole), 'complete row')}." if whole else ".")
-            + (" With fewer than six sources no p can fall below 0.05." if fewest < FEWEST else ""),
-        ]
-        partial = [f"{c.row} ({len(c.tasks)})" for c in found if len(c.tasks) < len(suite.tasks)]
-        if partial:
+        notes.append(
+            f"Row minus {comparison.control}, in points: mean over tasks, each weighing the same, of the differences "
+            f"of runs with the same seed on the same images. Intervals ({percent(level)}) of this mean for other seeds "
+            "on these tasks, for other test images (of these runs), and for other tasks."
+        )
+        notes += _test_notes(found, suite, level)
+        fewer = [c for c in found if len(c.tasks) < len(suite.tasks)]
+        if fewer:
+            raw = " Their p is raw and not in Holm's family: it is about another mean."
             notes.append(
                 f"On fewer than {len(suite.tasks)} tasks, those that both rows have on the same pictures with a shared "
-                f"seed: {', '.join(partial)}. Their p is raw and not in Holm's family: it is about another mean."
+                f"seed: {', '.join(f'{c.row} ({len(c.tasks)})' for c in fewer)}."
+                + (raw if any(c.p is not None for c in fewer) else "")
             )
         if any(c.these_tasks.low is None for c in found):
             notes.append(
                 "No interval over new seeds where a task has one shared seed, or the differences of all seeds are the "
                 "same: the variance is unknown."
             )
+        if any(c.sources < FEWEST_SOURCES for c in found):
+            notes.append(
+                f"No interval over new tasks with fewer than {FEWEST_SOURCES} independent sources of pictures."
+            )
         notes += _verdict_notes(comparison, level, cells)
     notes += [f"Not compared: {label} {why}." for label, why in comparison.incomparable.items()]
     return notes
+
+
+def _test_notes(found: Sequence[Contrast], suite: SuiteCard, level: float) -> list[str]:
+    """Say what p is, and where there is none because no outcome could have rejected."""
+    notes = []
+    tested = [c for c in found if c.p is not None]
+    if tested:
+        whole = [c for c in tested if c.holm is not None]
+        counts = [c.sources for c in tested]
+        notes.append(
+            f"p: two-sided sign flip over {span(min(counts), max(counts))} independent sources of images"
+            + (f"; adjusted by Holm over {plural(len(whole), 'complete row')}." if whole else ".")
+        )
+    for complete in (True, False):
+        open_ = [c for c in found if c.p is None and (len(c.tasks) == len(suite.tasks)) == complete]
+        if open_:
+            notes.append(untested_note(open_, level, len(open_) if complete else 1))
+    return notes
+
+
+def untested_note(untested: Sequence[Contrast], level: float, tests: int) -> str:
+    """Say that differences cannot be tested, with how many sources."""
+    counts = [c.sources for c in untested]
+    few = f"{span(min(counts), max(counts))} independent source{'' if max(counts) == 1 else 's'} of images"
+    over = f"over {plural(tests, 'row')} (Holm) " if tests > 1 else ""
+    return (
+        f"No p: the differences cannot be tested with {span(min(counts), max(counts))} "
+        f"source{'' if max(counts) == 1 else 's'}; {over}no outcome of {few} could give a p below "
+        f"{p_value(min(c.least for c in untested))}, and {1 - level:.2g} would be needed."
+    )
 
 
 def _verdict_notes(comparison: Comparison, level: float, cells: bool) -> list[str]:
@@ -336,15 +484,23 @@ def verdict_marks(section: Section) -> dict[str, dict[str, str]]:
 
 
 def ranks_notes(section: Section, level: float) -> list[str]:
-    """Return the mean ranks of the rows, and who is not told from whom."""
+    """Return the mean ranks of the rows, and who is not told from whom, where a test could tell any two apart."""
     ranks = section.ranks
     if ranks is None:
         return []
     listed = ", ".join(f"{label} {rank:.2f}" for label, rank in ranks.mean_ranks.items())
+    notes = [f"Mean ranks (descriptive): {listed}."]
+    if ranks.least >= 1 - level:
+        pairs = plural(len(ranks.p), "pair")
+        return [
+            *notes,
+            f"The order cannot be tested with {plural(ranks.n_sources, 'source')} of images: over {pairs} (Holm) no "
+            f"outcome could give a p below {p_value(ranks.least)}.",
+        ]
     groups = "; ".join(" = ".join(group) for group in ranks.cliques)
     return [
-        f"Mean ranks (descriptive): {listed}.",
-        f"Not told apart (Wilcoxon signed-rank over the sources of pictures, Holm over all pairs, {percent(level)}; no "
+        *notes,
+        f"Not told apart (Wilcoxon signed-rank over the sources of images, Holm over all pairs, {percent(level)}; no "
         f"proof of equality): {groups or 'none'}.",
     ]
 
@@ -472,6 +628,12 @@ def counts(table: Table) -> str:
     if table.problems:
         parts.append(f"{len(table.problems)} unreadable")
     return f"{', '.join(parts)}." if parts else ""
+
+
+def left_out_reasons(table: Table) -> list[str]:
+    """Return a line for each reason that a reader should see at once: runs that are not comparable, and why."""
+    reasons = Counter(out.detail for out in table.left_out if out.why == NOT_COMPARABLE)
+    return [f"  Not comparable ({plural(count, 'run')}): {reason}" for reason, count in sorted(reasons.items())]
 
 
 def left_out_lines(table: Table) -> list[str]:

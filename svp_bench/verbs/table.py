@@ -19,7 +19,7 @@ def table(argv: Sequence[str]) -> int:
     options.epilog = (
         "Each suite gets four files below tables/: a wide CSV, a long CSV, a Markdown page, and LaTeX (booktabs). Rows "
         "of different protocols, backbones, weights or tracks (default settings, searched ones) stand in sections of "
-        "their own. ± behind a mean is half its 95 % interval over new seeds; one seed has none."
+        "their own. ± behind a mean is half its 95 % interval over new seeds; of one seed, over test images."
     )
     options.add_argument("--suite", action="append", help="a suite; may be repeated; by default all that have records")
     options.add_argument("--results_root", default="results", help="the folder that holds records/ and tables/")
@@ -35,14 +35,20 @@ def table(argv: Sequence[str]) -> int:
         metavar=("ROW_A", "ROW_B"),
         help="compare two methods or rows task by task, by their seeds and by their test pictures; writes no table",
     )
+    options.add_argument(
+        "--all_columns", action="store_true", help="print tasks and groups that have no result yet too; files have them"
+    )
     arguments = options.parse_args(argv)
     if arguments.compare is not None:
-        if arguments.published or arguments.control is not None:
+        if arguments.published or arguments.control is not None or arguments.all_columns:
             options.error("--compare goes with --suite and --results_root only")
         first, second = arguments.compare
         print(run_compare(arguments.results_root, first, second, arguments.suite), end="")
         return 0
-    print(run_table(arguments.results_root, arguments.suite, arguments.published, arguments.control), end="")
+    text = run_table(
+        arguments.results_root, arguments.suite, arguments.published, arguments.control, arguments.all_columns
+    )
+    print(text, end="")
     return 0
 
 

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from svp_bench.errors import printable
 from svp_bench.results.report.model import (
     CellView,
     Point,
@@ -59,11 +60,11 @@ _NAME = 22  # characters of a name before it is wrapped
 
 def plain(text: str) -> str:
     """Return `text` so that Plotly shows it as it is."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _name(label: str) -> str:
-    return "<br>".join(plain(line) for line in textwrap.wrap(label, _NAME)) or "–"
+    return "<br>".join(plain(line) for line in textwrap.wrap(printable(label), _NAME)) or "–"
 
 
 def _colour(row: RowView) -> str:
@@ -79,19 +80,21 @@ def _between(value: Value, level: float) -> str:
     if value.these:
         parts.append(f"{level:.0%} for new seeds: {value.these[0]:.2f} to {value.these[1]:.2f}")
     else:
-        parts.append("no interval over new seeds: one seed")
+        parts.append("no interval over new seeds")
+    if value.images:
+        parts.append(f"{level:.0%} for new test images: {value.images[0]:.2f} to {value.images[1]:.2f}")
     if value.new:
         parts.append(f"{level:.0%} for new tasks: {value.new[0]:.2f} to {value.new[1]:.2f}")
     return "<br>".join(parts)
 
 
 def _error(values: Sequence[Value | None], **style: Any) -> dict[str, Any]:
-    """Error bars from the intervals over new seeds; none where there is no interval."""
+    """Error bars from the intervals over new seeds, else over test images; none where there is neither."""
     return {
         "type": "data",
         "symmetric": False,
-        "array": [_round(v.these[1] - v.mean) if v and v.these else None for v in values],
-        "arrayminus": [_round(v.mean - v.these[0]) if v and v.these else None for v in values],
+        "array": [_round(v.shown[1] - v.mean) if v and v.shown else None for v in values],
+        "arrayminus": [_round(v.mean - v.shown[0]) if v and v.shown else None for v in values],
         "color": "@ink",
         **style,
     }
@@ -195,7 +198,7 @@ def group_figure(
                 "mode": "text",
                 "x": [1 for _ in holes],
                 "y": holes,
-                "text": ["– a hole: tasks are missing" for _ in holes],
+                "text": ["– results are missing" for _ in holes],
                 "textposition": "middle right",
                 "textfont": {"color": "@muted"},
                 "hoverinfo": "skip",
@@ -394,6 +397,8 @@ def figures_of(suite: SuiteView, level: float) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
     for section in suite.sections:
         for column, values in columns_of(suite, section).items():
+            if all(value is None for value in values.values()):
+                continue  # no chart of nothing
             found[f"{section.id}-mean-{slug(suite, column)}"] = group_figure(
                 section, values, column, suite.quoted, level
             )

@@ -46,11 +46,20 @@ class Value:
         mean: The mean.
         these: Interval of the mean over new seeds on these tasks.
         new: Interval of the mean over new tasks; None also where it is not asked for.
+        images: Interval of the mean over new test images, for these runs.
+        partial: "3/8" for the mean over 3 of 8 tasks, else "".
     """
 
     mean: float
     these: Bounds | None
     new: Bounds | None = None
+    images: Bounds | None = None
+    partial: str = ""
+
+    @property
+    def shown(self) -> Bounds | None:
+        """What a whisker shows: the interval over new seeds, else that over test images."""
+        return self.these or self.images
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,8 @@ class RowView:
         cells: Task → cell; a hole has no entry.
         apart: Cells on other data of tasks that have a cell.
         missing: Tasks without a cell.
-        task_mean: Over all tasks, with both intervals; None with a hole.
+        task_mean: Over all tasks, with all intervals; None if a result is missing.
+        present: Over the tasks that the row has; `task_mean`, if it has all.
         group_mean: Over the group means.
         groups: Group → mean of its tasks.
         seeds: Smallest and largest number of seeds of a cell.
@@ -135,6 +145,7 @@ class RowView:
     apart: tuple[CellView, ...]
     missing: tuple[str, ...]
     task_mean: Value | None
+    present: Value
     group_mean: Value | None
     groups: Mapping[str, Value | None]
     seeds: tuple[int, int]
@@ -242,6 +253,7 @@ class SectionView:
         parameters: Accuracy over trained parameters.
         setups: What was measured on which machine; the one with the most rows first.
         holes: Of the rows.
+        majority: Task or name of a mean → accuracy of the majority class.
     """
 
     id: str
@@ -255,6 +267,7 @@ class SectionView:
     parameters: TradeOff
     setups: tuple[SetupView, ...]
     holes: tuple[Hole, ...]
+    majority: Mapping[str, float]
 
     @property
     def cells(self) -> list[CellView]:

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from svp_bench._version import __version__
 from svp_bench.cards import SuiteCard, list_suites, load_suite, load_task
-from svp_bench.errors import UsageError, unknown_name
+from svp_bench.errors import UsageError, file_size, plural, printable, unknown_name
 from svp_bench.results.files import Problem, read_records, write_atomically
 from svp_bench.results.published import load_published, mean_names
 from svp_bench.results.quoted import citations
@@ -38,9 +38,20 @@ from svp_bench.results.report.model import (
 )
 from svp_bench.results.report.view import report_view
 from svp_bench.results.rows import Table
-from svp_bench.results.stats import FEWEST_PAIRS
+from svp_bench.results.stats import FEWEST_PAIRS, FEWEST_SOURCES
 from svp_bench.results.tables import load_table
-from svp_bench.results.wording import PLUMBING, interval, p_value, percent, plural, short_name, signed, size, span
+from svp_bench.results.wording import (
+    IMAGES,
+    MAJORITY,
+    PLUMBING,
+    interval,
+    p_value,
+    percent,
+    short_name,
+    signed,
+    size,
+    span,
+)
 
 __all__ = ["json_in_html", "render", "report_path", "run_report"]
 
@@ -150,8 +161,9 @@ def _told(report: ReportView, target: Path, text: str) -> str:
         lines.append(f"{suite.card.title}: {', '.join(parts)}")
     if not report.suites:
         lines.append("There are no records yet, so the page is empty; `svp-bench fit --config FILE` writes a record.")
-    size_mib = len(text.encode("utf-8", errors="backslashreplace")) / 2**20
-    return "\n".join([*lines, f"Written: {target} ({size_mib:.1f} MiB, loads nothing from anywhere)", ""])
+    length = file_size(len(text.encode("utf-8", errors="backslashreplace")))
+    lines.append(f"Written: {target} ({length}, loads nothing from anywhere)")
+    return "\n".join([*map(printable, lines), ""])
 
 
 def _suite_of(problem: Problem) -> str | None:
@@ -181,7 +193,10 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
     """
     folder = files("svp_bench.results.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
+    environment.finalize = lambda value: printable(value) if type(value) is str else value  # not the page's own Markup
     environment.filters["short_name"] = short_name
+    environment.filters["plural"] = plural
+    environment.tests["measured"] = lambda task, section: any(task.name in row.cells for row in section.rows)
     environment.filters["breakable"] = _breakable
     figures = {
         name: figure for suite in report.suites for name, figure in drawing.figures_of(suite, report.level).items()
@@ -205,6 +220,12 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
         "place": lambda number, domain: f"{100 * (number - domain[0]) / (domain[1] - domain[0]):.2f}",
         "domain_of": _domain_of,
         "pictures_of": _pictures_of,
+        "drawn_means": lambda suite, section: [
+            column
+            for column in drawing.columns_of(suite, section)
+            if f"{section.id}-mean-{drawing.slug(suite, column)}" in figures
+        ],
+        "tested": lambda comparison: any(found.p is not None for found in comparison.contrasts),
         "span": span,
         "sizes": lambda pair: _sizes(*pair),
         "interval": interval,
@@ -225,7 +246,10 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
         newest=None if report.newest is None else _readable(report.newest),
         level=percent(report.level),
         plumbing=PLUMBING,
+        majority=MAJORITY,
+        star=IMAGES,
         fewest=FEWEST_PAIRS,
+        fewest_sources=FEWEST_SOURCES,
         show_published=published,
         any_quoted=any(suite.quoted for suite in report.suites),
         curve_points=POINTS,
@@ -277,8 +301,8 @@ def _point(trade: TradeOff, row: RowView) -> Point | None:
 
 def _domain_of(section: SectionView) -> tuple[int, int]:
     """Whole percents around all means and intervals that the leaderboard draws."""
-    values = [row.task_mean for row in section.rows if row.task_mean is not None]
-    ends = [end for value in values for pair in (value.these, value.new) if pair for end in pair]
+    values = [row.present for row in section.rows]
+    ends = [end for value in values for pair in (value.shown, value.new) if pair for end in pair]
     ends += [value.mean for value in values]
     return (math.floor(min(ends)), math.floor(max(ends)) + 1) if ends else (0, 100)
 

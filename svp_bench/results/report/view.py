@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from svp_bench.cards import SuiteCard
-from svp_bench.results.comparison import column_marks
+from svp_bench.errors import plural
+from svp_bench.results.comparison import column_marks, images_of_cell, seeds_of_cell
 from svp_bench.results.files import Problem
 from svp_bench.results.published import WHOLE, mean_names
 from svp_bench.results.quoted import quoted_methods
@@ -36,7 +37,7 @@ from svp_bench.results.report.model import (
     Value,
 )
 from svp_bench.results.rows import Cell, LeftOut, Row, Section, Table
-from svp_bench.results.stats import mean_of, one_standard_error
+from svp_bench.results.stats import one_standard_error
 from svp_bench.results.wording import (
     STAND_IN,
     choice_notes,
@@ -44,9 +45,13 @@ from svp_bench.results.wording import (
     data_notes,
     departure_notes,
     dirty_notes,
+    majority_notes,
+    majority_scores,
     marks,
     new_tasks_note,
     one_line,
+    partial,
+    partial_notes,
     provenance_notes,
     ranks_notes,
     short_name,
@@ -172,7 +177,7 @@ def _section(
     return SectionView(
         id=name,
         table=section,
-        title=f"{section.backbone}, {section.track.title}",
+        title=", ".join([*([section.data] if section.data else []), section.backbone, section.track.title]),
         weights=weights(section),
         notes=tuple(_notes(section, suite)),
         comparison_notes=tuple(comparison_notes(section, suite, level)),
@@ -181,6 +186,13 @@ def _section(
         parameters=_parameters(name, section.rows, rows),
         setups=_setups(name, section.rows, rows),
         holes=tuple(Hole(row.label, row.missing) for row in rows if row.missing),
+        majority={
+            name: score
+            for name, score in zip(
+                [*suite.tasks, *suite.groups, *mean_names(suite)], majority_scores(section, suite), strict=True
+            )
+            if score is not None
+        },
     )
 
 
@@ -190,10 +202,12 @@ def _notes(section: Section, suite: SuiteCard) -> Iterable[str]:
     if single:
         yield (
             "No interval over new seeds where a task has one seed only, for its variance is unknown: "
-            f"{'; '.join(single)}."
+            f"{'; '.join(single)}. The interval over test images takes its place: it is about these runs."
         )
     if any(cell.std == 0 for cell in cells):
         yield "No interval over new seeds where all seeds gave the same number: their variance is unknown, not zero."
+    yield from partial_notes(section, suite)
+    yield from majority_notes(section)
     yield from new_tasks_note(section, suite)
     yield from choice_notes(section)
     yield from departure_notes(section)
@@ -256,9 +270,19 @@ def _row(
         },
         apart=tuple(_cell(cell, level, pool) for cell in row.apart),
         missing=tuple(task for task in suite.tasks if task not in row.cells),
-        task_mean=_value(row.task_mean, known.task_mean, known.new_tasks),
-        group_mean=_value(row.group_mean, known.group_mean),
-        groups={group: _value(row.groups[group], known.groups.get(group)) for group in suite.groups},
+        task_mean=_value(row.task_mean, known.task_mean, known.new_tasks, known.images),
+        present=Value(
+            row.present_mean,
+            _bounds(known.present),
+            _bounds(known.new_tasks),
+            _bounds(known.images),
+            partial(row, suite),
+        ),
+        group_mean=_value(row.group_mean, known.group_mean, None, known.group_mean_images),
+        groups={
+            group: _value(row.groups[group], known.groups[group], None, known.group_images[group])
+            for group in suite.groups
+        },
         seeds=row.seeds,
         trainable=row.adapter,
         trials=row.trials,
@@ -266,8 +290,8 @@ def _row(
     )
 
 
-def _value(mean: float | None, these: Estimate | None, new: Estimate | None = None) -> Value | None:
-    return None if mean is None else Value(mean, _bounds(these), _bounds(new))
+def _value(mean: float | None, these: Estimate | None, new: Estimate | None, images: Estimate | None) -> Value | None:
+    return None if mean is None else Value(mean, _bounds(these), _bounds(new), _bounds(images))
 
 
 def _bounds(estimate: Estimate | None) -> Bounds | None:
@@ -282,13 +306,12 @@ def _cell(cell: Cell, level: float, pool: Pool, standing: str = "", verdict: str
         for record in cell.records
         if record.metrics is not None
     )
-    counts = [record.metrics.count for record in cell.records if record.metrics is not None]
     return CellView(
         task=cell.task,
-        value=Value(cell.mean, _bounds(mean_of({cell.task: [run.top1 for run in runs]}, level=level))),
+        value=Value(cell.mean, _bounds(seeds_of_cell(cell, level)), images=_bounds(images_of_cell(cell, level))),
         std=cell.std,
-        pictures=min(counts),
-        binomial=one_standard_error(cell.mean, min(counts)),
+        pictures=cell.images,
+        binomial=one_standard_error(cell.mean, cell.images),
         runs=runs,
         marks=marks(cell),
         variant=cell.variant,
@@ -318,7 +341,11 @@ def _trade_off(name: str, axis: Axis, costs: Mapping[str, float], rows: Sequence
     shown = [(row, costs[row.id], row.task_mean) for row in rows if row.id in costs and row.task_mean is not None]
     on_front = front([(cost, value.mean) for _, cost, value in shown])
     missing = {
-        row.label: f"has holes: {len(row.cells)} of {len(row.cells) + len(row.missing)} tasks" if row.missing else why
+        row.label: (
+            f"is partial: {len(row.cells)} of {plural(len(row.cells) + len(row.missing), 'task')}"
+            if row.missing
+            else why
+        )
         for row in rows
         if row.task_mean is None or row.id not in costs
     }
@@ -378,7 +405,7 @@ def _measured(name: str, setup: Setup, rows: Sequence[Row], views: Sequence[RowV
         if peaks:
             memory[view.label] = max(peaks)
     device, count, precision, backend = setup
-    processes = "1 process" if count == 1 else f"{count} processes"
+    processes = plural(count, "process")
     why = "not all of its tasks were run on this machine"
     return SetupView(
         title=f"{device}, {processes}, precision {precision}, scan backend {backend}",
