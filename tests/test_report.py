@@ -221,7 +221,7 @@ def test_a_row_without_times_has_no_point() -> None:
 
 def test_a_row_with_holes_has_no_point(view: ReportView) -> None:
     parameters = section_of(view).parameters
-    assert parameters.missing == {"adapter": "has holes: 17 of 19 tasks"}
+    assert parameters.missing == {"adapter": "is partial: 17 of 19 tasks"}
     on_front = [point.row.label for point in parameters.points if point.front]
     assert "linear" in on_front, "nothing is cheaper than no parameter"
 
@@ -249,7 +249,7 @@ def test_a_hole_is_named_and_not_drawn_as_zero(view: ReportView) -> None:
     bars, holes = figure["data"]
     assert len(bars["x"]) == len(section.rows) - 1
     assert min(bars["x"]) > 1
-    assert holes["text"] == ["– a hole: tasks are missing"]
+    assert holes["text"] == ["– results are missing"]
     assert holes["y"] == [len(section.rows) - 1]
 
 
@@ -260,8 +260,11 @@ def test_every_seed_is_a_point(view: ReportView) -> None:
     assert means["x"] == [round(cell.value.mean, 4) for cell in cells]
     assert seeds["x"] == [round(run.top1, 4) for cell in cells for run in cell.runs]
     assert seeds["customdata"] == [[run.record] for cell in cells for run in cell.runs]
-    one_seed = [cell.value.these is None for cell in cells]
-    assert [value is None for value in means["error_x"]["array"]] == one_seed
+    shown = [cell.value.these or cell.value.images for cell in cells]
+    assert any(cell.value.these is None for cell in cells)
+    assert means["error_x"]["array"] == [
+        round(high - cell.value.mean, 4) for (_, high), cell in zip(shown, cells, strict=True)
+    ]
 
 
 def test_published_numbers_are_open_stars_apart_from_ours(view: ReportView) -> None:
@@ -649,7 +652,7 @@ def test_curves_stand_in_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     outcome = run("report", "--runs_root", "logs")
     assert "2 learning curves" in outcome.out
     text = Path("results/report/index.html").read_text(encoding="utf-8")
-    assert "TensorBoard files of 2 runs below <code>logs</code>; 1 more records have no files there" in text
+    assert "TensorBoard files of 2 runs below <code>logs</code>; 1 more record without files there" in text
     curves = data_of(text)["curves"]["vtab"]
     assert [(entry["section"], entry["label"]) for entry in curves["runs"]] == [
         ("vtab-1", "svp"),

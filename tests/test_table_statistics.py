@@ -100,11 +100,38 @@ def welch(cells: pd.DataFrame, weights: dict[str, float], level: float = 0.95) -
 
 
 def clustered(means: pd.Series, level: float = 0.95) -> tuple[float, float]:
-    """Low and high of the mean over tasks: new tasks; tasks of one source are one draw."""
+    """Low and high of the mean over tasks: new tasks; tasks of one source are one draw (CR2, Satterthwaite)."""
     sums = [sum((means[task] - means.mean()) / len(means) for task in source) for source in SOURCES]
-    n = len(sums)
-    half = stats.t.ppf((1 + level) / 2, n - 1) * math.sqrt(n / (n - 1) * sum(x**2 for x in sums))
+    share = np.array([len(source) / len(means) for source in SOURCES])
+    variance = sum(x**2 / (1 - w) for x, w in zip(sums, share, strict=True))
+    # the covariance of the adjusted sums, if the tasks were independent and equally noisy
+    gram = (np.diag(share) - np.outer(share, share)) / np.sqrt(np.outer(1 - share, 1 - share))
+    half = stats.t.ppf((1 + level) / 2, np.trace(gram) ** 2 / (gram**2).sum()) * math.sqrt(variance)
     return means.mean() - half, means.mean() + half
+
+
+def wilson(share: float, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Low and high of an accuracy over test images, in percent."""
+    found = stats.binomtest(round(share * count), count).proportion_ci(level, method="wilson")
+    return 100 * found.low, 100 * found.high
+
+
+def over_images(cells: pd.DataFrame) -> tuple[float, float]:
+    """Low and high of the mean over tasks, over test images; distances of tasks on shared images add up."""
+    means = cells.groupby("task")["top1"].mean()
+    z2 = stats.norm.ppf(0.975) ** 2
+    down, up = [], []
+    for source in SOURCES:
+        below = above = 0.0
+        for task in source:
+            p = means[task] / 100
+            centre = (p + z2 / 2000) / (1 + z2 / 1000)
+            half = math.sqrt(z2 * (p * (1 - p) / 1000 + z2 / 4e6)) / (1 + z2 / 1000)
+            below += 100 * (p - centre + half) / len(means)
+            above += 100 * (centre + half - p) / len(means)
+        down.append(below**2)
+        up.append(above**2)
+    return means.mean() - math.sqrt(sum(down)), means.mean() + math.sqrt(sum(up))
 
 
 def flipped(differences: list[float]) -> float:
@@ -160,7 +187,9 @@ def test_intervals_are_those_of_welch_and_satterthwaite(tmp_path: Path) -> None:
         assert lines[method]["interval_level"] == "0.95"
         order = ("natural", "specialized", "structured", "mean of 9 tasks", "mean of 3 groups")
         written = [f"[{expected[name][1]:.2f}, {expected[name][2]:.2f}]" for name in order]
-        assert printed[method] == [*written, f"[{low:.2f}, {high:.2f}]"]
+        images = over_images(cells)
+        assert printed[method] == [*written, f"[{images[0]:.2f}, {images[1]:.2f}]", f"[{low:.2f}, {high:.2f}]"]
+        assert lines[method]["mean of the tasks there are, test images, low"] == f"{images[0]:.4f}"
         text = render_terminal(table)
         mean, low, high = expected["mean of 9 tasks"]
         assert f"{mean:.2f} ± {(high - low) / 2:.2f}" in text
@@ -218,8 +247,13 @@ def test_holes_have_no_interval() -> None:
 def test_a_suite_of_one_source_has_no_interval_over_new_tasks() -> None:
     one = dataclasses.replace(SMALL, same_pictures=(tuple(task.split("/")[1] for task in SMALL.tasks),))
     page = render_markdown(build(draw({"svp": 0, "linear": 0}), one))
-    assert "No interval over new tasks: the suite has 1 independent source of pictures." in page
-    assert statistics_of(page, "Differences to linear")["svp"][2] == "–"
+    assert "No interval over new tasks: the suite has 1 independent source of pictures, and 6 are the fewest." in page
+    head, line = (statistics_of(page, "Differences to linear")[name] for name in ("method", "svp"))
+    assert "new tasks" not in head
+    assert "p" not in head
+    assert len(head) == len(line)
+    assert "cannot be tested with 1 source; no outcome" in page
+    assert "Mean ranks" not in page
 
 
 def test_sources_are_groups_of_shared_pictures_and_single_tasks() -> None:
@@ -276,7 +310,7 @@ def test_differences_are_recomputed() -> None:
     for method in ("svp", "lora", "full"):
         apart = expected_differences(records, method, "linear")
         means = {task: float(np.mean(values)) for task, values in apart.items()}
-        raw[method] = flipped([float(np.mean([means[task] for task in source])) for source in SOURCES])
+        raw[method] = flipped([float(np.sum([means[task] for task in source])) for source in SOURCES])
     adjusted = step_down(raw)
     for method in raw:
         apart = expected_differences(records, method, "linear")
@@ -286,6 +320,7 @@ def test_differences_are_recomputed() -> None:
         assert float(printed[method][0]) == pytest.approx(mean, abs=0.00501)
         assert printed[method][1:] == [
             f"[{low:.2f}, {high:.2f}]",
+            printed[method][2],  # over test images: `test_pairs` recomputes them
             f"[{beyond[0]:.2f}, {beyond[1]:.2f}]",
             shown(raw[method]),
             shown(adjusted[method]),
@@ -303,10 +338,11 @@ def test_an_incomplete_row_is_compared_on_what_it_shares() -> None:
     apart = expected_differences(kept, "full", "linear")
     mean = np.mean([np.mean(values) for values in apart.values()])
     line = statistics_of(page, "Differences to linear")["full"]
-    assert (float(line[0]), line[5]) == (pytest.approx(mean, abs=0.00501), "3/9")
+    assert (float(line[0]), line[6]) == (pytest.approx(mean, abs=0.00501), "3/9")
+    assert line[3:6] == ["–", "–", "–"]  # three sources: neither an interval over new tasks nor a test
     assert "On fewer than 9 tasks, those that both rows have on the same pictures with a shared seed: full (3)." in page
-    assert "With fewer than six sources no p can fall below 0.05." in page
-    assert "sign flip over 3–8 independent sources" in page
+    assert "cannot be tested with 3 sources; no outcome" in page
+    assert "sign flip over 8 independent sources" in page
 
 
 def test_only_runs_on_the_same_pictures_and_seeds_are_compared() -> None:
@@ -323,7 +359,7 @@ def test_only_runs_on_the_same_pictures_and_seeds_are_compared() -> None:
     table = build(moved)
     page = render_markdown(table)
     printed = statistics_of(page, "Differences to linear")
-    assert (printed["svp"][5], printed["full"][5]) == ("8/9", "8/9")
+    assert (printed["svp"][-2], printed["full"][-2]) == ("8/9", "8/9")
     assert "lora" not in printed
     assert "- Not compared: lora shares no task with it on the same pictures and with a seed in common.\n" in page
 

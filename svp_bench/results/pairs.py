@@ -220,10 +220,10 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
             f"{mean[0].upper()}{mean[1:]}: {signed(whole.these_tasks.value)}, new seeds {interval(whole.these_tasks)}, "
             f"test images {interval(whole.images)}, new tasks {interval(whole.new_tasks)}; "
             + (
-                f"sign flip over {plural(whole.sources, 'independent source')} of images: p {p_value(whole.p)}."
+                f"sign flip over {plural(whole.sources, 'independent source')} of pictures: p {p_value(whole.p)}."
                 if whole.p is not None
-                else f"it cannot be tested with {plural(whole.sources, 'source')} of images: no outcome could give a p "
-                f"below {p_value(whole.least)}."
+                else f"it cannot be tested with {plural(whole.sources, 'source')} of pictures: no outcome could give a "
+                f"p below {p_value(whole.least)}."
             )
         )
         if len(pair.tasks) < len(suite.tasks):

@@ -370,7 +370,7 @@ def new_tasks_note(section: Section, suite: SuiteCard) -> list[str]:
     """Say what the interval over new tasks is, or why there is none."""
     known = [row.intervals.new_tasks for row in section.rows if row.intervals.new_tasks is not None]
     count = len(sources_of(suite))
-    sources = plural(count, "independent source") + " of images"
+    sources = plural(count, "independent source") + " of pictures"
     if not known:
         return []
     if count < FEWEST_SOURCES:
@@ -437,7 +437,7 @@ def _test_notes(found: Sequence[Contrast], suite: SuiteCard, level: float) -> li
         whole = [c for c in tested if c.holm is not None]
         counts = [c.sources for c in tested]
         notes.append(
-            f"p: two-sided sign flip over {span(min(counts), max(counts))} independent sources of images"
+            f"p: two-sided sign flip over {span(min(counts), max(counts))} independent sources of pictures"
             + (f"; adjusted by Holm over {plural(len(whole), 'complete row')}." if whole else ".")
         )
     for complete in (True, False):
@@ -450,7 +450,7 @@ def _test_notes(found: Sequence[Contrast], suite: SuiteCard, level: float) -> li
 def untested_note(untested: Sequence[Contrast], level: float, tests: int) -> str:
     """Say that differences cannot be tested, with how many sources."""
     counts = [c.sources for c in untested]
-    few = f"{span(min(counts), max(counts))} independent source{'' if max(counts) == 1 else 's'} of images"
+    few = f"{span(min(counts), max(counts))} independent source{'' if max(counts) == 1 else 's'} of pictures"
     over = f"over {plural(tests, 'row')} (Holm) " if tests > 1 else ""
     return (
         f"No p: the differences cannot be tested with {span(min(counts), max(counts))} "
@@ -494,13 +494,13 @@ def ranks_notes(section: Section, level: float) -> list[str]:
         pairs = plural(len(ranks.p), "pair")
         return [
             *notes,
-            f"The order cannot be tested with {plural(ranks.n_sources, 'source')} of images: over {pairs} (Holm) no "
+            f"The order cannot be tested with {plural(ranks.n_sources, 'source')} of pictures: over {pairs} (Holm) no "
             f"outcome could give a p below {p_value(ranks.least)}.",
         ]
     groups = "; ".join(" = ".join(group) for group in ranks.cliques)
     return [
         *notes,
-        f"Not told apart (Wilcoxon signed-rank over the sources of images, Holm over all pairs, {percent(level)}; no "
+        f"Not told apart (Wilcoxon signed-rank over the sources of pictures, Holm over all pairs, {percent(level)}; no "
         f"proof of equality): {groups or 'none'}.",
     ]
 
