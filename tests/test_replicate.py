@@ -39,7 +39,6 @@ from svp_bench.results.replication import (
     tax_paths,
     write_replication,
 )
-from svp_bench.results.stats import mean_over_new_tasks
 from svp_bench.train.cli import BenchCLI
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.replicate import _LendsTest
@@ -380,10 +379,7 @@ def test_the_tax_of_each_task_and_of_their_mean(tmp_path: Path) -> None:
     assert float(lines["vtab/caltech101"]["best_epoch"]) == pytest.approx(65.0)
     means = [statistics.fmean(taxes) for taxes in TAXES.values()]
     assert float(lines["mean, these tasks"]["tax"]) == pytest.approx(statistics.fmean(means))
-    new = mean_over_new_tasks(TAXES, [["vtab/caltech101"], ["vtab/clevr_count", "vtab/clevr_dist"], ["vtab/dtd"]])
-    assert new.low is not None
-    assert float(lines["mean, new tasks"]["tax_low"]) == pytest.approx(new.low, abs=1e-4)
-    assert lines["mean, new tasks"]["n"] == "3"
+    assert (lines["mean, new tasks"]["tax_low"], lines["mean, new tasks"]["n"]) == ("", "3")  # three sources: too few
     assert "| svp | 4/19 | 1–2 |" in page
     assert "| caltech101 | svp | 2 | 57.50 | 65.00 | 2 of 3, 2 of 3 | +7.50 [" in page
 
