@@ -350,6 +350,11 @@ class VisionDataModule(LightningDataModule):
             )
         self._test_unlocked = True
 
+    @property
+    def test_unlocked(self) -> bool:
+        """Whether `unlock_test` was called."""
+        return self._test_unlocked
+
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of the test list.
 

@@ -36,6 +36,7 @@ from svp_bench.results.files import (
 )
 from svp_bench.results.record import Record, new_run_id
 from svp_bench.train.callbacks import Meter, peak_memory_mib
+from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
 from svp_bench.train.memory import Shortage, gauge_of, is_out_of_memory
 from svp_bench.train.metrics import describe
 from svp_bench.train.module import AdaptationModule
@@ -113,6 +114,7 @@ class BenchCLI(ConfigCLI):
     def __init__(self, verb: str, flags: Flags, watchers: Sequence[Callback] = ()) -> None:
         self.watchers = watchers
         self.meter = Meter()
+        self.watch = RecipeWatch(None)
         self.stopper: Stopper | None = None
         self.run_id = ""
         self.run_dir = Path()
@@ -181,6 +183,7 @@ class BenchCLI(ConfigCLI):
         dry = bool(config.fast_dev_run)
         if self.verb == "fit" and config.enable_checkpointing is not False and not dry:
             folder = self.run_dir / "checkpoints"
+            self.watch.checkpoint = folder / CHECKPOINT.name
             self.stopper = Stopper(folder / CHECKPOINT.name)
             callbacks += [
                 self.stopper,
@@ -194,6 +197,7 @@ class BenchCLI(ConfigCLI):
             ]
         if self.verb == "fit":
             callbacks.append(StepSeeds(int(self.config_init[self.verb].seed_everything)))
+        callbacks.append(self.watch)
         kwargs["plugins"] = [*(config.plugins or []), self.checkpoints]
         if config.logger in (None, True) and self.verb == "fit" and not dry:
             # what was logged after the last checkpoint will be logged once more
@@ -204,9 +208,11 @@ class BenchCLI(ConfigCLI):
         trainer_config = {**config.as_dict(), **kwargs}
         trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *callbacks]
         try:
-            return Trainer(**trainer_config)
+            trainer = Trainer(**trainer_config)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"Lightning refuses these trainer settings: {one_line(str(error))}") from None
+        refuse_hidden_changes(trainer, trains=self.verb == "fit")
+        return trainer
 
     # --- the verbs ---------------------------------------------------------------------------------------------------
 
@@ -278,16 +284,17 @@ class BenchCLI(ConfigCLI):
         self, model: AdaptationModule, datamodule: VisionDataModule, kwargs: dict[str, Any]
     ) -> tuple[str, str | None, bool]:
         """Train, and test what is to be tested; return status, its reason, and whether it was tested."""
+        self.watch.begin(self.trainer, model, datamodule)
         self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        self.watch.begin_test(datamodule)
         status, reason = self.recorder.outcome()
         if status != "complete":
             return status, reason, False
         if datamodule.stage == "select" and model.validated is None:
             self.trainer.validate(model, datamodule=datamodule, verbose=False)  # resumed after the last epoch
-        if datamodule.stage != "final":
-            return status, reason, False
-        if self.config[self.verb].no_test:
-            return "unscored", "--no_test", False
+        if datamodule.stage != "final" or self.config[self.verb].no_test:
+            self.watch.settle(self.trainer, model)
+            return (status, reason, False) if datamodule.stage != "final" else ("unscored", "--no_test", False)
         datamodule.unlock_test()
         self.trainer.test(model, datamodule=datamodule, verbose=False)
         return status, reason, True
@@ -483,6 +490,8 @@ class BenchCLI(ConfigCLI):
         if record.metrics is not None:
             print(describe(record.metrics, record.lists[role]), flush=True)
         print(f"Record ({status}): {path}", flush=True)
+        if record.not_comparable:
+            print(f"Not comparable, tables leave it out: {'; '.join(record.not_comparable)}", flush=True)
         if record.metrics is not None:
             self.recorder.write_tables(role, self.run_dir)
         checkpoint = self.run_dir / CHECKPOINT
@@ -504,6 +513,7 @@ class BenchCLI(ConfigCLI):
             data=self.datamodule,
             trainer=self.trainer,
             meter=self.meter,
+            watch=self.watch,
         )
 
 

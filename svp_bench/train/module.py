@@ -205,6 +205,7 @@ class AdaptationModule(LightningModule):
         self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1) * 255, persistent=False)
         # unchecked: the labels were, when they were read; and a task may have one class, which torchmetrics refuses
         self.train_top1 = MulticlassAccuracy(max(2, num_classes), average="micro", validate_args=False)
+        self.schedule: Schedule | None = None  # of the learning rate; there once training begins
         self.run_id: str | None = None  # of the run that trains this, for its checkpoints
         self.validated: Evaluation | None = None  # the last validation, of all processes; none before training
         self.tested: Evaluation | None = None
@@ -421,7 +422,8 @@ class AdaptationModule(LightningModule):
         if self.warmup_learning_rate is not None:
             start = self.warmup_learning_rate / self.learning_rate
         floor = self.min_learning_rate / self.learning_rate
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(warmup, end, start, floor, self.whole_cosine))
+        self.schedule = Schedule(warmup, end, start, floor, self.whole_cosine)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.schedule_interval}}
 
     def optimizer_step(

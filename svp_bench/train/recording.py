@@ -17,12 +17,12 @@ from svp_bench.ops import Choice
 from svp_bench.results.code import package_digest
 from svp_bench.results.record import Correct, Metrics, Parameters, Record, timestamp
 from svp_bench.train.callbacks import Meter, peak_memory_mib
+from svp_bench.train.comparable import RecipeWatch, external_classes
 from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.parsing import Resolved
 from svp_bench.train.provenance import cpu_name, device_name, library_versions
 from svp_bench.train.resume import CHECKPOINT
-from svp_bench.train.saved import weights_digest
 
 __all__ = ["Recorder"]
 
@@ -41,6 +41,7 @@ class Recorder:
         data: The data module.
         trainer: The trainer.
         meter: What was measured along the way.
+        watch: What differed from the recipe, and the digest of the weights that were scored.
     """
 
     run_id: str
@@ -52,6 +53,7 @@ class Recorder:
     data: VisionDataModule
     trainer: Trainer
     meter: Meter
+    watch: RecipeWatch
 
     def scan_choice(self) -> Choice:
         """Return the scan backend that runs, and why.
@@ -193,9 +195,11 @@ class Recorder:
             images_per_second=self.meter.images_per_second,
             peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device) if peak is None else peak,
             checkpoint_file=saved.relative_to(resolved.runs_root).as_posix() if saved.is_file() else None,
-            weights_digest=weights_digest(model.weights()) if status in ("complete", "unscored") else None,
             method_source=dict(resolved.sources) or None,
             package_digest=package_digest(),
             cpu=cpu_name(),
             card_digests=dict(resolved.card_digests),
+            weights_digest=self.watch.scored if status in ("complete", "unscored") else None,
+            external_classes=external_classes(self.trainer),
+            not_comparable=list(self.watch.reasons) or None,
         )

@@ -1,0 +1,275 @@
+"""Whether a run did what its record says: classes from outside, and what they changed of the recipe or the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
+from torch.optim import Optimizer
+
+from svp_bench.data.module import VisionDataModule
+from svp_bench.errors import UsageError
+from svp_bench.methods.build import trained_parameters
+from svp_bench.train.module import AdaptationModule
+from svp_bench.train.saved import Saved, weights_digest
+
+__all__ = ["RecipeWatch", "external_classes", "refuse_hidden_changes"]
+
+# Lightning's own that change neither weights nor settings. The record names everything else.
+_HARMLESS = {
+    *("ModelSummary", "RichModelSummary", "ProgressBar", "TQDMProgressBar", "RichProgressBar", "ModelCheckpoint"),
+    *("OnExceptionCheckpoint", "LearningRateMonitor", "DeviceStatsMonitor", "ThroughputMonitor", "Timer"),
+    *("EarlyStopping", "TensorBoardLogger", "CSVLogger", "DummyLogger"),
+    *("PassThroughProfiler", "SimpleProfiler", "AdvancedProfiler", "PyTorchProfiler"),
+    *("SingleDeviceStrategy", "DDPStrategy", "CPUAccelerator", "CUDAAccelerator", "MPSAccelerator"),
+    *("Precision", "MixedPrecision", "DoublePrecision", "HalfPrecision", "TorchCheckpointIO"),
+    *("LightningEnvironment", "TorchElasticEnvironment", "SLURMEnvironment", "MPIEnvironment", "LSFEnvironment"),
+    "KubeflowEnvironment",
+}
+_OWN_PACKAGES = ("svp_bench.",)
+_LIGHTNING = ("lightning.pytorch.", "lightning.fabric.", "pytorch_lightning.", "lightning_fabric.")
+
+# What a record could not describe: the class, why, and what to do instead.
+_REFUSED: Mapping[str, tuple[str, str]] = {
+    "LearningRateFinder": (
+        "it sets another learning rate than the record would say",
+        "choose model.learning_rate on val with `svp-bench tune`, or set it",
+    ),
+    "BatchSizeFinder": (
+        "it sets another batch size than the record would say",
+        "set --data.batch_size; a run out of memory says what fits",
+    ),
+    "GradientAccumulationScheduler": (
+        "data.batch_size is global, and a schedule would change it between epochs",
+        "set --data.batch_size and --trainer.accumulate_grad_batches",
+    ),
+    "BaseFinetuning": (
+        "the method says which parameters train, from the first step to the last",
+        "leave it out, or write a method",
+    ),
+    "ModelPruning": ("it replaces parameters of the backbone behind the method", "leave it out"),
+}
+
+
+def refuse_hidden_changes(trainer: Trainer, *, trains: bool) -> None:
+    """Refuse, before training, callbacks and strategies that a record cannot describe.
+
+    Args:
+        trainer: The trainer.
+        trains: Whether it will train; callbacks only matter then.
+
+    Raises:
+        UsageError: If there is one; says what to do instead.
+    """
+    for name, (why, instead) in _REFUSED.items() if trains else ():
+        kind = getattr(lightning_callbacks, name)
+        for callback in _callbacks(trainer):
+            if isinstance(callback, kind):
+                raise UsageError(f"trainer.callbacks: {_name(callback)} is refused: {why}; {instead}")
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        given = getattr(trainer.strategy, "_start_method", None)
+        raise UsageError(
+            f"trainer.strategy: {_name(trainer.strategy)} with processes by {given or 'multiprocessing'} (ddp_{given}, "
+            "ddp_notebook …) is refused: they do not hand the state of a run back, so its record would be wrong; "
+            "use --trainer.strategy ddp"
+        )
+
+
+def external_classes(trainer: Trainer) -> list[str]:
+    """Return the full names, sorted, of the classes in a trainer that are neither ours nor known to change nothing."""
+    strategy: Any = trainer.strategy
+    parts = [
+        *(_callbacks(trainer)),
+        *trainer.loggers,
+        *(getattr(trainer, name) for name in ("profiler", "strategy", "accelerator")),
+        *(getattr(strategy, name, None) for name in ("precision_plugin", "checkpoint_io", "cluster_environment")),
+        getattr(strategy, "_layer_sync", None),
+    ]
+    return sorted({_name(part) for part in parts if part is not None and not _is_known(part)})
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def _name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _is_known(value: object) -> bool:
+    name = _name(value)
+    return name.startswith(_OWN_PACKAGES) or (name.startswith(_LIGHTNING) and type(value).__name__ in _HARMLESS)
+
+
+class RecipeWatch(Callback):
+    """Watches that a run trains by its recipe, and that its checkpoint holds the weights that are scored.
+
+    Must stand behind the callbacks of others. Before each optimizer step it compares learning rate, weight decay and
+    the trained parameters with the recipe; when the test begins it compares the weights with those after the last step.
+
+    Args:
+        checkpoint: The run's last checkpoint, to be written again where others have changed the weights since.
+
+    Attributes:
+        reasons: What differed, in order, one line each: why the run is not comparable.
+        scored: Digest of the weights that were tested, or None.
+    """
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.checkpoint = checkpoint
+        self.reasons: list[str] = []
+        self.scored: str | None = None
+        self._settings: dict[str, Any] = {}
+        self._last: str | None = None  # digest after the last optimizer step of the run
+        self._frozen: dict[str, Tensor] = {}
+        self._frozen_digest: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run would not see again."""
+        return {"reasons": list(self.reasons), "last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from the state of an earlier part of the run."""
+        self.reasons, self._last = list(state_dict["reasons"]), state_dict["last"]
+
+    def begin(self, trainer: Trainer, model: AdaptationModule, data: VisionDataModule) -> None:
+        """Note the settings before any callback has run."""
+        self._settings = _settings(trainer, model, data)
+        frozen = _frozen(model)
+        self._frozen_digest = weights_digest({"state_dict": frozen})
+        if external_classes(trainer):  # averaging rounds frozen weights, for one
+            self._frozen = {name: value.detach().cpu().clone() for name, value in frozen.items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the settings, and each optimizer step from here on."""
+        if not self._settings or not isinstance(pl_module, AdaptationModule):
+            return
+        self._compare_settings(trainer, pl_module)
+        (optimizer,) = trainer.optimizers
+        trained = {name: id(parameter) for name, parameter in trained_parameters(pl_module.model).items()}
+        expected = _Expected(trainer, pl_module, self._settings)
+        last_step = int(trainer.estimated_stepping_batches)
+
+        def before(optimizer: Optimizer, *_: Any) -> None:
+            for reason in expected.differences(optimizer, set(trained.values())):
+                self._note(f"{reason} (first in epoch {trainer.current_epoch}, step {trainer.global_step})", reason)
+
+        def after(*_: Any) -> None:
+            if trainer.global_step + 1 >= last_step:
+                self._last = _trained_digest(pl_module.weights())
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the settings once more."""
+        if self._settings and isinstance(pl_module, AdaptationModule):
+            self._compare_settings(trainer, pl_module)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take the digest of the weights that are about to be scored."""
+        if batch_idx == 0 and isinstance(pl_module, AdaptationModule):
+            self.settle(trainer, pl_module)
+
+    def settle(self, trainer: Trainer, model: AdaptationModule) -> None:
+        """Take the digest of the final weights, and write them into the checkpoint where it holds others.
+
+        Raises:
+            CheckpointError: If the checkpoint cannot be read.
+            SvpBenchError: If it cannot be written.
+        """
+        weights = model.weights()
+        self.scored = weights_digest(weights)
+        if self._last is not None and _trained_digest(weights) != self._last:
+            self._note("the weights were changed after the last optimizer step")
+        if self._frozen_digest is not None and weights_digest({"state_dict": _frozen(model)}) != self._frozen_digest:
+            kept = {name: value for name, value in self._frozen.items() if name in _frozen(model)}
+            model.load_state_dict(kept, strict=False)
+            self._note(f"frozen weights were changed{', and put back before the test' if kept else ''}")
+        if not self._settings or self.checkpoint is None or not trainer.is_global_zero or not self.checkpoint.is_file():
+            return
+        saved = Saved.read(self.checkpoint)
+        if weights_digest(saved.content) != self.scored:
+            self._note("the weights were changed after the last checkpoint, which was written again with them")
+            parts = {part: {name: v.detach().cpu() for name, v in state.items()} for part, state in weights.items()}
+            trainer.strategy.checkpoint_io.save_checkpoint({**saved.content, **parts}, self.checkpoint)
+
+    def _compare_settings(self, trainer: Trainer, model: AdaptationModule) -> None:
+        now = _settings(trainer, model, trainer.datamodule)  # type: ignore[attr-defined]
+        for key, value in self._settings.items():
+            if now[key] != value:
+                self._note(f"{key} was changed from {value} to {now[key]}")
+
+    def begin_test(self, data: VisionDataModule) -> None:
+        """Note a test split that somebody could read before the weights were final."""
+        if data.test_unlocked:
+            self._note("the test split was unlocked before the weights were final")
+
+    def _note(self, reason: str, kind: str | None = None) -> None:
+        """Add a reason once; of one kind only the first."""
+        if not any(known.startswith(kind or reason) for known in self.reasons):
+            self.reasons.append(reason)
+
+
+_RECIPE = (
+    *("learning_rate", "weight_decay", "betas", "eps", "momentum", "optimizer_name", "warmup_epochs"),
+    *("warmup_start_factor", "warmup_learning_rate", "min_learning_rate", "whole_cosine", "schedule_interval"),
+    *("cooldown_epochs", "label_smoothing", "frozen_mode", "ema_decay", "ema_evaluate"),
+)
+_DATA = ("batch_size", "seed", "drop_last", "repeats", "random_erasing", "mixing", "augment", "view", "lists", "stage")
+_TRAINER = ("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")
+
+
+def _settings(trainer: Trainer, model: AdaptationModule, data: VisionDataModule) -> dict[str, Any]:
+    """Return the settings that must stay as they are, by config key."""
+    found: dict[str, Any] = {}
+    for group, owner, names in (("model", model, _RECIPE), ("data", data, _DATA), ("trainer", trainer, _TRAINER)):
+        for name in names:
+            value = getattr(owner, name, None)
+            found[f"{group}.{name}"] = dict(value) if isinstance(value, Mapping) else value
+    return found
+
+
+def _trained_digest(weights: Mapping[str, Any]) -> str:
+    """Return the digest without the average of `model.ema_decay`, which follows each optimizer step."""
+    return weights_digest({"state_dict": weights["state_dict"]})
+
+
+def _frozen(model: AdaptationModule) -> dict[str, Tensor]:
+    trained = model.trained_names()
+    return {n: v for n, v in model.state_dict().items() if n.startswith("model.") and n not in trained}
+
+
+class _Expected:
+    """What an optimizer step must look like, by the recipe."""
+
+    def __init__(self, trainer: Trainer, model: AdaptationModule, settings: Mapping[str, Any]) -> None:
+        self._trainer = trainer
+        self._settings = settings
+        self._by_epoch = model.schedule_interval == "epoch"
+        assert model.schedule is not None
+        self._schedule = model.schedule
+
+    def differences(self, optimizer: Optimizer, trained: set[int]) -> Iterator[str]:
+        """Yield what differs before a step."""
+        step = self._trainer.current_epoch if self._by_epoch else self._trainer.global_step
+        expected = self._settings["model.learning_rate"] * self._schedule(step)
+        found: set[int] = set()
+        for group in optimizer.param_groups:
+            found.update(map(id, group["params"]))
+            if abs(group["lr"] - expected) > 1e-6 * abs(expected) + 1e-15:
+                yield "the learning rate was not that of the recipe"
+            if group["weight_decay"] not in (0.0, self._settings["model.weight_decay"]):
+                yield "the weight decay was not that of the recipe"
+            betas = group.get("betas")
+            if betas is not None and tuple(betas) != tuple(self._settings["model.betas"]):
+                yield "the betas of the optimizer were not those of the recipe"
+        if found != trained:
+            yield "the optimizer did not train the parameters of the method"
