@@ -36,7 +36,19 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	fi; \
 	echo "Setting up $(VENV): about three minutes and 6 GB the first time."; \
 	if [ $$python != $(BIN)/python ]; then $$python -m venv --clear $(VENV); fi; \
-	$(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'; \
+	log=$(VENV)/install.log; began=$$(date +%s); \
+	$(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) \
+	  -e '.[dev]' > $$log 2>&1 & pip=$$!; \
+	trap 'kill $$pip 2>/dev/null; exit 130' INT TERM; \
+	while kill -0 $$pip 2>/dev/null; do \
+	  if [ -t 1 ]; then \
+	    printf '\r\033[K  %4d s  %s' $$(($$(date +%s) - began)) "$$(tail -n 1 $$log | tr -d '\r' | cut -c 1-64)"; \
+	  fi; \
+	  sleep 1; \
+	done; \
+	if [ -t 1 ]; then printf '\r\033[K'; fi; \
+	if ! wait $$pip; then tail -n 40 $$log >&2; echo "pip failed; all of its output: $$log" >&2; exit 1; fi; \
+	echo "Installed in $$(($$(date +%s) - began)) s; what pip printed: $$log"; \
 	touch $@
 
 .PHONY: lint
@@ -67,7 +79,7 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/pytest -q -m gpu
 
 .PHONY: demo
-demo: $(STAMP) ## adapt the embedded weights to three tasks with four methods: leaderboard, tables, report (three minutes)
+demo: $(STAMP) ## adapt the embedded weights to three tasks with four methods: leaderboard, tables, report (about two minutes)
 	$(BIN)/svp-bench demo
 	@echo "(to type these: source $(VENV)/bin/activate)"
 
@@ -84,7 +96,7 @@ REFERENCE ?= results/reference-anew
 METHODS := svp,vpt_deep,vpt_shallow,linear,full,lora,adapter,offset,bias
 SEARCHED := --suite demo --seeds 0,1,2,3,4 --search configs/search/demo.yaml --workers $(WORKERS) --threads 1 --no_report
 .PHONY: reference
-reference: $(STAMP) ## the reference results anew: demo suite, all methods, five seeds (three to four hours on two cores; goes on if stopped)
+reference: $(STAMP) ## the reference results anew: demo suite, all methods, five seeds, nested searches (about a day on two cores; goes on if stopped)
 	$(BIN)/svp-bench sweep $(SEARCHED) --methods $(METHODS) --results_root $(REFERENCE)/demo
 	$(BIN)/svp-bench sweep $(SEARCHED) --methods linear,full --model.checkpoint none --results_root $(REFERENCE)/demo-random
 	$(BIN)/python benchmarks/raw_pixels.py --output $(REFERENCE)/demo/raw_pixels.json

@@ -1,6 +1,6 @@
 """Write the tables of the reference results into README.md and results/reference/README.md, from the committed records.
 
-    make reference                                # runs everything anew (3 to 4 hours on two cores), then prints this
+    make reference                                # runs everything anew (about a day on two cores), then prints this
     python benchmarks/reference.py                # print the tables of the committed records
     python benchmarks/reference.py --write        # put them between their marks in both files
 
@@ -30,6 +30,8 @@ BEGIN, END = "<!-- begin: {} -->", "<!-- end: {} -->"
 FLOORS = {"pixels": "logistic regression on pixels", "contrasts": "logistic regression on contrasts"}
 RATE = "model.learning_rate"
 POSE = ("location", "orientation", "size")  # what pre-training was asked for answers these
+FEW = 50  # a tie on fewer images of val decided nothing: version 1 of the rule took the first setting that reached it
+TIE = " †"
 SCRATCH = {"full": "full, from scratch", "linear": "linear on random features"}
 
 Seeds = Mapping[str, Mapping[int, float]]  # task → seed → top-1
@@ -86,6 +88,13 @@ class Reference:
         self.tasks = list(self.suite.tasks)
         self.embedded = section(self.suite, self.roots[0])
         self.random = section(self.suite, self.roots[1])
+        self.ties = {
+            (number, choice.task, choice.method)
+            for number, root in enumerate(self.roots)
+            for choice in map(read_choice, sorted((root / "choices").rglob("*.json")))
+            if choice.count < FEW
+            and sum(trial.mean == choice.trials[choice.chosen].mean for trial in choice.trials) > 1
+        }
         self.floors, self.features = (
             json.loads((self.roots[0] / name).read_text(encoding="utf-8"))["tasks"]
             for name in ("raw_pixels.json", "features.json")
@@ -96,21 +105,24 @@ class Reference:
         return next(row for row in (part or self.embedded).rows if row.method == method)
 
     def main_table(self) -> str:
-        """Methods × tasks, the best mean first; then the controls."""
+        """Methods × tasks, the best mean first; then the controls. † marks choices by a tie on fewer than 50 images."""
         sources = self.embedded.rows
         ordered = sorted(sources, key=lambda row: -(row.task_mean or 0.0))
-        rows = [self._line(row, row.method) for row in ordered]
-        rows += [self._line(row, f"*{SCRATCH[row.method]}*") for row in self.random.rows]
+        rows = [self._line(row, row.method, 0) for row in ordered]
+        rows += [self._line(row, f"*{SCRATCH[row.method]}*", 1) for row in self.random.rows]
         for name, called in FLOORS.items():
             floor = [self.floors[task][name]["top1"] for task in self.tasks]
             rows.append([f"*{called}*", *(f"{one:.1f}" for one in floor), f"{sum(floor) / len(floor):.1f}", "–"])
         head = ["", *(task.split("/")[1] for task in self.tasks), "mean of 8 [95 %]", "trained, without head"]
         return markdown(head, rows)
 
-    def _line(self, row: Row, name: str) -> list[str]:
+    def _line(self, row: Row, name: str, part: int) -> list[str]:
         cells = [row.cells[task] for task in self.tasks]
         mean = mean_of({task: list(seeds.values()) for task, seeds in by_seed(row).items()})
-        shown = [f"{cell.mean:.1f} ± {cell.std or 0.0:.1f}" for cell in cells]
+        shown = [
+            f"{cell.mean:.1f} ± {cell.std or 0.0:.1f}{TIE if (part, cell.task, row.method) in self.ties else ''}"
+            for cell in cells
+        ]
         low, high = row.adapter
         trained = f"{high:,}" if low == high else f"{low:,}–{high:,}"
         return [name, *shown, with_interval(mean), trained]

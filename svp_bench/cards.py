@@ -3,6 +3,7 @@
 Where they lie, below one folder of cards:
 
     <suite>.yaml             a suite: which tasks, in which groups, read how, under which protocol
+    <suite>.yaml             or, without a folder of tasks, a part of another suite, which `tasks_of` names
     <suite>/<task>.yaml      a task: classes, list lengths, where the data come from; its name is "<suite>/<task>"
     protocols/<name>.yaml    a protocol: the picture transform, the lists of both stages, the training budget
     references.bib           the works that `citation` names
@@ -33,6 +34,7 @@ __all__ = [
     "TaskCard",
     "class_names",
     "displayed_class_names",
+    "list_parts",
     "list_suites",
     "list_tasks",
     "load_protocol",
@@ -136,6 +138,7 @@ class SuiteCard:
         path: The card's file.
         other_folders: Further names of the folder, tried after `folder`: that of a suite which shares its data.
         archive: The one archive that holds all tasks, and where to get it; "" if each task has a page of its own.
+        tasks_of: The suite whose tasks these are, for a suite that is a part of another and has no task cards.
     """
 
     name: str
@@ -152,11 +155,21 @@ class SuiteCard:
     path: Path = field(compare=False)
     other_folders: tuple[str, ...] = ()
     archive: str = ""
+    tasks_of: str | None = None
+
+    @property
+    def owner(self) -> str:
+        """The suite that its tasks and their records belong to: itself, unless it is a part of another."""
+        return self.tasks_of or self.name
 
     @property
     def tasks(self) -> list[str]:
         """Full names of the tasks, in the order of the table's columns."""
-        return [f"{self.name}/{task}" for tasks in self.groups.values() for task in tasks]
+        return [self.full(task) for tasks in self.groups.values() for task in tasks]
+
+    def full(self, task: str) -> str:
+        """Return the full name of one of its task ids."""
+        return f"{self.owner}/{task}"
 
 
 @dataclass(frozen=True)
@@ -196,6 +209,23 @@ class ProtocolCard:
     notes: str
     path: Path = field(compare=False)
 
+    def splits(
+        self, stage: str, folds: int | None = None, fold: int | None = None, fold_seed: int | None = None
+    ) -> dict[str, str]:
+        """Return role → split of a stage.
+
+        Args:
+            stage: One of `stages`.
+            folds: Of stage "select": the refit split is divided into so many parts, and val is one of them.
+            fold: Which part; it counts through repeated divisions.
+            fold_seed: Seed of the division.
+        """
+        if folds is None or stage != "select":
+            return dict(self.stages[stage])
+        whole, (repeat, part) = self.stages["final"]["train"], divmod(fold or 0, folds)
+        name = f"fold{part + 1}of{folds}-seed{fold_seed or 0}-repeat{repeat}"
+        return {"train": f"{whole}-without-{name}", "val": f"{whole}-{name}"}
+
 
 # --- looking cards up ------------------------------------------------------------------------------------------------
 
@@ -204,7 +234,9 @@ _PROTOCOLS = "protocols"  # the one sub-folder that is not a suite's
 
 
 def list_suites(root: Path | None = None) -> list[str]:
-    """Return the names of all suites: the shipped ones, sorted, then the user's own.
+    """Return the names of all suites with tasks of their own: the shipped ones, sorted, then the user's.
+
+    Suites that are a part of another: `list_parts`.
 
     Args:
         root: The one folder of cards; the shipped one and the user's own by default.
@@ -225,7 +257,25 @@ def _suites_of(root: Path) -> list[str]:
             raise CardError(f"{first}:1: this card belongs to no suite; write {root / folder.name}.yaml or move it")
     if _PROTOCOLS in suites:
         raise CardError(f"{root / _PROTOCOLS}.yaml:1: {_PROTOCOLS!r} cannot name a suite; its folder holds protocols")
-    return suites
+    return [suite for suite in suites if _stems(root / suite)]
+
+
+def list_parts(suite: str | None = None, root: Path | None = None) -> list[str]:
+    """Return the names of the suites that are a part of another one, or of one suite, sorted.
+
+    Args:
+        suite: The suite that they are parts of; None for all.
+        root: The one folder of cards; the shipped one and the user's own by default.
+
+    Raises:
+        CardError: If one of their cards is malformed.
+    """
+    return [name for name in _parts(root) if suite is None or load_suite(name, root).owner == suite]
+
+
+def _parts(root: Path | None) -> list[str]:
+    found = [name for folder in _roots(root) for name in _stems(folder) if not _stems(folder / name)]
+    return [*dict.fromkeys(found)]
 
 
 def list_tasks(suite: str | None = None, root: Path | None = None) -> list[str]:
@@ -274,10 +324,17 @@ def load_suite(name: str, root: Path | None = None) -> SuiteCard:
         CardError: If the card is malformed or does not fit its folder.
     """
     suites = list_suites(root)
-    if name not in suites:
-        raise unknown_name("suite", name, suites, listing=_LISTING)
+    if name not in suites and name not in _parts(root):
+        raise unknown_name("suite", name, [*suites, *_parts(root)], listing=_LISTING)
     home = _home(root, "suite", f"{name}.yaml", name)
-    return _suite(read_yaml(home / f"{name}.yaml"), _stems(home / name), _protocols(root))
+    card, owner = read_yaml(home / f"{name}.yaml"), name
+    of = card.children.get("tasks_of") if isinstance(card.children, dict) else None
+    if of is not None:
+        owner = of.choice(suites, "tasks_of")
+        if name in suites:
+            raise of.error(f"a part of the suite {owner!r} has no task cards of its own; remove {home / name}")
+        home = _home(root, "suite", f"{owner}.yaml", owner)
+    return _suite(card, _stems(home / owner), _protocols(root), owner)
 
 
 def load_protocol(name: str, root: Path | None = None) -> ProtocolCard:
@@ -465,8 +522,8 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
     )
 
 
-def _suite(card: Node, cards: list[str], protocols: list[str]) -> SuiteCard:
-    keys = card.keys(_SUITE_KEYS, ["same_pictures", "notes", "other_folders", "archive"])
+def _suite(card: Node, cards: list[str], protocols: list[str], owner: str) -> SuiteCard:
+    keys = card.keys(_SUITE_KEYS, ["same_pictures", "notes", "other_folders", "archive", "tasks_of"])
     _fits_place(keys["name"], card.path.stem)
 
     groups: dict[str, tuple[str, ...]] = {}
@@ -478,11 +535,11 @@ def _suite(card: Node, cards: list[str], protocols: list[str]) -> SuiteCard:
                 raise task.error(f"task {task_id!r} is listed twice (already in group {members[task_id]!r})")
             if task_id not in cards:
                 hint = did_you_mean(task_id, [stem for stem in cards if stem not in members])
-                raise task.error(f"task {task_id!r} has no card {card.path.stem}/{task_id}.yaml{hint}")
+                raise task.error(f"task {task_id!r} has no card {owner}/{task_id}.yaml{hint}")
             members[task_id] = group
         groups[group] = tuple(task.text() for task in tasks.sequence())
     for stem in cards:
-        if stem not in members:
+        if stem not in members and owner == card.path.stem:
             stray = card.path.parent / card.path.stem / f"{stem}.yaml"
             raise CardError(f"{stray}:1: this card is not in the groups of {card.path}; list it there or move it away")
 
@@ -510,6 +567,7 @@ def _suite(card: Node, cards: list[str], protocols: list[str]) -> SuiteCard:
         path=card.path,
         other_folders=_folders(keys["other_folders"]) if "other_folders" in keys else (),
         archive=keys["archive"].prose() if "archive" in keys else "",
+        tasks_of=owner if "tasks_of" in keys else None,
     )
 
 

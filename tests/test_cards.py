@@ -56,6 +56,7 @@ def test_the_shipped_suites_and_tasks_are_listed_in_table_order() -> None:
     assert cards.list_suites() == sorted(cards.list_suites())
     assert cards.list_tasks("vtab") == [f"vtab/{task}" for task in VTAB]
     assert cards.list_tasks("demo") == [*DIGITS, *(f"demo/{kind}" for kind in DRAWN)]
+    assert {*cards.list_parts()}.isdisjoint(cards.list_suites())
     assert cards.list_tasks() == [task for suite in cards.list_suites() for task in cards.list_tasks(suite)]
 
 
@@ -579,3 +580,58 @@ def test_what_is_written_is_what_is_read(shared_toy: Path, classes: int, test: i
     read = read_with(shared_toy, ONE, yaml.safe_dump(card, allow_unicode=True))
     assert read is not None
     assert (read[0].classes, read[0].counts["test"], read[0].title) == (classes, test, title)
+
+
+# ---- suites that are a part of another
+
+
+def a_part(toy: Path, **changes: str) -> str:
+    """Write a part of the suite toy, named half; return its name."""
+    lines = (toy / "toy.yaml").read_text(encoding="utf-8").splitlines()
+    task = cards.load_suite("toy", toy).tasks[0].split("/")[1]
+    text = "\n".join(
+        line for line in lines if line.split(":")[0] in ("version", "title", "folder", "protocol", "citation")
+    )
+    values = {
+        "name": "half",
+        "table": "half",
+        "tasks_of": "toy",
+        "reader": "{kind: lists}",
+        "groups": f"{{all: [{task}]}}",
+    }
+    text += "\n" + "\n".join(f"{key}: {value}" for key, value in {**values, **changes}.items()) + "\n"
+    (toy / "half.yaml").write_text(text, encoding="utf-8")
+    return "half"
+
+
+def test_a_part_of_a_suite_has_its_tasks_and_no_cards(toy: Path) -> None:
+    part, whole = cards.load_suite(a_part(toy), toy), cards.load_suite("toy", toy)
+    assert part.tasks == whole.tasks[:1]
+    assert (part.owner, part.name, whole.owner) == ("toy", "half", "toy")
+    assert cards.list_suites(toy) == ["toy"]
+    assert cards.list_parts("toy", toy) == ["half"]
+    assert cards.list_tasks(root=toy) == whole.tasks
+    assert cards.list_tasks("half", toy) == part.tasks
+    assert cards.load_task(part.tasks[0], toy).suite == "toy"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tasks_of": "tyo"}, r"half.yaml:\d+: .*toy"),
+        ({"tasks_of": "half"}, r"half.yaml:\d+: .*toy"),
+        ({"groups": "{all: [nothing]}"}, r"task 'nothing' has no card toy/nothing.yaml"),
+    ],
+)
+def test_a_wrong_part_is_one_line(toy: Path, changes: dict[str, str], said: str) -> None:
+    with pytest.raises(CardError, match=said) as caught:
+        cards.load_suite(a_part(toy, **changes), toy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_part_with_cards_of_its_own_is_refused(toy: Path) -> None:
+    name = a_part(toy)
+    (toy / name).mkdir()
+    (toy / name / "mine.yaml").write_text("name: half/mine\n", encoding="utf-8")
+    with pytest.raises(CardError, match=r"a part of the suite 'toy' has no task cards of its own"):
+        cards.load_suite(name, toy)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers import command, complaint, run
 
-from svp_bench.cards import load_suite
+from svp_bench.cards import SuiteCard, list_parts, list_suites, load_suite
 from svp_bench.methods import list_methods
+from svp_bench.results import tables
 from svp_bench.results.files import read_records
+from svp_bench.results.report import page
 from svp_bench.sweep import demo
 
 
@@ -21,17 +25,28 @@ def paths_named(text: str) -> list[str]:
     return re.findall(r"results/\S+", block)
 
 
+def quick(*tasks: str) -> SuiteCard:
+    """The demo's suite with some of its tasks."""
+    return replace(load_suite("demo-quick"), groups={"natural": tasks})
+
+
 def test_one_task_of_each_group_and_known_methods() -> None:
-    suite = load_suite("demo")
-    group_of = {f"demo/{task}": group for group, tasks in suite.groups.items() for task in tasks}
-    assert sorted(group_of[task] for task in demo.TASKS) == sorted(suite.groups)
+    suite, part = load_suite("demo"), load_suite(demo.SUITE)
+    assert part.groups.keys() == suite.groups.keys()
+    assert all({*tasks} <= {*suite.groups[group]} and len(tasks) == 1 for group, tasks in part.groups.items())
+    assert {*part.tasks} <= {*suite.tasks}
+    assert part.protocol == suite.protocol
+    assert demo.SUITE in list_parts("demo")
+    assert demo.SUITE not in list_suites()
     assert set(demo.METHODS) <= set(list_methods())
     assert set(demo.METHODS) == {"svp", "vpt_deep", "linear", "full"}
 
 
 def test_it_ends_with_a_board_and_files_and_runs_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "TASKS", ("demo/digits-5shot",))
+    card = quick("digits-5shot")
+    for module in (demo, tables, page):
+        monkeypatch.setattr(module, "load_suite", lambda name: card if name == demo.SUITE else load_suite(name))
     monkeypatch.setattr(demo, "METHODS", {name: demo.METHODS[name] for name in ("linear", "vpt_deep")})
     first = run("demo").out
     assert "2 runs complete (2 new), 0 failed" in first
@@ -44,14 +59,16 @@ def test_it_ends_with_a_board_and_files_and_runs_nothing_twice(tmp_path: Path, m
     board = first[first.index("Top-1 on test") :]
     for record in records:
         assert record.metrics is not None
-        assert re.search(rf"{record.method} +│ +{record.metrics.top1:.1f} ± ", board)
+        assert re.search(rf"│ +\d │ {record.method} +│ +{record.metrics.top1:.1f} ± ", board)
     best = max(records, key=lambda record: record.metrics.top1 if record.metrics else 0)
     assert board.index(best.method) == min(board.index(record.method) for record in records)
     named = paths_named(first)
     assert len(named) == 6
     assert {path.rsplit("/", 1)[1] for path in named} == {
-        *("index.html", "demo.csv", "demo_long.csv", "demo.md", "demo.tex", "demo"),
+        *("index.html", "demo_quick.csv", "demo_quick_long.csv", "demo_quick.md", "demo_quick.tex", "demo"),
     }
+    wide = next(csv.DictReader((tmp_path / "results/tables/demo_quick.csv").open(encoding="utf-8")))
+    assert (wide["rank"], wide["method"]) == ("1", best.method)  # a whole board, not a hole
     assert all((tmp_path / path).exists() for path in named)
     assert first[first.index("\nNext:") :].count("\n  svp-bench ") == 3
     assert "2 runs complete (0 new), 0 failed" in run("demo").out
@@ -74,6 +91,12 @@ def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "12 runs complete (12 new), 0 failed" in said
     records, _ = read_records(tmp_path / "results")
     top1 = {(record.task, record.method): record.metrics.top1 for record in records if record.metrics}
-    for task in demo.TASKS:  # weights from which tuning does transfer: everything beats a linear probe's random guess
+    table = run("table").out  # without --suite: the part stands in the place of its suite
+    assert "3/3" in table
+    assert "/8" not in table
+    assert not (tmp_path / "results/tables/demo.csv").exists()
+    for task in load_suite(
+        demo.SUITE
+    ).tasks:  # weights from which tuning does transfer: everything beats a linear probe's random guess
         assert min(top1[task, method] for method in demo.METHODS) > 30
         assert top1[task, "full"] > top1[task, "linear"]

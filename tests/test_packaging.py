@@ -283,7 +283,7 @@ esac
 echo "$0 $*" >> calls.log
 case "$1 $2" in
   "-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-  "-m pip") exit {pip_status} ;;
+  "-m pip") echo "Collecting torch"; echo "ERROR: no such package" >&2; exit {pip_status} ;;
 esac
 """,
             encoding="utf-8",
@@ -314,6 +314,9 @@ def test_a_verb_sets_up_first_and_says_so_then_never_again(make: Make) -> None:
     done = make.run("setup", f"PYTHON={python}")
     assert done.returncode == 0, done.stderr
     assert "Setting up .venv: about three minutes and 6 GB" in done.stdout
+    assert "Collecting" not in done.stdout + done.stderr  # pip is quiet unless it fails
+    assert re.search(r"^Installed in \d+ s; what pip printed: .venv/install.log$", done.stdout, flags=re.MULTILINE)
+    assert "Collecting torch" in (make.folder / ".venv" / "install.log").read_text(encoding="utf-8")
     assert [call.split(" ", 1)[1] for call in make.calls] == [
         "-m venv --clear .venv",
         "-m pip install --disable-pip-version-check -c constraints.txt -e .[dev]",
@@ -343,6 +346,7 @@ def test_a_changed_dependency_upgrades_the_environment_in_place(make: Make, chan
 def test_a_failed_install_leaves_no_stamp(make: Make) -> None:
     done = make.run("test", f"PYTHON={make.program('python', pip_status=1)}")
     assert done.returncode == 2
+    assert "Collecting torch\nERROR: no such package\npip failed; all of its output: .venv/install.log" in done.stderr
     assert not make.stamp.exists()
     assert not any("pytest" in line for line in make.calls)
 

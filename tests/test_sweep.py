@@ -9,18 +9,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import command, complaint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svp_bench.errors import ConfigError, RecordError, UnavailableError, UsageError
-from svp_bench.results.choices import Choice, Trial, choice_path, choose, read_choice, write_choice
+from svp_bench.results.bits import pack_bits
+from svp_bench.results.choices import (
+    FOLD_KEYS,
+    Choice,
+    Trial,
+    choice_path,
+    choose,
+    decide,
+    edges,
+    read_choice,
+    write_choice,
+)
 from svp_bench.results.digests import canonical_digest
 from svp_bench.results.stats import one_standard_error
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.pools import Done, Event, Pool
-from svp_bench.sweep.search import load_search, make_sampler
+from svp_bench.sweep.search import Plan, Search, load_search, make_sampler
 from svp_bench.sweep.sweep import Cell, Sweep, Watcher
 
 LR = "model.learning_rate"
@@ -78,6 +90,14 @@ def test_the_shipped_search_is_one_that_every_method_can_use() -> None:
         ({"spaces": f"{{default: {{{LR}: [[1.0]]}}}}"}, r"is a number, a text, true, false or null"),
         ({"text": "seeds: [0, 0]\n"}, r"a seed stands twice"),
         ({"text": "seeds: [-1]\n"}, r"a seed is a whole number"),
+        ({"text": "seeds: [0]\nnested: true\n"}, r"trains with the seed of the final run; leave seeds or nested out"),
+        ({"text": "nested: 1\n"}, r"nested must be true or false"),
+        ({"text": "folds: 1\n"}, r"folds is auto, none, leave_one_out or a whole number of at least 2, not 1"),
+        ({"text": "folds: many\n"}, r"folds is auto, none, leave_one_out or a whole number"),
+        ({"text": "folds: 2.5\n"}, r"folds is auto, none, leave_one_out or a whole number"),
+        ({"text": "folds: leave_one_out\nrepeats: 2\n"}, r"leave_one_out has one division only"),
+        ({"text": "repeats: 0\n"}, r"repeats must be a whole number of at least 1"),
+        ({"spaces": "{default: {data.fold: [0, 1]}}"}, r"data.fold is not searched"),
         ({"text": "sedes: [1]\n"}, r"unknown key 'sedes' in the search; did you mean 'seeds'\?"),
     ],
 )
@@ -280,6 +300,8 @@ PLAIN: list[dict[str, Any]] = json.loads(a_choice().text())["trials"]
     ("change", "said"),
     [
         ({"schema": "svp-bench/choice-9"}, "is no frozen choice"),
+        ({"schema": "svp-bench/choice-2"}, "the key 'search_seed' is missing"),
+        ({"search": {**DECLARED, "rule_version": 2}}, "'search.rule_version' does not fit the schema"),
         ({"chosen": 2}, "'chosen' is 2, and there are 2 trials"),
         ({"chosen": None}, "'chosen' must be int"),
         ({"reasons": "x"}, r"unknown key of a choice 'reasons'; did you mean 'reason'\?"),
@@ -312,6 +334,207 @@ def test_an_edited_choice_is_one_line(tmp_path: Path, change: dict[str, Any], sa
     assert "\n" not in str(caught.value)
 
 
+# ---- choices of version 2: image by image
+
+
+def votes(*right: str, loss: float = 1.0, trainable: int = 10, **values: Any) -> Trial:
+    """A trial of runs whose images are right ("1") or not ("0")."""
+    bits = [np.array([sign == "1" for sign in run]) for run in right]
+    return Trial(
+        values or {LR: 1e-3},
+        tuple(f"run{number}" for number in range(len(right))),
+        tuple(100 * int(one.sum()) / len(one) for one in bits),
+        trainable,
+        "complete",
+        tuple(loss for _ in right),
+        tuple(pack_bits(one) for one in bits),
+        tuple(len(one) for one in bits),
+    )
+
+
+LOST = Trial({LR: 1e-3}, ("",), (), None, "rank is at most 64")
+
+
+def test_ties_go_to_the_lower_loss_then_to_the_cheaper_then_to_the_earlier() -> None:
+    """`vpt_deep` on digits-5shot: three settings with 7 of 10 right; the first, the worst on test, was taken."""
+    seven, eight = "1111111000", "1111111100"
+    tied = [votes(seven, loss=2.0), votes(seven, loss=0.9, trainable=99), votes(seven, loss=1.1), LOST]
+    found = decide(tied, 10, "best_on_val")
+    assert (found.chosen, found.best, found.ties) == (1, 1, 3)
+    assert "reached by 3 settings, of which the lowest val loss decides: 0.9000" in found.reason
+    cheaper = [votes(seven, trainable=5), votes(seven, trainable=4), votes(seven, trainable=4)]
+    assert decide(cheaper, 10, "best_on_val").chosen == 1
+    assert decide([*tied, votes(eight, loss=9.0)], 10, "best_on_val").chosen == 4
+
+
+def test_one_standard_error_is_that_of_the_paired_difference() -> None:
+    """Equal accuracies can differ on no image or on all: only the pairs say how far apart two settings are."""
+    best = votes("1" * 30 + "0" * 10)
+    near, far = votes("1" * 29 + "0" * 11), votes("1" * 20 + "0" * 20)
+    assert decide([near, best], 40, "one_standard_error").chosen == 0
+    assert decide([far, best], 40, "one_standard_error").chosen == 1  # 10 images, all to one side
+    crossed = votes("0" * 10 + "1" * 18 + "0" * 2 + "1" * 10)  # 28 right, 22 images differ, 12 to one side: within
+    assert decide([crossed, best], 40, "one_standard_error").chosen == 0
+    found = decide([far, votes("1" * 29 + "0" * 11, trainable=5), best], 40, "one_standard_error")
+    assert (found.chosen, found.best) == (1, 2)
+    assert "the cheapest setting" in found.reason
+    d = np.array([0] * 29 + [1] + [0] * 10)
+    assert found.standard_error == pytest.approx(100 * d.std(ddof=1) / np.sqrt(40))
+
+
+def test_folds_are_pooled_by_image_whatever_their_sizes() -> None:
+    images = ((0, 3), (1, 2, 4))
+    one, other = votes("11", "100"), votes("10", "110")
+    assert one.mean == other.mean == 60
+    assert decide([one, votes("11", "110")], 5, "best_on_val", images).chosen == 1
+    twice = decide([votes("11", "100", "10", "111"), votes("10", "110", "11", "111")], 5, "best_on_val", images * 2)
+    d = np.array([0, 0, 1, 0, 0])  # how much more often the second is right: times right are 2 2 2 1 1 and 2 2 1 1 1
+    assert twice.chosen == 1
+    assert twice.standard_error == pytest.approx(50 * d.std(ddof=1) / np.sqrt(5))
+
+
+@given(
+    data=st.data(),
+    count=st.integers(2, 12),
+    many=st.integers(1, 6),
+    rule=st.sampled_from(["best_on_val", "one_standard_error"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_auditor_reckons_the_same_winner(data: st.DataObject, count: int, many: int, rule: str) -> None:
+    """Two codes, one rule: `decide` and what the audit checks it with."""
+    from svp_bench.results.audit_choices import _by_the_paired_rule
+
+    run = st.text("01", min_size=count, max_size=count)
+    trials = [
+        votes(data.draw(run), loss=data.draw(st.sampled_from([0.5, 1.0])), trainable=data.draw(st.integers(1, 3)))
+        for _ in range(many)
+    ]
+    found = decide(trials, count, rule)
+    choice = a_choice(search={**DECLARED, "rule": rule, "rule_version": 2}, trials=tuple(trials), count=count)
+    assert _by_the_paired_rule(choice) == found.chosen
+    best = trials[found.best]
+    assert all((t.mean, -(t.loss or 0)) <= (best.mean, -(best.loss or 0)) for t in trials)
+    if rule == "best_on_val":
+        assert found.chosen == found.best
+
+
+@pytest.mark.parametrize(
+    ("tried", "chosen", "said"),
+    [
+        ([1e-3, 1e-2, 1e-1], 2, ("model.learning_rate = 0.1 (largest tried)",)),
+        ([1e-3, 1e-2, 1e-1], 0, ("model.learning_rate = 0.001 (smallest tried)",)),
+        ([1e-3, 1e-2, 1e-1], 1, ()),
+        ([1e-3, 1e-2], 1, ("model.learning_rate = 0.01 (largest tried)",)),
+        ([1e-3], 0, ()),
+    ],
+)
+def test_the_end_of_a_grid_is_said(tried: list[float], chosen: int, said: tuple[str, ...]) -> None:
+    trials = [votes("11" if number == chosen else "10", **{LR: rate}) for number, rate in enumerate(tried)]
+    assert edges(trials, decide(trials, 2, "best_on_val")) == said
+
+
+def test_a_larger_value_that_failed_was_tried_and_zero_is_no_end() -> None:
+    trials = [votes("11", **{LR: 1e-1}), votes("10", **{LR: 1e-2}), dataclasses.replace(LOST, values={LR: 1.0})]
+    assert edges(trials, decide(trials, 2, "best_on_val")) == ()
+    trials = [votes("11", **{WD: 0.0}), votes("10", **{WD: 0.1}), votes("10", **{WD: 0.2})]
+    assert edges(trials, decide(trials, 2, "best_on_val")) == ()
+    trials = [votes("11", **{"model.method.init_args.position": name}) for name in ("prefix", "spread", "both")]
+    assert edges(trials, decide(trials, 2, "best_on_val")) == ()
+
+
+def of_the_fate(folder: Path, text: str, plan: Plan, seeds: tuple[int, ...] = (0,)) -> tuple[Search, list[Path]]:
+    """A search that fate ran; its declaration and its choice files."""
+    search = load_search(str(declare(folder, text=text)))
+    sweep = Sweep(cells(1, plan)[:1], seeds, (), folder, search=search)
+    sweep.run(Fate(random.Random(0), 2, 0, 0, 0), Watcher())
+    assert sweep.blocked == []
+    return search, sorted((folder / "choices").rglob("*.json"))
+
+
+def test_a_nested_search_makes_a_choice_for_each_seed(tmp_path: Path) -> None:
+    _, paths = of_the_fate(tmp_path, "folds: 5\n", Plan(folds=5, repeats=1), (0, 7))
+    assert [path.name for path in paths] == ["linear-seed0.json", "linear-seed7.json"]
+    for path, seed in zip(paths, (0, 7), strict=True):
+        choice = read_choice(path)
+        assert (choice.search_seed, choice.seeds, choice.nested) == (seed, (seed,), True)
+        assert (choice.folds, choice.repeats, choice.count) == (5, 1, LABELLED)
+        assert [len(trial.run_ids) for trial in choice.trials] == [5, 5]
+        assert choice.selected_on == "trainval (5 folds)"
+        search = choice.tuned().search
+        assert search is not None
+        assert (search.nested, search.folds, search.trials, search.tried) == (True, 5, 2, 2)
+
+
+def test_a_search_for_all_seeds_repeats_its_folds(tmp_path: Path) -> None:
+    search, paths = of_the_fate(tmp_path, "nested: false\nfolds: 3\n", Plan(folds=3, repeats=2), (0, 7))
+    choice = read_choice(*paths)
+    assert (search.repeats, choice.search_seed, choice.repeats) == (2, None, 2)
+    assert [len(trial.run_ids) for trial in choice.trials] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"chosen": 1}, "by its rule trial"),
+        ({"ties": 9}, "'ties' or 'at_edge' is not what the trials give"),
+        ({"at_edge": []}, "'ties' or 'at_edge' is not what the trials give"),
+        ({"images": [[0]]}, "'images' has not one entry for each fold and repeat"),
+        ({"search_seed": None}, "'search_seed' is that of a nested search"),
+        ({"search_seed": "x"}, "'search_seed' must be a seed or null"),
+        ({"schema": "svp-bench/choice-1"}, "unknown key of a choice"),
+        ({"folds": 4}, "'images' has not one entry"),
+    ],
+)
+def test_an_edited_choice_of_version_2_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    _, (path,) = of_the_fate(tmp_path, "folds: 5\n", Plan(folds=5, repeats=1))
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if "chosen" in change:
+        change = {"chosen": 1 - data["chosen"]}
+    path.write_text(json.dumps({**data, **change}), encoding="utf-8")
+    with pytest.raises(RecordError, match=said) as caught:
+        read_choice(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_edited_trial_of_version_2_is_one_line(tmp_path: Path) -> None:
+    _, (path,) = of_the_fate(tmp_path, "folds: 5\n", Plan(folds=5, repeats=1))
+    data = json.loads(path.read_text(encoding="utf-8"))
+    first = data["trials"][0]
+    for change, said in (
+        ({"right": [pack_bits(np.ones(5, dtype=bool))] * 5}, "and the bits have 5 right|does not fit"),
+        ({"losses": [-1.0] * 5}, "is not a cross entropy"),
+        ({"counts": [5] * 5}, "'counts' are not the images of its folds"),
+        ({"right": first["right"][:4]}, "have not one entry for each run"),
+        ({"right": 3}, "'trials\\[0\\].right' must be a list"),
+    ):
+        edited = {**data, "trials": [{**first, **change}, data["trials"][1]]}
+        path.write_text(json.dumps(edited), encoding="utf-8")
+        with pytest.raises(RecordError, match=said):
+            read_choice(path)
+
+
+def test_an_impossible_setting_fails_its_trial_and_the_search_goes_on(tmp_path: Path) -> None:
+    """It used to wait for somebody to take it out of the grid."""
+
+    class Picky(Fate):
+        def outcome(self, job: Job) -> Outcome:
+            if job.stage == "select" and job.values[LR] == 1e-2:
+                return Outcome("failed", reason="rank is at most 64", refused=True)
+            return super().outcome(job)
+
+    from svp_bench.sweep.run import choice_notes
+
+    search = load_search(str(declare(tmp_path)))
+    sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search, retries=0)
+    sweep.run(Picky(random.Random(0), 1, 0, 0, 0), Watcher())
+    assert sweep.blocked == []
+    choice = read_choice(next((tmp_path / "choices").rglob("*.json")))
+    assert [trial.status for trial in choice.trials] == ["complete", "rank is at most 64"]
+    assert (len(choice.trials), choice.completed) == (2, 1)
+    assert [ended.job.stage for ended in sweep.done].count("final") == 1
+    assert any("linear 1 of 2" in line for line in choice_notes(sweep))
+
+
 def test_a_choice_for_another_run_is_refused(tmp_path: Path) -> None:
     path = str(write_choice(a_choice(), tmp_path))
     fit = ["fit", "--config", "configs/vtab/dtd.yaml", "--choice", path]
@@ -330,6 +553,9 @@ def test_a_choice_for_another_run_is_refused(tmp_path: Path) -> None:
 
 
 # ---- the order of things
+
+
+LABELLED = 23
 
 
 class Fate(Pool):
@@ -366,8 +592,22 @@ class Fate(Pool):
         fixed = random.Random(dataclasses.replace(job, choice=None).key)  # what a run gives follows from it alone
         if fixed.random() < self.fails:
             return Outcome("failed", reason="the loss became nan", run_id="r")
-        top1 = fixed.randrange(0, 201) / 2
-        return Outcome("complete", top1=top1, count=200, trainable=fixed.randrange(5), selected_on="val200", run_id="r")
+        folds, fold, _ = (int(job.values.get(key, 0)) for key in FOLD_KEYS)
+        images = tuple(range(fold % folds, LABELLED, folds)) if folds else None
+        count = 200 if images is None else len(images)
+        right = np.array([fixed.random() < 0.7 for _ in range(count)])
+        return Outcome(
+            "complete",
+            top1=100 * int(right.sum()) / count,
+            count=count,
+            trainable=fixed.randrange(5),
+            selected_on="val200",
+            run_id="r",
+            loss=fixed.random(),
+            right=pack_bits(right),
+            images=images,
+            divided="trainval" if folds else None,
+        )
 
     def stop(self) -> None:
         self.stopped = True
@@ -376,10 +616,10 @@ class Fate(Pool):
         pass
 
 
-def cells(method_count: int = 2) -> list[Cell]:
+def cells(method_count: int = 2, plan: Plan | None = None) -> list[Cell]:
     names = ["linear", "full", "svp"][:method_count]
     return [
-        Cell(task, name, name, {}, {LR: 1e-3, WD: 0.1}, {"a": 1}, WEIGHTS, "sha256:" + "34" * 32)
+        Cell(task, name, name, {}, {LR: 1e-3, WD: 0.1}, {"a": 1}, WEIGHTS, "sha256:" + "34" * 32, plan or Plan())
         for task in ("vtab/dtd", "vtab/svhn")
         for name in names
     ]
@@ -393,13 +633,15 @@ def test_the_outcome_does_not_depend_on_the_way(
     monkey = pytest.MonkeyPatch()
     monkey.setattr("svp_bench.sweep.sweep._CLAIM_PAUSE", 0.0)
     folder = tmp_path_factory.mktemp("sweep")
-    search = load_search(str(declare(folder, text="seeds: [0, 1]\n")))
+    text = ("seeds: [0, 1]\n", "nested: true\n", "seeds: [3]\nrepeats: 2\n")[seed % 3]
+    search = load_search(str(declare(folder, text=text)))
+    plan = Plan(folds=5, repeats=search.repeats) if seed % 2 else Plan()
     ends = []
     for name, pool in (
         ("quiet", Fate(random.Random(0), 1, 0, 0.2, 0)),
         ("wild", Fate(random.Random(seed), slots, 0.2, 0.2, 0.2)),
     ):
-        sweep = Sweep(cells(), (0, 1, 2), ("--x",), folder / name, search=search)
+        sweep = Sweep(cells(plan=plan), (0, 1, 2), ("--x",), folder / name, search=search)
         sweep.run(pool, Watcher())
         assert len({job.key for job in pool.ran}) == len(pool.ran)  # nothing is run twice
         choices = {}
@@ -443,7 +685,7 @@ def test_a_setting_does_not_lose_for_what_is_not_its_doing(how: str, tmp_path: P
             lost = len(self.ran) == 2
             return Outcome(how, reason="no configs folder") if lost else super().outcome(job)
 
-    search = load_search(str(declare(tmp_path)))
+    search = load_search(str(declare(tmp_path, text="nested: false\n")))
     sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search, retries=0)
     sweep.run(Broken(random.Random(0), 1, 0, 0, 0), Watcher())
     assert not list(tmp_path.rglob("linear.json"))
@@ -457,7 +699,7 @@ def test_a_setting_does_not_lose_for_what_is_not_its_doing(how: str, tmp_path: P
 
 
 def test_a_choice_on_other_weights_blocks_its_cell(tmp_path: Path) -> None:
-    search = load_search(str(declare(tmp_path)))
+    search = load_search(str(declare(tmp_path, text="nested: false\n")))
     sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
     sweep.run(Fate(random.Random(0), 1, 0, 0, 0), Watcher())
     assert sweep.done
@@ -466,7 +708,7 @@ def test_a_choice_on_other_weights_blocks_its_cell(tmp_path: Path) -> None:
 
 
 def test_an_edited_choice_blocks_its_cell(tmp_path: Path) -> None:
-    search = load_search(str(declare(tmp_path)))
+    search = load_search(str(declare(tmp_path, text="nested: false\n")))
     Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).run(Fate(random.Random(0), 1, 0, 0, 0), Watcher())
     (path,) = tmp_path.rglob("linear.json")
     blocked = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).blocked

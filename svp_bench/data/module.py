@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,6 +34,7 @@ from svp_bench.cards import (
     load_task,
 )
 from svp_bench.data.augment import Augment, Augmenter, Mixing
+from svp_bench.data.folds import with_fold
 from svp_bench.data.keep import kept, verified
 from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler, Positions
 from svp_bench.data.sources import (
@@ -111,6 +113,10 @@ class VisionDataModule(LightningDataModule):
         mix_switch_probability: That it is by cutmix, if both are on; 0.5 by default.
         repeats: Times that each training picture appears in a row, otherwise augmented, in an epoch of unchanged length
             (repeated augmentation); 1 by default.
+        folds: In stage "select": divide the protocol's refit split into so many stratified parts, one of them val, the
+            others train; as many as images is leave-one-out. Null: the protocol's own train and val.
+        fold: Which part is val, from 0; `folds` and above are the parts of further divisions (repeats). 0 by default.
+        fold_seed: Seed of the divisions, which are the same for all methods and settings; 0 by default.
 
     A null means its default. What chance does to a picture follows from (seed, epoch, position, repetition) alone.
 
@@ -122,6 +128,7 @@ class VisionDataModule(LightningDataModule):
         class_names: What to call them, in the order of their labels; the data's own names, if any, after `setup`.
         image_size: Height and width of the pictures in pixels.
         lists: Role ("train", "val", "test") → name of the list that plays it in this stage.
+        lists_read: The source's lists that this stage reads: those of `lists`, or the one that folds divide.
 
     Raises:
         UsageError: If the task, protocol or stage is unknown, or the protocol reads lists that the task has not.
@@ -156,6 +163,9 @@ class VisionDataModule(LightningDataModule):
         mix_probability: float | None = None,
         mix_switch_probability: float | None = None,
         repeats: int | None = None,
+        folds: int | None = None,
+        fold: int | None = None,
+        fold_seed: int | None = None,
     ) -> None:
         super().__init__()
         self._root = None if root is None else Path(root)
@@ -165,9 +175,14 @@ class VisionDataModule(LightningDataModule):
         if stage not in self.protocol.stages:
             raise unknown_name("stage", stage, self.protocol.stages)
         self.stage = stage
-        self.lists: Mapping[str, str] = dict(self.protocol.stages[stage])
-        for role, name in self.lists.items():
+        self.folds, self.fold, self.fold_seed = _folds(stage, folds, fold, fold_seed)
+        self.lists: Mapping[str, str] = self.protocol.splits(stage, self.folds, self.fold, self.fold_seed)
+        self.lists_read: tuple[str, ...] = tuple(self.lists.values())
+        if self.folds is not None:
+            self.lists_read = (self.protocol.stages["final"]["train"],)
+        for name in self.lists_read:
             if name not in self.card.counts:
+                role = next((role for role, of in self.lists.items() if of == name), "the folds of stage 'select'")
                 raise UsageError(
                     f"the protocol {self.protocol.name!r} reads the list {name!r} for {role}, "
                     f"which {self.card.name} lacks; it has: {', '.join(self.card.counts)}"
@@ -239,7 +254,13 @@ class VisionDataModule(LightningDataModule):
             warnings.filterwarnings("ignore", guess)
         if self._source is None:
             source = open_source(self.card, self._root, suite=self.suite, protocol=self.protocol)
-            report = inspect(self.card, source, list(self.lists.values()))
+            report = inspect(self.card, source, list(self.lists_read))
+            if self.folds is not None:
+                names = self.lists["train"], self.lists["val"]
+                divided = self.card.name, self.folds, self.fold, self.fold_seed
+                source = with_fold(source, self.lists_read[0], names, *divided)
+                parts = {name: len(source.get(name)) for name in names}
+                report = replace(report, counts={**report.counts, **parts})
             if stage == "fit":
                 self._check_batch_size(len(source.get(self.lists["train"])))
             for name in self.lists.values():
@@ -267,7 +288,11 @@ class VisionDataModule(LightningDataModule):
     @property
     def test_list_digest(self) -> str | None:
         """Digest of the test list, after `setup`; None in a stage that does not test."""
-        return self._pictures("test").digest if "test" in self.lists else None
+        return self.list_digest("test") if "test" in self.lists else None
+
+    def list_digest(self, role: str) -> str:
+        """Return the digest of the split that plays a role, after `setup`."""
+        return self._pictures(role).digest
 
     def image_names(self, role: str) -> Sequence[str]:
         """Return what names each image of a split, in its order: a path below the data's folder, or a number."""
@@ -539,6 +564,21 @@ class _Loader(DataLoader[Batch]):
             DataError
         ) as error:  # from a worker, torch makes its text a whole traceback, the message on its last line
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+
+
+def _folds(stage: str, folds: int | None, fold: int | None, fold_seed: int | None) -> tuple[int | None, int, int]:
+    """Check the settings of cross-validation, and return them without nulls."""
+    if folds is None:
+        for name, value in (("fold", fold), ("fold_seed", fold_seed)):
+            if value is not None:
+                raise ConfigError(f"--data.{name} {value} belongs to --data.folds N")
+        return None, 0, 0
+    if stage != "select":
+        raise ConfigError(
+            f"--data.folds {folds} belongs to --data.stage select: a final run trains on the whole refit split"
+        )
+    _at_least(2, "folds", folds)
+    return folds, _at_least(0, "fold", fold or 0), _at_least(0, "fold_seed", fold_seed or 0)
 
 
 def _at_least(least: int, name: str, value: int) -> int:

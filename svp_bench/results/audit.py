@@ -68,6 +68,7 @@ from svp_bench.results.audit_base import (
     Verdict,
     began,
     differ,
+    fold_of,
     get,
     roles,
     short,
@@ -510,7 +511,10 @@ class _Auditor(Auditor):
     def _lists(self, protocol: ProtocolCard | None) -> None:
         record = self.record
         problems = []
-        card_says = dict(protocol.stages[record.stage]) if protocol and record.stage in protocol.stages else None
+        card_says = None
+        if protocol and record.stage in protocol.stages:
+            folds, fold, fold_seed = fold_of(record.config)
+            card_says = protocol.splits(record.stage, folds if folds > 1 else None, fold, fold_seed)
         if sorted(record.lists) != sorted(_ROLES[record.kind]) or record.stage != _STAGES[record.kind]:
             problems.append(
                 f"a {record.kind} record reads {' and '.join(_ROLES[record.kind])} in stage {_STAGES[record.kind]}, "
@@ -520,7 +524,8 @@ class _Auditor(Auditor):
             problems.append(f"the lists are {roles(record.lists)}, and {record.protocol} says {roles(card_says)}")
         if record.kind == "final" and "val_seconds" in record.times:
             problems.append("a list was scored during the training of a final run (times.val_seconds)")
-        if record.correct is not None and record.correct.list != record.lists.get("test"):
+        scored = record.lists.get("test" if record.kind == "final" else "val")
+        if record.correct is not None and record.correct.list != scored:
             problems.append(f"the bits are those of the list {record.correct.list!r}")
         if record.kind == "selection":
             good = (
@@ -786,11 +791,11 @@ class _Auditor(Auditor):
         if self.shelf is None or record.kind != "final":
             return
         family = {
-            other.config_digest: other
+            _setting(other): other
             for other in self._others("final")
             if _family(other) == _family(record) and other.status == "complete" and _track(other) == _track(record)
         }
-        family[record.config_digest] = record
+        family[_setting(record)] = record
         if len(family) == 1:
             self.say(
                 "pass", "tested", f"no other setting of {record.method} was tested on {record.task}, of those here"
@@ -898,6 +903,11 @@ def _family(record: Record) -> tuple[Any, ...]:
         *(record.task, record.task_version, record.protocol, record.protocol_version, record.backbone),
         *(record.checkpoint_digest, record.method, record.data_variant, record.data_digest),
     )
+
+
+def _setting(record: Record) -> str:
+    """What counts as one tested setting: of a nested search, whatever the search of each seed selected."""
+    return record.setting_digest if record.tuned and record.tuned.nested else record.config_digest
 
 
 def _track(record: Record) -> str | None:

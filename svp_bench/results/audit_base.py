@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from svp_bench.results.choices import FOLD_KEYS
 from svp_bench.results.files import read_records
 from svp_bench.results.record import Record
 
@@ -20,6 +21,7 @@ __all__ = [
     "Verdict",
     "began",
     "differ",
+    "fold_of",
     "get",
     "hour",
     "roles",
@@ -104,6 +106,15 @@ def get(config: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     return node
+
+
+def fold_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return folds, fold and seed of the division that a config states; 0 for what is missing or not a number."""
+    folds, fold, seed = (
+        value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+        for value in (get(config, key) for key in FOLD_KEYS)
+    )
+    return folds, fold, seed
 
 
 def differ(one: Any, other: Any) -> bool:

@@ -8,15 +8,28 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svp_bench.cards import ProtocolCard
 from svp_bench.errors import RecordError
-from svp_bench.results.audit_base import Auditor, Finding, Shelf, began, differ, hour, roles, short, some
-from svp_bench.results.choices import FALLBACK, Choice, Trial, choice_path, context_of, read_choice
+from svp_bench.results.audit_base import Auditor, Finding, Shelf, began, differ, fold_of, hour, roles, short, some
+from svp_bench.results.bits import unpack_bits
+from svp_bench.results.choices import (
+    FALLBACK,
+    RULE_VERSION,
+    Choice,
+    Trial,
+    choice_path,
+    context_of,
+    read_choice,
+)
 from svp_bench.results.digests import cell_config, flat
 from svp_bench.results.record import CREATED, Record, Search, Tuned
 from svp_bench.results.stats import one_standard_error
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["search_findings"]
 
@@ -57,7 +70,8 @@ class _SearchAuditor(Auditor):
             )
             return
         method = tuned.table.partition("/")[2]
-        path = choice_path(self.shelf.root, search.name, tuned.digest, self.record.task, method)
+        seed = self.record.seed if search.nested else None
+        path = choice_path(self.shelf.root, search.name, tuned.digest, self.record.task, method, seed)
         where = path.relative_to(self.shelf.root).as_posix()
         if not path.is_file():
             self.say("fail", "choice", f"{where} is missing: what chose the setting cannot be seen")
@@ -68,15 +82,79 @@ class _SearchAuditor(Auditor):
             self.say("fail", "choice", str(error).replace(str(path), where))
             return
         problems = self._choice_problems(choice, tuned, search, where)
-        val = protocol.stages["select"]["val"] if protocol is not None else None
-        if val is not None and choice.selected_on != val:
-            problems.append(f"chosen on {choice.selected_on}, and {self.record.protocol} chooses on {val}")
+        if protocol is not None:
+            val = protocol.stages["select"]["val"]
+            if choice.folds:
+                val = f"{protocol.stages['final']['train']} ({choice.folds} folds)"
+            if choice.selected_on != val:
+                problems.append(f"chosen on {choice.selected_on}, and {self.record.protocol} chooses on {val}")
+        problems += self._plan_problems(choice, protocol)
         self.judge(
             "choice", problems, f"{where}, frozen {hour(choice.created)}, before the run; the config has its values"
         )
         self._trials(choice)
+        self._completed(choice, path)
         self._rule(choice)
+        self._quality(choice)
         self._other_searches(path)
+
+    @staticmethod
+    def _plan_problems(choice: Choice, protocol: ProtocolCard | None) -> list[str]:
+        """Return where the folds of a choice are not what its search declares; a line each."""
+        if choice.version < RULE_VERSION:
+            return []
+        declared, problems = choice.search["folds"], []
+        if isinstance(declared, int) and choice.folds != declared:
+            problems.append(f"chosen in {choice.folds} folds, and the search declares {declared}")
+        if declared == "none" and choice.folds:
+            problems.append(f"chosen in {choice.folds} folds, and the search declares none")
+        if declared == "leave_one_out" and choice.folds != choice.count:
+            problems.append(f"chosen in {choice.folds} folds of {choice.count} images, and the search leaves one out")
+        if declared == "auto" and not choice.folds and choice.count < choice.search["small_val"]:
+            problems.append(f"chosen on {choice.count} images of val, fewer than {choice.search['small_val']}")
+        if choice.folds and choice.repeats != choice.search["repeats"]:
+            problems.append(f"the images were divided {choice.repeats} times, not {choice.search['repeats']}")
+        return problems
+
+    def _completed(self, choice: Choice, path: Path) -> None:
+        """Say whether other methods of the search have as many trials with a score on this task."""
+        assert self.shelf is not None
+        others: dict[str, int] = {}
+        for file in sorted(path.parent.glob("*.json")):
+            try:
+                other = read_choice(file)
+            except RecordError:
+                continue
+            if other.method != choice.method:
+                others[other.method] = min(others.get(other.method, other.completed), other.completed)
+        unequal = [f"{method} {count}" for method, count in others.items() if count != choice.completed]
+        if unequal:
+            self.say(
+                "note",
+                "trials",
+                f"methods differ in trials with a score: {choice.method} {choice.completed}, {some(unequal)}",
+            )
+
+    def _quality(self, choice: Choice) -> None:
+        """Say what the choice hangs on: a tie, the end of a grid, a single search for all seeds."""
+        if choice.at_edge:
+            self.say(
+                "note", "grid", f"the best lies at the end of the grid: {some(choice.at_edge)}; more might be better"
+            )
+        if choice.version < RULE_VERSION:
+            chosen = choice.trials[choice.chosen]
+            ties = sum(trial.mean == chosen.mean for trial in choice.trials)
+            if ties > 1:
+                self.say(
+                    "note",
+                    "rule",
+                    f"{ties} settings tie with {chosen.mean:.2f} % of {choice.count} images, and version 1 of the rule "
+                    "takes the first: the choice is arbitrary among them",
+                )
+        if not choice.nested:
+            self.say(
+                "note", "track", "one search for all seeds: the interval over seeds does not hold the choice's noise"
+            )
 
     def _choice_problems(self, choice: Choice, tuned: Tuned, search: Search, where: str) -> list[str]:
         record, ours = self.record, dict(flat(self.record.config))
@@ -91,9 +169,19 @@ class _SearchAuditor(Auditor):
             "list": (choice.selected_on, search.selected_on),
             "budget": (choice.search.get("budget"), search.budget),
             "sampler": (choice.search.get("sampler"), search.sampler),
-            "number of complete trials": (_complete(choice), search.trials),
+            "number of complete trials": (choice.completed, search.trials),
             "keys": (sorted(choice.values), sorted(tuned.keys)),
         }
+        if choice.version >= RULE_VERSION:
+            stated |= {
+                "number of trials": (len(choice.trials), search.tried),
+                "nesting": (choice.nested, search.nested),
+                "folds": (choice.folds, search.folds),
+                "ends of the grid": (list(choice.at_edge), list(search.at_edge or ())),
+                "ties": (choice.ties, search.ties),
+            }
+        if choice.search_seed not in (None, record.seed):
+            problems.append(f"the choice is that of seed {choice.search_seed}, and the run has seed {record.seed}")
         problems += [
             f"the choice's {name} is {theirs}, the record's {mine}"
             for name, (theirs, mine) in stated.items()
@@ -153,19 +241,22 @@ class _SearchAuditor(Auditor):
             f"{runs} selection records have the scores that the choice claims, all on {choice.selected_on}; none "
             "states a test list",
         )
-        if (ended := len(choice.trials) - _complete(choice)) > 0:
+        if (ended := len(choice.trials) - choice.completed) > 0:
             text = (
-                f"{ended} of {len(choice.trials)} trials failed: the method had {_complete(choice)} settings to choose"
+                f"{ended} of {len(choice.trials)} trials failed: the method had {choice.completed} settings to choose"
             )
             self.say("note", "trials", f"{text} from, of a budget of {choice.search['budget']}")
 
     def _trial_problems(self, choice: Choice, trial: Trial, found: Sequence[Record | None]) -> Iterable[str]:
-        seeds = choice.search["seeds"]
+        seeds, parts = choice.seeds, max(1, choice.folds * choice.repeats)
+        counts = trial.counts or (choice.count,) * len(found)
         for run_id, score, record, place in zip(trial.run_ids, trial.scores, found, range(len(found)), strict=True):
             if record is None:
                 yield f"its record {run_id} is missing"
                 continue
-            if record.kind != "selection" or "test" in record.lists or record.correct is not None:
+            scored = record.lists.get("val")
+            bits_of = scored if record.correct is None else record.correct.list
+            if record.kind != "selection" or "test" in record.lists or bits_of != scored:
                 yield f"{run_id} read test pictures ({record.kind}, {roles(record.lists)})"
                 continue
             if record.status != "complete" or record.metrics is None:
@@ -173,11 +264,16 @@ class _SearchAuditor(Auditor):
                 continue
             if not math.isclose(record.metrics.top1, score, abs_tol=1e-9):
                 yield f"{run_id} has {record.metrics.top1:.2f} on val, the choice says {score:.2f}"
-            if record.lists.get("val") != choice.selected_on or record.metrics.count != choice.count:
+            if not _scored_as_said(choice, record, place % parts) or record.metrics.count != counts[place]:
                 yield (
-                    f"{run_id} was scored on {record.metrics.count} pictures of {record.lists.get('val')}, the choice "
-                    f"says {choice.count} of {choice.selected_on}"
+                    f"{run_id} was scored on {record.metrics.count} pictures of {scored}, the choice "
+                    f"says {counts[place]} of {choice.selected_on}"
                 )
+            if trial.losses is not None and not math.isclose(record.metrics.loss, trial.losses[place], abs_tol=1e-9):
+                said = f"the choice says {trial.losses[place]:.6f}"
+                yield f"{run_id} has the loss {record.metrics.loss:.6f} on val, {said}"
+            if trial.right is not None and (record.correct is None or record.correct.bits != trial.right[place]):
+                yield f"{run_id} has other images right than the choice says"
             if (record.task, record.checkpoint_digest) != (choice.task, choice.checkpoint_digest):
                 yield f"{run_id} is of another task or other weights"
             if record.data_digest != choice.data_digest:
@@ -187,8 +283,8 @@ class _SearchAuditor(Auditor):
                 if differ(ours.get(key), value):
                     yield f"{run_id} ran with {key} = {ours.get(key)}, the choice says {value}"
             yield from self._context_problem(record, choice, run_id)
-            if record.seed != seeds[place]:
-                yield f"{run_id} has seed {record.seed}, and the search declares {seeds}"
+            if record.seed != seeds[place // parts]:
+                yield f"{run_id} has seed {record.seed}, and the search declares {list(seeds)}"
             if trial.trainable is not None and record.parameters.trainable != trial.trainable:
                 yield f"{run_id} trains {record.parameters.trainable} parameters, the choice says {trial.trainable}"
 
@@ -212,7 +308,8 @@ class _SearchAuditor(Auditor):
                 before.append(other)
             elif other.kind == "selection" and other.run_id not in named:
                 same = (other.checkpoint_digest, other.data_digest) == (choice.checkpoint_digest, choice.data_digest)
-                ours = same and other.seed in choice.search["seeds"] and other.created <= choice.created
+                ours = same and other.seed in choice.seeds and other.created <= choice.created
+                ours = ours and _of_its_folds(choice, other)
                 (hidden if ours and _declared(choice, other) else extra).append(other)
         for runs, what in ((extra, "scored on val outside of the search"), (before, "tested before it was over")):
             if runs:
@@ -232,7 +329,7 @@ class _SearchAuditor(Auditor):
                 other = read_choice(file)
             except RecordError:
                 continue
-            if other.search_digest != choice.search_digest:
+            if (other.search_digest, other.search_seed) != (choice.search_digest, choice.search_seed):
                 found.update(run_id for trial in other.trials for run_id in trial.run_ids)
         return found
 
@@ -247,27 +344,27 @@ class _SearchAuditor(Auditor):
     def _other_searches(self, path: Path) -> None:
         assert self.shelf is not None
         inside = path.relative_to(self.shelf.choices).parts
-        others = [
-            file.relative_to(self.shelf.choices).parts[0]
-            for file in sorted(self.shelf.choices.glob("/".join(("*", *inside[1:]))))
-            if file != path
-        ]
+        method = path.stem.partition("-seed")[0]
+        files = self.shelf.choices.glob("/".join(("*", *inside[1:-1], f"{method}*.json")))
+        ours = [file for file in files if file.stem.partition("-seed")[0] == method]
+        others = sorted({file.relative_to(self.shelf.choices).parts[0] for file in ours} - {inside[0]})
         if others:
             self.say("note", "choice", f"other searches chose for this method and task too: {some(others)}")
-
-
-def _complete(choice: Choice) -> int:
-    """Return how many trials of a choice have a score: a failed one tried nothing."""
-    return sum(trial.status == "complete" for trial in choice.trials)
 
 
 def _by_the_rule(choice: Choice) -> int:
     """Return which trial wins by the choice's rule; written anew, to check with.
 
-    `best_on_val`: the highest mean, of equal ones the earliest. `one_standard_error`: settings within one (binomial)
-    standard error of the best score on val are equal; among them the first trial, the default, wins, else the one that
-    trains the fewest parameters, then the better score, then the earlier one.
+    Version 2: accuracy and loss over the images of all runs; of equal accuracies the lower loss, then fewer trained
+    parameters, then the earlier. `one_standard_error` there: the difference from the best, paired by image, is at most
+    its standard error; among these as below, of equal costs the better accuracy, then the lower loss.
+
+    Version 1: `best_on_val`: the highest mean, of equal ones the earliest. `one_standard_error`: settings within one
+    (binomial) standard error of the best score on val are equal; among them the first trial, the default, wins, else
+    the one that trains the fewest parameters, then the better score, then the earlier one.
     """
+    if choice.version >= RULE_VERSION:
+        return _by_the_paired_rule(choice)
     scored = [(index, trial.mean, trial) for index, trial in enumerate(choice.trials) if trial.mean is not None]
     best = max(mean for _, mean, _ in scored)
     if choice.search["rule"] == "best_on_val":
@@ -277,6 +374,47 @@ def _by_the_rule(choice: Choice) -> int:
     if equal[0][0] == 0:
         return 0
     return min(equal, key=lambda one: (one[2].trainable or 0, -one[1], one[0]))[0]
+
+
+def _by_the_paired_rule(choice: Choice) -> int:
+    import numpy as np
+
+    order = [np.asarray(part) for part in choice.images] or [np.arange(choice.count)]
+    right: dict[int, npt.NDArray[np.int64]] = {}
+    ranked = []
+    for index, trial in enumerate(choice.trials):
+        if not trial.scores or trial.right is None or trial.counts is None or trial.losses is None:
+            continue
+        times = np.zeros(choice.count, dtype=np.int64)
+        for run, (bits, count) in enumerate(zip(trial.right, trial.counts, strict=True)):
+            np.add.at(times, order[run % len(order)], unpack_bits(bits, count).astype(np.int64))
+        right[index] = times
+        loss = math.fsum(a * n for a, n in zip(trial.losses, trial.counts, strict=True)) / sum(trial.counts)
+        ranked.append((-int(times.sum()), loss, trial.trainable or 0, index))
+    best = min(ranked)[3]
+    if choice.search["rule"] == "best_on_val":
+        return best
+    equal = []
+    for score, loss, cost, index in ranked:
+        d = right[best] - right[index]
+        if int(d.sum()) ** 2 <= int((d * d).sum()):
+            equal.append((index != 0, cost if index else 0, score, loss, index))
+    return min(equal)[4]
+
+
+def _scored_as_said(choice: Choice, record: Record, fold: int) -> bool:
+    """Whether a trial's run was scored on val, or on its fold, as the choice says."""
+    if not choice.folds:
+        return fold_of(record.config) == (0, 0, 0) and record.lists.get("val") == choice.selected_on
+    return fold_of(record.config) == (choice.folds, fold, choice.search_seed or 0)
+
+
+def _of_its_folds(choice: Choice, record: Record) -> bool:
+    """Whether a run on val holds out one of the folds of a choice, or, without folds, none."""
+    folds, fold, seed = fold_of(record.config)
+    if not choice.folds:
+        return not folds
+    return (folds, seed) == (choice.folds, choice.search_seed or 0) and fold < choice.folds * choice.repeats
 
 
 def _declared(choice: Choice, record: Record) -> bool:

@@ -67,7 +67,7 @@ def sources_of(suite: SuiteCard, tasks: Sequence[str] | None = None) -> list[lis
     A source is the tasks of one group of `same_pictures`, or any other task alone. In suite order.
     """
     wanted = suite.tasks if tasks is None else [task for task in suite.tasks if task in set(tasks)]
-    home = {f"{suite.name}/{task}": number for number, group in enumerate(suite.same_pictures) for task in group}
+    home = {suite.full(task): number for number, group in enumerate(suite.same_pictures) for task in group}
     sources: dict[object, list[str]] = {}
     for task in wanted:
         sources.setdefault(home.get(task, task), []).append(task)
@@ -76,7 +76,7 @@ def sources_of(suite: SuiteCard, tasks: Sequence[str] | None = None) -> list[lis
 
 def full_groups(suite: SuiteCard) -> dict[str, tuple[str, ...]]:
     """Return group → full names of its tasks."""
-    return {group: tuple(f"{suite.name}/{task}" for task in tasks) for group, tasks in suite.groups.items()}
+    return {group: tuple(suite.full(task) for task in tasks) for group, tasks in suite.groups.items()}
 
 
 def seeds_of_cell(cell: Cell, level: float) -> Estimate:

@@ -71,6 +71,13 @@ class Search:
         trials: Settings that were tried for this method and task, and have a score.
         selected_on: The list that chose, e.g. "val200".
         choice: Digest of the frozen choice, with its trials and the reason.
+        tried: Settings that were tried, with those that failed; like all below None (left out of the JSON) in records
+            of older searches.
+        nested: Whether each final seed has a search of its own, with its own training seed and folds, so that the
+            spread over the final seeds holds the noise of the choice; without folds, that of the training seed alone.
+        folds: Parts of the labelled images that were held out in turn; 0 if val chose.
+        at_edge: "model.learning_rate = 0.1 (largest tried)", for each axis that ends where the best setting lies.
+        ties: Settings with the best accuracy, the chosen one among them or not.
     """
 
     name: str
@@ -79,6 +86,16 @@ class Search:
     trials: int
     selected_on: str
     choice: str
+    tried: int | None = None
+    nested: bool | None = None
+    folds: int | None = None
+    at_edge: tuple[str, ...] | None = None
+    ties: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known as plain JSON values."""
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: plain(value, f"tuned.search.{key}") for key, value in known.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -97,10 +114,15 @@ class Tuned:
     keys: tuple[str, ...]
     search: Search | None = None
 
+    @property
+    def nested(self) -> bool:
+        """Whether each seed has a search of its own, so that the seeds of one cell may differ in the tuned values."""
+        return self.search is not None and bool(self.search.nested)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         data: dict[str, Any] = {"table": self.table, "digest": self.digest, "keys": list(self.keys)}
-        return {**data, "search": dataclasses.asdict(self.search)} if self.search else data
+        return {**data, "search": self.search.to_json()} if self.search else data
 
 
 @dataclass(frozen=True)

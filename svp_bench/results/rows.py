@@ -51,7 +51,7 @@ class Track:
         name: Of the search or the table; "" for the default track.
         budget: K of the search: settings that each method might try on each task; else 0.
         sampler: Of the search; else "".
-        selected_on: The list that chose, e.g. "val200"; else "".
+        selected_on: The split that chose, e.g. "val200", or its folds; it may differ between tasks. Else "".
         digest: Of the search's declaration, or of the table; else "".
     """
 
@@ -59,7 +59,7 @@ class Track:
     name: str = ""
     budget: int = 0
     sampler: str = ""
-    selected_on: str = ""
+    selected_on: str = field(default="", compare=False)
     digest: str = ""
 
     @property

@@ -41,6 +41,7 @@ _TOP1_TOLERANCE = 1e-3  # percent: top1 may have gone through float32
 _OTHER_FILES = {  # what might be taken for a record, by its schema
     "svp-bench/replication-1": "a replication, its best epoch picked on the test list: no table of results takes it",
     "svp-bench/choice-1": "the frozen choice of a search, which belongs below choices/",
+    "svp-bench/choice-2": "the frozen choice of a search, which belongs below choices/",
 }
 
 _short = reprlib.Repr()
@@ -264,6 +265,11 @@ def _parse_search(tuned: _Fields) -> Search:
         trials=take.integer("trials", 1),
         selected_on=take.text("selected_on"),
         choice=take.digest("choice"),
+        tried=take.integer("tried", 1) if take.has("tried") else None,
+        nested=take.flag_or_null("nested") if take.has("nested") else None,
+        folds=take.integer("folds") if take.has("folds") else None,
+        at_edge=tuple(take.texts("at_edge")) if take.has("at_edge") else None,
+        ties=take.integer("ties", 1) if take.has("ties") else None,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from svp_bench.cards import ProtocolCard, SuiteCard, list_suites, load_protocol, load_suite, load_task
+from svp_bench.cards import ProtocolCard, SuiteCard, list_parts, list_suites, load_protocol, load_suite, load_task
 from svp_bench.errors import UsageError, printable, unknown_name
 from svp_bench.results.comparison import compare_rows, rank_rows, row_intervals
 from svp_bench.results.files import Problem, read_records, write_atomically
@@ -61,6 +61,7 @@ __all__ = [
     "render_terminal",
     "run_compare",
     "run_table",
+    "suites_of",
     "table_paths",
     "write_tables",
 ]
@@ -96,7 +97,7 @@ def build_table(
     entering: list[Record] = []
     left_out: list[LeftOut] = []
     for record in records:
-        if record.suite != suite.name:
+        if record.suite != suite.owner or (suite.tasks_of is not None and record.task not in suite.tasks):
             continue
         reason = _reason_to_leave_out(record, suite, task_versions)
         if reason is None:
@@ -120,7 +121,7 @@ def build_table(
         left_out=tuple(sorted([*left_out, *superseded], key=lambda out: (out.why, out.record.task, out.record.run_id))),
         problems=tuple(
             sorted(
-                (problem for problem in problems if _suite_of(problem) == suite.name), key=lambda problem: problem.path
+                (problem for problem in problems if _suite_of(problem) == suite.owner), key=lambda problem: problem.path
             )
         ),
         published=tuple(published),
@@ -169,8 +170,13 @@ def _row_key(record: Record) -> tuple[Any, ...]:
 
 
 def _cell_key(record: Record) -> tuple[str, str, str]:
-    """What tells the cells of one row and task apart. Only failed runs lack a data digest, and none of them enters."""
-    return record.data_variant, record.data_digest or "", record.config_digest + record.source_digest
+    """What tells the cells of one row and task apart. Only failed runs lack a data digest, and none of them enters.
+
+    The seeds of a nested search are one cell, though each has the setting that its own search selected.
+    """
+    nested = record.tuned is not None and record.tuned.nested
+    setting = record.setting_digest if nested else record.config_digest
+    return record.data_variant, record.data_digest or "", setting + record.source_digest
 
 
 def _suite_of(problem: Problem) -> str | None:
@@ -198,7 +204,9 @@ def _section(
         backbone=first.backbone,
         checkpoint=", ".join(sorted({record.checkpoint for record in records})),
         checkpoint_digest=first.checkpoint_digest,
-        track=track_of(first),
+        track=replace(
+            track_of(first), selected_on=" or ".join(sorted({track_of(record).selected_on for record in records}))
+        ),
         precisions=tuple(sorted({record.precision for record in records})),
         rows=tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)),
         records=len(records),
@@ -235,8 +243,7 @@ def _row(
         else:
             cells[cell.task] = cell
     groups = {
-        group: _mean_or_hole([cells.get(f"{suite.name}/{task}") for task in tasks])
-        for group, tasks in suite.groups.items()
+        group: _mean_or_hole([cells.get(suite.full(task)) for task in tasks]) for group, tasks in suite.groups.items()
     }
     means = [mean for mean in groups.values() if mean is not None]
     return Row(
@@ -361,11 +368,24 @@ def load_table(
         problems,
         task_versions={task: load_task(task).version for task in card.tasks if task in tasks},
         as_found=[task for task in card.tasks if task in tasks and load_task(task).as_found],
-        protocols=_protocols(records, card.name),
+        protocols=_protocols(records, card.owner),
         published=published,
         control=control,
         level=level,
     )
+
+
+def suites_of(records: Iterable[Record]) -> list[str]:
+    """Return the suites to show by default: all, a part in the place of its suite if just its tasks were tested."""
+    tested: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        if record.kind == "final" and record.status == "complete":
+            tested[record.suite].add(record.task)
+    shown = []
+    for name in list_suites():
+        parts = [part for part in list_parts(name) if {*load_suite(part).tasks} == tested[name]]
+        shown.append(parts[0] if parts else name)
+    return shown
 
 
 def run_table(
@@ -390,13 +410,13 @@ def run_table(
         RecordError: If the tables cannot be written, or a file of published numbers is malformed.
     """
     records, problems = read_records(results_root)
-    cards = {name: load_suite(name) for name in (suites if suites is not None else list_suites())}
+    cards = {name: load_suite(name) for name in (suites if suites is not None else suites_of(records))}
     quoted = {name: load_published(card) if published else [] for name, card in cards.items()}
     present = {record.suite for record in records} | {_suite_of(problem) for problem in problems}
     tables: list[Table] = []
     for name, card in cards.items():
         old = any(path.exists() for path in table_paths(card, results_root))
-        if suites is None and name not in present and not quoted[name] and not old:
+        if suites is None and card.owner not in present and not quoted[name] and not old:
             continue
         tables.append(load_table(card, records, problems, quoted[name], control))
     _check_control(tables, control)

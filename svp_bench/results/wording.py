@@ -166,7 +166,7 @@ def column_estimates(row: Row, suite: SuiteCard) -> list[Estimate | None]:
 
 def averaged_tasks(suite: SuiteCard) -> list[set[str]]:
     """Return, for each of `columns`, the tasks whose scores are in it."""
-    groups = [{f"{suite.name}/{task}" for task in tasks} for tasks in suite.groups.values()]
+    groups = [{suite.full(task) for task in tasks} for tasks in suite.groups.values()]
     return [*({task} for task in suite.tasks), *groups, set(suite.tasks), set(suite.tasks)]
 
 
@@ -525,6 +525,37 @@ def choice_notes(section: Section) -> list[str]:
             f"Settings tried per task, as the records state, of at most K = {section.track.budget}: {listed}. Whether "
             "a declaration holds no more, `svp-bench audit` compares with the frozen choice; a table does not."
         )
+    return [*notes, *_search_notes(section)]
+
+
+def _search_notes(section: Section) -> list[str]:
+    """Say whether intervals hold the noise of the choice, which trials failed, and which grids end at the best."""
+    runs = [run for row in section.rows for cell in row.cells.values() for run in cell.records]
+    searches = [(run, run.tuned.search) for run in runs if run.tuned is not None and run.tuned.search is not None]
+    if not searches:
+        return []
+    notes = []
+    if all(search.nested for _, search in searches):
+        fixed = sorted({short_name(run.task) for run, search in searches if not search.folds})
+        but = f"; of {', '.join(fixed)} only as far as it comes from training, since val is one split" if fixed else ""
+        notes.append(f"Each seed has a search of its own: intervals for new seeds hold the noise of the choice{but}.")
+    else:
+        notes.append("One search chose for all seeds: intervals for new seeds do not hold the noise of the choice.")
+    failed: dict[str, int] = defaultdict(int)
+    at_edge: dict[str, set[str]] = defaultdict(set)
+    for run, search in searches:
+        if search.tried is not None and search.trials < search.tried:
+            failed[run.method] = max(failed[run.method], search.tried - search.trials)
+        for text in search.at_edge or ():
+            at_edge[f"{run.method} {text.partition(' = ')[0].rsplit('.', 1)[-1]}"].add(run.task)
+    if failed:
+        most = ", ".join(f"{method} up to {count}" for method, count in sorted(failed.items()))
+        notes.append(
+            f"Trials that failed, of those of a task: {most}; the other methods had more settings to choose from."
+        )
+    if at_edge:
+        listed = ", ".join(f"{name} ({plural(len(tasks), 'task')})" for name, tasks in sorted(at_edge.items()))
+        notes.append(f"The best setting lies at an end of the grid, so that a wider one might do better: {listed}.")
     return notes
 
 

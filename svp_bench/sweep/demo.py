@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from svp_bench.sweep.sweep import Cell, Sweep
 from svp_bench.terminal import plain_console
 from svp_bench.train.cli import refuse_unwritable
 
-__all__ = ["METHODS", "TASKS", "run_demo"]
+__all__ = ["METHODS", "SUITE", "run_demo"]
 
-TASKS = ("demo/digits-10shot", "demo/textures", "demo/orientation")  # one of each of VTAB's groups
+SUITE = "demo-quick"  # three tasks, one of each of VTAB's groups
 # The recipes' learning rates are for runs ten times as long; these do well on val at this length.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "svp": {"model.learning_rate": 3e-3},
@@ -56,13 +57,14 @@ def run_demo(results_root: str, runs_root: str) -> int:
     began = time.perf_counter()
     check_writable(results_root)
     refuse_unwritable(Path(runs_root), "--runs_root")
-    cells = [Cell(task, method, method, values=values) for task in TASKS for method, values in METHODS.items()]
+    tasks = load_suite(SUITE).tasks
+    cells = [Cell(task, method, method, values=values) for task in tasks for method, values in METHODS.items()]
     common = common_arguments((), (), results_root, runs_root)
     sweep = Sweep(cells, (0,), common, Path(results_root), retry_failed=True)
     with asked_by_signals() as asked, LocalPool(_workers(), None, Path(runs_root) / "sweep-logs") as pool:
         console.print(
-            f"Demo: {len(TASKS)} tasks × {len(METHODS)} methods, a Vision Mamba of 0.3 M parameters that was "
-            f"pre-trained on drawn pictures; {pool.what}",
+            f"Demo: {len(tasks)} tasks × {len(METHODS)} methods, a Vision Mamba of 0.3 M parameters that was "
+            f"pre-trained on synthetic images; {pool.what}",
             soft_wrap=True,
         )
         with View(console, pool.what) as view:
@@ -73,10 +75,10 @@ def run_demo(results_root: str, runs_root: str) -> int:
         return status
     if not sweep.done:
         return 1
-    run_table(results_root, ["demo"])
-    run_report(results_root, ["demo"], runs_root=runs_root)
-    console.print(_leaderboard(sweep))
-    console.print(_closing(results_root, runs_root), soft_wrap=True)
+    run_table(results_root, [SUITE])
+    run_report(results_root, [SUITE], runs_root=runs_root)
+    console.print(_leaderboard(sweep, tasks))
+    console.print(_closing(tasks, results_root, runs_root), soft_wrap=True)
     console.print(f"\n{len(sweep.done)} runs in {time.perf_counter() - began:.0f} s.")
     return 1 if sweep.failed else 0
 
@@ -88,8 +90,8 @@ def _workers() -> int | None:
     return None if torch.cuda.is_available() else min(_MOST_WORKERS, cpu_count())
 
 
-def _leaderboard(sweep: Sweep) -> Table:
-    """Top-1 of each method on each task, the best mean first."""
+def _leaderboard(sweep: Sweep, tasks: Sequence[str]) -> Table:
+    """Top-1 of each method on each task, the best mean first; ± is the standard error from the test images."""
     scores: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     for ended in sweep.done:
         top1, count = ended.outcome.top1, ended.outcome.count
@@ -97,38 +99,45 @@ def _leaderboard(sweep: Sweep) -> Table:
         assert count is not None
         scores[ended.job.method][ended.job.task] = top1, one_standard_error(top1, count)
     board = Table(title="Top-1 on test, in %", title_justify="left")
+    board.add_column("rank", justify="right")
     board.add_column("method", overflow="fold")
-    for task in TASKS:
+    for task in tasks:
         board.add_column(task.split("/")[1], justify="right", overflow="fold")
     board.add_column("mean", justify="right", overflow="fold")
 
     def mean(method: str) -> float:
-        return sum(top1 for top1, _ in scores[method].values()) / len(TASKS)
+        return round(sum(top1 for top1, _ in scores[method].values()) / len(tasks), 2)
 
-    whole = [method for method in scores if len(scores[method]) == len(TASKS)]
-    for method in [*sorted(whole, key=mean, reverse=True), *sorted(set(scores) - set(whole))]:
-        shown = [scores[method].get(task) for task in TASKS]
+    whole = sorted((method for method in scores if len(scores[method]) == len(tasks)), key=mean, reverse=True)
+    for method in [*whole, *sorted(set(scores) - set(whole))]:
+        shown = [scores[method].get(task) for task in tasks]
         texts = ["–" if one is None else f"{one[0]:.1f} ± {one[1]:.1f}" for one in shown]
-        board.add_row(method, *texts, f"{mean(method):.1f}" if method in whole else "–")
+        rank, average = "–", "–"
+        if method in whole:
+            error = math.hypot(*(error for _, error in scores[method].values())) / len(tasks)
+            rank = str(1 + sum(mean(other) > mean(method) for other in whole))
+            average = f"{mean(method):.1f} ± {error:.1f}"
+        board.add_row(rank, method, *texts, average)
     return board
 
 
-def _closing(results_root: str, runs_root: str) -> str:
-    tables = "\n             ".join(str(path) for path in table_paths(load_suite("demo"), results_root))
-    chance = ", ".join(f"{100 / load_task(task).classes:g}" for task in TASKS)
+def _closing(tasks: Sequence[str], results_root: str, runs_root: str) -> str:
+    tables = "\n             ".join(str(path) for path in table_paths(load_suite(SUITE), results_root))
+    chance = ", ".join(f"{100 / load_task(task).classes:g}" for task in tasks)
+    records = Path(results_root) / "records" / load_suite(SUITE).owner
     return (
-        f"± is one binomial standard error of the test list; guessing gives {chance} %. One seed each, one setting\n"
-        "a method. results/reference in the repository is for the whole suite with all methods, five seeds, a search\n"
-        "for each, intervals and controls (random weights, raw pixels). What holds for a tiny model and such pictures\n"
-        "need not hold for Vim-S on photographs.\n"
+        f"± is one standard error from the sampling of the test images; guessing gives {chance} %. One seed and one\n"
+        "setting a method: another seed can change the order. results/reference in the repository is for the whole\n"
+        "suite with all methods and five seeds, with controls. What holds for a tiny model and such images need not\n"
+        "hold for Vim-S on natural images.\n"
         "\n"
         f"report       {report_path(results_root)}   (open it in a browser; it loads nothing)\n"
         f"tables       {tables}\n"
-        f"records      {Path(results_root) / 'records' / 'demo'}\n"
+        f"records      {records}\n"
         f"TensorBoard  tensorboard --logdir {runs_root}   (make tensorboard)\n"
         "\n"
         "Next:\n"
         "  svp-bench fit --config configs/demo/count.yaml --method lora --model.learning_rate 1e-2\n"
-        "  svp-bench sweep --tasks demo/size --methods svp,adapter --seeds 0,1,2 --search configs/search/demo.yaml\n"
-        "  svp-bench fit --config configs/vtab/caltech101.yaml --data.root DIR    (VTAB-1k's pictures, Vim-S's weights)"
+        "  svp-bench sweep --suite demo-quick --methods svp,lora,linear --seeds 0,1,2    (intervals)\n"
+        "  svp-bench fit --config configs/vtab/caltech101.yaml --data.root DIR    (VTAB-1k's images, Vim-S's weights)"
     )

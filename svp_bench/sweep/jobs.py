@@ -92,6 +92,11 @@ class Outcome:
         count: Pictures in that list.
         trainable: Trained parameters.
         selected_on: Name of the list that was scored.
+        loss: Mean cross entropy on it.
+        right: Of a trial: one packed bit an image of that list, classified rightly?
+        images: Of a trial that holds out a fold: positions of these images in the list that is divided.
+        divided: Of such a trial: that list's name.
+        refused: Was the setting itself impossible, so that no run could begin? Then it is no matter of the machine.
         seconds: Wall time of the job.
         log: File with what the run printed, or None.
     """
@@ -105,6 +110,11 @@ class Outcome:
     count: int | None = None
     trainable: int | None = None
     selected_on: str | None = None
+    loss: float | None = None
+    right: str | None = None
+    images: tuple[int, ...] | None = None
+    divided: str | None = None
+    refused: bool = False
     seconds: float = 0.0
     log: str | None = None
 

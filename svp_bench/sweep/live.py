@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svp_bench.errors import printable
-from svp_bench.results.choices import Choice
+from svp_bench.results.choices import FOLD_KEYS, Choice
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.pools import Progress
 from svp_bench.sweep.sweep import Cell, Sweep, Watcher
@@ -44,7 +45,8 @@ class View(Watcher):
         self._began = time.monotonic()
         self._progress: dict[str, tuple[int, int]] = {}
         self._since: dict[str, float] = {}
-        self._best: dict[tuple[str, str], tuple[float, str]] = {}
+        self._scores: dict[tuple[Any, ...], list[float]] = defaultdict(list)  # of task, method and setting
+        self._best: dict[tuple[str, str], float] = {}
         self._spent: dict[tuple[str, str], list[float]] = defaultdict(list)
         self._slots = 1
 
@@ -73,9 +75,7 @@ class View(Watcher):
         self._forget(job)
         if outcome.status == "complete":
             if job.stage == "select" and outcome.top1 is not None:
-                key = job.task, job.method
-                if key not in self._best or outcome.top1 > self._best[key][0]:
-                    self._best[key] = outcome.top1, job.name
+                self._tried(job, outcome.top1)
             if not outcome.found:
                 self._spent[job.method, job.stage].append(outcome.seconds)
             score = f", {outcome.top1:.2f} % on val" if job.stage == "select" and outcome.top1 is not None else ""
@@ -87,6 +87,19 @@ class View(Watcher):
         again = "; it failed earlier and is left alone without --retry_failed" if outcome.found else ""
         self._say(f"{job.name}: FAILED: {outcome.reason}{again}{log}")
 
+    def _tried(self, job: Job, top1: float) -> None:
+        """Keep the best setting: of those that are scored fold by fold, the mean over the folds so far."""
+        setting = tuple((name, str(value)) for name, value in job.values.items() if name not in FOLD_KEYS)
+        scores = self._scores[job.task, job.method, setting]
+        scores.append(top1)
+        longest = max(len(of) for key, of in self._scores.items() if key[:2] == (job.task, job.method))
+        means = [
+            sum(of) / len(of)
+            for key, of in self._scores.items()
+            if key[:2] == (job.task, job.method) and len(of) == longest
+        ]
+        self._best[job.task, job.method] = max(means)
+
     def retried(self, job: Job, outcome: Outcome) -> None:
         """Say that it goes on."""
         self._forget(job)
@@ -95,7 +108,8 @@ class View(Watcher):
     def chose(self, cell: Cell, choice: Choice, path: Path) -> None:
         """Say what, and why."""
         setting = ", ".join(f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in choice.values.items())
-        self._say(f"{cell.task}, {cell.label}: chose {setting}: {choice.reason} ({path})")
+        seed = "" if choice.search_seed is None else f", seed {choice.search_seed}"
+        self._say(f"{cell.task}, {cell.label}{seed}: chose {setting}: {choice.reason} ({path})")
 
     def _forget(self, job: Job) -> None:
         self._since.pop(job.key, None)
@@ -138,6 +152,6 @@ class View(Watcher):
             epoch, epochs = self._progress.get(job.key, (0, 0))
             rows.add_row(Text(printable(job.name)), f"epoch {epoch} of {epochs}" if epochs else "starting")
         best = Table.grid(padding=(0, 2))
-        for (task, method), (score, _) in sorted(self._best.items())[-_SHOWN:]:
+        for (task, method), score in sorted(self._best.items())[-_SHOWN:]:
             best.add_row(Text(printable(f"best on val so far: {task}, {method}")), f"{score:.2f} %")
         return Group(ProgressBar(total=max(1, over + left), completed=over), head, rows, best)

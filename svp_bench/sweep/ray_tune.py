@@ -29,11 +29,11 @@ from svp_bench.config import method_layer, split_flags
 from svp_bench.errors import SvpBenchError, UnavailableError
 from svp_bench.sweep.jobs import Job, common_arguments
 from svp_bench.sweep.pools import Done, Work, WorkerProcess
-from svp_bench.sweep.search import Sampler, load_search, make_sampler
+from svp_bench.sweep.search import Plan, Sampler, load_search, make_sampler
 
 __all__ = ["METRIC", "make_tuner"]
 
-METRIC = "val_top1"  # what Tune is told: the mean over the seeds of the search, in percent
+METRIC = "val_top1"  # what Tune is told: the mean over the images of all runs of a trial, in percent
 _CLAIM_PAUSE = 5.0  # seconds until a run that another process is at is looked at again
 _RETRIES = 2  # of a run whose process died
 
@@ -49,6 +49,7 @@ def make_tuner(
     cpus: float = 1,
     gpus: float = 0,
     at_once: int | None = None,
+    seed: int = 0,
 ) -> Any:
     """Return a `ray.tune.Tuner` whose `fit()` runs the trials of a search of one method on one task.
 
@@ -64,6 +65,7 @@ def make_tuner(
         cpus: CPU cores of each trial.
         gpus: GPUs of each trial, or a fraction.
         at_once: Trials at once, or None for what the cluster has.
+        seed: Of the final runs that a nested search is for.
 
     Raises:
         UnavailableError: If Ray Tune is not installed.
@@ -80,9 +82,12 @@ def make_tuner(
     full, given = load_task(task).name, split_flags(flags)
     common = common_arguments(given.configs, given.rest, results_root, runs_root)
     keys = [dimension.key for dimension in declared.space(label)]
-    default = Runner().default_values(Job(full, method, 0, "select", common=common), keys)
-    trial = _trial(full, method, declared.seeds, common, Path(runs_root) / "sweep-logs", max(1, int(cpus)))
-    sampler = make_sampler(declared, label, default, f"{full}, {label}")
+    runner, job = Runner(), Job(full, method, 0, "select", common=common)
+    default = runner.default_values(job, keys)
+    plan = declared.plan_for(runner.resolved(job).config["data"], seed)
+    trial = _trial(full, method, plan, common, Path(runs_root) / "sweep-logs", max(1, int(cpus)))
+    of_seed = f", seed {seed}" if declared.nested and seed else ""
+    sampler = make_sampler(declared, label, default, f"{full}, {label}{of_seed}")
     return tune.Tuner(
         tune.with_resources(trial, {"cpu": cpus, "gpu": gpus}),
         tune_config=tune.TuneConfig(
@@ -133,9 +138,9 @@ def _searcher(sampler: Sampler) -> Any:
 
 
 def _trial(
-    task: str, method: str, seeds: Sequence[int], common: tuple[str, ...], logs: Path, threads: int
+    task: str, method: str, plan: Plan, common: tuple[str, ...], logs: Path, threads: int
 ) -> Callable[[Mapping[str, Any]], None]:
-    """Return what Tune runs: a setting, once with each seed, in a worker process of its own."""
+    """Return what Tune runs: a setting, once with each seed and fold, in a worker process of its own."""
     folder = Path.cwd()
     carried = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
 
@@ -144,9 +149,11 @@ def _trial(
 
         messages: queue.Queue[Mapping[str, Any]] = queue.Queue()
         log = logs / f"tune-{tune.get_context().get_trial_id()}.log"
-        scores: list[float] = []
+        scores: list[tuple[float, int]] = []  # top-1 and number of images
         process: WorkerProcess | None = None
-        waiting = [(Job(task, method, seed, "select", dict(values), None, common), 0) for seed in seeds]
+        waiting = [
+            (Job(task, method, seed, "select", {**values, **fold}, None, common), 0) for seed, fold in plan.runs()
+        ]
         try:
             while waiting:
                 job, deaths = waiting.pop(0)
@@ -158,7 +165,7 @@ def _trial(
                 process.submit(work.number, job.to_json(), retry=deaths > 0, log=folder / log)
                 outcome = _outcome(work, messages)
                 if outcome.status == "complete" and outcome.top1 is not None:
-                    scores.append(outcome.top1)
+                    scores.append((outcome.top1, outcome.count))
                 elif outcome.status == "claimed":
                     time.sleep(_CLAIM_PAUSE)
                     waiting.insert(0, (job, deaths))
@@ -170,7 +177,7 @@ def _trial(
             if process is not None:
                 process.close(busy=False)
                 process.wait(20)
-        tune.report({METRIC: sum(scores) / len(scores)})
+        tune.report({METRIC: sum(top1 * count for top1, count in scores) / sum(count for _, count in scores)})
 
     return trial
 

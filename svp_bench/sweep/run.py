@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +19,7 @@ from svp_bench.cards import load_suite, load_task
 from svp_bench.config import Flags, method_layer
 from svp_bench.data.sources import measured
 from svp_bench.errors import SvpBenchError, UsageError, printable, unknown_name
+from svp_bench.results.choices import read_choice
 from svp_bench.results.files import check_writable, read_records
 from svp_bench.results.record import Record
 from svp_bench.results.report.page import run_report
@@ -26,7 +27,7 @@ from svp_bench.results.tables import run_table
 from svp_bench.sweep.jobs import Job, common_arguments
 from svp_bench.sweep.live import View, duration
 from svp_bench.sweep.pools import LocalPool, Pool
-from svp_bench.sweep.search import Search, load_search
+from svp_bench.sweep.search import Plan, Search, load_search
 from svp_bench.sweep.sweep import Cell, Sweep, searched_context
 from svp_bench.terminal import plain_console
 
@@ -134,9 +135,13 @@ def run_sweep(request: Request) -> int:
             + f"; {pool.what}",
             soft_wrap=True,
         )
+        if search is not None:
+            _print_search(console, search, cells, request)
         with View(console, pool.what) as view:
             sweep.run(pool, view, asked.soft)
     status = conclude(console, sweep, request.command, asked)
+    for line in choice_notes(sweep):
+        console.print(line, soft_wrap=True, markup=False)
     if status is not None:
         return status
     if request.report and not request.only_search and sweep.done:
@@ -187,6 +192,7 @@ class _Prepared:
     def __init__(self, cells: Sequence[Cell], common: tuple[str, ...], search: Search | None) -> None:
         from svp_bench.sweep.runner import Runner  # torch
 
+        self.cells = cells
         self.runner = Runner()
         self.read: set[Path] = set()  # cards and configs of all cells
         missing: dict[str, str] = {}
@@ -207,7 +213,9 @@ class _Prepared:
             weights = self.runner.weights_digest(resolved)
             if search is not None:
                 cell.checkpoint_digest = weights
-                cell.data_digest = self.runner.report(resolved).digest
+                cell.plan = search.plan_for(resolved.config["data"])
+                _, fold = cell.plan.runs()[0]
+                cell.data_digest = self.runner.report(self.runner.resolved(replace(job, values=fold))).digest
                 keys = [dimension.key for dimension in search.space(cell.label)]
                 cell.default = self.runner.default_values(job, keys)
                 unknown = [key for key in keys if not self.runner.knows(job, key)]
@@ -230,6 +238,59 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def _print_search(console: Console, search: Search, cells: Sequence[Cell], request: Request) -> None:
+    """Say how many runs a setting of a search is, and how many searches there are."""
+    of_tasks: dict[Plan, list[str]] = {}
+    for cell in cells:
+        if cell.blocked is None and cell.task not in of_tasks.setdefault(cell.plan, []):
+            of_tasks[cell.plan].append(cell.task)
+    many = len(request.seeds) if search.nested else 1
+    searches = f" × {many} searches, one for each seed" if search.nested else ""
+    for plan, tasks in of_tasks.items():
+        runs = len(plan.runs())
+        if plan.folds:
+            on = f"{plan.folds} folds of the labelled images"
+            on += f", divided {plan.repeats} times" if plan.repeats > 1 else ""
+        else:
+            on = "val"
+        seeds = f" with {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else ""
+        console.print(
+            f"Search on {on}{seeds}: up to {search.budget} settings × {_count(runs, 'run')}{searches} = "
+            f"{search.budget * runs * many} trial runs a method and task ({', '.join(tasks)})",
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def choice_notes(sweep: Sweep) -> list[str]:
+    """Return what a reader of the choices of a sweep must know, a line each: ends of the grid, unequal completion."""
+    choices = []
+    for cell in sweep.cells:
+        if cell.choice is not None and Path(cell.choice).is_file():
+            choices.append(read_choice(cell.choice))
+    if not choices:
+        return []
+    lines = []
+    at_edge: dict[str, dict[str, None]] = defaultdict(dict)
+    for choice in choices:
+        for text in choice.at_edge:
+            at_edge[f"{choice.method}: {text}"][choice.task] = None
+    lines += [
+        f"At the end of the grid, so that a wider one might do better: {text} ({', '.join(tasks)})"
+        for text, tasks in at_edge.items()
+    ]
+    lost = [choice for choice in choices if choice.completed < len(choice.trials)]
+    if lost:
+        counts: dict[str, None] = {}
+        for choice in lost:
+            seed = "" if choice.search_seed is None else f", seed {choice.search_seed}"
+            counts[f"{choice.method} {choice.completed} of {len(choice.trials)} ({choice.task}{seed})"] = None
+        others = sorted({choice.completed for choice in choices if choice not in lost})
+        rest = f"; the others completed all of {' or '.join(map(str, others))}" if others else ""
+        lines.append(f"Not every method has as many trials with a score: {', '.join(counts)}{rest}")
+    return lines
+
+
 def _print_plan(console: Console, sweep: Sweep, request: Request, prepared: _Prepared) -> None:
     rows: dict[str, dict[str, Any]] = {}
     records, _ = read_records(request.results_root)
@@ -237,7 +298,13 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, prepared: _Pre
     total_seconds, unknown, disk = 0.0, 0, 0
     for job in sweep.due:
         row = rows.setdefault(job.method, defaultdict(int))
-        there = prepared.runner.look(job)
+        try:
+            there = prepared.runner.look(job)
+        except UsageError as error:  # an impossible setting of a grid: the sweep will list it as failed
+            console.print(f"Cannot run: {job.name}: {error}", soft_wrap=True, markup=False)
+            row["trials"] += 1
+            row["failed"] += 1
+            continue
         kind = "trials" if job.stage == "select" else "runs"
         row[kind] += 1
         if there is not None and there.status == "complete":
@@ -257,6 +324,8 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, prepared: _Pre
             size = prepared.runner.checkpoint_bytes(job)
             row["bytes"] += size
             disk += size
+    if sweep.search is not None:
+        _print_search(console, sweep.search, prepared.cells, request)
     table: list[tuple[str, ...]] = [("method", "trials", "runs", "there", "failed", "to do", "time", "disk")]
     for method, row in rows.items():
         time = f"{duration(row['seconds'])}" if row["seconds"] else ("unknown" if row["to do"] else "–")
@@ -317,8 +386,12 @@ class _Speed:
 
         protocol = load_protocol(str(config["data"].get("protocol") or load_suite(card.suite).protocol))
         lists = protocol.stages[str(config["data"].get("stage") or "final")]
-        epochs = int(config["trainer"]["max_epochs"])
-        train, scored = card.counts[lists["train"]], card.counts[lists.get("test", lists.get("val", ""))]
+        epochs, folds = int(config["trainer"]["max_epochs"]), int(config["data"].get("folds") or 0)
+        if folds:
+            labelled = card.counts[protocol.stages["final"]["train"]]
+            train, scored = labelled - labelled // folds, labelled // folds
+        else:
+            train, scored = card.counts[lists["train"]], card.counts[lists.get("test", lists.get("val", ""))]
         seconds = sorted(spent)[len(spent) // 2] * epochs * train
         tests = self._test.get(backbone)
         rounds = 1 if "test" in lists else epochs

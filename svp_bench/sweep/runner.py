@@ -20,9 +20,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from svp_bench.cards import load_protocol, load_suite, load_task
 from svp_bench.config import split_flags
+from svp_bench.data.folds import fold_positions
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, measured, open_source
-from svp_bench.errors import SvpBenchError
+from svp_bench.errors import SvpBenchError, UsageError
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.results.digests import canonical_digest, cell_config, flat, setting_digest
@@ -73,6 +74,7 @@ class Runner:
         self._resolved: dict[tuple[str, ...], Resolved] = {}
         self._data: dict[tuple[Any, ...], DataReport] = {}
         self._trained: dict[tuple[str, str], int] = {}
+        self._folds: dict[tuple[Any, ...], tuple[tuple[int, ...], str]] = {}
         self._weights: dict[tuple[Any, ...], str | None] = {}
 
     # --- looking -----------------------------------------------------------------------------------------------------
@@ -118,7 +120,8 @@ class Runner:
 
     def resolved(self, job: Job) -> Resolved:
         """Return the job's resolved config; parsed once for all seeds and values of a task and method."""
-        base = self._resolve(replace(job, seed=0, values={}))
+        seed = 0 if job.choice is None else job.seed  # a choice of a nested search is for one seed
+        base = self._resolve(replace(job, seed=seed, values={}))
         if any(key not in _keys(base.config) for key in job.values):
             return self._resolve(job)  # a key that only a full parse may judge
         return with_values(base, job.seed, job.values)
@@ -141,7 +144,9 @@ class Runner:
             if not self._same(record, resolved):
                 continue
             if record.status == "complete":
-                return _outcome(record, path, found=True)
+                if record.kind == "selection" and record.correct is None:
+                    continue  # of an older version: a search compares trials image by image
+                return self._outcome(record, path, resolved, found=True)
             if record.status == "failed":
                 failed = record
         if failed is None:
@@ -184,12 +189,13 @@ class Runner:
             DataError: If they are missing or malformed.
         """
         data = resolved.config["data"]
-        key = (resolved.task, data.get("root"), data.get("protocol"), data.get("stage"))
+        divided = data.get("folds") is not None
+        key = (resolved.task, data.get("root"), data.get("protocol"), data.get("stage"), divided)
         if key not in self._data:
             module = VisionDataModule(**data)
             root = Path(data["root"]) if data.get("root") else None
             source = open_source(module.card, root, suite=module.suite)
-            self._data[key] = inspect(module.card, source, list(module.lists.values()))
+            self._data[key] = inspect(module.card, source, list(module.lists_read))
         return self._data[key]
 
     def weights_digest(self, resolved: Resolved) -> str | None:
@@ -218,11 +224,12 @@ class Runner:
         try:
             outcome = self._run(job, report, retry)
         except SvpBenchError as error:
-            outcome = Outcome("failed", reason=one_line(str(error)))
+            outcome = Outcome("failed", reason=one_line(str(error)), refused=_is_refusal(error))
         except KeyboardInterrupt:
             outcome = Outcome("stopped", reason="interrupted")
         except Exception as error:  # while looking, before anything is run
-            outcome = Outcome("failed", reason=one_line(f"{type(error).__name__}: {error}"))
+            reason = one_line(f"{type(error).__name__}: {error}")
+            outcome = Outcome("failed", reason=reason, refused=_is_refusal(error))
         return replace(outcome, seconds=time.perf_counter() - began)
 
     def _run(self, job: Job, report: Report, retry: bool) -> Outcome:
@@ -263,7 +270,8 @@ class Runner:
         if problem is not None:
             known = isinstance(problem, SvpBenchError)
             text = str(problem) if known else f"{type(problem).__name__}: {problem}"
-            return Outcome("failed", reason=one_line(text), run_id=ours[-1][0].run_id if ours else None)
+            run_id = ours[-1][0].run_id if ours else None
+            return Outcome("failed", reason=one_line(text), run_id=run_id, refused=_is_refusal(problem))
         if not ours or ours[-1][0].status == "interrupted":
             return Outcome("stopped", reason="saved on the way; it goes on from there")
         record, path = ours[-1]
@@ -271,7 +279,41 @@ class Runner:
             return Outcome("failed", reason=record.status_reason or record.status, run_id=record.run_id)
         if record.kind == "selection":  # a trial is a number; nobody needs its weights
             shutil.rmtree(resolved.runs_root / resolved.task / record.run_id / "checkpoints", ignore_errors=True)
-        return _outcome(record, path, found=False)
+        return self._outcome(record, path, resolved, found=False)
+
+    def _outcome(self, record: Record, path: Path, resolved: Resolved, *, found: bool) -> Outcome:
+        metrics, selection = record.metrics, record.kind == "selection"
+        images, divided = self._fold(resolved) if selection else (None, None)
+        return Outcome(
+            "complete",
+            found=found,
+            record=str(path),
+            run_id=record.run_id,
+            top1=metrics.top1 if metrics else None,
+            count=metrics.count if metrics else None,
+            trainable=record.parameters.trainable,
+            selected_on=record.lists.get("val" if selection else "test"),
+            loss=metrics.loss if metrics else None,
+            right=record.correct.bits if selection and record.correct else None,
+            images=images,
+            divided=divided,
+        )
+
+    def _fold(self, resolved: Resolved) -> tuple[tuple[int, ...] | None, str | None]:
+        """Return which images a trial holds out, as positions in the split that is divided, and that split's name."""
+        data = resolved.config["data"]
+        if data.get("folds") is None:
+            return None, None
+        key = (resolved.task, *(data.get(name) for name in ("root", "protocol", "folds", "fold", "fold_seed")))
+        if key not in self._folds:
+            module = VisionDataModule(**data)
+            (name,) = module.lists_read
+            pictures = open_source(module.card, Path(data["root"]) if data.get("root") else None).get(name)
+            held = fold_positions(
+                pictures.keys(), pictures.labels, resolved.task, data["folds"], module.fold, module.fold_seed
+            )
+            self._folds[key] = tuple(held.tolist()), name
+        return self._folds[key]
 
     @contextmanager
     def _claim(self, job: Job, resolved: Resolved) -> Iterator[bool]:
@@ -294,16 +336,8 @@ def _keys(config: Mapping[str, Any], prefix: str = "") -> set[str]:
     return keys
 
 
-def _outcome(record: Record, path: Path, *, found: bool) -> Outcome:
-    metrics = record.metrics
-    role = "test" if record.kind == "final" else "val"
-    return Outcome(
-        "complete",
-        found=found,
-        record=str(path),
-        run_id=record.run_id,
-        top1=metrics.top1 if metrics else None,
-        count=metrics.count if metrics else None,
-        trainable=record.parameters.trainable,
-        selected_on=record.lists.get(role),
-    )
+def _is_refusal(error: Exception) -> bool:
+    """Whether a run could not begin because of its setting, not of data, weights, disk or what is installed."""
+    if isinstance(error, SvpBenchError):
+        return isinstance(error, UsageError)
+    return not isinstance(error, (OSError, ImportError))

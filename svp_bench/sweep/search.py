@@ -3,6 +3,9 @@
 A declaration (`configs/search/NAME.yaml`) gives a sampler, a budget K, the same for every method, and each method's
 space. The first trial is always the method's default setting. Grids need nothing more; `random` and `tpe` are Optuna's
 samplers (the extra `search`), seeded, so that a search that is taken up again asks for the same settings.
+
+K counts settings. With folds each setting is a run for each fold (`Plan`), and a nested search is one search for each
+seed of the final runs.
 """
 
 from __future__ import annotations
@@ -14,15 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from svp_bench.cards import load_protocol, load_suite, load_task
+from svp_bench.data.sources import measured
 from svp_bench.errors import ConfigError, UnavailableError, unknown_name
 from svp_bench.plain_yaml import Node, read_yaml
 from svp_bench.resources import configs_dir
-from svp_bench.results.choices import FALLBACK, RULES, grid_settings
+from svp_bench.results.choices import FALLBACK, FOLD_KEYS, RULE_VERSION, RULES, grid_settings
 from svp_bench.results.digests import canonical_digest
 
-__all__ = ["SAMPLERS", "Dimension", "Sampler", "Search", "load_search", "make_sampler", "space_declaration"]
+__all__ = ["SAMPLERS", "Dimension", "Plan", "Sampler", "Search", "load_search", "make_sampler", "space_declaration"]
 
 SAMPLERS = ("grid", "random", "tpe")
+AUTO, LEAVE_ONE_OUT, NONE = "auto", "leave_one_out", "none"  # what `folds` may be beside a number
+_AUTO_FOLDS = 5
+_SMALL_VAL = 100  # a difference of two settings on fewer images is mostly chance: its standard error is some 4 points
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _KEY = re.compile(r"(?:model|data|trainer)(?:\.\w+)+")
 _FIXED = ("data.task", "data.stage", "data.root", "data.protocol", "model.backbone", "model.checkpoint")
@@ -56,6 +64,33 @@ class Dimension:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Which runs make a trial of one search.
+
+    Attributes:
+        seeds: Training seeds.
+        folds: Parts of the labelled images, each held out in turn; 0: the trial is scored on val.
+        repeats: How often the images are divided anew; 0 without folds.
+        fold_seed: Seed of the divisions.
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    folds: int = 0
+    repeats: int = 0
+    fold_seed: int = 0
+
+    def runs(self) -> list[tuple[int, dict[str, int]]]:
+        """Return (training seed, config values that say the fold) of each run, in the order of a choice file."""
+        if not self.folds:
+            return [(seed, {}) for seed in self.seeds]
+        divided = [
+            dict(zip(FOLD_KEYS, (self.folds, fold, self.fold_seed), strict=True))
+            for fold in range(self.folds * self.repeats)
+        ]
+        return [(seed, dict(fold)) for seed in self.seeds for fold in divided]
+
+
+@dataclass(frozen=True)
 class Search:
     """A declaration.
 
@@ -64,10 +99,14 @@ class Search:
         version: Raised when its meaning changes.
         sampler: grid, random or tpe.
         budget: K: settings that each method may try on each task, the default one among them.
-        seeds: Each setting is trained once with each of them; their mean on val counts.
-        rule: How its trials are compared; see `svp_bench.results.choices.choose`.
+        seeds: Each setting is trained once with each of them; empty if the search is nested.
+        rule: How its trials are compared; see `svp_bench.results.choices.decide`.
         spaces: Method → its space; "default" serves methods without one.
         path: Its file.
+        folds: A number; "leave_one_out"; "none": the protocol's val; or "auto": five where val is small, else none.
+        repeats: How often the labelled images are divided anew.
+        small_val: "auto" takes folds where val has fewer images than this.
+        nested: Does each seed of the final runs have a search of its own, with that seed and its own folds?
     """
 
     name: str
@@ -78,6 +117,44 @@ class Search:
     rule: str
     spaces: Mapping[str, tuple[Dimension, ...]]
     path: Path
+    folds: int | str = AUTO
+    repeats: int = 1
+    small_val: int = _SMALL_VAL
+    nested: bool = True
+
+    def plan(self, val: int, labelled: int, seed: int = 0) -> Plan:
+        """Return which runs make a trial.
+
+        Args:
+            val: Images in the protocol's val split.
+            labelled: Images in its refit split.
+            seed: Of the final run that a nested search is for.
+
+        Raises:
+            ConfigError: If there are more folds than labelled images.
+        """
+        folds = self.folds
+        if folds == AUTO:
+            folds = min(_AUTO_FOLDS, labelled) if val < self.small_val else 0
+        elif folds == LEAVE_ONE_OUT:
+            folds = labelled
+        number = folds if isinstance(folds, int) else 0
+        if number > labelled:
+            raise ConfigError(f"{self.path}: {number} folds of {labelled} labelled images; at most one for each image")
+        seeds = (seed,) if self.nested else self.seeds
+        return Plan(seeds, number, self.repeats if number else 0, seed if self.nested else 0)
+
+    def plan_for(self, data: Mapping[str, Any], seed: int = 0) -> Plan:
+        """Return which runs make a trial, from the `data` section of a resolved config; see `plan`.
+
+        Raises:
+            SvpBenchError: If the task or its data are missing.
+        """
+        root = data.get("root")
+        card = measured(load_task(str(data["task"])), Path(root) if root else None)
+        stages = load_protocol(str(data.get("protocol") or load_suite(card.suite).protocol)).stages
+        val, labelled = (card.counts.get(name, 0) for name in (stages["select"]["val"], stages["final"]["train"]))
+        return self.plan(val, labelled, seed)
 
     def space(self, method: str) -> tuple[Dimension, ...]:
         """Return the space of a method.
@@ -99,6 +176,11 @@ class Search:
             "budget": self.budget,
             "seeds": list(self.seeds),
             "rule": self.rule,
+            "rule_version": RULE_VERSION,
+            "folds": self.folds,
+            "repeats": self.repeats,
+            "small_val": self.small_val,
+            "nested": self.nested,
             "spaces": {method: space_declaration(space) for method, space in sorted(self.spaces.items())},
         }
 
@@ -129,22 +211,40 @@ def load_search(name: str) -> Search:
             known = [f"configs/search/{file.name}" for file in sorted(shipped.glob("*.yaml"))]
             raise unknown_name("search", name, known)
     node = read_yaml(path, error=ConfigError, label="the search")
-    keys = node.keys(["name", "version", "sampler", "budget", "spaces"], ["seeds", "rule", "notes"])
+    keys = node.keys(
+        ["name", "version", "sampler", "budget", "spaces"],
+        ["seeds", "rule", "notes", "folds", "repeats", "small_val", "nested"],
+    )
     rule = keys["rule"].choice(RULES, "rule") if "rule" in keys else RULES[0]
     sampler = keys["sampler"].choice(SAMPLERS, "sampler")
-    seeds = tuple(_seed(item) for item in keys["seeds"].sequence()) if "seeds" in keys else (0,)
+    seeds = tuple(_seed(item) for item in keys["seeds"].sequence()) if "seeds" in keys else ()
     if len(set(seeds)) != len(seeds):
         raise keys["seeds"].error("a seed stands twice in seeds")
+    nested = keys["nested"].value if "nested" in keys else not seeds
+    if not isinstance(nested, bool):
+        raise keys["nested"].error(f"nested must be true or false, not {keys['nested'].kind}")
+    if nested and seeds:
+        raise keys["seeds"].error("a nested search trains with the seed of the final run; leave seeds or nested out")
+    folds = _folds(keys["folds"]) if "folds" in keys else AUTO
+    repeats = keys["repeats"].positive() if "repeats" in keys else (1 if nested else 2)
+    if folds == LEAVE_ONE_OUT and repeats > 1:
+        if "repeats" in keys:
+            raise keys["repeats"].error("leave_one_out has one division only; leave repeats out")
+        repeats = 1
     spaces = {method: _space(entry, sampler) for method, entry in keys["spaces"].mapping().items()}
     search = Search(
         name=keys["name"].text(_NAME, "a name of a-z, 0-9, _ and -"),
         version=keys["version"].positive(),
         sampler=sampler,
         budget=keys["budget"].positive(),
-        seeds=seeds,
+        seeds=seeds or (() if nested else (0,)),
         rule=rule,
         spaces=spaces,
         path=path,
+        folds=folds,
+        repeats=repeats,
+        small_val=keys["small_val"].positive() if "small_val" in keys else _SMALL_VAL,
+        nested=nested,
     )
     for method, space in spaces.items():
         size = math.prod(len(dimension.values or ()) for dimension in space)
@@ -166,6 +266,18 @@ def _seed(node: Node) -> int:
     return node.value
 
 
+def _folds(node: Node) -> int | str:
+    if node.value is None or node.value == NONE:
+        return NONE
+    if isinstance(node.value, str) and node.value in (AUTO, LEAVE_ONE_OUT):
+        return node.value
+    if not isinstance(node.value, int) or isinstance(node.value, bool) or node.value < 2:
+        raise node.error(
+            f"folds is {AUTO}, {NONE}, {LEAVE_ONE_OUT} or a whole number of at least 2, not {node.value!r}"
+        )
+    return node.value
+
+
 def _space(node: Node, sampler: str) -> tuple[Dimension, ...]:
     return tuple(_dimension(key, child, sampler) for key, child in node.mapping().items())
 
@@ -173,7 +285,7 @@ def _space(node: Node, sampler: str) -> tuple[Dimension, ...]:
 def _dimension(key: str, node: Node, sampler: str) -> Dimension:
     if not _KEY.fullmatch(key):
         raise node.error(f"{key} is no config key; write it dotted, e.g. model.learning_rate or model.method.rank")
-    if key in _FIXED or key.startswith("model.method.class_path"):
+    if key in (*_FIXED, *FOLD_KEYS) or key.startswith("model.method.class_path"):
         raise node.error(f"{key} is not searched: it is what is compared")
     if key.startswith("model.method.") and not key.startswith("model.method.init_args."):
         key = f"model.method.init_args.{key.removeprefix('model.method.')}"

@@ -1,7 +1,8 @@
 """The sweep itself: which jobs are due, what follows from their outcomes, and when it is over.
 
 Search and test are two phases, kept apart by construction: a trial is a run of stage select, which has no test list;
-the choice among trials is frozen to disk; a final run reads that file and nothing else of the search.
+the choice among trials is frozen to disk; a final run reads that file and nothing else of the search. In a nested
+search each seed of the final runs has a search, and a choice, of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from svp_bench.results.choices import (
     Choice,
     Trial,
     choice_path,
-    choose,
     context_of,
+    decide,
+    edges,
     read_choice,
     trial_problems,
     write_choice,
@@ -28,7 +30,7 @@ from svp_bench.results.digests import cell_config
 from svp_bench.results.record import timestamp
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.pools import Pool, Progress
-from svp_bench.sweep.search import Sampler, Search, make_sampler
+from svp_bench.sweep.search import Plan, Sampler, Search, make_sampler
 
 __all__ = ["Cell", "Ended", "Sweep", "Watcher"]
 
@@ -40,10 +42,15 @@ class _Try:
     """One setting of a search, on its way."""
 
     values: dict[str, Any]
-    outcomes: dict[int, Outcome] = field(default_factory=dict)  # by seed
+    jobs: list[str] = field(default_factory=list)  # keys, in the order of the choice file
+    outcomes: dict[str, Outcome] = field(default_factory=dict)  # by key
 
-    def trial(self, seeds: Sequence[int]) -> Trial:
-        ended = [self.outcomes[seed] for seed in seeds]
+    @property
+    def over(self) -> bool:
+        return len(self.outcomes) == len(self.jobs)
+
+    def trial(self) -> Trial:
+        ended = [self.outcomes[key] for key in self.jobs]
         good = all(outcome.status == "complete" and outcome.top1 is not None for outcome in ended)
         reasons = [outcome.reason or outcome.status for outcome in ended if outcome.status != "complete"]
         return Trial(
@@ -52,6 +59,9 @@ class _Try:
             scores=tuple(float(outcome.top1 or 0.0) for outcome in ended) if good else (),
             trainable=ended[0].trainable if good else None,
             status="complete" if good else reasons[0],
+            losses=tuple(float(outcome.loss or 0.0) for outcome in ended) if good else None,
+            right=tuple(outcome.right or "" for outcome in ended) if good else None,
+            counts=tuple(outcome.count or 0 for outcome in ended) if good else None,
         )
 
 
@@ -68,6 +78,8 @@ class Cell:
         context: What all its runs share (`choices.context_of`), of a search.
         checkpoint_digest: Of the backbone's weights, of a search; None for random ones.
         data_digest: Of the lists that trials read.
+        plan: Which runs make a trial, of a search.
+        seed: The final seed that a nested search is for; None if one search serves all.
     """
 
     task: str
@@ -78,6 +90,8 @@ class Cell:
     context: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_digest: str | None = None
     data_digest: str = ""
+    plan: Plan = field(default_factory=Plan)
+    seed: int | None = None
     sampler: Sampler | None = None
     tries: list[_Try] = field(default_factory=list)
     choice: str | None = None
@@ -118,7 +132,7 @@ class Sweep:
     """All jobs of a sweep, as they become due.
 
     Args:
-        cells: Tasks and methods.
+        cells: Tasks and methods; with a nested search each of them becomes one for each seed.
         seeds: Of the final runs.
         common: Flags that all jobs share.
         results_root: Where records and choices are.
@@ -141,6 +155,12 @@ class Sweep:
         only_search: bool = False,
     ) -> None:
         self.cells = list(cells)
+        if search is not None:
+            self.cells = [
+                replace(cell, seed=seed, plan=_planned(cell.plan, search, seed), tries=[])
+                for cell in cells
+                for seed in (seeds if search.nested else (None,))
+            ]
         self.seeds = tuple(seeds)
         self.common = common
         self.results_root = results_root
@@ -166,7 +186,10 @@ class Sweep:
         if self.search is None:
             self._refit(cell)
             return
-        path = choice_path(self.results_root, self.search.name, self.search.digest, cell.task, cell.label)
+        if cell.blocked is not None:
+            return
+        of = self.search.name, self.search.digest, cell.task, cell.label
+        path = choice_path(self.results_root, *of, cell.seed)
         if path.is_file():
             try:
                 choice = read_choice(path)
@@ -184,25 +207,27 @@ class Sweep:
             cell.choice = str(path)
             self._refit(cell)
             return
-        cell.sampler = make_sampler(self.search, cell.label, cell.default, f"{cell.task}, {cell.label}")
+        of_seed = "" if not cell.seed else f", seed {cell.seed}"
+        cell.sampler = make_sampler(self.search, cell.label, cell.default, f"{cell.task}, {cell.label}{of_seed}")
         self._ask(cell)
 
     def _refit(self, cell: Cell) -> None:
         if self.only_search:
             return
-        for seed in self.seeds:
+        for seed in self.seeds if cell.seed is None else (cell.seed,):
             self._add(cell, None, Job(cell.task, cell.method, seed, "final", cell.values, cell.choice, self.common))
 
     def _ask(self, cell: Cell) -> bool:
         """Make the next trials of a search due; return whether there are any."""
-        assert self.search is not None
         assert cell.sampler is not None
-        trials = [one.trial(self.search.seeds) for one in cell.tries]
+        trials = [one.trial() for one in cell.tries]
         settings = cell.sampler.ask([(trial.values, trial.mean) for trial in trials])
         for values in settings:
-            cell.tries.append(_Try(values))
-            for seed in self.search.seeds:
-                job = Job(cell.task, cell.method, seed, "select", values, None, self.common)
+            one = _Try(values)
+            cell.tries.append(one)
+            for seed, fold in cell.plan.runs():
+                job = Job(cell.task, cell.method, seed, "select", {**values, **fold}, None, self.common)
+                one.jobs.append(job.key)
                 self._add(cell, len(cell.tries) - 1, job)
         return bool(settings)
 
@@ -261,27 +286,31 @@ class Sweep:
 
     def _tried(self, cell: Cell, number: int, job: Job, outcome: Outcome, watcher: Watcher) -> None:
         assert self.search is not None
-        cell.tries[number].outcomes[job.seed] = outcome
-        if any(len(one.outcomes) < len(self.search.seeds) for one in cell.tries) or self._ask(cell):
+        cell.tries[number].outcomes[job.key] = outcome
+        if not all(one.over for one in cell.tries) or self._ask(cell):
             return
-        outcomes = [(one.values, outcome) for one in cell.tries for outcome in one.outcomes.values()]
+        outcomes = [(one.values, one.outcomes[key]) for one in cell.tries for key in one.jobs]
         for values, outcome in outcomes:
-            if outcome.run_id is None and outcome.status != "complete":  # no setting loses for what is not its doing
+            lost = outcome.run_id is None and outcome.status != "complete"
+            if lost and not outcome.refused:  # no setting loses for what is not its doing
                 setting = ", ".join(f"{key} = {value}" for key, value in values.items())
                 cell.blocked = (
                     f"nothing is chosen, since the trial {setting} left no record: {outcome.reason or outcome.status}; "
                     "put that right and run the same command again (or take the setting out of the search)"
                 )
                 return
-        trials = tuple(one.trial(self.search.seeds) for one in cell.tries)
-        scored = [outcome for _, outcome in outcomes if outcome.status == "complete"]
-        if not any(trial.mean is not None for trial in trials):
+        trials = tuple(one.trial() for one in cell.tries)
+        good = next((one for one, trial in zip(cell.tries, trials, strict=True) if trial.scores), None)
+        if good is None:
             cell.blocked = f"no setting of its search has a score on val: {trials[0].status}"
             return
-        count, selected_on = scored[0].count, scored[0].selected_on
+        plan, runs = cell.plan, [good.outcomes[key] for key in good.jobs]
+        images = tuple(tuple(run.images or ()) for run in runs[: plan.folds * plan.repeats])
+        count = sum(map(len, images[: plan.folds])) if plan.folds else runs[0].count
+        selected_on = f"{runs[0].divided} ({plan.folds} folds)" if plan.folds else runs[0].selected_on
         assert count is not None
         assert selected_on is not None
-        chosen, error, reason = choose(trials, count, self.search.rule)
+        decision = decide(trials, count, self.search.rule, images)
         choice = Choice(
             task=cell.task,
             method=cell.label,
@@ -293,10 +322,16 @@ class Sweep:
             selected_on=selected_on,
             count=count,
             trials=trials,
-            chosen=chosen,
-            standard_error=error,
-            reason=reason,
+            chosen=decision.chosen,
+            standard_error=decision.standard_error,
+            reason=decision.reason,
             created=timestamp(),
+            search_seed=cell.seed,
+            folds=plan.folds,
+            repeats=plan.repeats,
+            images=images,
+            ties=decision.ties,
+            at_edge=edges(trials, decision),
         )
         try:
             path = write_choice(choice, self.results_root)
@@ -311,8 +346,9 @@ class Sweep:
 
     @property
     def blocked(self) -> list[Cell]:
-        """Cells that cannot go on."""
-        return [cell for cell in self.cells if cell.blocked is not None]
+        """Cells that cannot go on; one for each task and method that a nested search blocks for the same reason."""
+        found = {(cell.task, cell.method, cell.blocked): cell for cell in reversed(self.cells) if cell.blocked}
+        return list(reversed(found.values()))
 
     @property
     def left(self) -> int:
@@ -323,7 +359,14 @@ class Sweep:
     def to_come(self) -> int:
         """Final runs that follow once a search is over."""
         waiting = [cell for cell in self.cells if cell.sampler is not None and cell.choice is None and not cell.blocked]
-        return 0 if self.only_search else len(waiting) * len(self.seeds)
+        return 0 if self.only_search else sum(1 if cell.seed is not None else len(self.seeds) for cell in waiting)
+
+
+def _planned(plan: Plan, search: Search, seed: int | None) -> Plan:
+    """Return a plan with the training seeds of a search, or of the one of a nested search that is for `seed`."""
+    if seed is None:
+        return replace(plan, seeds=search.seeds)
+    return replace(plan, seeds=(seed,), fold_seed=seed if plan.folds else 0)
 
 
 def searched_context(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

@@ -381,6 +381,12 @@ class ConfigCLI(LightningCLI):
         choice = self.composed.choice
         if choice is None:
             return
+        seed = plain.get("seed_everything")
+        if choice.search_seed not in (None, seed):
+            raise UsageError(
+                f"{self.flags.choice} was chosen for --seed_everything {choice.search_seed}, not {seed}: each seed of "
+                "a nested search has a choice of its own"
+            )
         ours, theirs = (
             dict(flat(config)) for config in (context_of(cell_config(plain), list(choice.values)), choice.context)
         )

@@ -107,11 +107,13 @@ class Recorder:
         assert digest is not None
         return evaluation.for_record(), Correct.of(evaluation.right, self.data.lists["test"], digest)
 
-    def selection_scores(self) -> Metrics | None:
-        """The scores on val after the last epoch."""
+    def selection_scores(self) -> tuple[Metrics | None, Correct | None]:
+        """Return the scores on val after the last epoch, and one bit an image, which a search compares settings by."""
         if self.model.validated is None:
-            return None
-        return self._of_the_whole_list("val", self.model.validated).for_record()
+            return None, None
+        evaluation = self._of_the_whole_list("val", self.model.validated)
+        bits = Correct.of(evaluation.right, self.data.lists["val"], self.data.list_digest("val"))
+        return evaluation.for_record(), bits
 
     def _of_the_whole_list(self, role: str, evaluation: Evaluation | None) -> Evaluation:
         expected = self.data.report.counts[self.data.lists[role]]
@@ -144,7 +146,7 @@ class Recorder:
         if tested:
             metrics, correct = self.scores()
         elif data.stage == "select" and status == "complete":
-            metrics = self.selection_scores()
+            metrics, correct = self.selection_scores()
         looked = data._report is not None
         choice = self.scan_choice()
         saved = self.run_dir / CHECKPOINT

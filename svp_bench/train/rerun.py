@@ -154,7 +154,7 @@ class _RerunCLI(BenchCLI):
             )
         root = self.config[self.verb].data.root
         source = open_source(data.card, Path(root) if root else None, suite=data.suite)
-        digest = inspect(data.card, source, list(data.lists.values())).digest
+        digest = inspect(data.card, source, list(data.lists_read)).digest
         if digest != record.data_digest:
             raise DataError(
                 f"{source.origin} has other lists of {record.task} ({_short(digest)}) than the run read "
@@ -324,7 +324,7 @@ def _within_noise(old: Record, new: Record) -> tuple[bool, str, str]:
     before, after = old.metrics, new.metrics
     assert before is not None
     assert after is not None
-    if old.correct is None or new.correct is None:  # a selection record has no bits
+    if old.correct is None or new.correct is None:  # an older selection record has no bits
         apart = abs(after.top1 - before.top1)
         bound = _Z * one_standard_error((before.top1 + after.top1) / 2, before.count)
         where = f"1.96 binomial standard errors of {before.count} pictures (± {bound:.2f} points; no bits to pair)"

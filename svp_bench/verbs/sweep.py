@@ -22,7 +22,7 @@ def sweep(argv: Sequence[str]) -> int:
     options.epilog = (
         "All other flags go to every run: --data.root DIR, --model.backbone NAME, --trainer.max_epochs 10 …"
     )
-    options.add_argument("--suite", help="vtab, fgvc, hta, demo: all its tasks")
+    options.add_argument("--suite", help="vtab, fgvc, hta, demo, demo-quick: all its tasks")
     options.add_argument("--tasks", help="instead of, or out of, a suite: names, comma-separated")
     options.add_argument("--methods", required=True, help="names or method files, comma-separated")
     options.add_argument("--seeds", default="0", help="comma-separated, e.g. 0,1,2 (default: 0)")
@@ -92,6 +92,9 @@ def tune(argv: Sequence[str]) -> int:
     options.add_argument("--task", help="e.g. vtab/dtd")
     options.add_argument("--method", default="svp", help="a name or a method file (default: svp)")
     options.add_argument("--search", default="default", help="a declaration (default: configs/search/default.yaml)")
+    options.add_argument(
+        "--seeds", default="0", help="seeds of the final runs; a nested search is made for each (default: 0)"
+    )
     _shared(options)
     given, rest = options.parse_known_args(argv)
     from svp_bench.config import find_config, method_layer, split_flags
@@ -112,7 +115,7 @@ def tune(argv: Sequence[str]) -> int:
     request = Request(
         tasks=(task,),
         methods=(given.method,),
-        seeds=(0,),
+        seeds=tuple(_seed(text) for text in _names(given.seeds, "--seeds")),
         search=given.search,
         engine="local",
         workers=given.workers,
@@ -169,7 +172,7 @@ def _tasks(suite: str | None, given: str | None) -> tuple[str, ...]:
         return tuple(inside)
     names = []
     for name in _names(given, "--tasks"):
-        full = name if "/" in name or suite is None else f"{suite}/{name}"
+        full = name if "/" in name or suite is None else load_suite(suite).full(name)
         names.append(load_task(full).name)
         if suite is not None and names[-1] not in inside:
             raise unknown_name(f"task of the suite {suite}", name, inside)

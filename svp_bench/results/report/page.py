@@ -39,7 +39,7 @@ from svp_bench.results.report.model import (
 from svp_bench.results.report.view import report_view
 from svp_bench.results.rows import Table
 from svp_bench.results.stats import FEWEST_PAIRS, FEWEST_SOURCES
-from svp_bench.results.tables import load_table
+from svp_bench.results.tables import load_table, suites_of
 from svp_bench.results.wording import (
     IMAGES,
     MAJORITY,
@@ -110,20 +110,22 @@ def run_report(
     if target.is_dir():
         raise UsageError(f"--output {target} is a folder; give the name of the page, e.g. {target / 'index.html'}")
     known = list_suites()
-    cards = {name: load_suite(name) for name in (known if suites is None else suites)}
+    given = None if suites is None else [load_suite(name) for name in suites]
     if not Path(results_root).is_dir():
         raise UsageError(
             f"--results_root {results_root}: there is no such folder; give the one that holds records/ "
             "(`svp-bench fit` makes it)"
         )
     records, problems = read_records(results_root)
+    cards = [load_suite(name) for name in suites_of(records)] if given is None else given
     present = {record.suite for record in records} | {_suite_of(problem) for problem in problems}
     tables = []
-    for name, card in cards.items():
+    for card in cards:
         quoted = load_published(card)
-        if suites is None and name not in present and not (published and quoted):
+        if suites is None and card.owner not in present and not (published and quoted):
             continue
         tables.append(load_table(card, records, problems, quoted, control))
+    owners = {card.owner for card in cards}
     _check_control(tables, control)
     strays = [problem for problem in problems if _suite_of(problem) not in known]
     strays += [
@@ -134,7 +136,7 @@ def run_report(
     report = report_view(
         tables,
         titles={task: load_task(task).title for table in tables for task in table.suite.tasks},
-        curves=read_curves([record for record in records if record.suite in cards], runs_root),
+        curves=read_curves([record for record in records if record.suite in owners], runs_root),
         strays=strays if suites is None else [],
         runs_root=Path(runs_root).as_posix(),
     )

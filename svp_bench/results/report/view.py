@@ -139,7 +139,7 @@ def _suite(
 ) -> SuiteView:
     suite = table.suite
     tasks = tuple(
-        TaskView(f"{suite.name}/{task}", task, titles.get(f"{suite.name}/{task}", task), group)
+        TaskView(suite.full(task), task, titles.get(suite.full(task), task), group)
         for group, members in suite.groups.items()
         for task in members
     )

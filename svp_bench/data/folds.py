@@ -1,0 +1,119 @@
+"""Repeated stratified k-fold on the labelled images of a task, for searches whose val split is too small to choose."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from svp_bench.data.sources import Note, Pictures, Source
+from svp_bench.errors import DataError
+
+__all__ = ["Subset", "fold_positions", "with_fold"]
+
+
+def fold_positions(
+    keys: Sequence[str], labels: npt.NDArray[np.int64], task: str, folds: int, fold: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Return the positions of one fold's held-out images, sorted.
+
+    The partition follows from the task's name, `seed`, the repeat (fold // folds) and the images' keys alone: the order
+    of the split, the method and the setting do not matter. The images of each class are sorted by a hash and dealt
+    out one fold after the other, so that folds differ by at most one image in size. With as many folds as images this
+    is leave-one-out. An image that the split repeats is in one fold.
+
+    Args:
+        keys: What tells each image from all others, N texts.
+        labels: int64 (N,).
+        task: Full name of the task.
+        folds: Number of parts, at least 2.
+        fold: Counts through the repeats: folds * repeat + number of the part.
+        seed: Seed of the partition.
+
+    Returns:
+        int64 (M,), positions in the split.
+
+    Raises:
+        DataError: If there are more folds than distinct images.
+    """
+    first: dict[str, int] = {}
+    for position, key in enumerate(keys):
+        first.setdefault(key, position)
+    if folds > len(first):
+        raise DataError(
+            f"{folds} folds of the {len(first)} labelled images of {task} would leave some empty; "
+            f"--data.folds is at most {len(first)} here (leave-one-out)"
+        )
+    repeat, part = divmod(fold, folds)
+
+    def order(key: str) -> tuple[int, bytes]:
+        text = f"{task}\n{seed}\n{repeat}\n{key}"
+        return int(labels[first[key]]), hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+    part_of = {key: number % folds for number, key in enumerate(sorted(first, key=order))}
+    return np.array([position for position, key in enumerate(keys) if part_of[key] == part], dtype=np.int64)
+
+
+class Subset(Pictures):
+    """Some images of a split, as a split of their own.
+
+    Args:
+        name: Its name.
+        whole: The split.
+        positions: int64, which of its images.
+    """
+
+    def __init__(self, name: str, whole: Pictures, positions: npt.NDArray[np.int64]) -> None:
+        self.name = name
+        self.positions = positions
+        self._whole = whole
+        self.labels = whole.labels[positions]
+        text = f"{name}\n{whole.digest}\n{' '.join(map(str, positions.tolist()))}"
+        self.digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def listing(self) -> str:
+        """What lists the images: what lists the whole split."""
+        return self._whole.listing
+
+    def keys(self) -> Sequence[str]:
+        """Return the keys of its images."""
+        keys = self._whole.keys()
+        return [keys[position] for position in self.positions.tolist()]
+
+    def load(self, index: int) -> Image.Image:
+        """Decode one image."""
+        return self._whole.load(int(self.positions[index]))
+
+    def where(self, index: int) -> str:
+        """Return what names one image in a message."""
+        return self._whole.where(int(self.positions[index]))
+
+    def verify(self, note: Note | None = None) -> None:
+        """Check all images of the whole split."""
+        self._whole.verify(note)
+
+
+def with_fold(
+    source: Source, whole: str, names: tuple[str, str], task: str, folds: int, fold: int, seed: int
+) -> Source:
+    """Return a source with two further splits: one fold of a split, and the rest of it.
+
+    Args:
+        source: The task's data.
+        whole: Name of the split that is divided.
+        names: What to call the rest, to train on, and the fold, to score.
+        task: Full name of the task.
+        folds: See `fold_positions`.
+        fold: See `fold_positions`.
+        seed: See `fold_positions`.
+    """
+    pictures = source.get(whole)
+    held = fold_positions(pictures.keys(), pictures.labels, task, folds, fold, seed)
+    rest = np.setdiff1d(np.arange(len(pictures)), held)
+    parts = {names[0]: Subset(names[0], pictures, rest), names[1]: Subset(names[1], pictures, held)}
+    return replace(source, lists={**source.lists, **parts})
