@@ -550,9 +550,7 @@ def _search_notes(section: Section) -> list[str]:
             at_edge[f"{run.method} {text.partition(' = ')[0].rsplit('.', 1)[-1]}"].add(run.task)
     if failed:
         most = ", ".join(f"{method} up to {count}" for method, count in sorted(failed.items()))
-        notes.append(
-            f"Trials that failed, of those of a task: {most}; the other methods had more settings to choose from."
-        )
+        notes.append(f"Trials of a task that failed: {most}; the other methods had more settings to choose from.")
     if at_edge:
         listed = ", ".join(f"{name} ({plural(len(tasks), 'task')})" for name, tasks in sorted(at_edge.items()))
         notes.append(f"The best setting lies at an end of the grid, so that a wider one might do better: {listed}.")
