@@ -180,6 +180,13 @@ def test_two_trials_are_not_one_run(tmp_path: Path) -> None:
     assert any(text.startswith("trials: 2 trials are one run, svp-") for text in failures(path))
 
 
+def test_a_method_that_was_edited_after_its_search_was_not_searched(tmp_path: Path) -> None:
+    path = edited(searched(tmp_path), method_source={"mine.py": LIST})
+    assert [text for text in failures(path) if text.startswith("choice: ")] == [
+        f"choice: chosen with method_source.mine.py = None, and the run has {LIST}"
+    ]
+
+
 # ---- trials that failed
 
 

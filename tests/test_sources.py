@@ -214,6 +214,42 @@ def test_a_sweep_runs_an_edited_method_anew(place: Path) -> None:
     assert not Runner()._same(read_record(old), resolve(split_flags(made[1:])))
 
 
+@pytest.mark.slow
+def test_a_choice_is_that_of_the_source_that_was_searched(place: Path) -> None:
+    Path("search.yaml").write_text(
+        "name: small\nversion: 1\nsampler: grid\nbudget: 2\n"
+        "spaces:\n  default: {model.learning_rate: [1.0e-3, 1.0e-2]}\n",
+        encoding="utf-8",
+    )
+    flags = [
+        "--model.backbone",
+        "vim_nano_patch8_64",
+        "--model.checkpoint",
+        "none",
+        "--model.scan_backend",
+        "reference",
+    ]
+    flags += ["--data.image_size", "32", "--data.root", "data", "--trainer.max_epochs", "1", "--method", "probe.yaml"]
+    done = command("tune", "--task", "vtab/cifar", "--search", "search.yaml", "--trainer.accelerator", "cpu", *flags)
+    assert done.status == 0, done.out + done.err
+    (choice,) = Path("results/choices").rglob("*.json")
+    final = [
+        "fit",
+        "--config",
+        "configs/vtab/cifar.yaml",
+        "--choice",
+        str(choice),
+        "--trainer.accelerator",
+        "cpu",
+        *flags,
+    ]
+    assert command(*final).status == 0
+    edit()
+    text = complaint(command(*final), 2)
+    assert "was chosen with method_source.strength.py = sha256:" in text
+    assert "search again" in text
+
+
 # ---- the package's own files
 
 

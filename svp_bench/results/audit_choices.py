@@ -208,7 +208,7 @@ class _SearchAuditor(Auditor):
 
     @staticmethod
     def _context_problem(record: Record, choice: Choice, who: str) -> list[str]:
-        ours = dict(flat(context_of(cell_config(record.config), list(choice.values))))
+        ours = dict(flat(context_of(cell_config(record.config), list(choice.values), record.method_source)))
         theirs = dict(flat(choice.context))
         other = sorted(key for key in {*ours, *theirs} if differ(ours.get(key), theirs.get(key)))
         if not other:
@@ -302,7 +302,7 @@ class _SearchAuditor(Auditor):
         for other in self.shelf.records:
             if (other.task, other.method, other.status) != (choice.task, self.record.method, "complete"):
                 continue
-            if context_of(cell_config(other.config), keys) != dict(choice.context):
+            if context_of(cell_config(other.config), keys, other.method_source) != dict(choice.context):
                 continue
             if other.kind == "final" and other.created < choice.created:
                 before.append(other)

@@ -717,12 +717,15 @@ def read_choice(path: Path | str) -> Choice:
     return Choice.from_json(read_json(Path(path), str(path)), str(path))
 
 
-def context_of(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def context_of(
+    config: Mapping[str, Any], keys: Sequence[str], sources: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return what the trials of a search and the run with its choice have in common.
 
     Args:
         config: A cell's config (`digests.cell_config`); which fold it holds out, if any, is left aside.
         keys: The searched keys, dotted, as they stand in it.
+        sources: Digests of the files of a method that is not shipped, as in a record's `method_source`.
     """
     stage_and_searched = {"data.stage", *FOLD_KEYS, *keys}
 
@@ -739,4 +742,5 @@ def context_of(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]
                 result[key] = value
         return result
 
-    return kept(config, "")
+    context = kept(config, "")
+    return {**context, "method_source": dict(sources)} if sources else context

@@ -226,7 +226,7 @@ class _Prepared:
                         self.runner.keys(job),
                         where=str(search.path),
                     )
-                cell.context = searched_context(resolved.config, keys)
+                cell.context = searched_context(resolved.config, keys, resolved.sources)
         if cells and all(cell.blocked for cell in cells):
             raise SvpBenchError(f"none of the tasks can run: {cells[0].blocked}")
 

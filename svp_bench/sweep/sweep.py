@@ -369,6 +369,8 @@ def _planned(plan: Plan, search: Search, seed: int | None) -> Plan:
     return replace(plan, seeds=(seed,), fold_seed=seed if plan.folds else 0)
 
 
-def searched_context(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def searched_context(
+    config: Mapping[str, Any], keys: Sequence[str], sources: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return the context of a cell's search from a resolved config of any of its runs."""
-    return context_of(cell_config(config), keys)
+    return context_of(cell_config(config), keys, sources)

@@ -358,7 +358,8 @@ class ConfigCLI(LightningCLI):
         if config.model.scan_backend != "auto":
             BACKENDS.entry(config.model.scan_backend)
         plain = self._plain_config(config)
-        self._need_same_context(plain)
+        sources = source_files(class_paths(plain))
+        self._need_same_context(plain, sources)
         card = load_task(str(plain["data"]["task"]))
         suite = load_suite(card.suite)
         protocol = load_protocol(str(plain["data"].get("protocol") or suite.protocol))
@@ -371,12 +372,12 @@ class ConfigCLI(LightningCLI):
             seed=int(config.seed_everything),
             results_root=Path(config.results_root),
             runs_root=Path(config.runs_root),
-            sources=source_files(class_paths(plain)),
+            sources=sources,
             read=(card.path, suite.path, protocol.path, *names, *map(Path, sorted(layers))),
             card_digests={"task": card_digest(card), "protocol": card_digest(protocol)},
         )
 
-    def _need_same_context(self, plain: Mapping[str, Any]) -> None:
+    def _need_same_context(self, plain: Mapping[str, Any], sources: Mapping[str, str]) -> None:
         """Refuse a frozen choice that was made for another setting: its values were not chosen for this one."""
         choice = self.composed.choice
         if choice is None:
@@ -388,7 +389,8 @@ class ConfigCLI(LightningCLI):
                 "a nested search has a choice of its own"
             )
         ours, theirs = (
-            dict(flat(config)) for config in (context_of(cell_config(plain), list(choice.values)), choice.context)
+            dict(flat(config))
+            for config in (context_of(cell_config(plain), list(choice.values), sources), choice.context)
         )
         other = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
         if other:
