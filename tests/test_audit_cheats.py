@@ -273,6 +273,33 @@ def test_what_a_card_calls_itself_moves_no_digest() -> None:
     assert card_digest(dataclasses.replace(protocol, image_size=7)) != card_digest(protocol)
 
 
+def test_what_a_record_cannot_describe_is_named(tmp_path: Path) -> None:
+    stated: dict[str, Any] = {
+        "external_classes": ["mine.Logger"],
+        "checkpoint_load": {"resized": ["pos_embed 14x14 -> 4x16"]},
+        "image_notes": {"skipped: .svg": 3},
+    }
+    path = write_record(record(**stated), tmp_path)
+    assert failures(path) == []
+    found = lines(path)
+    assert found["comparable"][0][0] == "note"
+    assert "mine.Logger" in found["comparable"][0][1]
+    assert ("note", "resized while loading: pos_embed 14x14 -> 4x16") in found["weights"]
+    assert ("note", "images that were skipped or converted: skipped: .svg (3)") in found["data"]
+    edited(path, not_comparable=["weights were averaged"])
+    assert failures(path) == ["comparable: weights were averaged; tables leave the run out"]
+
+
+def test_a_table_says_why_rows_of_one_setting_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, digest in enumerate((LIST, OTHER_LIST)):
+        write_record(record(5000 + seed, seed=seed, method_source={"mine.py": digest}), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    out = run("table", "--results_root", ".").out
+    assert "1/19      1" in out
+    page = " ".join(Path("tables/vtab1k.md").read_text(encoding="utf-8").split())
+    assert "Rows of one method are apart because its source files differ: svp." in page
+
+
 # ---- recipes chosen on test
 
 

@@ -33,6 +33,8 @@ fails, and what does not:
   another code. Which code: the digest of the package's files, where both records have it, else commit or version.
 - A run id that another record has fails, for the later of them: one of the two was written under the name of the other.
   All given folders are looked through together. Two files with the same content are one record and its copy, a note.
+- A run that the package called not comparable fails, as tables leave it out. Classes from outside of the package
+  (callbacks, loggers, strategies ...), and what loading did to the weights or the images, are notes.
 - A dirty tree fails: the run cannot be rebuilt from a commit. An installed package without a commit is a note. So does
   a digest of the package's files that is not that of the stated commit, where git has it, or not that of other records
   of the same commit or installed version: git can be told not to look at a changed file.
@@ -384,6 +386,11 @@ class _Auditor(Auditor):
         if get(config, "selected_on") == "test":
             what = "the recipe's authors chose its values on test lists (selected_on: test); tables mark the row"
             self.say("note", "identity", what)
+        for reason in record.not_comparable or ():
+            self.say("fail", "comparable", f"{reason}; tables leave the run out")
+        if record.external_classes:
+            text = "classes from outside of svp-bench, which no commit of it names, took part"
+            self.say("note", "comparable", f"{text}: {some(record.external_classes)}")
         callbacks = get(config, "trainer.callbacks")
         if callbacks:
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -587,6 +594,9 @@ class _Auditor(Auditor):
             self.say("note", "data", f"the record states the card's variant {record.data_variant}, lists {digest}")
         else:
             self.say("pass", "data", f"the record states that the files are as the card says; lists {digest}")
+        if record.image_notes:
+            counted = (f"{what} ({count})" for what, count in sorted(record.image_notes.items()))
+            self.say("note", "data", f"images that were skipped or converted: {some(counted)}")
         others = {
             other.data_digest
             for other in (self.shelf.records if self.shelf else ())
@@ -608,6 +618,8 @@ class _Auditor(Auditor):
             self.say(
                 "fail", "weights", "weights_digest is missing, which svp-bench writes: nobody can say what was scored"
             )
+        for what, lines in (record.checkpoint_load or {}).items():
+            self.say("note", "weights", f"{what} while loading: {some(lines)}")
         others = {
             one.checkpoint_digest
             for one in (self.shelf.records if self.shelf else ())

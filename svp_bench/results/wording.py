@@ -606,6 +606,13 @@ def departure_notes(section: Section) -> list[str]:
             f"Published recipe whose authors chose its values on test lists: {', '.join(published)}. Such a row is no "
             "fair comparison with rows whose values were chosen on val."
         )
+    sources: dict[str, set[str]] = defaultdict(set)
+    for row in section.rows:
+        runs = [run for cell in row.cells.values() for run in cell.records]
+        sources[row.method].update(str(sorted(run.method_source.items())) for run in runs if run.method_source)
+    edited = sorted(method for method, digests in sources.items() if len(digests) > 1)
+    if edited:
+        notes.append(f"Rows of one method are apart because its source files differ: {', '.join(edited)}.")
     unknown = sorted({row.method for row in section.rows if not row.shipped})
     if unknown:
         notes.append(f"There is no shipped recipe to compare with: {', '.join(unknown)}.")
