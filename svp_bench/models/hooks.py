@@ -158,7 +158,7 @@ class Points:
         made.tokens = _copied(self.tokens, memo)
         made.patch_embed = _copied(self.patch_embed, memo)
         for of, to in ((self.linear, made.linear), (self.tensor, made.tensor)):
-            to.update({key: _copied(hooks, memo) for key, hooks in of.items()})  # type: ignore[attr-defined]
+            to.update({key: _copied(hooks, memo) for key, hooks in of.items()})
         return made
 
     def _check_layer(self, layer: int) -> None:

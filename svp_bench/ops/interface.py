@@ -144,7 +144,7 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 
 def is_tracing() -> bool:
     """Whether torch.jit.trace or torch.export records the operations that run now."""
-    return bool(torch.jit.is_tracing()) or _is_exporting()
+    return torch._C._get_tracing_state() is not None or _is_exporting()  # the first: torch.jit.trace
 
 
 def _backend(name: str, like: Tensor) -> ModuleType:

@@ -48,8 +48,8 @@ def _scan_one(direction: Direction, reverse: bool, softplus: bool) -> Tensor:
     pad = chunks * steps - length
     decay = torch.exp(dt.unsqueeze(-1) * direction.A.to(wide))  # (B, L, E, N)
     drive = (dt * u).unsqueeze(-1) * B.unsqueeze(2)
-    decay = F.pad(decay, (0, 0, 0, 0, 0, pad), value=1.0).unflatten(1, (chunks, steps))
-    drive = F.pad(drive, (0, 0, 0, 0, 0, pad)).unflatten(1, (chunks, steps))
+    decay = torch.unflatten(F.pad(decay, (0, 0, 0, 0, 0, pad), value=1.0), 1, (chunks, steps))
+    drive = torch.unflatten(F.pad(drive, (0, 0, 0, 0, 0, pad)), 1, (chunks, steps))
     h, product = drive[:, :, 0], decay[:, :, 0]  # of all chunks at once, each from a state of zero
     states, products = [h], [product]
     for t in range(1, steps):
