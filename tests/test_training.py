@@ -29,6 +29,7 @@ from svp_bench.data import module as data_module
 from svp_bench.data import sources
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DRAWN_MARK
+from svp_bench.errors import UsageError
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.results.bits import unpack_bits
 from svp_bench.results.digests import config_digest, setting_digest
@@ -841,3 +842,16 @@ def test_the_record_names_the_backend_that_ran(place: Path) -> None:
     assert "scan backend reference" in outcome.out
     text = complaint(command(*line("--trainer.precision", "64-true", model__scan_backend="cpu")), 1)
     assert "the scan backend 'cpu' was asked for and cannot run here: it computes in float32" in text
+
+
+def test_a_module_is_loaded_from_its_checkpoint(place: Path) -> None:
+    outcome = run(*line("--no_test", "--method", "svp"))
+    path = outcome.folder / "checkpoints" / "last.ckpt"
+    module = AdaptationModule.load_from_checkpoint(path, map_location="cpu")
+    assert not module.training
+    assert same({f"model.{n}": p for n, p in module.model.named_parameters() if p.requires_grad}, state(outcome))
+    assert module(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, CLASSES)
+    with pytest.raises(UsageError, match=r"not learning_rate: .*svp-bench fit"):
+        AdaptationModule.load_from_checkpoint(path, learning_rate=0.1)
+    with pytest.raises(UsageError, match=r"no checkpoint 'missing\.ckpt'"):
+        AdaptationModule.load_from_checkpoint("missing.ckpt")

@@ -162,7 +162,12 @@ def _check_foreign(model: VisionMamba, method: Method) -> None:
     mixer, embed = model.mixers[0], model.patch_embed
     (inner, states), width = mixer.A_log.shape, model.embed_dim
     with torch.device("meta"):
-        sizes: dict[str, Any] = {"embed_dim": width, "d_state": states, "d_conv": mixer.d_conv, "expand": inner // width}
+        sizes: dict[str, Any] = {
+            "embed_dim": width,
+            "d_state": states,
+            "d_conv": mixer.d_conv,
+            "expand": inner // width,
+        }
         twin = VisionMamba(embed.img_size, embed.patch_size[0], embed.stride, model.in_chans, 0, depth=1, **sizes)
     plain = {name: tuple(p.shape) for name, p in twin.named_parameters()}
     unclaimed = Counter(("layers" if name.startswith("layers.") else "", shape) for name, shape in plain.items())

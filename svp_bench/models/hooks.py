@@ -211,6 +211,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     elif isinstance(value, functools.partial):
         keywords = {key: _copied(part, memo) for key, part in value.keywords.items()}
         made = functools.partial(_copied(value.func, memo), *[_copied(part, memo) for part in value.args], **keywords)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        made = type(value)(*(_copied(part, memo) for part in value))
     elif type(value) in (list, tuple, set):
         made = type(value)(_copied(part, memo) for part in value)
     elif type(value) is dict:

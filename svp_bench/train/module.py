@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from svp_bench.data.augment import Mix, erase
 from svp_bench.data.module import Batch
 from svp_bench.data.samplers import GlobalBatchSampler
-from svp_bench.errors import CheckpointError, ConfigError, NonFiniteLossError, unknown_name
+from svp_bench.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError, unknown_name
 from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
@@ -495,6 +496,40 @@ class AdaptationModule(LightningModule):
             "ema_decay": self.ema_decay,
             "ema_evaluate": self.ema_evaluate,
         }
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # what else Lightning's takes has no meaning here
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = None,
+        *,
+        checkpoint: str | None = None,
+        **others: Any,
+    ) -> AdaptationModule:
+        """Rebuild the module of a run from its checkpoint, in eval mode: backbone, method, head and trained weights.
+
+        The recipe (learning rate …) is in the config.yaml of the run, not in its checkpoint, and has its defaults here;
+        `svp-bench fit --resume` continues a run.
+
+        Args:
+            checkpoint_path: `runs/…/checkpoints/last.ckpt`.
+            map_location: Device to put it on.
+            checkpoint: Where the weights of the backbone are now, if not where the run had them.
+            others: Lightning's other arguments; none is taken.
+
+        Raises:
+            CheckpointError: If the file is not an svp-bench checkpoint, is damaged, or the backbone's weights differ.
+            UsageError: If there is no such file, its method is not known here, or another argument is given.
+        """
+        from svp_bench.train.predict import load_run
+
+        if given := sorted(key for key, value in others.items() if value is not None):
+            raise UsageError(
+                "AdaptationModule.load_from_checkpoint takes checkpoint_path, map_location and checkpoint, not "
+                f"{given[0]}: the checkpoint says what the module was; for other settings use svp-bench fit"
+            )
+        module = load_run(checkpoint_path, checkpoint)[0]
+        return module if map_location is None else module.to(map_location)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Check that the file is of this backbone and method, and holds exactly the trained part.
