@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported, here or in a subprocess of a test: workers of pytest-xdist, each with a pool of its own,
 # would fight over the cores; and one thread adds in one order, whatever the machine.
@@ -15,6 +16,11 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 # The developer's own settings must not reach a test.
 os.environ.pop("SVP_BENCH_DATA", None)
 os.environ.pop("SVP_BENCH_TASKS", None)
+
+
+# A busy or slow machine is no failure: no property test is timed.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

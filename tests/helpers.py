@@ -7,7 +7,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,14 @@ class Outcome:
         found = re.search(r"^  files      (.+)$", self.out, re.MULTILINE)
         assert found, self.out + self.err
         return Path(found.group(1))
+
+
+def wait_for(happened: Callable[[], object], seconds: float = 600) -> None:
+    """Wait until something has happened; generous, since a busy machine is no failure."""
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, f"it has not happened within {seconds:.0f} s"
+        time.sleep(0.05)
 
 
 def read_json(path: Path) -> dict[str, Any]:

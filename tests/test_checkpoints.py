@@ -407,7 +407,7 @@ def small_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_files_give_one_line(data: st.DataObject, small_files: dict[str, bytes], tmp_path: Path) -> None:
     name = data.draw(st.sampled_from(sorted(small_files)))
@@ -603,11 +603,11 @@ def test_timm_itself_loads_a_published_file_from_the_hub(hub_cache: Path, serve:
     assert_equal(model, source.state_dict())
 
 
-def one_line_without_network(seconds: float = 2.0) -> str:
+def one_line_without_network() -> str:
     start = time.perf_counter()
     with pytest.raises(CheckpointError) as caught:
         resolve_checkpoint("hub", "vim_small_patch16_224")
-    assert time.perf_counter() - start < seconds
+    assert time.perf_counter() - start < 20  # no retries and no timeout; a busy machine is no failure
     text = str(caught.value)
     assert "\n" not in text
     for part in (
@@ -644,5 +644,5 @@ def test_a_hub_that_is_switched_off(hub_cache: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_hub_without_the_file(hub_cache: Path, serve: Any) -> None:
     server = serve(None)
-    assert f"http://127.0.0.1:{server.port} gave none (" in one_line_without_network(5.0)
+    assert f"http://127.0.0.1:{server.port} gave none (" in one_line_without_network()
     assert not list(hub_cache.rglob("*.pth"))

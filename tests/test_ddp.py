@@ -7,14 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import command, complaint, read_json, run, settle
+from helpers import command, complaint, read_json, run, settle, wait_for
 from helpers import small as line
 
 from svp_bench.errors import UsageError
@@ -53,7 +52,7 @@ def start(*argv: str) -> subprocess.Popen[str]:
 
 def two(*extra: str) -> str:
     process = start(*line(*TWO, *extra, **FLAGS))
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out
 
@@ -112,12 +111,9 @@ def test_with_accumulated_gradients(place: Path, monkeypatch: pytest.MonkeyPatch
 def test_both_processes_stop_at_the_same_step_and_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--trainer.max_epochs", "60")
     process = start(*line(*TWO, *flags, **FLAGS))
-    for _ in range(1200):
-        time.sleep(0.05)
-        if list(place.glob("runs/vtab/cifar/*/checkpoints/last.ckpt")):
-            break
+    wait_for(lambda: list(place.glob("runs/vtab/cifar/*/checkpoints/last.ckpt")))
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "Stopped by SIGTERM" in out
     assert not list(place.glob("results/records/vtab/cifar/*.json"))
@@ -155,7 +151,7 @@ def launched(*extra: str, **environment: str) -> list[str]:
         own = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, **environment}
         argv = [sys.executable, "-c", ASKING, rank, *extra]
         both.append(subprocess.Popen(argv, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=120) for process in both]
+    said = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     return [out.strip() for out, _ in said]
 
@@ -185,7 +181,7 @@ def test_what_lightning_launches_inherits_the_name(monkeypatch: pytest.MonkeyPat
 def by_torchrun(*extra: str) -> subprocess.CompletedProcess[str]:
     runner = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "program.py"]
     argv = [sys.executable, *runner, *line(*TWO, *extra, **FLAGS)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.slow
@@ -215,14 +211,11 @@ def test_torchrun_goes_on_with_the_run_that_was_stopped(place: Path, monkeypatch
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
 def test_a_process_that_is_killed_ends_the_others_in_one_line(place: Path) -> None:
     process = start(*line(*TWO, "--trainer.max_epochs", "200", **{**FLAGS, "trainer__max_epochs": None}))
-    for _ in range(1200):
-        time.sleep(0.05)
-        if list(place.glob("runs/vtab/cifar/*/checkpoints/last.ckpt")):
-            break
+    wait_for(lambda: list(place.glob("runs/vtab/cifar/*/checkpoints/last.ckpt")))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     second = next(int(child) for child in children if b"program.py" in Path(f"/proc/{child}/cmdline").read_bytes())
     os.kill(second, signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert "Traceback" not in err
     if process.returncode != -signal.SIGKILL:  # Lightning kills the rest of them if it is the first to notice
         assert "svp-bench: error: another process of this run is gone (" in err

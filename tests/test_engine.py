@@ -58,7 +58,7 @@ Results = dict[str, Tensor]
 FIELDS = ("u", "delta", "A", "B", "C", "D", "bias")
 DTYPES = [torch.float32, torch.bfloat16]
 UNAVAILABLE = {status.name: status.reason for status in backend_statuses() if not status.available}
-LIMIT = 120.0  # seconds after which something hangs
+LIMIT = 600.0  # seconds after which something hangs
 
 needs_cpu_kernels = pytest.mark.skipif("cpu" in UNAVAILABLE, reason=f"cpu: {UNAVAILABLE.get('cpu')}")
 BACKENDS = [
@@ -659,16 +659,14 @@ def test_without_the_packages_of_gpus(absent: list[str]) -> None:
 
 # Imports no more than it needs: several such processes run one after the other.
 ONE_SCAN = """
-import time, torch
+import torch
 from svp_bench.ops import selective_scan
 generator = torch.Generator().manual_seed(0)
 u, delta, B, C = (torch.randn(1, n, 9, generator=generator) for n in (16, 16, 3, 3))
 A = -torch.rand(16, 3, generator=generator)
-began = time.perf_counter()
 y = selective_scan(u, delta, A, B, C, delta_softplus=True, backend="cpu")
-seconds = time.perf_counter() - began
 """
-FIRST_CALL = f"{ONE_SCAN}import json; print(json.dumps([seconds, y.flatten().tolist()]))"
+FIRST_CALL = f"{ONE_SCAN}import json; print(json.dumps(y.flatten().tolist()))"
 
 
 def one_scan() -> list[float]:
@@ -680,24 +678,15 @@ def one_scan() -> list[float]:
 
 
 @needs_cpu_kernels
-def test_a_kernel_is_compiled_once(tmp_path: Path) -> None:
-    first, second, third = (end(start(FIRST_CALL, SVP_BENCH_CACHE=str(tmp_path))) for _ in range(3))
-    assert re.search(r"Compiled the CPU kernel scan_forward in [\d.]+ s \(kept in ", first.err)
-    assert str(tmp_path) in first.err
-    assert "Compiled" not in second.err + third.err
-    assert second.answer[0] <= third.answer[0] + 2
-    assert first.answer[1] == second.answer[1] == third.answer[1] == one_scan()
-
-
-@needs_cpu_kernels
-def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
+def test_a_kernel_is_compiled_once_also_by_two_processes_at_once(tmp_path: Path) -> None:
     together = [start(FIRST_CALL, SVP_BENCH_CACHE=str(tmp_path / "cache")) for _ in range(2)]
     one, two = (end(process) for process in together)
-    assert "Compiled the CPU kernel scan_forward" in one.err + two.err
-    assert one.answer[1] == two.answer[1] == one_scan()
+    assert re.search(r"Compiled the CPU kernel scan_forward in [\d.]+ s \(kept in ", one.err + two.err)
+    assert str(tmp_path / "cache") in one.err + two.err
+    assert one.answer == two.answer == one_scan()
     after = end(start(FIRST_CALL, SVP_BENCH_CACHE=str(tmp_path / "cache")))
     assert "Compiled" not in after.err  # what they left behind is whole
-    assert after.answer[1] == one.answer[1]
+    assert after.answer == one.answer
 
 
 @needs_cpu_kernels
@@ -706,7 +695,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     ended = end(start(FIRST_CALL, SVP_BENCH_CACHE=str(tmp_path / "file" / "below")))
     assert re.search(r"Compiled the CPU kernel scan_forward in [\d.]+ s \(not kept: .+ cannot be written\)", ended.err)
-    assert ended.answer[1] == one_scan()
+    assert ended.answer == one_scan()
 
 
 # ----------------------------------------------------------------------- 6. to 8. threads, forks, reruns
@@ -803,8 +792,8 @@ def test_a_forked_worker_scans(threads: int) -> None:
         worker = fork.Process(target=scan_for, args=(answers,), daemon=True)
         worker.start()
         try:
-            assert answers.get(timeout=30) == expected
-            worker.join(30)
+            assert answers.get(timeout=LIMIT) == expected
+            worker.join(LIMIT)
             assert worker.exitcode == 0
         except queue.Empty:
             pytest.fail("the worker hangs or has died")
@@ -820,7 +809,7 @@ def test_a_forked_worker_scans(threads: int) -> None:
 def test_data_workers_scan(threads: int) -> None:
     with torch_threads(threads):
         expected = digest(small_scan())
-        loader = DataLoader(Scans(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=30)
+        loader = DataLoader(Scans(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=LIMIT)
         assert list(loader) == [expected] * 4
 
 

@@ -323,7 +323,7 @@ def test_more_classes_than_the_card_stop_it_and_fewer_are_a_difference(tmp_path:
     assert open_source(replace(CUB, classes=12), tmp_path).notes == ()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.dictionaries(
         st.text(max_size=5),

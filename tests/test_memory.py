@@ -208,18 +208,20 @@ def steps(module: AdaptationModule) -> Any:
     return stepping(module, HostGauge(), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["svp", "vpt_deep", "linear", "full", "lora"])
+@pytest.mark.parametrize(
+    ("method", "checkpointing"),
+    [("svp", False), ("svp", True), ("vpt_deep", True), ("linear", False), ("full", True), ("lora", False)],
+)
 def test_two_small_steps_tell_of_a_larger_one(method: str, checkpointing: bool) -> None:
     with steps(module(method)) as (at_hand, _):
-        measured = {pictures: at_hand.train(pictures, checkpointing) for pictures in (1, 2, 4, 8, 16)}
+        measured = {pictures: at_hand.train(pictures, checkpointing) for pictures in (1, 2, 4, 8)}
         need = Need(measured.__getitem__, 2**50, patience=0)
-        need.fits(16)
+        need.fits(8)
     assert need.measured == [1, 2]
     assert need.at(8) == pytest.approx(measured[8], rel=0.08)
     later = Need(measured.__getitem__, 2**50, patience=1e9)
     later.fits(4)
-    assert later.at(16) == pytest.approx(measured[16], rel=0.02)
+    assert later.at(8) == pytest.approx(measured[8], rel=0.02)
 
 
 @pytest.mark.slow
@@ -367,11 +369,10 @@ def needs(tmp_path_factory: pytest.TempPathFactory) -> Needs:
 @pytest.mark.parametrize(
     ("backend", "size"),
     [
-        ("cpu", 0.97),
         ("cpu", 0.36),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [("cpu", 0.6), ("reference", 0.8), ("reference", 0.4)]
+            for case in [("cpu", 0.97), ("cpu", 0.6), ("reference", 0.8), ("reference", 0.4)]
         ),
     ],
 )
@@ -630,9 +631,7 @@ def test_as_a_command_with_a_method_of_ones_own(greedy: tuple[str, ...]) -> None
     assert "about 7 fit" in text or "about 4 fit" in text, text
     assert text.endswith(f"Add {ACCUMULATE} 4 (the same batch of 16, 4 at a time)")
     assert "Record (failed)" in done.stdout
-    again = program(*line(*greedy, EVALUATE, "4", ACCUMULATE, "4"))
-    assert again.returncode == 0, again.stderr
-    assert "Record (complete)" in again.stdout
+    assert run(*line(*greedy, EVALUATE, "4", ACCUMULATE, "4")).record["status"] == "complete"
 
 
 def test_memory_that_is_there_again(greedy: tuple[str, ...]) -> None:
@@ -683,7 +682,7 @@ def test_one_of_two_processes(greedy: tuple[str, ...]) -> None:
     began = time.monotonic()
     done = program(*line(*given))
     assert done.returncode != 0
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300  # and does not wait for the half hour of a collective
     assert "Traceback" not in done.stderr, done.stderr
     assert "measuring" not in done.stdout
     assert "8 pictures of 32×32 at a time in 32-true; 2.0 GiB more could not be had. CPU (" in done.stderr

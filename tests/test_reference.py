@@ -117,14 +117,19 @@ def test_the_probes_are_of_these_data_and_come_out_again(monkeypatch: pytest.Mon
     assert again["top1"] == pytest.approx(tasks[SMALL]["embedded"]["top1"], abs=0.5)
 
 
-def test_a_record_drawn_at_random_gives_its_number_again(tmp_path: Path) -> None:
+def seconds(record: Record) -> float:
+    return sum(record.times.values())
+
+
+@pytest.mark.parametrize("most", [12.0, pytest.param(float("inf"), marks=pytest.mark.slow)])
+def test_a_record_drawn_at_random_gives_its_number_again(tmp_path: Path, most: float) -> None:
     """Bit-equal on the machine that made it; elsewhere within what another seed does to the cell.
 
-    The draw is another one each time: what is checked in the long run is every record.
+    The draw is another one each time: what is checked in the long run is every record, of `most` seconds.
     """
     folder = random.SystemRandom().choice(["demo", "demo", "demo", "demo-random"])
     finals = [record for record in records(folder) if record.kind == "final"]
-    record = random.SystemRandom().choice(finals)
+    record = random.SystemRandom().choice([record for record in finals if seconds(record) <= most])
     (path,) = (REFERENCE / folder / "records").rglob(f"{record.run_id}.json")
     done = subprocess.run(
         [

@@ -316,7 +316,7 @@ def test_the_same_records_give_the_same_bytes(
     assert pages[0] == pages[1]
     code = "import sys; from svp_bench.cli import main; sys.exit(main(['report', '--output', 'again.html']))"
     subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=60, env={"PYTHONHASHSEED": "7"}, capture_output=True
+        [sys.executable, "-c", code], check=True, timeout=600, env={"PYTHONHASHSEED": "7"}, capture_output=True
     )
     again = Path("again.html").read_text(encoding="utf-8")
     assert again.replace('href="results/', 'href="../').replace('"root":"results"', '"root":".."').encode() == pages[1]
@@ -579,7 +579,7 @@ libraries.plotly_js(); libraries.datatables_js()
 import tensorboard.backend.event_processing.event_accumulator
 print([name for name in ("torch", "lightning", "timm", "tensorflow", "pandas", "IPython") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

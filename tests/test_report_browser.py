@@ -53,7 +53,7 @@ class Reader:
 
         Not by `wait_for_function`, which in some versions evaluates in the page: its policy forbids that.
         """
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not self.page.evaluate(expression, arg):
             assert time.monotonic() < deadline, expression
             self.page.wait_for_timeout(20)

@@ -9,13 +9,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import command, complaint
+from helpers import command, complaint, wait_for
 
 from svp_bench.errors import UnavailableError, UsageError
 from svp_bench.results.files import read_records
@@ -134,9 +133,7 @@ def start(folder: Path, *extra: str) -> subprocess.Popen[str]:
 
 
 def until_runs_began(folder: Path, count: int) -> None:
-    until = time.monotonic() + 120
-    while len(list(folder.glob("runs/demo/*/*/config.yaml"))) < count and time.monotonic() < until:
-        time.sleep(0.1)
+    wait_for(lambda: len(list(folder.glob("runs/demo/*/*/config.yaml"))) >= count)
 
 
 def workers_in(folder: Path) -> Iterator[int]:
@@ -156,7 +153,7 @@ def workers_in(folder: Path) -> Iterator[int]:
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sweep, run by the local engine."""
     folder = tmp_path_factory.mktemp("local")
-    out, _ = (sweep := start(folder)).communicate(timeout=200)
+    out, _ = (sweep := start(folder)).communicate(timeout=600)
     assert sweep.returncode == 0, out
     return folder
 
@@ -175,7 +172,7 @@ def test_a_sweep_on_ray_survives_a_killed_worker_and_equals_a_local_one(tmp_path
     victims = list(workers_in(tmp_path))
     assert victims
     os.kill(victims[0], signal.SIGKILL)
-    out, _ = sweep.communicate(timeout=200)
+    out, _ = sweep.communicate(timeout=600)
     assert sweep.returncode == 0, out
     assert "on Ray on this machine" in out
     assert "3 runs complete (3 new), 0 failed" in out
@@ -223,11 +220,11 @@ def test_a_node_that_goes_and_a_sweep_that_is_stopped(tmp_path: Path, local: Pat
             if "its Ray worker is gone" in line:
                 break
         sweep.send_signal(signal.SIGTERM)
-        out, _ = sweep.communicate(timeout=100)
+        out, _ = sweep.communicate(timeout=600)
         assert sweep.returncode == 0, out
         assert "Stopped; " in out
         sweep = start(tmp_path, *options)
-        out, _ = sweep.communicate(timeout=200)
+        out, _ = sweep.communicate(timeout=600)
     finally:
         cluster.communicate("\n", timeout=60)
     assert sweep.returncode == 0, out
@@ -240,7 +237,7 @@ def test_a_node_that_goes_and_a_sweep_that_is_stopped(tmp_path: Path, local: Pat
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     sweep = start(tmp_path, "--engine", "ray", "--ray_address", "127.0.0.1:1")
-    out, _ = sweep.communicate(timeout=120)
+    out, _ = sweep.communicate(timeout=600)
     assert sweep.returncode in (1, 2), out
     assert "cannot reach the Ray cluster 127.0.0.1:1" in out
     assert "Traceback" not in out
@@ -278,7 +275,7 @@ def test_ray_tune_may_run_the_trials(tmp_path: Path, monkeypatch: pytest.MonkeyP
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "tried [0.001, 0.01] 0" in done.stdout

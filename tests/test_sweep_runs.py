@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import command, complaint, run
+from helpers import command, complaint, run, wait_for
 
 from svp_bench.config import split_flags
 from svp_bench.results.files import read_records
+from svp_bench.sweep import run as sweep_run
 from svp_bench.sweep.jobs import Job
+from svp_bench.sweep.pools import Done, Event, Pool
 from svp_bench.sweep.runner import Runner, with_values
 from svp_bench.train.parsing import resolve
 
@@ -68,6 +70,35 @@ def facts(root: Path) -> list[dict[str, Any]]:
             data["tuned"]["search"].pop("choice")  # its digest is over the run ids and the time
         found.append(data)
     return sorted(found, key=lambda data: json.dumps(data, sort_keys=True))
+
+
+class InProcess(Pool):
+    """A pool without workers, whose start takes seconds: for what a sweep does with jobs and their results."""
+
+    def __init__(self, *_: object) -> None:
+        self.slots, self.what = 1, "this process"
+        self._runner = Runner()
+        self._jobs: list[tuple[Job, bool]] = []
+
+    def submit(self, job: Job, *, retry: bool) -> None:
+        self._jobs.append((job, retry))
+
+    def wait(self, seconds: float) -> list[Event]:
+        jobs, self._jobs = self._jobs, []
+        return [Done(job, self._runner.run(job, retry=retry)) for job, retry in jobs]
+
+    def stop(self) -> None:
+        raise AssertionError("nothing runs when nobody waits")
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory, and sweeps that run in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep_run, "LocalPool", InProcess)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +164,7 @@ def test_a_sweep_searches_freezes_and_tests_once(undisturbed: Path) -> None:
             )
 
 
+@pytest.mark.usefixtures("here")
 def test_a_second_sweep_finds_all_of_it(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(undisturbed)
     before = facts(Path("results"))
@@ -168,9 +200,9 @@ def test_the_track_keeps_searched_rows_apart(undisturbed: Path, monkeypatch: pyt
     assert "K = 2" in table
 
 
-def test_runs_of_other_weights_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("here")
+def test_runs_of_other_weights_are_not_gone_on_with() -> None:
     """Two sweeps with other weights share a runs folder: their settings are the same, their runs are not."""
-    monkeypatch.chdir(tmp_path)
     common = ["--tasks", "demo/digits-5shot", "--methods", "linear", "--seeds", "0", "--no_report", "--workers", "1"]
     common += ["--model.backbone", "vim_nano_patch8_64", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
     for weights in ("embedded", "none"):
@@ -180,8 +212,8 @@ def test_runs_of_other_weights_are_not_gone_on_with(tmp_path: Path, monkeypatch:
         assert (record.status, record.checkpoint) == ("complete", weights)
 
 
-def test_a_failure_is_listed_and_run_again_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("here")
+def test_a_failure_is_listed_and_run_again_on_request() -> None:
     flags = [flag if flag != "1" else "2" for flag in FLAGS]
     bad = ["--tasks", "demo/digits-5shot", "--methods", "full", "--model.learning_rate", "1e30", *flags, "--no_report"]
     first = command("sweep", *bad)
@@ -196,8 +228,8 @@ def test_a_failure_is_listed_and_run_again_on_request(tmp_path: Path, monkeypatc
     assert "it failed earlier" not in third.out
 
 
-def test_tune_freezes_one_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("here")
+def test_tune_freezes_one_choice() -> None:
     Path("search.yaml").write_text(SEARCH, encoding="utf-8")
     tuned = run("tune", "--task", "demo/digits-5shot", "--method", "linear", "--search", "search.yaml", *FLAGS)
     assert "demo/digits-5shot, linear: chose learning_rate =" in tuned.out
@@ -366,7 +398,7 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(undisturbed: Path, tmp_path: 
             kill(pid)
         sweep.communicate()
     sweep = start(tmp_path)
-    out, _ = sweep.communicate(timeout=240)
+    out, _ = sweep.communicate(timeout=600)
     assert sweep.returncode == 0, out
     assert facts(tmp_path / "results") == facts(undisturbed / "results")
     tables = [run("table", "--results_root", str(folder / "results")).status for folder in (tmp_path, undisturbed)]
@@ -380,18 +412,13 @@ def test_killed_anywhere_it_ends_as_if_undisturbed(undisturbed: Path, tmp_path: 
 def test_an_orphan_worker_ends_by_itself(tmp_path: Path) -> None:
     (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
     sweep = start(tmp_path)
-    workers: list[int] = []
-    until = time.monotonic() + 60
-    while len(workers) < 1 and time.monotonic() < until:
-        time.sleep(0.5)
-        workers = family(sweep.pid)[1:]
+    wait_for(lambda: family(sweep.pid)[1:])
     time.sleep(4)
+    workers = family(sweep.pid)[1:]
+    assert workers
     kill(sweep.pid)
     sweep.wait()
-    until = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < until:
-        time.sleep(0.5)
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
 @pytest.mark.slow
@@ -399,11 +426,9 @@ def test_an_orphan_worker_ends_by_itself(tmp_path: Path) -> None:
 def test_a_signal_stops_it_cleanly(tmp_path: Path, number: signal.Signals, status: int) -> None:
     (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
     sweep = start(tmp_path)
-    until = time.monotonic() + 90
-    while not list(tmp_path.glob("results/records/*/*/*.json")) and time.monotonic() < until:
-        time.sleep(0.1)
+    wait_for(lambda: list(tmp_path.glob("results/records/*/*/*.json")))
     sweep.send_signal(number)
-    out, _ = sweep.communicate(timeout=90)
+    out, _ = sweep.communicate(timeout=600)
     assert sweep.returncode == status, out
     assert "Traceback" not in out
     assert "Go on: svp-bench sweep" in out
@@ -414,7 +439,7 @@ def test_two_sweeps_at_once_share_the_work(undisturbed: Path, tmp_path: Path) ->
     (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
     both = [start(tmp_path), start(tmp_path)]
     for sweep in both:
-        out, _ = sweep.communicate(timeout=240)
+        out, _ = sweep.communicate(timeout=600)
         assert sweep.returncode == 0, out
     assert facts(tmp_path / "results") == facts(undisturbed / "results")
 
@@ -422,7 +447,7 @@ def test_two_sweeps_at_once_share_the_work(undisturbed: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_the_elements_of_a_slurm_array_make_the_same_records(undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
-    out, _ = start(tmp_path, "--emit", "slurm").communicate(timeout=90)
+    out, _ = start(tmp_path, "--emit", "slurm").communicate(timeout=600)
     assert "2 array elements" in out, out
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     for element in range(2):
@@ -432,7 +457,7 @@ def test_the_elements_of_a_slurm_array_make_the_same_records(undisturbed: Path, 
             env={**os.environ, "PYTHONPATH": path, "SLURM_ARRAY_TASK_ID": str(element)},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr

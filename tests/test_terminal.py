@@ -57,7 +57,7 @@ def test_the_console_takes_markup_as_text(monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_encoding_shows_the_output(encoding: str) -> None:
     code = "from svp_bench.terminal import readable_output as r; r(); print('… ± 狗 ┏━┓ é')"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, timeout=60
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode(encoding)

@@ -45,12 +45,13 @@ def python(*arguments: str, interpret: bool, **variables: str) -> subprocess.Com
 
 
 @needs_triton
-def test_the_kernels_under_the_interpreter() -> None:
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(TABLE), interpret=True)
+@pytest.mark.parametrize(("chosen", "least"), [("not slow", 70), pytest.param("slow", 6, marks=pytest.mark.slow)])
+def test_the_kernels_under_the_interpreter(chosen: str, least: int) -> None:
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, str(TABLE), interpret=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"^(\d+) passed\b", done.stdout, re.MULTILINE)
     assert passed is not None, done.stdout[-2000:]
-    assert int(passed.group(1)) >= 50
+    assert int(passed.group(1)) >= least
 
 
 WRONG = """
@@ -94,7 +95,7 @@ def test_what_it_does_not_take() -> None:
     assert "not on mps" in str(backend.unsupported("mps", torch.float32))
 
 
-# ---- compiled for GPUs, without one
+# ---- compiled for GPUs, without one: slow, as is what test_ptx.py compiles, but for one scan
 
 
 def rows(text: str) -> list[dict[str, Any]]:
@@ -102,6 +103,7 @@ def rows(text: str) -> list[dict[str, Any]]:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_nothing_spills_on_an_h100(tmp_path: Path) -> None:
     asked = ("benchmarks/triton_aot.py", "--only", "vim_small", "bfloat16", "sm_90")
     done = python(*asked, interpret=False, TRITON_CACHE_DIR=str(tmp_path))
@@ -115,6 +117,7 @@ def test_nothing_spills_on_an_h100(tmp_path: Path) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_odd_launches_compile(tmp_path: Path) -> None:
     """One direction, what is optional left out, single gradients: the interpreter would not notice a wrong type."""
     done = python("benchmarks/triton_aot.py", "--odd", interpret=False, TRITON_CACHE_DIR=str(tmp_path))

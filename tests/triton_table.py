@@ -176,6 +176,7 @@ def test_two_directions(length: int, without: tuple[tuple[str, ...], ...], dtype
     assert_two(Two(length, dtype, without))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_sizes_of_a_model(trained: bool, dtype: torch.dtype) -> None:
@@ -493,6 +494,7 @@ def mixer_parts() -> tuple[Tensor, list[Tensor]]:
     return torch.randn(2, T + 1, 4, requires_grad=True), [p.requires_grad_() for p in parts]
 
 
+@pytest.mark.slow
 def test_made_again_checkpointed_compiled_and_under_autocast() -> None:
     x, parts = mixer_parts()
 
@@ -542,6 +544,7 @@ def test_compiled_without_a_graph_break() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_a_model_is_one_graph() -> None:
     torch.manual_seed(0)
     model = VisionMamba(img_size=32, embed_dim=32, depth=2, d_state=2, num_classes=3, scan_backend="triton")
