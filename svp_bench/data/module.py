@@ -83,8 +83,8 @@ class VisionDataModule(LightningDataModule):
         protocol: Name of a protocol card; by default the suite's.
         stage: "final" trains on the protocol's refit list and tests; "select" trains on train and validates on val.
         batch_size: Pictures for one optimizer step, over all processes and accumulated batches.
-        eval_batch_size: Pictures for one evaluation step over all processes; by default `batch_size`. No result depends
-            on it.
+        eval_batch_size: Pictures for one evaluation step over all processes; by default `batch_size`. Results do not
+            depend on it, except for rounding.
         num_workers: Worker processes that decode pictures which are not kept in memory (those of test); "auto" is one
             for each core, at most 8, and none for a small list.
         seed: Seed of the order of the training pictures.

@@ -213,7 +213,7 @@ def _fewer_at_a_time(need: Need, asked: int, budget: int, flag: str) -> str:
     found = _measured(need, asked, [_enough(most)])
     if not most:
         return f"{found}; {_too_large(need, budget)}"
-    return f"{found}. {flag} {_power_of_two(need, most)} (no result depends on it)"
+    return f"{found}. {flag} {_power_of_two(need, most)} (results do not depend on it, except for rounding)"
 
 
 def _measured(need: Need, asked: int, counts: list[str]) -> str:

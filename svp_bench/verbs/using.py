@@ -28,7 +28,12 @@ def predict(argv: Sequence[str]) -> int:
     options.add_argument("--output", help="a CSV file; standard output by default")
     options.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved")
     options.add_argument("--top", type=int, default=1, choices=range(1, 11), help="how many classes to name")
-    options.add_argument("--batch_size", type=int, default=32, help="pictures at a time; a matter of memory alone")
+    options.add_argument(
+        "--batch_size",
+        type=int,
+        default=32,
+        help="images at a time; results change by rounding at most",
+    )
     arguments = options.parse_args(argv)
     from svp_bench.train.predict import run_predict
 
