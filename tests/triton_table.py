@@ -107,6 +107,7 @@ def test_optional_inputs(without: tuple[str, ...], softplus: bool) -> None:
     assert_scan(inputs, "triton", softplus)
 
 
+@pytest.mark.slow
 def test_extremes() -> None:
     extreme_step_sizes(torch.float32, "triton")
     gates_far_out("triton")
@@ -216,6 +217,7 @@ def assert_two(both: Two, frozen: tuple[str, ...] = ()) -> None:
 ASKED = ["z", *(f"{i}.{name}" for i in range(2) for name in FIELDS)]
 
 
+@pytest.mark.slow
 def test_each_gradient_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the one that comes with all others, and the launch has a place for no other result."""
     both = Two(3, torch.float32)
@@ -520,6 +522,7 @@ def test_made_again_checkpointed_compiled_and_under_autocast() -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), way
 
 
+@pytest.mark.slow
 def test_compiled_without_a_graph_break() -> None:
     """The functions of the backend themselves; the front functions look up a module, where Dynamo breaks the graph."""
 
