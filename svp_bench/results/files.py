@@ -20,6 +20,7 @@ __all__ = [
     "read_record",
     "read_records",
     "record_path",
+    "refuse_unwritable",
     "replace_record",
     "write_atomically",
     "write_record",
@@ -240,3 +241,17 @@ def read_records(results_root: Path | str) -> tuple[list[Record], list[Problem]]
             problems.append(Problem(name, str(error).removeprefix(f"{name}: ")))
     records.sort(key=lambda record: (record.task, record.run_id))
     return records, sorted(problems, key=lambda problem: problem.path)
+
+
+def refuse_unwritable(folder: Path, flag: str) -> None:
+    """Say early, and without making it, that a folder cannot be written.
+
+    Raises:
+        RecordError: If a file stands in its way, or the folder above it cannot be written.
+    """
+    place = Path(os.path.abspath(folder))
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "is not a folder" if not place.is_dir() else "is not writable"
+        raise RecordError(f"cannot write into {folder}: {place} {why}; choose another folder with {flag} DIR")

@@ -13,27 +13,28 @@ from rich.table import Table
 
 from svp_bench.cards import load_suite, load_task
 from svp_bench.data.sources import cpu_count
-from svp_bench.results.files import check_writable
+from svp_bench.results.files import check_writable, refuse_unwritable
 from svp_bench.results.report.page import report_path, run_report
 from svp_bench.results.stats import one_standard_error
 from svp_bench.results.tables import run_table, table_paths
 from svp_bench.sweep.jobs import common_arguments
 from svp_bench.sweep.live import View
-from svp_bench.sweep.pools import LocalPool
+from svp_bench.sweep.pools import LocalPool, visible_gpus
 from svp_bench.sweep.run import asked_by_signals, conclude
 from svp_bench.sweep.sweep import Cell, Sweep
 from svp_bench.terminal import plain_console
-from svp_bench.train.cli import refuse_unwritable
 
-__all__ = ["METHODS", "SUITE", "run_demo"]
+__all__ = ["METHODS", "SUITE", "leaderboard", "run_demo"]
+
+Scores = dict[str, dict[str, tuple[float, int]]]  # method → task → top-1 and number of test images
 
 SUITE = "demo-quick"  # three tasks, one of each of VTAB's groups
 # The recipes' learning rates are for runs ten times as long; these do well on val at this length.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "svp": {"model.learning_rate": 3e-3},
     "vpt_deep": {"model.learning_rate": 1e-2},
-    "linear": {"model.learning_rate": 3e-2},
     "full": {"model.learning_rate": 1e-3},
+    "linear": {"model.learning_rate": 3e-2},  # the quickest last: no worker waits long for another at the end
 }
 _MOST_WORKERS = 4  # each a process of its own with some 0.6 GB
 
@@ -75,9 +76,14 @@ def run_demo(results_root: str, runs_root: str) -> int:
         return status
     if not sweep.done:
         return 1
+    scores: Scores = defaultdict(dict)
+    for ended in sweep.done:
+        assert ended.outcome.top1 is not None
+        assert ended.outcome.count is not None
+        scores[ended.job.method][ended.job.task] = ended.outcome.top1, ended.outcome.count
     run_table(results_root, [SUITE])
     run_report(results_root, [SUITE], runs_root=runs_root)
-    console.print(_leaderboard(sweep, tasks))
+    console.print(leaderboard(scores, tasks))
     console.print(_closing(tasks, results_root, runs_root), soft_wrap=True)
     console.print(f"\n{len(sweep.done)} runs in {time.perf_counter() - began:.0f} s.")
     return 1 if sweep.failed else 0
@@ -85,19 +91,16 @@ def run_demo(results_root: str, runs_root: str) -> int:
 
 def _workers() -> int | None:
     """Return how many runs at once: on GPUs the pool's own default, on CPUs one for each core, up to a few."""
-    import torch
-
-    return None if torch.cuda.is_available() else min(_MOST_WORKERS, cpu_count())
+    return None if visible_gpus() else min(_MOST_WORKERS, cpu_count())
 
 
-def _leaderboard(sweep: Sweep, tasks: Sequence[str]) -> Table:
-    """Top-1 of each method on each task, the best mean first; ± is the standard error from the test images."""
-    scores: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
-    for ended in sweep.done:
-        top1, count = ended.outcome.top1, ended.outcome.count
-        assert top1 is not None
-        assert count is not None
-        scores[ended.job.method][ended.job.task] = top1, one_standard_error(top1, count)
+def leaderboard(scores: Mapping[str, Mapping[str, tuple[float, int]]], tasks: Sequence[str]) -> Table:
+    """Return top-1 of each method on each task, the best mean first; ± is the standard error from the test images.
+
+    Args:
+        scores: Method → task → (top-1 in percent, test images).
+        tasks: Full names, in the order of the columns.
+    """
     board = Table(title="Top-1 on test, in %", title_justify="left")
     board.add_column("rank", justify="right")
     board.add_column("method", overflow="fold")
@@ -110,13 +113,12 @@ def _leaderboard(sweep: Sweep, tasks: Sequence[str]) -> Table:
 
     whole = sorted((method for method in scores if len(scores[method]) == len(tasks)), key=mean, reverse=True)
     for method in [*whole, *sorted(set(scores) - set(whole))]:
-        shown = [scores[method].get(task) for task in tasks]
-        texts = ["–" if one is None else f"{one[0]:.1f} ± {one[1]:.1f}" for one in shown]
+        errors = {task: one_standard_error(*one) for task, one in scores[method].items()}
+        texts = [f"{scores[method][task][0]:.1f} ± {errors[task]:.1f}" if task in errors else "–" for task in tasks]
         rank, average = "–", "–"
         if method in whole:
-            error = math.hypot(*(error for _, error in scores[method].values())) / len(tasks)
             rank = str(1 + sum(mean(other) > mean(method) for other in whole))
-            average = f"{mean(method):.1f} ± {error:.1f}"
+            average = f"{mean(method):.1f} ± {math.hypot(*errors.values()) / len(tasks):.1f}"
         board.add_row(rank, method, *texts, average)
     return board
 

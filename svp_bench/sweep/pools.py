@@ -21,7 +21,7 @@ from typing import Any
 from svp_bench.data.sources import cpu_count
 from svp_bench.sweep.jobs import Job, Outcome
 
-__all__ = ["Done", "Event", "LocalPool", "Pool", "Progress", "Work", "WorkerProcess"]
+__all__ = ["Done", "Event", "LocalPool", "Pool", "Progress", "Work", "WorkerProcess", "visible_gpus"]
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class LocalPool(Pool):
     """
 
     def __init__(self, workers: int | None, threads: int | None, logs: Path) -> None:
-        gpus = _gpus()
+        gpus = visible_gpus()
         self.slots = workers if workers is not None else max(1, len(gpus))
         self._gpus = gpus
         self._threads = threads
@@ -308,7 +308,7 @@ class LocalPool(Pool):
         self._workers = [_Worker(number) for number in range(self.slots)]
 
 
-def _gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """Return the visible CUDA devices, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -20,10 +20,10 @@ from svp_bench.config import Flags, method_layer
 from svp_bench.data.sources import measured
 from svp_bench.errors import SvpBenchError, UsageError, printable, unknown_name
 from svp_bench.results.choices import read_choice
-from svp_bench.results.files import check_writable, read_records
+from svp_bench.results.files import check_writable, read_records, refuse_unwritable
 from svp_bench.results.record import Record
 from svp_bench.results.report.page import run_report
-from svp_bench.results.tables import run_table
+from svp_bench.results.tables import run_table, suites_of
 from svp_bench.sweep.jobs import Job, common_arguments
 from svp_bench.sweep.live import View, duration
 from svp_bench.sweep.pools import LocalPool, Pool
@@ -110,8 +110,6 @@ def run_sweep(request: Request) -> int:
     if request.dry_run:
         console.print(f"{_count(len(cells), 'cell')} (task and method); looking what is there …")
     else:
-        from svp_bench.train.cli import refuse_unwritable  # torch
-
         check_writable(request.results_root)
         refuse_unwritable(Path(request.runs_root), "--runs_root")
     prepared = _Prepared(cells, common, search)
@@ -145,7 +143,9 @@ def run_sweep(request: Request) -> int:
     if status is not None:
         return status
     if request.report and not request.only_search and sweep.done:
-        suites = sorted({task.split("/")[0] for task in request.tasks})
+        owners = {task.split("/")[0] for task in request.tasks}
+        shown = suites_of(read_records(request.results_root)[0])
+        suites = [name for name in shown if load_suite(name).owner in owners]
         console.print(run_table(request.results_root, suites), soft_wrap=True, end="")
         page = run_report(request.results_root, suites, runs_root=request.runs_root)
         console.print(page, soft_wrap=True, end="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from svp_bench.results.files import (
     check_writable,
     continue_record,
     read_record,
+    refuse_unwritable,
     replace_record,
     write_atomically,
     write_record,
@@ -62,7 +62,7 @@ from svp_bench.train.resume import (
 )
 from svp_bench.train.saved import About, Saved, weights_digest
 
-__all__ = ["BenchCLI", "refuse_unwritable", "run"]
+__all__ = ["BenchCLI", "run"]
 
 T = TypeVar("T")
 
@@ -515,17 +515,3 @@ class BenchCLI(ConfigCLI):
             meter=self.meter,
             watch=self.watch,
         )
-
-
-def refuse_unwritable(folder: Path, flag: str) -> None:
-    """Say early, and without making it, that a folder cannot be written.
-
-    Raises:
-        RecordError: If a file stands in its way, or the folder above it cannot be written.
-    """
-    place = Path(os.path.abspath(folder))
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "is not a folder" if not place.is_dir() else "is not writable"
-        raise RecordError(f"cannot write into {folder}: {place} {why}; choose another folder with {flag} DIR")

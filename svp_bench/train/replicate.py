@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 from svp_bench.config import Flags
 from svp_bench.data.module import Batch, VisionDataModule
 from svp_bench.errors import SvpBenchError, UsageError
+from svp_bench.results.files import refuse_unwritable
 from svp_bench.results.replication import Replication, write_replication
-from svp_bench.train.cli import BenchCLI, refuse_unwritable, run
+from svp_bench.train.cli import BenchCLI, run
 from svp_bench.train.metrics import Evaluation
 from svp_bench.train.module import AdaptationModule
 
