@@ -1,14 +1,61 @@
-"""Files that are whole or not there: written aside, synced, renamed."""
+"""Files that are whole or not there (written aside, synced, renamed), and reads that never wait or go on for ever."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["replacing"]
+__all__ = ["open_regular", "read_regular", "replacing"]
+
+_KINDS = (
+    (stat.S_ISDIR, errno.EISDIR, "a folder, not a file"),
+    (stat.S_ISFIFO, errno.EINVAL, "a FIFO, not a file"),
+    (stat.S_ISSOCK, errno.EINVAL, "a socket, not a file"),
+    (stat.S_ISCHR, errno.EINVAL, "a device, not a file"),
+    (stat.S_ISBLK, errno.EINVAL, "a device, not a file"),
+)
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open an ordinary file for reading; links are followed.
+
+    A FIFO would wait for a writer, `/dev/zero` never ends, and opening a device may act on it.
+
+    Raises:
+        OSError: If it cannot be opened, or is a folder, FIFO, socket or device; `strerror` says which.
+    """
+    _refuse_other_kinds(path, os.stat(path).st_mode)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _refuse_other_kinds(path, os.fstat(handle).st_mode)  # it may be another file by now
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _refuse_other_kinds(path: Path | str, mode: int) -> None:
+    for of_this_kind, number, words in _KINDS:
+        if of_this_kind(mode):
+            raise OSError(number, words, str(path))
+
+
+def read_regular(path: Path | str, limit: int) -> bytes:
+    """Return the content of an ordinary file of at most `limit` bytes.
+
+    Raises:
+        OSError: As `open_regular`, or if the file is larger.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit / 2**20:g} MiB", str(path))
+    return content
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 from svp_bench.cards import list_tasks, load_protocol, load_suite, load_task
 from svp_bench.errors import ConfigError, UsageError, nearest, unknown_name
 from svp_bench.methods import METHODS
-from svp_bench.plain_yaml import Node, read_yaml
+from svp_bench.plain_yaml import Node, check_value, read_yaml
 from svp_bench.resources import configs_dir
 from svp_bench.results.choices import Choice, read_choice
 from svp_bench.results.record import Tuned
@@ -151,6 +151,7 @@ def split_flags(argv: Sequence[str]) -> Flags:
             if not equals and queue and not queue[0].startswith("--"):
                 value = queue.pop(0)
                 rest.append(value)
+            check_value(value, name, ConfigError)
             values[name[2:]] = value
     if len(methods) > 1:
         raise UsageError(f"one run has one method, and --method was given {len(methods)} times: {', '.join(methods)}")

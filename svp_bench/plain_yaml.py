@@ -17,15 +17,18 @@ from yaml.constructor import SafeConstructor
 from yaml.reader import Reader
 from yaml.resolver import Resolver
 
+from svp_bench.atomic import read_regular
 from svp_bench.errors import CardError, SvpBenchError, nearest, unknown_name
 
-__all__ = ["Node", "did_you_mean", "read_text", "read_yaml", "show"]
+__all__ = ["Node", "check_value", "did_you_mean", "read_text", "read_yaml", "show"]
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is some ten times faster
 _RESOLVER: Any = Resolver()
 _SCALARS = SafeConstructor()
 _PLAIN = "tag:yaml.org,2002:"
 _MAX_DEPTH = 16
+_MAX_BYTES = 4 * 2**20
+_MAX_VALUES = 100_000  # of a file, each alias counted with all that it stands for
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 60
 
@@ -125,9 +128,9 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
 def read_text(path: Path, error_class: type[SvpBenchError] = CardError) -> str:
     """Return the UTF-8 text of a file, without a byte-order mark."""
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise error_class(f"{path}:1: cannot be read ({error.strerror})") from None
+        raw = read_regular(path, _MAX_BYTES)
+    except (OSError, ValueError) as error:  # a ValueError for a NUL in the path
+        raise error_class(f"{path}:1: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -147,18 +150,41 @@ def read_yaml(path: Path, *, error: type[SvpBenchError] = CardError, label: str 
     given twice is an error and not a silent overwrite, every value keeps its line, and an alias can only name what is
     complete, which leaves no way to make a value contain itself.
     """
-    error_class = error
-    text = read_text(path, error_class)
+    return _parse(path, read_text(path, error), error, label)
+
+
+def check_value(text: str, where: str, error: type[SvpBenchError] = CardError) -> None:
+    """Refuse a text that a YAML loader would blow up: one with aliases, or nested too deeply.
+
+    Args:
+        text: The text that another loader will read, e.g. a value of the command line.
+        where: What it is, for the message.
+        error: What to raise.
+    """
+    anchors, depth = set(), 0
+    try:
+        for event in yaml.parse(text, Loader=_LOADER):
+            if isinstance(event, yaml.AliasEvent) and event.anchor in anchors:  # others are a text: "*.jpg"
+                raise error(f"{where}: the alias *{event.anchor} is not allowed here; write the value out")
+            anchors.add(getattr(event, "anchor", None))
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                raise error(f"{where}: nested deeper than {_MAX_DEPTH} levels")
+    except yaml.YAMLError:
+        return  # not YAML: a text
+
+
+def _parse(path: Path, text: str, error_class: type[SvpBenchError], label: str) -> Node:
     if bad := Reader.NON_PRINTABLE.search(text):
         line = text.count("\n", 0, bad.start()) + 1
         raise error_class(f"{path}:{line}: the character {bad.group()!r} is not allowed in YAML")
-    anchors: dict[str, Node] = {}
+    anchors: dict[str, _Anchored] = {}
     try:
         events: Iterator[Any] = (event for event in yaml.parse(text, Loader=_LOADER) if not isinstance(event, _FRAME))
         first = next(events, None)
         if first is None:
             raise error_class(f"{path}:1: the file is empty")
-        card = _build(path, first, events, anchors, error_class, depth=0)
+        card = _build(path, first, events, anchors, error_class, depth=0, count=_Count()).node
         if (second := next(events, None)) is not None:
             raise error_class(f"{path}:{second.start_mark.line + 1}: a second YAML document; write one document a file")
     except yaml.YAMLError as problem:
@@ -171,54 +197,89 @@ def read_yaml(path: Path, *, error: type[SvpBenchError] = CardError, label: str 
 _FRAME = (yaml.StreamStartEvent, yaml.StreamEndEvent, yaml.DocumentStartEvent, yaml.DocumentEndEvent)
 
 
+@dataclass(frozen=True)
+class _Anchored:
+    """A value, and how much it holds.
+
+    Attributes:
+        node: The value.
+        values: The values in it, itself included.
+        height: Levels below it.
+    """
+
+    node: Node
+    values: int
+    height: int
+
+
+@dataclass
+class _Count:
+    """The values of a file so far, each alias counted with all that it stands for."""
+
+    values: int = 0
+
+
 def _build(
     path: Path,
     event: Any,
     events: Iterator[Any],
-    anchors: dict[str, Node],
+    anchors: dict[str, _Anchored],
     error_class: type[SvpBenchError],
     depth: int,
-) -> Node:
+    count: _Count,
+) -> _Anchored:
     line = event.start_mark.line + 1
 
     def fail(text: str) -> SvpBenchError:
         return error_class(f"{path}:{line}: {text}")
 
+    def need_bounds(values: int, height: int) -> None:
+        if depth + height > _MAX_DEPTH:
+            raise fail(f"nested deeper than {_MAX_DEPTH} levels")
+        count.values += values
+        if count.values > _MAX_VALUES:
+            raise fail(f"more than {_MAX_VALUES:,} values, each alias counted with all that it stands for")
+
     if isinstance(event, yaml.AliasEvent):
         if event.anchor not in anchors:
             raise fail(f"alias *{event.anchor} names no complete value above it")
-        return replace(anchors[event.anchor], line=line)
+        known = anchors[event.anchor]
+        need_bounds(known.values, known.height)
+        return replace(known, node=replace(known.node, line=line))
     if event.tag is not None:
         raise fail(f"tag {show(event.tag.replace(_PLAIN, '!!'))} is not allowed; write plain YAML")
-    if depth > _MAX_DEPTH:
-        raise fail(f"nested deeper than {_MAX_DEPTH} levels")
+    need_bounds(1, 0)
+
+    def build(part: Any) -> _Anchored:
+        return _build(path, part, events, anchors, error_class, depth + 1, count)
 
     node: Node
+    parts: list[_Anchored] = []
     if isinstance(event, yaml.ScalarEvent):
         node = Node(path, line, "the value", _scalar(event, fail), None, error_class)
     elif isinstance(event, yaml.SequenceStartEvent):
-        items: list[Node] = []
         while not isinstance(part := next(events), yaml.SequenceEndEvent):
-            items.append(
-                replace(_build(path, part, events, anchors, error_class, depth + 1), label="an entry of the list")
-            )
+            parts.append(build(part))
+        items = [replace(item.node, label="an entry of the list") for item in parts]
         node = Node(path, line, "the list", [item.value for item in items], items, error_class)
     else:
         entries: dict[str, Node] = {}
         while not isinstance(part := next(events), yaml.MappingEndEvent):
-            key = _build(path, part, events, anchors, error_class, depth + 1)
-            value = _build(path, next(events), events, anchors, error_class, depth + 1)
+            key, value = build(part).node, build(next(events))
+            parts.append(value)
             if not isinstance(key.value, str):
                 raise key.error(f"a key must be a text, not {key.kind} (put it in quotes?)")
             if key.value in entries:
                 raise key.error(f"key {show(key.value)} is given twice (first on line {entries[key.value].line})")
-            entries[key.value] = replace(value, line=key.line, label=show(key.value).strip("'\""))
+            entries[key.value] = replace(value.node, line=key.line, label=show(key.value).strip("'\""))
         node = Node(
             path, line, "the mapping", {key: entry.value for key, entry in entries.items()}, entries, error_class
         )
+    values = 1 + sum(part.values for part in parts)
+    built = _Anchored(node, values, 1 + max((part.height for part in parts), default=-1))
     if event.anchor is not None:
-        anchors[event.anchor] = node
-    return node
+        anchors[event.anchor] = built
+    return built
 
 
 def _scalar(event: Any, fail: Callable[[str], SvpBenchError]) -> str | int | float | bool | None:

@@ -92,7 +92,7 @@ def test_all_that_the_card_says_is_known_at_once() -> None:
         ),
         ({"batch_size": 0}, ConfigError, "--data.batch_size 0 is out of range, allowed: 1 and above"),
         ({"eval_batch_size": 0}, ConfigError, "--data.eval_batch_size 0 is out of range, allowed: 1 and above"),
-        ({"num_workers": -1}, ConfigError, "--data.num_workers -1 is out of range, allowed: 0 and above"),
+        ({"num_workers": -1}, ConfigError, "--data.num_workers -1 is out of range, allowed: 0 to 1024"),
         ({"image_size": 0}, ConfigError, "--data.image_size 0 is out of range, allowed: 1 and above"),
         ({"seed": -1}, ConfigError, "--data.seed -1 is out of range, allowed: 0 and above"),
     ],

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from svp_bench.atomic import read_regular
 from svp_bench.cards import SuiteCard, TaskCard, class_names
-from svp_bench.data.lists import PictureList
+from svp_bench.data.lists import MAX_SPLIT_BYTES, PictureList
 from svp_bench.data.locate import find_folder
 from svp_bench.data.native import NATIVE_FORMS, Ids, NativeForm, enter, names_of_folders
 from svp_bench.data.reading import all_of, any_of, drawn_notes, joined_names, list_names, reader_options, show
@@ -196,7 +197,7 @@ def _read_json(path: Path) -> Ids:
         return entries
 
     try:
-        entries = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        entries = json.loads(read_regular(path, MAX_SPLIT_BYTES), object_pairs_hook=unique)
     except OSError as error:
         raise DataError(f"{path}: the split cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8

@@ -16,10 +16,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import numpy.typing as npt
 
+from svp_bench.atomic import read_regular
 from svp_bench.errors import DataError
 
-__all__ = ["PictureList", "combined_digest", "list_digest", "plain_path", "read_list"]
+__all__ = ["MAX_SPLIT_BYTES", "PictureList", "combined_digest", "list_digest", "plain_path", "read_list"]
 
+MAX_SPLIT_BYTES = 256 * 2**20  # of a file that lists the images of a split: some ten million lines
 # Label of at most 18 digits: fits int64, and keeps `int` away from texts that it refuses for their length.
 _LINE = re.compile(r"(?P<path>.*[^ \t])[ \t]+(?P<label>-?[0-9]{1,18})")
 _SHOW = reprlib.Repr()
@@ -58,7 +60,7 @@ def read_list(path: Path, classes: int, *, task: str | None = None) -> PictureLi
             folder, or a label is out of range. The text begins with "file:line:" where there is a line.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path, MAX_SPLIT_BYTES)
     except OSError as error:
         raise DataError(f"{path}: the list cannot be read ({error.strerror})") from None
     try:

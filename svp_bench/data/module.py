@@ -55,6 +55,7 @@ __all__ = ["MEMORY_LIMIT_BYTES", "Batch", "VisionDataModule"]
 MEMORY_LIMIT_BYTES = 4 * 2**30  # a list that is larger when decoded is decoded anew in each epoch, by worker processes
 # What Lightning warns of and what is meant to be so here: no loader of val, and no workers where nothing is decoded.
 _WRONG_GUESSES = (r"Total length of `list` across ranks is zero", r"The '\w+_dataloader' does not have many workers")
+_MOST_WORKERS = 1024
 _FEW_PICTURES = 512  # below, starting worker processes takes longer than decoding
 
 
@@ -196,7 +197,7 @@ class VisionDataModule(LightningDataModule):
         self.eval_batch_size = _at_least(
             1, "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size
         )
-        self.num_workers = num_workers if num_workers == "auto" else _at_least(0, "num_workers", num_workers)
+        self.num_workers = num_workers if num_workers == "auto" else int(_between(0, _MOST_WORKERS, "num_workers", num_workers))
         self.seed = _at_least(0, "seed", seed)
         self.drop_last = drop_last
         _one_of("resize", resize, RESIZES)
@@ -463,16 +464,20 @@ class VisionDataModule(LightningDataModule):
                 f"{self.lists['train']} has {count} pictures, fewer than {shared}; use fewer devices "
                 f"or a smaller --trainer.accumulate_grad_batches"
             )
-        fit = [size for size in range(parts, max(count, batch_size) + parts, parts) if self._last(count, size) >= least]
+        if batch_size % parts == 0 and self._last(count, batch_size) >= least:
+            return
+        # All multiples of `parts` above `count` fit, so only those around a large batch size need a look.
+        below = batch_size // parts * parts
+        sizes = (below, below + parts) if below > count else range(parts, count + 2 * parts, parts)
+        fit = [size for size in sizes if self._last(count, size) >= least]
         near = sorted(sorted(fit, key=lambda size: (abs(size - batch_size), size))[:2])
         allowed = " or ".join(map(str, near))
         if batch_size % parts:
             raise ConfigError(f"{given} cannot be divided by {shared}; {allowed} would fit")
-        if self._last(count, batch_size) < least:
-            raise ConfigError(
-                f"{given} leaves a last batch of {self._last(count, batch_size)} of the {count} pictures, "
-                f"fewer than {shared}; {allowed} would fit, or leave it out with --data.drop_last true"
-            )
+        raise ConfigError(
+            f"{given} leaves a last batch of {self._last(count, batch_size)} of the {count} pictures, "
+            f"fewer than {shared}; {allowed} would fit, or leave it out with --data.drop_last true"
+        )
 
     def _last(self, count: int, batch_size: int) -> int:
         """Return the number of pictures in the last batch of an epoch."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from svp_bench.data.lists import plain_path
-from svp_bench.data.reading import foreign_errors, optional_import, show, text_lines, whole_numbers
+from svp_bench.data.reading import foreign_errors, need_regular, optional_import, show, text_lines, whole_numbers
 from svp_bench.errors import DataError, UnavailableError
 
 __all__ = ["NATIVE_FORMS", "Ids", "NativeForm", "class_id_of", "enter", "names_of_folders"]
@@ -93,6 +93,7 @@ def _names_of_text_files(folder: Path, ids: Mapping[str, int]) -> Mapping[int, s
 
 def _mat(path: Path, only: str | None = None) -> dict[str, Any]:
     loadmat = optional_import("scipy.io", "scipy", f"reading {path.name}").loadmat
+    need_regular(path)
     with foreign_errors(path):
         content: dict[str, Any] = loadmat(path, variable_names=only)
     return content

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from svp_bench.atomic import open_regular, read_regular
 from svp_bench.cards import TaskCard
+from svp_bench.data.lists import MAX_SPLIT_BYTES
 from svp_bench.errors import CardError, DataError, SvpBenchError, UnavailableError, unknown_name
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "foreign_errors",
     "joined_names",
     "list_names",
+    "need_regular",
     "optional_import",
     "reader_options",
     "show",
@@ -125,13 +128,25 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         DataError: If it cannot be read, or is not UTF-8.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_regular(path, MAX_SPLIT_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise DataError(f"{path}: cannot be read ({reason})") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line.strip()
+
+
+def need_regular(path: Path) -> None:
+    """Check that a file which a library will open is an ordinary one.
+
+    Raises:
+        DataError: If it cannot be opened, or is a folder, FIFO, socket or device.
+    """
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 @contextmanager

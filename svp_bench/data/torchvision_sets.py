@@ -22,6 +22,7 @@ from svp_bench.data.reading import (
     drawn_notes,
     foreign_errors,
     list_names,
+    need_regular,
     optional_import,
     reader_options,
     show,
@@ -205,6 +206,11 @@ def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
         known.look(dataset_class, folder)
         dataset_class = _without_checksums(dataset_class)
 
+    for path in known.files:  # torchvision opens what is there
+        place = folder / path
+        for file in [place, *place.iterdir()] if place.is_dir() else [place]:
+            if file.exists() and not file.is_dir():
+                need_regular(file)
     pools = {}
     again = f"get it again with `{_download_command(name, known, folder)}`"
     for split, arguments in known.splits.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svp_bench.atomic import read_regular
 from svp_bench.errors import RecordError, printable
 from svp_bench.results.record import Record
 
@@ -26,6 +27,7 @@ __all__ = [
     "write_record",
 ]
 
+_MAX_BYTES = 64 * 2**20  # of a record or another JSON file of results
 _SAME_RUN = (
     *("run_id", "created", "kind", "seed", "method", "backbone", "checkpoint_digest", "task_version", "protocol"),
     *("protocol_version", "data_variant", "data_digest", "config_digest", "setting_digest"),
@@ -188,7 +190,7 @@ def read_json(path: Path, where: str) -> Any:
         RecordError: If it cannot be read; the text begins with `where`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, _MAX_BYTES).decode("utf-8")
     except OSError as error:
         raise RecordError(f"{where}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -17,17 +17,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from svp_bench.atomic import replacing
 from svp_bench.data.samplers import GlobalBatchSampler
-from svp_bench.errors import SvpBenchError, UsageError
+from svp_bench.errors import ConfigError, SvpBenchError, UsageError
 from svp_bench.interrupts import INTERRUPTS, Preempted
 from svp_bench.models.checkpoints import load_pickle_safely
+<<<<<<< HEAD
 from svp_bench.results.files import read_record, write_atomically
+=======
+from svp_bench.plain_yaml import read_yaml
+from svp_bench.results.files import read_record
+>>>>>>> 5e7c270 (FIFOs, devices and alias bombs are refused at once as config, card, split file, record or value; a batch of any size is checked without a list as long as it)
 from svp_bench.results.record import Record
 from svp_bench.train.saved import Saved
 
@@ -187,8 +191,8 @@ def _started(folder: Path) -> str:
 
 def _config_of(folder: Path) -> dict[str, Any] | None:
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = read_yaml(folder / "config.yaml", error=ConfigError).value
+    except ConfigError:
         return None  # killed before it was written
     return config if isinstance(config, dict) else None
 
