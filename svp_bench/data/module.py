@@ -197,7 +197,9 @@ class VisionDataModule(LightningDataModule):
         self.eval_batch_size = _at_least(
             1, "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size
         )
-        self.num_workers = num_workers if num_workers == "auto" else int(_between(0, _MOST_WORKERS, "num_workers", num_workers))
+        if num_workers != "auto":
+            _between(0, _MOST_WORKERS, "num_workers", num_workers)
+        self.num_workers = num_workers
         self.seed = _at_least(0, "seed", seed)
         self.drop_last = drop_last
         _one_of("resize", resize, RESIZES)
