@@ -264,8 +264,8 @@ def test_a_picture_broken_inside_stays_one_line(own: Path, num_workers: int) -> 
     content = bytearray(buffer.getvalue())
     content[1000:1100] = bytes(100)
     path = own / "images/test/000002.jpg"
-    path.write_bytes(content)  # its end is in place, so that only decoding shows it
     data = ready(own.parent, num_workers=num_workers)
+    path.write_bytes(content)  # after all images were examined
     data.unlock_test()
     with pytest.raises(DataError, match=r"000002\.jpg: cannot be decoded \(.+\); get the file again$") as caught:
         list(data.test_dataloader())
@@ -285,9 +285,9 @@ def test_a_picture_broken_inside_stays_one_line(own: Path, num_workers: int) -> 
             r"test\.txt:1: label 47 is out of range, the card of vtab/dtd has 47",
         ),
         ("test.txt", None, r"has no list 'test' \(test\.txt\)"),
-        ("images/test/000003.jpg", None, "1 of the 11 pictures of .*test.txt are missing"),
-        ("images/test/000003.jpg", "<html>", r"000003\.jpg: not a readable picture"),
-        ("images/train800val200/000003.jpg", None, "1 of the 19 pictures of .*train800val200.txt are missing"),
+        ("images/test/000003.jpg", None, "1 of the 11 images of .*test.txt are missing"),
+        ("images/test/000003.jpg", "<html>", r"000003\.jpg: not a readable image"),
+        ("images/train800val200/000003.jpg", None, "1 of the 19 images of .*train800val200.txt are missing"),
     ],
 )
 def test_broken_data_stop_before_any_picture_is_decoded(
@@ -307,7 +307,7 @@ def test_broken_data_stop_before_any_picture_is_decoded(
 def test_lists_of_the_other_stage_may_have_missing_pictures(own: Path) -> None:
     (own / "images/val200/000000.jpg").unlink()
     ready(own.parent, stage="final")
-    with pytest.raises(DataError, match=r"1 of the 5 pictures of .*val200\.txt are missing"):
+    with pytest.raises(DataError, match=r"1 of the 5 images of .*val200\.txt are missing"):
         ready(own.parent, stage="select")
 
 

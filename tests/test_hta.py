@@ -392,7 +392,7 @@ def test_missing_pictures_are_found_before_training(tmp_path: Path) -> None:
     card, folder = draw(tmp_path, "hta/dtd")
     for path in list((folder / "dtd" / "dtd" / "images").rglob("*_test*.jpg"))[:2]:
         path.unlink()
-    with pytest.raises(DataError, match=r"2 of the 9 pictures of DTD test \(test\) are missing, the first is .+\.jpg"):
+    with pytest.raises(DataError, match=r"2 of the 9 images of DTD test \(test\) are missing, the first is .+\.jpg"):
         open_source(card, tmp_path).get("test").verify()
 
 

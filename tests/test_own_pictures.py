@@ -156,9 +156,10 @@ def make_looped(root: Path) -> None:
     (root / "cat" / "all").symlink_to("..", target_is_directory=True)
 
 
-def make_heic(root: Path) -> None:
+def make_only_heic(root: Path) -> None:
     fill(root)
-    (root / "dog" / "phone.HEIC").write_bytes(b"x")
+    (root / "phone").mkdir()
+    (root / "phone" / "1.HEIC").write_bytes(b"x")
 
 
 def make_dangling(root: Path) -> None:
@@ -187,7 +188,7 @@ def make_double(root: Path) -> None:
         (make_single, "holds one class only, 'pictures'; .*one level too high"),
         (make_twice, "cat/3.png and dog/copy.png are the same picture; keep one of them"),
         (make_looped, "this link leads back to a folder that it is in; take it away"),
-        (make_heic, "phone.HEIC: heic files are not read here; convert them, e.g. to JPEG"),
+        (make_only_heic, r"phone holds no picture .*\(skipped: 1 \.heic\); take the folder away, or fill it"),
         (make_dangling, "gone.jpg: cannot be read"),
         (make_foreign, "the class 'dogs' is not in .*train; did you mean 'dog'"),
         (make_double, "has both val and valid; keep one of them"),

@@ -12,12 +12,18 @@ picture that is added later moves few others. Without a `val` folder, val is a f
 
 What tells a picture from all others is its content: two data sets with the same names are two, and a picture that is
 there twice, under whatever names, is refused: it could be trained on and tested on.
+
+An image is what its content says, whatever its name (`svp_bench.data.decode.FORMATS`). Other files are skipped, counted
+and named; a file whose name ends like an image's and which is none is a broken image, and stops a run.
+
+Names of classes are compared as Unicode NFC: one class may be spelled in two ways in train and test.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,18 +32,21 @@ from pathlib import Path
 
 import numpy as np
 
+from svp_bench.atomic import open_regular
 from svp_bench.cards import SuiteCard, TaskCard
+from svp_bench.data.decode import identify
 from svp_bench.data.lists import PictureList
 from svp_bench.data.locate import ROOT_VARIABLE
 from svp_bench.data.reading import reader_options
 from svp_bench.data.sources import FilePictures, Source, in_threads
-from svp_bench.errors import CardError, DataError
+from svp_bench.errors import CardError, DataError, printable
 from svp_bench.plain_yaml import did_you_mean
 
 __all__ = ["open_class_folders"]
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # in any case of letters
-_NOT_READ = (".avif", ".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef")  # pictures to people, not here
+# Raw photos and documents whose content passes for TIFF: what Pillow would read of them is a small preview.
+_NOT_READ = (".arw", ".cr2", ".dng", ".nef", ".orf", ".pef", ".rw2", ".svs", ".ndpi", ".psd")
 _PARTS = {
     "train": "train",
     "training": "train",
@@ -52,12 +61,13 @@ _LISTS = ("train", "val", "trainval", "test")
 _LAYOUTS = "own pictures lie in DIR/<class>/, or in DIR/train/<class>/ and DIR/test/<class>/"
 
 Classes = dict[str, list[str]]  # name of a class → paths below the root, sorted
+Skipped = dict[str, list[str]]  # kind of file → paths below the root
 
 
 def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     """Read own pictures. `root` is their folder; it must be given (or $SVP_BENCH_DATA).
 
-    Files whose names begin with a dot or do not end like a picture's are left out; folders within a class are its own.
+    Files that are no images are skipped and listed in `Source.skipped`; folders within a class are its own.
 
     Raises:
         CardError: If the card gives options, or lists by other names than train, val, trainval and test.
@@ -70,7 +80,8 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
             raise CardError(f"{card.path}:1: unknown list {name!r}; allowed: {', '.join(_LISTS)}")
     folder = _folder(root)
     given = _part_folders(folder)
-    parts = _given(folder, given) if given else _split(folder)
+    skipped: Skipped = {}
+    parts = _given(folder, given, skipped) if given else _split(folder, skipped)
     names = tuple(parts["train"])
     if len(names) < 2:
         raise DataError(
@@ -82,7 +93,8 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
     paths = sorted(path for name in ("trainval", "test") for of in parts[name].values() for path in of)
     contents = _contents(folder, paths)
     lists = {name: _OwnPictures(folder, name, _listed(parts[name], names), contents) for name in _LISTS}
-    return Source(str(folder), lists, class_names=names)
+    there = {kind: tuple(sorted(found)) for kind, found in sorted(skipped.items())}
+    return Source(str(folder), lists, class_names=names, skipped=there)
 
 
 class _OwnPictures(FilePictures):
@@ -129,7 +141,7 @@ def _part_folders(folder: Path) -> dict[str, str]:
     return found
 
 
-def _given(folder: Path, given: Mapping[str, str]) -> dict[str, Classes]:
+def _given(folder: Path, given: Mapping[str, str], skipped: Skipped) -> dict[str, Classes]:
     """Read train, val and test folders; take val from train if there is none."""
     for part in ("train", "test"):
         if part not in given:
@@ -138,7 +150,7 @@ def _given(folder: Path, given: Mapping[str, str]) -> dict[str, Classes]:
                 f"{folder} has {has} and no folder called {part}; add one, or put all pictures into class folders side "
                 "by side, to have them split"
             )
-    parts = {part: _classes(folder, name) for part, name in given.items()}
+    parts = {part: _classes(folder, name, skipped) for part, name in given.items()}
     train = folder / given["train"]
     for part, classes in parts.items():
         for name in classes:
@@ -152,10 +164,10 @@ def _given(folder: Path, given: Mapping[str, str]) -> dict[str, Classes]:
     return parts
 
 
-def _split(folder: Path) -> dict[str, Classes]:
+def _split(folder: Path, skipped: Skipped) -> dict[str, Classes]:
     """Split class folders."""
     parts: dict[str, Classes] = {"train": {}, "val": {}, "test": {}}
-    for name, paths in _classes(folder, "").items():
+    for name, paths in _classes(folder, "", skipped).items():
         test, rest = _fifth(paths, folder / name, 3)
         parts["test"][name] = sorted(test)
         parts["val"][name], parts["train"][name] = sorted(rest[: len(test)]), sorted(rest[len(test) :])
@@ -198,38 +210,85 @@ def _folders(place: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _classes(folder: Path, part: str) -> Classes:
-    """Return the classes of a folder, by name, each with at least one picture."""
+def _classes(folder: Path, part: str, skipped: Skipped) -> Classes:
+    """Return the classes of a folder, by name (NFC), each with at least one image."""
     place = folder / part if part else folder
-    classes = {name: sorted(_pictures(folder, f"{part}/{name}" if part else name, ())) for name in _folders(place)}
+    classes: Classes = {}
+    spelled: dict[str, str] = {}
+    for name in _folders(place):
+        shown = unicodedata.normalize("NFC", name)
+        before = spelled.setdefault(shown.casefold(), name)
+        if before != name:
+            raise DataError(
+                f"{place} has two folders whose names differ only in case or in how accents are spelled: "
+                f"{before!a} and {name!a}; rename one, or put both into one"
+            )
+        classes[shown] = sorted(_images(folder, f"{part}/{name}" if part else name, (), skipped))
     if not any(classes.values()):
-        raise DataError(f"{place} holds no folder with pictures; {_LAYOUTS}, as {', '.join(ENDINGS)}")
+        raise DataError(
+            f"{place} holds no folder with pictures{_listed_kinds(skipped)}; {_LAYOUTS}, as {', '.join(ENDINGS)}"
+        )
     for name, paths in classes.items():
         if not paths:
-            raise DataError(f"{place / name} holds no picture ({', '.join(ENDINGS)}); take the folder away, or fill it")
-    return classes
+            raise DataError(
+                f"{place / name} holds no picture ({', '.join(ENDINGS)}){_listed_kinds(skipped)}; "
+                "take the folder away, or fill it"
+            )
+    return dict(sorted(classes.items()))
 
 
-def _pictures(folder: Path, below: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Yield the paths of all pictures in a folder and its folders, relative to `folder`, with forward slashes."""
+def _listed_kinds(skipped: Skipped) -> str:
+    kinds = ", ".join(f"{len(paths)} {kind}" for kind, paths in sorted(skipped.items()))
+    return f" (skipped: {kinds})" if kinds else ""
+
+
+def _images(folder: Path, below: str, above: tuple[str, ...], skipped: Skipped) -> Iterator[str]:
+    """Yield the paths of all images in a folder and its folders, relative to `folder`, with forward slashes."""
     place = folder / below
     real = os.path.realpath(place)
     if real in above or len(above) > 50:
         raise DataError(f"{place}: this link leads back to a folder that it is in; take it away")
     with _readable(place), os.scandir(place) as entries:
-        found = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
-    for name, is_folder in found:
-        path, ending = f"{below}/{name}", os.path.splitext(name)[1].lower()
+        found = [(entry.name, entry.is_dir()) for entry in entries]
+    for name, is_folder in sorted(found):
+        path = f"{below}/{name}"
+        if is_folder and name.startswith("."):
+            continue
         if is_folder:
-            yield from _pictures(folder, path, (*above, real))
-        elif ending in ENDINGS:
+            yield from _images(folder, path, (*above, real), skipped)
+        elif kind := _other_kind(folder / path):
+            skipped.setdefault(kind, []).append(path)
+        else:
             try:
                 path.encode()
             except UnicodeEncodeError:
                 raise DataError(f"{folder}: the name {path!r} is not UTF-8; rename the file") from None
             yield path
-        elif ending in _NOT_READ:
-            raise DataError(f"{folder / path}: {ending[1:]} files are not read here; convert them, e.g. to JPEG")
+
+
+def _other_kind(path: Path) -> str | None:
+    """Return what kind of file this is if it is no image, e.g. ".svg"; None for an image.
+
+    A file with the ending of an image counts as one: whether it can be decoded is seen later.
+    """
+    if path.name.startswith("."):
+        return "hidden file"
+    ending = path.suffix.lower()
+    with _readable(path):
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    if ending in ENDINGS:
+        return None
+    shown = printable(ending)[:12] or "no ending"
+    with _readable(path):
+        is_image = ending not in _NOT_READ and _format(str(path), status.st_size, status.st_mtime_ns) is not None
+    return None if is_image else shown
+
+
+@lru_cache(maxsize=200_000)
+def _format(place: str, size: int, modified: int) -> str | None:
+    return identify(place)
 
 
 def _contents(folder: Path, paths: Sequence[str]) -> dict[str, str]:
@@ -257,4 +316,8 @@ def _contents(folder: Path, paths: Sequence[str]) -> dict[str, str]:
 @lru_cache(maxsize=200_000)
 def _digest(place: str, size: int, modified: int) -> str:
     """Hash a file; one of the same size and time is not read again."""
-    return hashlib.sha256(Path(place).read_bytes()).hexdigest()
+    sha = hashlib.sha256()
+    with open_regular(place) as file:
+        while block := file.read(2**20):
+            sha.update(block)
+    return sha.hexdigest()

@@ -13,8 +13,7 @@ import hashlib
 import io
 import math
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -77,6 +76,14 @@ class Depth:
         whole = other.whole if self.whole is None else self.whole
         return Depth(whole, other.real if self.real is None else self.real)
 
+    def notes(self, whole: int, real: int) -> dict[str, int]:
+        """Return what is done to deep images → how many, for so many images with whole and with real numbers."""
+        of_real = f"{self.real}-bit values scaled to 8 bits" if self.real else "values of 0 to 1 scaled to 8 bits"
+        counts = {of_real: real}
+        of_whole = f"{self.whole}-bit values scaled to 8 bits"
+        counts[of_whole] = counts.get(of_whole, 0) + whole
+        return {note: count for note, count in counts.items() if count}
+
     def to_bytes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         """Return values scaled to 0..255; those above the depth become 255."""
         if values.dtype.kind == "f" and self.real == 0:
@@ -109,6 +116,13 @@ class Decoded:
     whole: float | None
     real: float | None
     digest: bytes
+
+    def without_pixels(self) -> Decoded:
+        """Return the same with an image of one pixel: those of a data set would not fit into memory."""
+        return replace(self, image=_NO_IMAGE)
+
+
+_NO_IMAGE = Image.new("RGB", (1, 1))
 
 
 @lru_cache(maxsize=1)
@@ -194,8 +208,8 @@ def convert(image: Image.Image, depth: Depth | None = None, file: BinaryIO | Non
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
     notes: list[str] = []
-    low = None if file is None else _low_bytes(image, file)  # first: to ask a PNG file for its EXIF loads it
-    turn = _orientation(image)  # Pillow turns TIFF files by itself, when it loads them
+    low = None if file is None else _low_bytes(image, file)
+    turn = _orientation(image) if image.format == "TIFF" else 1  # which Pillow applies by itself, when it loads them
     image.load()
     if _is_animated(image):
         notes.append("first of several frames")
@@ -207,7 +221,6 @@ def convert(image: Image.Image, depth: Depth | None = None, file: BinaryIO | Non
         whole, real = (largest, None) if kind == "whole" else (None, largest)
         depth = (depth or Depth()).filled(Depth.of(whole, real))
         bits = depth.whole if kind == "whole" else depth.real
-        notes.append(f"{bits}-bit values scaled to 8 bits" if bits else "values of 0 to 1 scaled to 8 bits")
         if largest > (1 if bits == 0 else 2 ** (bits or 8) - 1):
             notes.append("values above the depth of the data set clipped")
         hasher.update(f"{deep.shape} {deep.dtype}".encode() + np.ascontiguousarray(deep).tobytes())
@@ -363,12 +376,3 @@ def _composed(image: Image.Image, scaled: npt.NDArray[np.uint8], deep: npt.NDArr
         return rgb, False
     rgb.paste((255, 255, 255), mask=Image.fromarray((hidden * np.uint8(255)).astype(np.uint8)))
     return rgb, True
-
-
-def total(notes: Iterable[Iterable[str]]) -> dict[str, int]:
-    """Return note → number of images that have it, sorted."""
-    counts: dict[str, int] = {}
-    for of_one in notes:
-        for note in of_one:
-            counts[note] = counts.get(note, 0) + 1
-    return dict(sorted(counts.items()))

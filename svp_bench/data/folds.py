@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from svp_bench.data.sources import Note, Pictures, Source
+from svp_bench.data.decode import Decoded
+from svp_bench.data.sources import Pictures, Source
 from svp_bench.errors import DataError
 
 __all__ = ["Subset", "fold_positions", "with_fold"]
@@ -93,9 +94,8 @@ class Subset(Pictures):
         """Return what names one image in a message."""
         return self._whole.where(int(self.positions[index]))
 
-    def verify(self, note: Note | None = None) -> None:
-        """Check all images of the whole split."""
-        self._whole.verify(note)
+    def _examine(self, index: int) -> Decoded | str:
+        return self._whole._examine(int(self.positions[index]))
 
 
 def with_fold(

@@ -1,4 +1,4 @@
-"""What outlives a run in a process that makes many: decoded pictures, and which lists were verified.
+"""What outlives a run in a process that makes many: decoded pictures, and what examining them found.
 
 Off unless a process asks for it (`keep_between_runs`). What is kept is known by where the pictures lie, the digest of
 their list, and the view; a process that lives no longer than a sweep takes it that nobody changes pictures under it.
@@ -12,9 +12,10 @@ from collections.abc import Callable, Hashable
 import numpy as np
 import numpy.typing as npt
 
-from svp_bench.data.sources import Pictures
+from svp_bench.data.examined import Examined
+from svp_bench.data.sources import Note, Pictures
 
-__all__ = ["keep_between_runs", "kept", "verified"]
+__all__ = ["examined", "keep_between_runs", "kept"]
 
 Array = npt.NDArray[np.uint8]
 
@@ -23,7 +24,7 @@ class _Keeper:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.arrays: OrderedDict[Hashable, Array] = OrderedDict()
-        self.verified: set[Hashable] = set()
+        self.examined: dict[Hashable, Examined] = {}
 
     def get(self, key: Hashable, make: Callable[[], Array]) -> Array:
         if key in self.arrays:
@@ -53,14 +54,16 @@ def _name(pictures: Pictures) -> Hashable:
 
 def kept(pictures: Pictures, view: Hashable, make: Callable[[], Array]) -> Array:
     """Return the decoded pictures of a list, uint8 (N, 3, H, W): those of an earlier run, or what `make` returns."""
-    return make() if _keeper is None else _keeper.get((_name(pictures), view), make)
+    return make() if _keeper is None else _keeper.get((_name(pictures), pictures.depth, view), make)
 
 
-def verified(pictures: Pictures, verify: Callable[[], None]) -> None:
-    """Call `verify` unless an earlier run of this process did, and found nothing wrong."""
+def examined(pictures: Pictures, note: Note | None = None) -> Examined:
+    """Return what examining the images of a split finds, or found in an earlier run of this process."""
     if _keeper is None:
-        verify()
-        return
-    if (name := _name(pictures)) not in _keeper.verified:
-        verify()
-        _keeper.verified.add(name)
+        return pictures.examine(note)
+    if (name := _name(pictures)) not in _keeper.examined:
+        found = pictures.examine(note)
+        if found.problems:
+            return found
+        _keeper.examined[name] = found
+    return _keeper.examined[name]

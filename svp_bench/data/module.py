@@ -13,7 +13,6 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,8 +33,18 @@ from svp_bench.cards import (
     load_task,
 )
 from svp_bench.data.augment import Augment, Augmenter, Mixing
+from svp_bench.data.content import (
+    content_digest,
+    differences_from_first_use,
+    first_overlap,
+    joined,
+    overlap,
+    two_labels,
+)
+from svp_bench.data.decode import Depth
+from svp_bench.data.examined import Examined
 from svp_bench.data.folds import with_fold
-from svp_bench.data.keep import kept, verified
+from svp_bench.data.keep import examined, kept
 from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler, Positions
 from svp_bench.data.sources import (
     DataReport,
@@ -45,10 +54,11 @@ from svp_bench.data.sources import (
     in_threads,
     inspect,
     measured,
+    need_readable,
     open_source,
 )
 from svp_bench.data.transforms import CROP_RATIO, INTERPOLATIONS, RESIZES, View, sides
-from svp_bench.errors import ConfigError, DataError, UsageError, unknown_name
+from svp_bench.errors import ConfigError, DataError, UsageError, printable, unknown_name
 
 __all__ = ["MEMORY_LIMIT_BYTES", "Batch", "VisionDataModule"]
 
@@ -118,6 +128,8 @@ class VisionDataModule(LightningDataModule):
             others train; as many as images is leave-one-out. Null: the protocol's own train and val.
         fold: Which part is val, from 0; `folds` and above are the parts of further divisions (repeats). 0 by default.
         fold_seed: Seed of the divisions, which are the same for all methods and settings; 0 by default.
+        allow_overlap: Train on own images although some have the same pixels as images of val or test; records say so.
+            Refused by default.
 
     A null means its default. What chance does to a picture follows from (seed, epoch, position, repetition) alone.
 
@@ -126,6 +138,7 @@ class VisionDataModule(LightningDataModule):
         suite: The card of its suite.
         protocol: The protocol card.
         num_classes: Number of classes.
+        depth: Bits that deep images use; after `setup`.
         class_names: What to call them, in the order of their labels; the data's own names, if any, after `setup`.
         image_size: Height and width of the pictures in pixels.
         lists: Role ("train", "val", "test") → name of the list that plays it in this stage.
@@ -167,6 +180,7 @@ class VisionDataModule(LightningDataModule):
         folds: int | None = None,
         fold: int | None = None,
         fold_seed: int | None = None,
+        allow_overlap: bool | None = None,
     ) -> None:
         super().__init__()
         self._root = None if root is None else Path(root)
@@ -232,9 +246,13 @@ class VisionDataModule(LightningDataModule):
             _between(0, 1, "mix_probability", 1.0 if mix_probability is None else mix_probability),
             _between(0, 1, "mix_switch_probability", 0.5 if mix_switch_probability is None else mix_switch_probability),
         )
+        self.allow_overlap = bool(allow_overlap)
         self.repeats = _at_least(1, "repeats", 1 if repeats is None else repeats)
         self._source: Source | None = None
         self._report: DataReport | None = None
+        self.depth = Depth()
+        self._content_digests: dict[str, str] = {}
+        self._image_notes: dict[str, int] = {}
         self._datasets: dict[str, _Pictures] = {}
         self._test_unlocked = False
 
@@ -266,8 +284,7 @@ class VisionDataModule(LightningDataModule):
                 report = replace(report, counts={**report.counts, **parts})
             if stage == "fit":
                 self._check_batch_size(len(source.get(self.lists["train"])))
-            for name in self.lists.values():
-                verified(source.get(name), partial(source.get(name).verify, rank_zero_info))
+            report = self._examine(source, report)
             if report.status == "different":
                 rank_zero_warn(
                     f"the data of {self.card.name} differ from its card: {'; '.join(report.notes)}; "
@@ -280,6 +297,120 @@ class VisionDataModule(LightningDataModule):
             self._dataset("train")
         if stage in ("fit", "validate") and "val" in self.lists:
             self._dataset("val")
+
+    def _examine(self, source: Source, report: DataReport) -> DataReport:
+        """Decode all images of this stage once: check, count and compare them; return the report with what it adds."""
+        names = [*dict.fromkeys(self.lists.values())]
+        parts = self._parts_of_refit(source)
+        found = {name: examined(source.get(name), rank_zero_info) for name in [*names, *parts]}
+        need_readable([(source.get(name), found[name]) for name in names])
+        if any(found[name].problems for name in parts):  # of a stage that this one does not need
+            parts = []
+        depth = Depth.of(*(_largest(found.values(), name) for name in ("largest_whole", "largest_real")))
+        for pictures in source.lists.values():
+            pictures.depth = depth
+        self._content_digests = {name: content_digest(found[name]) for name in names}
+        self.depth = depth
+        self._image_notes = {f"skipped: {kind}": len(paths) for kind, paths in source.skipped.items()}
+        for name in names:
+            notes = {**found[name].notes, **depth.notes(found[name].whole, found[name].real)}
+            for note, count in notes.items():
+                self._image_notes[note] = self._image_notes.get(note, 0) + count
+        notes = self._compare(source, found, parts, report)
+        if self._image_notes:
+            first = [path for paths in source.skipped.values() for path in paths][:3]
+            rank_zero_warn(
+                f"images of {self.card.name}: "
+                + ", ".join(f"{note} ({count})" for note, count in self._image_notes.items())
+                + (f"; skipped are {', '.join(map(printable, first))} …" if first else "")
+            )
+        return report if not notes else replace(report, status="different", notes=(*report.notes, *notes))
+
+    def _parts_of_refit(self, source: Source) -> list[str]:
+        """Return the names of train and val if the training split should hold both, and its files are others."""
+        select, counts = self.protocol.stages.get("select", {}), self.card.counts
+        parts = [select[role] for role in ("train", "val") if role in select]
+        refit = self.lists["train"]
+        if (
+            source.drawn
+            or self.stage != "final"
+            or len(parts) < 2
+            or refit in parts
+            or not {*parts} <= source.lists.keys()
+        ):
+            return []
+        if sum(counts.get(name, 0) for name in parts) != counts[refit] and not self.card.as_found:
+            return []
+
+        def entries(name: str) -> set[tuple[str, int]]:
+            pictures = source.get(name)
+            return set(zip(pictures.keys(), pictures.labels.tolist(), strict=True))
+
+        return [] if entries(refit) == set().union(*map(entries, parts)) else parts
+
+    def _compare(
+        self, source: Source, found: Mapping[str, Examined], parts: list[str], report: DataReport
+    ) -> list[str]:
+        """Compare the splits by content; return what makes the data differ from their card.
+
+        Raises:
+            DataError: If own images are in two splits that must be apart, and `allow_overlap` is not set.
+        """
+        splits = {name: (source.get(name), one) for name, one in found.items()}
+        train = splits[self.lists["train"]]
+        notes = []
+        # A card that pins the digest of the pixels describes these images, also those that it has twice.
+        as_pinned = self.card.digest is not None and report.status == "as_card"
+        for role in ("val", "test"):
+            if role not in self.lists:
+                continue
+            held = splits[self.lists[role]]
+            if pairs := overlap(held, train):
+                self._image_notes[f"{held[0].name} images that are also in {train[0].name}"] = len(pairs)
+                text = first_overlap(held, train, pairs)
+                if self.card.suite == "own" and not self.allow_overlap:
+                    raise DataError(
+                        f"{text}; remove them from one of the two, or keep them with --data.allow_overlap true "
+                        "(records will say data_status: different)"
+                    )
+                if not as_pinned:
+                    notes.append(text)
+        if pairs := two_labels(train):
+            self._image_notes[f"{train[0].name} images that have two labels"] = len(pairs)
+        if parts and (difference := joined(train, splits[parts[0]], splits[parts[1]])):
+            notes.append(difference)
+        return notes
+
+    def compare_with_first_use(self, results_root: Path) -> None:
+        """Compare the content of the splits with that of the first run on this task whose records are there.
+
+        The digests of the first run are kept in `content/<task>.json` below the results. Own images are told apart by
+        their digest instead, and synthetic stand-ins are not compared.
+        """
+        report = self.report
+        if self.card.suite == "own" or report.variant == "drawn":
+            return
+        path = results_root / "content" / f"{self.card.name}.json"
+        try:
+            notes = differences_from_first_use(path, self._content_digests)
+        except OSError as error:
+            rank_zero_warn(
+                f"{path} cannot be written ({error.strerror}): later runs cannot compare their data with these"
+            )
+            return
+        if notes:
+            rank_zero_warn(f"{'; '.join(notes)}; records will say data_status: different")
+            self._report = replace(report, status="different", notes=(*report.notes, *notes))
+
+    @property
+    def content_digests(self) -> Mapping[str, str]:
+        """Split → digest of the decoded pixels of its images, for the splits of this stage; after `setup`."""
+        return self._content_digests
+
+    @property
+    def image_notes(self) -> Mapping[str, int]:
+        """What was skipped or converted → how many images, over the splits of this stage; after `setup`."""
+        return self._image_notes
 
     @property
     def report(self) -> DataReport:
@@ -586,6 +717,10 @@ def _folds(stage: str, folds: int | None, fold: int | None, fold_seed: int | Non
         )
     _at_least(2, "folds", folds)
     return folds, _at_least(0, "fold", fold or 0), _at_least(0, "fold_seed", fold_seed or 0)
+
+
+def _largest(found: Iterable[Examined], name: str) -> float | None:
+    return max((value for one in found if (value := getattr(one, name)) is not None), default=None)
 
 
 def _at_least(least: int, name: str, value: int) -> int:

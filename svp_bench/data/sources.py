@@ -10,22 +10,24 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from svp_bench.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
+from svp_bench.data.decode import Decoded, Depth, UnreadableImageError, convert, read_image
+from svp_bench.data.examined import MISSING, Examined, load_examined, save_examined
 from svp_bench.data.lists import PictureList, combined_digest, list_digest, read_list
 from svp_bench.data.locate import list_file, locate
 from svp_bench.data.reading import DRAWN_MARK, drawn_notes, reader_options
-from svp_bench.data.transforms import to_rgb
 from svp_bench.errors import CardError, DataError, unknown_name
 from svp_bench.registry import Registry
 
@@ -42,6 +44,7 @@ __all__ = [
     "in_threads",
     "inspect",
     "measured",
+    "need_readable",
     "open_lists",
     "open_source",
 ]
@@ -63,6 +66,8 @@ READERS.add(
 READERS.add("drawn", "svp_bench.data.drawn:open_drawn", "pictures drawn anew, the same on every machine")
 
 Note = Callable[[str], None]
+_WORTH_CACHING = 1000  # images of a split: to decode fewer takes a second or two
+_NAMED = 20  # unreadable images in a message
 _T = TypeVar("_T")
 
 
@@ -73,11 +78,13 @@ class Pictures(ABC):
         name: Name of the list, e.g. "train800".
         labels: int64 (N,).
         digest: "sha256:…" of what defines the list.
+        depth: Bits that deep images use; None until all images of the data set were examined.
     """
 
     name: str
     labels: npt.NDArray[np.int64]
     digest: str
+    depth: Depth | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -103,18 +110,69 @@ class Pictures(ABC):
     def where(self, index: int) -> str:
         """Return what names one picture in a message."""
 
+    def examine(self, note: Note | None = None) -> Examined:
+        """Decode all images once, and return what was found.
+
+        Args:
+            note: Called with a line about the progress if it takes long.
+        """
+        return Examined.of(in_threads(self._examine, len(self), f"checking the images of {self.name}", note))
+
+    def _examine(self, index: int) -> Decoded | str:
+        try:
+            return convert(self.load(index)).without_pixels()
+        except DataError as error:
+            return str(error)
+
+    def hint(self, index: int) -> str:
+        """Return what else lies where an image is missing, for the message; "" if nothing does."""
+        return ""
+
     def verify(self, note: Note | None = None) -> None:
-        """Check that all pictures can be read, without decoding them where that is not needed.
+        """Check that all images can be decoded.
 
         Args:
             note: Called with a line about the progress if it takes long.
 
-        Nothing to do, unless a reader knows of something that can be broken.
-
         Raises:
-            DataError: If any cannot; names the first.
+            DataError: If any cannot; see `need_readable`.
         """
-        return
+        need_readable([(self, self.examine(note))])
+
+
+def need_readable(examined: Sequence[tuple[Pictures, Examined]]) -> None:
+    """Refuse splits with images that are missing or cannot be decoded.
+
+    Raises:
+        DataError: Names the first twenty of them, and how many more there are.
+    """
+    missing: list[str] = []
+    broken: list[str] = []
+    for pictures, found in examined:
+        gone = [index for index, reason in found.problems if reason == MISSING]
+        if gone:
+            names = [f"{pictures.where(index)}{pictures.hint(index)}" for index in gone[:_NAMED]]
+            missing.append(
+                f"{len(gone)} of the {len(pictures)} images of {pictures.listing} are missing, "
+                f"the first is {names[0]}{_and_others(names[1:], len(gone))}"
+            )
+        broken += [
+            f"{pictures.where(index)}: not a readable image: {reason}"
+            for index, reason in found.problems
+            if reason != MISSING
+        ]
+    broken = list(dict.fromkeys(broken))  # a file may be in several splits
+    shown = f"{broken[0]}{_and_others(broken[1:_NAMED], len(broken))}" if broken else ""
+    if missing:
+        also = f"; and {shown}" if shown else ""
+        raise DataError(f"{'; '.join(missing)}{also}; get the data again, whole")
+    if broken:
+        raise DataError(f"{shown}; {'get the file again' if len(broken) == 1 else 'get the files again'}")
+
+
+def _and_others(names: Sequence[str], total: int) -> str:
+    more = total - 1 - len(names)
+    return "".join(f"; {name}" for name in names) + (f" (and {more} more)" if more > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -128,6 +186,7 @@ class Source:
         drawn: Are they a drawn stand-in, not the data set?
         variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
         class_names: What the data themselves call the classes, in the order of the labels; None leaves it to the card.
+        skipped: Kind of file that is no image → such files that lie among the images.
     """
 
     origin: str
@@ -136,6 +195,7 @@ class Source:
     drawn: bool = False
     variant: str | None = None
     class_names: tuple[str, ...] | None = None
+    skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def get(self, name: str) -> Pictures:
         """Return the pictures of one list.
@@ -374,79 +434,58 @@ class FilePictures(Pictures):
         return str(self.folder / self.paths[index])
 
     def load(self, index: int) -> Image.Image:
-        """Decode one picture.
+        """Decode one image.
 
         Raises:
             DataError: If its file is missing or cannot be decoded; names it.
         """
         try:
-            with Image.open(self.folder / self.paths[index]) as image:
-                return to_rgb(image)
-        except Exception as error:  # Pillow's decoders raise a dozen kinds for broken files
-            raise DataError(f"{self.where(index)}: cannot be decoded ({_reason(error)}); get the file again") from None
+            return read_image(self.folder / self.paths[index], self.depth).image
+        except (OSError, UnreadableImageError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self.where(index)}: cannot be decoded ({reason}); get the file again") from None
 
-    def verify(self, note: Note | None = None) -> None:
-        """Check each file: it is there, Pillow knows its header, and the mark at its end is there.
+    def examine(self, note: Note | None = None) -> Examined:
+        """Decode all images once. Of a large split the result is cached, until a file has another size or time."""
+        key = self._state() if len(self) >= _WORTH_CACHING else None
+        if key is not None and (known := load_examined(key)) is not None:
+            return known
+        found = Examined.of(in_threads(self._examine, len(self), f"checking the images of {self.name}", note))
+        if key is not None and not found.problems:
+            save_examined(key, found)
+        return found
 
-        That finds missing, empty, truncated and foreign files for the price of two small reads. JPEG and PNG files
-        without the mark, and all files of other formats, are decoded, and then that decides.
+    def _state(self) -> str | None:
+        """Return a digest of path, size and time of all files; None if one is missing."""
+        sha = hashlib.sha256(str(self.folder).encode(errors="surrogateescape"))
+        for path in self.paths:
+            try:
+                status = os.stat(self.folder / path)
+            except OSError:
+                return None
+            sha.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return sha.hexdigest()
 
-        Raises:
-            DataError: If any is missing (all are counted, the first named) or unreadable (likewise).
-        """
-        problems = in_threads(self._problem, len(self), f"checking the pictures of {self.name}", note)
-        found = [(index, problem) for index, problem in enumerate(problems) if problem is not None]
-        missing = [index for index, problem in found if problem == _MISSING]
-        if missing:
-            raise DataError(
-                f"{len(missing)} of the {len(self)} pictures of {self._listing} are missing, "
-                f"the first is {self.where(missing[0])}{self._other_case(missing[0])}; get the data again, whole"
-            )
-        if found:
-            index, problem = found[0]
-            more = f" (and {len(found) - 1} more of {Path(self._listing).name})" if len(found) > 1 else ""
-            raise DataError(f"{self.where(index)}: not a readable picture: {problem}{more}; get the file again")
+    def _examine(self, index: int) -> Decoded | str:
+        try:
+            decoded = read_image(self.folder / self.paths[index])
+        except (FileNotFoundError, NotADirectoryError):
+            return MISSING
+        except UnreadableImageError as error:
+            return str(error)
+        return decoded.without_pixels()
 
-    def _other_case(self, index: int) -> str:
+    def hint(self, index: int) -> str:
+        """Return what lies where an image is missing: its name in other case, or with accents spelled otherwise."""
         path = self.folder / self.paths[index]
         other = path.with_suffix(path.suffix.swapcase())
-        return f" (there is {other.name}, in other case)" if other != path and other.is_file() else ""
-
-    def _problem(self, index: int) -> str | None:
-        try:
-            with open(self.folder / self.paths[index], "rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:
-                    return "an empty file"
-                image = Image.open(file)
-                if not _is_ended(file, image.format):
-                    to_rgb(image)
-        except (FileNotFoundError, NotADirectoryError):
-            return _MISSING
-        except Exception as error:  # Pillow's decoders raise a dozen kinds for broken files
-            return _reason(error)
-        return None
-
-
-_MISSING = "missing"
-_END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-
-
-def _is_ended(file: BinaryIO, picture_format: str | None) -> bool:
-    mark = _END_MARKS.get(picture_format or "")
-    if mark is None:
-        return False
-    position = file.tell()  # Pillow decodes from where it stopped reading the header
-    file.seek(-len(mark), os.SEEK_END)
-    ended = file.read() == mark
-    file.seek(position)
-    return ended
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "no known picture format"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
+        if other != path and other.is_file():
+            return f" (there is {other.name}, in other case)"
+        for form in ("NFC", "NFD"):
+            name = unicodedata.normalize(form, self.paths[index])
+            if name != self.paths[index] and (self.folder / name).is_file():
+                return f" (there is a file whose name has its accents spelled as Unicode {form}; rename it)"
+        return ""
 
 
 class ArrayPictures(Pictures):

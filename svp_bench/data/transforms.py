@@ -1,9 +1,4 @@
-"""From a picture file to uint8 RGB at the model's size. Normalisation is not here: it belongs to the backbone.
-
-Two choices follow the loaders that the published numbers were made with (torchvision's and MMPretrain's): transparency
-is dropped, not composited (`convert("RGB")` keeps the colour that is stored under it), and the EXIF orientation is not
-applied: the pixels are taken as stored.
-"""
+"""From an image to uint8 RGB at the model's size. Normalisation is not here: it belongs to the backbone."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from svp_bench.data.decode import convert
 from svp_bench.errors import ConfigError, unknown_name
 
 __all__ = [
@@ -40,24 +36,12 @@ INTERPOLATIONS = {
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the (first) picture as 8-bit RGB: grey, palette, CMYK, with transparency, 16-bit.
-
-    16-bit grey keeps its high byte, as Pillow does for 16-bit colour; Pillow's own conversion would clip at 255 and so
-    turn almost all of it white.
+    """Return an opened image as 8-bit RGB: see `svp_bench.data.decode`.
 
     Raises:
-        ValueError: If the pixels are floating-point or wider than 16 bits: there is no agreed range to map from.
+        ValueError: If its pixels are negative or not finite.
     """
-    if image.mode.startswith("I"):
-        wide = np.asarray(image)
-        if wide.size and (wide.min() < 0 or wide.max() > 0xFFFF):
-            raise ValueError(f"pixels from {wide.min()} to {wide.max()}, more than 16 bits")
-        return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels")
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        return image.convert("RGBA").convert("RGB")  # the same colours; Pillow warns about the direct way
-    return image.convert("RGB")
+    return convert(image).image
 
 
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -232,6 +232,7 @@ class BenchCLI(ConfigCLI):
         datamodule.trainer = self.trainer  # the batch size is checked against devices and accumulation
         datamodule.setup("fit")  # data errors stop the run before it leaves a trace
         check_writable(config.results_root)
+        datamodule.compare_with_first_use(Path(config.results_root))
         if self.saved is not None:
             self._need_same_data(self.saved)
             check_resumable(self.saved, self.trainer, model, [self.meter, *([self.stopper] if self.stopper else [])])
@@ -464,6 +465,7 @@ class BenchCLI(ConfigCLI):
             f"  backbone   {model.backbone_name}, {weights}, scan backend {choice.name} ({choice.reason})\n"
             f"  method     {self.settings.method}: {counts.adapter:,} parameters + {counts.head:,} of the head train, "
             f"of {counts.total:,}\n"
+            f"  content    {', '.join(f'{name} {digest[7:19]}' for name, digest in data.content_digests.items())}\n"
             f"  files      {self.run_dir}",
             flush=True,
         )

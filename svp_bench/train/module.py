@@ -20,6 +20,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from svp_bench.data.augment import Mix, erase
+from svp_bench.data.decode import Depth
 from svp_bench.data.module import Batch
 from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError, unknown_name
@@ -460,6 +461,7 @@ class AdaptationModule(LightningModule):
                 "resize": view.resize,
                 "crop_ratio": view.crop_ratio,
                 "interpolation": view.interpolation,
+                **({} if data.depth == Depth() else {"depth": [data.depth.whole, data.depth.real]}),
             },
             "class_names": list(data.class_names),
         }

@@ -196,6 +196,8 @@ class Recorder:
             epochs=self.meter.epochs,
             images_per_second=self.meter.images_per_second,
             peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device) if peak is None else peak,
+            image_notes=dict(data.image_notes) or None,
+            content_digests=dict(data.content_digests) or None,
             checkpoint_file=saved.relative_to(resolved.runs_root).as_posix() if saved.is_file() else None,
             method_source=dict(resolved.sources) or None,
             package_digest=package_digest(),

@@ -26,12 +26,8 @@ from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.errors import ConfigError, SvpBenchError, UsageError
 from svp_bench.interrupts import INTERRUPTS, Preempted
 from svp_bench.models.checkpoints import load_pickle_safely
-<<<<<<< HEAD
-from svp_bench.results.files import read_record, write_atomically
-=======
 from svp_bench.plain_yaml import read_yaml
-from svp_bench.results.files import read_record
->>>>>>> 5e7c270 (FIFOs, devices and alias bombs are refused at once as config, card, split file, record or value; a batch of any size is checked without a list as long as it)
+from svp_bench.results.files import read_record, write_atomically
 from svp_bench.results.record import Record
 from svp_bench.train.saved import Saved
 

@@ -47,7 +47,7 @@ class About:
         input_attention: On the normalised picture.
         ema_decay: Of the averaged weights, if there are any.
         ema_evaluate: Whether these are evaluated.
-        view: How a picture is brought to its size: resize, crop_ratio and interpolation.
+        view: How an image is brought to its size: resize, crop_ratio and interpolation; and the depth of deep images.
         class_names: What the classes are called.
     """
 
@@ -127,8 +127,16 @@ def _is_plain_mapping(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
+_MOST_BITS = 64
+
+
 def _is_view(value: object) -> bool:
-    if not isinstance(value, Mapping) or not {*value} <= {"resize", "interpolation", "crop_ratio"}:
+    if not isinstance(value, Mapping) or not {*value} <= {"resize", "interpolation", "crop_ratio", "depth"}:
+        return False
+    depth = value.get("depth", [None, None])
+    if not isinstance(depth, (list, tuple)) or len(depth) != 2:
+        return False
+    if any(bits is not None and not (_is_number(bits) and bits <= _MOST_BITS) for bits in depth):
         return False
     ratio = value.get("crop_ratio", 1.0)
     return (
@@ -154,7 +162,7 @@ _PARTS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "head_hidden": ("a whole number of 1 or above", lambda value: _is_number(value, 1)),
     "ema_decay": ("a number between 0 and 1", lambda value: isinstance(value, float) and 0 < value < 1),
     "ema_evaluate": ("true or false", lambda value: isinstance(value, bool)),
-    "view": ("resize, crop_ratio and interpolation", _is_view),
+    "view": ("resize, crop_ratio, interpolation and depth", _is_view),
     "class_names": (
         "a list of names",
         lambda value: isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value),

@@ -1,0 +1,93 @@
+"""Checks of splits by content: what has the same pixels is the same image, whatever its path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from svp_bench.atomic import read_regular, replacing
+from svp_bench.data.examined import Examined
+from svp_bench.data.sources import Pictures
+from svp_bench.errors import printable
+
+__all__ = ["content_digest", "differences_from_first_use", "first_overlap", "joined", "overlap", "two_labels"]
+
+Split = tuple[Pictures, Examined]
+_MAX_BYTES = 2**20
+
+
+def content_digest(examined: Examined) -> str:
+    """Return "sha256:…" over the decoded pixels of all images of a split, in its order."""
+    return "sha256:" + hashlib.sha256(examined.digests.tobytes()).hexdigest()
+
+
+def overlap(held: Split, seen: Split) -> list[tuple[int, int]]:
+    """Return (position in `held`, position in `seen`) for each image of `held` that has the pixels of one of `seen`."""
+    first: dict[bytes, int] = {}
+    for index, key in enumerate(seen[1].keys()):
+        first.setdefault(key, index)
+    return [(index, first[key]) for index, key in enumerate(held[1].keys()) if key in first]
+
+
+def two_labels(split: Split) -> list[tuple[int, int]]:
+    """Return (position, earlier position) for each image that a split has before with another label."""
+    first: dict[bytes, int] = {}
+    labels = split[0].labels
+    pairs = []
+    for index, key in enumerate(split[1].keys()):
+        before = first.setdefault(key, index)
+        if labels[before] != labels[index]:
+            pairs.append((index, before))
+    return pairs
+
+
+def joined(refit: Split, train: Split, val: Split) -> str | None:
+    """Compare `refit` with train and val together, as pixels and labels; return the difference, or None."""
+
+    def content(pictures: Pictures, examined: Examined) -> Counter[tuple[bytes, int]]:
+        return Counter(zip(examined.keys(), pictures.labels.tolist(), strict=True))
+
+    both = content(*train) + content(*val)
+    ours = content(*refit)
+    if ours == both:
+        return None
+    names = f"{train[0].name} and {val[0].name} together"
+    return (
+        f"{refit[0].name} does not hold the images and labels of {names}: "
+        f"{(ours - both).total()} are only in {refit[0].name}, {(both - ours).total()} only in {names}"
+    )
+
+
+def first_overlap(held: Split, seen: Split, pairs: list[tuple[int, int]]) -> str:
+    """Return the sentence about images that are in two splits."""
+    one, other = pairs[0]
+    return printable(
+        f"{len(pairs)} of the {len(held[0])} images of {held[0].name} have the same pixels as images of "
+        f"{seen[0].name}, the first is {held[0].where(one)} = {seen[0].where(other)}"
+    )
+
+
+def differences_from_first_use(path: Path, digests: Mapping[str, str]) -> list[str]:
+    """Compare digests with those of the first run on a task, which are written to `path` where it lacks them.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    try:
+        known = json.loads(read_regular(path, _MAX_BYTES))
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known, dict):
+        known = {}
+    changed = [name for name in digests if known.get(name, digests[name]) != digests[name]]
+    if {*digests} - {*known}:
+        with replacing(path) as file:
+            file.write((json.dumps({**digests, **known}, indent=2, sort_keys=True) + "\n").encode())
+    return [
+        f"the pixels of {name} are not those of the first run here ({digests[name][:19]}…, in {path} "
+        f"{str(known[name])[:19]}…)"
+        for name in changed
+    ]
