@@ -91,7 +91,8 @@ class Depth:
         else:
             bits = (self.real if values.dtype.kind == "f" else self.whole) or 8
             scaled = np.floor(values / 2 ** (bits - 8)) if values.dtype.kind == "f" else values >> (bits - 8)
-        return np.minimum(scaled, 255).astype(np.uint8)
+        small: npt.NDArray[np.uint8] = np.minimum(scaled, 255).astype(np.uint8)
+        return small
 
 
 def _bits(value: float) -> int:
@@ -272,7 +273,7 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, bool]:
 
 
 def _over_white(image: Image.Image) -> tuple[Image.Image, bool]:
-    if image.getextrema()[3] == (255, 255):
+    if image.getchannel("A").getextrema() == (255, 255):
         return image.convert("RGB"), False
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB"), True
@@ -320,7 +321,8 @@ def _deep_values(image: Image.Image, low: Image.Image | None) -> npt.NDArray[Any
         return np.asarray(image)
     if low is not None:
         low.load()
-        return np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+        colour: npt.NDArray[np.uint16] = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+        return colour
     return None
 
 

@@ -313,8 +313,8 @@ class VisionDataModule(LightningDataModule):
         self.depth = depth
         self._image_notes = {f"skipped: {kind}": len(paths) for kind, paths in source.skipped.items()}
         for name in names:
-            notes = {**found[name].notes, **depth.notes(found[name].whole, found[name].real)}
-            for note, count in notes.items():
+            done = {**found[name].notes, **depth.notes(found[name].whole, found[name].real)}
+            for note, count in done.items():
                 self._image_notes[note] = self._image_notes.get(note, 0) + count
         notes = self._compare(source, found, parts, report)
         if self._image_notes:
