@@ -66,6 +66,12 @@ def test_a_loss_that_cannot_be_fails_the_record(tmp_path: Path) -> None:
     assert text.startswith("scores: the loss is 0.1, and the least possible is 0.12")
 
 
+def test_a_card_tells_the_classes_where_the_record_does_not() -> None:
+    few = dataclasses.replace(SCORED, per_class=None)
+    assert impossible_scores(few) == []
+    assert impossible_scores(few, 4) == ["top5 is 95.0, and all of 4 classes are among the first five"]
+
+
 @pytest.mark.parametrize("name", ["images_per_second", "peak_memory_mib"])
 def test_a_throughput_or_memory_below_nothing_fails(tmp_path: Path, name: str) -> None:
     path = edited(write_record(record(), tmp_path), **{name: -1.0})

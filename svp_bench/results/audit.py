@@ -290,12 +290,12 @@ class _Auditor(Auditor):
         scored = f"its {record.correct.count} bits give the score, " if record.correct else ""
         self.say("pass", "schema", f"schema {record.schema}; {scored}its digests belong to its config")
         self._place()
-        if record.metrics is not None:
-            scores = "loss, accuracies and calibration error can be those of one model"
-            self.judge("scores", impossible_scores(record.metrics), scores)
         self._status()
         self._identity()
         card, protocol = self._cards()
+        if record.metrics is not None:
+            problems = impossible_scores(record.metrics, (card.classes or None) if card is not None else None)
+            self.judge("scores", problems, "loss, accuracies and calibration error can be those of one model")
         self._clocks(card)
         self._lists(protocol)
         if card is not None:

@@ -13,15 +13,19 @@ _LOSS = 1e-5  # so may a loss, relative to 1 + its bound
 _FIRST = 5
 
 
-def impossible_scores(metrics: Metrics) -> list[str]:
+def impossible_scores(metrics: Metrics, classes: int | None = None) -> list[str]:
     """Return why the scores of a record cannot be those of any model, a line each.
 
     An image that is wrong gives its label a probability of at most 1/2, one whose label is not among the first five at
     most 1/6, and one that is right at least 1 / classes. With g the gap between an image's confidence and 1 (right) or
     0 (wrong), its loss is at least -ln(1 - g), which is convex, and the mean gap is at least the calibration error.
+
+    Args:
+        metrics: The scores.
+        classes: Number of classes; None if only `metrics.per_class`, where it is there, can tell.
     """
     count, wrong = metrics.count, metrics.count - metrics.correct
-    classes = len(metrics.per_class.count) if metrics.per_class is not None else None
+    classes = len(metrics.per_class.count) if metrics.per_class is not None else classes
     problems: list[str] = []
     least, why = wrong * math.log(2) / count, f"{wrong} of {count} images are wrong, each with a loss of ln 2 or more"
     if metrics.top5 is not None:
