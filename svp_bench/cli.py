@@ -161,6 +161,7 @@ def entry_point() -> None:
     # work, spinning threads make a step several times slower; on a quiet one it is the same.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     readable_output()
+    INTERRUPTS.ends_process = True
     status = main()
     ignore_from_now_on()
     sys.exit(status)

@@ -26,11 +26,13 @@ class Interrupts:
     Attributes:
         asked: The signal that came first, or None.
         waits: Whether a signal is only noted, since something must not be cut in two; else it raises `Preempted`.
+        ends_process: Whether the process ends with the command: its last moments belong to no signal either.
     """
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
         self.waits = False
+        self.ends_process = False
         self._old: dict[signal.Signals, Any] = {}
 
     @contextmanager
@@ -55,7 +57,8 @@ class Interrupts:
             self.waits = True
             if outermost:
                 for number, handler in self._old.items():
-                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+                    after = signal.SIG_DFL if handler is None else handler
+                    signal.signal(number, signal.SIG_IGN if self.ends_process else after)
                 self._old, self.asked, self.waits = {}, None, False
 
     def take_again(self) -> None:

@@ -275,6 +275,31 @@ def test_a_run_that_another_process_has_just_finished_is_left_alone(
     assert f"Nothing to go on with: {first.folder.name} is complete" in again.out
 
 
+def test_two_resumes_at_once_make_one_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes before the first has made its folder, in another process."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:2]; from helpers import *; register_backbone(); "
+        "outcome = command(*sys.argv[2:]); sys.stderr.write(outcome.err); sys.exit(outcome.status)"
+    )
+    second = [sys.executable, "-c", code, str(Path(__file__).parent), *small("--method", "linear", "--resume")]
+    seen: list[Any] = []
+    real = cli.BenchCLI.instantiate_trainer
+
+    def instantiate_trainer(self: Any, **kwargs: Any) -> Any:
+        assert not [*Path("runs").rglob("config.yaml")]
+        seen.append(subprocess.run(second, capture_output=True, text=True, timeout=120))
+        return real(self, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.BenchCLI, "instantiate_trainer", instantiate_trainer)
+        run(*small("--method", "linear", "--resume"))
+    (done,) = seen
+    assert done.returncode == 2, done.stderr
+    assert "another process is running this setting and seed" in done.stderr
+    assert len([*Path("results").rglob("*.json")]) == 1
+    assert "is complete" in run(*small("--method", "linear", "--resume")).out  # the lock has ended
+
+
 def test_only_the_first_of_a_runs_processes_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """srun starts them alike; the others find the same run, and must not stumble over the lock of their own."""
     folder = tmp_path / "svp-20260101T000000Z-seed0-aa-1"

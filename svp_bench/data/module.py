@@ -9,17 +9,23 @@ What makes it different from a plain one:
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -540,7 +546,9 @@ class VisionDataModule(LightningDataModule):
             batch_size=None,  # the sampler yields whole batches, and the data set takes them
             num_workers=workers,
             persistent_workers=workers > 0 and isinstance(sampler, GlobalBatchSampler),
-            pin_memory=torch.cuda.is_available(),
+            collate_fn=_to_arrays if workers else None,
+            worker_init_fn=_outlive_signals,
+            pin_memory=torch.cuda.is_available() and not workers,  # else `_Loader` pins what comes from the workers
             generator=torch.Generator().manual_seed(self.seed),  # else each epoch would draw from the global state
         )
 
@@ -693,15 +701,73 @@ class _KeptPictures(_Pictures):
 
 
 class _Loader(DataLoader[Batch]):
-    """A loader whose data errors stay one line when a worker process meets them."""
+    """A loader whose workers need no shared memory and outlive signals, and whose errors stay one line.
+
+    Batches come from the workers through pipes: PyTorch's own way, /dev/shm, is 64 MB in a container, and a worker that
+    finds it full is killed.
+    """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
-            yield from super().__iter__()
+            with _signals_held_back():  # workers inherit the mask, so none is hit before it is prepared
+                batches = super().__iter__()
+            for batch in batches:
+                yield _to_tensors(batch) if self.num_workers else batch
         except (
             DataError
         ) as error:  # from a worker, torch makes its text a whole traceback, the message on its last line
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+        except OSError as error:
+            if not self.num_workers or error.errno not in _NO_WORKERS:
+                raise
+            raise DataError(
+                f"cannot start {self.num_workers} processes that load images ({error.strerror}; is /dev/shm full?); "
+                "use --data.num_workers 0, or give the container more shared memory (docker run --shm-size)"
+            ) from None
+
+
+_NO_WORKERS = (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EROFS)
+_ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+def _to_arrays(batch: Batch) -> tuple[NDArray[Any], ...]:
+    return tuple(part.numpy() for part in batch)
+
+
+def _to_tensors(parts: Iterable[NDArray[Any]]) -> Batch:
+    tensors = map(torch.from_numpy, parts)
+    return Batch(*(tensor.pin_memory() for tensor in tensors) if torch.cuda.is_available() else tensors)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Let signals wait for the end of a block, where the system can."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _outlive_signals(_: int) -> None:
+    """Let a worker end with its loader only: a signal to the group is for the run, which still needs batches."""
+    for number in _ASKING:
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # stays blocked, and is received by this thread alone
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_ASKING} - {signal.SIGTERM})
+
+
+def _end_with_parent(parent: int) -> None:
+    """Heed a SIGTERM of the loader's own process, which is how it ends a worker that does not answer."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _folds(stage: str, folds: int | None, fold: int | None, fold_seed: int | None) -> tuple[int | None, int, int]:

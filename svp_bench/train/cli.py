@@ -24,7 +24,7 @@ from svp_bench.data.locate import locate
 from svp_bench.data.module import VisionDataModule
 from svp_bench.errors import ConfigError, RecordError, SvpBenchError, UsageError
 from svp_bench.interrupts import INTERRUPTS, Preempted
-from svp_bench.results.digests import cell_config, flat, setting_digest
+from svp_bench.results.digests import canonical_digest, cell_config, flat, setting_digest
 from svp_bench.results.files import (
     check_writable,
     continue_record,
@@ -55,6 +55,7 @@ from svp_bench.train.resume import (
     agreed_name,
     changed_sources,
     claim_run,
+    claim_setting,
     is_first_process,
     is_of_a_lost_process,
     locked,
@@ -162,6 +163,10 @@ class BenchCLI(ConfigCLI):
 
         def decide() -> str:
             if resume:
+                if not config.trainer.fast_dev_run:
+                    refuse_unwritable(Path(config.runs_root) / "claims", "--runs_root")
+                    name = canonical_digest([data.card.name, digest, self.settings.seed]).removeprefix("sha256:")[:32]
+                    claim_setting(self.holding, Path(config.runs_root) / "claims" / f"resume-{name}.lock")
                 same = lambda other: setting_digest(other, tuned) == digest  # noqa: E731
                 found = claim_run(self.holding, runs, records, config.seed_everything, same, self.settings.sources)
                 if found is not None:

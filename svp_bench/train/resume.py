@@ -41,6 +41,7 @@ __all__ = [
     "agreed_name",
     "changed_sources",
     "claim_run",
+    "claim_setting",
     "find_run",
     "held",
     "is_first_process",
@@ -232,6 +233,29 @@ def locked(folder: Path) -> Iterator[None]:
             yield
     except Claimed:
         raise UsageError(f"another process is training the run {folder.name} right now") from None
+
+
+def claim_setting(holding: ExitStack, lock: Path) -> None:
+    """Hold a setting and seed as long as `holding` lasts: two `--resume` that find no run must not begin two.
+
+    As in `claim_run`, the first process holds it for all processes of a run.
+
+    Args:
+        holding: Releases the lock.
+        lock: The lock file of the task, setting and seed.
+
+    Raises:
+        UsageError: If another process holds it.
+    """
+    if not is_first_process():
+        return
+    try:
+        holding.enter_context(held(lock))
+    except Claimed:
+        raise UsageError(
+            "--resume: another process is running this setting and seed right now; once it has ended, the same command "
+            "continues from there"
+        ) from None
 
 
 def claim_run(
