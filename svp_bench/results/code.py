@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from importlib.machinery import all_suffixes
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,10 @@ def source_files(classes: Sequence[str]) -> dict[str, str]:
         path = _file(module) if module and not _is_known(module) else None
         if path is None:
             continue
+        top = module.partition(".")[0]
+        if _installed(path) and top in sys.stdlib_module_names:
+            continue
         if _installed(path):
-            top = module.partition(".")[0]
             files[f"{top} (installed)"] = canonical_digest(_closure([module], top))
         else:
             files.update(_closure([module, *_bases(name)]))
@@ -155,9 +158,9 @@ def source_files(classes: Sequence[str]) -> dict[str, str]:
 
 
 def _is_known(module: str) -> bool:
-    """Whether a module is Python's own, of this package, or of a library whose version each record names."""
+    """Whether a module is of this package, or of a library whose version each record names."""
     top = module.partition(".")[0]
-    return top == "svp_bench" or top in _RECORDED or top in sys.stdlib_module_names
+    return top == "svp_bench" or top in _RECORDED
 
 
 def _closure(modules: Sequence[str], installed: str | None = None) -> dict[str, str]:
@@ -176,6 +179,7 @@ def _closure(modules: Sequence[str], installed: str | None = None) -> dict[str, 
             depth = current.count(".") + (path.name == "__init__.py")
             files["/".join(path.parts[-1 - depth :])] = _file_digest(path)
             queue += _imports(path, current)
+            files.update(_run_by_path(path))
         queue += [current.rpartition(".")[0]] if "." in current else []  # a package runs before its modules
     return files
 
@@ -188,9 +192,9 @@ def _bases(name: str) -> list[str]:
 
 
 def _file(module: str) -> Path | None:
-    """Return the source file of a module, without importing anything; None if there is none."""
+    """Return the file of a module, source or compiled, without importing anything; None if there is none."""
     known = getattr(sys.modules.get(module), "__file__", None)
-    if isinstance(known, str) and known.endswith(".py"):
+    if isinstance(known, str) and Path(known).is_file():
         return Path(known).resolve()
     parent, _, last = module.rpartition(".")
     if not parent:
@@ -199,9 +203,9 @@ def _file(module: str) -> Path | None:
         except (ImportError, ValueError, AttributeError):
             return None
         origin = spec.origin if spec is not None else None
-        return Path(origin).resolve() if origin and origin.endswith(".py") and Path(origin).is_file() else None
+        return Path(origin).resolve() if origin and Path(origin).is_file() else None
     for folder in _folders(parent):
-        for path in (folder / last / "__init__.py", folder / f"{last}.py"):
+        for path in (folder / last / "__init__.py", *(folder / f"{last}{end}" for end in all_suffixes())):
             if path.is_file():
                 return path.resolve()
     return None
@@ -239,12 +243,23 @@ def _installed(path: Path) -> bool:
 @cache
 def _imports(path: Path, module: str) -> tuple[str, ...]:
     """Return the modules that a file imports, anywhere in it; those that its text names, not computed names."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return ()
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    return tuple(_named(tree, package))
+    return tuple(_named(_tree(path), package))
+
+
+@cache
+def _run_by_path(path: Path) -> dict[str, str]:
+    """Return the Python files beside a file that a text in it names, for `runpy` or a loader, by name → digest."""
+    texts = {node.value for node in ast.walk(_tree(path)) if isinstance(node, ast.Constant)}
+    names = {text for text in texts if isinstance(text, str) and text.endswith(".py") and not os.path.isabs(text)}
+    return {name: _file_digest(path.parent / name) for name in sorted(names) if (path.parent / name).is_file()}
+
+
+def _tree(path: Path) -> ast.AST:
+    try:
+        return ast.parse(path.read_bytes() if path.suffix == ".py" else b"")
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
 
 
 def _named(tree: ast.AST, package: str) -> Iterator[str]:
