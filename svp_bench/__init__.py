@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from svp_bench.methods.build import create_model as create_model
     from svp_bench.models.checkpoints import load_checkpoint as load_checkpoint
     from svp_bench.ops import list_backends as list_backends
+    from svp_bench.results.frame import load_results as load_results
 
 _PUBLIC = {
     "create_model": "svp_bench.methods.build",
@@ -23,9 +24,18 @@ _PUBLIC = {
     "list_methods": "svp_bench.methods",
     "list_tasks": "svp_bench.cards",
     "load_checkpoint": "svp_bench.models.checkpoints",
+    "load_results": "svp_bench.results.frame",
 }
 
-__all__ = ["__version__", "create_model", "list_backends", "list_methods", "list_tasks", "load_checkpoint"]
+__all__ = [
+    "__version__",
+    "create_model",
+    "list_backends",
+    "list_methods",
+    "list_tasks",
+    "load_checkpoint",
+    "load_results",
+]
 
 
 def __getattr__(name: str) -> Any:
