@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svp_bench.errors import CardError, UsageError, unknown_name
+from svp_bench.errors import CardError, UsageError, plural, unknown_name
 from svp_bench.plain_yaml import Node, did_you_mean, read_text, read_yaml, show
 from svp_bench.resources import tasks_dirs
 
@@ -397,7 +397,8 @@ def class_names(card: TaskCard) -> list[str] | None:
             raise CardError(f"{path}:{line}: class name {show(name)} stands on line {first[name]} already")
     if len(names) != card.classes:
         raise CardError(
-            f"{path}:{max(len(names), 1)}: {len(names)} class names, but {card.name} has {card.classes} classes"
+            f"{path}:{max(len(names), 1)}: {plural(len(names), 'class name')}, but {card.name} has "
+            f"{plural(card.classes, 'class')}"
         )
     return names
 

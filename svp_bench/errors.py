@@ -101,13 +101,11 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 
 
 def file_size(count: float) -> str:
-    """Return a number of bytes for people: "0 B", "999 B", "1.5 KiB", "82.3 MiB", "1.2 GiB"."""
-    size, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(size) < 1023.95 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    """Return a number of bytes for people: "600 B", "12.0 KiB", "9.5 MiB", "640 MiB", "21.9 GiB"."""
+    units = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+    unit, size = next((one for one in units if count >= one[1]), units[-1])
+    whole = unit == "B" or (unit == "MiB" and count >= 10 * size)
+    return f"{count / size:.{0 if whole else 1}f} {unit}"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

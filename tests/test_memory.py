@@ -25,12 +25,13 @@ from memory_card import Card
 from test_ddp import SCRIPT
 
 from svp_bench.data.module import VisionDataModule
+from svp_bench.errors import file_size
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
 from svp_bench.sweep.jobs import Job
 from svp_bench.sweep.runner import Runner
 from svp_bench.train import memory, out_of_memory
-from svp_bench.train.memory import HostGauge, Need, Room, Shortage, Steps, in_words, is_out_of_memory, stepping
+from svp_bench.train.memory import HostGauge, Need, Room, Shortage, Steps, is_out_of_memory, stepping
 from svp_bench.train.module import AdaptationModule
 
 BATCH = 16
@@ -135,8 +136,8 @@ def test_what_an_error_holds_is_let_go() -> None:
 
 
 def test_bytes_in_words() -> None:
-    assert [in_words(n) for n in (23.5e9, 2**30, 64 * 2**20, 9.5 * 2**20, 2**20, 600, 0)] == [
-        *("21.9 GiB", "1.0 GiB", "64 MiB", "9.5 MiB", "1.0 MiB", "0.6 KiB", "0.0 KiB"),
+    assert [file_size(n) for n in (23.5e9, 2**30, 64 * 2**20, 9.5 * 2**20, 2**20, 600, 0)] == [
+        *("21.9 GiB", "1.0 GiB", "64 MiB", "9.5 MiB", "1.0 MiB", "600 B", "0 B"),
     ]
 
 
@@ -389,7 +390,7 @@ def test_what_is_suggested_runs_and_what_would_not_is_not_suggested(
         "svp-bench: error: out of memory while training vim_test_patch8_32 with svp: 16 pictures of 32×32 at a time "
         "in 32-true; "
     )
-    assert f"a toy card has {in_words(limit)}, " in text
+    assert f"a toy card has {file_size(limit)}, " in text
     assert re.search(r"16 would need ([\d.]+ .iB), about (\d+) fit", text), text
     record = outcome.record
     assert (record["status"], record["metrics"], record["epochs"]) == ("failed", {}, 0)

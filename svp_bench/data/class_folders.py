@@ -39,7 +39,7 @@ from svp_bench.data.lists import PictureList
 from svp_bench.data.locate import ROOT_VARIABLE
 from svp_bench.data.reading import reader_options
 from svp_bench.data.sources import FilePictures, Source, in_threads
-from svp_bench.errors import CardError, DataError, printable
+from svp_bench.errors import CardError, DataError, plural, printable
 from svp_bench.plain_yaml import did_you_mean
 
 __all__ = ["open_class_folders"]
@@ -89,7 +89,9 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
         )
     parts["trainval"] = {name: sorted([*parts["train"][name], *parts["val"].get(name, [])]) for name in names}
     if not card.as_found and card.classes != len(names):
-        raise DataError(f"{folder} has {len(names)} classes now, it had {card.classes}; do not change it during a run")
+        raise DataError(
+            f"{folder} has {plural(len(names), 'class')} now, it had {card.classes}; do not change it during a run"
+        )
     paths = sorted(path for name in ("trainval", "test") for of in parts[name].values() for path in of)
     contents = _contents(folder, paths)
     lists = {name: _OwnPictures(folder, name, _listed(parts[name], names), contents) for name in _LISTS}

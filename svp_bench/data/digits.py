@@ -10,7 +10,7 @@ import numpy.typing as npt
 from svp_bench.cards import SuiteCard, TaskCard
 from svp_bench.data.reading import reader_options
 from svp_bench.data.sources import ArrayPictures, Source
-from svp_bench.errors import CardError, unknown_name
+from svp_bench.errors import CardError, plural, unknown_name
 
 __all__ = ["open_digits"]
 
@@ -49,7 +49,7 @@ def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
 
     if card.classes != len(digits.target_names):
         raise CardError(
-            f"{card.path}:1: the digits have {len(digits.target_names)} classes, the card says {card.classes}"
+            f"{card.path}:1: the digits have {plural(len(digits.target_names), 'class')}, the card says {card.classes}"
         )
     first = labels[:_TRAINING]
     if per_class is None:

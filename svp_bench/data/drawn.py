@@ -23,7 +23,7 @@ import numpy.typing as npt
 from svp_bench.cards import SuiteCard, TaskCard
 from svp_bench.data.reading import reader_options
 from svp_bench.data.sources import ArrayPictures, Source
-from svp_bench.errors import CardError, unknown_name
+from svp_bench.errors import CardError, plural, unknown_name
 
 __all__ = ["KINDS", "SIZE", "VERSION", "Kind", "draw_numbered", "open_drawn"]
 
@@ -335,7 +335,7 @@ def open_drawn(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
         raise CardError(f"{where}: the card is for generator {options['generator']}, this is {VERSION}")
     names = KINDS[kind].classes
     if card.classes != len(names):
-        raise CardError(f"{where}: {kind!r} has {len(names)} classes, the card says {card.classes}")
+        raise CardError(f"{where}: {kind!r} has {plural(len(names), 'class')}, the card says {card.classes}")
     counts = dict(card.counts)
     for name in counts:
         if name not in ("train", "val", "trainval", "test"):

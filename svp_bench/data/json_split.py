@@ -18,7 +18,7 @@ from svp_bench.data.locate import find_folder
 from svp_bench.data.native import NATIVE_FORMS, Ids, NativeForm, enter, names_of_folders
 from svp_bench.data.reading import all_of, any_of, drawn_notes, joined_names, list_names, reader_options, show
 from svp_bench.data.sources import FilePictures, Pictures, Source
-from svp_bench.errors import CardError, DataError, unknown_name
+from svp_bench.errors import CardError, DataError, plural, unknown_name
 
 __all__ = ["open_json_split"]
 
@@ -89,7 +89,7 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     labels = _labels(card, parts, listings)
     notes = [*drawn_notes(folder)]
     if len(labels) < card.classes:
-        notes.append(f"{listings[0]} has {len(labels)} classes, the card says {card.classes}")
+        notes.append(f"{listings[0]} has {plural(len(labels), 'class')}, the card says {card.classes}")
     ids = {path: class_id for part in parts for path, class_id in part.items()}
     names = _names(card, labels, folder, ids, native)
     pictures = _pictures(card, folder, _lists(parts, listings, refit), labels, listings)
@@ -112,7 +112,9 @@ def _labels(card: TaskCard, parts: list[Ids], listings: list[str]) -> dict[int, 
     train, *others = parts
     labels = {class_id: label for label, class_id in enumerate(sorted({*train.values()}))}
     if len(labels) > card.classes:
-        raise DataError(f"{listings[0]}: {len(labels)} classes, but the card of {card.name} has {card.classes}")
+        raise DataError(
+            f"{listings[0]}: {plural(len(labels), 'class')}, but the card of {card.name} has {card.classes}"
+        )
     first = card.reader.options.get("first_id")
     if isinstance(first, int):
         outside = [class_id for class_id in labels if not first <= class_id < first + card.classes]

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svp_bench.atomic import read_regular
-from svp_bench.errors import DataError
+from svp_bench.errors import DataError, plural
 
 __all__ = ["MAX_SPLIT_BYTES", "PictureList", "combined_digest", "list_digest", "plain_path", "read_list"]
 
@@ -78,7 +78,9 @@ def read_list(path: Path, classes: int, *, task: str | None = None) -> PictureLi
         picture, label = _parse(entry, f"{path}:{number}")
         if not 0 <= label < classes:
             has = (
-                f"the card of {task} has {classes} classes (0..{classes - 1})" if task else f"allowed: 0..{classes - 1}"
+                f"the card of {task} has {plural(classes, 'class')} (0..{classes - 1})"
+                if task
+                else f"allowed: 0..{classes - 1}"
             )
             raise DataError(f"{path}:{number}: label {label} is out of range, {has}")
         paths.append(picture)

@@ -64,7 +64,7 @@ from svp_bench.data.sources import (
     open_source,
 )
 from svp_bench.data.transforms import CROP_RATIO, INTERPOLATIONS, RESIZES, View, sides
-from svp_bench.errors import ConfigError, DataError, UsageError, printable, unknown_name
+from svp_bench.errors import ConfigError, DataError, UsageError, plural, printable, unknown_name
 
 __all__ = ["MEMORY_LIMIT_BYTES", "Batch", "VisionDataModule"]
 
@@ -372,7 +372,7 @@ class VisionDataModule(LightningDataModule):
                 continue
             held = splits[self.lists[role]]
             if pairs := overlap(held, train):
-                self._image_notes[f"{held[0].name} images that are also in {train[0].name}"] = len(pairs)
+                self._image_notes[f"{plural(held[0].name, 'image')} that are also in {train[0].name}"] = len(pairs)
                 text = first_overlap(held, train, pairs)
                 if self.card.suite == "own" and not self.allow_overlap:
                     raise DataError(
@@ -382,7 +382,7 @@ class VisionDataModule(LightningDataModule):
                 if not as_pinned:
                     notes.append(text)
         if pairs := two_labels(train):
-            self._image_notes[f"{train[0].name} images that have two labels"] = len(pairs)
+            self._image_notes[f"{plural(train[0].name, 'image')} that have two labels"] = len(pairs)
         if parts and (difference := joined(train, splits[parts[0]], splits[parts[1]])):
             notes.append(difference)
         return notes
@@ -595,14 +595,16 @@ class VisionDataModule(LightningDataModule):
         batch_size, accumulate = batch_size or self.batch_size, accumulate or accumulated
         parts = world_size * accumulate
         given = f"--data.batch_size {batch_size}"
-        shared = f"{world_size} processes x {accumulate} accumulated batches = {parts} parts"
+        shared = (
+            f"{plural(world_size, 'process')} x {plural(accumulate, 'accumulated batch')} = {plural(parts, 'part')}"
+        )
         least = parts  # pictures that a batch needs
         if self.mixing and parts > 1:
             least = 2 * parts - 1  # mixed pictures are shared out in pairs, the last of which may be half
             shared += " of two pictures, which mixup and cutmix need"
         if count < least:
             raise ConfigError(
-                f"{self.lists['train']} has {count} pictures, fewer than {shared}; use fewer devices "
+                f"{self.lists['train']} has {plural(count, 'picture')}, fewer than {shared}; use fewer devices "
                 f"or a smaller --trainer.accumulate_grad_batches"
             )
         if batch_size % parts == 0 and self._last(count, batch_size) >= least:
@@ -616,7 +618,7 @@ class VisionDataModule(LightningDataModule):
         if batch_size % parts:
             raise ConfigError(f"{given} cannot be divided by {shared}; {allowed} would fit")
         raise ConfigError(
-            f"{given} leaves a last batch of {self._last(count, batch_size)} of the {count} pictures, "
+            f"{given} leaves a last batch of {self._last(count, batch_size)} of the {plural(count, 'picture')}, "
             f"fewer than {shared}; {allowed} would fit, or leave it out with --data.drop_last true"
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from svp_bench.data.lists import plain_path
 from svp_bench.data.reading import foreign_errors, need_regular, optional_import, show, text_lines, whole_numbers
-from svp_bench.errors import DataError, UnavailableError
+from svp_bench.errors import DataError, UnavailableError, plural
 
 __all__ = ["NATIVE_FORMS", "Ids", "NativeForm", "class_id_of", "enter", "names_of_folders"]
 
@@ -150,7 +150,9 @@ def _read_list_mats(folder: Path) -> _Parts:
         paths = np.ravel(_field(content, "file_list", file))
         ids = whole_numbers(_field(content, "labels", file), f"{file}: labels holds")
         if len(paths) != len(ids):
-            raise DataError(f"{file}: {len(paths)} pictures and {len(ids)} labels; get the file again")
+            raise DataError(
+                f"{file}: {plural(len(paths), 'picture')} and {plural(len(ids), 'label')}; get the file again"
+            )
         part: Ids = {}
         for number, (path, class_id) in enumerate(zip(paths, ids.tolist(), strict=True), 1):
             enter(part, _text_in(path, f"{file}: picture {number} of file_list"), class_id, file)

@@ -28,7 +28,7 @@ from svp_bench.data.examined import MISSING, Examined, load_examined, save_exami
 from svp_bench.data.lists import PictureList, combined_digest, list_digest, read_list
 from svp_bench.data.locate import list_file, locate
 from svp_bench.data.reading import DRAWN_MARK, drawn_notes, reader_options
-from svp_bench.errors import CardError, DataError, unknown_name
+from svp_bench.errors import CardError, DataError, plural, unknown_name
 from svp_bench.registry import Registry
 
 __all__ = [
@@ -243,7 +243,9 @@ class Source:
             again = [key for index, key in enumerate(of) if first.setdefault(key, index) != index]
             if again:
                 where = self.lists[name].where(first[again[0]])
-                notes.append(f"{self.lists[name].listing} repeats {len(again)} pictures, the first is {where}")
+                notes.append(
+                    f"{self.lists[name].listing} repeats {plural(len(again), 'picture')}, the first is {where}"
+                )
         return replace(self, notes=(*self.notes, *notes)) if notes else self
 
     def _need_one_label(self, keys: Mapping[str, Sequence[str]]) -> None:
@@ -369,7 +371,7 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
                 also = [f"{known} {full[name]}" for known, full in others.items() if full[name] != meant[name]]
                 known_as = f" (variant {', '.join(also)})" if also else ""
                 says = "the card says" if variant == "card" else f"the card's variant {variant} says"
-                notes.append(f"{name} has {count} pictures, {says} {meant[name]}{known_as}")
+                notes.append(f"{name} has {plural(count, 'picture')}, {says} {meant[name]}{known_as}")
 
     # A card pins the digest of its own counts; a variant, or a part of the lists, has another by nature.
     same_lists = variant == "card" and counts == dict(card.counts)

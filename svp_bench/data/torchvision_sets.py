@@ -29,7 +29,7 @@ from svp_bench.data.reading import (
     whole_numbers,
 )
 from svp_bench.data.sources import ArrayPictures, FilePictures, Pictures, Source
-from svp_bench.errors import CardError, DataError, UnavailableError, unknown_name
+from svp_bench.errors import CardError, DataError, UnavailableError, plural, unknown_name
 
 __all__ = ["TORCHVISION_SETS", "TorchvisionSet", "open_torchvision"]
 
@@ -250,7 +250,7 @@ class _Pool:
     def of(cls, card: TaskCard, folder: Path, what: str, content: Any, given: Any, names: list[str] | None) -> _Pool:
         labels = whole_numbers(given, f"{what} in {folder}: its labels hold")
         if not len(labels) or len(labels) != len(content):
-            raise DataError(f"{what} in {folder}: {len(content)} pictures and {len(labels)} labels")
+            raise DataError(f"{what} in {folder}: {plural(len(content), 'picture')} and {plural(len(labels), 'label')}")
         listed = class_names(card)
         by_name = names is not None and listed is not None  # torchvision numbers the classes that it finds
         classes = len(names) if by_name and names is not None else card.classes
@@ -258,7 +258,8 @@ class _Pool:
         if outside.size:
             whose = f"{what} has" if by_name else f"the card of {card.name} has"
             raise DataError(
-                f"{what} in {folder}: label {outside[0]} is out of range, {whose} {classes} classes (0..{classes - 1})"
+                f"{what} in {folder}: label {outside[0]} is out of range, {whose} {plural(classes, 'class')} "
+                f"(0..{classes - 1})"
             )
         if names is not None and listed is not None:
             strange = [name for name in names if name not in listed]
@@ -309,7 +310,7 @@ def _four_fifths(
         order = np.array(sorted(range(count), key=keys.__getitem__), dtype=np.int64)
     cut = count * 4 // 5
     if not 0 < cut < count:
-        raise DataError(f"{pool.what} in {pool.folder}: {count} pictures are too few for train and val")
+        raise DataError(f"{pool.what} in {pool.folder}: {plural(count, 'picture')} are too few for train and val")
     return np.sort(order[:cut]), np.sort(order[cut:])
 
 

@@ -59,7 +59,7 @@ from typing import Any
 
 from svp_bench._version import __version__
 from svp_bench.cards import ProtocolCard, TaskCard, load_protocol, load_suite, load_task
-from svp_bench.errors import RecordError, UsageError
+from svp_bench.errors import RecordError, UsageError, plural
 from svp_bench.plain_yaml import read_yaml
 from svp_bench.resources import configs_dir, tasks_dirs
 from svp_bench.results.audit_base import (
@@ -334,9 +334,9 @@ class _Auditor(Auditor):
         epochs = get(record.config, "trainer.max_epochs")
         if record.status in ("complete", "unscored") and isinstance(epochs, int) and record.epochs != epochs:
             problems.append(
-                f"said to be {record.status} after {record.epochs} epochs, and its config asks for {epochs}"
+                f"said to be {record.status} after {plural(record.epochs, 'epoch')}, and its config asks for {epochs}"
             )
-        self.judge("status", problems, f"complete: {record.epochs} epochs")
+        self.judge("status", problems, f"complete: {plural(record.epochs, 'epoch')}")
 
     def _identity(self) -> None:
         """The facts beside the config must be those of the config: digests do not cover the seed."""
@@ -556,16 +556,18 @@ class _Auditor(Auditor):
         if record.data_variant not in ("card", *card.variants, "drawn"):
             problems.append(f"the card has no data variant {record.data_variant!r}")
         elif expected is not None and record.metrics.count != expected:
-            problems.append(f"{name} has {record.metrics.count} pictures, and the card says {expected}")
+            problems.append(f"{name} has {plural(record.metrics.count, 'picture')}, and the card says {expected}")
         scored = record.metrics.per_class
         if scored is not None and not card.as_found and len(scored.count) != card.classes:
-            problems.append(f"scores of {len(scored.count)} classes, and the card says {card.classes}")
+            problems.append(f"scores of {plural(len(scored.count), 'class')}, and the card says {card.classes}")
         top5 = record.metrics.top5
         if top5 is not None and not _whole(top5, record.metrics.count):
-            problems.append(f"top5 {top5} % of {record.metrics.count} pictures is no whole number of pictures")
+            problems.append(
+                f"top5 {top5} % of {plural(record.metrics.count, 'picture')} is no whole number of pictures"
+            )
         problems += self._other_digests()
         digest = f" ({short(record.correct.list_digest)})" if record.correct is not None else ""
-        classes = "classes as found" if card.as_found else f"{card.classes} classes"
+        classes = "classes as found" if card.as_found else f"{plural(card.classes, 'class')}"
         self.judge("pictures", problems, f"{record.metrics.count} pictures of {name}{digest}, {classes}")
 
     def _other_digests(self) -> list[str]:
@@ -643,11 +645,11 @@ class _Auditor(Auditor):
         if not isinstance(allowed, int) or not isinstance(used, int):
             self.say("note", "budget", f"{source} or the config gives no number of epochs")
         elif used > allowed:
-            self.say("fail", "budget", f"{used} epochs, more than the {allowed} of {source}")
+            self.say("fail", "budget", f"{plural(used, 'epoch')}, more than the {allowed} of {source}")
         elif used < allowed:
-            self.say("note", "budget", f"{used} epochs, fewer than the {allowed} of {source}")
+            self.say("note", "budget", f"{plural(used, 'epoch')}, fewer than the {allowed} of {source}")
         else:
-            self.say("pass", "budget", f"{used} epochs, as {source} says")
+            self.say("pass", "budget", f"{plural(used, 'epoch')}, as {source} says")
 
     def _track(self, protocol: ProtocolCard | None) -> None:
         record, tuned = self.record, self.record.tuned

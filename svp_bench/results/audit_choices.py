@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svp_bench.cards import ProtocolCard
-from svp_bench.errors import RecordError
+from svp_bench.errors import RecordError, plural
 from svp_bench.results.audit_base import Auditor, Finding, Shelf, began, differ, fold_of, hour, roles, short, some
 from svp_bench.results.bits import unpack_bits
 from svp_bench.results.choices import (
@@ -57,7 +57,8 @@ def search_findings(
 class _SearchAuditor(Auditor):
     def look(self, tuned: Tuned, search: Search, protocol: ProtocolCard | None) -> None:
         """Look at the choice that a run names, and at its trials."""
-        track = f"searched ({search.name}, K = {search.budget}), {search.sampler}, {search.trials} settings tried on "
+        tried = plural(search.trials, "setting")
+        track = f"searched ({search.name}, K = {search.budget}), {search.sampler}, {tried} tried on "
         self.say("note", "track", f"{track}{search.selected_on}; declaration {short(tuned.digest)}")
         if self.shelf is None:
             self.say(
@@ -109,7 +110,9 @@ class _SearchAuditor(Auditor):
         if declared == "none" and choice.folds:
             problems.append(f"chosen in {choice.folds} folds, and the search declares none")
         if declared == "leave_one_out" and choice.folds != choice.count:
-            problems.append(f"chosen in {choice.folds} folds of {choice.count} images, and the search leaves one out")
+            problems.append(
+                f"chosen in {choice.folds} folds of {plural(choice.count, 'image')}, and the search leaves one out"
+            )
         if declared == "auto" and not choice.folds and choice.count < choice.search["small_val"]:
             problems.append(f"chosen on {choice.count} images of val, fewer than {choice.search['small_val']}")
         if choice.folds and choice.repeats != choice.search["repeats"]:
@@ -148,7 +151,8 @@ class _SearchAuditor(Auditor):
                 self.say(
                     "note",
                     "rule",
-                    f"{ties} settings tie with {chosen.mean:.2f} % of {choice.count} images, and version 1 of the rule "
+                    f"{plural(ties, 'setting')} tie with {chosen.mean:.2f} % of "
+                    f"{plural(choice.count, 'image')}, and version 1 of the rule "
                     "takes the first: the choice is arbitrary among them",
                 )
         if not choice.nested:
@@ -232,7 +236,7 @@ class _SearchAuditor(Auditor):
                 if run_id and record is None
             ]
         named = Counter(run_id for trial in choice.trials for run_id in trial.run_ids if run_id)
-        problems += [f"{count} trials are one run, {run_id}" for run_id, count in named.items() if count > 1]
+        problems += [f"{plural(count, 'trial')} are one run, {run_id}" for run_id, count in named.items() if count > 1]
         runs = sum(len(trial.run_ids) for trial in choice.trials if trial.status == "complete")
         problems += self._outside(choice)
         self.judge(
@@ -242,9 +246,8 @@ class _SearchAuditor(Auditor):
             "states a test list",
         )
         if (ended := len(choice.trials) - choice.completed) > 0:
-            text = (
-                f"{ended} of {len(choice.trials)} trials failed: the method had {choice.completed} settings to choose"
-            )
+            left = plural(choice.completed, "setting")
+            text = f"{ended} of {plural(len(choice.trials), 'trial')} failed: the method had {left} to choose"
             self.say("note", "trials", f"{text} from, of a budget of {choice.search['budget']}")
 
     def _trial_problems(self, choice: Choice, trial: Trial, found: Sequence[Record | None]) -> Iterable[str]:
@@ -286,7 +289,8 @@ class _SearchAuditor(Auditor):
             if record.seed != seeds[place // parts]:
                 yield f"{run_id} has seed {record.seed}, and the search declares {list(seeds)}"
             if trial.trainable is not None and record.parameters.trainable != trial.trainable:
-                yield f"{run_id} trains {record.parameters.trainable} parameters, the choice says {trial.trainable}"
+                trained = plural(record.parameters.trainable, "parameter")
+                yield f"{run_id} trains {trained}, the choice says {trial.trainable}"
 
     def _outside(self, choice: Choice) -> list[str]:
         """Return which runs on val of this search's settings and seeds the choice leaves out; note what else is here.

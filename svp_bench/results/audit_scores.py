@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from svp_bench.errors import plural
 from svp_bench.results.record import Metrics
 
 __all__ = ["impossible_scores"]
@@ -27,11 +28,14 @@ def impossible_scores(metrics: Metrics, classes: int | None = None) -> list[str]
     count, wrong = metrics.count, metrics.count - metrics.correct
     classes = len(metrics.per_class.count) if metrics.per_class is not None else classes
     problems: list[str] = []
-    least, why = wrong * math.log(2) / count, f"{wrong} of {count} images are wrong, each with a loss of ln 2 or more"
+    least, why = (
+        wrong * math.log(2) / count,
+        f"{wrong} of {plural(count, 'image')} are wrong, each with a loss of ln 2 or more",
+    )
     if metrics.top5 is not None:
         missed = round(count - metrics.top5 * count / 100)
         if classes is not None and classes <= _FIRST and missed:
-            problems.append(f"top5 is {metrics.top5}, and all of {classes} classes are among the first five")
+            problems.append(f"top5 is {metrics.top5}, and all of {plural(classes, 'class')} are among the first five")
         least += max(missed, 0) * (math.log(_FIRST + 1) - math.log(2)) / count
     if metrics.ece is not None:
         by_gap = -math.log1p(-metrics.ece / 100) if metrics.ece < 100 else math.inf
@@ -48,5 +52,7 @@ def impossible_scores(metrics: Metrics, classes: int | None = None) -> list[str]
     balanced = metrics.balanced_accuracy
     for end, percent in ((0, 0.0), (count, 100.0)):
         if balanced is not None and (abs(balanced - percent) <= _PERCENT / count) != (metrics.correct == end):
-            problems.append(f"balanced_accuracy is {balanced}, and {metrics.correct} of {count} images are right")
+            problems.append(
+                f"balanced_accuracy is {balanced}, and {metrics.correct} of {plural(count, 'image')} are right"
+            )
     return problems

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svp_bench.errors import RecordError, UsageError, unknown_name
+from svp_bench.errors import RecordError, UsageError, plural, unknown_name
 from svp_bench.results.bits import count_ones, unpack_bits
 from svp_bench.results.digests import canonical_digest, plain
 from svp_bench.results.files import read_json, read_record, write_atomically
@@ -264,7 +264,7 @@ class Choice:
             _check_new(data, where)
         trials = tuple(_trial(item, f"trials[{i}]", where, old) for i, item in enumerate(data["trials"]))
         if not 0 <= data["chosen"] < len(trials):
-            raise RecordError(f"{where}: 'chosen' is {data['chosen']}, and there are {len(trials)} trials")
+            raise RecordError(f"{where}: 'chosen' is {data['chosen']}, and there are {plural(len(trials), 'trial')}")
         taken = {**{name: data[name] for name in names}, "trials": trials}
         if not old:
             taken |= {"images": tuple(map(tuple, data["images"])), "at_edge": tuple(data["at_edge"])}
@@ -298,17 +298,20 @@ def check_choice(choice: Choice) -> list[str]:
             problems.append(f"{what} does not set the keys of its space: {', '.join(sorted(space))}")
         if len(trial.run_ids) != runs:
             problems.append(
-                f"{what} has {len(trial.run_ids)} runs, and the search has {len(choice.seeds)} seeds{of_folds}"
+                f"{what} has {plural(len(trial.run_ids), 'run')}, and the search has "
+                f"{plural(len(choice.seeds), 'seed')}{of_folds}"
             )
         if len(trial.scores) != (len(trial.run_ids) if trial.status == "complete" else 0):
-            problems.append(f"{what} is {trial.status!r} and has {len(trial.scores)} scores")
+            problems.append(f"{what} is {trial.status!r} and has {plural(len(trial.scores), 'score')}")
         elif new:
             problems += [f"{what}: {text}" for text in _run_problems(choice, trial)]
             continue
         for score in trial.scores:
             right = score * choice.count / 100
             if not 0 <= right <= choice.count + 1e-3 or abs(right - round(right)) > 1e-3:
-                problems.append(f"{what}: {score} % of {choice.count} pictures is no whole number of pictures")
+                problems.append(
+                    f"{what}: {score} % of {plural(choice.count, 'picture')} is no whole number of pictures"
+                )
     if problems:
         return problems
     settings = [dict(trial.values) for trial in trials]
@@ -316,9 +319,9 @@ def check_choice(choice: Choice) -> list[str]:
         if settings != grid_settings(space, settings[0]):
             problems.append("the trials are not the default setting and then the declared grid, whole and in order")
     elif len(trials) != search["budget"]:
-        problems.append(f"there are {len(trials)} trials, and the search declares {search['budget']}")
+        problems.append(f"there are {plural(len(trials), 'trial')}, and the search declares {search['budget']}")
     if len(trials) > search["budget"]:
-        problems.append(f"there are {len(trials)} trials, more than the budget of {search['budget']}")
+        problems.append(f"there are {plural(len(trials), 'trial')}, more than the budget of {search['budget']}")
     if any(not _inside(setting, space) for setting in settings[1:]):
         problems.append("a trial lies outside of the declared space")
     if search["rule"] not in RULES:
@@ -350,7 +353,9 @@ def _fold_problems(choice: Choice) -> list[str]:
     for repeat in range(choice.repeats):
         parts = choice.images[repeat * choice.folds : (repeat + 1) * choice.folds]
         if sorted(itertools.chain(*parts)) != list(range(choice.count)):
-            problems.append(f"the folds of repeat {repeat} do not hold each of the {choice.count} images once")
+            problems.append(
+                f"the folds of repeat {repeat} do not hold each of the {plural(choice.count, 'image')} once"
+            )
     return problems
 
 
@@ -373,7 +378,7 @@ def _run_problems(choice: Choice, trial: Trial) -> list[str]:
         except RecordError as error:
             return [f"'right' does not fit: {error}"]
         if abs(100 * ones / count - score) > 1e-3:
-            problems.append(f"{score} % of {count} images, and the bits have {ones} right")
+            problems.append(f"{score} % of {plural(count, 'image')}, and the bits have {ones} right")
         if not math.isfinite(loss) or loss < 0:
             problems.append(f"the loss {loss} is not a cross entropy")
     return problems
@@ -484,9 +489,9 @@ def decide(trials: Sequence[Trial], count: int, rule: str, images: Sequence[Sequ
     if len(tied) > 1:
         lowest = [index for index in tied if losses[index] == losses[best]]
         last = "the lowest val loss" if len(lowest) == 1 else "the fewest trained parameters, then the order,"
-        how += f" (reached by {len(tied)} settings, of which {last} decides: {losses[best]:.4f})"
+        how += f" (reached by {plural(len(tied), 'setting')}, of which {last} decides: {losses[best]:.4f})"
     if rule == "best_on_val":
-        return Decision(best, best, error, f"{how}, the best of {len(scored)} settings", len(tied))
+        return Decision(best, best, error, f"{how}, the best of {plural(len(scored), 'setting')}", len(tied))
     equal = [index for index in scored if _within(right[best], right[index])]
     if len(equal) == 1:
         reason = f"{how}; no other setting is within one standard error of it, paired by image"
@@ -497,7 +502,8 @@ def decide(trials: Sequence[Trial], count: int, rule: str, images: Sequence[Sequ
         chosen = min(equal, key=lambda i: (trials[i].trainable or 0, -total[i], losses[i], i))
         why = "the cheapest setting (fewest trained parameters, then the best score, then the lowest loss)"
     reason = (
-        f"{len(equal)} of {len(scored)} settings are within one standard error, paired by image, of the best, {how}; "
+        f"{len(equal)} of {plural(len(scored), 'setting')} are within one standard error, paired by image, of "
+        f"the best, {how}; "
         f"among them {why}, {shown[chosen]:.2f}, wins"
     )
     return Decision(chosen, best, error, reason, len(tied))
@@ -599,7 +605,7 @@ def choose(trials: Sequence[Trial], count: int, rule: str = RULES[0]) -> tuple[i
     if rule == "best_on_val":
         ties = sum(score(index) == score(best) for index in scored)
         among = f", the first of {ties} that reach it" if ties > 1 else ""
-        return best, error, f"{score(best):.2f} on val, the best of {len(scored)} settings{among}"
+        return best, error, f"{score(best):.2f} on val, the best of {plural(len(scored), 'setting')}{among}"
     equal = [index for index in scored if score(index) >= score(best) - error]
     if 0 in equal:
         chosen, why = 0, "the default setting"
@@ -610,7 +616,8 @@ def choose(trials: Sequence[Trial], count: int, rule: str = RULES[0]) -> tuple[i
         reason = f"{score(best):.2f} on val; no other setting is within one standard error ({error:.2f} points)"
     else:
         reason = (
-            f"{len(equal)} of {len(scored)} settings are within one standard error ({error:.2f} points) of the best, "
+            f"{len(equal)} of {plural(len(scored), 'setting')} are within one standard error ({error:.2f} "
+            "points) of the best, "
             f"{score(best):.2f} on val; among them {why}, {score(chosen):.2f}, wins"
         )
     return chosen, error, reason

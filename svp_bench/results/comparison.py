@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from svp_bench.cards import SuiteCard
-from svp_bench.errors import UsageError
+from svp_bench.errors import UsageError, plural
 from svp_bench.results.bits import unpack_bits
 from svp_bench.results.rows import Cell, Comparison, Contrast, Intervals, Row, Section
 from svp_bench.results.stats import (
@@ -146,7 +146,7 @@ def find_row(rows: Sequence[Row], name: str) -> Row | None:
     found = rows_named(rows, name)
     if len(found) > 1:
         labels = "; ".join(repr(row.label) for row in found)
-        raise UsageError(f"{name!r} has {len(found)} rows; name one of them: {labels}")
+        raise UsageError(f"{name!r} has {plural(len(found), 'row')}; name one of them: {labels}")
     return found[0] if found else None
 
 
@@ -167,7 +167,10 @@ def pick_control(rows: Sequence[Row], name: str | None) -> tuple[Row | None, str
         return None, f"no row {wanted} here to compare with; name a control: --control ROW, one of: {labels}"
     if len(found) > 1:
         labels = "; ".join(row.label for row in found)
-        return None, f"{wanted} has {len(found)} rows here; name one as the control: --control ROW, one of: {labels}"
+        return (
+            None,
+            f"{wanted} has {plural(len(found), 'row')} here; name one as the control: --control ROW, one of: {labels}",
+        )
     if found[0].drawn:
         return None, f"{wanted} has a drawn stand-in among its data, and no row is compared with that"
     return found[0], None

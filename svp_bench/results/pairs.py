@@ -215,7 +215,11 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
     tested = [found for found in pair.tasks if found.p is not None]
     notes = []
     if whole is not None:
-        mean = columns(suite)[-2] if len(pair.tasks) == len(suite.tasks) else f"mean of these {len(pair.tasks)} tasks"
+        mean = (
+            columns(suite)[-2]
+            if len(pair.tasks) == len(suite.tasks)
+            else f"mean of these {plural(len(pair.tasks), 'task')}"
+        )
         notes.append(
             f"{mean[0].upper()}{mean[1:]}: {signed(whole.these_tasks.value)}, new seeds {interval(whole.these_tasks)}, "
             f"test images {interval(whole.images)}, new tasks {interval(whole.new_tasks)}; "
@@ -228,7 +232,8 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
         )
         if len(pair.tasks) < len(suite.tasks):
             notes.append(
-                f"{len(pair.tasks)} of {len(suite.tasks)} tasks: those that both rows have on the same pictures with a "
+                f"{len(pair.tasks)} of {plural(len(suite.tasks), 'task')}: those that both rows have on the "
+                "same pictures with a "
                 "shared seed."
             )
     notes += [

@@ -220,7 +220,8 @@ def _text(suite: SuiteCard, section: Section, noise: Noise, plan: Plan, effect: 
     ]
     if plan.known < plan.total:
         notes.append(
-            f"Replicated seeds on {plan.known} of {plan.total} tasks; the others are taken to be as noisy as these on "
+            f"Replicated seeds on {plan.known} of {plural(plan.total, 'task')}; the others are taken to be as "
+            "noisy as these on "
             "average."
         )
     grid = [["seeds a task", "power", "cautious", "detectable", "cautious"]]

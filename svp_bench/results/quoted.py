@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from svp_bench.errors import plural
 from svp_bench.results.published import WHOLE, PublishedRow
 from svp_bench.results.rows import Table
 from svp_bench.results.wording import HOLE, columns, one_line, shown_columns
@@ -60,4 +61,4 @@ def citations(table: Table) -> dict[str, str]:
 def not_quoted(table: Table, grid: list[list[str]]) -> list[str]:
     """Return a line that counts the quoted methods without a number in `grid`, or nothing."""
     missing = len(quoted_methods(table)) - len(grid) + 1
-    return [f"{missing} quoted methods have no number in these columns."] if missing else []
+    return [f"{plural(missing, 'quoted method')} without a number in these columns."] if missing else []

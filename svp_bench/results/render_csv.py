@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 
 from svp_bench.cards import SuiteCard
 from svp_bench.results.comparison import images_of_cell
+from svp_bench.results.files import csv_text
 from svp_bench.results.published import mean_names
 from svp_bench.results.quoted import quoted_methods
 from svp_bench.results.rows import CARD, Row, Section, Table
 from svp_bench.results.wording import DIGITS, MAJORITY, QUOTED, columns, majority_scores, one_line, scores, short_name
 
-__all__ = ["csv_text", "long_csv", "wide_csv"]
+__all__ = ["csv_lines", "long_csv", "wide_csv"]
 
 _SECTION_COLUMNS = ("protocol", "protocol_version", "backbone", "checkpoint", "checkpoint_digest", "weights", "track")
 
@@ -26,7 +27,7 @@ def _number(value: float | None) -> str:
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-def csv_text(rows: Iterable[Sequence[object]]) -> str:
+def csv_lines(rows: Iterable[Sequence[object]]) -> str:
     """Return rows as CSV; text is on one line, and behind a quote where a spreadsheet would take it for a formula."""
     out = io.StringIO(newline="")
     csv.writer(out, lineterminator="\n").writerows([_field(value) for value in row] for row in rows)
@@ -36,8 +37,7 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
 def _field(value: object) -> object:
     if not isinstance(value, str) or _NUMBER.fullmatch(value):
         return value
-    text = one_line(value)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) or value.startswith(("\t", "\r")) else text
+    return csv_text(one_line(value))
 
 
 def _section_facts(section: Section) -> list[object]:
@@ -120,7 +120,7 @@ def wide_csv(table: Table) -> str:
                 *("", *("" for _ in ends), "", "", "", ""),
             ]
         )
-    return csv_text(lines)
+    return csv_lines(lines)
 
 
 def long_csv(table: Table) -> str:
@@ -144,4 +144,4 @@ def long_csv(table: Table) -> str:
                     over = images_of_cell(cell, table.level)
                     images = [cell.images, _number(over.low), _number(over.high), _number(cell.majority), section.data]
                     lines.append([*facts, task, cell.task_version, *data, *spread, seeds, status, *images])
-    return csv_text(lines)
+    return csv_lines(lines)

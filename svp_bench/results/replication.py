@@ -33,7 +33,7 @@ from svp_bench.results.files import Problem, read_json, write_atomically
 from svp_bench.results.labels import custom_data, custom_name, row_labels
 from svp_bench.results.recipes import row_digest
 from svp_bench.results.record import Record
-from svp_bench.results.render_csv import csv_text
+from svp_bench.results.render_csv import csv_lines
 from svp_bench.results.render_text import escape_markdown
 from svp_bench.results.rows import CARD, DRAWN, track_of
 from svp_bench.results.stats import FEWEST_SOURCES, Estimate, Tax, mean_over_new_tasks, tax, within
@@ -158,7 +158,9 @@ def _curve(data: Mapping[str, Any], where: str) -> list[float]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
             raise RecordError(f"{where}: 'test_top1' of epoch {epoch} is no percentage: {value!r}")
         if abs(value - 100 * round(value * count / 100) / count) > _TOLERANCE:
-            raise RecordError(f"{where}: 'test_top1' of epoch {epoch} is {value}, which {count} pictures cannot give")
+            raise RecordError(
+                f"{where}: 'test_top1' of epoch {epoch} is {value}, which {plural(count, 'picture')} cannot give"
+            )
     return [float(value) for value in curve]
 
 
@@ -176,7 +178,7 @@ def _checked(replication: Replication, data: Mapping[str, Any], where: str) -> R
             f"epochs of {planned}"
         )
     if length > run.epochs:
-        raise RecordError(f"{where}: 'test_top1' has {length} scores of {run.epochs} epochs")
+        raise RecordError(f"{where}: 'test_top1' has {length} scores of {plural(run.epochs, 'epoch')}")
     return replication
 
 
@@ -582,7 +584,7 @@ def _csv(suite: SuiteCard, sections: Sequence[_Section]) -> str:
                         *(" ".join(str(one.best_epoch) for one in seeds), *_numbers(estimate)),
                     ]
                 )
-    return csv_text(lines)
+    return csv_lines(lines)
 
 
 def _number(value: float | None) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from svp_bench.cards import SuiteCard
+from svp_bench.errors import plural
 from svp_bench.results.files import Problem
 from svp_bench.results.published import PublishedRow
 from svp_bench.results.record import Record
@@ -74,7 +75,8 @@ class Track:
         """What the track is, in a phrase."""
         if self.kind == "searched":
             return (
-                f"searched: {self.name}, K = {self.budget} settings per method and task ({self.sampler}), chosen on "
+                f"searched: {self.name}, K = {plural(self.budget, 'setting')} per method and task "
+                f"({self.sampler}), chosen on "
                 f"{self.selected_on}"
             )
         if self.kind == "tuned":

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from svp_bench._version import __version__
-from svp_bench.errors import RecordError, unknown_name
+from svp_bench.errors import RecordError, plural, unknown_name
 from svp_bench.results.bits import count_ones
 from svp_bench.results.digests import config_digest, setting_digest
 from svp_bench.results.record import (
@@ -383,7 +383,7 @@ def _check_metrics(metrics: Metrics, refuse: Callable[[str, str], RecordError]) 
         return
     correct, count = metrics.per_class.correct, metrics.per_class.count
     if len(correct) != len(count):
-        raise refuse("metrics.per_class", f"has {len(correct)} classes in correct and {len(count)} in count")
+        raise refuse("metrics.per_class", f"has {plural(len(correct), 'class')} in correct and {len(count)} in count")
     for name, given, total in (("correct", correct, metrics.correct), ("count", count, metrics.count)):
         if sum(given) != total:
             raise refuse(f"metrics.per_class.{name}", f"adds up to {sum(given)}, but metrics.{name} is {total}")

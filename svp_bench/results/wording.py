@@ -411,7 +411,8 @@ def comparison_notes(section: Section, suite: SuiteCard, level: float, cells: bo
         if fewer:
             raw = " Their p is raw and not in Holm's family: it is about another mean."
             notes.append(
-                f"On fewer than {len(suite.tasks)} tasks, those that both rows have on the same pictures with a shared "
+                f"On fewer than {plural(len(suite.tasks), 'task')}, those that both rows have on the same "
+                "pictures with a shared "
                 f"seed: {', '.join(f'{c.row} ({len(c.tasks)})' for c in fewer)}."
                 + (raw if any(c.p is not None for c in fewer) else "")
             )
@@ -468,7 +469,8 @@ def _verdict_notes(comparison: Comparison, level: float, cells: bool) -> list[st
         return ["Per-cell marks are on the Markdown page."]
     notes = [
         f"▲ ▼ behind a task: better, worse than {comparison.control} by a sign flip over the shared seeds, "
-        f"{percent(level)}, from {FEWEST} on, each cell by itself: of {len(verdicts) - few} cells without any "
+        f"{percent(level)}, from {FEWEST} on, each cell by itself: of {plural(len(verdicts) - few, 'cell')} "
+        "without any "
         f"difference, about {(1 - level) * (len(verdicts) - few):.0f} would get a mark."
     ]
     return [*notes, f"No mark on {plural(few, 'cell')}: n < {FEWEST} paired seeds."] if few else notes
@@ -645,7 +647,8 @@ def dirty_notes(section: Section) -> list[str]:
     """Count the records that were made with uncommitted changes."""
     if not section.dirty:
         return []
-    return [f"{section.dirty} of {section.records} records were made with uncommitted changes."]
+    was = "was" if section.dirty == 1 else "were"
+    return [f"{section.dirty} of {plural(section.records, 'record')} {was} made with uncommitted changes."]
 
 
 def _versions(cells: Sequence[Cell]) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from svp_bench.cards import load_suite, load_task
 from svp_bench.data.sources import cpu_count
+from svp_bench.errors import plural
 from svp_bench.results.files import check_writable, refuse_unwritable
 from svp_bench.results.report.page import report_path, run_report
 from svp_bench.results.stats import one_standard_error
@@ -64,7 +65,8 @@ def run_demo(results_root: str, runs_root: str) -> int:
     sweep = Sweep(cells, (0,), common, Path(results_root), retry_failed=True)
     with asked_by_signals() as asked, LocalPool(_workers(), None, Path(runs_root) / "sweep-logs") as pool:
         console.print(
-            f"Demo: {len(tasks)} tasks × {len(METHODS)} methods, a Vision Mamba of 0.3 M parameters that was "
+            f"Demo: {plural(len(tasks), 'task')} × {plural(len(METHODS), 'method')}, a Vision Mamba of 0.3 M "
+            "parameters that was "
             f"pre-trained on synthetic images; {pool.what}",
             soft_wrap=True,
         )
@@ -85,7 +87,7 @@ def run_demo(results_root: str, runs_root: str) -> int:
     run_report(results_root, [SUITE], runs_root=runs_root)
     console.print(leaderboard(scores, tasks))
     console.print(_closing(tasks, results_root, runs_root), soft_wrap=True)
-    console.print(f"\n{len(sweep.done)} runs in {time.perf_counter() - began:.0f} s.")
+    console.print(f"\n{plural(len(sweep.done), 'run')} in {time.perf_counter() - began:.0f} s.")
     return 1 if sweep.failed else 0
 
 

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from svp_bench.errors import printable
+from svp_bench.errors import plural, printable
 from svp_bench.results.choices import FOLD_KEYS, Choice
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.pools import Progress
@@ -142,7 +142,7 @@ class View(Watcher):
         seconds = self.seconds_left(sweep, max(1, len(sweep.running)))
         eta = "unknown until a run has ended" if seconds is None else duration(seconds)
         head = Text(
-            f"{over} of {over + left} runs over, {len(sweep.running)} running, {len(sweep.failed)} failed; "
+            f"{over} of {plural(over + left, 'run')} over, {len(sweep.running)} running, {len(sweep.failed)} failed; "
             f"{duration(time.monotonic() - self._began)} so far, about {eta} left; {printable(self._what)}"
         )
         if sweep.stopping:

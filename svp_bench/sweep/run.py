@@ -18,7 +18,7 @@ from rich.console import Console
 from svp_bench.cards import load_suite, load_task
 from svp_bench.config import Flags, method_layer
 from svp_bench.data.sources import measured
-from svp_bench.errors import SvpBenchError, UsageError, printable, unknown_name
+from svp_bench.errors import SvpBenchError, UsageError, file_size, plural, printable, unknown_name
 from svp_bench.results.choices import read_choice
 from svp_bench.results.files import check_writable, read_records, refuse_unwritable
 from svp_bench.results.record import Record
@@ -108,7 +108,7 @@ def run_sweep(request: Request) -> int:
     index, of = request.shard
     cells = [Cell(task, method, _label(method)) for task, method in names[index::of]]
     if request.dry_run:
-        console.print(f"{_count(len(cells), 'cell')} (task and method); looking what is there …")
+        console.print(f"{plural(len(cells), 'cell')} (task and method); looking what is there …")
     else:
         check_writable(request.results_root)
         refuse_unwritable(Path(request.runs_root), "--runs_root")
@@ -128,7 +128,7 @@ def run_sweep(request: Request) -> int:
         return 1 if sweep.blocked else 0
     with asked_by_signals() as asked, _pool(request) as pool:
         console.print(
-            f"Sweep: {_count(len(cells), 'cell')} × {_count(len(request.seeds), 'seed')}"
+            f"Sweep: {plural(len(cells), 'cell')} × {plural(len(request.seeds), 'seed')}"
             + (f", search {search.name} (K = {search.budget}, {search.sampler})" if search else ", default settings")
             + f"; {pool.what}",
             soft_wrap=True,
@@ -234,10 +234,6 @@ class _Prepared:
 # ---------------------------------------------------------------------------------------------------------------- plan
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _print_search(console: Console, search: Search, cells: Sequence[Cell], request: Request) -> None:
     """Say how many runs a setting of a search is, and how many searches there are."""
     of_tasks: dict[Plan, list[str]] = {}
@@ -253,9 +249,9 @@ def _print_search(console: Console, search: Search, cells: Sequence[Cell], reque
             on += f", divided {plan.repeats} times" if plan.repeats > 1 else ""
         else:
             on = "val"
-        seeds = f" with {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else ""
+        seeds = f" with {plural(len(plan.seeds), 'seed')}" if len(plan.seeds) > 1 else ""
         console.print(
-            f"Search on {on}{seeds}: up to {search.budget} settings × {_count(runs, 'run')}{searches} = "
+            f"Search on {on}{seeds}: up to {plural(search.budget, 'setting')} × {plural(runs, 'run')}{searches} = "
             f"{search.budget * runs * many} trial runs a method and task ({', '.join(tasks)})",
             soft_wrap=True,
             markup=False,
@@ -330,16 +326,16 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, prepared: _Pre
     for method, row in rows.items():
         time = f"{duration(row['seconds'])}" if row["seconds"] else ("unknown" if row["to do"] else "–")
         counts = [str(row[key]) for key in ("trials", "runs", "there", "failed", "to do")]
-        table.append((method, *counts, time, _size(row["bytes"])))
+        table.append((method, *counts, time, file_size(row["bytes"]) if row["bytes"] else "–"))
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     for line in table:
         _, *rest = (text.rjust(width) for text, width in zip(line, widths, strict=True))
         console.print(f"  {line[0].ljust(widths[0])}  {'  '.join(rest)}", soft_wrap=True)
     if sweep.to_come:
-        console.print(f"{sweep.to_come} final runs follow the searches.")
+        console.print(f"{plural(sweep.to_come, 'final run')} to come after the searches.")
     slots = request.workers or 1
     if total_seconds:
-        several = f" with {slots} workers, if they do not slow each other" if slots > 1 else ""
+        several = f" with {plural(slots, 'worker')}, if they do not slow each other" if slots > 1 else ""
         console.print(
             f"Time: about {duration(total_seconds / slots)}{several}, from the throughput in {speed.what}"
             + (f"; {unknown} runs of methods without a record are not in it." if unknown else "."),
@@ -348,7 +344,8 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, prepared: _Pre
     elif unknown:
         console.print("Time: unknown, since no record here tells how fast these methods run on this machine.")
     free = _free(Path(request.runs_root))
-    console.print(f"Disk: about {_size(disk)} for checkpoints of final runs; {_size(free)} are free.")
+    needed = f"about {file_size(disk)} for checkpoints of final runs" if disk else "no new checkpoint of a final run"
+    console.print(f"Disk: {needed}; {file_size(free)} are free.")
     for cell in sweep.blocked:
         console.print(printable(f"Cannot run: {cell.task}, {cell.label}: {cell.blocked}"), soft_wrap=True)
 
@@ -403,14 +400,6 @@ def _pictures(task: str, name: str | None) -> int:
         return load_task(task).counts.get(name or "", 0)
     except SvpBenchError:
         return 0
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _free(folder: Path) -> int:
@@ -492,8 +481,9 @@ def conclude(console: Console, sweep: Sweep, command: Sequence[str], asked: Aske
     """
     new = sum(not ended.outcome.found for ended in sweep.done)
     console.print(
-        f"{len(sweep.done)} runs complete ({new} new), {len(sweep.failed)} failed, "
-        f"{len(sweep.blocked)} cells cannot run, {len(sweep.due) + len(sweep.later) + len(sweep.stopped)} left.",
+        f"{plural(len(sweep.done), 'run')} complete ({new} new), {len(sweep.failed)} failed, "
+        f"{plural(len(sweep.blocked), 'cell')} cannot run, "
+        f"{len(sweep.due) + len(sweep.later) + len(sweep.stopped)} left.",
         soft_wrap=True,
     )
     for ended in sweep.failed:

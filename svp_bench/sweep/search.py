@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from svp_bench.cards import load_protocol, load_suite, load_task
 from svp_bench.data.sources import measured
-from svp_bench.errors import ConfigError, UnavailableError, unknown_name
+from svp_bench.errors import ConfigError, UnavailableError, plural, unknown_name
 from svp_bench.plain_yaml import Node, read_yaml
 from svp_bench.resources import configs_dir
 from svp_bench.results.choices import FALLBACK, FOLD_KEYS, RULE_VERSION, RULES, grid_settings
@@ -253,7 +253,8 @@ def load_search(name: str) -> Search:
                 keys["spaces"]
                 .mapping()[method]
                 .error(
-                    f"the grid of {method} has {size} settings, more than the budget of {search.budget} that every "
+                    f"the grid of {method} has {plural(size, 'setting')}, more than the budget of "
+                    f"{search.budget} that every "
                     "method has; raise the budget for all, thin the grid, or use the sampler tpe"
                 )
             )
@@ -356,7 +357,8 @@ def make_sampler(search: Search, method: str, default: Mapping[str, Any], seed_t
     settings = grid_settings(space_declaration(space), default)
     if len(settings) > search.budget:
         raise ConfigError(
-            f"{search.path}: the grid of {method} and its default setting are {len(settings)} settings, more than the "
+            f"{search.path}: the grid of {method} and its default setting are "
+            f"{plural(len(settings), 'setting')}, more than the "
             f"budget of {search.budget}; put the recipe's own values into the grid, or raise the budget for all"
         )
     return _Grid(settings)

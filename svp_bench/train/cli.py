@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from svp_bench.config import Flags
 from svp_bench.data.locate import locate
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import ConfigError, RecordError, SvpBenchError, UsageError
+from svp_bench.errors import ConfigError, RecordError, SvpBenchError, UsageError, plural
 from svp_bench.interrupts import INTERRUPTS, Preempted
 from svp_bench.results.digests import canonical_digest, cell_config, flat, setting_digest
 from svp_bench.results.files import (
@@ -363,7 +363,8 @@ class BenchCLI(ConfigCLI):
         name = INTERRUPTS.asked.name if INTERRUPTS.asked else "a signal"
         epoch, steps = self.trainer.current_epoch, self.trainer.global_step
         print(
-            f"Stopped by {name} in epoch {epoch}, after {steps} steps; {what}\nGo on: the same command with --resume",
+            f"Stopped by {name} in epoch {epoch}, after {plural(steps, 'step')}; {what}\nGo on: the same "
+            "command with --resume",
             flush=True,
         )
 
@@ -388,7 +389,7 @@ class BenchCLI(ConfigCLI):
         old = read_record(where)
         if epochs != old.epochs:
             raise UsageError(
-                f"{kwargs['ckpt_path']}: not the final weights of its run ({epochs} of {old.epochs} epochs)"
+                f"{kwargs['ckpt_path']}: not the final weights of its run ({epochs} of {plural(old.epochs, 'epoch')})"
             )
         saved = self.checkpoints.known
         assert saved is not None

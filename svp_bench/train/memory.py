@@ -36,7 +36,6 @@ __all__ = [
     "Shortage",
     "Steps",
     "gauge_of",
-    "in_words",
     "is_out_of_memory",
     "let_go",
     "stepping",
@@ -45,7 +44,6 @@ __all__ = [
 _HOST = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory")
 _OUT = re.compile(rf"out of memory|_STATUS_ALLOC_FAILED|{_HOST.pattern}", re.IGNORECASE)
 _REQUESTED = re.compile(r"tried to allocate (\d+(?:\.\d+)?) ?(bytes|[KMGT]iB)", re.IGNORECASE)
-_IN_WORDS = [("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)]
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -95,16 +93,6 @@ def let_go(error: BaseException | None) -> None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None  # functions within functions hold tensors that a cleared frame does not
         error = error.__cause__ or error.__context__
-
-
-def in_words(count: float) -> str:
-    """Return a number of bytes for people: "21.9 GiB", "640 MiB", "9.5 MiB", "12.0 KiB".
-
-    >>> in_words(3 * 2**29)
-    '1.5 GiB'
-    """
-    unit, size = next(((unit, size) for unit, size in _IN_WORDS if count >= size), _IN_WORDS[-1])
-    return f"{count / size:.{0 if size == 2**20 and count >= 10 * size else 1}f} {unit}"
 
 
 # --- what a device has -----------------------------------------------------------------------------------------------

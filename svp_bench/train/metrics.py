@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from svp_bench.errors import plural
 from svp_bench.results.files import csv_text, write_atomically
 from svp_bench.results.record import Metrics, PerClass
 
@@ -267,7 +268,7 @@ def describe(metrics: Metrics, list_name: str) -> str:
 
 
 def _classes(count: int) -> str:
-    return "1 class" if count == 1 else f"{count} classes"
+    return plural(count, "class")
 
 
 def write_tables(evaluation: Evaluation, names: Sequence[str], folder: Path, role: str) -> tuple[Path, Path]:

@@ -9,14 +9,13 @@ import torch
 from lightning.pytorch import Trainer
 
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import ConfigError, OutOfMemoryError
+from svp_bench.errors import ConfigError, OutOfMemoryError, file_size, plural
 from svp_bench.train.memory import (
     Gauge,
     Need,
     Room,
     Shortage,
     Steps,
-    in_words,
     is_out_of_memory,
     let_go,
     stepping,
@@ -134,7 +133,7 @@ def _asked(failed: Failed, shortage: Shortage) -> str:
 
 
 def _last(shortage: Shortage) -> str:
-    return "" if shortage.requested is None else f"; {in_words(shortage.requested)} more could not be had"
+    return "" if shortage.requested is None else f"; {file_size(shortage.requested)} more could not be had"
 
 
 def _advice(failed: Failed, shortage: Shortage) -> str:
@@ -164,8 +163,8 @@ def _advice(failed: Failed, shortage: Shortage) -> str:
 
 
 def _has(room: Room) -> str:
-    free = "" if room.free is None else f", {in_words(room.free)} free for this run"
-    return f"{room.name} has {in_words(room.total)}{free}"
+    free = "" if room.free is None else f", {file_size(room.free)} free for this run"
+    return f"{room.name} has {file_size(room.total)}{free}"
 
 
 def _of_training(failed: Failed, steps: Steps, budget: int) -> str:
@@ -218,7 +217,7 @@ def _fewer_at_a_time(need: Need, asked: int, budget: int, flag: str) -> str:
 
 def _measured(need: Need, asked: int, counts: list[str]) -> str:
     needed = need.at(asked)
-    first = "" if needed is None else f"{asked} would need {in_words(needed)}, "
+    first = "" if needed is None else f"{asked} would need {file_size(needed)}, "
     return f"Measured here: {first}{', '.join(counts)}"
 
 
@@ -229,7 +228,7 @@ def _enough(most: int, asked: int | None = None) -> str:
 
 
 def _fits_now(failed: Failed, needed: int | None) -> str:
-    need = "" if needed is None else f" need {in_words(needed)}, which"
+    need = "" if needed is None else f" need {file_size(needed)}, which"
     text = (
         f"Measured here: {_pictures(failed.asked)}{need} would fit now. Others held the memory then, or it was in "
         f"pieces: {'go on with --resume' if failed.resumes else 'run it again'}"
@@ -241,7 +240,7 @@ def _fits_now(failed: Failed, needed: int | None) -> str:
 
 def _too_large(need: Need, budget: int) -> str:
     one = need.at(1)
-    missing = "" if one is None or one <= budget else f" (1 picture needs {in_words(one)})"
+    missing = "" if one is None or one <= budget else f" (1 picture needs {file_size(one)})"
     return f"a smaller --model.backbone or --data.image_size, or a device with more free memory, is needed{missing}"
 
 
@@ -320,4 +319,4 @@ def _untried(failed: Failed) -> str:
 
 
 def _pictures(count: int) -> str:
-    return f"{count} picture" if count == 1 else f"{count} pictures"
+    return plural(count, "picture")

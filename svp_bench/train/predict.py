@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from svp_bench.cards import displayed_class_names, load_protocol, load_task
 from svp_bench.data.transforms import View, to_rgb
-from svp_bench.errors import CheckpointError, ConfigError, DataError, RecordError, SvpBenchError, UsageError
+from svp_bench.errors import CheckpointError, ConfigError, DataError, RecordError, SvpBenchError, UsageError, plural
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
 from svp_bench.results.files import write_atomically
@@ -123,7 +123,7 @@ def run_predict(
     names = about.class_names or displayed_class_names(load_task(about.task))  # older checkpoints do not say
     if len(names) != about.num_classes:
         raise CheckpointError(
-            f"{ckpt}: a run of {about.num_classes} classes, but the card of {about.task} has {len(names)} now"
+            f"{ckpt}: a run of {plural(about.num_classes, 'class')}, but the card of {about.task} has {len(names)} now"
         )
     protocol = load_protocol(about.protocol)
     seen = about.view or {"resize": protocol.resize, "interpolation": protocol.interpolation}

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from svp_bench import __version__
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import RecordError, SvpBenchError
+from svp_bench.errors import RecordError, SvpBenchError, plural
 from svp_bench.methods.build import trained_parameters
 from svp_bench.ops import Choice
 from svp_bench.results.code import package_digest
@@ -79,11 +79,11 @@ class Recorder:
         if self.trainer.interrupted:
             return "interrupted", "stopped by the user"
         if not cut and planned is not None and planned > 0 and self.trainer.current_epoch < planned:
-            cut.append(f"stopped after {self.trainer.current_epoch} of {planned} epochs")
+            cut.append(f"stopped after {self.trainer.current_epoch} of {plural(planned, 'epoch')}")
         if not cut and planned is not None:
             steps = planned * math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
             if self.trainer.global_step < steps:
-                cut.append(f"stopped after {self.trainer.global_step} of {steps} steps")
+                cut.append(f"stopped after {self.trainer.global_step} of {plural(steps, 'step')}")
         if self.data.stage == "select" and not cut and self.meter.validated_at != self.trainer.global_step:
             cut.append("val was not scored after the last epoch")
         return ("truncated", ", ".join(cut)) if cut else ("complete", None)
@@ -120,7 +120,8 @@ class Recorder:
         index = torch.empty(0) if evaluation is None else evaluation.scores.index
         if evaluation is None or not torch.equal(index, torch.arange(expected)):
             raise SvpBenchError(
-                f"the {role} list gave {len(index)} pictures, not each of the {expected} once; please report this"
+                f"the {role} list gave {plural(len(index), 'picture')}, not each of the {expected} once; please "
+                "report this"
             )
         return evaluation
 

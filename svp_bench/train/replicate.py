@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from svp_bench.config import Flags
 from svp_bench.data.module import Batch, VisionDataModule
-from svp_bench.errors import SvpBenchError, UsageError
+from svp_bench.errors import SvpBenchError, UsageError, plural
 from svp_bench.results.files import refuse_unwritable
 from svp_bench.results.replication import Replication, write_replication
 from svp_bench.train.cli import BenchCLI, run
@@ -160,7 +160,8 @@ class _ReplicationCLI(BenchCLI):
         done = Replication(dataclasses.replace(facts, times=times), curve.count, tuple(curve.top1))
         path = write_replication(done, self.config[self.verb].results_root)
         print(
-            f"top-1 on {done.run.lists['test']} ({done.count} pictures): {done.final:.2f} % after the last epoch, "
+            f"top-1 on {done.run.lists['test']} ({plural(done.count, 'picture')}): {done.final:.2f} % after the "
+            "last epoch, "
             f"{done.best_test:.2f} % after the best (epoch {done.best_epoch} of {len(done.test_top1)})\n"
             f"Test-peek tax: picking the epoch on the test list claims {done.tax:.2f} points more\n"
             f"Replication ({status}): {path}\n"

@@ -37,7 +37,7 @@ from svp_bench import __version__
 from svp_bench.config import Flags, split_flags
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import inspect, open_source
-from svp_bench.errors import CheckpointError, ConfigError, DataError, RecordError, SvpBenchError, UsageError
+from svp_bench.errors import CheckpointError, ConfigError, DataError, RecordError, SvpBenchError, UsageError, plural
 from svp_bench.results.bits import unpack_bits
 from svp_bench.results.code import package_digest
 from svp_bench.results.digests import CELL_EXCLUDED, cell_config, flat
@@ -327,18 +327,22 @@ def _within_noise(old: Record, new: Record) -> tuple[bool, str, str]:
     if old.correct is None or new.correct is None:  # an older selection record has no bits
         apart = abs(after.top1 - before.top1)
         bound = _Z * one_standard_error((before.top1 + after.top1) / 2, before.count)
-        where = f"1.96 binomial standard errors of {before.count} pictures (± {bound:.2f} points; no bits to pair)"
+        pictures = plural(before.count, "picture")
+        where = f"1.96 binomial standard errors of {pictures} (± {bound:.2f} points; no bits to pair)"
         said = f"{abs(after.correct - before.correct)} more or fewer pictures are right"
         return apart <= bound, said, f"{'within' if apart <= bound else 'beyond'} {where}"
     if old.correct.count != new.correct.count:
-        raise RecordError(f"the rerun scored {new.correct.count} pictures, the run {old.correct.count}; report this")
+        raise RecordError(
+            f"the rerun scored {plural(new.correct.count, 'picture')}, the run {old.correct.count}; report this"
+        )
     one, other = (unpack_bits(bits.bits, bits.count) for bits in (old.correct, new.correct))
     test = mcnemar(one, other)
     differ = test.b + test.c
     if differ == 0:
         return True, "the same pictures are right, but the loss differs", "no picture divides the two runs"
     said = (
-        f"{differ} of {old.correct.count} pictures differ ({test.b} right in the record alone, {test.c} in the rerun "
+        f"{differ} of {plural(old.correct.count, 'picture')} differ ({test.b} right in the record alone, "
+        f"{test.c} in the rerun "
         "alone)"
     )
     agrees = test.p >= _LEVEL

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from svp_bench.atomic import replacing
 from svp_bench.data.samplers import GlobalBatchSampler
-from svp_bench.errors import ConfigError, SvpBenchError, UsageError
+from svp_bench.errors import ConfigError, SvpBenchError, UsageError, plural
 from svp_bench.interrupts import INTERRUPTS, Preempted
 from svp_bench.models.checkpoints import load_pickle_safely
 from svp_bench.plain_yaml import read_yaml
@@ -398,7 +398,8 @@ class Stopper(Callback):
         self._accumulate = trainer.accumulate_grad_batches
         if self._skip and self._accumulated != self._accumulate:
             raise UsageError(
-                f"the checkpoint lies within an epoch and counts {self._accumulated} batches for a step: go on with "
+                f"the checkpoint lies within an epoch and counts {plural(self._accumulated, 'batch')} for a "
+                "step: go on with "
                 f"--trainer.accumulate_grad_batches {self._accumulated}, not {self._accumulate}"
             )
         INTERRUPTS.waits = True

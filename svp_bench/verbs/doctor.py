@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from svp_bench.errors import plural
 from svp_bench.verbs.base import parser
 
 __all__ = ["doctor"]
@@ -27,7 +28,8 @@ def doctor(argv: Sequence[str]) -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
     print(f"svp-bench {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(
-        f"CPU       {os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads; kernels run on {pool_name()}"
+        f"CPU       {plural(os.cpu_count(), 'core')}; torch uses {torch.get_num_threads()} threads; kernels run "
+        f"on {pool_name()}"
     )
     print(f"memory    freed: {keep_freed_memory()}")
     packages = _versions("numba", "llvmlite", "triton", "mamba-ssm", "causal-conv1d", "lightning", "timm")

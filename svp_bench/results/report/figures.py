@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from svp_bench.errors import printable
+from svp_bench.errors import plural, printable
 from svp_bench.results.report.model import (
     CellView,
     Point,
@@ -236,7 +236,7 @@ def task_figure(section: SectionView, task: TaskView, quoted: Sequence[QuotedVie
             "hoverinfo": "text",
             "hovertext": [
                 f"{plain(row.label)}, mean of {len(cell.runs)}<br>{_between(cell.value, level)}"
-                f"<br>{cell.pictures} test pictures: binomial standard error {cell.binomial:.2f}"
+                f"<br>{plural(cell.pictures, 'test picture')}: binomial standard error {cell.binomial:.2f}"
                 for _, row, cell in cells
             ],
             "customdata": [list(cell.records) for _, _, cell in cells],
