@@ -667,7 +667,7 @@ def test_quoted_methods_without_a_shown_number_are_counted() -> None:
     quotes = [quote("Full", "natural", "60"), quote("LoRA", "average (of what is not said)", "70")]
     page = render_markdown(build([], published=quotes))
     assert "| LoRA |" not in page
-    assert "- 1 quoted methods have no number in these columns." in page
+    assert "- 1 quoted method without a number in these columns." in page
 
 
 def test_published_numbers_are_shown_on_request_only(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def doctor(argv: Sequence[str]) -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
     print(f"svp-bench {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(
-        f"CPU       {plural(os.cpu_count(), 'core')}; torch uses {torch.get_num_threads()} threads; kernels run "
+        f"CPU       {plural(os.cpu_count() or 1, 'core')}; torch uses {torch.get_num_threads()} threads; kernels run "
         f"on {pool_name()}"
     )
     print(f"memory    freed: {keep_freed_memory()}")

@@ -282,7 +282,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 def _breakable(label: str) -> Markup:
     """A name that a narrow column may break where its words end."""
-    return Markup(re.sub(r"([_=./,]+)", r"\1<wbr>", str(escape(label))))
+    return Markup(re.sub(r"([_=./,]+)", r"\1<wbr>", str(escape(printable(label)))))
 
 
 def _titles(cards: Sequence[SuiteCard]) -> str:
