@@ -54,7 +54,15 @@ LIGHT_MODULES = [
     "svp_bench.config",
     "svp_bench.cli",
 ]
-PUBLIC_NAMES = ["__version__", "create_model", "list_backends", "list_methods", "list_tasks", "load_checkpoint"]
+PUBLIC_NAMES = [
+    "__version__",
+    "create_model",
+    "list_backends",
+    "list_methods",
+    "list_tasks",
+    "load_checkpoint",
+    "load_results",
+]
 
 OUR_PATH = re.compile(r"svp_bench(\.\w+)+(:\w+)?")
 DECIDING_METHODS = {"startswith", "endswith", "removeprefix", "removesuffix", "fullmatch"}
