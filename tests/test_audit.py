@@ -641,7 +641,7 @@ def hidden(choice: Choice) -> Choice:
         ),
         ({"twist": with_search(budget=2)}, ": there are 3 trials, more than the budget of 2"),
         ({"twist": with_search(rule="best")}, ": the rule 'best' is not known here"),
-        ({"twist": with_search(seeds=[0, 1])}, ": trial 1 has 1 runs, and the search has 2 seeds"),
+        ({"twist": with_search(seeds=[0, 1])}, ": trial 1 has 1 run, and the search has 2 seeds"),
         ({"twist": with_search(seeds=[7])}, "trials: trial 1: svp-"),
         ({"twist": replaced(selected_on="test")}, "choice: chosen on test, and vtab-final chooses on val200"),
         ({"twist": replaced(count=2000)}, ": 'standard_error' or 'reason' is not"),

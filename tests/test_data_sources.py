@@ -141,7 +141,7 @@ def test_one_picture_with_two_labels_is_refused(drawn: Path, first: str, second:
 def test_a_repeated_line_is_noted(drawn: Path) -> None:
     add(drawn, "test", line_of(drawn, "test"))
     source = open_source(DTD, drawn.parent)
-    note = f"{drawn / 'test.txt'} repeats 1 pictures, the first is {drawn / 'images/test/000000.jpg'}"
+    note = f"{drawn / 'test.txt'} repeats 1 picture, the first is {drawn / 'images/test/000000.jpg'}"
     assert note in inspect(DTD, source, ["test"]).notes
 
 

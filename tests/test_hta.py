@@ -323,7 +323,7 @@ def test_a_repeated_line_of_dtd_is_noted(tmp_path: Path) -> None:
     card, folder = draw(tmp_path, "hta/dtd")
     path = folder / "dtd" / "dtd" / "labels" / "test1.txt"
     path.write_text(f"{path.read_text()}{path.read_text().splitlines()[0]}\n")
-    assert any("DTD test (test) repeats 1 pictures, the first is" in note for note in open_source(card, tmp_path).notes)
+    assert any("DTD test (test) repeats 1 picture, the first is" in note for note in open_source(card, tmp_path).notes)
 
 
 @pytest.mark.parametrize(

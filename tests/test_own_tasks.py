@@ -92,11 +92,11 @@ def test_a_sweep_and_its_workers_read_them(cards: Path, monkeypatch: pytest.Monk
     sweep = ["sweep", "--suite", "mine", "--methods", "linear", "--no_report", "--trainer.accelerator", "cpu", *flags]
     monkeypatch.setenv(OWN_TASKS, str(cards))
     done = run(*sweep)
-    assert "1 runs complete (1 new)" in done.out
+    assert "1 run complete (1 new)" in done.out
     assert os.environ[OWN_TASKS] == str(cards)
     monkeypatch.delenv(OWN_TASKS)
     again = run(*sweep, "--tasks_dir", str(cards))
-    assert "1 runs complete (0 new)" in again.out
+    assert "1 run complete (0 new)" in again.out
 
 
 def test_a_cards_path_names_its_task(cards: Path) -> None:

@@ -489,7 +489,7 @@ def test_an_unexpected_error_leaves_a_failed_record_and_its_trace(place: Path, m
         (["--trainer.fast_dev_run", "true"], "trainer.fast_dev_run"),
         (["--trainer.overfit_batches", "1"], "trainer.overfit_batches 1"),
         (["--trainer.max_steps", "2"], "stopped after 2 of 5 steps"),
-        (["--trainer.max_time", "00:00:00:00"], "stopped after 0 of 1 epochs"),
+        (["--trainer.max_time", "00:00:00:00"], "stopped after 0 of 1 epoch"),
     ],
 )
 def test_a_truncated_run_is_listed_and_never_tabled(given: list[str], reason: str, place: Path) -> None:
