@@ -94,9 +94,9 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
     Args:
         count: How many.
         noun: For one.
-        nouns: For several, where it is neither `noun` with "s" nor, behind ch, s, sh, x or z, with "es".
+        nouns: For several, where it is neither `noun` with "s" nor, behind s, sh, x, z, nch, rch or tch, with "es".
     """
-    several = nouns or noun + ("es" if noun.endswith(("ch", "s", "sh", "x", "z")) else "s")
+    several = nouns or noun + ("es" if noun.endswith(("nch", "rch", "tch", "s", "sh", "x", "z")) else "s")
     return f"{count} {noun if count == 1 else several}"
 
 

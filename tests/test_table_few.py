@@ -287,8 +287,8 @@ def test_csv_quotes_formulas_and_leaves_numbers() -> None:
 
 def test_plurals_and_sizes() -> None:
     assert [plural(n, "task") for n in (0, 1, 2)] == ["0 tasks", "1 task", "2 tasks"]
-    assert [plural(2, noun) for noun in ("class", "batch", "process", "box", "image")] == [
-        *("2 classes", "2 batches", "2 processes", "2 boxes", "2 images"),
+    assert [plural(2, noun) for noun in ("class", "batch", "process", "box", "epoch", "image")] == [
+        *("2 classes", "2 batches", "2 processes", "2 boxes", "2 epochs", "2 images"),
     ]
     assert plural(2, "entry", "entries") == "2 entries"
     assert [file_size(n) for n in (0, 999, 1024, 1.5 * 2**20, 2**40)] == [
