@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-__all__ = ["Meter", "peak_memory_mib"]
+__all__ = ["Meter", "SteadyTensorBoardLogger", "peak_memory_mib"]
 
 
 class Meter(Callback):
@@ -148,3 +151,64 @@ def peak_memory_mib(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class SteadyTensorBoardLogger(TensorBoardLogger):
+    """TensorBoard's logger, except that its failures are reported once and never end a run.
+
+    A full disk or a folder that somebody has deleted costs the curves, not the training.
+
+    Attributes:
+        failure: Why logging has stopped, or None.
+    """
+
+    failure: str | None = None
+
+    @property
+    def experiment(self) -> Any:
+        """Return a `SummaryWriter` whose methods cannot fail."""
+        return _Attempts(self._attempt, lambda: super(SteadyTensorBoardLogger, self).experiment)
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Log numbers."""
+        self._attempt(lambda: super(SteadyTensorBoardLogger, self).log_metrics(*args, **kwargs))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Log hyper-parameters."""
+        self._attempt(lambda: super(SteadyTensorBoardLogger, self).log_hyperparams(*args, **kwargs))
+
+    def log_graph(self, *args: Any, **kwargs: Any) -> None:
+        """Log the graph of the model."""
+        self._attempt(lambda: super(SteadyTensorBoardLogger, self).log_graph(*args, **kwargs))
+
+    def save(self) -> None:
+        """Write what is pending."""
+        self._attempt(super().save)
+
+    def finalize(self, status: str) -> None:
+        """Close the file."""
+        self._attempt(lambda: super(SteadyTensorBoardLogger, self).finalize(status))
+
+    def _attempt(self, work: Callable[[], Any]) -> Any:
+        if self.failure is not None:
+            return None
+        try:
+            return work()
+        except Exception as error:  # whatever the writer and its thread raise; the run matters more
+            self.failure = " ".join(f"{type(error).__name__}: {error}".split())
+            rank_zero_warn(f"TensorBoard's logs end here, the run goes on: {self.failure}")
+            return None
+
+
+class _Attempts:
+    """The methods of an object that is made when one is called; none of them can fail."""
+
+    def __init__(self, attempt: Callable[[Callable[[], Any]], Any], make: Callable[[], Any]) -> None:
+        self._attempt = attempt
+        self._make = make
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._attempt(lambda: getattr(self._make(), name))
+        if value is not None and not callable(value):
+            return value
+        return lambda *args, **kwargs: self._attempt(lambda: value(*args, **kwargs))

@@ -15,7 +15,6 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -35,7 +34,7 @@ from svp_bench.results.files import (
     write_record,
 )
 from svp_bench.results.record import Record, new_run_id
-from svp_bench.train.callbacks import Meter, peak_memory_mib
+from svp_bench.train.callbacks import Meter, SteadyTensorBoardLogger, peak_memory_mib
 from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
 from svp_bench.train.memory import Shortage, gauge_of, is_out_of_memory
 from svp_bench.train.metrics import describe
@@ -207,7 +206,7 @@ class BenchCLI(ConfigCLI):
         if config.logger in (None, True) and self.verb == "fit" and not dry:
             # what was logged after the last checkpoint will be logged once more
             done = None if self.resumed is None else self.saved.global_step if self.saved else 0
-            kwargs["logger"] = TensorBoardLogger(self.run_dir, name="", version="", purge_step=done)
+            kwargs["logger"] = SteadyTensorBoardLogger(self.run_dir, name="", version="", purge_step=done)
         elif self.verb != "fit":
             kwargs["logger"] = False
         trainer_config = {**config.as_dict(), **kwargs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,19 @@ def quiet() -> Iterator[None]:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(_no_chatter)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    in_threads, threading.excepthook = threading.excepthook, _no_thread_of_tensorboard
     try:
         with _expected_warnings():
             yield
     finally:
+        threading.excepthook = in_threads
         logger.removeFilter(_no_chatter)
+
+
+def _no_thread_of_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """Leave out the traceback of the thread that writes TensorBoard's file: our logger reports the failure."""
+    if type(args.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+        threading.__excepthook__(args)
 
 
 def _no_chatter(record: logging.LogRecord) -> bool:
