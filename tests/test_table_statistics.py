@@ -252,7 +252,7 @@ def test_a_suite_of_one_source_has_no_interval_over_new_tasks() -> None:
     assert "new tasks" not in head
     assert "p" not in head
     assert len(head) == len(line)
-    assert "cannot be tested with 1 source; no outcome" in page
+    assert "cannot be tested with 1 source of pictures; no outcome" in page
     assert "Mean ranks" not in page
 
 
@@ -341,7 +341,7 @@ def test_an_incomplete_row_is_compared_on_what_it_shares() -> None:
     assert (float(line[0]), line[6]) == (pytest.approx(mean, abs=0.00501), "3/9")
     assert line[3:6] == ["–", "–", "–"]  # three sources: neither an interval over new tasks nor a test
     assert "On fewer than 9 tasks, those that both rows have on the same pictures with a shared seed: full (3)." in page
-    assert "cannot be tested with 3 sources; no outcome" in page
+    assert "cannot be tested with 3 sources of pictures; no outcome" in page
     assert "sign flip over 8 independent sources" in page
 
 

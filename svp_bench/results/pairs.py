@@ -38,6 +38,7 @@ from svp_bench.results.wording import (
     percent,
     short_name,
     signed,
+    smallest,
 )
 
 __all__ = ["Pair", "PairTask", "compare_pair", "middle_p", "render_pairs"]
@@ -226,8 +227,8 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
             + (
                 f"sign flip over {plural(whole.sources, 'independent source')} of pictures: p {p_value(whole.p)}."
                 if whole.p is not None
-                else f"it cannot be tested with {plural(whole.sources, 'source')} of pictures: no outcome could give a "
-                f"p below {p_value(whole.least)}."
+                else f"it cannot be tested with {plural(whole.sources, 'source')} of pictures: no outcome could be "
+                f"significant at {percent(1 - level)}{smallest(whole.least)}."
             )
         )
         if len(pair.tasks) < len(suite.tasks):

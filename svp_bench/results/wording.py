@@ -66,6 +66,7 @@ __all__ = [
     "signed",
     "size",
     "sizes",
+    "smallest",
     "span",
     "unknown_variance_notes",
     "untested_note",
@@ -192,7 +193,7 @@ def span(low: int, high: int) -> str:
 
 def percent(level: float) -> str:
     """Return "95 %" for 0.95."""
-    return f"{100 * level:g} %"
+    return f"{round(100 * level, 6):g} %"
 
 
 def interval(estimate: Estimate | None) -> str:
@@ -451,13 +452,17 @@ def _test_notes(found: Sequence[Contrast], suite: SuiteCard, level: float) -> li
 def untested_note(untested: Sequence[Contrast], level: float, tests: int) -> str:
     """Say that differences cannot be tested, with how many sources."""
     counts = [c.sources for c in untested]
-    few = f"{span(min(counts), max(counts))} independent source{'' if max(counts) == 1 else 's'} of pictures"
     over = f"over {plural(tests, 'row')} (Holm) " if tests > 1 else ""
     return (
         f"No p: the differences cannot be tested with {span(min(counts), max(counts))} "
-        f"source{'' if max(counts) == 1 else 's'}; {over}no outcome of {few} could give a p below "
-        f"{p_value(min(c.least for c in untested))}, and {1 - level:.2g} would be needed."
+        f"source{'' if max(counts) == 1 else 's'} of pictures; {over}no outcome could be significant at "
+        f"{percent(1 - level)}{smallest(min(c.least for c in untested))}."
     )
+
+
+def smallest(least: float) -> str:
+    """Return ", the smallest possible p is 0.250" where that says something."""
+    return f": the smallest possible p is {p_value(least)}" if least < 1 else ""
 
 
 def _verdict_notes(comparison: Comparison, level: float, cells: bool) -> list[str]:
@@ -497,7 +502,7 @@ def ranks_notes(section: Section, level: float) -> list[str]:
         return [
             *notes,
             f"The order cannot be tested with {plural(ranks.n_sources, 'source')} of pictures: over {pairs} (Holm) no "
-            f"outcome could give a p below {p_value(ranks.least)}.",
+            f"outcome could be significant at {percent(1 - level)}{smallest(ranks.least)}.",
         ]
     groups = "; ".join(" = ".join(group) for group in ranks.cliques)
     return [
