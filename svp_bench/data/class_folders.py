@@ -42,7 +42,7 @@ from svp_bench.data.sources import FilePictures, Source, in_threads
 from svp_bench.errors import CardError, DataError, plural, printable
 from svp_bench.plain_yaml import did_you_mean
 
-__all__ = ["open_class_folders"]
+__all__ = ["open_class_folders", "other_kind"]
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # in any case of letters
 # Raw photos and documents whose content passes for TIFF: what Pillow would read of them is a small preview.
@@ -258,7 +258,7 @@ def _images(folder: Path, below: str, above: tuple[str, ...], skipped: Skipped) 
             continue
         if is_folder:
             yield from _images(folder, path, (*above, real), skipped)
-        elif kind := _other_kind(folder / path):
+        elif kind := other_kind(folder / path):
             skipped.setdefault(kind, []).append(path)
         else:
             try:
@@ -268,10 +268,13 @@ def _images(folder: Path, below: str, above: tuple[str, ...], skipped: Skipped) 
             yield path
 
 
-def _other_kind(path: Path) -> str | None:
+def other_kind(path: Path) -> str | None:
     """Return what kind of file this is if it is no image, e.g. ".svg"; None for an image.
 
     A file with the ending of an image counts as one: whether it can be decoded is seen later.
+
+    Raises:
+        DataError: If it cannot be opened.
     """
     if path.name.startswith("."):
         return "hidden file"

@@ -1,59 +1,66 @@
-"""`svp-bench predict`: a trained run on pictures of one's own."""
+"""`svp-bench predict`: the classes of images by a trained run."""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from svp_bench.cards import displayed_class_names, load_protocol, load_task
-from svp_bench.data.transforms import View, to_rgb
-from svp_bench.errors import CheckpointError, ConfigError, DataError, RecordError, SvpBenchError, UsageError, plural
+from svp_bench.config import Flags
+from svp_bench.data.class_folders import other_kind
+from svp_bench.data.decode import Depth, UnreadableImageError, read_image
+from svp_bench.data.transforms import View
+from svp_bench.errors import CheckpointError, ConfigError, RecordError, SvpBenchError, UsageError, plural, printable
 from svp_bench.methods import METHODS
-from svp_bench.methods.base import build_method
-from svp_bench.results.files import write_atomically
+from svp_bench.methods.base import Method, build_method
+from svp_bench.plain_yaml import read_yaml
+from svp_bench.results.code import source_files
+from svp_bench.results.files import csv_text, write_atomically
 from svp_bench.train.memory import HostGauge, Shortage, is_out_of_memory
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.out_of_memory import explain_prediction
+from svp_bench.train.parsing import make_importable
+from svp_bench.train.resume import changed_sources, read_sources
 from svp_bench.train.saved import SAVED_KEY, About, Saved, wrong_part
 
-__all__ = ["load_run", "run_predict"]
-
-_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+__all__ = ["find_images", "load_run", "run_predict"]
 
 
-def load_run(path: str | Path, checkpoint: str | None = None) -> tuple[AdaptationModule, About]:
+def load_run(
+    path: str | Path, checkpoint: str | None = None, method_file: str | None = None
+) -> tuple[AdaptationModule, About]:
     """Rebuild the model of a run from its checkpoint, in eval mode.
 
     Args:
         path: `runs/…/checkpoints/last.ckpt`.
         checkpoint: Where the backbone's weights are now, if not where the run had them.
+        method_file: The file of the run's own method, if its class lies beside it.
 
     Returns:
         The module, and what the checkpoint says about itself.
 
     Raises:
         CheckpointError: If the file is no svp-bench checkpoint, is damaged, or the backbone's weights are other ones.
-        UsageError: If there is no such file, or its method is not registered here.
+        UsageError: If there is no such file, or its method is neither registered here nor importable.
     """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"no checkpoint {str(path)!r}; runs keep theirs in runs/<task>/<run>/checkpoints/")
     saved = Saved.read(path)
     about = saved.about
-    names = {entry.target.replace(":", "."): entry.name for entry in METHODS}
-    if about.method not in names:
-        raise UsageError(f"{path}: its method {about.method!r} is not registered here (`svp-bench methods`)")
-    name = names[about.method]
+    method_class = _method_class(about, path, method_file)
+    registered = {entry.target.replace(":", "."): entry.name for entry in METHODS}
+    name = registered.get(about.method, method_class.__name__)
     try:
-        method = build_method(METHODS.get(name), name, dict(about.method_args))
+        method = build_method(method_class, name, dict(about.method_args))
     except (TypeError, ValueError, ConfigError) as error:
         raise wrong_part(
             str(path), f"{SAVED_KEY}.method_args", dict(about.method_args), f"settings of {name} ({error})"
@@ -75,80 +82,161 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> tuple[Adaptatio
     return module.eval(), about
 
 
-def find_pictures(places: Sequence[str]) -> list[Path]:
-    """Return the picture files among `places`: files as given, folders searched to the bottom, sorted.
+def _method_class(about: About, path: Path, method_file: str | None) -> type[Method]:
+    """Return the class of a run's method: a registered one, or that of the run's own file.
 
     Raises:
-        UsageError: If a place does not exist, or a folder holds no pictures.
+        UsageError: If the run's config.yaml does not name it, or it cannot be imported.
     """
-    found: list[Path] = []
-    for place in map(Path, places):
-        if place.is_dir():
-            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in _PICTURES and p.is_file())
-            if not inside:
-                raise UsageError(f"no pictures in {place} ({', '.join(_PICTURES)})")
-            found += inside
-        elif place.is_file():
-            found.append(place)
-        else:
-            raise UsageError(f"no picture or folder {str(place)!r}")
+    names = {entry.target.replace(":", "."): entry.name for entry in METHODS}
+    if about.method in names:
+        return METHODS.get(names[about.method])
+    folder = path.resolve().parent.parent
+    if method_file is None and about.method != _named_in_config(folder / "config.yaml"):
+        raise UsageError(
+            f"{path}: its method {about.method!r} is not registered here (`svp-bench methods`), and no config.yaml of "
+            "the run beside the checkpoints names it; give the method's file with --method FILE"
+        )
+    make_importable(Flags((), method_file, (), {}))
+    module, _, name = about.method.rpartition(".")
+    try:
+        found = getattr(__import__(module, fromlist=[name]), name)
+    except Exception as error:  # whatever the import of somebody's module raises
+        raise UsageError(
+            f"{path}: its method {about.method!r} cannot be imported ({type(error).__name__}: {error}); its file is "
+            "gone or lies elsewhere: run in its folder, or give the method's file beside it with --method FILE"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UsageError(f"{path}: {about.method!r} is not a class of a method")
+    if edited := changed_sources(read_sources(folder), source_files([about.method])):
+        sys.stderr.write(
+            f"Note: changed since the run: {printable(edited)}; the predictions are those of the code now.\n"
+        )
     return found
 
 
-def run_predict(
-    ckpt: str, places: Sequence[str], output: str | None, checkpoint: str | None, top: int, batch_size: int = 32
-) -> int:
-    """Write one CSV row a picture: path, then class, name and probability of the `top` best classes.
+def _named_in_config(path: Path) -> str | None:
+    try:
+        value = read_yaml(path, error=ConfigError).value
+        return str(value["model"]["method"]["class_path"])
+    except (ConfigError, KeyError, TypeError):
+        return None
 
-    The classes are called as in the run; where nobody knows their names, "class 0", "class 1" …
+
+def find_images(places: Sequence[str]) -> tuple[list[Path], dict[str, int]]:
+    """Return the image files among `places`, and kind of other file → how many were skipped.
+
+    Files are taken as given; folders are searched to the bottom, in order, for what is an image by its content or
+    its ending. Links to folders are not followed.
+
+    Raises:
+        UsageError: If a place does not exist, or a folder holds no images.
+    """
+    found: list[Path] = []
+    skipped: dict[str, int] = {}
+    for place in map(Path, places):
+        if not os.path.lexists(place):
+            raise UsageError(f"no image or folder {str(place)!r}")
+        if not place.is_dir():
+            found.append(place)
+            continue
+        inside: list[Path] = []
+        for file in sorted(Path(folder) / name for folder, _, names in os.walk(place) for name in names):
+            try:
+                kind = other_kind(file)
+            except SvpBenchError:  # a dangling link, or no permission: listed with the reason
+                kind = None
+            if kind is None:
+                inside.append(file)
+            else:
+                skipped[kind] = skipped.get(kind, 0) + 1
+        if not inside:
+            kinds = f"; skipped: {_listed(skipped)}" if skipped else ""
+            raise UsageError(f"no images in {place}{kinds}")
+        found += inside
+    return found, skipped
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+
+
+def run_predict(
+    ckpt: str,
+    places: Sequence[str],
+    output: str | None,
+    checkpoint: str | None,
+    top: int,
+    batch_size: int = 32,
+    method_file: str | None = None,
+) -> int:
+    """Write one CSV row an image: path, then class, name and probability of the `top` best classes, then the error.
+
+    The classes are called as in the run; where nobody knows their names, "class 0", "class 1" … An image that cannot
+    be read has a row with the reason in the last column.
 
     Args:
         ckpt: The run's checkpoint.
-        places: Pictures and folders of pictures.
+        places: Images and folders of images.
         output: CSV file; standard output if None.
         checkpoint: Where the backbone's weights are now, if not where the run had them.
         top: How many classes a row names.
-        batch_size: Pictures at a time.
+        batch_size: Images at a time.
+        method_file: The file of the run's own method, if its class lies beside it.
 
     Returns:
-        The exit status.
+        The exit status: 0 if all images were read, 1 if one was not.
 
     Raises:
-        SvpBenchError: For everything that a user can mend.
+        SvpBenchError: For everything that a user can fix.
     """
     if batch_size < 1:
         raise UsageError(f"--batch_size is at least 1, not {batch_size}")
-    pictures = find_pictures(places)
-    module, about = load_run(ckpt, checkpoint)
+    images, skipped = find_images(places)
+    module, about = load_run(ckpt, checkpoint, method_file)
     names = about.class_names or displayed_class_names(load_task(about.task))  # older checkpoints do not say
     if len(names) != about.num_classes:
         raise CheckpointError(
             f"{ckpt}: a run of {plural(about.num_classes, 'class')}, but the card of {about.task} has {len(names)} now"
         )
     protocol = load_protocol(about.protocol)
-    seen = about.view or {"resize": protocol.resize, "interpolation": protocol.interpolation}
+    seen = dict(about.view or {"resize": protocol.resize, "interpolation": protocol.interpolation})
+    depth = Depth(*seen.pop("depth", ()))
     view = View(about.image_size, **seen)
     top = min(top, module.num_classes)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", *(f"{column}{rank}" for rank in range(1, top + 1) for column in ("class", "name", "p"))])
+    columns = [f"{column}{rank}" for rank in range(1, top + 1) for column in ("class", "name", "p")]
+    writer.writerow(["path", *columns, "error"])
     gauge = HostGauge()
-    for start in range(0, len(pictures), batch_size):
-        part = pictures[start : start + batch_size]
+    errors: list[str] = []
+    began = time.perf_counter()
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        read = [_read(path, view, depth) for path in part]
+        arrays = [one for one in read if not isinstance(one, str)]
+        rows: Iterator[list[str]] = iter(())
         shortage: Shortage | None = None
         try:
-            images = torch.from_numpy(np.stack([_read(path, view) for path in part]))
-            with torch.inference_mode():
-                best = module(images).softmax(dim=-1).topk(top)
+            if arrays:
+                with torch.inference_mode():
+                    best = module(torch.from_numpy(np.stack(arrays))).softmax(dim=-1).topk(top)
+                rows = iter(
+                    [_cells(*row, names) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+                )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             shortage = Shortage.told_by(error)
         if shortage is not None:  # out of the clause, which keeps what it has caught
-            raise explain_prediction(module, gauge, len(part), "--batch_size", shortage)
-        for path, values, classes in zip(part, best.values.tolist(), best.indices.tolist(), strict=True):
-            row = zip(classes, values, strict=True)
-            writer.writerow([path, *_cells(row, names)])
+            raise explain_prediction(module, gauge, len(arrays), "--batch_size", shortage)
+        for path, one in zip(part, read, strict=True):
+            if isinstance(one, str):
+                errors.append(printable(f"{path}: {one}"))
+                writer.writerow([csv_text(str(path)), *[""] * len(columns), csv_text(one)])
+            else:
+                writer.writerow([csv_text(str(path)), *next(rows), ""])
+    seconds = time.perf_counter() - began
     if output is None:
         sys.stdout.write(text.getvalue())
     else:
@@ -156,17 +244,37 @@ def run_predict(
             write_atomically(Path(output), text.getvalue())
         except RecordError as error:
             raise SvpBenchError(f"{str(error).partition('; ')[0]}; choose another --output") from None
-    return 0
+    _report(len(images), errors, skipped, output, seconds)
+    return 1 if errors else 0
 
 
-def _cells(row: Iterator[tuple[int, float]], names: Sequence[str]) -> Iterator[str]:
-    for label, p in row:
-        yield from (str(label), names[label], f"{p:.4f}")
+def _report(count: int, errors: Sequence[str], skipped: dict[str, int], output: str | None, seconds: float) -> None:
+    """Print how it went: below the CSV on standard error, else on standard output."""
+    stream = sys.stderr if output is None else sys.stdout
+    read = count - len(errors)
+    where = "" if output is None else f", in {printable(output)}"
+    images = "image" if count == 1 else "images"
+    stream.write(f"Predicted {read:,} of {count:,} {images} ({read / max(seconds, 1e-9):.1f} images/s){where}\n")
+    if skipped:
+        stream.write(f"Skipped files that are not images: {_listed(skipped)}\n")
+    if errors:
+        more = f" (and {len(errors) - 3} more)" if len(errors) > 3 else ""
+        sys.stderr.write(f"Could not read {len(errors)} of them (column error): {'; '.join(errors[:3])}{more}\n")
 
 
-def _read(path: Path, view: View) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _cells(labels: Sequence[int], values: Sequence[float], names: Sequence[str]) -> list[str]:
+    return [
+        cell
+        for label, p in zip(labels, values, strict=True)
+        for cell in (str(label), csv_text(names[label]), f"{p:.4f}")
+    ]
+
+
+def _read(path: Path, view: View, depth: Depth) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | str:
+    """Return an image at the model's size, or why it cannot be read."""
     try:
-        with Image.open(path) as image:
-            return view(to_rgb(image))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: not a readable picture ({type(error).__name__})") from None
+        return view(read_image(path, depth).image)
+    except (OSError, UnreadableImageError) as error:
+        return f"not a readable image: {getattr(error, 'strerror', None) or error}"
+    except Exception as error:  # of the resize: no memory for a very long and narrow image, for one
+        return f"not a readable image: {type(error).__name__}"

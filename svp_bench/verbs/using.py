@@ -21,10 +21,10 @@ def demo(argv: Sequence[str]) -> int:
 
 
 def predict(argv: Sequence[str]) -> int:
-    """Name the classes of pictures with a trained run."""
+    """Name the classes of images with a trained run."""
     options = parser("predict")
     options.add_argument("--ckpt", required=True, help="runs/…/checkpoints/last.ckpt")
-    options.add_argument("--images", required=True, nargs="+", help="pictures, or folders of pictures")
+    options.add_argument("--images", required=True, nargs="+", help="images, or folders of images")
     options.add_argument("--output", help="a CSV file; standard output by default")
     options.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved")
     options.add_argument("--top", type=int, default=1, choices=range(1, 11), help="how many classes to name")
@@ -34,9 +34,17 @@ def predict(argv: Sequence[str]) -> int:
         default=32,
         help="images at a time; results change by rounding at most",
     )
+    options.add_argument("--method", help="the run's own method file, if its class lies beside it", metavar="FILE")
+    options.epilog = "Exit status: 0 if all images were read; 1 if some were not, which the column error names."
     arguments = options.parse_args(argv)
     from svp_bench.train.predict import run_predict
 
     return run_predict(
-        arguments.ckpt, arguments.images, arguments.output, arguments.checkpoint, arguments.top, arguments.batch_size
+        arguments.ckpt,
+        arguments.images,
+        arguments.output,
+        arguments.checkpoint,
+        arguments.top,
+        arguments.batch_size,
+        arguments.method,
     )
