@@ -64,7 +64,7 @@ def test_what_cannot_be_read_is_a_row_with_the_reason(place: Path) -> None:
     found = {Path(row["path"]).name: row for row in rows(Path("out.csv").read_text())}
     assert {name for name, row in found.items() if not row["error"]} == {"0.jpg", "2.jpg", "browser.jfif", "no suffix"}
     assert all(row["class1"] for row in found.values() if not row["error"])
-    assert "truncated" in found["1.jpg"]["error"]
+    assert "runcated" in found["1.jpg"]["error"]
     assert "no known image format" in found["page.png"]["error"]
     assert "Predicted 4 of 7 images" in outcome.out
     assert "images/s), in out.csv" in outcome.out
