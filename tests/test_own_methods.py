@@ -305,3 +305,15 @@ def test_a_hook_of_a_module_outside_of_the_model_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"Lost: a hook belongs to a ScalingAdapter that is not in the model"):
         adapt(backbone(), Lost())
+
+
+def test_an_adapter_that_stores_a_closure_over_the_model_is_refused() -> None:
+    class Storing(Adding):
+        def attach(self, model: VisionMamba) -> None:
+            super().attach(model)
+            model.adapter.look = lambda: model.cls_token  # type: ignore[union-attr]
+
+    with pytest.raises(
+        ConfigError, match=r"Storing: look of the adapter's ParameterDict is a function that closes over"
+    ):
+        adapt(backbone(), Storing())

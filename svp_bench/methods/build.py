@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any
 
 import timm
@@ -112,6 +113,13 @@ def _check_promises(model: VisionMamba, method: Method, before: Tensor | None) -
                 f"{name}: a hook belongs to a {type(owner).__name__} that is not in the model, so it would be neither "
                 "trained nor saved; put it into model.adapter"
             )
+    for part in model.adapter.modules() if model.adapter is not None else ():
+        for key, value in vars(part).items():
+            if isinstance(value, FunctionType) and _closes_over(value, inside):
+                raise ConfigError(
+                    f"{name}: {key} of the adapter's {type(part).__name__} is a function that closes over a module of "
+                    "the model: copies of the model would go on using that one; make it a method"
+                )
     counted = sum(p.numel() for key, p in trained_parameters(model).items() if not key.startswith("head."))
     if (claimed := method.adapter_parameters(model)) != counted:
         raise ConfigError(
@@ -128,6 +136,17 @@ def _check_promises(model: VisionMamba, method: Method, before: Tensor | None) -
             f"{name}: identity_at_start is declared, and the features of a random image change by {moved:.2g} of the "
             f"largest ({bound:g} is allowed); start at zero, or declare identity_at_start = False"
         )
+
+
+def _closes_over(function: FunctionType, modules: set[nn.Module]) -> bool:
+    """Whether a function, or one that it closes over, holds one of the modules."""
+    held = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    return any(
+        part in modules
+        if isinstance(part, nn.Module)
+        else isinstance(part, FunctionType) and part is not function and _closes_over(part, modules)
+        for part in held
+    )
 
 
 @torch.no_grad()
