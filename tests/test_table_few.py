@@ -326,3 +326,22 @@ def test_load_results(tmp_path: Path) -> None:
         (tmp_path / "records" / "vtab" / "dtd" / f"broken{number}.json").write_text("{", encoding="utf-8")
     with pytest.warns(UserWarning, match=r"7 files .*broken0\.json .*and 2 more"):
         assert len(svp_bench.load_results(root)) == 2
+
+
+def test_no_mean_is_printed_with_more_than_the_possible_around_it() -> None:
+    """Four tasks near 100 %, of which one varies over its two seeds: ± would reach above 100."""
+    rights = {"dtd": (500, 500), "svhn": (499, 500), "eurosat": (500, 499), "kitti": (470, 500)}
+    records = [
+        make_record(f"vtab/{task}", "svp", seed, right, 500)
+        for task, by_seed in rights.items()
+        for seed, right in enumerate(by_seed)
+    ]
+    near = dataclasses.replace(load_suite("vtab"), groups={"natural": tuple(rights)}, same_pictures=())
+    table = load_table(near, records)
+    texts = pages(table)
+    assert re.search(r"99\.20 \[\d\d\.\d\d, 100\.00\]", texts["out"])
+    assert "where ± would leave 0 to 100" in texts["out"]
+    assert re.search(r"99\.20\$_\{\[\d\d\.\d\d, 100\.00\]\}\$", texts["tex"])
+    for name in ("md", "out"):
+        for mean, half in re.findall(r"([\d.]+) ± ([\d.]+)\\?\*", texts[name]):
+            assert float(mean) + float(half) <= 100, name

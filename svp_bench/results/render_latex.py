@@ -197,7 +197,13 @@ def _means(section: Section, suite: SuiteCard, allowed: Sequence[Marks | None], 
             value, whisker = values[index], behind[index]
             text = escape(HOLE) if value is None else _emphasised(f"{value:.2f}", row, allowed[index])
             star = f"^{{{IMAGES}}}" if whisker is not None and whisker.images else ""
-            text += "" if whisker is None else rf"$_{{\pm {whisker.half:.2f}}}{star}$"
+            if whisker is not None:
+                low, high = f"{whisker.low:.2f}", f"{whisker.high:.2f}"
+                text += (
+                    rf"$_{{[{low}, {high}]}}{star}$"
+                    if whisker.half is None
+                    else rf"$_{{\pm {whisker.half:.2f}}}{star}$"
+                )
             if index == len(names) - 2 and partial(row, suite):
                 text += f" ({partial(row, suite)})"
             cells.append(text + (escape("§") if value is not None and drawn & averaged[index] else ""))

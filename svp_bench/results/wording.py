@@ -105,15 +105,24 @@ def scores(row: Row, suite: SuiteCard) -> list[float | None]:
 
 
 class Whisker(NamedTuple):
-    """What stands behind ±: half a width in points, and whether it is over test images instead of seeds."""
+    """What stands behind a mean: an interval, and whether it is over test images instead of seeds."""
 
-    half: float
+    value: float
+    low: float
+    high: float
     images: bool
 
     @property
+    def half(self) -> float | None:
+        """Half the width; None where ± it would leave 0 to 100."""
+        half = (self.high - self.low) / 2
+        return half if self.value - half >= 0 and self.value + half <= 100 else None
+
+    @property
     def text(self) -> str:
-        """Return "± 1.25", or "± 1.25*" over test images."""
-        return f"± {self.half:.2f}{IMAGES if self.images else ''}"
+        """Return "± 1.25", or "[97.50, 100.00]" where ± would leave 0 to 100; with a star over test images."""
+        shown = f"[{self.low:.2f}, {self.high:.2f}]" if self.half is None else f"± {self.half:.2f}"
+        return f"{shown}{IMAGES if self.images else ''}"
 
 
 def whiskers(row: Row, suite: SuiteCard) -> list[Whisker | None]:
@@ -129,10 +138,9 @@ def whiskers(row: Row, suite: SuiteCard) -> list[Whisker | None]:
 
 
 def _whisker(seeds: Estimate | None, images: Estimate | None) -> Whisker | None:
-    if seeds is not None and seeds.half_width is not None:
-        return Whisker(seeds.half_width, images=False)
-    if images is not None and images.half_width is not None:
-        return Whisker(images.half_width, images=True)
+    for estimate, over_images in ((seeds, False), (images, True)):
+        if estimate is not None and estimate.low is not None and estimate.high is not None:
+            return Whisker(estimate.value, estimate.low, estimate.high, over_images)
     return None
 
 
@@ -313,6 +321,8 @@ def interval_notes(section: Section, suite: SuiteCard, level: float) -> list[str
         )
     if any(whisker.images for whisker in shown):
         notes.append(images_note(level))
+    if any(whisker.half is None for whisker in shown):
+        notes.append("In brackets: the same interval, where ± would leave 0 to 100.")
     return notes + unknown_variance_notes(section, suite)
 
 
