@@ -59,7 +59,7 @@ from typing import Any
 
 from svp_bench._version import __version__
 from svp_bench.cards import ProtocolCard, TaskCard, load_protocol, load_suite, load_task
-from svp_bench.errors import RecordError, UsageError, plural
+from svp_bench.errors import RecordError, UsageError, plural, printable
 from svp_bench.plain_yaml import read_yaml
 from svp_bench.resources import configs_dir, tasks_dirs
 from svp_bench.results.audit_base import (
@@ -190,11 +190,11 @@ def render(report: Report) -> str:
         else:
             lines += [f"  → no line fails; notes: {noted}" if noted else "  → no line fails", ""]
     good = sum(not one.failures for one in audits)
-    count = f"{len(audits)} record{'s' if len(audits) != 1 else ''}"
+    count = plural(len(audits), "record")
     lines.append(f"{count}: {good} without a failing line, {len(audits) - good} fail")
     if report.skipped:
-        lines.append(f"{report.skipped} other JSON file{'s' if report.skipped != 1 else ''} left out: no records")
-    return "\n".join([*lines, _LIMITS]) + "\n"
+        lines.append(f"{plural(report.skipped, 'other JSON file')} left out: no records")
+    return "\n".join(map(printable, [*lines, _LIMITS])) + "\n"
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:

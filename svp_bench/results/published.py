@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svp_bench.cards import SuiteCard
-from svp_bench.errors import RecordError, unknown_name
+from svp_bench.errors import RecordError, plural, unknown_name
 from svp_bench.resources import published_dir
 
 __all__ = ["COLUMNS", "WHOLE", "PublishedRow", "load_published", "mean_names", "read_published"]
@@ -68,8 +68,8 @@ def mean_names(suite: SuiteCard) -> tuple[str, str]:
     """Return the names of both averages with the suite's own numbers: ("mean of 19 tasks", "mean of 3 groups")."""
     tasks, groups = len(suite.tasks), len(suite.groups)
     return (
-        f"mean of {tasks} task{'s' if tasks != 1 else ''}",
-        f"mean of {groups} group{'s' if groups != 1 else ''}",
+        f"mean of {plural(tasks, 'task')}",
+        f"mean of {plural(groups, 'group')}",
     )
 
 

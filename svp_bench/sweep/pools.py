@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from svp_bench.data.sources import cpu_count
+from svp_bench.errors import plural
 from svp_bench.sweep.jobs import Job, Outcome
 
 __all__ = ["Done", "Event", "LocalPool", "Pool", "Progress", "Work", "WorkerProcess", "visible_gpus"]
@@ -250,8 +251,8 @@ class LocalPool(Pool):
         self._heard: queue.Queue[tuple[_Worker, Mapping[str, Any]]] = queue.Queue()
         self._workers = [_Worker(number) for number in range(self.slots)]
         self._count = 0
-        kind = f"{len(gpus)} GPU{'s' if len(gpus) != 1 else ''}" if gpus else "CPU"
-        self.what = f"{self.slots} worker{'s' if self.slots != 1 else ''} on this machine ({kind})"
+        kind = plural(len(gpus), "GPU") if gpus else "CPU"
+        self.what = f"{plural(self.slots, 'worker')} on this machine ({kind})"
 
     def _start(self, number: int) -> _Worker:
         worker = _Worker(number)

@@ -30,7 +30,7 @@ from typing import Any
 
 from svp_bench import __version__
 from svp_bench.data.sources import cpu_count
-from svp_bench.errors import SvpBenchError, UnavailableError, UsageError
+from svp_bench.errors import SvpBenchError, UnavailableError, UsageError, plural
 from svp_bench.sweep.jobs import Job
 from svp_bench.sweep.pools import Done, Event, Pool, Work, WorkerProcess
 
@@ -461,7 +461,7 @@ def _describe(shares: Shares, nodes: Sequence[Mapping[str, float]], address: str
         has = f"{len(nodes)} nodes, {has}"
     waiting = f", room for {shares.room} now" if shares.workers > shares.room else ""
     share = f" with {shares.gpus:g} GPU each" if shares.gpus else ""
-    return f"{shares.workers} worker{'s' if shares.workers != 1 else ''}{share} on {where} ({has}{waiting})"
+    return f"{plural(shares.workers, 'worker')}{share} on {where} ({has}{waiting})"
 
 
 def _maker(ray: Any, shares: Shares, setup: _Setup) -> Any:

@@ -496,7 +496,7 @@ def conclude(console: Console, sweep: Sweep, command: Sequence[str], asked: Aske
         console.print(f"Once the reason is mended: the same command{how}.")
     if sweep.stopping:
         saved = sum(ended.outcome.status == "stopped" for ended in sweep.stopped)
-        what = f"{saved} running job{'' if saved == 1 else 's'} saved" if saved else "no job had begun to train"
+        what = f"{plural(saved, 'running job')} saved" if saved else "no job had begun to train"
         console.print(f"Stopped; {what}. Go on: {shlex.join(command)}", soft_wrap=True)
         return 130 if signal.SIGINT in asked.signals else 0
     return None

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from svp_bench.errors import UsageError
+from svp_bench.errors import UsageError, printable
 
 __all__ = ["Parser", "parser", "print_table"]
 
@@ -27,7 +27,8 @@ def parser(verb: str) -> Parser:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text in aligned columns."""
+    """Print rows of text in aligned columns; control characters as escapes."""
+    rows = [list(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
