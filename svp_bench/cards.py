@@ -180,7 +180,8 @@ class ProtocolCard:
         name: "vtab-final".
         version: Goes up when anything here changes that moves a number.
         title: One line for people.
-        image_size: Height and width of the model's input in pixels.
+        image_size: Height and width of the model's input in pixels; None ("backbone" on the card) for the size that the
+            backbone was trained with.
         resize: "straight": both sides to `image_size`, the aspect ratio is not kept; "centre_crop": the shorter side to
             `image_size` / 0.875, then the square in the middle.
         interpolation: "bicubic" (Pillow's, which averages when it shrinks).
@@ -197,7 +198,7 @@ class ProtocolCard:
     name: str
     version: int
     title: str
-    image_size: int
+    image_size: int | None
     resize: str
     interpolation: str
     augmentation: str
@@ -440,6 +441,7 @@ def _stems(folder: Path) -> list[str]:
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # one component: no slash, no leading dot
 _SOURCE = re.compile(r"https?://\S+|drawn|your own")
+_BACKBONE = "backbone"  # in the place of a protocol's image_size
 _FOUND = "found"  # in the place of classes and counts
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _CITATION = re.compile(r"[A-Za-z][A-Za-z0-9:_.+-]*")
@@ -590,7 +592,7 @@ def _protocol(card: Node) -> ProtocolCard:
         name=card.path.stem,
         version=keys["version"].positive(),
         title=keys["title"].text(),
-        image_size=keys["image_size"].positive(),
+        image_size=None if keys["image_size"].value == _BACKBONE else keys["image_size"].positive(),
         **{key: keys[key].choice(allowed, key) for key, allowed in _CHOICES.items()},
         stages=stages,
         training={section: {k: v.value for k, v in body.mapping().items()} for section, body in training.items()},

@@ -106,8 +106,8 @@ class VisionDataModule(LightningDataModule):
             for each core, at most 8, and none for a small list.
         seed: Seed of the order of the training pictures.
         drop_last: Leave a smaller last batch out of an epoch, unless it is the only one.
-        image_size: Height and width of the pictures in pixels, or one number for both; by default the protocol's. Not a
-            square: with `resize` straight and without crops.
+        image_size: Height and width of the pictures in pixels, or one number for both; by default the protocol's, else
+            the backbone's. Not a square: with `resize` straight and without crops.
         resize: How a picture is brought to that size: straight (both sides, the aspect ratio is lost) or centre_crop
             (shorter side to image_size / crop_ratio, then the square in the middle); by default the protocol's.
         interpolation: bicubic, bilinear or lanczos; by default the protocol's.
@@ -210,7 +210,13 @@ class VisionDataModule(LightningDataModule):
                 )
         self.num_classes = self.card.classes
         self.class_names: list[str] = displayed_class_names(self.card)
-        self.image_size = self.protocol.image_size if image_size is None else image_size
+        size = self.protocol.image_size if image_size is None else image_size
+        if size is None:
+            raise ConfigError(
+                f"the protocol {self.protocol.name} leaves --data.image_size to the backbone; give that of yours "
+                "(svp_bench.methods.build.input_size tells it)"
+            )
+        self.image_size: int | tuple[int, int] = size
         for side in sides(self.image_size):
             _at_least(1, "image_size", side)
         self.batch_size = _at_least(1, "batch_size", batch_size)

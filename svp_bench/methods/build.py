@@ -16,10 +16,10 @@ import svp_bench.models.vim  # noqa: F401  registers the backbones with timm
 from svp_bench.errors import ConfigError, unknown_name
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import Method, build_method
-from svp_bench.models.checkpoints import load_checkpoint, resolve_checkpoint
+from svp_bench.models.checkpoints import Head, keeps_head, load_checkpoint, resolve_checkpoint
 from svp_bench.models.vim import VisionMamba
 
-__all__ = ["adapt", "create_backbone", "create_model", "trained_parameters"]
+__all__ = ["adapt", "create_backbone", "create_model", "input_size", "trained_parameters"]
 
 
 def list_backbones() -> list[str]:
@@ -27,31 +27,59 @@ def list_backbones() -> list[str]:
     return sorted(timm.list_models("vim_*"))
 
 
+def input_size(name: str) -> int | tuple[int, int]:
+    """Return the image size that a backbone was trained with: one number for a square, else (height, width).
+
+    Raises:
+        UsageError: If there is no such backbone; names the nearest.
+    """
+    _need_known(name)
+    cfg: Any = timm.get_pretrained_cfg(name)
+    _, height, width = cfg.input_size
+    return int(height) if height == width else (int(height), int(width))
+
+
+def _need_known(name: str) -> None:
+    known = list_backbones()
+    if name not in known:
+        raise unknown_name("backbone", name, known)
+
+
 def create_backbone(
-    name: str, *, num_classes: int, checkpoint: str | Path | None = None, **arguments: Any
+    name: str,
+    *,
+    num_classes: int,
+    checkpoint: str | Path | None = None,
+    head: Head | None = None,
+    **arguments: Any,
 ) -> VisionMamba:
-    """Build a backbone and load its weights.
+    """Build a backbone and load its weights; `load_report` of the model says what that did besides copying.
 
     Args:
         name: timm name, e.g. "vim_small_patch16_224".
         num_classes: Classes of the head.
         checkpoint: None or "none" for random weights, "hub", "embedded", or a path.
+        head: fresh: a new head; keep: that of the file, which must have `num_classes` classes. None is fresh.
         arguments: Of `VisionMamba`, e.g. `img_size`, `drop_path_rate`, `scan_backend`.
 
     Raises:
         UsageError: If there is no such backbone; names the nearest.
+        ConfigError: If the images are smaller than a patch, or there is no class.
         CheckpointError: If the weights cannot be had or do not fit.
     """
-    known = list_backbones()
-    if name not in known:
-        raise unknown_name("backbone", name, known)
+    _need_known(name)
     if num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, not {num_classes}")
     path = resolve_checkpoint(checkpoint, name)
+    if keeps_head(head) and path is None:
+        raise ConfigError("model.head keep takes the head of a file; model.checkpoint none has no file")
     model = timm.create_model(name, num_classes=num_classes, **arguments)
     assert isinstance(model, VisionMamba)
+    if model.patch_embed.num_patches < 1:
+        size, side = arguments.get("img_size"), model.patch_embed.patch_size[0]
+        raise ConfigError(f"data.image_size {size} is smaller than a patch of {name} ({side} pixels)")
     if path is not None:
-        load_checkpoint(model, path)
+        load_checkpoint(model, path, head)
     return model
 
 
@@ -222,6 +250,7 @@ def create_model(
     num_classes: int,
     method: str = "svp",
     checkpoint: str | Path | None = None,
+    head: Head | None = None,
     **method_args: Any,
 ) -> VisionMamba:
     """Build a backbone, load its weights, attach a method.
@@ -235,6 +264,7 @@ def create_model(
         num_classes: Classes of the head.
         method: A name of `svp_bench.list_methods()`.
         checkpoint: None or "none" for random weights, "hub", "embedded", or a path.
+        head: fresh: a new head; keep: that of the file, which must have `num_classes` classes. None is fresh.
         method_args: The method's settings.
 
     Returns:
@@ -246,4 +276,4 @@ def create_model(
         CheckpointError: If the weights cannot be had or do not fit.
     """
     made = build_method(METHODS.get(method), method, method_args)
-    return adapt(create_backbone(name, num_classes=num_classes, checkpoint=checkpoint), made)
+    return adapt(create_backbone(name, num_classes=num_classes, checkpoint=checkpoint, head=head), made)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,9 @@ from svp_bench.ops import (
     bidirectional_scan,
     require,
 )
+
+if TYPE_CHECKING:
+    from svp_bench.models.checkpoints import LoadReport
 
 __all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "Block", "Mixer", "Points", "RMSNorm", "TokenState", "VisionMamba"]
 
@@ -364,6 +367,7 @@ class VisionMamba(nn.Module):
     Attributes:
         points: Where a method may act.
         adapter: What a method trains, or None.
+        load_report: What loading the weights did besides copying, or None for random ones.
         feature_info: A dict a block, as timm's `features_only` reads it.
 
     Raises:
@@ -410,6 +414,7 @@ class VisionMamba(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Identity()
         self.adapter: nn.Module | None = None
+        self.load_report: LoadReport | None = None  # of `load_checkpoint`
         self.points = Points(depth)
         self.grad_checkpointing = False
         for layer, mix in enumerate(self.mixers):
@@ -699,10 +704,11 @@ class VisionMamba(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
-        """Load a published file; timm calls this for `pretrained=True`."""
+        """Load a published file; timm calls this for `pretrained=True`, and keeps a head of as many classes."""
         from svp_bench.models.checkpoints import load_checkpoint
 
-        load_checkpoint(self, checkpoint_path)
+        cfg: Any = getattr(self, "pretrained_cfg", {})
+        load_checkpoint(self, checkpoint_path, head="keep" if self.num_classes == cfg.get("num_classes") else "fresh")
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from svp_bench.config import Flags
 from svp_bench.data.locate import locate
 from svp_bench.data.module import VisionDataModule
+from svp_bench.data.transforms import sides
 from svp_bench.errors import ConfigError, RecordError, SvpBenchError, UsageError, plural
 from svp_bench.interrupts import INTERRUPTS, Preempted
-from svp_bench.results.digests import canonical_digest, cell_config, flat, setting_digest
+from svp_bench.results.digests import canonical_digest, cell_config, config_digest, flat, setting_digest
 from svp_bench.results.files import (
     check_writable,
     continue_record,
@@ -44,11 +45,12 @@ from svp_bench.train.parsing import ConfigCLI, make_importable, one_line
 from svp_bench.train.provenance import changed_cards, commit_and_dirty, dirty_warning
 from svp_bench.train.quiet import quiet
 from svp_bench.train.recording import Recorder
-from svp_bench.train.resumable import REMEDY, check_resumable
+from svp_bench.train.resumable import check_resumable
 from svp_bench.train.resume import (
     CHECKPOINT,
     AtomicCheckpointIO,
     Found,
+    Start,
     StepSeeds,
     Stopper,
     agreed_name,
@@ -160,17 +162,27 @@ class BenchCLI(ConfigCLI):
         runs, records = Path(config.runs_root) / data.card.name, Path(config.results_root) / "records" / data.card.name
         resume = self.verb == "fit" and bool(config.get("resume"))
 
+        def same_setting(other: Mapping[str, Any]) -> bool:  # tuned values are no part of the setting's digest
+            return setting_digest(other, tuned) == digest and config_digest(other) == self.settings.config_digest
+
+        start = Start(self.settings.config, data)
+
         def decide() -> str:
             if resume:
                 if not config.trainer.fast_dev_run:
                     refuse_unwritable(Path(config.runs_root) / "claims", "--runs_root")
-                    name = canonical_digest([data.card.name, digest, self.settings.seed]).removeprefix("sha256:")[:32]
+                    name = canonical_digest([data.card.name, digest, self.settings.seed, str(config.model.checkpoint)])[
+                        7:39
+                    ]
                     claim_setting(self.holding, Path(config.runs_root) / "claims" / f"resume-{name}.lock")
-                same = lambda other: setting_digest(other, tuned) == digest  # noqa: E731
-                found = claim_run(self.holding, runs, records, config.seed_everything, same, self.settings.sources)
+                sources = self.settings.sources
+                found = claim_run(self.holding, runs, records, data.seed, same_setting, sources, start.is_of)
                 if found is not None:
                     return found.folder.name
-                rank_zero_info(f"Note: --resume: no run of this setting and seed in {runs}; this one begins.")
+                passed_over = f" ({start.passed_over})" if start.passed_over else ""
+                rank_zero_info(
+                    f"Note: --resume: no run of this setting and seed in {runs}{passed_over}; this one begins."
+                )
             return new_run_id(self.settings.method, self.settings.seed, digest)
 
         self.run_id = agreed_name(self.holding, decide, resume)
@@ -178,7 +190,7 @@ class BenchCLI(ConfigCLI):
         if resume and self.run_dir.is_dir():
             self.resumed = Found.at(self.run_dir, records)
             if self.resumed.checkpoint is not None and not self.resumed.finished:
-                self.saved = Saved.read(self.resumed.checkpoint, REMEDY)
+                self.saved = start.saved(self.resumed.checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer, with our callbacks, checkpoints and TensorBoard below the run's folder."""
@@ -463,11 +475,15 @@ class BenchCLI(ConfigCLI):
         counts = self.recorder.parameters()
         choice = self.recorder.scan_choice()
         weights = "random weights" if model.checkpoint == "none" else f"weights {model.checkpoint}"
+        height, width = sides(data.image_size)
+        loaded = model.load_report.describe() if model.load_report else None
         print(
             f"{self.run_id}\n"
             f"  task       {data.card.name} v{data.card.version}, stage {data.stage} "
             f"({', '.join(f'{role} on {name}' for role, name in data.lists.items())})\n"
             f"  backbone   {model.backbone_name}, {weights}, scan backend {choice.name} ({choice.reason})\n"
+            f"{f'  loaded     {loaded}{chr(10)}' if loaded else ''}"
+            f"  images     {height}x{width} pixels\n"
             f"  method     {self.settings.method}: {counts.adapter:,} parameters + {counts.head:,} of the head train, "
             f"of {counts.total:,}\n"
             f"  content    {', '.join(f'{name} {digest[7:19]}' for name, digest in data.content_digests.items())}\n"

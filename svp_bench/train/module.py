@@ -26,6 +26,7 @@ from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError, unknown_name
 from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
+from svp_bench.models import VisionMamba
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.ops import Choice, choose
 from svp_bench.train.metrics import (
@@ -37,10 +38,20 @@ from svp_bench.train.metrics import (
     per_class_markdown,
     score_pictures,
 )
-from svp_bench.train.recipe import EMA, Schedule, hidden_head, make_optimizer, mix, simam, soft_targets
+from svp_bench.train.recipe import (
+    EMA,
+    Schedule,
+    clipped_warmup,
+    hidden_head,
+    make_optimizer,
+    mix,
+    simam,
+    soft_targets,
+    warmup_notice,
+)
 from svp_bench.train.saved import SAVED_KEY, About
 
-__all__ = ["AdaptationModule"]
+__all__ = ["AdaptationModule", "initial_backbone"]
 
 _DTYPES = {"64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}  # of activations, by precision
 
@@ -58,7 +69,7 @@ class AdaptationModule(LightningModule):
         weight_decay: Of the optimizer. Biases, one-dimensional tensors and the backbone's own list take none; tables of
             scales (SVP's alpha and beta, groups or blocks × width) are two-dimensional and take it, as released.
         betas: Of AdamW.
-        warmup_epochs: Epochs of linear warm-up, clipped to the run.
+        warmup_epochs: Epochs of linear warm-up, clipped to a fifth of the run.
         warmup_start_factor: The warm-up starts at this fraction of the learning rate.
         min_learning_rate: Where the cosine ends.
         label_smoothing: Of the cross entropy.
@@ -83,6 +94,7 @@ class AdaptationModule(LightningModule):
         ema_decay: Keep a moving average of the trained weights with this decay, beside them in the checkpoint; none by
             default.
         ema_evaluate: Validate, test and predict with the averaged weights; false by default.
+        head: fresh: a new head; keep: the head of the checkpoint, which must have as many classes; fresh by default.
 
     A null of an argument that may be null means its default.
 
@@ -123,6 +135,7 @@ class AdaptationModule(LightningModule):
         input_attention: Literal["simam"] | None = None,
         ema_decay: float | None = None,
         ema_evaluate: bool | None = None,
+        head: Literal["fresh", "keep"] | None = None,
     ) -> None:
         super().__init__()
         _check_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
@@ -151,6 +164,9 @@ class AdaptationModule(LightningModule):
         _check_one_of("cosine_start", cosine_start, ("warmup_end", "run_start"))
         _check_one_of("schedule_interval", schedule_interval, ("step", "epoch"))
         _check_one_of("input_attention", input_attention, ("simam",))
+        _check_one_of("head", head, ("fresh", "keep"))
+        if head == "keep" and head_hidden is not None:
+            raise ConfigError("model.head keep takes the file's head, model.head_hidden makes another: set one of them")
         if optimizer == "sgd" and eps is not None:
             raise ConfigError("model.eps belongs to model.optimizer adamw, not to sgd")
         if optimizer != "sgd" and momentum is not None:
@@ -181,18 +197,17 @@ class AdaptationModule(LightningModule):
         self.ema_decay = ema_decay
         self.ema_evaluate = bool(ema_evaluate)
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
-            torch.manual_seed(seed)
-            model = create_backbone(
+            model = initial_backbone(
                 backbone,
+                checkpoint,
+                head,
+                seed,
                 num_classes=num_classes,
-                checkpoint=checkpoint,
                 img_size=image_size,
                 drop_path_rate=drop_path,
                 scan_backend=scan_backend,
             )
-            if model.patch_embed.num_patches < 1:
-                side = model.patch_embed.patch_size[0]
-                raise ConfigError(f"data.image_size {image_size} is smaller than a patch of {backbone} ({side} pixels)")
+            self.load_report = model.load_report
             self.backbone_digest = backbone_digest(model)
             if head_hidden is not None:
                 hidden_head(model, head_hidden)
@@ -413,12 +428,10 @@ class AdaptationModule(LightningModule):
                 f"model.cooldown_epochs {self.cooldown_epochs:g} leaves nothing of the {epochs} epochs of "
                 "trainer.max_epochs for the cosine"
             )
-        warmup = round(total * self.warmup_epochs / epochs) if epochs > 0 else 0
-        if warmup > total:
-            rank_zero_info(
-                f"The warm-up of {self.warmup_epochs:g} epochs is longer than the run of {epochs}: clipped to the run."
-            )
-            warmup = total
+        warmup_epochs = clipped_warmup(self.warmup_epochs, epochs)
+        if warmup_epochs != self.warmup_epochs:
+            rank_zero_info(warmup_notice(self.warmup_epochs, epochs))
+        warmup = round(total * warmup_epochs / epochs) if epochs > 0 else 0
         end = total - (round(total * self.cooldown_epochs / epochs) if epochs > 0 else 0)
         start = self.warmup_start_factor
         if self.warmup_learning_rate is not None:
@@ -494,6 +507,8 @@ class AdaptationModule(LightningModule):
             "num_classes": self.num_classes,
             "image_size": list(self.model.patch_embed.img_size),
             "head_hidden": self.head_hidden,
+            "head_digest": self.load_report.head_digest if self.load_report else None,
+            "pos_embed_grid": list(self.model.patch_embed.grid_size),
             "input_attention": self.input_attention,
             "ema_decay": self.ema_decay,
             "ema_evaluate": self.ema_evaluate,
@@ -544,7 +559,7 @@ class AdaptationModule(LightningModule):
         about, ours = About.of(checkpoint[SAVED_KEY], "the checkpoint"), self.identity()
         theirs = {**dataclasses.asdict(about), "image_size": list(about.image_size)}
         keys = ("backbone", "backbone_digest", "method", "method_args", "num_classes", "image_size")
-        for key in (*keys, "head_hidden", "input_attention", "ema_decay"):
+        for key in (*keys, "head_hidden", "head_digest", "input_attention", "ema_decay"):
             if theirs[key] != ours[key]:
                 raise CheckpointError(
                     f"the checkpoint was trained with {key} = {theirs[key]!r}, this run has {ours[key]!r}; "
@@ -562,6 +577,24 @@ class AdaptationModule(LightningModule):
             assert isinstance(checkpoint, dict)
             for part in ("state_dict", "current_model_state"):
                 checkpoint[part] = {**own, **checkpoint[part]}
+
+
+def initial_backbone(
+    backbone: str, checkpoint: str, head: Literal["fresh", "keep"] | None, seed: int, **arguments: Any
+) -> VisionMamba:
+    """Build the backbone that a run begins with: the weights of a checkpoint, or those that its seed draws.
+
+    It seeds PyTorch: call it within `torch.random.fork_rng`.
+
+    Args:
+        backbone: timm name.
+        checkpoint: hub, embedded, none (random), or a path.
+        head: fresh or keep; None is fresh.
+        seed: Of random weights.
+        arguments: Of `create_backbone`.
+    """
+    torch.manual_seed(seed)
+    return create_backbone(backbone, checkpoint=checkpoint, head=head, **arguments)
 
 
 def _check_range(

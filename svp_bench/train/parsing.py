@@ -20,11 +20,12 @@ from jsonargparse._util import import_object  # the look-up that will instantiat
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from svp_bench.cards import load_protocol, load_suite, load_task
+from svp_bench.cards import ProtocolCard, load_protocol, load_suite, load_task
 from svp_bench.config import Composed, Flags, compose
 from svp_bench.data.module import VisionDataModule
 from svp_bench.errors import ConfigError, UsageError, unknown_name
 from svp_bench.methods import METHODS
+from svp_bench.methods.build import input_size
 from svp_bench.ops import BACKENDS
 from svp_bench.results.choices import context_of
 from svp_bench.results.code import class_paths, source_files
@@ -32,6 +33,7 @@ from svp_bench.results.digests import card_digest, cell_config, config_digest, f
 from svp_bench.results.record import Tuned
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.quiet import quiet
+from svp_bench.train.recipe import clipped_warmup, warmup_notice
 
 __all__ = ["ConfigCLI", "Resolved", "make_importable", "one_line", "resolve"]
 
@@ -246,6 +248,7 @@ class ConfigCLI(LightningCLI):
             where = self._origin(text.partition(":")[0])
             raise ConfigError(f"{where}: {text}" if where else text) from None
         self._check_values(self.config[self.verb])
+        self._settle(self.config[self.verb])
 
     def _parse_ckpt_path(self) -> None:
         """Take no settings from a checkpoint, as Lightning would: ours hold none, and others are read with care."""
@@ -276,6 +279,25 @@ class ConfigCLI(LightningCLI):
         if problem:
             where = self._origin(problem[0])
             raise ConfigError(f"{f'{where}: ' if where else ''}{' '.join(problem)}")
+
+    def _settle(self, config: Namespace) -> None:
+        """Put numbers that follow from others into the config: the image size of a backbone, a clipped warm-up."""
+        model, data, epochs = config.model, config.data, config.trainer.max_epochs
+        if data.image_size is None and self._protocol(data).image_size is None:
+            data.image_size = input_size(model.backbone)
+            self.composed.notices.append(
+                f"data.image_size is {_size(data.image_size)}, the size that {model.backbone} was trained with; "
+                "--data.image_size sets another"
+            )
+        if model.head == "fresh":
+            model.head = None  # the default: one setting has one spelling in records
+        if model.warmup_epochs > (most := clipped_warmup(model.warmup_epochs, epochs)):
+            self.composed.notices.append(warmup_notice(model.warmup_epochs, epochs))
+            model.warmup_epochs = most
+
+    @staticmethod
+    def _protocol(data: Namespace) -> ProtocolCard:
+        return load_protocol(data.protocol or load_suite(load_task(data.task).suite).protocol)
 
     def _null_where_none_fits(self, config: Namespace) -> tuple[str, str] | None:
         """Find an argument that is null and may not be: jsonargparse lets it pass."""
@@ -438,6 +460,10 @@ def _resolve_precision(trainer: Namespace) -> None:
         raise ConfigError(
             f"trainer.precision {trainer.precision} needs a GPU; on a CPU use 32-true (or bf16-mixed, slower)"
         )
+
+
+def _size(size: int | tuple[int, int]) -> str:
+    return str(size) if isinstance(size, int) else f"{size[0]}x{size[1]}"
 
 
 def _method_name(class_path: str) -> str:

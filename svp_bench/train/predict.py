@@ -76,6 +76,7 @@ def load_run(
         input_attention=about.input_attention,  # type: ignore[arg-type]  # checked there
         ema_decay=about.ema_decay,
         ema_evaluate=about.ema_evaluate,
+        head="keep" if about.head_digest else None,
     )
     module.on_load_checkpoint(saved.content)
     module.load_state_dict(saved.content["state_dict"], strict=False)  # strictness is on_load_checkpoint's

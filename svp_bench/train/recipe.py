@@ -15,8 +15,19 @@ from svp_bench.data.augment import Mix, mirror
 from svp_bench.errors import CheckpointError, ConfigError
 from svp_bench.models import VisionMamba
 
-__all__ = ["EMA", "Schedule", "hidden_head", "make_optimizer", "mix", "simam", "soft_targets"]
+__all__ = [
+    "EMA",
+    "Schedule",
+    "clipped_warmup",
+    "hidden_head",
+    "make_optimizer",
+    "mix",
+    "simam",
+    "soft_targets",
+    "warmup_notice",
+]
 
+WARMUP_RUNS = 5  # the warm-up is at most one part in this many of the run
 ADAMW_EPS = 1e-8
 SGD_MOMENTUM = 0.9
 
@@ -121,6 +132,20 @@ def make_optimizer(
     if momentum is not None:
         raise ConfigError("model.momentum belongs to model.optimizer sgd; AdamW has model.betas")
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=ADAMW_EPS if eps is None else eps)
+
+
+def clipped_warmup(warmup_epochs: float, epochs: int) -> float:
+    """Return the epochs of warm-up of a run: at most a fifth of it."""
+    return min(warmup_epochs, epochs / WARMUP_RUNS)
+
+
+def warmup_notice(warmup_epochs: float, epochs: int) -> str:
+    """Return the line that reports a clipped warm-up."""
+    length = f"{epochs} epoch{'s' * (epochs != 1)}"
+    return (
+        f"The warm-up of {warmup_epochs:g} epochs is longer than a fifth of the run of {length}: clipped to "
+        f"{clipped_warmup(warmup_epochs, epochs):g} epochs."
+    )
 
 
 class Schedule:

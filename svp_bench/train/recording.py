@@ -207,4 +207,5 @@ class Recorder:
             weights_digest=self.watch.scored if status in ("complete", "unscored") else None,
             external_classes=external_classes(self.trainer),
             not_comparable=list(self.watch.reasons) or None,
+            checkpoint_load=model.load_report.for_record() if model.load_report else None,
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svp_bench.methods.build import trained_parameters
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.saved import Saved, wrong_part
+from svp_bench.train.saved import Saved, check_tensors, wrong_part
 
 __all__ = ["REMEDY", "check_resumable"]
 
@@ -61,6 +61,10 @@ def check_resumable(saved: Saved, trainer: Trainer, model: AdaptationModule, cal
         shapes = sorted(_shape_of_moments(moments.get(number)) for number in range(len(parameters)))
         fits = shapes == sorted(tuple(parameter.shape) for parameter in parameters)
         need("optimizer_states.state", moments, fits, "the moments of each trained parameter")
+    for number, parts in moments.items():
+        values = parts.items() if isinstance(parts, dict) else ()
+        tensors = {f"{number}.{key}": value for key, value in values if isinstance(value, Tensor)}
+        check_tensors(tensors, str(saved.path), "optimizer_states.state", REMEDY)
     for part, key, ours in (
         ("loops", "fit_loop", trainer.fit_loop.state_dict()),
         *(("callbacks", callback.state_key, callback.state_dict()) for callback in callbacks),

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,17 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from svp_bench.atomic import replacing
+from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler
+from svp_bench.data.sources import inspect, open_source
 from svp_bench.errors import ConfigError, SvpBenchError, UsageError, plural
 from svp_bench.interrupts import INTERRUPTS, Preempted
-from svp_bench.models.checkpoints import load_pickle_safely
+from svp_bench.models.checkpoints import backbone_digest, load_pickle_safely
 from svp_bench.plain_yaml import read_yaml
 from svp_bench.results.files import read_record, write_atomically
 from svp_bench.results.record import Record
+from svp_bench.train.module import initial_backbone
+from svp_bench.train.resumable import REMEDY
 from svp_bench.train.saved import Saved
 
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "Claimed",
     "Found",
     "Preempted",
+    "Start",
     "StepSeeds",
     "Stopper",
     "agreed_name",
@@ -127,14 +133,97 @@ class Found(NamedTuple):
         return self.record is not None and self.record.status == "complete"
 
 
+class Start:
+    """The weights and data that a run would begin with now; computed when a run is there to compare them with.
+
+    Args:
+        config: The resolved config.
+        data: The data module; its files are read, its images are not.
+
+    Attributes:
+        passed_over: Why a run of the same setting and seed is not resumed, or None.
+    """
+
+    def __init__(self, config: Mapping[str, Any], data: VisionDataModule) -> None:
+        self._config, self._data = config, data
+        self._saved: tuple[tuple[Path, int, int], Saved] | None = None
+        self.passed_over: str | None = None
+
+    def is_of(self, found: Found, config: Mapping[str, Any]) -> bool:
+        """Whether a run of the same setting began from these weights and, if it is complete, on these data.
+
+        Raises:
+            CheckpointError: If its checkpoint is damaged, or the weights of now cannot be had.
+        """
+        record, checkpoint = found.record, str(self._config["model"]["checkpoint"])
+        other = None
+        if record is not None and (found.finished or found.checkpoint is None):
+            theirs = record.checkpoint_digest, (record.checkpoint_load or {}).get("kept")
+            ours: tuple[str | None, Any] = None, None  # of random weights
+            if checkpoint != "none":
+                backbone, head = self._weights
+                ours = backbone, [f"head {head}"] if head else None
+            if theirs != ours:
+                other = "weights"
+            elif found.finished and self._meaning_of(record) != self._meaning:
+                other = "data or cards"
+        elif found.checkpoint is not None:
+            about = self.saved(found.checkpoint).about
+            other = None if (about.backbone_digest, about.head_digest) == self._weights else "weights"
+        elif config.get("model", {}).get("checkpoint") != checkpoint:  # stopped before it had anything to save
+            other = "weights"
+        if other:
+            self.passed_over = self.passed_over or f"{found.folder.name} began from other {other}"
+        return other is None
+
+    def saved(self, checkpoint: Path) -> Saved:
+        """Read a checkpoint, once as long as it does not change."""
+        status = checkpoint.stat()
+        version = checkpoint, status.st_mtime_ns, status.st_size
+        if self._saved is None or self._saved[0] != version:
+            self._saved = version, Saved.read(checkpoint, REMEDY)
+        return self._saved[1]
+
+    @cached_property
+    def _weights(self) -> tuple[str, str | None]:
+        """Digests of the backbone and, if it is the checkpoint's, of the head."""
+        model, data = self._config["model"], self._data
+        with torch.random.fork_rng(devices=[]):
+            backbone = initial_backbone(
+                str(model["backbone"]),
+                str(model["checkpoint"]),
+                model.get("head"),
+                data.seed,
+                num_classes=data.num_classes,
+                img_size=data.image_size,
+            )
+        return backbone_digest(backbone), backbone.load_report.head_digest if backbone.load_report else None
+
+    @cached_property
+    def _meaning(self) -> tuple[Any, ...]:
+        """Return what a complete run's record must say for its number to be the one that is asked for."""
+        data = self._data
+        root = self._config["data"].get("root")
+        source = open_source(data.card, Path(root) if root else None, suite=data.suite, protocol=data.protocol)
+        digest = inspect(data.card, source, list(data.lists.values())).digest
+        return digest, data.card.version, data.protocol.name, data.protocol.version
+
+    @staticmethod
+    def _meaning_of(record: Record) -> tuple[Any, ...]:
+        return record.data_digest, record.task_version, record.protocol, record.protocol_version
+
+
 def find_run(
     folder: Path,
     records: Path,
     seed: int,
     same_setting: Callable[[Mapping[str, Any]], bool],
     sources: Mapping[str, str] | None = None,
+    same_start: Callable[[Found, Mapping[str, Any]], bool] = lambda found, config: True,
 ) -> Found | None:
     """Return the newest unfinished run of a setting and seed, else the newest finished one, else None.
+
+    A run that another results folder has a record of is left alone: its name is taken.
 
     Args:
         folder: Where the runs of the task are, `runs/<suite>/<task>`.
@@ -142,6 +231,7 @@ def find_run(
         seed: The run's seed.
         same_setting: Whether a saved config is of the same setting.
         sources: `Resolved.sources`, which a run must have begun with; None for any.
+        same_start: Whether a run of the same setting, with its saved config, began from the same weights and data.
     """
     finished: Found | None = None
     for path in sorted(folder.glob(f"*-seed{seed}-*"), key=_started, reverse=True):
@@ -151,6 +241,8 @@ def find_run(
         if sources is not None and read_sources(path) != sources:
             continue
         found = Found.at(path, records)
+        if (found.record is None and _recorded_elsewhere(path, config, records)) or not same_start(found, config):
+            continue
         if not found.finished:
             return found
         finished = finished or found
@@ -179,6 +271,13 @@ def read_sources(folder: Path) -> dict[str, str]:
 def changed_sources(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """Return which files differ, "scale.py, helper.py"; "" if none does."""
     return ", ".join(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
+
+
+def _recorded_elsewhere(folder: Path, config: Mapping[str, Any], records: Path) -> bool:
+    """Whether the results folder that a run's config names is another one, and has its record."""
+    root, task = config.get("results_root"), f"{folder.parent.parent.name}/{folder.parent.name}"
+    place = Path(str(root)) / "records" / task
+    return root is not None and place.resolve() != records.resolve() and (place / f"{folder.name}.json").is_file()
 
 
 def _started(folder: Path) -> str:
@@ -265,6 +364,7 @@ def claim_run(
     seed: int,
     same_setting: Callable[[Mapping[str, Any]], bool],
     sources: Mapping[str, str] | None = None,
+    same_start: Callable[[Found, Mapping[str, Any]], bool] = lambda found, config: True,
 ) -> Found | None:
     """Find the run to go on with, as `find_run`, and hold it as long as `holding` lasts.
 
@@ -274,9 +374,9 @@ def claim_run(
     Raises:
         UsageError: If another process is training it, or the only one began with another source of its method.
     """
-    found = find_run(folder, records, seed, same_setting, sources)
+    found = find_run(folder, records, seed, same_setting, sources, same_start)
     if found is None and sources is not None:
-        other = find_run(folder, records, seed, same_setting)
+        other = find_run(folder, records, seed, same_setting, None, same_start)
         if other is not None and not other.finished:
             raise UsageError(
                 f"--resume: the run {other.folder.name} began with another source of its method "

@@ -17,9 +17,9 @@ from torch import Tensor
 from svp_bench.data.reading import show
 from svp_bench.data.transforms import INTERPOLATIONS, RESIZES
 from svp_bench.errors import CheckpointError
-from svp_bench.models.checkpoints import load_pickle_safely
+from svp_bench.models.checkpoints import check_tensor, load_pickle_safely
 
-__all__ = ["SAVED_KEY", "About", "Saved", "file_weights_digest", "weights_digest", "wrong_part"]
+__all__ = ["SAVED_KEY", "About", "Saved", "check_tensors", "file_weights_digest", "weights_digest", "wrong_part"]
 
 SAVED_KEY = "svp_bench"  # our key in a Lightning checkpoint
 _UNREADABLE = "; get the file again, or give another"  # the end of what `load_pickle_safely` says of a damaged file
@@ -44,6 +44,8 @@ class About:
         num_classes: Classes.
         image_size: Height and width of the pictures.
         head_hidden: Width of the head's first layer, if it has two.
+        head_digest: "sha256:…" of the head that the run began with, if that was the checkpoint's.
+        pos_embed_grid: Rows and columns of patches.
         input_attention: On the normalised picture.
         ema_decay: Of the averaged weights, if there are any.
         ema_evaluate: Whether these are evaluated.
@@ -65,6 +67,8 @@ class About:
     num_classes: int
     image_size: tuple[int, int]
     head_hidden: int | None
+    head_digest: str | None
+    pos_embed_grid: tuple[int, int] | None
     input_attention: str | None
     ema_decay: float | None
     ema_evaluate: bool | None
@@ -147,18 +151,20 @@ def _is_view(value: object) -> bool:
     )
 
 
+def _is_pair(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(side, 1) for side in value)
+
+
 _TEXT = ("a text", _is_text)
 _PARTS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("task", "protocol", "run_id", "data_digest", "backbone", "backbone_digest"), _TEXT),
-    **dict.fromkeys(("checkpoint", "method", "input_attention"), _TEXT),
+    **dict.fromkeys(("checkpoint", "method", "input_attention", "head_digest"), _TEXT),
     "stage": ("final or select", lambda value: value in ("final", "select")),
     "init_seed": ("a whole number of 0 or above", lambda value: _is_number(value) and value < 2**63),
     "method_args": ("a mapping of names", _is_plain_mapping),
     "num_classes": ("a whole number of 1 or above", lambda value: _is_number(value, 1)),
-    "image_size": (
-        "height and width",
-        lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(v, 1) for v in value),
-    ),
+    "image_size": ("height and width", _is_pair),
+    "pos_embed_grid": ("rows and columns", _is_pair),
     "head_hidden": ("a whole number of 1 or above", lambda value: _is_number(value, 1)),
     "ema_decay": ("a number between 0 and 1", lambda value: isinstance(value, float) and 0 < value < 1),
     "ema_evaluate": ("true or false", lambda value: isinstance(value, bool)),
@@ -169,7 +175,7 @@ _PARTS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     ),
 }
 _OPTIONAL = {"run_id", "data_digest", "head_hidden", "input_attention", "ema_decay", "ema_evaluate", "view"}
-_OPTIONAL |= {"class_names"}
+_OPTIONAL |= {"class_names", "head_digest", "pos_embed_grid"}
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,27 @@ class Saved:
         for key in ("state_dict", *(["ema"] if about.ema_decay is not None else [])):
             if not _is_state_dict(content.get(key)):
                 raise wrong_part(str(path), key, content.get(key), "tensors by name", remedy)
+            check_tensors(content[key], str(path), key, remedy)
         return cls(path, content, about, content["epoch"], content["global_step"])
+
+
+def check_tensors(tensors: Mapping[str, Tensor], where: str, part: str, remedy: str | None = None) -> None:
+    """Check that tensors of a checkpoint are weights (`check_tensor`).
+
+    Args:
+        tensors: By name.
+        where: The file.
+        part: What they are in it, for messages.
+        remedy: What to do if one is not.
+
+    Raises:
+        CheckpointError: If one is not; names it.
+    """
+    for name, value in tensors.items():
+        try:
+            check_tensor(f"{part}.{name}", value, where)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{f'; {remedy}' if remedy else _UNREADABLE}") from None
 
 
 def _is_state_dict(value: object) -> bool:
