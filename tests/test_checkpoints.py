@@ -211,7 +211,7 @@ def test_create_model_takes_the_head_only_when_asked_for(tmp_path: Path) -> None
     assert torch.equal(made.get_parameter("head.weight"), source.get_parameter("head.weight"))
     with pytest.raises(UsageError, match=r"unknown head 'kept'; did you mean 'keep'\?"):
         svp_bench.create_model(name, num_classes=3, checkpoint=path, head="kept")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="model.checkpoint none has no file"):
+    with pytest.raises(ConfigError, match=r"model\.checkpoint none has no file"):
         svp_bench.create_model(name, num_classes=3, head="keep")
     with pytest.raises(CheckpointError, match="the file has no head"):
         svp_bench.create_model(name, num_classes=3, checkpoint="embedded", head="keep")

@@ -36,7 +36,11 @@ from svp_bench.train.resume import Claimed, find_run, held
 
 __all__ = ["Runner", "with_values"]
 
+# Keys that other values of a config follow from: an image size, a warm-up clipped to the run.
+_DECISIVE = {"model.backbone", "data.protocol", "trainer.max_epochs", "model.warmup_epochs", "model.head"}
+
 Report = Callable[[Mapping[str, Any]], None]
+Weights = tuple[str | None, dict[str, list[str]] | None]  # digest, changes at loading
 
 
 class _Epochs(Callback):
@@ -75,7 +79,7 @@ class Runner:
         self._data: dict[tuple[Any, ...], DataReport] = {}
         self._trained: dict[tuple[str, str], int] = {}
         self._folds: dict[tuple[Any, ...], tuple[tuple[int, ...], str]] = {}
-        self._weights: dict[tuple[Any, ...], str | None] = {}
+        self._weights: dict[tuple[Any, ...], Weights] = {}
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -122,7 +126,7 @@ class Runner:
         """Return the job's resolved config; parsed once for all seeds and values of a task and method."""
         seed = 0 if job.choice is None else job.seed  # a choice of a nested search is for one seed
         base = self._resolve(replace(job, seed=seed, values={}))
-        if any(key not in _keys(base.config) for key in job.values):
+        if any(key not in _keys(base.config) or key in _DECISIVE for key in job.values):
             return self._resolve(job)  # a key that only a full parse may judge
         return with_values(base, job.seed, job.values)
 
@@ -179,7 +183,7 @@ class Runner:
             and record.stage == stage
             and record.task_version == card.version
             and (record.protocol, record.protocol_version) == (protocol.name, protocol.version)
-            and (record.status != "complete" or record.checkpoint_digest == self.weights_digest(resolved))
+            and (record.status != "complete" or _weights_of(record) == self.weights(resolved))
         )
 
     def report(self, resolved: Resolved) -> DataReport:
@@ -198,17 +202,20 @@ class Runner:
             self._data[key] = inspect(module.card, source, list(module.lists_read))
         return self._data[key]
 
-    def weights_digest(self, resolved: Resolved) -> str | None:
-        """Return the digest of the backbone's weights; None for random ones."""
-        model = resolved.config["model"]
-        name, checkpoint = str(model["backbone"]), str(model["checkpoint"])
+    def weights(self, resolved: Resolved) -> Weights:
+        """Return what a record would say of the weights that a run begins with, digest and changes at loading."""
+        model, data = resolved.config["model"], resolved.config["data"]
+        name, checkpoint, head = str(model["backbone"]), str(model["checkpoint"]), model.get("head")
         if checkpoint == "none":
-            return None
-        if (name, checkpoint) not in self._weights:
-            self._weights[name, checkpoint] = backbone_digest(
-                create_backbone(name, num_classes=1, checkpoint=checkpoint)
-            )
-        return self._weights[name, checkpoint]
+            return None, None
+        module = VisionDataModule(**data)
+        size, classes = module.image_size, module.num_classes if head else 1
+        key = (name, checkpoint, head, classes, size)
+        if key not in self._weights:
+            backbone = create_backbone(name, num_classes=classes, checkpoint=checkpoint, head=head, img_size=size)
+            report = backbone.load_report
+            self._weights[key] = backbone_digest(backbone), report.for_record() if report else None
+        return self._weights[key]
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -341,3 +348,8 @@ def _is_refusal(error: Exception) -> bool:
     if isinstance(error, SvpBenchError):
         return isinstance(error, UsageError)
     return not isinstance(error, (OSError, ImportError))
+
+
+def _weights_of(record: Record) -> Weights:
+    load = record.checkpoint_load
+    return record.checkpoint_digest, {name: [*lines] for name, lines in load.items()} if load else None

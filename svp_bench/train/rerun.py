@@ -203,6 +203,13 @@ class _RerunCLI(BenchCLI):
                 f"{model.checkpoint} has other weights ({_short(digest)}) than the run began with "
                 f"({_short(self.repeated.checkpoint_digest)}); give the right ones with --model.checkpoint PATH"
             )
+        now = (model.load_report.for_record() if model.load_report else None) or {}
+        then = self.repeated.checkpoint_load or {}
+        if now.get("kept") != (list(then["kept"]) if "kept" in then else None):
+            raise CheckpointError(
+                f"{model.checkpoint} has another head than the run began with; give the right weights with "
+                "--model.checkpoint PATH"
+            )
         super().fit(model, datamodule, **kwargs)
 
 
