@@ -632,10 +632,17 @@ def test_a_warm_up_longer_than_the_run_is_clipped_with_a_notice(place: Path, mon
         "on_before_optimizer_step",
         lambda module, *_: rates.append(module.trainer.optimizers[0].param_groups[0]["lr"]),
     )
-    outcome = run(*line("--model.warmup_epochs", "4"))
-    assert "The warm-up of 4 epochs is longer than the run of 1: clipped to the run." in outcome.notices
+    outcome = run(*line("--model.warmup_epochs", "4", trainer__max_epochs="2"))
+    (notice,) = (notice for notice in outcome.notices if "warm-up" in notice)
+    assert "4 epochs is longer than a fifth of the run of 2 epochs: clipped to 0.4 epochs" in notice
+    assert outcome.record["config"]["model"]["warmup_epochs"] == 0.4
     steps = math.ceil(TRAINED / 4)
-    assert rates == pytest.approx([1e-3 * (1e-3 + (1 - 1e-3) * step / steps) for step in range(steps)])
+    warmup = round(2 * steps / 5)
+    assert rates[:warmup] == pytest.approx([1e-3 * (1e-3 + (1 - 1e-3) * step / warmup) for step in range(warmup)])
+    assert rates[warmup] == max(rates) == pytest.approx(1e-3)
+    saved = run("fit", "--config", str(outcome.folder / "config.yaml"))
+    assert not any("warm-up" in notice for notice in saved.notices)
+    assert saved.record["config_digest"] == outcome.record["config_digest"]
     rates.clear()
     outcome = run(*line("--model.warmup_epochs", "0", "--model.learning_rate", "1e-6"))
     assert not any("warm-up" in notice for notice in outcome.notices)

@@ -210,7 +210,7 @@ class _Prepared:
             if missing[cell.task]:
                 cell.blocked = missing[cell.task]
                 continue
-            weights = self.runner.weights_digest(resolved)
+            weights, _ = self.runner.weights(resolved)
             if search is not None:
                 cell.checkpoint_digest = weights
                 cell.plan = search.plan_for(resolved.config["data"])

@@ -183,7 +183,7 @@ class Runner:
             and record.stage == stage
             and record.task_version == card.version
             and (record.protocol, record.protocol_version) == (protocol.name, protocol.version)
-            and (record.status != "complete" or _weights_of(record) == self.weights(resolved))
+            and _weights_of(record) == self.weights(resolved)
         )
 
     def report(self, resolved: Resolved) -> DataReport:

@@ -490,6 +490,8 @@ class BenchCLI(ConfigCLI):
             f"  files      {self.run_dir}",
             flush=True,
         )
+        for notice in self.settled:
+            rank_zero_info(f"Note: {notice}")
         if model.checkpoint == "none":
             print("  Random weights: this run shows plumbing, not transfer; tables keep such rows apart.", flush=True)
         if self.dirty:

@@ -283,16 +283,17 @@ class ConfigCLI(LightningCLI):
     def _settle(self, config: Namespace) -> None:
         """Put numbers that follow from others into the config: the image size of a backbone, a clipped warm-up."""
         model, data, epochs = config.model, config.data, config.trainer.max_epochs
+        self.settled: list[str] = []  # said in the header of a run
         if data.image_size is None and self._protocol(data).image_size is None:
             data.image_size = input_size(model.backbone)
-            self.composed.notices.append(
+            self.settled.append(
                 f"data.image_size is {_size(data.image_size)}, the size that {model.backbone} was trained with; "
                 "--data.image_size sets another"
             )
         if model.head == "fresh":
             model.head = None  # the default: one setting has one spelling in records
         if model.warmup_epochs > (most := clipped_warmup(model.warmup_epochs, epochs)):
-            self.composed.notices.append(warmup_notice(model.warmup_epochs, epochs))
+            self.settled.append(warmup_notice(model.warmup_epochs, epochs))
             model.warmup_epochs = most
 
     @staticmethod

@@ -141,10 +141,13 @@ def clipped_warmup(warmup_epochs: float, epochs: int) -> float:
 
 def warmup_notice(warmup_epochs: float, epochs: int) -> str:
     """Return the line that reports a clipped warm-up."""
-    length = f"{epochs} epoch{'s' * (epochs != 1)}"
+
+    def told(number: float) -> str:
+        return f"{number:g} epoch{'s' * (number != 1)}"
+
     return (
-        f"The warm-up of {warmup_epochs:g} epochs is longer than a fifth of the run of {length}: clipped to "
-        f"{clipped_warmup(warmup_epochs, epochs):g} epochs."
+        f"The warm-up of {told(warmup_epochs)} is longer than a fifth of the run of {told(epochs)}: clipped to "
+        f"{told(clipped_warmup(warmup_epochs, epochs))}."
     )
 
 
