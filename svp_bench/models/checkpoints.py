@@ -34,12 +34,11 @@ from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load_file, save
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from svp_bench.atomic import replacing
 from svp_bench.errors import CheckpointError, UsageError, unknown_name
-from svp_bench.models.vim import VisionMamba
+from svp_bench.models.vim import VisionMamba, resize_positions
 
 __all__ = [
     "Head",
@@ -560,13 +559,7 @@ def _fit_pos_embed(
     grid = (model.patch_embed.grid_size[0], model.patch_embed.grid_size[1])
     if old == grid:
         return None
-    middle, at = patches // 2, model.cls_index
-    rows = torch.cat([source[:, :middle], source[:, middle + 1 :]], dim=1).detach().float()
-    rows = resample_abs_pos_embed(
-        rows, new_size=list(grid), old_size=list(old), num_prefix_tokens=0, interpolation="bicubic"
-    )
-    cls = source[:, middle : middle + 1].detach().float()
-    state["pos_embed"] = torch.cat([rows[:, :at], cls, rows[:, at:]], dim=1)
+    state["pos_embed"] = resize_positions(source.detach().float(), old, grid)
     return old, grid
 
 
