@@ -143,6 +143,7 @@ def _read(path: Path) -> _File:
         raise CheckpointError(
             f"no checkpoint file {str(path)!r}; give a path, or one of {', '.join(SOURCES)} (--model.checkpoint)"
         )
+    named: Mapping[Any, Any]
     if path.suffix == ".safetensors" or _begins_as_safetensors(path):
         named, stated = _read_safetensors(path)
     else:
@@ -368,7 +369,8 @@ def _foreign_class(path: Path, error: Exception) -> str | None:
     """Return the first class or function of a pickle that is not allowed, or None if there is none."""
     if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", str(error))):
         return named[1]
-    names, found = [], None
+    names: list[str] = []
+    found: str | None = None
     try:
         with path.open("rb") as file:
             for opcode, argument, _ in itertools.islice(pickletools.genops(file), _MOST_OPCODES):
