@@ -321,7 +321,7 @@ PLAIN: list[dict[str, Any]] = json.loads(a_choice().text())["trials"]
             "not the default setting and then the declared grid",
         ),
         ({"trials": [{**PLAIN[0], "run_ids": [], "scores": [], "status": "gone"}, PLAIN[1]]}, "trial 1 has 0 runs"),
-        ({"trials": [{**PLAIN[0], "status": "gone"}, PLAIN[1]]}, "trial 1 is 'gone' and has 1 scores"),
+        ({"trials": [{**PLAIN[0], "status": "gone"}, PLAIN[1]]}, "trial 1 is 'gone' and has 1 score"),
         ({"trials": [{**PLAIN[0], "scores": [50.2]}, PLAIN[1]]}, "is no whole number of pictures"),
         ({"checkpoint_digest": 3}, "'checkpoint_digest' must be text or null"),
     ],
