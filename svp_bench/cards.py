@@ -308,7 +308,9 @@ def load_task(name: str, root: Path | None = None) -> TaskCard:
     suite_name, _, task_id = name.partition("/")
     suite = load_suite(suite_name, root) if suite_name in list_suites(root) else None
     if suite is None or name not in suite.tasks:
-        raise unknown_name("task", name, list_tasks(root=root), listing=_LISTING)
+        error = unknown_name("task", name, list_tasks(root=root), listing=_LISTING)
+        own = "" if "did you mean" in str(error) or root is not None else "; cards of your own: --tasks_dir DIR"
+        raise UsageError(f"{error}{own}")
     path = suite.path.parent / suite_name / f"{task_id}.yaml"
     return _task(read_yaml(path), suite, load_protocol(suite.protocol, root))
 

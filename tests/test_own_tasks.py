@@ -68,7 +68,11 @@ def fit(*extra: str) -> list[str]:
 
 def test_every_command_reads_them(cards: Path) -> None:
     flag = ["--tasks_dir", str(cards)]
-    assert "unknown task 'mine/flowers'" in complaint(command(*fit("--data.task", "mine/flowers")), 2)
+    assert "--tasks_dir DIR" in complaint(command("tasks", "zzz/qqq"), 2)
+    text = complaint(command(*fit("--data.task", "mine/flowers")), 2)
+    assert "unknown task 'mine/flowers'" in text
+    assert "--tasks_dir DIR" in run("audit", "--help").out
+    assert "--tasks_dir DIR" in run("--help").out
     first = run(*fit("--data.task", "mine/flowers", *flag)).record
     assert first["task"] == "mine/flowers"
     assert set(first["card_digests"]) == {"task", "protocol"}

@@ -23,7 +23,11 @@ def parser(verb: str) -> Parser:
     """Return the parser of a verb, with its summary as the description."""
     from svp_bench.verbs import VERBS
 
-    return Parser(prog=f"svp-bench {verb}", description=VERBS[verb].summary, allow_abbrev=False)
+    options = Parser(prog=f"svp-bench {verb}", description=VERBS[verb].summary, allow_abbrev=False)
+    options.add_argument(  # for the help alone: `svp_bench.cli` takes it out of every command line
+        "--tasks_dir", metavar="DIR", help="a folder of further task cards; also $SVP_BENCH_TASKS"
+    )
+    return options
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
