@@ -143,7 +143,7 @@ def test_a_record_drawn_at_random_gives_its_number_again(tmp_path: Path, most: f
         check=False,
     )
     said = f"{path.relative_to(ROOT)}\n{done.stdout}\n{done.stderr}"
-    (new,) = (tmp_path / "results").rglob("*.json")
+    (new,) = (tmp_path / "results" / "records").rglob("*.json")
     again = read_record(new)
     assert again.status == "complete", said
     assert again.metrics is not None

@@ -404,6 +404,7 @@ class BenchCLI(ConfigCLI):
             )
         saved = self.checkpoints.known
         assert saved is not None
+        model.on_load_checkpoint(dict(saved.content))  # says which weight is missing, foreign or of another shape
         if old.weights_digest is not None and weights_digest(saved.content) != old.weights_digest:
             raise UsageError(
                 f"{kwargs['ckpt_path']}: not the weights that its run ended with: their digest is not the "
