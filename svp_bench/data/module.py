@@ -378,7 +378,7 @@ class VisionDataModule(LightningDataModule):
                 continue
             held = splits[self.lists[role]]
             if pairs := overlap(held, train):
-                self._image_notes[f"{plural(held[0].name, 'image')} that are also in {train[0].name}"] = len(pairs)
+                self._image_notes[f"images of {held[0].name} that are also in {train[0].name}"] = len(pairs)
                 text = first_overlap(held, train, pairs)
                 if self.card.suite == "own" and not self.allow_overlap:
                     raise DataError(
@@ -388,7 +388,7 @@ class VisionDataModule(LightningDataModule):
                 if not as_pinned:
                     notes.append(text)
         if pairs := two_labels(train):
-            self._image_notes[f"{plural(train[0].name, 'image')} that have two labels"] = len(pairs)
+            self._image_notes[f"images of {train[0].name} that have two labels"] = len(pairs)
         if parts and (difference := joined(train, splits[parts[0]], splits[parts[1]])):
             notes.append(difference)
         return notes

@@ -91,7 +91,8 @@ def _method_class(about: About, path: Path, method_file: str | None) -> type[Met
     """
     names = {entry.target.replace(":", "."): entry.name for entry in METHODS}
     if about.method in names:
-        return METHODS.get(names[about.method])
+        registered: type[Method] = METHODS.get(names[about.method])
+        return registered
     folder = path.resolve().parent.parent
     if method_file is None and about.method != _named_in_config(folder / "config.yaml"):
         raise UsageError(
