@@ -6,6 +6,7 @@ our own methods that change what they build.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -150,6 +151,21 @@ def test_the_trained_part_is_saved_and_loaded_alone(name: str, arguments: dict[s
     assert not outcome.unexpected_keys
     assert not trained & set(outcome.missing_keys)
     assert torch.equal(fresh(pictures()), model(pictures()))
+
+
+@matrix
+def test_a_copy_is_independent(name: str, arguments: dict[str, Any]) -> None:
+    model = adapt(backbone(), method(name, arguments))
+    copied = copy.deepcopy(model)
+    before = model(pictures())
+    with torch.no_grad():
+        for n, parameter in trained_parameters(model).items():
+            parameter.copy_(1.1 * reference_vim.drawn(n, parameter.shape))
+    assert torch.equal(copied(pictures()), before)
+    copied.load_state_dict(model.state_dict())
+    assert torch.equal(copied(pictures()), model(pictures()))
+    copied(pictures()).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
 
 
 @matrix

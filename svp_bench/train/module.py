@@ -521,6 +521,7 @@ class AdaptationModule(LightningModule):
         map_location: torch.device | str | None = None,
         *,
         checkpoint: str | None = None,
+        method_file: str | None = None,
         **others: Any,
     ) -> AdaptationModule:
         """Rebuild the module of a run from its checkpoint, in eval mode: backbone, method, head and trained weights.
@@ -532,6 +533,7 @@ class AdaptationModule(LightningModule):
             checkpoint_path: `runs/…/checkpoints/last.ckpt`.
             map_location: Device to put it on.
             checkpoint: Where the weights of the backbone are now, if not where the run had them.
+            method_file: The file of the run's own method, if its class lies next to it.
             others: Lightning's other arguments; none is taken.
 
         Raises:
@@ -542,10 +544,10 @@ class AdaptationModule(LightningModule):
 
         if given := sorted(key for key, value in others.items() if value is not None):
             raise UsageError(
-                "AdaptationModule.load_from_checkpoint takes checkpoint_path, map_location and checkpoint, not "
+                "load_from_checkpoint takes checkpoint_path, map_location, checkpoint and method_file, not "
                 f"{given[0]}: the checkpoint says what the module was; for other settings use svp-bench fit"
             )
-        module = load_run(checkpoint_path, checkpoint)[0]
+        module = load_run(checkpoint_path, checkpoint, method_file)[0]
         return module if map_location is None else module.to(map_location)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
