@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -155,12 +157,36 @@ def _help() -> str:
     return "\n".join(lines)
 
 
+def _need_home() -> None:
+    """Give a process without a home or a user's name ones: libraries ask for both when they are imported.
+
+    So it is in a container that runs under a number nobody knows, or where HOME is unset.
+    """
+    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["USER"] = user
+    if os.access(os.path.expanduser("~"), os.W_OK | os.X_OK):
+        return
+    place = os.path.join(tempfile.gettempdir(), f"svp-bench-home-{user}")
+    try:
+        os.makedirs(place, mode=0o700, exist_ok=True)
+        mine = not os.path.islink(place) and (not hasattr(os, "getuid") or os.stat(place).st_uid == os.getuid())
+    except OSError:
+        mine = False
+    if not mine:
+        place = tempfile.mkdtemp(prefix="svp-bench-home-")
+    os.environ["HOME"] = place
+
+
 def entry_point() -> None:
     """Run the command of this process and exit."""
     # GNU OpenMP, read when torch is imported: idle threads soon sleep instead of spinning. On a machine that has other
     # work, spinning threads make a step several times slower; on a quiet one it is the same.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     readable_output()
+    _need_home()
     INTERRUPTS.ends_process = True
     status = main()
     ignore_from_now_on()

@@ -222,7 +222,8 @@ class BenchCLI(ConfigCLI):
         elif self.verb != "fit":
             kwargs["logger"] = False
         trainer_config = {**config.as_dict(), **kwargs}
-        trainer_config["callbacks"] = [*(trainer_config.get("callbacks") or []), *callbacks]
+        given = trainer_config.get("callbacks") or []
+        trainer_config["callbacks"] = [*([given] if isinstance(given, Callback) else given), *callbacks]
         try:
             trainer = Trainer(**trainer_config)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
@@ -286,6 +287,8 @@ class BenchCLI(ConfigCLI):
             raise
         except Exception as error:
             status, reason = "failed", one_line(f"{type(error).__name__}: {error}")
+            if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
+                raise ConfigError(f"trainer.callbacks: {one_line(str(error))}") from None
             if self.trainer.world_size > 1 and is_of_a_lost_process(error):
                 why = one_line(str(error)).partition(". ")[0]
                 raise SvpBenchError(

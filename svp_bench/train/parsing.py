@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_type_hints
@@ -17,7 +19,11 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from jsonargparse._util import import_object  # the look-up that will instantiate the method
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch import loggers as lightning_loggers
+from lightning.pytorch import profilers as lightning_profilers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from svp_bench.cards import ProtocolCard, load_protocol, load_suite, load_task
@@ -118,6 +124,17 @@ def make_importable(flags: Flags) -> None:
     for folder in [*(path.parent for path in given if path.is_file()), Path()]:
         if (place := str(folder.resolve())) not in sys.path:
             sys.path.append(place)
+
+
+def _hold_enums_and_durations() -> None:
+    """Let YAML hold the arguments of Lightning's Timer, as the parser reads them."""
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.name))
+    yaml.SafeDumper.add_representer(
+        timedelta, lambda dumper, value: dumper.represent_dict({"seconds": value.total_seconds()})
+    )
+
+
+_hold_enums_and_durations()
 
 
 class _Done(Exception):  # not an error: all that was asked for is known
@@ -245,7 +262,9 @@ class ConfigCLI(LightningCLI):
             text = _explain(str(error))
             if "class_path" in text and "No module named" in text:
                 text += " (its module may lie beside the method file, in the working directory, or be installed)"
-            where = self._origin(text.partition(":")[0])
+            key = text.partition(":")[0]
+            where = self._origin(key)
+            self._check_classes(key, where)
             raise ConfigError(f"{where}: {text}" if where else text) from None
         self._check_values(self.config[self.verb])
         self._settle(self.config[self.verb])
@@ -314,8 +333,72 @@ class ConfigCLI(LightningCLI):
                     nulls.append(f"{prefix}.{name}")
         return (nulls[0], "may not be null; leave it out for its default") if nulls else None
 
+    def _check_classes(self, key: str, where: str | None) -> None:
+        """Report what is wrong with a class of the trainer, where jsonargparse says no more than that something is.
+
+        Raises:
+            ConfigError: If a class or argument is unknown (names the nearest), or a needed one is missing.
+        """
+        modules = {"trainer.callbacks": lightning_callbacks, "trainer.logger": lightning_loggers}
+        modules |= {"trainer.profiler": lightning_profilers}
+        if key not in modules:
+            return
+        kind = key.removeprefix("trainer.").removesuffix("s")
+        layers = self.composed.get(key)
+        entries = [*layers] if isinstance(layers, list) else [layers]
+        flags = self.flags.values
+        if given := flags.get(key) or flags.get(f"{key}+"):
+            prefix = f"{key}."
+            values = {name.removeprefix(prefix): value for name, value in flags.items() if name.startswith(prefix)}
+            with suppress(yaml.YAMLError):
+                read = yaml.safe_load(given)
+                read = {"class_path": read} if isinstance(read, str) else read
+                for one in read if isinstance(read, list) else [read]:
+                    entries.append(
+                        {**one, "init_args": {**one.get("init_args", {}), **values}} if isinstance(one, dict) else one
+                    )
+        elif any(name.startswith(f"{key}.") for name in flags) and not any(entries):
+            raise ConfigError(f"{key}: an argument without a class; name it first, e.g. --{key}+=CLASS")
+        for entry in entries:
+            self._check_class(kind, key, modules[key], entry, where)
+
+    def _check_class(self, kind: str, key: str, module: Any, entry: Any, where: str | None) -> None:
+        entry = {"class_path": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("class_path"), str):
+            return
+        path = str(entry["class_path"])
+        named = {name: getattr(module, name) for name in module.__all__}
+        if "." not in path and path not in named:
+            raise unknown_name(kind, path, named, where=where or key, error=ConfigError)
+        try:
+            cls = named[path] if path in named else import_object(path)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{where or key}: cannot import the {kind} {path!r} ({error})") from None
+        parameters = inspect.signature(cls).parameters
+        given = entry.get("init_args") or {}
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+            for name in given:
+                if name.partition(".")[0] not in parameters:
+                    text = f"argument of the {kind} {path}"
+                    raise unknown_name(text, name, parameters, where=where or key, error=ConfigError)
+        for name, one in parameters.items():
+            if one.default is one.empty and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL) and name not in given:
+                raise ConfigError(f"{where or key}: the {kind} {path} needs {name}; give --{key}.{name} VALUE")
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; what a class of the trainer refuses is one line."""
+        try:
+            super().instantiate_classes()
+        except (MisconfigurationException, ValueError) as error:  # jsonargparse makes the one the other
+            if isinstance(error, ValueError) and "Does not validate against" not in str(error):
+                raise
+            text = re.sub(r".*Errors:(.*)Given value.*", r"\1", " ".join(str(error).split()))
+            raise ConfigError(f"Lightning refuses these trainer settings: {one_line(text)}") from None
+
     def _fits(self, key: str, known: set[str]) -> bool:
         """Whether a dotted key names an argument or something inside one (the method's own arguments apart)."""
+        if key.endswith("+"):  # appends to a list
+            return key[:-1] in ("trainer.callbacks", "trainer.logger", "trainer.plugins")
         if key in _LINKED:
             return False
         if key.startswith("model.method."):
@@ -424,7 +507,13 @@ class ConfigCLI(LightningCLI):
 
     def _plain_config(self, config: Namespace) -> dict[str, Any]:
         parser = self._subcommand_parsers[self.verb]
-        text = parser.dump(config, skip_link_targets=False, skip_validation=True, format="yaml", **_KEEP_NULLS)
+        text = parser.dump(
+            config,
+            skip_link_targets=False,
+            skip_validation=True,
+            format="yaml",
+            **_KEEP_NULLS,
+        )
         plain: dict[str, Any] = yaml.safe_load(text)
         for key in _NOT_SAVED:
             plain.pop(key, None)
