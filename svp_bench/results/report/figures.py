@@ -413,13 +413,19 @@ def figures_of(suite: SuiteView, level: float) -> dict[str, Figure]:
 
 
 def columns_of(suite: SuiteView, section: SectionView) -> dict[str, dict[str, Value | None]]:
-    """Return name of a mean → row id → value; of a single group, the means over it say nothing new."""
+    """Return name of a mean → row id → value; of a single group, the means over it say nothing new.
+
+    Groups that no row has whole are left out, and so is then the mean of the groups.
+    """
     groups = {group: {row.id: row.groups[group] for row in section.rows} for group in suite.card.groups}
     means = {
         suite.means[0]: {row.id: row.task_mean for row in section.rows},
         suite.means[1]: {row.id: row.group_mean for row in section.rows},
     }
-    return {suite.means[0]: means[suite.means[0]]} if len(groups) == 1 else {**groups, **means}
+    if len(groups) == 1:
+        return {suite.means[0]: means[suite.means[0]]}
+    found = {**groups, **means}
+    return {name: of for name, of in found.items() if name == suite.means[0] or any(v is not None for v in of.values())}
 
 
 def slug(suite: SuiteView, column: str) -> str:
