@@ -388,7 +388,7 @@ def test_each_process_tests_its_own_pictures(root: Path) -> None:
             1,
             2,
             1,
-            "--data.batch_size 1 cannot be divided by 2 processes x 1 accumulated batches = 2 parts; 4 or 8 would fit",
+            "--data.batch_size 1 cannot be divided by 2 processes x 1 accumulated batch = 2 parts; 4 or 8 would fit",
         ),
         (
             6,

@@ -308,7 +308,7 @@ def test_layouts_that_would_part_a_pair_are_refused(root: Path) -> None:
     with pytest.raises(ValueError, match="the last batch has 2 pictures, fewer pairs than 2 x 1 parts"):
         GlobalBatchSampler(10, 4, 0, world_size=2, pairs=True)
     message = (
-        "leaves a last batch of 1 of the 19 pictures, fewer than 2 processes x 1 accumulated batches = 2 parts of two"
+        "leaves a last batch of 1 of the 19 pictures, fewer than 2 processes x 1 accumulated batch = 2 parts of two"
     )
     with pytest.raises(ConfigError, match=message):
         ready(root, 2, batch_size=6, mixup=0.8)
