@@ -541,4 +541,4 @@ def _centre(cover: Floats, x: Doubles, y: Doubles, scale: Doubles) -> Floats:
         return inside
 
     centred = _each(_each(weights(y), cover), weights(x).transpose(0, 2, 1))
-    return np.clip(centred, 0, 1)
+    return centred.clip(0, 1)
