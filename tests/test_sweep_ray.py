@@ -259,6 +259,7 @@ name: two
 version: 1
 sampler: grid
 budget: 2
+folds: 2
 spaces:
   default:
     model.learning_rate: [1.0e-3, 1.0e-2]
@@ -282,8 +283,8 @@ def test_ray_tune_may_run_the_trials(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     frozen = command("tune", "--task", "demo/digits-5shot", "--method", "linear", "--search", "two.yaml", *FLAGS)
     assert frozen.status == 0, frozen.err
-    assert "2 runs complete (0 new)" in frozen.out
-    assert list(tmp_path.glob("results/choices/two-*/demo/digits-5shot/linear.json"))
+    assert "4 runs complete (0 new)" in frozen.out  # two settings in two folds
+    assert list(tmp_path.glob("results/choices/two-*/demo/digits-5shot/linear-seed0.json"))
 
 
 def test_without_ray_tune_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def make_tuner(
     keys = [dimension.key for dimension in declared.space(label)]
     runner, job = Runner(), Job(full, method, 0, "select", common=common)
     default = runner.default_values(job, keys)
-    plan = declared.plan_for(runner.resolved(job).config["data"], seed)
+    plan = runner.plan(declared, runner.resolved(job), seed)
     trial = _trial(full, method, plan, common, Path(runs_root) / "sweep-logs", max(1, int(cpus)))
     of_seed = f", seed {seed}" if declared.nested and seed else ""
     sampler = make_sampler(declared, label, default, f"{full}, {label}{of_seed}")

@@ -213,7 +213,7 @@ class _Prepared:
             weights, _ = self.runner.weights(resolved)
             if search is not None:
                 cell.checkpoint_digest = weights
-                cell.plan = search.plan_for(resolved.config["data"])
+                cell.plan = self.runner.plan(search, resolved)
                 _, fold = cell.plan.runs()[0]
                 cell.data_digest = self.runner.report(self.runner.resolved(replace(job, values=fold))).digest
                 keys = [dimension.key for dimension in search.space(cell.label)]

@@ -30,6 +30,7 @@ from svp_bench.results.digests import canonical_digest, cell_config, flat, setti
 from svp_bench.results.files import read_record
 from svp_bench.results.record import Record
 from svp_bench.sweep.jobs import Job, Outcome
+from svp_bench.sweep.search import Plan, Search
 from svp_bench.train.cli import run
 from svp_bench.train.parsing import Resolved, one_line, resolve
 from svp_bench.train.resume import Claimed, find_run, held
@@ -201,6 +202,22 @@ class Runner:
             source = open_source(module.card, root, suite=module.suite)
             self._data[key] = inspect(module.card, source, list(module.lists_read))
         return self._data[key]
+
+    def plan(self, search: Search, resolved: Resolved, seed: int = 0) -> Plan:
+        """Return which runs make a trial of a search, by the numbers of images that are there.
+
+        Args:
+            search: The declaration.
+            resolved: Of any trial.
+            seed: Of the final run that a nested search is for.
+
+        Raises:
+            DataError: If the data are missing or malformed.
+            ConfigError: If there are more folds than labelled images.
+        """
+        protocol = str(resolved.config["data"].get("protocol") or load_suite(load_task(resolved.task).suite).protocol)
+        stages, counts = load_protocol(protocol).stages, self.report(resolved).counts
+        return search.plan(counts[stages["select"]["val"]], counts.get(stages["final"]["train"], 0), seed)
 
     def weights(self, resolved: Resolved) -> Weights:
         """Return what a record would say of the weights that a run begins with, digest and changes at loading."""

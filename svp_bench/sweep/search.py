@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from svp_bench.cards import load_protocol, load_suite, load_task
-from svp_bench.data.sources import measured
 from svp_bench.errors import ConfigError, UnavailableError, plural, unknown_name
 from svp_bench.plain_yaml import Node, read_yaml
 from svp_bench.resources import configs_dir
@@ -143,18 +141,6 @@ class Search:
             raise ConfigError(f"{self.path}: {number} folds of {labelled} labelled images; at most one for each image")
         seeds = (seed,) if self.nested else self.seeds
         return Plan(seeds, number, self.repeats if number else 0, seed if self.nested else 0)
-
-    def plan_for(self, data: Mapping[str, Any], seed: int = 0) -> Plan:
-        """Return which runs make a trial, from the `data` section of a resolved config; see `plan`.
-
-        Raises:
-            SvpBenchError: If the task or its data are missing.
-        """
-        root = data.get("root")
-        card = measured(load_task(str(data["task"])), Path(root) if root else None)
-        stages = load_protocol(str(data.get("protocol") or load_suite(card.suite).protocol)).stages
-        val, labelled = (card.counts.get(name, 0) for name in (stages["select"]["val"], stages["final"]["train"]))
-        return self.plan(val, labelled, seed)
 
     def space(self, method: str) -> tuple[Dimension, ...]:
         """Return the space of a method.
