@@ -272,8 +272,9 @@ def test_a_nested_search_holds_out_each_labelled_image_for_each_seed(folded: tup
         assert set(record.lists) == {"train", "val"}
         assert record.metrics is not None
         assert record.metrics.count == 25
-        assert record.correct is not None
-        assert record.correct.list == record.lists["val"]
+        assert record.correct is None  # no test image
+        assert record.val_correct is not None
+        assert record.val_correct.list == record.lists["val"]
     assert len({record.data_digest for record in trials}) == 1
     finals = {(r.method, r.seed): r for r in records if r.kind == "final"}
     assert set(finals) == {(m, s) for m in ("linear", "lora") for s in (0, 1)}

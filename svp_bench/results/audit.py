@@ -78,6 +78,7 @@ from svp_bench.results.audit_base import (
 )
 from svp_bench.results.audit_choices import search_findings
 from svp_bench.results.audit_scores import impossible_scores
+from svp_bench.results.bits import count_ones
 from svp_bench.results.code import package_digest_at
 from svp_bench.results.digests import card_digest, cell_config, flat
 from svp_bench.results.files import read_json, read_record, record_path
@@ -531,9 +532,14 @@ class _Auditor(Auditor):
             problems.append(f"the lists are {roles(record.lists)}, and {record.protocol} says {roles(card_says)}")
         if record.kind == "final" and "val_seconds" in record.times:
             problems.append("a list was scored during the training of a final run (times.val_seconds)")
-        scored = record.lists.get("test" if record.kind == "final" else "val")
-        if record.correct is not None and record.correct.list != scored:
+        if record.correct is not None and record.correct.list != record.lists.get("test"):
             problems.append(f"the bits are those of the list {record.correct.list!r}")
+        if record.val_correct is not None and record.val_correct.list != record.lists.get("val"):
+            problems.append(f"the bits are those of the list {record.val_correct.list!r}")
+        if record.val_correct is not None and record.metrics is not None:
+            ones = count_ones(record.val_correct.bits, record.val_correct.count)
+            if ones != record.metrics.correct:
+                problems.append(f"the bits of val have {ones} ones, and {record.metrics.correct} images are right")
         if record.kind == "selection":
             good = (
                 f"the record states: trained on {record.lists.get('train')}, scored on {record.lists.get('val')}, "

@@ -258,8 +258,7 @@ class _SearchAuditor(Auditor):
                 yield f"its record {run_id} is missing"
                 continue
             scored = record.lists.get("val")
-            bits_of = scored if record.correct is None else record.correct.list
-            if record.kind != "selection" or "test" in record.lists or bits_of != scored:
+            if record.kind != "selection" or "test" in record.lists or record.correct is not None:
                 yield f"{run_id} read test pictures ({record.kind}, {roles(record.lists)})"
                 continue
             if record.status != "complete" or record.metrics is None:
@@ -275,7 +274,9 @@ class _SearchAuditor(Auditor):
             if trial.losses is not None and not math.isclose(record.metrics.loss, trial.losses[place], abs_tol=1e-9):
                 said = f"the choice says {trial.losses[place]:.6f}"
                 yield f"{run_id} has the loss {record.metrics.loss:.6f} on val, {said}"
-            if trial.right is not None and (record.correct is None or record.correct.bits != trial.right[place]):
+            if trial.right is not None and (
+                record.val_correct is None or record.val_correct.bits != trial.right[place]
+            ):
                 yield f"{run_id} has other images right than the choice says"
             if (record.task, record.checkpoint_digest) != (choice.task, choice.checkpoint_digest):
                 yield f"{run_id} is of another task or other weights"

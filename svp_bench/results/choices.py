@@ -410,7 +410,7 @@ def trial_problems(choice: Choice, results_root: Path | str) -> list[str]:
                 problems.append(f"trial {number + 1}: {error}")
                 continue
             top1 = record.metrics.top1 if record.metrics else None
-            if right is not None and (record.correct is None or record.correct.bits != right):
+            if right is not None and (record.val_correct is None or record.val_correct.bits != right):
                 problems.append(f"trial {number + 1}: {path} has other images right than it says")
             if record.kind != "selection" or top1 != score:
                 problems.append(f"trial {number + 1}: {path} is of kind {record.kind} with {top1} %, not {score} %")

@@ -283,6 +283,7 @@ class Record:
         image_notes: Conversion or skip of images → how often, e.g. {"skipped: .svg": 1, "rotated by EXIF": 2}.
         content_digests: Split → digest of the decoded pixels of its images.
         card_digests: `card_digest` of the run's "task" and "protocol" card.
+        val_correct: Of a selection record: one bit a val image, which a search compares settings by.
     """
 
     schema: int
@@ -339,6 +340,7 @@ class Record:
     image_notes: Mapping[str, int] | None = None
     content_digests: Mapping[str, str] | None = None
     card_digests: Mapping[str, str] | None = None
+    val_correct: Correct | None = None
 
     @property
     def source_digest(self) -> str:

@@ -241,6 +241,7 @@ def _parse(data: Any, where: str) -> Record:
         card_digests=take.mapping("card_digests", "an object of digests", _is_digest)
         if take.has("card_digests")
         else None,
+        val_correct=_parse_correct(take, "val_correct") if take.has("val_correct") else None,
     )
 
 
@@ -295,10 +296,10 @@ def _parse_per_class(metrics: _Fields) -> PerClass:
     return PerClass(correct=take.integers("correct"), count=take.integers("count"))
 
 
-def _parse_correct(record: _Fields) -> Correct | None:
-    if not record.holds("correct", None):
+def _parse_correct(record: _Fields, key: str = "correct") -> Correct | None:
+    if not record.holds(key, None):
         return None
-    take = record.inner("correct", Correct)
+    take = record.inner(key, Correct)
     return Correct(
         encoding=take.choice("encoding", (ENCODING,)),
         count=take.integer("count", 1),
@@ -357,16 +358,19 @@ def _check_scores(record: Record, refuse: Callable[[str, str], RecordError]) -> 
         raise refuse("metrics.top1", f"is {metrics.top1}, but {metrics.correct} of {metrics.count} are right")
     if metrics is not None:
         _check_metrics(metrics, refuse)
-    if correct is None:
-        return
-    try:
-        ones = count_ones(correct.bits, correct.count)
-    except RecordError as error:
-        raise refuse("correct.bits", f"does not fit: {error}") from None
-    if metrics is None or correct.count != metrics.count:
-        raise refuse("correct.count", f"is {correct.count}, but metrics.count is {metrics and metrics.count}")
-    if ones != metrics.correct:
-        raise refuse("correct.bits", f"has {ones} ones, but metrics.correct is {metrics.correct}")
+    if record.val_correct is not None and (record.kind != "selection" or correct is not None):
+        raise refuse("val_correct", "belongs to a selection record, which has no other bits")
+    for key, bits in (("correct", correct), ("val_correct", record.val_correct)):
+        if bits is None:
+            continue
+        try:
+            ones = count_ones(bits.bits, bits.count)
+        except RecordError as error:
+            raise refuse(f"{key}.bits", f"does not fit: {error}") from None
+        if metrics is None or bits.count != metrics.count:
+            raise refuse(f"{key}.count", f"is {bits.count}, but metrics.count is {metrics and metrics.count}")
+        if ones != metrics.correct and key == "correct":  # of val_correct the audit says it
+            raise refuse(f"{key}.bits", f"has {ones} ones, but metrics.correct is {metrics.correct}")
 
 
 def _check_metrics(metrics: Metrics, refuse: Callable[[str, str], RecordError]) -> None:

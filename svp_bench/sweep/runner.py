@@ -149,7 +149,7 @@ class Runner:
             if not self._same(record, resolved):
                 continue
             if record.status == "complete":
-                if record.kind == "selection" and record.correct is None:
+                if record.kind == "selection" and record.val_correct is None:
                     continue  # of an older version: a search compares trials image by image
                 return self._outcome(record, path, resolved, found=True)
             if record.status == "failed":
@@ -318,7 +318,7 @@ class Runner:
             trainable=record.parameters.trainable,
             selected_on=record.lists.get("val" if selection else "test"),
             loss=metrics.loss if metrics else None,
-            right=record.correct.bits if selection and record.correct else None,
+            right=record.val_correct.bits if record.val_correct else None,
             images=images,
             divided=divided,
         )

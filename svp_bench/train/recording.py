@@ -144,10 +144,11 @@ class Recorder:
         model, data, resolved = self.model, self.data, self.resolved
         metrics: Metrics | None = None
         correct: Correct | None = None
+        val_correct: Correct | None = None
         if tested:
             metrics, correct = self.scores()
         elif data.stage == "select" and status == "complete":
-            metrics, correct = self.selection_scores()
+            metrics, val_correct = self.selection_scores()
         looked = data._report is not None
         choice = self.scan_choice()
         saved = self.run_dir / CHECKPOINT
@@ -192,6 +193,7 @@ class Recorder:
             precision=str(self.trainer.precision),
             metrics=metrics,
             correct=correct,
+            val_correct=val_correct,
             parameters=self.parameters(),
             times={name: round(value, 3) for name, value in self.meter.seconds.items()},
             epochs=self.meter.epochs,
