@@ -217,7 +217,8 @@ def test_keys_stand_in_the_order_of_the_schema(tmp_path: Path) -> None:
     assert list(other.config) != list(one.config)
     assert other.text() == one.text()
     assert list(json.loads(one.text())) == REQUIRED
-    full = dataclasses.replace(one, **OPTIONAL)
+    select = {"kind": "selection", "stage": "select", "correct": None, "val_correct": one.correct}
+    full = dataclasses.replace(one, **OPTIONAL, **select)
     assert list(json.loads(full.text())) == [field.name for field in dataclasses.fields(Record)]
     assert Record.from_json(json.loads(full.text())) == full
     assert '\n  "schema": 1,\n' in one.text()
@@ -613,3 +614,16 @@ def test_correct_of_counts_and_packs() -> None:
     correct = Correct.of(np.array([True, False, True]), "test", LIST)
     assert (correct.count, correct.list, correct.encoding) == (3, "test", "base64+packbits")
     assert unpack_bits(correct.bits, 3).tolist() == [True, False, True]
+
+
+def test_the_bits_of_val_belong_to_a_selection_record() -> None:
+    final = make_record()
+    data = dataclasses.replace(final, val_correct=final.correct).to_json()
+    with pytest.raises(RecordError, match="'val_correct' belongs to a selection record"):
+        Record.from_json(data)
+    select = dataclasses.replace(final, kind="selection", stage="select", correct=None, val_correct=final.correct)
+    data = select.to_json()
+    assert Record.from_json(data) == select
+    data["val_correct"]["bits"] = "!"
+    with pytest.raises(RecordError, match=r"'val_correct.bits' does not fit"):
+        Record.from_json(data)
