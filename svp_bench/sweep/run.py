@@ -241,7 +241,7 @@ def _print_search(console: Console, search: Search, cells: Sequence[Cell], reque
         if cell.blocked is None and cell.task not in of_tasks.setdefault(cell.plan, []):
             of_tasks[cell.plan].append(cell.task)
     many = len(request.seeds) if search.nested else 1
-    searches = f" × {many} searches, one for each seed" if search.nested else ""
+    searches = (" × 1 search" if many == 1 else f" × {many} searches, one for each seed") if search.nested else ""
     for plan, tasks in of_tasks.items():
         runs = len(plan.runs())
         if plan.folds:
