@@ -131,6 +131,8 @@ def _run_training(verb: str, rest: list[str]) -> int:
     flags = split_flags(rest)
     if not flags.asks_help:
         compose(flags)  # fails in a second, before torch is imported
+    if sys.stdout.isatty():
+        print("Loading PyTorch, weights and images …", flush=True)
     from svp_bench.train.cli import run
 
     run(verb, flags)

@@ -122,7 +122,7 @@ def with_callback(class_path: str, *extra: str, epochs: str = "2", **init_args: 
 
 
 def checkpoint(outcome: Outcome) -> Path:
-    return Path("runs") / outcome.record["checkpoint_file"]
+    return Path("runs") / str(outcome.record["checkpoint_file"])
 
 
 @pytest.mark.parametrize("extra", [{}, {"model.ema_decay": "0.5", "model.ema_evaluate": "true"}])

@@ -552,7 +552,7 @@ class VisionDataModule(LightningDataModule):
             batch_size=None,  # the sampler yields whole batches, and the data set takes them
             num_workers=workers,
             persistent_workers=workers > 0 and isinstance(sampler, GlobalBatchSampler),
-            collate_fn=_to_arrays if workers else None,
+            collate_fn=_to_arrays if workers else None,  # type: ignore[arg-type]  # of whole batches, see batch_size
             worker_init_fn=_outlive_signals,
             pin_memory=torch.cuda.is_available() and not workers,  # else `_Loader` pins what comes from the workers
             generator=torch.Generator().manual_seed(self.seed),  # else each epoch would draw from the global state

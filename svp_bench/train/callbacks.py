@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -9,12 +10,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-__all__ = ["Meter", "SteadyTensorBoardLogger", "peak_memory_mib"]
+__all__ = ["EpochLines", "Meter", "RunProgressBar", "SteadyTensorBoardLogger", "peak_memory_mib"]
 
 
 class Meter(Callback):
@@ -212,3 +214,96 @@ class _Attempts:
         if value is not None and not callable(value):
             return value
         return lambda *args, **kwargs: self._attempt(lambda: value(*args, **kwargs))
+
+
+class _Clock:
+    """Time that a run has taken, and how long it still takes at the speed so far."""
+
+    def __init__(self) -> None:
+        self._began = (time.perf_counter(), 0.0)  # when, and epochs that were done by then
+
+    def start(self, trainer: Trainer) -> None:
+        """Begin to count; a resumed run begins where it was."""
+        self._began = (time.perf_counter(), self._done(trainer))
+
+    def elapsed(self) -> float:
+        """Return the seconds since the start."""
+        return time.perf_counter() - self._began[0]
+
+    def left(self, trainer: Trainer) -> float | None:
+        """Return the seconds until the last epoch ends; None before there is a speed."""
+        done = self._done(trainer)
+        seen = done - self._began[1]
+        return self.elapsed() / seen * ((trainer.max_epochs or 0) - done) if seen > 0 else None
+
+    @staticmethod
+    def _done(trainer: Trainer) -> float:
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        batches = trainer.num_training_batches
+        share = progress.completed / batches if 0 < batches < math.inf else 0.0
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        finished = int(epochs.processed)  # the epoch at hand counts once it is over
+        return finished + (share if epochs.started > finished else 0.0)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class EpochLines(Callback):
+    """Prints one line an epoch, for a run whose output is no terminal: a log file, a pipe, a worker of a sweep."""
+
+    def __init__(self) -> None:
+        self._clock = _Clock()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._clock.start(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch, counted from 1, its loss, the score on val, the time so far and the time left."""
+        if not trainer.is_global_zero:
+            return
+        numbers, epoch, epochs = trainer.callback_metrics, trainer.current_epoch + 1, trainer.max_epochs or 0
+        parts = [f"epoch {epoch}/{epochs}"]
+        for key, text in (
+            ("train/loss", "loss {:.4f}"),
+            ("val/loss", "val loss {:.4f}"),
+            ("val/top1", "val top-1 {:.3f}"),
+        ):
+            if key in numbers:
+                parts.append(text.format(float(numbers[key])))
+        left = self._clock.left(trainer)
+        parts.append(f"{_duration(self._clock.elapsed())} elapsed")
+        parts.append("" if left is None else f"{_duration(left)} left")
+        sys.stdout.write("  ".join(part for part in parts if part) + "\n")
+        sys.stdout.flush()
+
+
+class RunProgressBar(TQDMProgressBar):
+    """Lightning's progress bar with epochs counted from 1 and the time left of the whole run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock = _Clock()
+
+    def on_train_start(self, *args: Any) -> None:
+        """Start the clock."""
+        super().on_train_start(*args)
+        self._clock.start(args[0])
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Name the epoch."""
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what stands behind the bar."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        left = self._clock.left(trainer) if trainer.training else None
+        return items if left is None else {**items, "run_left": _duration(left)}

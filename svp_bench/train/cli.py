@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -14,7 +15,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -35,7 +36,7 @@ from svp_bench.results.files import (
     write_record,
 )
 from svp_bench.results.record import Record, new_run_id
-from svp_bench.train.callbacks import Meter, SteadyTensorBoardLogger, peak_memory_mib
+from svp_bench.train.callbacks import EpochLines, Meter, RunProgressBar, SteadyTensorBoardLogger, peak_memory_mib
 from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
 from svp_bench.train.memory import Shortage, gauge_of, is_out_of_memory
 from svp_bench.train.metrics import describe
@@ -223,6 +224,14 @@ class BenchCLI(ConfigCLI):
             kwargs["logger"] = False
         trainer_config = {**config.as_dict(), **kwargs}
         given = trainer_config.get("callbacks") or []
+        if self.verb == "fit":
+            bars = [given] if isinstance(given, Callback) else given
+            if not sys.stdout.isatty():
+                callbacks.append(EpochLines())
+                if not any(isinstance(one, ProgressBar) for one in bars):
+                    trainer_config["enable_progress_bar"] = False
+            elif config.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in bars):
+                callbacks.append(RunProgressBar())
         trainer_config["callbacks"] = [*([given] if isinstance(given, Callback) else given), *callbacks]
         try:
             trainer = Trainer(**trainer_config)
@@ -496,6 +505,8 @@ class BenchCLI(ConfigCLI):
         )
         for notice in self.settled:
             rank_zero_info(f"Note: {notice}")
+        if sys.stdout.isatty():
+            print("  Training begins; the first step compiles kernels where that was not done before", flush=True)
         if model.checkpoint == "none":
             print("  Random weights: this run shows plumbing, not transfer; tables keep such rows apart.", flush=True)
         if self.dirty:

@@ -1,0 +1,84 @@
+"""What a run shows while it trains: a line an epoch, or in a terminal a bar for the whole run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers import run, settle, small
+
+from svp_bench.train.callbacks import _Clock, _duration
+
+LINE = re.compile(
+    r"^epoch (\d+)/(\d+)  loss (\d+\.\d{4})(  val loss .+ val top-1 \S+)?  (\S+) elapsed  (\S+) left$", re.M
+)
+
+
+@pytest.mark.parametrize(("stage", "bar"), [("final", "false"), ("select", None)])
+def test_an_epoch_is_a_line_without_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, bar: str | None
+) -> None:
+    settle(tmp_path, monkeypatch)
+    values: dict[str, Any] = {"trainer.max_epochs": "3", "data.stage": stage, "trainer.enable_progress_bar": bar}
+    found = LINE.findall(run(*small("--method", "linear", **values)).out)
+    assert [(epoch, epochs) for epoch, epochs, *_ in found] == [("1", "3"), ("2", "3"), ("3", "3")]
+    assert all(bool(line[3]) == (stage == "select") for line in found)
+    assert found[-1][-1] == "0:00"
+
+
+def test_the_time_left_is_that_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("svp_bench.train.callbacks.time.perf_counter", lambda: now[0])
+    epoch = SimpleNamespace(processed=2, started=2)  # resumed after two epochs of ten
+    batch = SimpleNamespace(completed=0)
+    loop = SimpleNamespace(
+        epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=batch)),
+        epoch_progress=SimpleNamespace(current=epoch),
+    )
+    trainer = SimpleNamespace(fit_loop=loop, num_training_batches=4, max_epochs=10)
+    clock = _Clock()
+    clock.start(trainer)  # type: ignore[arg-type]
+    assert clock.left(trainer) is None  # type: ignore[arg-type]
+    now[0], epoch.started, batch.completed = 105.0, 3, 2
+    assert clock.left(trainer) == pytest.approx(75.0)  # type: ignore[arg-type]  # half an epoch took 5 s, 7.5 are left
+    now[0], epoch.processed, batch.completed = 110.0, 3, 4
+    assert clock.left(trainer) == pytest.approx(70.0)  # type: ignore[arg-type]
+    assert [_duration(seconds) for seconds in (0.4, 61, 3599.6, 7325)] == ["0:00", "1:01", "1:00:00", "2:02:05"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_shows_phases_and_a_bar(tmp_path: Path) -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    run_line = ("fit", "--config", "configs/demo/digits-5shot.yaml", "--method", "linear", "--trainer.max_epochs", "2")
+    process = subprocess.Popen([sys.executable, "-m", "svp_bench", *run_line], cwd=tmp_path, stdout=slave, stderr=slave)
+    os.close(slave)
+    text = b""
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        text += part
+    assert process.wait() == 0
+    shown = text.decode()
+    assert shown.startswith("Loading PyTorch")
+    assert "Training begins" in shown
+    assert "Epoch 1/2" in shown
+    assert "Epoch 2/2" in shown
+    assert "run_left" in shown
+    assert "Epoch 0" not in shown
