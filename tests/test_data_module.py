@@ -395,7 +395,7 @@ def test_each_process_tests_its_own_pictures(root: Path) -> None:
             2,
             1,
             "--data.batch_size 6 leaves a last batch of 1 of the 19 pictures, fewer than 2 processes x 1 accumulated "
-            "batches = 2 parts; 4 or 8 would fit, or leave it out with --data.drop_last true",
+            "batch = 2 parts; 4 or 8 would fit, or leave it out with --data.drop_last true",
         ),
         (
             32,
