@@ -128,7 +128,12 @@ def _dispatch(arguments: list[str]) -> int:
 def _run_training(verb: str, rest: list[str]) -> int:
     from svp_bench.config import compose, split_flags
 
-    flags = split_flags(rest)
+    if any(flag in rest for flag in ("--help", "-h")):
+        from svp_bench.verbs.training_help import training_help
+
+        print(training_help(verb))
+        return 0
+    flags = split_flags(["--help" if flag == "--help=all" else flag for flag in rest])
     if not flags.asks_help:
         compose(flags)  # fails in a second, before torch is imported
     if sys.stdout.isatty():
