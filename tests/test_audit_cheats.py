@@ -132,9 +132,9 @@ def test_one_seed_drawn_again_on_other_code_fails_while_others_count_from_the_ol
 
 
 def test_another_commit_with_the_same_files_is_the_same_code(tmp_path: Path) -> None:
-    same = {"package_digest": LIST, "weights_digest": LIST}
-    write_record(record(5000, **same), tmp_path)
-    again = write_record(record(5200, clock="13:00:00", commit="f" * 40, **same), tmp_path)
+    write_record(record(5000, package_digest=LIST, weights_digest=LIST), tmp_path)
+    other = {"package_digest": LIST, "weights_digest": OTHER_LIST}
+    again = write_record(record(5200, clock="13:00:00", commit="f" * 40, **other), tmp_path)
     (text,) = failures(again)
     assert "a second draw of one seed on the same code" in text
 
@@ -230,7 +230,7 @@ def record_of(path: Path) -> Record:
 
 
 def test_equal_commits_ran_equal_files(tmp_path: Path) -> None:
-    digests = [{"package_digest": digest, "weights_digest": LIST} for digest in (LIST, OTHER_LIST)]
+    digests = [{"package_digest": digest, "weights_digest": digest} for digest in (LIST, OTHER_LIST)]
     first = write_record(record(**digests[0]), tmp_path)
     write_record(record(5001, seed=1, **digests[1]), tmp_path)
     (text,) = failures(first)
@@ -328,3 +328,37 @@ def test_the_recipes_that_looked_at_test_say_so() -> None:
         for name in ("svp-hta", "mambapeft-vtab", "vpt-fgvc")
     }
     assert flags == {"svp-hta": "test", "mambapeft-vtab": "test", "vpt-fgvc": None}
+
+
+# ---- copies and labels
+
+
+@pytest.mark.parametrize(("right", "seed"), [(5000, 2), (5300, 2)])
+def test_the_weights_of_one_seed_are_not_those_of_another(tmp_path: Path, right: int, seed: int) -> None:
+    """A copied record with other times, or with a better score, still names the weights of the run it came from."""
+    first = write_record(record(5000, package_digest=LIST, weights_digest=OTHER_LIST), tmp_path)
+    again = {"times": {"train_seconds": 12.4, "test_seconds": 1.2}, "images_per_second": 1e5 / 12.4}
+    copy = record(right, seed=seed, package_digest=LIST, weights_digest=OTHER_LIST, **again)
+    path = write_record(copy, tmp_path)
+    for one, other in ((first, path), (path, first)):
+        assert any(
+            text.startswith(f"weights: the same weights as {other.stem} ({TASK}, seed ") for text in failures(one)
+        )
+
+
+def test_equal_weights_give_equal_bits_on_one_machine(tmp_path: Path) -> None:
+    stated = {"package_digest": LIST, "weights_digest": OTHER_LIST}
+    path = write_record(record(5000, **stated), tmp_path)
+    write_record(record(5000, {"data.workers": 3}, "13:00:00", **stated), tmp_path)
+    assert failures(path) == []
+    write_record(record(5100, {RATE: 3e-3}, "14:00:00", **stated, device="NVIDIA H100"), tmp_path)  # rounds differently
+    assert failures(path) == []
+    better = write_record(record(5300, {RATE: 3e-3}, "15:00:00", **stated), tmp_path)
+    assert any(f"test images as {better.stem}, with other images right" in text for text in failures(path))
+
+
+def test_a_shipped_method_under_another_name_is_seen(tmp_path: Path) -> None:
+    made = record()
+    name = made.run_id.replace("svp-", "better-", 1)
+    path = write_record(dataclasses.replace(made, method="better", run_id=name), tmp_path)
+    assert failures(path) == ["identity: the method is better, but the config's class is svp_bench.methods.svp.SVP"]

@@ -28,7 +28,8 @@ fails, and what does not:
   `svp-bench rerun`, whose records lie apart. On other code, or with the same score, it is a note. "The same code" is
   the same known commit without changes, or, of installed packages, the same version.
 - Two seeds of a cell with the same scores, bits, loss and times fail: one is a copy. Equal bits and an equal loss alone
-  are a note.
+  are a note. Runs of different seeds or tasks that state the same final weights fail: one is a copy. So do runs that
+  state the same weights and the same test images with other images right.
   A seed that was run again on other code with another score fails too where other seeds of its cell still count from
   another code. Which code: the digest of the package's files, where both records have it, else commit or version.
 - A run id that another record has fails, for the later of them: one of the two was written under the name of the other.
@@ -304,7 +305,7 @@ class _Auditor(Auditor):
         self._data()
         self._weights()
         self._budget(protocol)
-        self._track(protocol)
+        self._track(protocol, card)
         self._seeds()
         self._repetitions()
         self._alike()
@@ -373,7 +374,8 @@ class _Auditor(Auditor):
         layers = recipe(record.method)
         shipped = str(layers.get("model.method.class_path", "")).split(".")[-1]
         theirs = str(get(config, "model.method.class_path"))
-        if shipped and theirs.split(".")[-1] != shipped:
+        name = _shipped_classes(configs_dir()).get(theirs)
+        if (shipped and theirs.split(".")[-1] != shipped) or name not in (None, record.method):
             problems.append(f"the method is {record.method}, but the config's class is {theirs}")
         self.judge("identity", problems, f"{record.method}, seed {record.seed}: name, facts and config agree")
         if not theirs.startswith("svp_bench."):
@@ -446,13 +448,16 @@ class _Auditor(Auditor):
                 )
         self.judge("times", problems, "name, date, seconds and images per second fit each other")
 
-    def _pictures(self, card: TaskCard | None, role: str) -> int | None:
-        """Return how many pictures a list has by the card, None if the card does not know."""
-        record = self.record
-        if card is None or record.data_status != "as_card":
-            return None
+    def _split_counts(self, card: TaskCard | None) -> Mapping[str, int]:
+        """Return the images of each split by the card; empty if the card does not know the run's data."""
+        if card is None or self.record.data_status != "as_card":
+            return {}
         forms: Mapping[str, Mapping[str, int]] = {"card": card.counts, **card.variants}
-        return forms.get(record.data_variant, {}).get(record.lists.get(role, ""))
+        return forms.get(self.record.data_variant, {})
+
+    def _pictures(self, card: TaskCard | None, role: str) -> int | None:
+        """Return the number of images of a split by the card, None if the card does not know."""
+        return self._split_counts(card).get(self.record.lists.get(role, ""))
 
     # --- lists, data, weights ----------------------------------------------------------------------------------------
 
@@ -628,6 +633,8 @@ class _Auditor(Auditor):
             )
         for what, lines in (record.checkpoint_load or {}).items():
             self.say("note", "weights", f"{what} while loading: {some(lines)}")
+        for problem in self._copied_weights():
+            self.say("fail", "weights", problem)
         others = {
             one.checkpoint_digest
             for one in (self.shelf.records if self.shelf else ())
@@ -636,6 +643,25 @@ class _Auditor(Auditor):
         if others:
             shown = some(sorted(map(short, others)))
             self.say("note", "weights", f"other runs state other weights from {record.checkpoint}: {shown}")
+
+    def _copied_weights(self) -> list[str]:
+        """Return which other runs ended with the very same weights, and cannot have: of another seed, task or score."""
+        record, problems = self.record, []
+        if record.weights_digest is None or not record.epochs:
+            return []
+        for other in self.shelf.records if self.shelf else ():
+            if other.weights_digest != record.weights_digest or other.run_id == record.run_id or not other.epochs:
+                continue
+            ours, theirs = (record.task, record.seed), (other.task, other.seed)
+            if ours != theirs:
+                problems.append(f"the same weights as {other.run_id} ({theirs[0]}, seed {theirs[1]}): one is a copy")
+            elif record.correct and other.correct and record.correct.list_digest == other.correct.list_digest:
+                machine = (record.device, record.scan_backend, record.precision)
+                if machine == (other.device, other.scan_backend, other.precision) and (
+                    record.correct.bits != other.correct.bits
+                ):
+                    problems.append(f"the same weights and test images as {other.run_id}, with other images right")
+        return problems
 
     # --- budget and search -------------------------------------------------------------------------------------------
 
@@ -657,7 +683,7 @@ class _Auditor(Auditor):
         else:
             self.say("pass", "budget", f"{plural(used, 'epoch')}, as {source} says")
 
-    def _track(self, protocol: ProtocolCard | None) -> None:
+    def _track(self, protocol: ProtocolCard | None, card: TaskCard | None) -> None:
         record, tuned = self.record, self.record.tuned
         found = departure_texts(departures(record, protocol, tuned.keys if tuned else ()))
         if tuned is None:
@@ -665,7 +691,9 @@ class _Auditor(Auditor):
         elif tuned.search is None:
             self._tuned_table(tuned)
         else:
-            self.findings += search_findings(record, tuned, tuned.search, self.shelf, protocol)
+            self.findings += search_findings(
+                record, tuned, tuned.search, self.shelf, protocol, self._split_counts(card)
+            )
         if not recipe(record.method):
             self.say("note", "settings", f"there is no recipe of the method {record.method} here to compare with")
         self.judge(
@@ -910,6 +938,13 @@ def _task_card(name: str, folders: tuple[Path, ...]) -> tuple[TaskCard, str]:
 @cache
 def _protocol_card(name: str, folders: tuple[Path, ...]) -> ProtocolCard:
     return load_protocol(name)
+
+
+@cache
+def _shipped_classes(folder: Path) -> dict[str, str]:
+    """Return the class of each shipped method → the method's name."""
+    names = sorted(path.stem for path in (folder / "method").glob("*.yaml"))
+    return {str(recipe(name).get("model.method.class_path")): name for name in names}
 
 
 def _age(record: Record) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from svp_bench.errors import RecordError, plural
 from svp_bench.results.audit_base import Auditor, Finding, Shelf, began, differ, fold_of, hour, roles, short, some
 from svp_bench.results.bits import unpack_bits
 from svp_bench.results.choices import (
+    AUTO_FOLDS,
     FALLBACK,
     RULE_VERSION,
     Choice,
@@ -38,7 +39,12 @@ _TABLE = re.compile(rf"{_NAME.pattern}/{_NAME.pattern}")
 
 
 def search_findings(
-    record: Record, tuned: Tuned, search: Search, shelf: Shelf | None, protocol: ProtocolCard | None
+    record: Record,
+    tuned: Tuned,
+    search: Search,
+    shelf: Shelf | None,
+    protocol: ProtocolCard | None,
+    counts: Mapping[str, int],
 ) -> list[Finding]:
     """Look at the choice that a searched run names, and at the records of its trials.
 
@@ -48,14 +54,15 @@ def search_findings(
         search: What it says of the search.
         shelf: The records and choices beside it, None if it lies in no results folder.
         protocol: The card at hand, None if it is not the run's.
+        counts: Images of each split, as the task card has them; empty if it does not know the run's data.
     """
     auditor = _SearchAuditor(record, shelf)
-    auditor.look(tuned, search, protocol)
+    auditor.look(tuned, search, protocol, counts)
     return auditor.findings
 
 
 class _SearchAuditor(Auditor):
-    def look(self, tuned: Tuned, search: Search, protocol: ProtocolCard | None) -> None:
+    def look(self, tuned: Tuned, search: Search, protocol: ProtocolCard | None, counts: Mapping[str, int]) -> None:
         """Look at the choice that a run names, and at its trials."""
         tried = plural(search.trials, "setting")
         track = f"searched ({search.name}, K = {search.budget}), {search.sampler}, {tried} tried on "
@@ -89,7 +96,8 @@ class _SearchAuditor(Auditor):
                 val = f"{protocol.stages['final']['train']} ({choice.folds} folds)"
             if choice.selected_on != val:
                 problems.append(f"chosen on {choice.selected_on}, and {self.record.protocol} chooses on {val}")
-        problems += self._plan_problems(choice, protocol)
+            problems += self._count_problems(choice, protocol, counts)
+        problems += self._plan_problems(choice)
         self.judge(
             "choice", problems, f"{where}, frozen {hour(choice.created)}, before the run; the config has its values"
         )
@@ -100,7 +108,21 @@ class _SearchAuditor(Auditor):
         self._other_searches(path)
 
     @staticmethod
-    def _plan_problems(choice: Choice, protocol: ProtocolCard | None) -> list[str]:
+    def _count_problems(choice: Choice, protocol: ProtocolCard, counts: Mapping[str, int]) -> list[str]:
+        """Return where the number of images that chose is not that of the card's splits; a line each."""
+        val, labelled = (counts.get(protocol.stages[s][r]) for s, r in (("select", "val"), ("final", "train")))
+        problems, scored = [], labelled if choice.folds else val
+        if scored is not None and choice.count != scored:
+            problems.append(f"chosen on {plural(choice.count, 'image')}, and the task card has {scored}")
+        if choice.folds and choice.search["folds"] == "auto" and val is not None and val >= choice.search["small_val"]:
+            problems.append(
+                f"chosen in {choice.folds} folds, and val has {plural(val, 'image')}: the search declares folds below "
+                f"{choice.search['small_val']}"
+            )
+        return problems
+
+    @staticmethod
+    def _plan_problems(choice: Choice) -> list[str]:
         """Return where the folds of a choice are not what its search declares; a line each."""
         if choice.version < RULE_VERSION:
             return []
@@ -113,6 +135,8 @@ class _SearchAuditor(Auditor):
             problems.append(
                 f"chosen in {choice.folds} folds of {plural(choice.count, 'image')}, and the search leaves one out"
             )
+        if declared == "auto" and choice.folds and choice.folds != min(AUTO_FOLDS, choice.count):
+            problems.append(f"chosen in {choice.folds} folds, and the search takes {AUTO_FOLDS}")
         if declared == "auto" and not choice.folds and choice.count < choice.search["small_val"]:
             problems.append(f"chosen on {choice.count} images of val, fewer than {choice.search['small_val']}")
         if choice.folds and choice.repeats != choice.search["repeats"]:

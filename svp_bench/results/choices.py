@@ -31,6 +31,7 @@ from svp_bench.results.record import Search, Tuned
 from svp_bench.results.stats import one_standard_error
 
 __all__ = [
+    "AUTO_FOLDS",
     "FALLBACK",
     "FOLD_KEYS",
     "RULES",
@@ -55,6 +56,7 @@ SCHEMAS = {1: "svp-bench/choice-1", 2: "svp-bench/choice-2"}  # by the version o
 RULES = ("one_standard_error", "best_on_val")
 RULE_VERSION = 2  # of new searches: see `decide`; version 1 is `choose`
 FOLD_KEYS = ("data.folds", "data.fold", "data.fold_seed")
+AUTO_FOLDS = 5  # what `folds: auto` takes where val is small
 FALLBACK = "default"  # the space of methods without one of their own
 _DECLARED: Mapping[str, tuple[type, ...]] = {
     "name": (str,),

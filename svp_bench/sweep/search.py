@@ -20,14 +20,13 @@ from typing import Any, Protocol
 from svp_bench.errors import ConfigError, UnavailableError, plural, unknown_name
 from svp_bench.plain_yaml import Node, read_yaml
 from svp_bench.resources import configs_dir
-from svp_bench.results.choices import FALLBACK, FOLD_KEYS, RULE_VERSION, RULES, grid_settings
+from svp_bench.results.choices import AUTO_FOLDS, FALLBACK, FOLD_KEYS, RULE_VERSION, RULES, grid_settings
 from svp_bench.results.digests import canonical_digest
 
 __all__ = ["SAMPLERS", "Dimension", "Plan", "Sampler", "Search", "load_search", "make_sampler", "space_declaration"]
 
 SAMPLERS = ("grid", "random", "tpe")
 AUTO, LEAVE_ONE_OUT, NONE = "auto", "leave_one_out", "none"  # what `folds` may be beside a number
-_AUTO_FOLDS = 5
 _SMALL_VAL = 100  # a difference of two settings on fewer images is mostly chance: its standard error is some 4 points
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _KEY = re.compile(r"(?:model|data|trainer)(?:\.\w+)+")
@@ -133,7 +132,7 @@ class Search:
         """
         folds = self.folds
         if folds == AUTO:
-            folds = min(_AUTO_FOLDS, labelled) if val < self.small_val else 0
+            folds = min(AUTO_FOLDS, labelled) if val < self.small_val else 0
         elif folds == LEAVE_ONE_OUT:
             folds = labelled
         number = folds if isinstance(folds, int) else 0
