@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler
-from svp_bench.errors import CheckpointError, SvpBenchError
+from svp_bench.errors import CheckpointError, SvpBenchError, plural
 from svp_bench.train import cli, resume
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.resumable import check_resumable
@@ -108,7 +108,7 @@ def test_a_signal_saves_and_the_run_goes_on(
         stopped = command(*small(*FLAGS))
     assert stopped.status == 0
     assert f"Stopped by {name}" in stopped.out
-    assert f"after {step} steps" in stopped.out
+    assert f"after {plural(step, 'step')}" in stopped.out
     assert "Go on: the same command with --resume" in stopped.out
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == handlers
     assert not list(Path("results").rglob("*.json"))
@@ -459,7 +459,7 @@ def test_no_damage_goes_unnoticed_or_makes_a_traceback(unfinished: Unfinished, d
         ({"svp_bench": {}}, "svp_bench.task is missing, expected a text"),
         ({"svp_bench.image_size": "big"}, "svp_bench.image_size is 'big', expected height and width"),
         ({"svp_bench.image_size": [32]}, "svp_bench.image_size is [32], expected height and width"),
-        ({"svp_bench.view": 3}, "svp_bench.view is 3, expected resize, crop_ratio and interpolation"),
+        ({"svp_bench.view": 3}, "svp_bench.view is 3, expected resize, crop_ratio, interpolation and depth"),
         ({"svp_bench.view": {"resize": "x"}}, "svp_bench.view is {'resize': 'x'}, expected resize"),
         ({"svp_bench.num_classes": True}, "svp_bench.num_classes is True, expected a whole number of 1"),
         ({"svp_bench.num_classes": 7}, "expected 7 names"),
@@ -577,6 +577,13 @@ def test_the_newest_unfinished_run_is_found(tmp_path: Path) -> None:
     assert found is not None
     assert found.folder.name.endswith("aa-2")
     assert found.checkpoint is None
+    same_second = tmp_path / "svp-20260102T000000Z-seed0-aa-0"  # its name sorts first, but it began later
+    same_second.mkdir()
+    (same_second / "config.yaml").write_text("seed_everything: 0\nkey: 1\n")
+    os.utime(same_second / "config.yaml", ns=(2**62, 2**62))
+    later = find_run(tmp_path, tmp_path, 0, lambda config: config["key"] == 1)
+    assert later is not None
+    assert later.folder == same_second
     assert find_run(tmp_path, tmp_path, 0, lambda config: False) is None
     assert find_run(tmp_path, tmp_path, 1, lambda config: True) is None
 

@@ -295,8 +295,9 @@ class RunProgressBar(TQDMProgressBar):
         self._clock.start(args[0])
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Name the epoch."""
-        super().on_train_epoch_start(trainer, *args)
+        """Begin the bar of an epoch. Lightning's own method would show the epoch counted from 0 for a moment."""
+        self.train_progress_bar.reset(self.total_train_batches)
+        self.train_progress_bar.initial = 0
         self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
     def get_metrics(

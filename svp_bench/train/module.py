@@ -69,7 +69,8 @@ class AdaptationModule(LightningModule):
         weight_decay: Of the optimizer. Biases, one-dimensional tensors and the backbone's own list take none; tables of
             scales (SVP's alpha and beta, groups or blocks × width) are two-dimensional and take it, as released.
         betas: Of AdamW.
-        warmup_epochs: Epochs of linear warm-up, clipped to a fifth of the run.
+        warmup_epochs: Epochs of linear warm-up, clipped to the run. On the command line, a value of a recipe made for
+            another number of epochs is clipped to a fifth of the run.
         warmup_start_factor: The warm-up starts at this fraction of the learning rate.
         min_learning_rate: Where the cosine ends.
         label_smoothing: Of the cross entropy.
@@ -430,7 +431,7 @@ class AdaptationModule(LightningModule):
             )
         warmup_epochs = clipped_warmup(self.warmup_epochs, epochs)
         if warmup_epochs != self.warmup_epochs:
-            rank_zero_info(warmup_notice(self.warmup_epochs, epochs))
+            rank_zero_info(warmup_notice(self.warmup_epochs, epochs, warmup_epochs))
         warmup = round(total * warmup_epochs / epochs) if epochs > 0 else 0
         end = total - (round(total * self.cooldown_epochs / epochs) if epochs > 0 else 0)
         start = self.warmup_start_factor

@@ -311,9 +311,16 @@ class ConfigCLI(LightningCLI):
             )
         if model.head == "fresh":
             model.head = None  # the default: one setting has one spelling in records
-        if model.warmup_epochs > (most := clipped_warmup(model.warmup_epochs, epochs)):
-            self.settled.append(warmup_notice(model.warmup_epochs, epochs))
-            model.warmup_epochs = most
+        warmup = clipped_warmup(model.warmup_epochs, epochs, inherited=self._warmup_is_inherited())
+        if warmup < model.warmup_epochs:
+            self.settled.append(warmup_notice(model.warmup_epochs, epochs, warmup))
+            model.warmup_epochs = warmup
+
+    def _warmup_is_inherited(self) -> bool:
+        """Whether the warm-up was set for another number of epochs: neither by a flag nor by the file of the epochs."""
+        warmup, epochs = self._origin("model.warmup_epochs"), self._origin("trainer.max_epochs")
+        files = [origin and origin.rpartition(":")[0] for origin in (warmup, epochs)]
+        return warmup is not None and files[0] != files[1]
 
     @staticmethod
     def _protocol(data: Namespace) -> ProtocolCard:

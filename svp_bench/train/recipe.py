@@ -12,7 +12,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from svp_bench.data.augment import Mix, mirror
-from svp_bench.errors import CheckpointError, ConfigError
+from svp_bench.errors import CheckpointError, ConfigError, plural
 from svp_bench.models import VisionMamba
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "warmup_notice",
 ]
 
-WARMUP_RUNS = 5  # the warm-up is at most one part in this many of the run
+WARMUP_RUNS = 5  # an inherited warm-up is at most one part in this many of the run
 ADAMW_EPS = 1e-8
 SGD_MOMENTUM = 0.9
 
@@ -134,20 +134,23 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=ADAMW_EPS if eps is None else eps)
 
 
-def clipped_warmup(warmup_epochs: float, epochs: int) -> float:
-    """Return the epochs of warm-up of a run: at most a fifth of it."""
-    return min(warmup_epochs, epochs / WARMUP_RUNS)
+def clipped_warmup(warmup_epochs: float, epochs: int, *, inherited: bool = False) -> float:
+    """Return the epochs of warm-up of a run of `epochs`: at most the run, and a fifth of it for an inherited value.
+
+    Args:
+        warmup_epochs: Epochs asked for.
+        epochs: Epochs of the run.
+        inherited: The value comes from a recipe made for another number of epochs, not from whoever runs it.
+    """
+    return min(warmup_epochs, epochs / WARMUP_RUNS if inherited else epochs)
 
 
-def warmup_notice(warmup_epochs: float, epochs: int) -> str:
+def warmup_notice(warmup_epochs: float, epochs: int, clipped: float) -> str:
     """Return the line that reports a clipped warm-up."""
-
-    def told(number: float) -> str:
-        return f"{number:g} epoch{'s' * (number != 1)}"
-
+    limit = "the run" if clipped == epochs else "a fifth of the run"
     return (
-        f"The warm-up of {told(warmup_epochs)} is longer than a fifth of the run of {told(epochs)}: clipped to "
-        f"{told(clipped_warmup(warmup_epochs, epochs))}."
+        f"The warm-up of {warmup_epochs:g} epochs is longer than {limit} of {plural(epochs, 'epoch')}: clipped to "
+        f"{clipped:g} epochs."
     )
 
 

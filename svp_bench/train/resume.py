@@ -280,9 +280,10 @@ def _recorded_elsewhere(folder: Path, config: Mapping[str, Any], records: Path) 
     return root is not None and place.resolve() != records.resolve() and (place / f"{folder.name}.json").is_file()
 
 
-def _started(folder: Path) -> str:
-    """The time stamp in a run's name."""
-    return folder.name.partition("-")[2]
+def _started(folder: Path) -> tuple[str, int]:
+    """Return the time stamp in a run's name, in seconds, and when its config was written, which tells two apart."""
+    config = folder / "config.yaml"
+    return folder.name.split("-")[1], config.stat().st_mtime_ns if config.is_file() else 0
 
 
 def _config_of(folder: Path) -> dict[str, Any] | None:
