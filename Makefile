@@ -82,8 +82,8 @@ test-narrow: $(STAMP) ## the tests of numbers with the instructions of an older 
 	$(NARROW) $(PYTEST) -m "not slow and not gpu" $(NARROW_TESTS)
 
 .PHONY: fuzz
-fuzz: $(STAMP) ## 10,000 cases of odd cards, configs, lists, splits, pictures, checkpoints and records (about six minutes)
-	SVP_BENCH_FUZZ=10000 $(BIN)/pytest -q tests/test_fuzz.py -n $(WORKERS)
+fuzz: $(STAMP) ## 10,000 cases of odd cards, configs, splits, images, checkpoints and records (about ten minutes)
+	SVP_BENCH_FUZZ=10000 $(BIN)/pytest -q tests/test_fuzz.py tests/test_predict.py -n $(WORKERS)
 
 .PHONY: test-gpu
 test-gpu: $(STAMP) ## the tests that need a CUDA device
