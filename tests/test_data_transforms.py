@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svp_bench.data.transforms import INTERPOLATIONS, resize_straight, to_rgb
+from svp_bench.data.decode import convert
+from svp_bench.data.transforms import INTERPOLATIONS, resize_straight
 from svp_bench.errors import UsageError
 
 
 def gradient(width: int = 8, height: int = 6) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x * 20, y * 30, (x + y) * 10], axis=-1).astype(np.uint8))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    return convert(image).image
 
 
 def reopened(image: Image.Image, kind: str, **options: object) -> Image.Image:

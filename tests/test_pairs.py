@@ -15,11 +15,12 @@ from helpers import command, complaint, run
 from numpy.typing import NDArray
 from scipy import stats
 
-from svp_bench.cards import load_suite
+from svp_bench.cards import load_suite, load_task
 from svp_bench.results.bits import unpack_bits
 from svp_bench.results.files import write_record
-from svp_bench.results.pairs import middle_p
+from svp_bench.results.pairs import Pair, compare_pair, middle_p, render_pairs
 from svp_bench.results.record import Correct, Metrics, Record, Search, Tuned
+from svp_bench.results.tables import load_table
 
 TASKS = load_suite("vtab").tasks
 PICTURES = 200
@@ -231,3 +232,32 @@ def test_the_middle_p_keeps_its_level_whatever_the_dependence(shared: float) -> 
     common, own = generator.standard_normal((4000, 1)), generator.standard_normal((4000, 5))
     p = 2 * stats.norm.sf(abs(math.sqrt(shared) * common + math.sqrt(1 - shared) * own))
     assert np.mean([middle_p(list(row)) < 0.05 for row in p]) < 0.06
+
+
+def test_no_p_where_no_outcome_over_the_tasks_could_reject() -> None:
+    """Seven images divide the runs: p could be 1/64 on one task, and 19 times that after Holm's adjustment."""
+    vtab = load_suite("vtab")
+
+    def of(tasks: int) -> Pair:
+        records = [
+            make_record(task, method, 0, right, 100, task_version=load_task(task).version)
+            for task in vtab.tasks[:tasks]
+            for method, right in (("svp", 57), ("linear", 50))
+        ]
+        ((_, pair),) = compare_pair([load_table(vtab, records)], "svp", "linear")
+        return pair
+
+    (alone,) = of(1).tasks
+    assert (alone.p, alone.holm) == (pytest.approx(2 / 2**7), pytest.approx(2 / 2**7))
+    assert [task.holm for task in of(3).tasks] == [pytest.approx(3 * 2 / 2**7)] * 3
+    for tasks in (4, 19):
+        pair = of(tasks)
+        assert all(task.p is None and task.holm is None for task in pair.tasks)
+        assert "McNemar p  " not in render_pairs([(vtab, pair)], 0.95)
+    records = [  # ten images divide the runs on the first task: it alone can be tested
+        make_record(task, method, 0, right, 100, task_version=load_task(task).version)
+        for number, task in enumerate(vtab.tasks)
+        for method, right in (("svp", 57 if number else 60), ("linear", 50))
+    ]
+    ((_, pair),) = compare_pair([load_table(vtab, records)], "svp", "linear")
+    assert [task.holm for task in pair.tasks] == [pytest.approx(2 / 2**10)] + [None] * 18

@@ -18,7 +18,7 @@ from typing import Any
 from svp_bench.resources import checkout_root
 from svp_bench.results.digests import canonical_digest, cell_config
 
-__all__ = ["class_paths", "commit_file", "git", "package_digest", "package_digest_at", "source_files"]
+__all__ = ["class_paths", "git", "package_digest", "package_digest_at", "source_files"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RECORDED = {"torch", "lightning", "timm", "torchmetrics", "numpy", "PIL", "jsonargparse", "numba"}  # in `libraries`
@@ -64,14 +64,6 @@ def package_digest_at(commit: str) -> str | None:
         files[name] = _digest(content[end + 1 : end + 1 + size])
         place = end + size + 2
     return canonical_digest(files)
-
-
-@cache
-def commit_file(commit: str, path: str) -> str | None:
-    """Return "sha256:..." of a file as a commit of this checkout has it; None if that is not available."""
-    root = checkout_root()
-    content = git(root, "cat-file", "blob", f"{commit}:{path}") if root else None
-    return None if content is None else _digest(content)
 
 
 def git(root: Path, *arguments: str, given: bytes = b"", timeout: float = 60) -> bytes | None:

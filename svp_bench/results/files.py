@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svp_bench.atomic import read_regular
+from svp_bench.atomic import read_regular, replacing
 from svp_bench.errors import RecordError, printable
 from svp_bench.results.record import Record
 
@@ -54,20 +54,10 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         RecordError: If that is not possible; nothing is left behind.
     """
-    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(aside, "xb") as file:
-                # A lone surrogate (from an undecodable file name) becomes \udcXX: in JSON the escape of that very code
-                file.write(text.encode("utf-8", errors="backslashreplace"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        with replacing(path) as file:
+            # A lone surrogate (from an undecodable file name) becomes \udcXX: in JSON the escape of that very code
+            file.write(text.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
         raise _not_writable(path.parent, error) from None
 
@@ -76,16 +66,6 @@ def csv_text(value: str) -> str:
     """Return a text as one cell of a CSV: one line, and no formula to a spreadsheet (a quote before = + - @)."""
     text = printable(value)
     return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") else text
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open folders; the rename is durable there with the file
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _not_writable(folder: Path, error: OSError) -> RecordError:

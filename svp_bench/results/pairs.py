@@ -8,8 +8,8 @@ like these, and sees no other seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from svp_bench.cards import SuiteCard
 from svp_bench.errors import UsageError, plural, printable, unknown_name
@@ -20,7 +20,6 @@ from svp_bench.results.stats import (
     FEWEST_PAIRS,
     Difference,
     Estimate,
-    McNemar,
     difference_over_images,
     holm,
     mcnemar,
@@ -55,8 +54,8 @@ class PairTask:
             (`difference_over_images`); None if there are no such seeds.
         mcnemar: Seed → exact McNemar p of the two runs' bits.
         p: These p in one (`middle_p`); None without any, and where so few images divide the runs that no outcome could
-            fall below 1 - level.
-        holm: p, adjusted by Holm over the tasks; None where p is.
+            fall below 1 - level after the adjustment.
+        holm: p, adjusted by Holm over the tasks that have one; None where p is.
         verdict: Of the seeds: "better", "worse", "tie" or "too few"; see `stats.cell_verdict`.
     """
 
@@ -124,40 +123,50 @@ def _pair(table: Table, section: Section, first: Row, second: Row) -> Pair:
     names = shared_tasks(table.suite, first, second)
     whole = contrast(table.suite, first, second, table.level) if names else None
     tasks = []
+    least: dict[str, float] = {}
     for task in names:
         ours, theirs = first.cells[task], second.cells[task]
         difference = paired({task: ours.scores}, {task: theirs.scores}, [[task]], level=table.level).tasks[0]
         bits = shared_bits(ours, theirs)
         tests = {seed: mcnemar(a, b) for seed, (a, b) in bits.items()}
+        if tests:
+            least[task] = middle_p([smallest_p(test.b + test.c or 1) for test in tests.values()])
         tasks.append(
             PairTask(
                 task=task,
                 seeds=Difference(task, within(difference.estimate, -100, 100), difference.n_pairs),
                 pictures=difference_over_images(list(bits.values()), table.level) if bits else None,
                 mcnemar={seed: test.p for seed, test in tests.items()},
-                p=_one_p(list(tests.values()), table.level),
+                p=middle_p([test.p for test in tests.values()]) if tests else None,
                 holm=None,
                 verdict=whole.verdicts[task] if whole else "too few",
             )
         )
+    family = _testable(least, 1 - table.level)
+    tasks = [found if found.task in family else replace(found, p=None) for found in tasks]
     adjusted = holm({found.task: found.p for found in tasks if found.p is not None})
     return Pair(
         section=section,
         first=first,
         second=second,
-        tasks=tuple(
-            PairTask(t.task, t.seeds, t.pictures, t.mcnemar, t.p, adjusted.get(t.task), t.verdict) for t in tasks
-        ),
+        tasks=tuple(replace(found, holm=adjusted.get(found.task)) for found in tasks),
         whole=whole,
     )
 
 
-def _one_p(tests: Sequence[McNemar], level: float) -> float | None:
-    """The p of several tests in one; None if no outcome over the images that divide the runs could reject."""
-    if not tests:
-        return None
-    least = middle_p([smallest_p(test.b + test.c) if test.b + test.c else 1.0 for test in tests])
-    return middle_p([test.p for test in tests]) if least < 1 - level else None
+def _testable(least: Mapping[str, float], bar: float) -> set[str]:
+    """Return a family of tests that Holm's adjustment could all reject, by the smallest p that each could give.
+
+    The smallest p depends on how many images divide the runs, not on which run has them right, so that leaving tests
+    out by it keeps the adjustment valid.
+
+    Source: Tarone 1990, Biometrics 46, 515-522.
+    """
+    family = dict(least)
+    while family and max(holm(family).values()) >= bar:
+        largest = max(family.values())
+        family = {task: p for task, p in family.items() if p < largest}
+    return set(family)
 
 
 def middle_p(values: Sequence[float]) -> float:
@@ -258,7 +267,7 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
     untested = [found for found in pair.tasks if found.p is None and found.pictures is not None]
     if untested:
         notes.append(
-            f"No McNemar p on {plural(len(untested), 'task')}: fewer than {FEWEST_PAIRS} images divide the runs (or a "
-            "few more, over several seeds), so that no outcome could reject; they cannot be tested."
+            f"No McNemar p on {plural(len(untested), 'task')}: so few images divide the runs (fewer than {FEWEST_PAIRS}, "
+            "or a few more with several seeds or tasks) that no outcome could reject; these cannot be tested."
         )
     return notes

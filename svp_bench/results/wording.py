@@ -65,6 +65,7 @@ __all__ = [
     "shown_scores",
     "signed",
     "size",
+    "size_span",
     "sizes",
     "smallest",
     "span",
@@ -242,7 +243,11 @@ def size(count: int) -> str:
 
 def sizes(row: Row) -> str:
     """Return the number of trainable parameters without the head, short."""
-    low, high = row.adapter
+    return size_span(*row.adapter)
+
+
+def size_span(low: int, high: int) -> str:
+    """Return "75.6K", or "75.6K–4.76M"."""
     return size(low) if size(low) == size(high) else f"{size(low)}–{size(high)}"
 
 
@@ -329,8 +334,8 @@ def interval_notes(section: Section, suite: SuiteCard, level: float) -> list[str
 def images_note(level: float) -> str:
     """Say what ± with a star is."""
     return (
-        f"± … {IMAGES} behind a mean is half its {percent(level)} interval over test images (Wilson): about these runs "
-        "and other test images; what other seeds would give, one seed does not show."
+        f"± … {IMAGES} behind a mean is half its {percent(level)} interval over test images (Wilson), where the variance "
+        "over seeds is unknown: about these runs and other test images, not about other seeds."
     )
 
 

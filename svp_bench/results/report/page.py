@@ -49,7 +49,7 @@ from svp_bench.results.wording import (
     percent,
     short_name,
     signed,
-    size,
+    size_span,
     span,
 )
 
@@ -229,7 +229,7 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
         ],
         "tested": lambda comparison: any(found.p is not None for found in comparison.contrasts),
         "span": span,
-        "sizes": lambda pair: _sizes(*pair),
+        "sizes": lambda pair: size_span(*pair),
         "interval": interval,
         "signed": signed,
         "p_value": p_value,
@@ -291,10 +291,6 @@ def _titles(cards: Sequence[SuiteCard]) -> str:
 
 def _readable(created: str) -> str:
     return datetime.strptime(created, CREATED).strftime("%Y-%m-%d, %H:%M UTC")
-
-
-def _sizes(low: int, high: int) -> str:
-    return size(low) if size(low) == size(high) else f"{size(low)}–{size(high)}"
 
 
 def _point(trade: TradeOff, row: RowView) -> Point | None:
