@@ -109,7 +109,7 @@ def test_every_number_is_recomputed(tmp_path: Path) -> None:
     assert flat.startswith("VTAB-1k: svp minus linear, in points")
     overall = float(np.mean(list(means.values())))
     assert f"Mean of 19 tasks: {overall:+.2f}, new seeds [" in flat
-    assert "sign flip over 16 independent sources of pictures: p " in flat
+    assert "sign flip over 16 independent sources of images: p " in flat
     assert "Holm over 19 tasks." in flat
     assert not (tmp_path / "tables").exists()
 
@@ -118,7 +118,7 @@ def test_six_seeds_give_a_verdict(tmp_path: Path) -> None:
     records = draw({"svp": 0.9, "linear": 0.6}, 6, TASKS[:2])
     text = compare(tmp_path, records)
     assert {line[4] for line in lines_of(text).values()} == {"better"}
-    assert "2 of 19 tasks: those that both rows have on the same pictures" in " ".join(text.split())
+    assert "2 of 19 tasks: those that both rows have on the same images" in " ".join(text.split())
     assert "Mean of these 2 tasks: +" in text
 
 
@@ -158,7 +158,7 @@ def test_one_shared_seed_has_pictures_and_no_interval_over_seeds(tmp_path: Path)
 
 def test_rows_without_a_task_in_common(tmp_path: Path) -> None:
     text = compare(tmp_path, [make_record(TASKS[0], "svp"), make_record(TASKS[1], "linear")])
-    assert "They share no task on the same pictures with a seed in common: nothing can be compared." in text
+    assert "They share no task on the same images with a seed in common: nothing can be compared." in text
 
 
 def test_random_weights_are_called_plumbing(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_one_task_has_no_test_and_an_interval_over_test_images(seeds: int) -> No
             assert float(low) >= -100, (name, low)
             assert float(high) <= 100, (name, high)
         if name in ("md", "out", "html"):
-            assert "cannot be tested with 1 source of pictures; no outcome" in text, name
+            assert "cannot be tested with 1 source of images; no outcome" in text, name
     assert re.search(r"\| adapter ¶? ?\| 83\.\d\d", pages(table)["md"])
 
 
@@ -156,7 +156,7 @@ def test_six_sources_and_eight_rows_cannot_be_tested() -> None:
     assert {(c.p, c.holm, c.sources, c.least) for c in comparison.contrasts} == {(None, None, 6, 0.25)}
     text = pages(table)["md"]
     assert (
-        "cannot be tested with 6 sources of pictures; over 8 rows (Holm) no outcome could be significant at 5 %" in text
+        "cannot be tested with 6 sources of images; over 8 rows (Holm) no outcome could be significant at 5 %" in text
     )
     assert "the smallest possible p is 0.250" in text
     assert "Not told apart" not in text
@@ -345,3 +345,23 @@ def test_no_mean_is_printed_with_more_than_the_possible_around_it() -> None:
     for name in ("md", "out"):
         for mean, half in re.findall(r"([\d.]+) ± ([\d.]+)\\?\*", texts[name]):
             assert float(mean) + float(half) <= 100, name
+
+
+def test_rows_on_other_images_are_not_ranked_against_each_other() -> None:
+    """A card that pins no digest leaves the images open, as custom data do: two folders are two tasks."""
+    small = load_suite("vtab")
+    one = dataclasses.replace(small, groups={"natural": ("dtd",)}, same_pictures=())
+
+    def ranks(*digests: str) -> dict[str, int | None]:
+        records = [
+            make_record("vtab/dtd", method, 0, 500 + number, 1000, data_digest=digest)
+            for number, (method, digest) in enumerate(zip(("svp", "linear", "lora"), digests, strict=False))
+        ]
+        (section,) = load_table(one, records).sections
+        notes = pages(load_table(one, records))["md"]
+        assert ("not all on the same images of dtd" in notes) == (len(set(digests)) > 1)
+        return {row.method: row.rank for row in section.rows}
+
+    assert ranks(LIST, LIST) == {"linear": 1, "svp": 2}
+    assert ranks(LIST, OTHER_LIST) == {"linear": None, "svp": None}
+    assert ranks(LIST, OTHER_LIST, LIST) == {"lora": 1, "svp": 2, "linear": None}

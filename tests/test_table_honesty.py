@@ -135,7 +135,7 @@ def test_an_incomplete_row_is_no_part_of_the_holm_family() -> None:
     for name in ("md", "out", "html"):
         assert "Holm over 1 complete row." in texts[name], name
         assert "On fewer than 19 tasks" in texts[name], name
-        assert "cannot be tested with 1 source of pictures; no outcome" in texts[name], (
+        assert "cannot be tested with 1 source of images; no outcome" in texts[name], (
             name
         )  # one task: a p would always be 1
     assert found["full"].p is None

@@ -194,7 +194,7 @@ def test_intervals_are_those_of_welch_and_satterthwaite(tmp_path: Path) -> None:
         mean, low, high = expected["mean of 9 tasks"]
         assert f"{mean:.2f} ± {(high - low) / 2:.2f}" in text
     assert "± behind a mean is half its 95 % interval for these tasks and new seeds" in page
-    assert "the sample is the suite's 8 independent sources of pictures" in page
+    assert "the sample is the suite's 8 independent sources of images" in page
 
 
 def test_the_level_is_asked_for() -> None:
@@ -247,12 +247,12 @@ def test_holes_have_no_interval() -> None:
 def test_a_suite_of_one_source_has_no_interval_over_new_tasks() -> None:
     one = dataclasses.replace(SMALL, same_pictures=(tuple(task.split("/")[1] for task in SMALL.tasks),))
     page = render_markdown(build(draw({"svp": 0, "linear": 0}), one))
-    assert "No interval over new tasks: the suite has 1 independent source of pictures, and 6 are the fewest." in page
+    assert "No interval over new tasks: the suite has 1 independent source of images, and 6 are the fewest." in page
     head, line = (statistics_of(page, "Differences to linear")[name] for name in ("method", "svp"))
     assert "new tasks" not in head
     assert "p" not in head
     assert len(head) == len(line)
-    assert "cannot be tested with 1 source of pictures; no outcome" in page
+    assert "cannot be tested with 1 source of images; no outcome" in page
     assert "Mean ranks" not in page
 
 
@@ -327,7 +327,7 @@ def test_differences_are_recomputed() -> None:
             "9/9",
             "4",
         ]
-    assert "sign flip over 8 independent sources of pictures; adjusted by Holm over 3 complete rows." in page
+    assert "sign flip over 8 independent sources of images; adjusted by Holm over 3 complete rows." in page
     assert "- No per-cell marks: n &lt; 6 paired seeds.\n" in page
 
 
@@ -340,8 +340,8 @@ def test_an_incomplete_row_is_compared_on_what_it_shares() -> None:
     line = statistics_of(page, "Differences to linear")["full"]
     assert (float(line[0]), line[6]) == (pytest.approx(mean, abs=0.00501), "3/9")
     assert line[3:6] == ["–", "–", "–"]  # three sources: neither an interval over new tasks nor a test
-    assert "On fewer than 9 tasks, those that both rows have on the same pictures with a shared seed: full (3)." in page
-    assert "cannot be tested with 3 sources of pictures; no outcome" in page
+    assert "On fewer than 9 tasks, those that both rows have on the same images with a shared seed: full (3)." in page
+    assert "cannot be tested with 3 sources of images; no outcome" in page
     assert "sign flip over 8 independent sources" in page
 
 

@@ -252,12 +252,12 @@ def contrast(suite: SuiteCard, row: Row, control: Row, level: float, tests: int 
 
 
 def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: float) -> Comparison | None:
-    """Compare the rows of a section with its control; None for fewer than two ranked rows.
+    """Compare the rows of a section with its control; None for random weights or fewer than two complete rows.
 
     Holm's family is the rows that are compared on all tasks of the suite. A mean over fewer tasks is another quantity:
     such a row neither makes the others' p larger nor gets an adjusted p itself.
     """
-    if sum(row.rank is not None for row in section.rows) < 2:
+    if section.random or sum(row.task_mean is not None and not row.drawn for row in section.rows) < 2:
         return None
     control, missing = pick_control(section.rows, name)
     if control is None:

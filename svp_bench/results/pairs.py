@@ -76,7 +76,7 @@ class Pair:
         section: Where both stand.
         first: A row.
         second: Another.
-        tasks: The tasks that both have on the same pictures with a seed in common, in suite order.
+        tasks: The tasks that both have on the same images with a seed in common, in suite order.
         whole: Over these tasks; None if there is none.
     """
 
@@ -197,7 +197,7 @@ def _text(suite: SuiteCard, pair: Pair, level: float) -> str:
     if pair.section.random:
         lines.append(PLUMBING)
     if pair.whole is None:
-        lines.append("They share no task on the same pictures with a seed in common: nothing can be compared.")
+        lines.append("They share no task on the same images with a seed in common: nothing can be compared.")
         return "\n".join(lines) + "\n"
     grid = [["task", "difference", "new seeds", "pairs", "by seeds", "test images", "McNemar p", "one p", "(Holm)"]]
     for found in pair.tasks:
@@ -234,16 +234,16 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
             f"{mean[0].upper()}{mean[1:]}: {signed(whole.these_tasks.value)}, new seeds {interval(whole.these_tasks)}, "
             f"test images {interval(whole.images)}, new tasks {interval(whole.new_tasks)}; "
             + (
-                f"sign flip over {plural(whole.sources, 'independent source')} of pictures: p {p_value(whole.p)}."
+                f"sign flip over {plural(whole.sources, 'independent source')} of images: p {p_value(whole.p)}."
                 if whole.p is not None
-                else f"it cannot be tested with {plural(whole.sources, 'source')} of pictures: no outcome could be "
+                else f"it cannot be tested with {plural(whole.sources, 'source')} of images: no outcome could be "
                 f"significant at {percent(1 - level)}{smallest(whole.least)}."
             )
         )
         if len(pair.tasks) < len(suite.tasks):
             notes.append(
                 f"{len(pair.tasks)} of {plural(len(suite.tasks), 'task')}: those that both rows have on the "
-                "same pictures with a "
+                "same images with a "
                 "shared seed."
             )
     notes += [

@@ -288,8 +288,10 @@ def mean_over_new_tasks(
         SE² = Σ_g e_g² / (1 - W_g)                                                (CR2: bias-reduced linearization)
         df  = 1 / (Σ_g W_g² + Σ_{g ≠ h} W_g² W_h² / ((1 - W_g) (1 - W_h)))        (Satterthwaite)
 
-    and the interval is mean ± t(df) SE. Both are those of weighted least squares on an intercept, under the working
-    model of independent tasks with variances proportional to 1 / w_t. If all sources weigh the same, SE is the standard
+    and the interval is mean ± t(df) SE. Under the working model of independent tasks with variances proportional to
+    1 / w_t, SE² is unbiased, and df follows exactly. Where the tasks of a source weigh the same, both are those of the
+    reference implementation (R package clubSandwich) for an intercept; elsewhere it takes another root of the same
+    matrix. If all sources weigh the same, SE is the standard
     deviation of the sources by √G and df is G - 1; a source of many tasks takes degrees of freedom away. The noise of
     the seeds is part of the m_t and so of SE; one seed a task is enough. For the mean of group means, the groups'
     distance from each other counts as noise too: the interval errs on the wide side.

@@ -10,7 +10,7 @@ drawn stand-in for data, and rows on random weights, which stand apart. What doe
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -307,17 +307,31 @@ def _mean_or_hole(cells: Sequence[Cell | None]) -> float | None:
 
 
 def _in_order(rows: list[Row], ranked: bool) -> list[Row]:
-    """Rank the complete rows on real data (1, 2, 2, 4: equal means share a rank); behind them the others, by name."""
+    """Rank the complete rows on real data (1, 2, 2, 4: equal means share a rank); behind them the others, by name.
+
+    Rows on other images have no common ranking: ranked are those on the data that most rows have, if there are such.
+    """
     by_name = sorted(rows, key=lambda row: (row.label, row.setting_digest))
     if not ranked:
         return by_name
-    means = [None if row.task_mean is None or row.drawn else round(row.task_mean, DIGITS) for row in by_name]
+    data = {row.label: _data_of(row) for row in by_name if row.task_mean is not None and not row.drawn}
+    counts = Counter(data.values()).most_common(2)
+    common = counts[0][0] if counts and (len(counts) == 1 or counts[0][1] > counts[1][1]) else None
+    means = [
+        None if row.task_mean is None or data.get(row.label, ()) != common else round(row.task_mean, DIGITS)
+        for row in by_name
+    ]
     scores = [mean for mean in means if mean is not None]
     placed = [
         row if mean is None else replace(row, rank=1 + sum(x > mean for x in scores))
         for row, mean in zip(by_name, means, strict=True)
     ]
     return sorted(placed, key=lambda row: len(rows) + 1 if row.rank is None else row.rank)
+
+
+def _data_of(row: Row) -> tuple[tuple[str, str, str | None], ...]:
+    """Which data each cell of a row is on."""
+    return tuple(sorted((task, cell.variant, cell.data_digest) for task, cell in row.cells.items()))
 
 
 def _compared(suite: SuiteCard, section: Section, control: str | None, level: float) -> Section:

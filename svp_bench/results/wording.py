@@ -311,7 +311,7 @@ def section_notes(section: Section, suite: SuiteCard, level: float) -> list[str]
     notes += dirty_notes(section)
     shared = "; ".join(", ".join(group) for group in suite.same_pictures)
     if shared:
-        notes.append(f"Tasks that share their pictures, and are not independent: {shared}.")
+        notes.append(f"Tasks that share their images, and are not independent: {shared}.")
     return notes
 
 
@@ -386,7 +386,7 @@ def new_tasks_note(section: Section, suite: SuiteCard) -> list[str]:
     """Say what the interval over new tasks is, or why there is none."""
     known = [row.intervals.new_tasks for row in section.rows if row.intervals.new_tasks is not None]
     count = len(sources_of(suite))
-    sources = plural(count, "independent source") + " of pictures"
+    sources = plural(count, "independent source") + " of images"
     if not known:
         return []
     if count < FEWEST_SOURCES:
@@ -428,7 +428,7 @@ def comparison_notes(section: Section, suite: SuiteCard, level: float, cells: bo
             raw = " Their p is raw and not in Holm's family: it is about another mean."
             notes.append(
                 f"On fewer than {plural(len(suite.tasks), 'task')}, those that both rows have on the same "
-                "pictures with a shared "
+                "images with a shared "
                 f"seed: {', '.join(f'{c.row} ({len(c.tasks)})' for c in fewer)}."
                 + (raw if any(c.p is not None for c in fewer) else "")
             )
@@ -438,9 +438,7 @@ def comparison_notes(section: Section, suite: SuiteCard, level: float, cells: bo
                 "same: the variance is unknown."
             )
         if any(c.sources < FEWEST_SOURCES for c in found):
-            notes.append(
-                f"No interval over new tasks with fewer than {FEWEST_SOURCES} independent sources of pictures."
-            )
+            notes.append(f"No interval over new tasks with fewer than {FEWEST_SOURCES} independent sources of images.")
         notes += _verdict_notes(comparison, level, cells)
     notes += [f"Not compared: {label} {why}." for label, why in comparison.incomparable.items()]
     return notes
@@ -454,7 +452,7 @@ def _test_notes(found: Sequence[Contrast], suite: SuiteCard, level: float) -> li
         whole = [c for c in tested if c.holm is not None]
         counts = [c.sources for c in tested]
         notes.append(
-            f"p: two-sided sign flip over {span(min(counts), max(counts))} independent sources of pictures"
+            f"p: two-sided sign flip over {span(min(counts), max(counts))} independent sources of images"
             + (f"; adjusted by Holm over {plural(len(whole), 'complete row')}." if whole else ".")
         )
     for complete in (True, False):
@@ -470,7 +468,7 @@ def untested_note(untested: Sequence[Contrast], level: float, tests: int) -> str
     over = f"over {plural(tests, 'row')} (Holm) " if tests > 1 else ""
     return (
         f"No p: the differences cannot be tested with {span(min(counts), max(counts))} "
-        f"source{'' if max(counts) == 1 else 's'} of pictures; {over}no outcome could be significant at "
+        f"source{'' if max(counts) == 1 else 's'} of images; {over}no outcome could be significant at "
         f"{percent(1 - level)}{smallest(min(c.least for c in untested))}."
     )
 
@@ -516,13 +514,13 @@ def ranks_notes(section: Section, level: float) -> list[str]:
         pairs = plural(len(ranks.p), "pair")
         return [
             *notes,
-            f"The order cannot be tested with {plural(ranks.n_sources, 'source')} of pictures: over {pairs} (Holm) no "
+            f"The order cannot be tested with {plural(ranks.n_sources, 'source')} of images: over {pairs} (Holm) no "
             f"outcome could be significant at {percent(1 - level)}{smallest(ranks.least)}.",
         ]
     groups = "; ".join(" = ".join(group) for group in ranks.cliques)
     return [
         *notes,
-        f"Not told apart (Wilcoxon signed-rank over the sources of pictures, Holm over all pairs, {percent(level)}; no "
+        f"Not told apart (Wilcoxon signed-rank over the sources of images, Holm over all pairs, {percent(level)}; no "
         f"proof of equality): {groups or 'none'}.",
     ]
 
@@ -586,7 +584,14 @@ def data_notes(section: Section, suite: SuiteCard) -> list[str]:
         for task, cell in row.cells.items():
             digests[task].add(cell.data_digest)
     mixed = [short_name(task) for task in suite.tasks if len(digests[task]) > 1]
-    notes = [f"The rows are not all on the same lists of pictures: {', '.join(mixed)}."] if mixed else []
+    notes = (
+        [
+            f"The rows are not all on the same images of {', '.join(mixed)}: only rows on the data that most rows have are "
+            "ranked."
+        ]
+        if mixed
+        else []
+    )
     for row in section.rows:
         for cell in row.apart:
             shown = row.cells[cell.task]
