@@ -267,7 +267,8 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
     untested = [found for found in pair.tasks if found.p is None and found.pictures is not None]
     if untested:
         notes.append(
-            f"No McNemar p on {plural(len(untested), 'task')}: so few images divide the runs (fewer than {FEWEST_PAIRS}, "
-            "or a few more with several seeds or tasks) that no outcome could reject; these cannot be tested."
+            f"No McNemar p on {plural(len(untested), 'task')}: so few images divide the runs (fewer than "
+            f"{FEWEST_PAIRS}, or a few more with several seeds or tasks) that no outcome could reject; these cannot be "
+            "tested."
         )
     return notes

@@ -334,8 +334,8 @@ def interval_notes(section: Section, suite: SuiteCard, level: float) -> list[str
 def images_note(level: float) -> str:
     """Say what ± with a star is."""
     return (
-        f"± … {IMAGES} behind a mean is half its {percent(level)} interval over test images (Wilson), where the variance "
-        "over seeds is unknown: about these runs and other test images, not about other seeds."
+        f"± … {IMAGES} behind a mean is half its {percent(level)} interval over test images (Wilson), where the "
+        "variance over seeds is unknown: about these runs and other test images, not about other seeds."
     )
 
 
@@ -586,8 +586,8 @@ def data_notes(section: Section, suite: SuiteCard) -> list[str]:
     mixed = [short_name(task) for task in suite.tasks if len(digests[task]) > 1]
     notes = (
         [
-            f"The rows are not all on the same images of {', '.join(mixed)}: only rows on the data that most rows have are "
-            "ranked."
+            f"The rows are not all on the same images of {', '.join(mixed)}: only rows on the data that most rows have "
+            "are ranked."
         ]
         if mixed
         else []
