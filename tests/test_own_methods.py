@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import pickle
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import reference_vim
@@ -171,6 +173,52 @@ def test_a_hook_that_reads_a_global_module_is_refused() -> None:
             names["model"].points.on_tokens(names["hook"])
     exec("def hook(layer, state):\n    return state._replace(hidden=state.hidden * scale)", names)
     names["model"].points.on_tokens(names["hook"])  # a constant
+
+
+class Shelf:
+    """Where hooks of `Elsewhere` find the adapter, which no deep copy follows."""
+
+    held: ClassVar[dict[str, Any]] = {}
+
+
+class Elsewhere(Adding):
+    """As `Adding`, with hooks that reach the adapter by ways that no copy can change."""
+
+    def attach(self, model: VisionMamba) -> None:
+        how, self.how = self.how, "lambda"
+        super().attach(model)
+        model.points.tokens.clear()
+        Shelf.held = {"adapter": self.adapter}
+        adapter = self.adapter
+
+        def attribute(_: int, state: TokenState) -> TokenState:
+            return _add(attribute.adapter, _, state)  # type: ignore[attr-defined]
+
+        attribute.adapter = adapter  # type: ignore[attr-defined]
+        reference = weakref.ref(adapter)
+        cached = functools.cache(lambda: adapter)
+        deep = collections.deque([lambda: adapter])
+
+        def on_block(_: nn.Module, __: Any, state: TokenState) -> TokenState:
+            return _add(adapter, 0, state)
+
+        hooks: dict[str, Callable[[int, TokenState], TokenState]] = {
+            "class": lambda _, state: _add(Shelf.held["adapter"], _, state),
+            "attribute": attribute,
+            "weakref": lambda _, state: _add(reference(), _, state),  # type: ignore[arg-type]
+            "cache": lambda _, state: _add(cached(), _, state),
+            "deque": lambda _, state: _add(deep[0](), _, state),
+        }
+        if how == "block":
+            model.layers[0].register_forward_hook(on_block)
+        else:
+            model.points.on_tokens(hooks[how])
+
+
+@pytest.mark.parametrize("how", ["class", "attribute", "weakref", "cache", "deque", "block"])
+def test_a_method_whose_copies_would_use_the_original_is_refused(how: str) -> None:
+    with pytest.raises(ConfigError, match=r"deep copy of the model goes on using adapter\.shift of the original"):
+        adapt(backbone(), Elsewhere(how))
 
 
 # ------------------------------------------------------------------------------------------ promises, at attach

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from pathlib import Path
@@ -89,6 +90,8 @@ def adapt(model: VisionMamba, method: Method) -> VisionMamba:
     A method from outside this package that declares `identity_at_start` is checked: the features of one random image,
     before and after, differ by at most 1e-4 of the largest (2e-2 below float32).
 
+    It is also checked that a deep copy of the model uses an adapter of its own, whatever its hooks read.
+
     Raises:
         ConfigError: If the model carries a method already, the settings do not fit it, a hook would not take effect, or
             a promise of the method does not hold; the model is then as it was.
@@ -108,6 +111,8 @@ def adapt(model: VisionMamba, method: Method) -> VisionMamba:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(method.trains(name))
         _check_promises(model, method, before)
+        if not shipped:
+            _check_copies(model, type(method).__name__)
     except BaseException:
         kept = {id(place): hooks for place, hooks in places}
         for place in model.points.places():
@@ -177,12 +182,46 @@ def _closes_over(function: FunctionType, modules: set[nn.Module]) -> bool:
     )
 
 
+def _check_copies(model: VisionMamba, name: str) -> None:
+    """Check that no forward pass of a deep copy reads a trained parameter of the model itself.
+
+    Raises:
+        ConfigError: If one does: averages of weights and other copies would be wrong without a word.
+    """
+    own = {id(p): key for key, p in trained_parameters(model).items()}
+    if torch.is_inference_mode_enabled() or model.cls_token.is_meta or model.cls_token.is_inference():
+        return
+    try:
+        twin = copy.deepcopy(model)
+    except Exception:  # whoever copies this model is told
+        return
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a hook may draw
+        features = _features(twin)
+    queue, seen = [features.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        key = own.get(id(getattr(node, "variable", None)))
+        if key is not None:
+            raise ConfigError(
+                f"{name}: a deep copy of the model goes on using {key} of the original (hooks that read a class, a "
+                "global, an attribute of a function …, or sit on modules of the backbone); keep what hooks read in "
+                "model.adapter and register a method of it: points.on_tokens(adapter.add)"
+            )
+        queue.extend(after for after, _ in node.next_functions)
+
+
 @torch.no_grad()
 def _probe(model: VisionMamba) -> Tensor | None:
     """Return the features of one random image (1, D) in float64, without dropout; None where there are no values."""
+    return None if model.cls_token.is_meta else _features(model)
+
+
+def _features(model: VisionMamba) -> Tensor:
+    """Return the features of one random image (1, D) in float64, without dropout."""
     weight = model.cls_token
-    if weight.is_meta:
-        return None
     noise = torch.randn(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
     modes = [(module, module.training) for module in model.modules()]
     backend = model.scan_backend

@@ -232,7 +232,8 @@ class BenchCLI(ConfigCLI):
                     trainer_config["enable_progress_bar"] = False
             elif config.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in bars):
                 callbacks.append(RunProgressBar())
-        trainer_config["callbacks"] = [*([given] if isinstance(given, Callback) else given), *callbacks]
+        given = [given] if isinstance(given, Callback) else given
+        trainer_config["callbacks"] = [self.watch.first, *given, *callbacks]
         try:
             trainer = Trainer(**trainer_config)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:

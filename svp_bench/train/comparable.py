@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -128,6 +129,12 @@ class RecipeWatch(Callback):
         self._last: str | None = None  # digest after the last optimizer step of the run
         self._frozen: dict[str, Tensor] = {}
         self._frozen_digest: str | None = None
+        self.first = _First(self)
+        self._outside = False  # whether there are classes from outside; only then the following is watched
+        self._weights: dict[str, Tensor] = {}  # as the last optimizer step, or the first test batch, left them
+        self._modes: set[str] = set()
+        self._build: list[Any] = []
+        self.noted: dict[str, Tensor] = {}  # batch or gradients before the hooks of others
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run would not see again."""
@@ -142,8 +149,11 @@ class RecipeWatch(Callback):
         self._settings = _settings(trainer, model, data)
         frozen = _frozen(model)
         self._frozen_digest = weights_digest({"state_dict": frozen})
-        if external_classes(trainer):  # averaging rounds frozen weights, for one
+        self._outside = bool(external_classes(trainer))
+        if self._outside:  # averaging rounds frozen weights, for one
             self._frozen = {name: value.detach().cpu().clone() for name, value in frozen.items()}
+            self._weights = _copied(trained_parameters(model.model))
+            self._modes, self._build = _modes(model), _build(model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the settings, and each optimizer step from here on."""
@@ -155,11 +165,37 @@ class RecipeWatch(Callback):
         expected = _Expected(trainer, pl_module, self._settings)
         last_step = int(trainer.estimated_stepping_batches)
 
-        def before(optimizer: Optimizer, *_: Any) -> None:
+        if trainer.ckpt_path is not None:  # a resumed run begins with other weights than `begin` saw
+            self._weights = _copied(trained_parameters(pl_module.model)) if self._outside else {}
+
+        def note(reason: str) -> None:
+            self._note(f"{reason} (first in epoch {trainer.current_epoch}, step {trainer.global_step})", reason)
+
+        def before(optimizer: Optimizer, _: Any, kwargs: dict[str, Any]) -> None:
             for reason in expected.differences(optimizer, set(trained.values())):
-                self._note(f"{reason} (first in epoch {trainer.current_epoch}, step {trainer.global_step})", reason)
+                note(reason)
+            if not self._outside:
+                return
+            if _modes(pl_module) != self._modes:
+                note("other parts than by the recipe were in training mode")
+            if _build(pl_module) != self._build:
+                note("parts of the model were replaced or hooked")
+            closure = kwargs.get("closure")  # the forward and backward pass, with the hooks of others inside
+
+            def watched() -> Any:
+                result = closure() if closure else None
+                if not _same(self._weights, trained_parameters(pl_module.model)):
+                    note("the weights were changed between optimizer steps")
+                return result
+
+            if closure:
+                kwargs["closure"] = watched
+            else:
+                watched()
 
         def after(*_: Any) -> None:
+            if self._outside:
+                self._weights = _copied(trained_parameters(pl_module.model))
             if trainer.global_step + 1 >= last_step:
                 self._last = _trained_digest(pl_module.weights())
 
@@ -174,9 +210,46 @@ class RecipeWatch(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Take the digest of the weights that are about to be scored."""
-        if batch_idx == 0 and isinstance(pl_module, AdaptationModule):
+        """Take the digest of the weights that are about to be scored, and watch that they score every batch."""
+        if not isinstance(pl_module, AdaptationModule):
+            return
+        if batch_idx == 0:
             self.settle(trainer, pl_module)
+        if not self._outside or not self._settings:
+            return
+        now = {name: value for name, value in pl_module.state_dict().items() if name.startswith("model.")}
+        if batch_idx == 0:
+            self._weights = _copied(now)
+        elif not _same(self._weights, now):
+            self._note("the weights were changed during the test")
+        if pl_module.training or _modes(pl_module):
+            self._note("parts of the model were in training mode during the test")
+        if _build(pl_module) != self._build:
+            self._note("parts of the model were replaced or hooked for the test")
+        self._compare("a test batch", batch._asdict())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Compare the batch with that of the loader."""
+        if self._outside:
+            self._compare("a training batch", batch._asdict())
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the gradients with those of the loss."""
+        if self._outside:
+            self._compare("gradients", _gradients(pl_module))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Compare the gradients with those of the loss."""
+        if self._outside:
+            self._compare("gradients", _gradients(pl_module))
+
+    def remember(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors as they are before the callbacks of others see them."""
+        self.noted = _copied(tensors) if self._outside else {}
+
+    def _compare(self, what: str, tensors: Mapping[str, Tensor]) -> None:
+        if not _same(self.noted, tensors):
+            self._note(f"a callback changed {what}")
 
     def settle(self, trainer: Trainer, model: AdaptationModule) -> None:
         """Take the digest of the final weights, and write them into the checkpoint where it holds others.
@@ -216,6 +289,58 @@ class RecipeWatch(Callback):
         """Add a reason once; of one kind only the first."""
         if not any(known.startswith(kind or reason) for known in self.reasons):
             self.reasons.append(reason)
+
+
+class _First(Callback):
+    """Stands before the callbacks of others and keeps what they are given, for `RecipeWatch` to compare behind them."""
+
+    def __init__(self, watch: RecipeWatch) -> None:
+        self._watch = watch
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._watch.remember(batch._asdict())
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._watch.remember(batch._asdict())
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._watch.remember(_gradients(pl_module))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._watch.remember(_gradients(pl_module))
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def _same(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
+    """Whether tensors hold the same numbers, on whatever device and in whatever precision they now are."""
+    return before.keys() == now.keys() and all(
+        torch.equal(old.to(now[name]), now[name].detach()) for name, old in before.items()
+    )
+
+
+def _gradients(module: LightningModule) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def _modes(model: AdaptationModule) -> set[str]:
+    """Return the names of the backbone's parts in training mode."""
+    return {name for name, part in model.model.named_modules() if part.training}
+
+
+def _build(model: AdaptationModule) -> list[Any]:
+    """Return what a forward pass calls: the parts with their hooks, and methods that are set on an instance."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    parts = [
+        (name, id(part), [len(getattr(part, kind)) for kind in kinds], "forward" in vars(part))
+        for name, part in model.model.named_modules()
+    ]
+    own = [name for name in vars(model) if callable(getattr(AdaptationModule, name, None))]
+    return [parts, len(model.model.points), own]
 
 
 _RECIPE = (
@@ -271,5 +396,8 @@ class _Expected:
             betas = group.get("betas")
             if betas is not None and tuple(betas) != tuple(self._settings["model.betas"]):
                 yield "the betas of the optimizer were not those of the recipe"
+            for key in ("eps", "momentum", "dampening", "nesterov", "amsgrad", "maximize"):
+                if group.get(key) != optimizer.defaults.get(key):
+                    yield f"{key} of the optimizer was not that of the recipe"
         if found != trained:
             yield "the optimizer did not train the parameters of the method"
