@@ -158,6 +158,9 @@ def fit(*extra: str, **values: str | None) -> list[str]:
             ["leaves a last batch of 1 of the 17 pictures", "--data.drop_last true"],
         ),
         (fit("--trainer.accumulate_grad_batches", "0"), ["trainer.accumulate_grad_batches is at least 1, not 0"]),
+        (fit("--trainer.check_val_every_n_epoch", "0"), ["trainer.check_val_every_n_epoch is at least 1, not 0"]),
+        (fit("--trainer.limit_train_batches", "0"), ["trainer.limit_train_batches is above 0, not 0"]),
+        (fit("--trainer.max_steps", "0"), ["trainer.max_steps is at least 1, or -1 for no limit, not 0"]),
         (fit("--trainer.gradient_clip_val", "-1"), ["trainer.gradient_clip_val is 0 or above, or null", "not -1"]),
         (fit("--trainer.gradient_clip_val", ".nan"), ["trainer.gradient_clip_val is a finite number, not nan"]),
         (fit("--model.learning_rate", ".nan"), ["model.learning_rate is a finite number, not nan"]),
@@ -186,6 +189,14 @@ def fit(*extra: str, **values: str | None) -> list[str]:
 )
 def test_wrong_usage_is_one_line_and_status_2(argv: list[str], words: list[str], shared: Path) -> None:
     refused(argv, 2, *words)
+
+
+@pytest.mark.parametrize("flag", ["--model.head_hidden", "--data.image_size"])
+def test_a_model_that_no_memory_holds_is_one_line(flag: str, shared: Path) -> None:
+    size = {"--model.head_hidden": "1000000000000", "--data.image_size": "30000000"}[flag]
+    line = complaint(command(*fit(flag, size)), 1)
+    assert "does not fit into memory" in line
+    assert flag.removeprefix("--") in line
 
 
 def test_no_command_shows_the_help() -> None:

@@ -109,7 +109,8 @@ class Decoded:
         notes: What was done to it beyond copying, e.g. "rotated by EXIF".
         whole: The largest value, if whole numbers of more than 8 bits are stored.
         real: The largest value, if floating-point numbers are stored.
-        digest: BLAKE2b (16 bytes) of size and pixels; of a deep image before it was scaled.
+        digest: BLAKE2b (16 bytes) of size and pixels; of a deep image before it was scaled, unless it is a copy of one
+            of 8 bits.
     """
 
     image: Image.Image
@@ -224,7 +225,7 @@ def convert(image: Image.Image, depth: Depth | None = None, file: BinaryIO | Non
         bits = depth.whole if kind == "whole" else depth.real
         if largest > (1 if bits == 0 else 2 ** (bits or 8) - 1):
             notes.append("values above the depth of the data set clipped")
-        hasher.update(f"{deep.shape} {deep.dtype}".encode() + np.ascontiguousarray(deep).tobytes())
+        exact = _eight_bits(deep[..., :-1] if image.mode == "RGBA" else deep)
         rgb, composited = _composed(image, depth.to_bytes(deep), deep)
     else:
         rgb, composited = _to_rgb(image, notes)
@@ -234,8 +235,16 @@ def convert(image: Image.Image, depth: Depth | None = None, file: BinaryIO | Non
         rgb = rgb.transpose(_TURNS[left])
     if turn in _TURNS or left in _TURNS:
         notes.append("rotated by EXIF")
-    if deep is None:
-        hasher.update(f"{rgb.size}".encode() + rgb.tobytes())
+    same = rgb
+    if deep is not None and exact is not None:  # a copy of an image of 8 bits: it has the digest of that one
+        if image.mode == "RGBA":
+            exact = np.concatenate([exact, exact[..., :1]], axis=-1)
+        same = _composed(image, exact, deep)[0]
+        same = same.transpose(_TURNS[left]) if left in _TURNS else same
+    if deep is not None and exact is None:
+        hasher.update(f"{deep.shape} {deep.dtype}".encode() + np.ascontiguousarray(deep).tobytes())
+    else:
+        hasher.update(f"{same.size}".encode() + same.tobytes())
     return Decoded(rgb, tuple(notes), whole, real, hasher.digest())
 
 
@@ -323,6 +332,22 @@ def _deep_values(image: Image.Image, low: Image.Image | None) -> npt.NDArray[Any
         low.load()
         colour: npt.NDArray[np.uint16] = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
         return colour
+    return None
+
+
+def _eight_bits(deep: npt.NDArray[Any]) -> npt.NDArray[np.uint8] | None:
+    """Return the 8-bit values that a deep image holds and nothing else, as they are or scaled to its range, or None."""
+    largest = deep.max(initial=0)
+    if deep.dtype.kind == "f":
+        values = deep * 255 if largest <= 1 else deep
+        whole = np.rint(values)
+        fits = largest <= 255 and bool((np.abs(values - whole) < 1e-3).all())
+        return whole.astype(np.uint8) if fits else None
+    if largest <= 255:
+        return deep.astype(np.uint8)
+    for factor in (257, 256) if largest <= 65535 else ():
+        if not (deep % factor).any():
+            return (deep // factor).astype(np.uint8)
     return None
 
 

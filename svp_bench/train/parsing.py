@@ -29,7 +29,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from svp_bench.cards import ProtocolCard, load_protocol, load_suite, load_task
 from svp_bench.config import Composed, Flags, compose
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import ConfigError, UsageError, unknown_name
+from svp_bench.errors import ConfigError, OutOfMemoryError, UsageError, unknown_name
 from svp_bench.methods import METHODS
 from svp_bench.methods.build import input_size
 from svp_bench.ops import BACKENDS
@@ -37,6 +37,7 @@ from svp_bench.results.choices import context_of
 from svp_bench.results.code import class_paths, source_files
 from svp_bench.results.digests import card_digest, cell_config, config_digest, flat, setting_digest
 from svp_bench.results.record import Tuned
+from svp_bench.train.memory import is_out_of_memory
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.quiet import quiet
 from svp_bench.train.recipe import clipped_warmup, warmup_notice
@@ -401,6 +402,13 @@ class ConfigCLI(LightningCLI):
                 raise
             text = re.sub(r".*Errors:(.*)Given value.*", r"\1", " ".join(str(error).split()))
             raise ConfigError(f"Lightning refuses these trainer settings: {one_line(text)}") from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"the model does not fit into memory ({one_line(str(error))}); its size follows from model.backbone, "
+                "data.image_size, model.head_hidden and the settings of the method"
+            ) from None
 
     def _fits(self, key: str, known: set[str]) -> bool:
         """Whether a dotted key names an argument or something inside one (the method's own arguments apart)."""
@@ -546,6 +554,13 @@ def _odd_trainer_value(trainer: Namespace) -> tuple[str, str] | None:
         return "trainer.accumulate_grad_batches", f"is at least 1, not {batches}"
     if norm is not None and norm < 0:
         return "trainer.gradient_clip_val", f"is 0 or above, or null for no clipping, not {norm}"
+    every, most = trainer.check_val_every_n_epoch, trainer.max_steps
+    if every is not None and every < 1:
+        return "trainer.check_val_every_n_epoch", f"is at least 1, not {every}"
+    if trainer.limit_train_batches is not None and trainer.limit_train_batches <= 0:
+        return "trainer.limit_train_batches", f"is above 0, not {trainer.limit_train_batches}: nothing would be trained"
+    if most is not None and most != -1 and most < 1:
+        return "trainer.max_steps", f"is at least 1, or -1 for no limit, not {most}"
     return None
 
 
