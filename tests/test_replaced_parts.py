@@ -468,6 +468,29 @@ def test_dynamic_quantisation_runs(method: str | None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_weights_of_whole_numbers_are_frozen_or_refused() -> None:
+    """As bitsandbytes has them: a subclass of nn.Linear with an int8 parameter."""
+
+    class Int8(nn.Linear):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__(base.in_features, base.out_features, bias=False)
+            self.scale = base.weight.detach().abs().max() / 127
+            self.weight = nn.Parameter((base.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * self.scale)
+
+    for name in ("svp", "full"):
+        model = backbone()
+        model.mixers[1].in_proj = Int8(model.mixers[1].in_proj)  # type: ignore[arg-type]
+        method = build_method(METHODS.get(name), name, {})
+        if name == "full":
+            with pytest.raises(ConfigError, match=r"trains layers\.1\.mixer\.in_proj\.weight, which is quantised"):
+                adapt(model, method)
+        else:
+            assert relative_error(adapt(model, method)(images()), backbone()(images())) < 0.1
+
+
 def test_a_lora_on_weights_cannot_be_quantised() -> None:
     if torch.backends.quantized.engine == "none":
         pytest.skip("this torch has no quantised kernels for this processor")

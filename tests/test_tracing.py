@@ -63,6 +63,17 @@ def test_every_method_is_exported(name: str, settings: dict[str, Any]) -> None:
     assert_records(program.module(), model(images(5)))
 
 
+@pytest.mark.parametrize("how", ["trace", "export"])
+def test_a_model_with_grad_checkpointing_is_recorded(how: str) -> None:
+    model = small("svp", {})
+    expected = model(images(5))
+    model.set_grad_checkpointing()
+    if how == "trace":
+        assert_records(torch.jit.trace(model, images(2)), expected)  # type: ignore[no-untyped-call]
+    else:
+        assert_records(torch.export.export(model, (images(2),), dynamic_shapes=ANY_BATCH).module(), expected)
+
+
 def test_a_merged_model_is_exported() -> None:
     model = small("lora", {"targets": ["X", "x_proj"]})
     model.method.merge(model)  # type: ignore[union-attr]

@@ -109,7 +109,13 @@ def adapt(model: VisionMamba, method: Method) -> VisionMamba:
         if model.adapter is not None:  # as the backbone: its device, precision and mode
             model.adapter.to(model.cls_token).train(model.training)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(method.trains(name))
+            trains = method.trains(name)
+            if trains and not parameter.is_floating_point():
+                raise ConfigError(
+                    f"{type(method).__name__} trains {name}, which is quantised ({parameter.dtype}) and cannot be "
+                    "trained; take a method that leaves it frozen"
+                )
+            parameter.requires_grad_(trains)
         _check_promises(model, method, before)
         if not shipped:
             _check_copies(model, type(method).__name__)
@@ -119,7 +125,7 @@ def adapt(model: VisionMamba, method: Method) -> VisionMamba:
             place[:] = kept.get(id(place), [])
         model.adapter = None
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained.get(name, True))
+            parameter.requires_grad_(trained.get(name, parameter.is_floating_point()))
         raise
     model.method = method  # type: ignore[assignment]  # a plain object, no module
     return model

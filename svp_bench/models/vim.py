@@ -35,6 +35,7 @@ from svp_bench.ops import (
     add_norm,
     bidirectional_conv,
     bidirectional_scan,
+    is_tracing,
     require,
 )
 
@@ -571,7 +572,7 @@ class VisionMamba(nn.Module):
 
     def _run(self, layer: int, block: nn.Module, state: TokenState) -> TokenState:
         """Return the state after a block, which is computed again in the backward pass if that was asked for."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled() and not is_tracing():
             again: TokenState = checkpoint(self._layer, layer, block, state, use_reentrant=False)
             return again
         return self._layer(layer, block, state)
