@@ -182,7 +182,7 @@ def find_config(name: str) -> Path:
 
 
 def _config_layer(name: str) -> tuple[Path, dict[str, Any], dict[str, str]]:
-    """Return path, values and origins of a `--config`; a task of the user's own needs no file beside its card."""
+    """Return path, values and origins of a `--config`; a task of the user's own needs no file next to its card."""
     task = name.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
     try:
         path = find_config(name)

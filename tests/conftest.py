@@ -18,7 +18,7 @@ os.environ.pop("SVP_BENCH_DATA", None)
 os.environ.pop("SVP_BENCH_TASKS", None)
 
 
-# A busy or slow machine is no failure: no property test is timed.
+# A busy or slow machine is not a failure: no property test is timed.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 

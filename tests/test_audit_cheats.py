@@ -125,7 +125,7 @@ def test_one_seed_drawn_again_on_other_code_fails_while_others_count_from_the_ol
     for path in (old[0], again):
         (text,) = failures(path)
         assert "on other code" in text
-        assert "drawn again alone: seed 1 of this cell still count from other code" in text
+        assert "run again alone: seed 1 of this cell still count from other code" in text
     assert failures(old[1]) == []
     write_record(record(5201, clock="13:00:00", commit="f" * 40, seed=1), tmp_path)  # all of the cell anew
     assert failures(again) == []

@@ -89,7 +89,7 @@ def test_a_grid_that_is_neither_square_nor_stated_says_how_to_state_it(tmp_path:
     path = saved(filled(img_size=(32, 48)), tmp_path / "vim.pth")
     for size in (48, (32, 48)):
         text = refusal(nano(img_size=size), path)
-        assert "6 patches, which is no square grid" in text
+        assert "6 patches, which is not a square grid" in text
         assert "save_weights" in text
         assert "pos_embed_grid" in text
 

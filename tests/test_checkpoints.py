@@ -300,7 +300,7 @@ def test_positions_of_the_same_grid_are_copied(tmp_path: Path) -> None:
 def test_positions_of_no_square_grid(tmp_path: Path) -> None:
     path = tmp_path / "vim.pth"
     torch.save(trained(img_size=(32, 48)).state_dict(), path)
-    assert "its position embedding has 6 patches, which is no square grid" in refusal(nano(), path)
+    assert "its position embedding has 6 patches, which is not a square grid" in refusal(nano(), path)
 
 
 # ------------------------------------------------------------------------------------------------ strictness
@@ -371,7 +371,7 @@ def test_weights_of_something_else(tmp_path: Path) -> None:
     [
         ([1, 2], "holds list, not a state dict or a container of one"),
         ({}, "holds an empty dict, not a state dict or a container of one"),
-        ({"epoch": 3, "w": torch.ones(1)}, "is no state dict: 'epoch' is a int"),
+        ({"epoch": 3, "w": torch.ones(1)}, "is not a state dict: 'epoch' is a int"),
         (torch.ones(3), "holds Tensor, not a state dict"),
         (argparse.Namespace(lr=1), "holds Namespace, not a state dict"),
     ],

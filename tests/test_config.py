@@ -458,7 +458,7 @@ def test_a_module_of_ones_own_that_fails_is_one_line(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("return sum(", "return 1 + sum(", "parameters train besides the head; correct the formula"),
+        ("return sum(", "return 1 + sum(", "parameters train outside the head; correct the formula"),
         ("self.tail = tail", "self.size = tail", "keep each constructor argument as an attribute of its name"),
         ("self.tail = tail", "self.tail = {tail}", "its settings must be plain numbers, texts, lists and mappings"),
         ("def adapter_parameters", "def other", "must define adapter_parameters(model)"),

@@ -67,7 +67,7 @@ Skipped = dict[str, list[str]]  # kind of file → paths below the root
 def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     """Read own pictures. `root` is their folder; it must be given (or $SVP_BENCH_DATA).
 
-    Files that are no images are skipped and listed in `Source.skipped`; folders within a class are its own.
+    Files that are not images are skipped and listed in `Source.skipped`; folders within a class are its own.
 
     Raises:
         CardError: If the card gives options, or lists by other names than train, val, trainval and test.
@@ -269,7 +269,7 @@ def _images(folder: Path, below: str, above: tuple[str, ...], skipped: Skipped) 
 
 
 def other_kind(path: Path) -> str | None:
-    """Return what kind of file this is if it is no image, e.g. ".svg"; None for an image.
+    """Return what kind of file this is if it is not an image, e.g. ".svg"; None for an image.
 
     A file with the ending of an image counts as one: whether it can be decoded is seen later.
 

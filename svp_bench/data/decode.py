@@ -1,6 +1,6 @@
 """From the content of an image file to 8-bit RGB, with a count of every conversion.
 
-- Formats: `FORMATS`, told by the content; the name of a file says nothing. Of several frames, the first is read.
+- Formats: `FORMATS`, identified by the content; the name of a file says nothing. Of several frames, the first is read.
 - EXIF orientation: applied, so an image is seen as a viewer shows it.
 - Transparency: composited over white. What is stored under it is not seen.
 - Deeper than 8 bits: see `Depth`. Negative and non-finite values are refused.

@@ -396,8 +396,8 @@ class VisionDataModule(LightningDataModule):
     def compare_with_first_use(self, results_root: Path) -> None:
         """Compare the content of the splits with that of the first run on this task whose records are there.
 
-        The digests of the first run are kept in `content/<task>.json` below the results. Own images are told apart by
-        their digest instead, and synthetic stand-ins are not compared.
+        The digests of the first run are kept in `content/<task>.json` below the results. Custom datasets are
+        distinguished by their digest instead, and synthetic stand-ins are not compared.
         """
         report = self.report
         if self.card.suite == "own" or report.variant == "drawn" or self.folds is not None:

@@ -186,7 +186,7 @@ class Source:
         drawn: Are they a drawn stand-in, not the data set?
         variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
         class_names: What the data themselves call the classes, in the order of the labels; None leaves it to the card.
-        skipped: Kind of file that is no image → such files that lie among the images.
+        skipped: Kind of file that is not an image → such files that lie among the images.
     """
 
     origin: str

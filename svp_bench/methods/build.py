@@ -54,7 +54,7 @@ def create_backbone(
     head: Head | None = None,
     **arguments: Any,
 ) -> VisionMamba:
-    """Build a backbone and load its weights; `load_report` of the model says what that did besides copying.
+    """Build a backbone and load its weights; `load_report` of the model says what that did in addition to copying.
 
     Args:
         name: timm name, e.g. "vim_small_patch16_224".
@@ -162,7 +162,7 @@ def _check_promises(model: VisionMamba, method: Method, before: Tensor | None) -
     counted = sum(p.numel() for key, p in trained_parameters(model).items() if not key.startswith("head."))
     if (claimed := method.adapter_parameters(model)) != counted:
         raise ConfigError(
-            f"{name}: adapter_parameters() says {claimed} and {counted} parameters train besides the head; correct the "
+            f"{name}: adapter_parameters() says {claimed} and {counted} parameters train outside the head; correct the "
             "formula"
         )
     if before is None or (after := _probe(model)) is None:
@@ -278,8 +278,8 @@ def _check_foreign(model: VisionMamba, method: Method) -> None:
         left[place][key] -= 1
         if left[place][key] < 0 and parameter.requires_grad and not method.trains(name):
             raise ConfigError(
-                f"{type(method).__name__} would freeze {name}, which is no parameter of the backbone: the module that "
-                "has it was put in before the method; attach the method first and replace modules after, or let "
+                f"{type(method).__name__} would freeze {name}, which is not a parameter of the backbone: the module "
+                "that has it was put in before the method; attach the method first and replace modules after, or let "
                 "trains() of a method of yours accept the name"
             )
 

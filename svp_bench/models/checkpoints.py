@@ -70,7 +70,7 @@ _MOST_OPCODES = 10**6  # of a pickle that is searched for the names of classes
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_checkpoint` did besides copying.
+    """What `load_checkpoint` did in addition to copying.
 
     Attributes:
         path: The file.
@@ -230,7 +230,7 @@ def _weights_in(content: object, path: Path) -> tuple[Mapping[Any, Any], object]
         if not isinstance(value, Tensor):
             hint = [name for name, inner in content.items() if isinstance(inner, Mapping) and _holds_weights(inner)]
             raise CheckpointError(
-                f"{path}: is no state dict: {_shown(key)!r} is a {type(value).__name__}"
+                f"{path}: is not a state dict: {_shown(key)!r} is a {type(value).__name__}"
                 + (f"; weights lie under {_shown(hint[0])}, read are {', '.join(_CONTAINERS)}" if hint else "")
             )
     return content, stated
@@ -251,7 +251,7 @@ def _by_published_name(named: Mapping[Any, Any], path: Path) -> dict[str, Tensor
     spelt: dict[str, str] = {}
     for key in named:
         if not isinstance(key, str):
-            raise CheckpointError(f"{path}: is no state dict: the name {_shown(key)} is a {type(key).__name__}")
+            raise CheckpointError(f"{path}: is not a state dict: the name {_shown(key)} is a {type(key).__name__}")
         name = key.replace("._orig_mod.", ".")  # torch.compile of a part
         while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
             name = name.removeprefix(prefix)
@@ -356,8 +356,9 @@ def load_pickle_safely(path: Path) -> Any:
         foreign = _foreign_class(path, error)
         if foreign:
             raise CheckpointError(
-                f"{path}: refused: it holds pickled code or objects ({_shown(foreign)}) beside tensors and plain data; "
-                "nothing of it was run. Save the state dict alone, best as .safetensors, where you trust the file"
+                f"{path}: refused: it holds pickled code or objects ({_shown(foreign)}) in addition to "
+                "tensors and plain data; nothing of it was run. "
+                "Save the state dict alone, best as .safetensors, where you trust the file"
             ) from None
         what = _kind_of_file(path)
         raise CheckpointError(
@@ -447,7 +448,7 @@ def load_checkpoint(model: VisionMamba, path: str | Path, head: Head | None = No
             None is fresh.
 
     Returns:
-        What was done besides copying; also `model.load_report`.
+        What was done in addition to copying; also `model.load_report`.
 
     Raises:
         CheckpointError: If the file is missing, unreadable or unsafe; if a tensor is missing, left over, of another
@@ -537,7 +538,7 @@ def _fit_pos_embed(
     """Bring the position embedding, (1, patches + 1, D), to the model's grid; return the (old, new) grid if it was not.
 
     Raises:
-        CheckpointError: If its rows are no grid with a class token, or too many.
+        CheckpointError: If its rows are not a grid with a class token, or too many.
     """
     source = state.get("pos_embed")
     if source is None or source.ndim != 3 or source.shape[0] != 1 or source.shape[-1] != model.embed_dim:
@@ -554,9 +555,9 @@ def _fit_pos_embed(
         raise CheckpointError(
             f"{path}: its position embedding has {patches} patches, and {GRID_KEY} says {_by(old)}"
             if stated
-            else f"{path}: its position embedding has {patches} patches, which is no square grid; state it: save the "
-            f"weights with svp_bench.models.checkpoints.save_weights, or with {GRID_KEY} = 'ROWSxCOLUMNS' in the "
-            "metadata of a .safetensors file or beside the weights"
+            else f"{path}: its position embedding has {patches} patches, which is not a square grid; state it: save "
+            f"the weights with svp_bench.models.checkpoints.save_weights, or with {GRID_KEY} = 'ROWSxCOLUMNS' in the "
+            "metadata of a .safetensors file or next to the weights"
         )
     grid = (model.patch_embed.grid_size[0], model.patch_embed.grid_size[1])
     if old == grid:

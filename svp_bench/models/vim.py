@@ -368,7 +368,7 @@ class VisionMamba(nn.Module):
     Attributes:
         points: Where a method may act.
         adapter: What a method trains, or None.
-        load_report: What loading the weights did besides copying, or None for random ones.
+        load_report: What loading the weights did in addition to copying, or None for random ones.
         feature_info: A dict a block, as timm's `features_only` reads it.
 
     Raises:
@@ -630,7 +630,7 @@ class VisionMamba(nn.Module):
             if tokens.shape[1] != patches + 1:
                 raise ConfigError(
                     f"the method of this model inserts tokens ({tokens.shape[1]} where the images give {patches + 1}), "
-                    "so they are no map; take the intermediates of a model without it, or forward_tokens"
+                    "so they are not a map; take the intermediates of a model without it, or forward_tokens"
                 )
             spatial = torch.cat([tokens[:, :at], tokens[:, at + 1 :]], dim=1)
             taken.append(spatial.mT.unflatten(2, (rows, columns)).contiguous() if output_fmt == "NCHW" else spatial)

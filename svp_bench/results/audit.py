@@ -791,7 +791,7 @@ class _Auditor(Auditor):
             elif not _same_code(record, other):
                 left = self._seeds_on_other_code(record if newer is record else other)
                 if left and record.kind == "final":
-                    text = f"{scores}; drawn again alone: {some(left)} of this cell still count from other code"
+                    text = f"{scores}; run again alone: {some(left)} of this cell still count from other code"
                     self.say("fail", "repeated", f"{what} on other code, {counts}: {text}")
                 else:
                     self.say("note", "repeated", f"{what} on other code, {counts}: {scores}")

@@ -181,7 +181,7 @@ class _SearchAuditor(Auditor):
                 )
         if not choice.nested:
             self.say(
-                "note", "track", "one search for all seeds: the interval over seeds does not hold the choice's noise"
+                "note", "track", "one search for all seeds: the interval over seeds leaves out the noise of the choice"
             )
 
     def _choice_problems(self, choice: Choice, tuned: Tuned, search: Search, where: str) -> list[str]:

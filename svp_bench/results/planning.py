@@ -264,7 +264,7 @@ def _text(suite: SuiteCard, section: Section, noise: Noise, plan: Plan, effect: 
         ),
     ]
     if floor is not None:
-        lines += wrap([f"The choice of test pictures alone leaves ± {floor:.2f} points ({level}), whatever the seeds."])
+        lines += wrap([f"The choice of test images alone leaves ± {floor:.2f} points ({level}), whatever the seeds."])
     return "\n".join(map(printable, lines)) + "\n"
 
 

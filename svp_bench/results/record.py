@@ -273,7 +273,7 @@ class Record:
         checkpoint_file: What the run saved, relative to the runs folder, or null.
         weights_digest: Digest of the weights that were scored (or, unscored, that were final), as `checkpoint_file`
             holds them.
-        checkpoint_load: What loading did to the published weights besides copying them, e.g.
+        checkpoint_load: What loading did to the published weights in addition to copying them, e.g.
             {"resized": ["pos_embed 14x14 -> 4x16"], "dropped": ["head.weight"]}. Empty lists are left out.
         method_source: Digests of the files that define a method which is not shipped, by file name.
         package_digest: Digest of the package's own source files, as they were on disk.

@@ -33,7 +33,7 @@ from svp_bench.sweep.search import Plan, Sampler, load_search, make_sampler
 
 __all__ = ["METRIC", "make_tuner"]
 
-METRIC = "val_top1"  # what Tune is told: the mean over the images of all runs of a trial, in percent
+METRIC = "val_top1"  # reported to Tune: the mean over the images of all runs of a trial, in percent
 _CLAIM_PAUSE = 5.0  # seconds until a run that another process is at is looked at again
 _RETRIES = 2  # of a run whose process died
 

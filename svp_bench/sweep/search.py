@@ -26,7 +26,7 @@ from svp_bench.results.digests import canonical_digest
 __all__ = ["SAMPLERS", "Dimension", "Plan", "Sampler", "Search", "load_search", "make_sampler", "space_declaration"]
 
 SAMPLERS = ("grid", "random", "tpe")
-AUTO, LEAVE_ONE_OUT, NONE = "auto", "leave_one_out", "none"  # what `folds` may be beside a number
+AUTO, LEAVE_ONE_OUT, NONE = "auto", "leave_one_out", "none"  # what `folds` may be other than a number
 _SMALL_VAL = 100  # a difference of two settings on fewer images is mostly chance: its standard error is some 4 points
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _KEY = re.compile(r"(?:model|data|trainer)(?:\.\w+)+")

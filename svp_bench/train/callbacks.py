@@ -198,7 +198,7 @@ class SteadyTensorBoardLogger(TensorBoardLogger):
             return work()
         except Exception as error:  # whatever the writer and its thread raise; the run matters more
             self.failure = " ".join(f"{type(error).__name__}: {error}".split())
-            rank_zero_warn(f"TensorBoard's logs end here, the run goes on: {self.failure}")
+            rank_zero_warn(f"TensorBoard's logs end here, the run continues: {self.failure}")
             return None
 
 

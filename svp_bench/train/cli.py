@@ -163,7 +163,7 @@ class BenchCLI(ConfigCLI):
         runs, records = Path(config.runs_root) / data.card.name, Path(config.results_root) / "records" / data.card.name
         resume = self.verb == "fit" and bool(config.get("resume"))
 
-        def same_setting(other: Mapping[str, Any]) -> bool:  # tuned values are no part of the setting's digest
+        def same_setting(other: Mapping[str, Any]) -> bool:  # tuned values are not part of the setting's digest
             return setting_digest(other, tuned) == digest and config_digest(other) == self.settings.config_digest
 
         start = Start(self.settings.config, data)

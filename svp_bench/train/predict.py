@@ -42,7 +42,7 @@ def load_run(
     Args:
         path: `runs/…/checkpoints/last.ckpt`.
         checkpoint: Where the backbone's weights are now, if not where the run had them.
-        method_file: The file of the run's own method, if its class lies beside it.
+        method_file: The file of the run's own method, if its class lies next to it.
 
     Returns:
         The module, and what the checkpoint says about itself.
@@ -97,7 +97,7 @@ def _method_class(about: About, path: Path, method_file: str | None) -> type[Met
     if method_file is None and about.method != _named_in_config(folder / "config.yaml"):
         raise UsageError(
             f"{path}: its method {about.method!r} is not registered here (`svp-bench methods`), and no config.yaml of "
-            "the run beside the checkpoints names it; give the method's file with --method FILE"
+            "the run next to the checkpoints names it; give the method's file with --method FILE"
         )
     make_importable(Flags((), method_file, (), {}))
     module, _, name = about.method.rpartition(".")
@@ -106,7 +106,7 @@ def _method_class(about: About, path: Path, method_file: str | None) -> type[Met
     except Exception as error:  # whatever the import of somebody's module raises
         raise UsageError(
             f"{path}: its method {about.method!r} cannot be imported ({type(error).__name__}: {error}); its file is "
-            "gone or lies elsewhere: run in its folder, or give the method's file beside it with --method FILE"
+            "gone or lies elsewhere: run in its folder, or give the method's file next to it with --method FILE"
         ) from None
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UsageError(f"{path}: {about.method!r} is not a class of a method")
@@ -184,7 +184,7 @@ def run_predict(
         checkpoint: Where the backbone's weights are now, if not where the run had them.
         top: How many classes a row names.
         batch_size: Images at a time.
-        method_file: The file of the run's own method, if its class lies beside it.
+        method_file: The file of the run's own method, if its class lies next to it.
 
     Returns:
         The exit status: 0 if all images were read, 1 if one was not.

@@ -72,7 +72,7 @@ def dirty_warning(commit: str | None, cards: Sequence[str]) -> str:
     root = checkout_root()
     files = [*((_changed(root, _CODE) if root else None) or []), *cards]
     listed = ", ".join(files[:_SHOWN]) + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")
-    shown = listed or f"{_CODE}/, which git was told not to look at (`git ls-files -v {_CODE}`)"
+    shown = listed or f"{_CODE}/, which git is set to ignore (`git ls-files -v {_CODE}`)"
     own = ", or keep cards of your own outside of the checkout (--tasks_dir DIR)" if cards else ""
     return (
         f"changes that commit {(commit or 'unknown')[:12]} does not have: {shown}. Records will say so, and `svp-bench "

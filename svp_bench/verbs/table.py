@@ -33,7 +33,7 @@ def table(argv: Sequence[str]) -> int:
         "--compare",
         nargs=2,
         metavar=("ROW_A", "ROW_B"),
-        help="compare two methods or rows task by task, by their seeds and by their test pictures; writes no table",
+        help="compare two methods or rows task by task, by their seeds and by their test images; writes no table",
     )
     options.add_argument(
         "--all_columns", action="store_true", help="print tasks and groups that have no result yet too; files have them"

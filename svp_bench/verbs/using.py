@@ -34,7 +34,7 @@ def predict(argv: Sequence[str]) -> int:
         default=32,
         help="images at a time; results change by rounding at most",
     )
-    options.add_argument("--method", help="the run's own method file, if its class lies beside it", metavar="FILE")
+    options.add_argument("--method", help="the run's own method file, if its class lies next to it", metavar="FILE")
     options.epilog = "Exit status: 0 if all images were read; 1 if some were not, which the column error names."
     arguments = options.parse_args(argv)
     from svp_bench.train.predict import run_predict
