@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"svp-bench: error: {text}", file=sys.stderr, flush=True)
         return error.exit_status
     except KeyboardInterrupt:
-        print("svp-bench: interrupted", file=sys.stderr, flush=True)
+        remedy = "; the same command with --resume continues" if arguments[:1] == ["fit"] else ""
+        print(f"svp-bench: interrupted{remedy}", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:  # `svp-bench tasks | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

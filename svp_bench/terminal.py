@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["ascii_for", "plain_console", "readable_output"]
+__all__ = ["ascii_for", "has_width", "plain_console", "readable_output"]
 
 _HANDLER = "svp-bench-ascii"  # name of the codec error handler
 _ASCII = {
@@ -58,6 +59,14 @@ def readable_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not what a test or a notebook puts there
             stream.reconfigure(errors=_HANDLER)
+
+
+def has_width(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that states its width; a progress bar of no width shows nothing."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def plain_console() -> Console:

@@ -176,7 +176,13 @@ def fit(*extra: str, **values: str | None) -> list[str]:
         (fit("--ckpt_path", "x", verb="test", data__stage="select"), ["stage 'select' has no test list"]),
         (["tasks", "vtab/cifr"], ["unknown task 'vtab/cifr'; did you mean 'vtab/cifar'?"]),
         (["tasks", "vtb"], ["unknown suite 'vtb'; did you mean 'vtab'?"]),
-        (["tasks", "--all"], ["unrecognized arguments: --all (`svp-bench tasks --help`)"]),
+        (["tasks", "--all"], ["unknown argument '--all'", "(`svp-bench tasks --help` lists all)"]),
+        (["table", "--suit=demo"], ["unknown argument '--suit'; did you mean '--suite'?"]),
+        (["predict", "--chkpt", "x", "--images", "y"], ["unknown argument '--chkpt'; did you mean '--ckpt'?"]),
+        (["data", "draw", "vtab/cifar", "--rot", "new"], ["unknown argument '--rot'; did you mean '--root'?"]),
+        (["sweep", "--suit", "demo", "--methods", "svp"], ["unknown argument '--suit'; did you mean '--suite'?"]),
+        (["tune", "--tsk", "demo/count"], ["unknown argument '--tsk'; did you mean '--task'?"]),
+        (["rerun", "--runs_rot", "x", "record.json"], ["unknown argument '--runs_rot'; did you mean '--runs_root'?"]),
         (["methods", "lineer"], ["unknown method 'lineer'; did you mean 'linear'?"]),
         (["table", "--suite", "vtb"], ["unknown suite 'vtb'; did you mean 'vtab'?"]),
         (["data"], ["the following arguments are required"]),
@@ -453,7 +459,9 @@ def test_without_network_the_hub_tells_what_to_do(place: Path, hub_offline: Path
     text = refused(
         argv, 1, "cannot get the weights of vim_small_patch16_224: hustvl/Vim-small-midclstok", "HF_HUB_OFFLINE"
     )
-    assert "--model.checkpoint PATH, or use --model.checkpoint none for random weights" in text
+    assert "--model.checkpoint PATH" in text
+    assert "--model.backbone vim_nano_patch8_64 --model.checkpoint embedded" in text
+    assert "--model.checkpoint none for random weights" in text
 
 
 def test_without_data_and_weights_the_data_come_first(

@@ -671,7 +671,7 @@ def test_ctrl_c_while_it_measures_is_an_interruption(
 
     monkeypatch.setattr(Steps, "train", stop)
     outcome = on(Card(0.8 * needs(1, False)), *line())
-    assert complaint(outcome, 130) == "svp-bench: interrupted"
+    assert complaint(outcome, 130) == "svp-bench: interrupted; the same command with --resume continues"
     assert outcome.record["status"] == "interrupted"
 
 

@@ -49,21 +49,24 @@ def test_the_time_left_is_that_of_the_whole_run(monkeypatch: pytest.MonkeyPatch)
     assert clock.left(trainer) == pytest.approx(75.0)  # type: ignore[arg-type]  # half an epoch took 5 s, 7.5 are left
     now[0], epoch.processed, batch.completed = 110.0, 3, 4
     assert clock.left(trainer) == pytest.approx(70.0)  # type: ignore[arg-type]
+    clock.start(trainer)  # type: ignore[arg-type]  # again from epoch 3: a first step of 90 s, all others take 1 s
+    now[0], epoch.started, batch.completed = 200.0, 4, 1
+    clock.step(trainer)  # type: ignore[arg-type]
+    now[0], batch.completed = 203.0, 4
+    clock.step(trainer)  # type: ignore[arg-type]
+    assert clock.left(trainer) == pytest.approx(24.0)  # type: ignore[arg-type]  # 6 epochs of 4 steps
     assert [_duration(seconds) for seconds in (0.4, 61, 3599.6, 7325)] == ["0:00", "1:01", "1:00:00", "2:02:05"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_terminal_shows_phases_and_a_bar(tmp_path: Path) -> None:
+def shown_in_terminal(folder: Path, columns: int, *argv: str) -> str:
     import fcntl
     import pty
     import struct
     import termios
 
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    run_line = ("fit", "--config", "configs/demo/digits-5shot.yaml", "--method", "linear", "--trainer.max_epochs", "2")
-    process = subprocess.Popen([sys.executable, "-m", "svp_bench", *run_line], cwd=tmp_path, stdout=slave, stderr=slave)
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40 if columns else 0, columns, 0, 0))
+    process = subprocess.Popen([sys.executable, *argv], cwd=folder, stdout=slave, stderr=slave)
     os.close(slave)
     text = b""
     while True:
@@ -75,10 +78,24 @@ def test_a_terminal_shows_phases_and_a_bar(tmp_path: Path) -> None:
             break
         text += part
     assert process.wait() == 0
-    shown = text.decode()
+    return text.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(("columns", "has"), [(0, "False"), (100, "True")])
+def test_a_progress_bar_needs_a_terminal_with_a_width(tmp_path: Path, columns: int, has: str) -> None:
+    code = "import sys; from svp_bench.terminal import has_width; print(has_width(sys.stdout))"
+    assert shown_in_terminal(tmp_path, columns, "-c", code).strip() == has
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("columns", [0, 160])
+def test_a_terminal_shows_phases_and_epochs(tmp_path: Path, columns: int) -> None:
+    task = ("--config", "configs/demo/digits-5shot.yaml", "--method", "linear", "--trainer.max_epochs", "2")
+    shown = shown_in_terminal(tmp_path, columns, "-m", "svp_bench", "fit", *task)
     assert shown.startswith("Loading PyTorch")
     assert "Training begins" in shown
-    assert "Epoch 1/2" in shown
-    assert "Epoch 2/2" in shown
-    assert "run_left" in shown
+    for word in ("Epoch 1/2", "Epoch 2/2", "run_left") if columns else ("epoch 1/2", "epoch 2/2", "left"):
+        assert word in shown
     assert "Epoch 0" not in shown

@@ -452,7 +452,7 @@ def test_ctrl_c_leaves_a_record_of_the_interruption(place: Path, monkeypatch: py
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(AdaptationModule, "training_step", interrupt)
     outcome = command(*line())
-    assert complaint(outcome, 130) == "svp-bench: interrupted"
+    assert complaint(outcome, 130) == "svp-bench: interrupted; the same command with --resume continues"
     record = outcome.record
     assert (record["status"], record["status_reason"]) == ("interrupted", "stopped by the user")
     assert (record["metrics"], record["epochs"]) == ({}, 0)
@@ -466,7 +466,7 @@ def test_ctrl_c_during_the_test_is_no_score(place: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(AdaptationModule, "test_step", stop)
     outcome = command(*line())
-    assert complaint(outcome, 130) == "svp-bench: interrupted"
+    assert complaint(outcome, 130) == "svp-bench: interrupted; the same command with --resume continues"
     assert (outcome.record["status"], outcome.record["metrics"]) == ("interrupted", {})
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -264,7 +265,11 @@ def _images(folder: Path, below: str, above: tuple[str, ...], skipped: Skipped) 
             try:
                 path.encode()
             except UnicodeEncodeError:
-                raise DataError(f"{folder}: the name {path!r} is not UTF-8; rename the file") from None
+                encoding = sys.getfilesystemencoding()
+                remedy = (
+                    "rename the file" if encoding == "utf-8" else f"Python reads names as {encoding}: set PYTHONUTF8=1"
+                )
+                raise DataError(f"{folder}: the name {path!r} is not {encoding}; {remedy}") from None
             yield path
 
 

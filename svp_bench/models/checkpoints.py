@@ -736,7 +736,8 @@ def _from_hub(architecture: str) -> Path:
         raise CheckpointError(
             f"cannot get the weights of {architecture}: {repo} is not in the local hub cache and {endpoint} gave none "
             f"({_first_line(error)}); download https://huggingface.co/{repo}/resolve/main/{file} elsewhere and pass "
-            "--model.checkpoint PATH, or use --model.checkpoint none for random weights"
+            "--model.checkpoint PATH, or take the weights in the package (--model.backbone vim_nano_patch8_64 "
+            "--model.checkpoint embedded), or --model.checkpoint none for random weights"
         ) from None
 
 

@@ -332,7 +332,7 @@ def interval_notes(section: Section, suite: SuiteCard, level: float) -> list[str
 
 
 def images_note(level: float) -> str:
-    """Say what ± with a star is."""
+    """Return the note on ± with a star."""
     return (
         f"± … {IMAGES} behind a mean is half its {percent(level)} interval over test images (Wilson), where the "
         "variance over seeds is unknown: about these runs and other test images, not about other seeds."
@@ -353,7 +353,9 @@ def majority_notes(section: Section) -> list[str]:
     """Say what the line of the majority class is; nothing where no record has counts by class."""
     if not section.majorities:
         return []
-    return [f"{MAJORITY[0].upper()}{MAJORITY[1:]}: what always answering the test split's most frequent class gives."]
+    return [
+        f"{MAJORITY[0].upper()}{MAJORITY[1:]}: accuracy of always answering the most frequent class of the test split."
+    ]
 
 
 def unknown_variance_notes(section: Section, suite: SuiteCard) -> list[str]:
@@ -394,7 +396,7 @@ def new_tasks_note(section: Section, suite: SuiteCard) -> list[str]:
     if all(estimate.low is None for estimate in known):
         return ["No interval over new tasks: it would hold every accuracy, or the sources do not differ."]
     return [
-        "New seeds: what other seeds would give on these tasks. New tasks: what other tasks like these would give; the"
+        "New seeds: other seeds on these tasks. New tasks: other tasks like these; the"
         f" sample is the suite's {sources} (CR2, Satterthwaite), and one seed a task is enough for it. Each task weighs"
         " the same in the mean and in its intervals."
     ]

@@ -217,14 +217,23 @@ class _Attempts:
 
 
 class _Clock:
-    """Time that a run has taken, and how long it still takes at the speed so far."""
+    """Time that a run has taken, and how long it still takes at the speed so far.
+
+    The first step compiles kernels, which can take longer than the run: the speed is that of the steps after it.
+    """
 
     def __init__(self) -> None:
         self._began = (time.perf_counter(), 0.0)  # when, and epochs that were done by then
+        self._warm: tuple[float, float] | None = None  # the same at the end of the first step
 
     def start(self, trainer: Trainer) -> None:
         """Begin to count; a resumed run begins where it was."""
-        self._began = (time.perf_counter(), self._done(trainer))
+        self._began, self._warm = (time.perf_counter(), self._done(trainer)), None
+
+    def step(self, trainer: Trainer) -> None:
+        """Note the end of the first step."""
+        if self._warm is None:
+            self._warm = (time.perf_counter(), self._done(trainer))
 
     def elapsed(self) -> float:
         """Return the seconds since the start."""
@@ -233,8 +242,9 @@ class _Clock:
     def left(self, trainer: Trainer) -> float | None:
         """Return the seconds until the last epoch ends; None before there is a speed."""
         done = self._done(trainer)
-        seen = done - self._began[1]
-        return self.elapsed() / seen * ((trainer.max_epochs or 0) - done) if seen > 0 else None
+        since, before = self._began if self._warm is None or done <= self._warm[1] else self._warm
+        seen = done - before
+        return (time.perf_counter() - since) / seen * ((trainer.max_epochs or 0) - done) if seen > 0 else None
 
     @staticmethod
     def _done(trainer: Trainer) -> float:
@@ -261,6 +271,10 @@ class EpochLines(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._clock.start(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Note the end of the first step."""
+        self._clock.step(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch, counted from 1, its loss, the score on val, the time so far and the time left."""
@@ -293,6 +307,11 @@ class RunProgressBar(TQDMProgressBar):
         """Start the clock."""
         super().on_train_start(*args)
         self._clock.start(args[0])
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Note the end of the first step, and update the bar."""
+        self._clock.step(trainer)
+        super().on_train_batch_end(trainer, *args)
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         """Begin the bar of an epoch. Lightning's own method would show the epoch counted from 0 for a moment."""

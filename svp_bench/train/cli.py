@@ -36,6 +36,7 @@ from svp_bench.results.files import (
     write_record,
 )
 from svp_bench.results.record import Record, new_run_id
+from svp_bench.terminal import has_width
 from svp_bench.train.callbacks import EpochLines, Meter, RunProgressBar, SteadyTensorBoardLogger, peak_memory_mib
 from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
 from svp_bench.train.memory import Shortage, gauge_of, is_out_of_memory
@@ -226,7 +227,7 @@ class BenchCLI(ConfigCLI):
         given = trainer_config.get("callbacks") or []
         if self.verb == "fit":
             bars = [given] if isinstance(given, Callback) else given
-            if not sys.stdout.isatty():
+            if not has_width(sys.stdout):
                 callbacks.append(EpochLines())
                 if not any(isinstance(one, ProgressBar) for one in bars):
                     trainer_config["enable_progress_bar"] = False

@@ -53,7 +53,9 @@ def load_run(
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"no checkpoint {str(path)!r}; runs keep theirs in runs/<task>/<run>/checkpoints/")
+        inside = path / "checkpoints" / "last.ckpt"
+        hint = f"give {inside}" if inside.is_file() else "runs keep theirs in runs/<task>/<run>/checkpoints/"
+        raise UsageError(f"no checkpoint {str(path)!r}; {hint}")
     saved = Saved.read(path)
     about = saved.about
     method_class = _method_class(about, path, method_file)

@@ -27,7 +27,7 @@ def audit(argv: Sequence[str]) -> int:
 
 def rerun(argv: Sequence[str]) -> int:
     """Repeat a run from its record; the exit status is 0 if the numbers agree."""
-    options = parser("rerun")
+    options = parser("rerun", forwards=True)
     options.add_argument("record", metavar="RECORD", help="results/records/…/….json")
     options.add_argument("--data.root", dest="data_root", help="where the pictures are; as in the record by default")
     options.add_argument(

@@ -18,7 +18,7 @@ _EPILOG = "All other flags go to every run: --data.root DIR, --model.backbone NA
 
 def sweep(argv: Sequence[str]) -> int:
     """Plan and run a sweep; it goes on where it was cut off."""
-    options = parser("sweep")
+    options = parser("sweep", forwards=True)
     options.epilog = (
         "All other flags go to every run: --data.root DIR, --model.backbone NAME, --trainer.max_epochs 10 …"
     )
@@ -85,7 +85,7 @@ def sweep(argv: Sequence[str]) -> int:
 
 def tune(argv: Sequence[str]) -> int:
     """Search one task and method on val, one run after the other, and freeze the choice."""
-    options = parser("tune")
+    options = parser("tune", forwards=True)
     options.epilog = (
         "All other flags go to every run: --data.root DIR, --model.backbone NAME, --trainer.max_epochs 10 …"
     )
