@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,14 @@ def test_a_sweep_and_its_workers_read_them(cards: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv(OWN_TASKS)
     again = run(*sweep, "--tasks_dir", str(cards))
     assert "1 run complete (0 new)" in again.out
+
+
+def test_the_next_command_finds_the_record_and_its_card(cards: Path) -> None:
+    text = run(*fit("--data.task", str(cards / "mine" / "flowers.yaml"), "--results_root", "other place")).out
+    (following,) = re.findall(r"^Next: svp-bench (.+)$", text, re.M)
+    assert shlex.split(following) == ["table", "--results_root", "other place", "--tasks_dir", str(cards)]
+    assert "linear" in run(*shlex.split(following)).out
+    assert "there is no suite 'mine' here; --tasks_dir DIR" in run("table", "--results_root", "other place").out
 
 
 def test_a_cards_path_names_its_task(cards: Path) -> None:

@@ -443,7 +443,10 @@ def run_table(
         parts.append(f"{shown}\nWritten: {', '.join(printable(path) for path in paths)}\n")
     strays = [problem for problem in problems if _suite_of(problem) not in list_suites()]
     strays += [
-        Problem(f"records/{record.task}/{record.run_id}.json", f"there is no suite {record.suite!r}")
+        Problem(
+            f"records/{record.task}/{record.run_id}.json",
+            f"there is no suite {record.suite!r} here; --tasks_dir DIR adds cards",
+        )
         for record in records
         if record.suite not in list_suites()
     ]

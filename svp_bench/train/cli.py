@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import signal
 import sys
 import threading
@@ -25,6 +26,7 @@ from svp_bench.data.module import VisionDataModule
 from svp_bench.data.transforms import sides
 from svp_bench.errors import ConfigError, RecordError, SvpBenchError, UsageError, plural
 from svp_bench.interrupts import INTERRUPTS, Preempted
+from svp_bench.resources import own_tasks_flags
 from svp_bench.results.digests import canonical_digest, cell_config, config_digest, flat, setting_digest
 from svp_bench.results.files import (
     check_writable,
@@ -538,7 +540,9 @@ class BenchCLI(ConfigCLI):
             self.recorder.write_tables(role, self.run_dir)
         checkpoint = self.run_dir / CHECKPOINT
         if record.kind == "final" and status == "complete" and self.next_step:
-            print(f"Next: {self.next_step}", flush=True)
+            root = str(self.config[self.verb].results_root)
+            places = [*(() if root == "results" else ("--results_root", root)), *own_tasks_flags()]
+            print(" ".join([f"Next: {self.next_step}", *map(shlex.quote, places)]), flush=True)
         elif status == "unscored":
             print(f"Next: svp-bench test --config {self.run_dir / 'config.yaml'} --ckpt_path {checkpoint}", flush=True)
 

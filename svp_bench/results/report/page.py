@@ -129,7 +129,10 @@ def run_report(
     _check_control(tables, control)
     strays = [problem for problem in problems if _suite_of(problem) not in known]
     strays += [
-        Problem(f"records/{record.task}/{record.run_id}.json", f"there is no suite {record.suite!r}")
+        Problem(
+            f"records/{record.task}/{record.run_id}.json",
+            f"there is no suite {record.suite!r} here; --tasks_dir DIR adds cards",
+        )
         for record in records
         if record.suite not in known
     ]
