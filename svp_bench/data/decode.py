@@ -78,9 +78,9 @@ class Depth:
 
     def notes(self, whole: int, real: int) -> dict[str, int]:
         """Return what is done to deep images → how many, for so many images with whole and with real numbers."""
-        of_real = f"{self.real}-bit values scaled to 8 bits" if self.real else "values of 0 to 1 scaled to 8 bits"
+        of_real = _scaling(self.real) if self.real else "values of 0 to 1 scaled to 8 bits"
         counts = {of_real: real}
-        of_whole = f"{self.whole}-bit values scaled to 8 bits"
+        of_whole = _scaling(self.whole)
         counts[of_whole] = counts.get(of_whole, 0) + whole
         return {note: count for note, count in counts.items() if count}
 
@@ -93,6 +93,10 @@ class Depth:
             scaled = np.floor(values / 2 ** (bits - 8)) if values.dtype.kind == "f" else values >> (bits - 8)
         small: npt.NDArray[np.uint8] = np.minimum(scaled, 255).astype(np.uint8)
         return small
+
+
+def _scaling(bits: int | None) -> str:
+    return "8-bit values in a deeper format" if bits == 8 else f"{bits}-bit values scaled to 8 bits"
 
 
 def _bits(value: float) -> int:
