@@ -17,6 +17,7 @@ from svp_bench.train.module import AdaptationModule
 
 OUTSIDERS = """
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 def scale(module, factor):
@@ -47,6 +48,13 @@ class OtherStart(Callback):
 
 
 class Gradients(Callback):
+    def on_after_backward(self, trainer, pl_module):
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.neg_()
+
+
+class LateGradients(ModelCheckpoint):  # Lightning calls these last
     def on_after_backward(self, trainer, pl_module):
         for parameter in pl_module.parameters():
             if parameter.grad is not None:
@@ -114,6 +122,7 @@ def with_callback(name: str) -> list[str]:
         ("WithinAStep", "weights were changed between optimizer steps (first in epoch 0, step 1)"),
         ("OtherStart", "weights were changed between optimizer steps (first in epoch 0, step 0)"),
         ("Gradients", "changed gradients"),
+        ("LateGradients", "changed gradients"),
         ("Labels", "changed a training batch"),
         ("TestLabels", "changed a test batch"),
         ("TrainingMode", "training mode (first in epoch 0, step 0)"),

@@ -242,6 +242,8 @@ class BenchCLI(ConfigCLI):
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"Lightning refuses these trainer settings: {one_line(str(error))}") from None
         refuse_hidden_changes(trainer, trains=self.verb == "fit")
+        order: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        order.append(order.pop(order.index(self.watch)))  # Lightning puts checkpoint callbacks, also of others, last
         return trainer
 
     # --- the verbs ---------------------------------------------------------------------------------------------------
