@@ -159,7 +159,6 @@ def fit(*extra: str, **values: str | None) -> list[str]:
         ),
         (fit("--trainer.accumulate_grad_batches", "0"), ["trainer.accumulate_grad_batches is at least 1, not 0"]),
         (fit("--trainer.check_val_every_n_epoch", "0"), ["trainer.check_val_every_n_epoch is at least 1, not 0"]),
-        (fit("--trainer.limit_train_batches", "0"), ["trainer.limit_train_batches is above 0, not 0"]),
         (fit("--trainer.max_steps", "0"), ["trainer.max_steps is at least 1, or -1 for no limit, not 0"]),
         (fit("--trainer.gradient_clip_val", "-1"), ["trainer.gradient_clip_val is 0 or above, or null", "not -1"]),
         (fit("--trainer.gradient_clip_val", ".nan"), ["trainer.gradient_clip_val is a finite number, not nan"]),

@@ -557,8 +557,6 @@ def _odd_trainer_value(trainer: Namespace) -> tuple[str, str] | None:
     every, most = trainer.check_val_every_n_epoch, trainer.max_steps
     if every is not None and every < 1:
         return "trainer.check_val_every_n_epoch", f"is at least 1, not {every}"
-    if trainer.limit_train_batches is not None and trainer.limit_train_batches <= 0:
-        return "trainer.limit_train_batches", f"is above 0, not {trainer.limit_train_batches}: nothing would be trained"
     if most is not None and most != -1 and most < 1:
         return "trainer.max_steps", f"is at least 1, or -1 for no limit, not {most}"
     return None
