@@ -230,11 +230,11 @@ def test_strategies_that_hand_nothing_back_are_refused(place: Path, strategy: st
     ("class_path", "init_args"),
     [
         ("EMAWeightAveraging", {"decay": 0.9}),
-        ("WeightAveraging", {}),
+        pytest.param("WeightAveraging", {}, marks=pytest.mark.slow),
         ("StochasticWeightAveraging", {"swa_lrs": 0.1, "swa_epoch_start": 2}),
     ],
 )
-@pytest.mark.parametrize("step", [3, 12])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 12])
 def test_averages_resume(
     place: Path, monkeypatch: pytest.MonkeyPatch, class_path: str, init_args: dict[str, Any], step: int
 ) -> None:

@@ -160,6 +160,7 @@ def test_the_first_of_torchruns_processes_decides_for_all() -> None:
     assert launched() == ["decided run-of-0", "run-of-0"]
 
 
+@pytest.mark.slow
 def test_where_the_first_fails_none_waits_for_it() -> None:
     assert launched("fail") == ["decided no run", "the first process of this run has stopped; it says why"]
 

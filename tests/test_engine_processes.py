@@ -150,7 +150,9 @@ def test_without_numba() -> None:
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("absent", [["triton"], ["mamba_ssm", "causal_conv1d"]], ids="+".join)
+@pytest.mark.parametrize(
+    "absent", [["triton"], pytest.param(["mamba_ssm", "causal_conv1d"], marks=pytest.mark.slow)], ids="+".join
+)
 def test_without_the_packages_of_gpus(absent: list[str]) -> None:
     told = end(start(WITHOUT % (absent, []))).answer
     assert told["auto"][0] == "cpu"
@@ -217,6 +219,7 @@ print(json.dumps(sum(faults[8:])))  # by then the heap has the size that a step 
 """
 
 
+@pytest.mark.slow
 @needs_cpu_kernels
 @glibc_only
 def test_later_steps_ask_for_no_fresh_pages() -> None:

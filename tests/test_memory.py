@@ -212,7 +212,14 @@ def steps(module: AdaptationModule) -> Any:
 
 @pytest.mark.parametrize(
     ("method", "checkpointing"),
-    [("svp", False), ("svp", True), ("vpt_deep", True), ("linear", False), ("full", True), ("lora", False)],
+    [
+        ("svp", False),
+        ("full", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("svp", True), ("vpt_deep", True), ("linear", False), ("lora", False)]
+        ),
+    ],
 )
 def test_two_small_steps_tell_of_a_larger_one(method: str, checkpointing: bool) -> None:
     with steps(module(method)) as (at_hand, _):
@@ -504,6 +511,7 @@ def test_too_many_pictures_to_score_at_a_time(on: Callable[..., Outcome]) -> Non
     assert again.record["metrics"]["count"] == 32
 
 
+@pytest.mark.slow
 def test_validation_beside_training_and_alone(on: Callable[..., Outcome]) -> None:
     select = ("--data.stage", "select", "--trainer.num_sanity_val_steps", "0")
     draw(Path("many"), counts=MANY)
@@ -627,6 +635,7 @@ def program(*argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_as_a_command_with_a_method_of_ones_own(greedy: tuple[str, ...]) -> None:
     """It wants its memory above 4 pictures; the machine has enough for all: only steps of that size tell."""
     done = program(*line(*greedy, EVALUATE, "4"))
@@ -663,6 +672,7 @@ def test_what_cannot_be_measured_is_said_with_the_reason(
     assert text.endswith(f"how much memory is free; try {ACCUMULATE} 2 (8 at a time) or {CHECKPOINTING}")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_measures_is_an_interruption(
     on: Callable[..., Outcome], needs: Needs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,7 @@ BOUNDS = {2: (-0.06, 0.30), 3: (-0.02, 0.13), 4: (-0.02, 0.07), 5: (-0.02, 0.05)
 """Seeds → how far, by the docstring of `seeds_needed`, the true power may be below and above the predicted one."""
 
 
-@pytest.mark.parametrize("n", BOUNDS)
+@pytest.mark.parametrize("n", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in BOUNDS if n > 2)])
 def test_the_predicted_power_is_as_far_off_as_the_docstring_says(n: int) -> None:
     generator = np.random.default_rng(25)
     found = []

@@ -97,8 +97,15 @@ def fail() -> None:
 
 
 @needs_signals
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize("step", [1, 4, 5, 6, 13, 15])
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        *((step, "SIGTERM") for step in (1, 5, 15)),
+        (4, "SIGUSR1"),
+        *(pytest.param(step, "SIGTERM", marks=pytest.mark.slow) for step in (4, 6, 13)),
+        *(pytest.param(step, "SIGUSR1", marks=pytest.mark.slow) for step in (1, 5, 6, 13, 15)),
+    ],
+)
 def test_a_signal_saves_and_the_run_goes_on(
     place: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole, step: int, name: str
 ) -> None:

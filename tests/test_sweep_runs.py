@@ -339,6 +339,7 @@ def test_a_choice_of_another_seed_is_refused(folded: tuple[Path, str], monkeypat
     assert "was chosen for --seed_everything 1, not 0" in complaint(command(*fit), 2)
 
 
+@pytest.mark.slow
 def test_a_second_nested_sweep_finds_all_of_it(folded: tuple[Path, str], monkeypatch: Any) -> None:
     folder, _ = folded
     monkeypatch.chdir(folder)

@@ -56,7 +56,14 @@ def test_every_method_is_traced(name: str, settings: dict[str, Any], merged: boo
     assert_records(torch.jit.trace(model, images(2), check_trace=False), model(images(5)))  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
+EXPORTED_FAST = ("svp", "lora")  # an export takes seconds; `make test-all` exports every method
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [case if case[0] in EXPORTED_FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+    ids=str,
+)
 def test_every_method_is_exported(name: str, settings: dict[str, Any]) -> None:
     model = small(name, settings)
     program = torch.export.export(model, (images(2),), dynamic_shapes=ANY_BATCH)
