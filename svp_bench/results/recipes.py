@@ -19,9 +19,20 @@ from svp_bench.resources import configs_dir, tasks_dirs
 from svp_bench.results.digests import canonical_digest, flat, setting_config
 from svp_bench.results.record import Record
 
-__all__ = ["departure_texts", "departures", "other", "recipe", "row_digest", "row_setting", "shipped_layer"]
+__all__ = [
+    "clipped_warmup",
+    "departure_texts",
+    "departures",
+    "other",
+    "recipe",
+    "row_digest",
+    "row_setting",
+    "shipped_layer",
+]
 
+WARMUP_RUNS = 5  # an inherited warm-up is at most one part in this many of the run
 _EPOCHS = "trainer.max_epochs"
+_WARMUP = "model.warmup_epochs"
 _SPARED = frozenset(
     {
         _EPOCHS,  # the budget: an audit has a line of its own for it
@@ -51,12 +62,26 @@ def departures(
     layers.update(shipped_layer(f"{record.task}.yaml"))
     layers.update(recipe(record.method))
     ours, allowed = dict(flat(record.config)), set(searched)
+    if _WARMUP in layers and ours.get(_EPOCHS):  # what `fit` makes of the shipped value for this number of epochs
+        clipped = clipped_warmup(layers[_WARMUP], ours[_EPOCHS], inherited=True)
+        layers[_WARMUP] = clipped if ours.get(_WARMUP) == clipped else layers[_WARMUP]
     spared = _SPARED - {_EPOCHS} if epochs else _SPARED
     return {
         key: (ours[key], value)
         for key, value in sorted(layers.items())
         if key in ours and key not in spared and key not in allowed and other(ours[key], value)
     }
+
+
+def clipped_warmup(warmup_epochs: float, epochs: int, *, inherited: bool = False) -> float:
+    """Return the epochs of warm-up of a run of `epochs`: at most the run, and a fifth of it for an inherited value.
+
+    Args:
+        warmup_epochs: Epochs asked for.
+        epochs: Epochs of the run.
+        inherited: The value comes from a recipe made for another number of epochs, not from whoever runs it.
+    """
+    return min(warmup_epochs, epochs / WARMUP_RUNS if inherited else epochs)
 
 
 def departure_texts(found: dict[str, tuple[Any, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from svp_bench.data.sources import cpu_count
-from svp_bench.errors import plural
+from svp_bench.errors import plural, printable
 from svp_bench.sweep.jobs import Job, Outcome
 
 __all__ = ["Done", "Event", "LocalPool", "Pool", "Progress", "Work", "WorkerProcess", "visible_gpus"]
@@ -108,11 +109,12 @@ class WorkerProcess:
         if threads is not None:
             for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
                 variables[name] = str(threads)
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # until `_watch`
         self._process = subprocess.Popen(
             [sys.executable, "-m", "svp_bench.sweep.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # until its log is open; what goes wrong before that shows as a death
+            stderr=self._stderr,  # until its log is open
             env=variables,
             cwd=folder,
             text=True,
@@ -174,7 +176,13 @@ class WorkerProcess:
     def _watch(self, hear: Callable[[Mapping[str, Any]], None], reader: threading.Thread) -> None:
         code = self._process.wait()
         reader.join(1.0)  # its last words; data workers that it left behind may hold the pipe open for longer
-        hear({"event": "ended", "how": f"by signal {_signal_name(-code)}" if code < 0 else f"with status {code}"})
+        how = f"by signal {_signal_name(-code)}" if code < 0 else f"with status {code}"
+        with self._stderr:
+            self._stderr.seek(0)
+            lines = self._stderr.read().strip().splitlines()
+        if code > 0 and lines:  # an error before its log was open, such as a failing import
+            how = f"{how}: {printable(lines[-1])}"
+        hear({"event": "ended", "how": how})
 
 
 def _signal_name(number: int) -> str:

@@ -29,6 +29,7 @@ from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models import VisionMamba
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.ops import Choice, choose
+from svp_bench.results.recipes import clipped_warmup
 from svp_bench.train.metrics import (
     Evaluation,
     PictureScores,
@@ -41,7 +42,6 @@ from svp_bench.train.metrics import (
 from svp_bench.train.recipe import (
     EMA,
     Schedule,
-    clipped_warmup,
     hidden_head,
     make_optimizer,
     mix,

@@ -36,11 +36,12 @@ from svp_bench.ops import BACKENDS
 from svp_bench.results.choices import context_of
 from svp_bench.results.code import class_paths, source_files
 from svp_bench.results.digests import card_digest, cell_config, config_digest, flat, setting_digest
+from svp_bench.results.recipes import clipped_warmup
 from svp_bench.results.record import Tuned
 from svp_bench.train.memory import is_out_of_memory
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.quiet import quiet
-from svp_bench.train.recipe import clipped_warmup, warmup_notice
+from svp_bench.train.recipe import warmup_notice
 
 __all__ = ["ConfigCLI", "Resolved", "make_importable", "one_line", "resolve"]
 

@@ -18,7 +18,6 @@ from svp_bench.models import VisionMamba
 __all__ = [
     "EMA",
     "Schedule",
-    "clipped_warmup",
     "hidden_head",
     "make_optimizer",
     "mix",
@@ -27,7 +26,6 @@ __all__ = [
     "warmup_notice",
 ]
 
-WARMUP_RUNS = 5  # an inherited warm-up is at most one part in this many of the run
 ADAMW_EPS = 1e-8
 SGD_MOMENTUM = 0.9
 
@@ -132,17 +130,6 @@ def make_optimizer(
     if momentum is not None:
         raise ConfigError("model.momentum belongs to model.optimizer sgd; AdamW has model.betas")
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=ADAMW_EPS if eps is None else eps)
-
-
-def clipped_warmup(warmup_epochs: float, epochs: int, *, inherited: bool = False) -> float:
-    """Return the epochs of warm-up of a run of `epochs`: at most the run, and a fifth of it for an inherited value.
-
-    Args:
-        warmup_epochs: Epochs asked for.
-        epochs: Epochs of the run.
-        inherited: The value comes from a recipe made for another number of epochs, not from whoever runs it.
-    """
-    return min(warmup_epochs, epochs / WARMUP_RUNS if inherited else epochs)
 
 
 def warmup_notice(warmup_epochs: float, epochs: int, clipped: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from svp_bench import __version__
 from svp_bench.data.module import VisionDataModule
@@ -134,8 +135,9 @@ class Recorder:
             names = self.data.image_names(role)
             images = write_predictions(evaluation, names, self.data.class_names, folder, role)
         except RecordError as error:
-            reason = str(error).partition("; ")[0]
-            raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None
+            reason = str(error).partition("; ")[0]  # the rest of it names the folder of records
+            rank_zero_warn(f"{reason}; the record is complete, the tables of its predictions are not")
+            return
         print(f"Confusion matrix: {confusion}; accuracy of each class: {per_class}", flush=True)
         print(f"Predictions of all images: {images}", flush=True)
 
