@@ -11,6 +11,8 @@ from helpers import run, settle, small
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
+from svp_bench.errors import RecordError
+from svp_bench.train import recording
 from svp_bench.train.module import AdaptationModule
 
 LINE = small("--method", "linear", "--trainer.log_every_n_steps", "1", trainer__max_epochs="3")
@@ -61,3 +63,17 @@ def test_a_deleted_folder_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest
     outcome = run(*LINE)
     assert outcome.record["status"] == "complete"
     assert (Path("runs") / outcome.record["checkpoint_file"]).is_file()
+
+
+def test_predictions_that_cannot_be_written_leave_a_complete_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(tmp_path, monkeypatch)
+
+    def full_disk(*_: Any) -> Any:
+        raise RecordError("cannot write results into runs: No space left on device; choose another folder")
+
+    monkeypatch.setattr(recording, "write_predictions", full_disk)
+    outcome = run(*small("--method", "linear"))
+    assert outcome.record["status"] == "complete"
+    assert any("No space left on device" in text for text in outcome.warnings)

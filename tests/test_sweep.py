@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import queue
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from svp_bench.results.choices import (
 from svp_bench.results.digests import canonical_digest
 from svp_bench.results.stats import one_standard_error
 from svp_bench.sweep.jobs import Job, Outcome
-from svp_bench.sweep.pools import Done, Event, Pool
+from svp_bench.sweep.pools import Done, Event, Pool, WorkerProcess
 from svp_bench.sweep.search import Plan, Search, load_search, make_sampler
 from svp_bench.sweep.sweep import Cell, Sweep, Watcher
 
@@ -774,3 +775,13 @@ def test_a_slurm_array_has_an_element_a_cell(tmp_path: Path, monkeypatch: pytest
     import subprocess
 
     assert subprocess.run(["bash", "-n", "runs/slurm/sweep.sbatch"], check=False).returncode == 0
+
+
+def test_a_worker_that_dies_at_its_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise ImportError('broken on purpose')\n")
+    messages: queue.Queue[Mapping[str, Any]] = queue.Queue()
+    worker = WorkerProcess(messages.put, tmp_path / "log", environment={"PYTHONPATH": str(tmp_path)})
+    ended = messages.get(timeout=60)
+    worker.wait(10)
+    assert ended["event"] == "ended"
+    assert "with status 1: ImportError: broken on purpose" in ended["how"]

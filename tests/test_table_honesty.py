@@ -63,6 +63,12 @@ def test_a_row_that_is_not_as_shipped_is_marked_everywhere() -> None:
     assert lines == {"lora": f"{RATE} 0.123, not {shipped}", "linear": ""}
 
 
+def test_a_clipped_warm_up_is_no_departure_and_another_one_is() -> None:
+    for warmup, departs in ((1.6, False), (3, True)):
+        record = make_record(changes={"trainer.max_epochs": 8, "model.warmup_epochs": warmup})
+        assert ("model.warmup_epochs" in departures(record, PROTOCOL)) == departs
+
+
 def test_departures_of_some_tasks_are_counted_and_searched_ones_spared() -> None:
     records = whole("lora", 700)
     records[0] = make_record(records[0].task, "lora", 0, 700, 1000, changes={"trainer.max_epochs": 3})
