@@ -156,6 +156,7 @@ def launched(*extra: str, **environment: str) -> list[str]:
     return [out.strip() for out, _ in said]
 
 
+@pytest.mark.slow
 def test_the_first_of_torchruns_processes_decides_for_all() -> None:
     assert launched() == ["decided run-of-0", "run-of-0"]
 

@@ -184,6 +184,7 @@ def one_scan() -> list[float]:
     return values
 
 
+@pytest.mark.slow
 @needs_cpu_kernels
 def test_a_kernel_is_compiled_once_also_by_two_processes_at_once(tmp_path: Path) -> None:
     together = [start(FIRST_CALL, SVP_BENCH_CACHE=str(tmp_path / "cache")) for _ in range(2)]

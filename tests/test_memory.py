@@ -437,12 +437,14 @@ def test_about_so_many_fit(on: Callable[..., Outcome], needs: Needs) -> None:
     assert on(Card(limit), *line(*flags, data__batch_size=str(int(most) + 2))).status == 1
 
 
+@pytest.mark.slow
 def test_where_it_is_checkpointing_already(on: Callable[..., Outcome], needs: Needs) -> None:
     text = complaint(on(Card(0.9 * needs(1, True)), *line(*CHECKPOINTING.split())), 1)
     assert "at a time in 32-true, gradient checkpointing; " in text
     assert [way[0] for way in offered(text)] == [ACCUMULATE]
 
 
+@pytest.mark.slow
 def test_checkpointing_is_not_offered_where_it_saves_nothing(on: Callable[..., Outcome]) -> None:
     """Linear probing keeps no layer's input."""
     with_linear = line("--method", "linear", EVALUATE, "1")
@@ -533,6 +535,7 @@ def test_validation_beside_training_and_alone(on: Callable[..., Outcome]) -> Non
     assert on(Card(limit), "validate", *saved, *way).status == 0
 
 
+@pytest.mark.slow
 def test_test_and_predict(on: Callable[..., Outcome]) -> None:
     draw(Path("many"), counts=MANY)
     at_twos = {"data__batch_size": "2", "data__root": "many"}
@@ -660,6 +663,7 @@ def test_memory_that_is_there_again(greedy: tuple[str, ...]) -> None:
     ), text
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_said_with_the_reason(
     greedy: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_place_with_blanks_and_other_letters(tmp_path: Path, monkeypatch: pyte
     assert run("table", "--results_root", "mes résultats").status == 0
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_folder_at_once(place: Path) -> None:
     """Of one setting and seed, at one moment: two runs, two records, nothing mixed."""
     script = (

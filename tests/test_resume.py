@@ -335,6 +335,7 @@ def test_other_data_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "the run began with other lists of vtab/cifar" in complaint(command(*small(*FLAGS, "--resume")), 2)
 
 
+@pytest.mark.slow
 def test_one_run_is_trained_by_one_process(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"

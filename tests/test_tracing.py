@@ -88,7 +88,7 @@ def test_a_merged_model_is_exported() -> None:
     assert_records(program.module(), model(images(5)))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 def test_the_embedded_backbone(backend: str) -> None:
     model = create_model("vim_nano_patch8_64", num_classes=10, method="lora", checkpoint="embedded").eval()
     model.method.merge(model)  # type: ignore[union-attr]

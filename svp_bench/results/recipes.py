@@ -62,8 +62,9 @@ def departures(
     layers.update(shipped_layer(f"{record.task}.yaml"))
     layers.update(recipe(record.method))
     ours, allowed = dict(flat(record.config)), set(searched)
-    if _WARMUP in layers and ours.get(_EPOCHS):  # what `fit` makes of the shipped value for this number of epochs
-        clipped = clipped_warmup(layers[_WARMUP], ours[_EPOCHS], inherited=True)
+    used = ours.get(_EPOCHS)  # of any type: an audit reads files of others too
+    if _WARMUP in layers and isinstance(used, int):
+        clipped = clipped_warmup(layers[_WARMUP], used, inherited=True)  # by `fit`, for this number of epochs
         layers[_WARMUP] = clipped if ours.get(_WARMUP) == clipped else layers[_WARMUP]
     spared = _SPARED - {_EPOCHS} if epochs else _SPARED
     return {
