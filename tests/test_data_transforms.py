@@ -7,18 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svp_bench.data.decode import convert
-from svp_bench.data.transforms import INTERPOLATIONS, resize_straight
+from svp_bench.data.transforms import INTERPOLATIONS, resize_straight, to_rgb
 from svp_bench.errors import UsageError
 
 
 def gradient(width: int = 8, height: int = 6) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x * 20, y * 30, (x + y) * 10], axis=-1).astype(np.uint8))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    return convert(image).image
 
 
 def reopened(image: Image.Image, kind: str, **options: object) -> Image.Image:
@@ -113,3 +108,11 @@ def test_the_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter
     assert to_rgb(reopened(gradient(8, 6), "JPEG", exif=exif)).size == (6, 8)
+
+
+def test_to_rgb_is_the_conversion_of_single_images() -> None:
+    values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    for deep, levels, brightest in ((values, 256, 255), (values // 16, 256, 255), (values // 32 + 10, 128, 137)):
+        found = np.asarray(to_rgb(Image.fromarray(deep)))
+        assert found.shape == (64, 64, 3)
+        assert (len(np.unique(found)), found.max()) == (levels, brightest)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from svp_bench.data.decode import convert
 from svp_bench.errors import ConfigError, unknown_name
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "shorter_side",
     "sides",
     "to_array",
+    "to_rgb",
 ]
 
 RESIZES = ("straight", "centre_crop")
@@ -31,6 +33,15 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image as 8-bit RGB: see `svp_bench.data.decode`.
+
+    Raises:
+        ValueError: If its pixels are negative or not finite.
+    """
+    return convert(image).image
 
 
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:
