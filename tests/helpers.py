@@ -37,6 +37,10 @@ SMALL = {  # a run of a second
     "trainer.enable_progress_bar": "false",
     "trainer.accelerator": "cpu",  # where results are exact, also on a machine with a GPU
 }
+SWEEP_FLAGS = [  # runs of a sweep, whose workers know no backbone of the tests
+    *("--model.backbone", "vim_nano_patch8_64", "--model.checkpoint", "none", "--data.image_size", "32"),
+    *("--trainer.max_epochs", "1", "--model.scan_backend", "reference", "--trainer.accelerator", "cpu"),
+]
 
 
 def register_backbone() -> None:
