@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TASK, command, complaint, draw, settle, small
+from helpers import TASK, command, complaint, draw, settle, small, wait_for
 from torch.utils.data import DataLoader
 
 from svp_bench.data.module import VisionDataModule
@@ -132,3 +132,32 @@ def test_a_signal_to_the_group_before_training(tmp_path: Path, delay: float) -> 
     assert "Traceback" not in text, text
     assert run.returncode == 0, text
     assert "Go on: the same command with --resume" in text
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np, torch
+from torch.utils.data import DataLoader
+from svp_bench.data.module import Batch, _Loader, _outlive_signals, _to_arrays
+
+class Large(torch.utils.data.Dataset):
+    def __len__(self): return 64
+    def __getitem__(self, i):
+        numbers = torch.zeros(64, dtype=torch.int64)
+        return Batch(torch.zeros(64, 3, 64, 64, dtype=torch.uint8), numbers, numbers)
+
+loader = _Loader(Large(), batch_size=None, num_workers=2, collate_fn=_to_arrays, worker_init_fn=_outlive_signals)
+batches = iter(loader)
+next(batches)
+import multiprocessing
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="no such wait here")
+def test_workers_end_with_a_killed_loader() -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=120, check=False)
+    workers = [int(number) for number in killed.stdout.split()]
+    assert len(workers) == 2, killed.stderr
+    wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), 60)

@@ -772,9 +772,14 @@ def _outlive_signals(_: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Heed a SIGTERM of the loader's own process, which is how it ends a worker that does not answer."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    """Heed a SIGTERM of the loader's own process, which is how it ends a worker that does not answer, and its death.
+
+    A worker whose loader was killed would wait for ever for somebody to read its last batch.
+    """
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)
 
 
