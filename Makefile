@@ -68,7 +68,7 @@ test: $(STAMP) ## the tests that every change must pass (under ten minutes on tw
 	$(PYTEST) -m "not slow and not gpu"
 
 .PHONY: test-all
-test-all: $(STAMP) ## the slow tests as well (under 45 minutes on two cores)
+test-all: $(STAMP) ## the slow tests as well
 	$(PYTEST) -m "not gpu"
 
 # Each library rounds by the instructions it may use, and a test that holds with one set only would fail on another
@@ -78,11 +78,11 @@ NARROW := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic MKL_ENABLE_INSTRUCT
 NARROW_TESTS := $(patsubst %,tests/test_%.py,data_drawn data_synthetic data_transforms lora method_matrix metrics ops \
   power pretraining prompts stats vim)
 .PHONY: test-narrow
-test-narrow: $(STAMP) ## the tests of numbers with the instructions of an older processor (two minutes)
+test-narrow: $(STAMP) ## the tests of numbers with the instructions of an older processor (one minute)
 	$(NARROW) $(PYTEST) -m "not slow and not gpu" $(NARROW_TESTS)
 
 .PHONY: fuzz
-fuzz: $(STAMP) ## 10,000 cases of odd cards, configs, splits, images, checkpoints and records (about ten minutes)
+fuzz: $(STAMP) ## 10,000 cases of odd cards, configs, splits, images, checkpoints and records
 	SVP_BENCH_FUZZ=10000 $(BIN)/pytest -q tests/test_fuzz.py tests/test_predict.py -n $(WORKERS)
 
 .PHONY: test-gpu
