@@ -14,11 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from svp_bench.atomic import replacing
-from svp_bench.cards import load_suite
-from svp_bench.results.files import read_records
-from svp_bench.results.record import Record
+from svp_bench.core.atomic import replacing
+from svp_bench.records.record import Record
+from svp_bench.records.store import read_records
 from svp_bench.sweep.demo import METHODS, SUITE, leaderboard
+from svp_bench.tasks.cards import load_suite
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- begin: demo board -->", "<!-- end: demo board -->"

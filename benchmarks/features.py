@@ -19,10 +19,10 @@ import sklearn
 import torch
 from raw_pixels import Table, measure, save
 
-from svp_bench.cards import ProtocolCard, load_protocol, load_suite, load_task
 from svp_bench.data.sources import Pictures, open_source
 from svp_bench.data.transforms import View
 from svp_bench.methods.build import create_model
+from svp_bench.tasks.cards import ProtocolCard, load_protocol, load_suite, load_task
 
 BACKBONE, SIDE = "vim_nano_patch8_64", 64
 SEEDS = range(5)  # of random weights

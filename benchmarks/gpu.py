@@ -32,7 +32,7 @@ from gpu_report import MEASURED, against_floor, judged, ratios, report
 from gpu_worker import FUSED, told
 
 import svp_bench
-from svp_bench.atomic import replacing
+from svp_bench.core.atomic import replacing
 from svp_bench.train.provenance import commit_and_dirty, device_name
 
 RESULTS = Path(__file__).parent / "results"

@@ -429,7 +429,7 @@ class Bench:
         if what == "forward":
             return forward
         trained = [p for p in model.parameters() if p.requires_grad]
-        # As svp_bench/train/recipe.py makes it, but at rate 0: it costs the same, and the next comparison with the
+        # As svp_bench/train/optim.py makes it, but at rate 0: it costs the same, and the next comparison with the
         # reference finds the weights of the first.
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=1e-4)
 

@@ -29,9 +29,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from svp_bench.atomic import replacing
-from svp_bench.cards import load_protocol, load_suite, load_task
+from svp_bench.core.atomic import replacing
 from svp_bench.data.sources import Pictures, Source, open_source
+from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 
 Table = npt.NDArray[np.float64]
 MOST_SIDE = 16  # of the contrasts

@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from svp_bench.atomic import replacing
-from svp_bench.cards import SuiteCard, load_suite
-from svp_bench.results.choices import read_choice
-from svp_bench.results.files import read_records
-from svp_bench.results.rows import Row, Section
-from svp_bench.results.stats import Estimate, mean_of, paired
-from svp_bench.results.tables import load_table
+from svp_bench.core.atomic import replacing
+from svp_bench.records.selection import read_choice
+from svp_bench.records.store import read_records
+from svp_bench.stats.inference import Estimate, mean_of, paired
+from svp_bench.tables.build import load_table
+from svp_bench.tables.model import Row, Section
+from svp_bench.tasks.cards import SuiteCard, load_suite
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "results" / "reference"

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from pretraining.drawing import CENTRED, GRID, POSE, SIZE
-from svp_bench.errors import ConfigError
+from svp_bench.core.errors import ConfigError
 from svp_bench.methods.build import create_backbone
 
 __all__ = ["COARSE", "PARTS", "DrawnBatch", "Pretraining"]

@@ -35,10 +35,10 @@ import svp_bench
 from pretraining import drawing
 from pretraining.module import PARTS, DrawnBatch, Pretraining
 from pretraining.pictures import contact_sheet, loss_curve
-from svp_bench.errors import NonFiniteLossError, SvpBenchError, UsageError
+from svp_bench.core.errors import NonFiniteLossError, SvpBenchError, UsageError
 from svp_bench.models.checkpoints import backbone_digest, load_pickle_safely
-from svp_bench.results.files import write_atomically
-from svp_bench.train.quiet import quiet
+from svp_bench.records.store import write_atomically
+from svp_bench.train.logging import quiet
 from svp_bench.train.resume import AtomicCheckpointIO
 
 __all__ = ["HELD_OUT_SEED", "DrawnData", "Keeper", "main", "parse", "train"]

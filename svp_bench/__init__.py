@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 from svp_bench._version import __version__
 
 if TYPE_CHECKING:
-    from svp_bench.cards import list_tasks as list_tasks
     from svp_bench.methods import list_methods as list_methods
     from svp_bench.methods.build import create_model as create_model
     from svp_bench.models.checkpoints import load_checkpoint as load_checkpoint
     from svp_bench.ops import list_backends as list_backends
-    from svp_bench.results.frame import load_results as load_results
+    from svp_bench.tables.frame import load_results as load_results
+    from svp_bench.tasks.cards import list_tasks as list_tasks
 
 _PUBLIC = {
     "create_model": "svp_bench.methods.build",
     "list_backends": "svp_bench.ops",
     "list_methods": "svp_bench.methods",
-    "list_tasks": "svp_bench.cards",
+    "list_tasks": "svp_bench.tasks.cards",
     "load_checkpoint": "svp_bench.models.checkpoints",
-    "load_results": "svp_bench.results.frame",
+    "load_results": "svp_bench.tables.frame",
 }
 
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m svp_bench`."""
 
-from svp_bench.cli import entry_point
+from svp_bench.cli.main import entry_point
 
 entry_point()

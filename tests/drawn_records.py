@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from svp_bench.results.digests import config_digest, setting_digest
-from svp_bench.results.record import SCHEMA, Correct, Metrics, Parameters, Record, Tuned, new_run_id
+from svp_bench.records.digests import config_digest, setting_digest
+from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, Tuned, new_run_id
 
 WEIGHTS = "sha256:" + "ab" * 32
 LIST = "sha256:" + "cd" * 32

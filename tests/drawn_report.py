@@ -10,9 +10,9 @@ from typing import Any
 
 from drawn_records import drawn_record, make_record, unscored
 
-from svp_bench.cards import load_suite, load_task
-from svp_bench.results.files import record_path
-from svp_bench.results.record import Parameters, Record, Search, Tuned
+from svp_bench.records.record import Parameters, Record, Search, Tuned
+from svp_bench.records.store import record_path
+from svp_bench.tasks.cards import load_suite, load_task
 
 # method → gain over linear in points, trained parameters outside the head, slowdown in training and in test
 METHODS: Mapping[str, tuple[float, int, float, float]] = {

@@ -48,7 +48,7 @@ from triton_table import (  # noqa: F401
     test_two_convolutions,
 )
 
-from svp_bench.errors import UnavailableError
+from svp_bench.core.errors import UnavailableError
 from svp_bench.ops import Direction, Prompts, add_norm, bidirectional_conv, bidirectional_scan, choose
 
 DEVICE = os.environ.get("SVP_BENCH_TABLE_DEVICE", "cuda")

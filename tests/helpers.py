@@ -17,9 +17,9 @@ from warnings import catch_warnings
 
 import pytest
 
-from svp_bench.cards import load_task
-from svp_bench.cli import main
+from svp_bench.cli.main import main
 from svp_bench.data.synthetic import draw_task
+from svp_bench.tasks.cards import load_task
 
 TASK = "vtab/cifar"
 CONFIG = f"configs/{TASK}.yaml"

@@ -1,4 +1,4 @@
-"""What ARCHITECTURE.md says about rooms and arrows, held to by reading the source and by importing it."""
+"""The packages and imports that ARCHITECTURE.md states, checked on the source and by importing it."""
 
 from __future__ import annotations
 
@@ -13,46 +13,47 @@ from pathlib import Path
 import pytest
 
 import svp_bench
-from svp_bench.cards import load_task
+from svp_bench.tasks.cards import load_task
 
 PACKAGE = Path(svp_bench.__file__).resolve().parent
 ROOT = PACKAGE.parent
 
-# The rooms in the order of ARCHITECTURE.md, lowest first: the modules or packages of a room, and the rooms that it may
-# import. Its own room is always allowed. The package itself, `svp_bench/__init__.py`, is the front door.
-ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "foundation": (("_version", "errors", "registry", "resources", "atomic", "interrupts", "terminal"), ()),
-    "cards": (("plain_yaml", "cards"), ("foundation",)),
-    "results": (("results",), ("foundation", "cards")),
-    "ops": (("ops",), ("foundation",)),
-    "models": (("models",), ("foundation", "ops")),
-    "methods": (("methods",), ("foundation", "ops", "models")),
-    "data": (("data",), ("foundation", "cards")),
-    "config": (("config",), ("foundation", "cards", "results", "methods")),
-    "train": (("train",), ("foundation", "cards", "results", "ops", "models", "methods", "data", "config")),
+# The packages in the order of ARCHITECTURE.md, lowest first, and the packages that each may import. Modules beside them
+# (`__init__.py`, `__main__.py`) count as the top package, which may import everything.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "core": (),
+    "stats": ("core",),
+    "tasks": ("core",),
+    "records": ("core", "stats", "tasks"),
+    "ops": ("core",),
+    "models": ("core", "ops"),
+    "methods": ("core", "ops", "models"),
+    "data": ("core", "tasks"),
+    "config": ("core", "tasks", "records", "methods"),
+    "tables": ("core", "stats", "tasks", "records"),
+    "audit": ("core", "stats", "tasks", "records"),
+    "report": ("core", "stats", "tasks", "records", "tables"),
+    "train": ("core", "stats", "tasks", "records", "ops", "models", "methods", "data", "config", "tables"),
     "sweep": (
-        ("sweep",),
-        ("foundation", "cards", "results", "ops", "models", "methods", "data", "config", "train"),
-    ),
-    "door": (
-        ("verbs", "cli", "__init__", "__main__"),
-        ("foundation", "cards", "results", "ops", "models", "methods", "data", "train", "config", "sweep"),
+        *("core", "stats", "tasks", "records", "ops", "models", "methods", "data", "config", "tables", "report"),
+        "train",
     ),
 }
-ROOM_OF = {part: room for room, (parts, _) in ROOMS.items() for part in parts}
+PACKAGES["cli"] = (*PACKAGES, "audit")
+PACKAGES["top"] = (*PACKAGES,)
 
 HEAVY = ("torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning", "timm", "transformers")
 LIGHT_MODULES = [
     "svp_bench",
-    "svp_bench.cards",
-    "svp_bench.results.record",
-    "svp_bench.results.files",
-    "svp_bench.results.tables",
+    "svp_bench.tasks.cards",
+    "svp_bench.records.record",
+    "svp_bench.records.store",
+    "svp_bench.tables.build",
     "svp_bench.data",
     "svp_bench.methods",
     "svp_bench.ops",
-    "svp_bench.config",
-    "svp_bench.cli",
+    "svp_bench.config.compose",
+    "svp_bench.cli.main",
 ]
 PUBLIC_NAMES = [
     "__version__",
@@ -100,20 +101,19 @@ def imported_modules(tree: ast.AST, inside: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, str(node.value).replace(":", ".")
 
 
-def upward_arrows(tree: ast.AST, inside: str, room: str) -> list[str]:
-    """Return a line of text for each import of ours that `room` may not have."""
-    allowed = {room, *ROOMS[room][1]}
+def upward_imports(tree: ast.AST, inside: str, package: str) -> list[str]:
+    """Return a line of text for each import of the project's own that `package` may not have."""
+    allowed = {package, *PACKAGES[package]}
     wrong = []
     for line, name in imported_modules(tree, inside):
         parts = name.split(".")
         if parts[0] != "svp_bench":
             continue
-        part = parts[1] if len(parts) > 1 else "__init__"
-        if part == "__version__":
-            part = "_version"
-        target = ROOM_OF.get(part, ROOM_OF["__init__"])  # `from svp_bench import create_model` is the front door
+        target = parts[1] if len(parts) > 1 and parts[1] in PACKAGES else "top"  # `from svp_bench import create_model`
+        if parts[1:2] in (["_version"], ["__version__"]):
+            continue
         if target not in allowed:
-            wrong.append(f"line {line}: {room} imports {name} ({target}); allowed: {', '.join(sorted(allowed))}")
+            wrong.append(f"line {line}: {package} imports {name} ({target}); allowed: {', '.join(sorted(allowed))}")
     return wrong
 
 
@@ -122,23 +122,24 @@ def package_of(path: Path) -> str:
 
 
 def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else "top"
 
 
-# ---- rooms
+# ---- packages
 
 
 @pytest.mark.parametrize("path", MODULES, ids=IDS)
 def test_imports_point_down(path: Path) -> None:
-    assert part_of(path) in ROOM_OF, f"{path.name} is in no room: add it to ARCHITECTURE.md and to ROOMS"
-    assert upward_arrows(parse(path), package_of(path), ROOM_OF[part_of(path)]) == []
+    assert part_of(path) in PACKAGES, f"{path.name} is in no package: add it to ARCHITECTURE.md and to PACKAGES"
+    assert upward_imports(parse(path), package_of(path), part_of(path)) == []
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("package", "source"),
     [
-        ("cards", "import svp_bench.data"),
-        ("cards", "import svp_bench.data as data"),
+        ("tasks", "import svp_bench.data"),
+        ("tasks", "import svp_bench.data as data"),
         ("models", "from svp_bench.methods.svp import SVP"),
         ("models", "from svp_bench import methods"),
         ("models", "from svp_bench import create_model"),
@@ -148,49 +149,47 @@ def test_imports_point_down(path: Path) -> None:
         ("data", "if TYPE_CHECKING:\n    from svp_bench.train.module import Module"),
         ("ops", "importlib.import_module('svp_bench.models.vim')"),
         ("ops", "registry.add('reference', 'svp_bench.models.vim:scan')"),
-        ("results", "from svp_bench.config import digest"),
-        ("config", "from svp_bench.train.parsing import resolve"),
-        ("foundation", "from svp_bench.cards import list_tasks"),
+        ("records", "from svp_bench.config.compose import digest"),
+        ("config", "from svp_bench.train.parser import resolve"),
+        ("core", "from svp_bench.tasks.cards import list_tasks"),
     ],
 )
-def test_an_upward_arrow_is_seen(room: str, source: str) -> None:
-    assert len(upward_arrows(ast.parse(source), f"svp_bench.{room}", room)) == 1
+def test_an_upward_import_is_found(package: str, source: str) -> None:
+    assert len(upward_imports(ast.parse(source), f"svp_bench.{package}", package)) == 1
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("package", "source"),
     [
         ("models", "from svp_bench.ops import selective_scan\nfrom svp_bench.models.vim import VisionMamba"),
         ("models", "from .vim import VisionMamba\nfrom ..ops import selective_scan"),
-        ("results", "from svp_bench import __version__\nfrom svp_bench._version import __version__"),
-        ("results", "import json\nname = 'svp_bench'\n'''svp_bench.train reads this.'''"),
+        ("records", "from svp_bench import __version__\nfrom svp_bench._version import __version__"),
+        ("records", "import json\nname = 'svp_bench'\n'''svp_bench.train reads this.'''"),
     ],
 )
-def test_an_arrow_down_is_not_blamed(room: str, source: str) -> None:
-    assert upward_arrows(ast.parse(source), f"svp_bench.{room}", room) == []
+def test_a_downward_import_is_allowed(package: str, source: str) -> None:
+    assert upward_imports(ast.parse(source), f"svp_bench.{package}", package) == []
 
 
-def test_the_rooms_are_those_of_the_architecture_page() -> None:
+def test_the_packages_are_those_of_the_architecture_page() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    section = text.split("\n## Rooms", 1)[1].split("\n## ", 1)[0]
-    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    on_page = [tuple(name.removesuffix(".py").rstrip("/") for name in re.findall(r"`([^`]+)`", cell)) for cell in cells]
-    unnamed = {"_version", "__init__", "__main__"}  # carry no room of their own on the page
-    in_test = [tuple(part for part in parts if part not in unnamed) for parts, _ in ROOMS.values()]
-    assert on_page == in_test
+    section = text.split("\n## Packages", 1)[1].split("\n## ", 1)[0]
+    on_page = re.findall(r"^\| `(\w+)/` ", section, flags=re.MULTILINE)
+    assert on_page == [package for package in PACKAGES if package != "top"]
 
 
-def test_the_allowed_rooms_are_lower_ones() -> None:
-    order = list(ROOMS)
-    for room, (_, allowed) in ROOMS.items():
-        assert set(allowed) <= set(order[: order.index(room)])
+def test_the_allowed_packages_are_lower_ones() -> None:
+    order = list(PACKAGES)
+    for package, allowed in PACKAGES.items():
+        assert set(allowed) <= set(order[: order.index(package)])
 
 
 # ---- light imports
 
 
-def test_results_never_import_torch() -> None:
-    paths = sorted((PACKAGE / "results").rglob("*.py"))
+@pytest.mark.parametrize("package", ["core", "stats", "tasks", "records", "config", "tables", "audit", "report"])
+def test_light_packages_never_import_torch(package: str) -> None:
+    paths = sorted((PACKAGE / package).rglob("*.py"))
     assert paths
     heavy = [
         f"{path.name}, line {line}: {name}"
@@ -223,7 +222,7 @@ print(json.dumps(culprits))
     assert json.loads(done.stdout) == {}, "heavy package: the module of ours that brought it in"
 
 
-# ---- the front door
+# ---- public names
 
 
 def test_public_names_are_pinned() -> None:

@@ -12,12 +12,12 @@ import pytest
 from drawn_records import LIST, OTHER_LIST, WEIGHTS, drawn_record, make_record, unscored
 from helpers import command, complaint
 
-from svp_bench.cards import load_task
-from svp_bench.results.audit import audit, render
-from svp_bench.results.choices import Choice, Trial, choice_path, choose, context_of
-from svp_bench.results.digests import canonical_digest, cell_config, config_digest, setting_digest
-from svp_bench.results.files import write_atomically, write_record
-from svp_bench.results.record import Metrics, Record, Search, Tuned, new_run_id
+from svp_bench.audit.record import audit, render
+from svp_bench.records.digests import canonical_digest, cell_config, config_digest, setting_digest
+from svp_bench.records.record import Metrics, Record, Search, Tuned, new_run_id
+from svp_bench.records.selection import Choice, Trial, choice_path, choose, context_of
+from svp_bench.records.store import write_atomically, write_record
+from svp_bench.tasks.cards import load_task
 
 TASK = "vtab/caltech101"
 PICTURES = load_task(TASK).counts["test"]
@@ -182,7 +182,8 @@ def test_an_audit_needs_no_torch(tmp_path: Path) -> None:
 
     path = write_record(record(), tmp_path)
     code = (
-        "import sys; from svp_bench.cli import main; s = main(sys.argv[1:]); assert 'torch' not in sys.modules; exit(s)"
+        "import sys; from svp_bench.cli.main import main; s = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; exit(s)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "audit", str(path)], capture_output=True, text=True, cwd=tmp_path
@@ -723,8 +724,8 @@ def test_a_table_of_tuned_values_without_a_search(tmp_path: Path, monkeypatch: p
     import hashlib
     import shutil
 
-    from svp_bench.resources import configs_dir
-    from svp_bench.results import audit as module
+    from svp_bench.audit import record as module
+    from svp_bench.core.resources import configs_dir
 
     tuned = Tuned("vtab/svp", LIST, (RATE,))
     path = write_record(record(tuned=tuned, changes={RATE: 3e-3}), tmp_path)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from drawn_records import make_record
 
-from svp_bench.cards import load_suite
-from svp_bench.results import audit, recipes
-from svp_bench.results.files import write_record
-from svp_bench.results.tables import load_table
+from svp_bench.audit import record as audit
+from svp_bench.records import defaults as recipes
+from svp_bench.records.store import write_record
+from svp_bench.tables.build import load_table
+from svp_bench.tasks.cards import load_suite
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from drawn_records import LIST, OTHER_LIST, unscored
 from helpers import run
 from test_audit import RATE, TASK, edited, failures, lines, record, searched, selection
 
-from svp_bench.cards import load_protocol, load_task
-from svp_bench.results import audit as auditing
-from svp_bench.results.audit import audit
-from svp_bench.results.audit_scores import impossible_scores
-from svp_bench.results.choices import Choice, choose
-from svp_bench.results.digests import card_digest
-from svp_bench.results.files import write_record
-from svp_bench.results.record import Metrics, Parameters, PerClass, Record
+from svp_bench.audit import record as auditing
+from svp_bench.audit.record import audit
+from svp_bench.audit.scores import impossible_scores
+from svp_bench.records.digests import card_digest
+from svp_bench.records.record import Metrics, Parameters, PerClass, Record
+from svp_bench.records.selection import Choice, choose
+from svp_bench.records.store import write_record
+from svp_bench.tasks.cards import load_protocol, load_task
 
 SCORED = Metrics(
     top1=70.0,
@@ -321,7 +321,7 @@ def test_a_recipe_whose_values_were_chosen_on_test_is_marked(tmp_path: Path, mon
 
 
 def test_the_recipes_that_looked_at_test_say_so() -> None:
-    from svp_bench.results.recipes import shipped_layer
+    from svp_bench.records.defaults import shipped_layer
 
     flags = {
         name: shipped_layer(f"recipes/{name}/common.yaml").get("selected_on")

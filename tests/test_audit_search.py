@@ -12,11 +12,11 @@ import pytest
 from drawn_records import LIST, OTHER_LIST, WEIGHTS
 from test_audit import DAY, RATE, TASK, edited, failures, record
 
-from svp_bench.cards import load_protocol
-from svp_bench.results.choices import FOLD_KEYS, Choice, Trial, choice_path, context_of, decide, edges
-from svp_bench.results.digests import canonical_digest, cell_config
-from svp_bench.results.files import record_path, write_atomically, write_record
-from svp_bench.results.record import Correct, Metrics, Record
+from svp_bench.records.digests import canonical_digest, cell_config
+from svp_bench.records.record import Correct, Metrics, Record
+from svp_bench.records.selection import FOLD_KEYS, Choice, Trial, choice_path, context_of, decide, edges
+from svp_bench.records.store import record_path, write_atomically, write_record
+from svp_bench.tasks.cards import load_protocol
 
 FOLDS, PER_FOLD, SEED = 5, 200, 1
 RATES = {1e-3: 0.6, 3e-3: 0.75, 1e-2: 0.4}  # learning rate → share of held-out images classified correctly

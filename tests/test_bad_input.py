@@ -13,8 +13,8 @@ import pytest
 from helpers import BACKBONE, TASK, command, complaint, files, run, settle, small
 from PIL import Image
 
-from svp_bench.cards import load_task
 from svp_bench.data.synthetic import draw_task
+from svp_bench.tasks.cards import load_task
 
 LIST = Path("data/cifar/train800val200.txt")
 PICTURE = Path("data/cifar/images/train800val200/000003.jpg")

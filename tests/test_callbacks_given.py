@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers import command, complaint, run, settle, small
 
-from svp_bench.cli import _need_home
+from svp_bench.cli.main import _need_home
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from svp_bench import cards, plain_yaml
-from svp_bench.errors import CardError, UsageError
-from svp_bench.resources import tasks_dir
+from svp_bench.core import yaml as plain_yaml
+from svp_bench.core.errors import CardError, UsageError
+from svp_bench.core.resources import tasks_dir
+from svp_bench.tasks import cards
 
 # Classes and test pictures of VTAB-1k's tasks (task_adaptation's own unit tests), in the order of the tables.
 VTAB = {
@@ -151,7 +152,7 @@ def test_both_yaml_parsers_read_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_reading_all_cards_imports_nothing_heavy() -> None:
     program = (
-        "import sys; from svp_bench import cards; [cards.load_task(name) for name in cards.list_tasks()]\n"
+        "import sys; from svp_bench.tasks import cards; [cards.load_task(name) for name in cards.list_tasks()]\n"
         "print(sorted({'torch', 'numpy', 'pandas', 'lightning', 'timm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -19,7 +19,7 @@ from test_checkpoints import State, nano, refusal, resized, trained
 from tolerances import SAME_MATHS, relative_error
 from torch import Tensor, nn
 
-from svp_bench.errors import CheckpointError, UsageError
+from svp_bench.core.errors import CheckpointError, UsageError
 from svp_bench.methods.build import adapt
 from svp_bench.methods.linear import Linear
 from svp_bench.methods.svp import SVP

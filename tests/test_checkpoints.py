@@ -27,7 +27,7 @@ from tolerances import SAME_MATHS, relative_error
 from torch import Tensor
 
 import svp_bench
-from svp_bench.errors import CheckpointError, ConfigError, UsageError
+from svp_bench.core.errors import CheckpointError, ConfigError, UsageError
 from svp_bench.methods.build import adapt, create_backbone
 from svp_bench.methods.svp import SVP
 from svp_bench.models import VisionMamba, checkpoints

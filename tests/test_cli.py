@@ -14,17 +14,17 @@ import pytest
 from helpers import METHODS, SMALL, TASK, command, draw, run, settle, small
 
 from svp_bench import __version__
-from svp_bench.cards import list_tasks
+from svp_bench.cli.commands import HEAVY, VERBS
 from svp_bench.data.module import VisionDataModule
+from svp_bench.tasks.cards import list_tasks
 from svp_bench.train.module import AdaptationModule
-from svp_bench.verbs import HEAVY, VERBS
 
 HEAVY_PACKAGES = ("torch", "torchvision", "torchmetrics", "lightning", "timm", "jsonargparse", "tensorboard")
 SCRIPT = Path(sys.executable).with_name("svp-bench")
 
 PROBE = """
 import json, sys
-from svp_bench.cli import main
+from svp_bench.cli.main import main
 status = main(json.loads(sys.argv[1]))
 heavy = sorted(name for name in json.loads(sys.argv[2]) if name in sys.modules)
 print(json.dumps([status, heavy]), file=sys.stderr)
@@ -118,7 +118,7 @@ def test_help_is_short_and_offers_what_is_accepted() -> None:
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys; from svp_bench.cli import main; main(['fit', '--help']); assert 'torch' not in sys.modules"
+    code = "import sys; from svp_bench.cli.main import main; main(['fit', '--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

@@ -13,8 +13,8 @@ import torch
 import yaml
 from helpers import Outcome, command, complaint, run, settle, small
 
+from svp_bench.train.checkpoint import file_weights_digest, weights_digest
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.saved import file_weights_digest, weights_digest
 
 LINEAR = ("--method", "linear")
 OUTSIDERS = """

@@ -17,13 +17,13 @@ from helpers import METHODS, SMALL, TASK, arguments, command, complaint, run, se
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svp_bench import config as module
-from svp_bench.cards import load_protocol, load_suite
-from svp_bench.config import Composed, compose, find_config, split_flags
-from svp_bench.errors import ConfigError, UsageError
+from svp_bench.config import compose as module
+from svp_bench.config.compose import Composed, compose, find_config, split_flags
+from svp_bench.core.errors import ConfigError, UsageError
+from svp_bench.core.resources import configs_dir
 from svp_bench.methods import METHODS as REGISTRY
-from svp_bench.resources import configs_dir
-from svp_bench.results.record import Tuned
+from svp_bench.records.record import Tuned
+from svp_bench.tasks.cards import load_protocol, load_suite
 
 NO_TASKS = ("method", "tuned", "search")
 SHIPPED = sorted(path for path in configs_dir().glob("*/*.yaml") if path.parent.name not in NO_TASKS)
@@ -576,8 +576,8 @@ def test_one_batch_is_one_batch_whatever_was_imported_before() -> None:
     """scikit-learn's types make typing spell Optional[Union[int, float]] the other way round."""
     code = (
         "import sklearn.linear_model\n"
-        "from svp_bench.config import split_flags\n"
-        "from svp_bench.train.parsing import resolve\n"
+        "from svp_bench.config.compose import split_flags\n"
+        "from svp_bench.train.parser import resolve\n"
         "given = ['--config', 'configs/demo/size.yaml', '--trainer.limit_train_batches', '1']\n"
         "print(repr(resolve(split_flags([*given, '--trainer.limit_test_batches', '0.5'])).config['trainer']))"
     )

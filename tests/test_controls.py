@@ -14,7 +14,7 @@ from helpers import command, complaint, run, settle, small
 from tolerances import BACKBONE, SAME_MATHS, relative_error
 from torch import Tensor
 
-from svp_bench.errors import ConfigError
+from svp_bench.core.errors import ConfigError
 from svp_bench.methods.adapter import ACTIVATIONS, Adapter
 from svp_bench.methods.base import Method
 from svp_bench.methods.bias import BIASES, Bias

@@ -14,10 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from svp_bench.cards import ReaderSpec, load_suite, load_task
-from svp_bench.data.drawn import KINDS, SIZE, draw_numbered
+from svp_bench.core.errors import CardError
 from svp_bench.data.sources import Source, open_source
-from svp_bench.errors import CardError
+from svp_bench.data.synthetic_tasks import KINDS, SIZE, draw_numbered
+from svp_bench.tasks.cards import ReaderSpec, load_suite, load_task
 
 TASKS = [name for name in load_suite("demo").tasks if load_task(name).reader.kind == "drawn"]
 MANY = 96  # pictures of a kind that are measured

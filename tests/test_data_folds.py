@@ -10,9 +10,9 @@ from helpers import command, complaint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svp_bench.core.errors import ConfigError, DataError
 from svp_bench.data.folds import fold_positions
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import ConfigError, DataError
 
 TASK = "demo/digits-5shot"
 

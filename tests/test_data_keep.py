@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from helpers import COUNTS, TASK, draw
 
-from svp_bench.data import keep
+from svp_bench.core.errors import DataError
+from svp_bench.data import cache as keep
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the data of:UserWarning")  # drawn data differ from the card
 

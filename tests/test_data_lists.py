@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svp_bench.data.lists import PictureList, combined_digest, list_digest, read_list
-from svp_bench.errors import DataError
+from svp_bench.core.errors import DataError
+from svp_bench.data.split_files import PictureList, combined_digest, list_digest, read_list
 
 
 def read(tmp_path: Path, text: str | bytes, classes: int = 10) -> PictureList:

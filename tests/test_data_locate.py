@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from svp_bench.cards import load_suite, load_task
+from svp_bench.core.errors import DataError
 from svp_bench.data.locate import locate
-from svp_bench.errors import DataError
+from svp_bench.tasks.cards import load_suite, load_task
 
 CARD = load_task("vtab/caltech101")
 SUITE = load_suite("vtab")

@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from svp_bench.cards import load_task
+from svp_bench.core.errors import ConfigError, DataError, UsageError
 from svp_bench.data import module as module_file
-from svp_bench.data.lists import combined_digest, list_digest, read_list
 from svp_bench.data.module import Batch, VisionDataModule
 from svp_bench.data.sources import FilePictures
+from svp_bench.data.split_files import combined_digest, list_digest, read_list
 from svp_bench.data.synthetic import draw_task
 from svp_bench.data.transforms import resize_straight
-from svp_bench.errors import ConfigError, DataError, UsageError
+from svp_bench.tasks.cards import load_task
 
 COUNTS = {"train800": 14, "val200": 5, "test": 11}
 SIZE = 16

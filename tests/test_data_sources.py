@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svp_bench.cards import ReaderSpec, TaskCard, load_suite, load_task
+from svp_bench.core.errors import CardError, DataError
 from svp_bench.data import sources
-from svp_bench.data.lists import combined_digest, list_digest, read_list
 from svp_bench.data.sources import FilePictures, Source, in_threads, inspect, open_source
+from svp_bench.data.split_files import combined_digest, list_digest, read_list
 from svp_bench.data.synthetic import draw_task
-from svp_bench.errors import CardError, DataError
+from svp_bench.tasks.cards import ReaderSpec, TaskCard, load_suite, load_task
 
 COUNTS = {"train800": 6, "val200": 3, "test": 5}
 DTD = load_task("vtab/dtd")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svp_bench.cards import list_tasks, load_task
-from svp_bench.data.lists import read_list
+from svp_bench.core.errors import DataError, UsageError
 from svp_bench.data.sources import open_source
+from svp_bench.data.split_files import read_list
 from svp_bench.data.synthetic import draw_picture, draw_task
 from svp_bench.data.transforms import resize_straight
-from svp_bench.errors import DataError, UsageError
+from svp_bench.tasks.cards import list_tasks, load_task
 
 CARD = load_task("vtab/dtd")
 COUNTS = {"train800": 12, "val200": 5, "test": 9}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from svp_bench.core.errors import UsageError
 from svp_bench.data.transforms import INTERPOLATIONS, resize_straight, to_rgb
-from svp_bench.errors import UsageError
 
 
 def gradient(width: int = 8, height: int = 6) -> Image.Image:

@@ -16,7 +16,7 @@ import torch
 from helpers import command, complaint, read_json, run, settle, wait_for
 from helpers import small as line
 
-from svp_bench.errors import UsageError
+from svp_bench.core.errors import UsageError
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.resume import agreed_name
 
@@ -29,7 +29,7 @@ import sys
 sys.path[:0] = [TESTS]
 import helpers
 helpers.register_backbone()
-from svp_bench.cli import entry_point
+from svp_bench.cli.main import entry_point
 entry_point()
 """
 
@@ -126,7 +126,7 @@ def test_both_processes_stop_at_the_same_step_and_go_on(place: Path, monkeypatch
 ASKING = """
 import sys
 from contextlib import ExitStack
-from svp_bench.errors import UsageError
+from svp_bench.core.errors import UsageError
 from svp_bench.train.resume import agreed_name
 
 def decide():

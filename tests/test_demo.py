@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from helpers import command, complaint, run
 
-from svp_bench.cards import SuiteCard, list_parts, list_suites, load_suite, load_task
 from svp_bench.methods import list_methods
-from svp_bench.results import tables
-from svp_bench.results.files import read_records
-from svp_bench.results.report import page
-from svp_bench.results.stats import one_standard_error
+from svp_bench.records.store import read_records
+from svp_bench.report import page
+from svp_bench.stats.inference import one_standard_error
 from svp_bench.sweep import demo
+from svp_bench.tables import build as tables
+from svp_bench.tasks.cards import SuiteCard, list_parts, list_suites, load_suite, load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-from svp_bench.errors import UnavailableError
+from svp_bench.core.errors import UnavailableError
 from svp_bench.methods.build import create_model, trained_parameters
 from svp_bench.models import TokenState, VisionMamba
 from svp_bench.ops import (

@@ -130,7 +130,7 @@ print(json.dumps({"auto": list(choose("auto", "cpu", torch.float32)), "reasons":
 """
 
 DOCTOR = """
-from svp_bench.cli import main
+from svp_bench.cli.main import main
 status = main(["doctor"])
 assert status == 0, status
 """

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from svp_bench.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
+from svp_bench.core.errors import CardError, DataError, UnavailableError, UsageError
 from svp_bench.data import draw_task, inspect, open_source
 from svp_bench.data.sources import DRAWN_MARK, FilePictures, Source
-from svp_bench.errors import CardError, DataError, UnavailableError, UsageError
-from svp_bench.results.files import write_record
+from svp_bench.records.store import write_record
+from svp_bench.tasks.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
 
 # Classes, pictures of train.json without those of val.json, of val.json and of test.json (counted in the released
 # split), then official training and test pictures (the data sets' own pages).

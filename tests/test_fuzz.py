@@ -24,16 +24,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import svp_bench
-from svp_bench.cards import load_protocol, load_suite, load_task
-from svp_bench.config import compose, split_flags
+from svp_bench.config.compose import compose, split_flags
+from svp_bench.core.errors import SvpBenchError
+from svp_bench.core.resources import configs_dir, tasks_dir
 from svp_bench.data import draw_task, open_source
-from svp_bench.data.lists import read_list
-from svp_bench.errors import SvpBenchError
+from svp_bench.data.split_files import read_list
 from svp_bench.models.checkpoints import load_checkpoint
-from svp_bench.resources import configs_dir, tasks_dir
-from svp_bench.results.bits import unpack_bits
-from svp_bench.results.digests import setting_digest
-from svp_bench.results.files import read_record, read_records, write_record
+from svp_bench.records.bits import unpack_bits
+from svp_bench.records.digests import setting_digest
+from svp_bench.records.store import read_record, read_records, write_record
+from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 
 KINDS = 8  # of the properties below, which share the cases
 CASES = max(10, int(os.environ.get("SVP_BENCH_FUZZ", "400")) // KINDS)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from helpers import command, settle, small
 
-from svp_bench.atomic import open_regular, read_regular
-from svp_bench.errors import ConfigError
-from svp_bench.plain_yaml import check_value, read_yaml
-from svp_bench.results.files import read_records
+from svp_bench.core.atomic import open_regular, read_regular
+from svp_bench.core.errors import ConfigError
+from svp_bench.core.yaml import check_value, read_yaml
+from svp_bench.records.store import read_records
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 

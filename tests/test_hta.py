@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from helpers import run, settle, small
 
-from svp_bench.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
+from svp_bench.core.errors import CardError, DataError, UnavailableError, UsageError
 from svp_bench.data import draw_task, inspect, open_source
 from svp_bench.data.sources import DRAWN_MARK, FilePictures, Source
 from svp_bench.data.torchvision_sets import TORCHVISION_SETS
-from svp_bench.errors import CardError, DataError, UnavailableError, UsageError
+from svp_bench.tasks.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
 
 # Classes, train, val and test, and the length of the list that SVP trains on (its released code; JSON files counted).
 FACTS = {

@@ -13,11 +13,11 @@ from helpers import BACKBONE, command, complaint, run, settle, small
 from lightning.pytorch import LightningModule
 from test_own_pictures import fill
 
-from svp_bench.config import split_flags
-from svp_bench.results.files import read_record
+from svp_bench.config.compose import split_flags
+from svp_bench.records.store import read_record
 from svp_bench.sweep.jobs import Job
 from svp_bench.sweep.runner import Runner
-from svp_bench.train.parsing import resolve
+from svp_bench.train.parser import resolve
 
 LINEAR = ("--method", "linear")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tolerances import BACKBONE, SAME_MATHS, relative_error
 from torch import Tensor, nn
 
-from svp_bench.errors import ConfigError
+from svp_bench.core.errors import ConfigError
 from svp_bench.methods.build import adapt, create_model, trained_parameters
 from svp_bench.methods.full import Full
 from svp_bench.methods.linear import Linear

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from memory_card import Card
 from test_ddp import SCRIPT
 
+from svp_bench.core.errors import file_size
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import file_size
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
 from svp_bench.sweep.jobs import Job
@@ -718,7 +718,7 @@ def test_one_of_two_processes(greedy: tuple[str, ...]) -> None:
 
 LIMITED = """
 import resource
-from svp_bench.train.cli import BenchCLI
+from svp_bench.train.run import BenchCLI
 
 real = BenchCLI.within_memory
 more = int(sys.argv.pop(1))

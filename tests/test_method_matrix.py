@@ -20,7 +20,7 @@ from tolerances import relative_error
 from torch import Tensor, nn
 
 import svp_bench
-from svp_bench.errors import ConfigError, UsageError
+from svp_bench.core.errors import ConfigError, UsageError
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import Method, build_method
 from svp_bench.methods.build import adapt, create_model, trained_parameters

@@ -35,12 +35,12 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss,
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from svp_bench.cards import displayed_class_names, load_task
+from svp_bench.audit.scores import impossible_scores
 from svp_bench.methods.linear import Linear
-from svp_bench.results.audit_scores import impossible_scores
-from svp_bench.results.bits import unpack_bits
-from svp_bench.results.files import csv_text
-from svp_bench.results.record import Metrics, PerClass
+from svp_bench.records.bits import unpack_bits
+from svp_bench.records.record import Metrics, PerClass
+from svp_bench.records.store import csv_text
+from svp_bench.tasks.cards import displayed_class_names, load_task
 from svp_bench.train.metrics import (
     Evaluation,
     PictureScores,
@@ -447,7 +447,7 @@ def test_a_task_of_few_classes_has_no_top5(place: Path) -> None:
 
 def test_the_names_of_the_card_stand_everywhere(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"thing no. {label}" for label in range(100)]
-    monkeypatch.setattr("svp_bench.cards.class_names", lambda card: names)
+    monkeypatch.setattr("svp_bench.tasks.cards.class_names", lambda card: names)
     outcome = run(*small("--method", "linear"))
     check_run(outcome, "test", "test", names)
     checkpoint = str(outcome.folder / "checkpoints/last.ckpt")
@@ -504,12 +504,12 @@ def test_a_val_loss_that_is_not_finite_ends_the_run(place: Path, monkeypatch: py
 
 
 def test_a_malformed_file_of_names_stops_a_run_before_training(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svp_bench.errors import CardError
+    from svp_bench.core.errors import CardError
 
     def fail(card: Any) -> list[str]:
         raise CardError("names.txt:3: empty line; write one class name a line")
 
-    monkeypatch.setattr("svp_bench.cards.class_names", fail)
+    monkeypatch.setattr("svp_bench.tasks.cards.class_names", fail)
     assert "names.txt:3: empty line" in complaint(command(*small()), 1)
     assert not (place / "runs").exists()
 
@@ -530,7 +530,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from helpers import register_backbone, small
-from svp_bench.cli import main
+from svp_bench.cli.main import main
 if __name__ == "__main__":
     register_backbone()
     sys.exit(main(small(*sys.argv[1:])))

@@ -13,7 +13,7 @@ from helpers import BACKBONE, command, complaint, draw, run, settle
 from helpers import small as line
 from PIL import Image
 
-from svp_bench.results.files import read_records
+from svp_bench.records.store import read_records
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_two_runs_into_one_folder_at_once(place: Path) -> None:
     script = (
         f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}]\nimport helpers\nhelpers.register_backbone()\n"
     )
-    Path("program.py").write_text(f"{script}from svp_bench.cli import entry_point\nentry_point()\n")
+    Path("program.py").write_text(f"{script}from svp_bench.cli.main import entry_point\nentry_point()\n")
     argv = [sys.executable, "program.py", *line()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(argv, **pipes) for _ in range(2)]  # type: ignore[call-overload]

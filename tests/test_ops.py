@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import svp_bench
-from svp_bench.errors import UnavailableError, UsageError
+from svp_bench.core.errors import UnavailableError, UsageError
 from svp_bench.ops import (
     Direction,
     Remake,

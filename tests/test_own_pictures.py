@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from svp_bench.cards import load_task
+from svp_bench.core.errors import DataError
 from svp_bench.data.class_folders import open_class_folders
 from svp_bench.data.sources import FilePictures, Source, inspect, measured, open_source
-from svp_bench.errors import DataError
-from svp_bench.results.files import read_records
+from svp_bench.records.store import read_records
+from svp_bench.tasks.cards import load_task
 
 CARD = load_task("own/pictures")
 NANO = (

@@ -15,9 +15,9 @@ import pytest
 from helpers import SMALL, arguments, command, complaint, run, settle
 from PIL import Image
 
-from svp_bench.cards import list_tasks, load_task
-from svp_bench.resources import OWN_TASKS, tasks_dir
-from svp_bench.results.digests import card_digest
+from svp_bench.core.resources import OWN_TASKS, tasks_dir
+from svp_bench.records.digests import card_digest
+from svp_bench.tasks.cards import list_tasks, load_task
 
 SUITE = """\
 name: mine
@@ -124,8 +124,8 @@ def test_a_cards_path_names_its_task(cards: Path) -> None:
 
 
 def test_a_card_outside_of_the_checkout_leaves_a_run_clean(cards: Path) -> None:
-    from svp_bench.config import split_flags
-    from svp_bench.train.parsing import resolve
+    from svp_bench.config.compose import split_flags
+    from svp_bench.train.parser import resolve
     from svp_bench.train.provenance import changed_cards
 
     os.environ[OWN_TASKS] = str(cards)
@@ -198,8 +198,9 @@ def test_other_processes_of_the_command_line_see_them(cards: Path) -> None:
 def test_uncommitted_cards_are_said_before_anything_is_trained(
     cards: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    from svp_bench.sweep import run as sweeping
-    from svp_bench.train import cli, provenance
+    from svp_bench.sweep import plan as sweeping
+    from svp_bench.train import provenance
+    from svp_bench.train import run as cli
 
     monkeypatch.setattr(provenance, "commit_and_dirty", lambda: ("c" * 40, False))
     monkeypatch.setattr(cli, "commit_and_dirty", lambda: ("c" * 40, False))

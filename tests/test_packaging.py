@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import svp_bench
-from svp_bench.cards import list_tasks
-from svp_bench.results.code import package_digest
+from svp_bench.records.code import package_digest
+from svp_bench.tasks.cards import list_tasks
 
 tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -40,8 +40,8 @@ PROBE = """
 import hashlib, json, sys
 from pathlib import Path
 import svp_bench
-from svp_bench.resources import configs_dir, published_dir, tasks_dir
-from svp_bench.results.code import package_digest
+from svp_bench.core.resources import configs_dir, published_dir, tasks_dir
+from svp_bench.records.code import package_digest
 found = {"package": svp_bench.__file__, "version": svp_bench.__version__, "files": {}, "digest": package_digest()}
 for name, folder in {"tasks": tasks_dir(), "configs": configs_dir(), "published": published_dir()}.items():
     found[name] = str(folder)

@@ -15,12 +15,12 @@ from helpers import command, complaint, run
 from numpy.typing import NDArray
 from scipy import stats
 
-from svp_bench.cards import load_suite, load_task
-from svp_bench.results.bits import unpack_bits
-from svp_bench.results.files import write_record
-from svp_bench.results.pairs import Pair, compare_pair, middle_p, render_pairs
-from svp_bench.results.record import Correct, Metrics, Record, Search, Tuned
-from svp_bench.results.tables import load_table
+from svp_bench.records.bits import unpack_bits
+from svp_bench.records.record import Correct, Metrics, Record, Search, Tuned
+from svp_bench.records.store import write_record
+from svp_bench.tables.build import load_table
+from svp_bench.tables.pairwise import Pair, compare_pair, middle_p, render_pairs
+from svp_bench.tasks.cards import load_suite, load_task
 
 TASKS = load_suite("vtab").tasks
 PICTURES = 200

@@ -10,8 +10,8 @@ import pytest
 from scipy import special
 from scipy import stats as scipy_stats
 
-from svp_bench.results.power import picture_floor, power_of_t, seeds_needed
-from svp_bench.results.stats import StatsError
+from svp_bench.stats.inference import StatsError
+from svp_bench.stats.power import picture_floor, power_of_t, seeds_needed
 
 TASKS = [f"t{i:02d}" for i in range(19)]
 STDS = np.exp(np.random.default_rng(21).normal(-0.7, 0.8, 19))  # one method's, over seeds: 0.1 to 2 points

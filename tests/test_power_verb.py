@@ -17,10 +17,10 @@ from drawn_records import make_record
 from helpers import command, complaint, run
 from scipy import stats
 
-from svp_bench.cards import load_suite
-from svp_bench.results.files import write_record
-from svp_bench.results.planning import Noise, make_plan
-from svp_bench.results.record import Record
+from svp_bench.records.record import Record
+from svp_bench.records.store import write_record
+from svp_bench.tables.power import Noise, make_plan
+from svp_bench.tasks.cards import load_suite
 
 TASKS = load_suite("vtab").tasks
 SHARE = "model.method.init_args.share_layers"
@@ -235,7 +235,7 @@ def test_the_help_names_every_option() -> None:
 def test_the_verb_needs_no_torch(tmp_path: Path) -> None:
     root = written(tmp_path, draw(2, TASKS[:4])[:8])
     code = (
-        "import sys; from svp_bench.cli import main; status = main(sys.argv[1:]);"
+        "import sys; from svp_bench.cli.main import main; status = main(sys.argv[1:]);"
         "print([name for name in ('torch', 'lightning', 'timm', 'pandas') if name in sys.modules], status)"
     )
     for arguments in (["power", "--effect", "1"], ["table"], ["table", "--compare", "svp", "linear"]):

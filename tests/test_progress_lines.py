@@ -84,7 +84,7 @@ def shown_in_terminal(folder: Path, columns: int, *argv: str) -> str:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize(("columns", "has"), [(0, "False"), (100, "True")])
 def test_a_progress_bar_needs_a_terminal_with_a_width(tmp_path: Path, columns: int, has: str) -> None:
-    code = "import sys; from svp_bench.terminal import has_width; print(has_width(sys.stdout))"
+    code = "import sys; from svp_bench.core.terminal import has_width; print(has_width(sys.stdout))"
     assert shown_in_terminal(tmp_path, columns, "-c", code).strip() == has
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tolerances import BACKBONE, relative_error
 from torch import Tensor
 
-from svp_bench.errors import ConfigError
+from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_model, trained_parameters
 from svp_bench.methods.svp import SVP

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from svp_bench.cards import load_suite
-from svp_bench.errors import RecordError
-from svp_bench.resources import published_dir
-from svp_bench.results.published import COLUMNS, load_published, mean_names, read_published
+from svp_bench.core.errors import RecordError
+from svp_bench.core.resources import published_dir
+from svp_bench.records.published import COLUMNS, load_published, mean_names, read_published
+from svp_bench.tasks.cards import load_suite
 
 VTAB = load_suite("vtab")
 HEAD = ",".join(COLUMNS)

@@ -36,7 +36,7 @@ def block_with(text: str) -> str:
 
 
 def test_every_verb_and_target_is_real() -> None:
-    from svp_bench.verbs import HEAVY, VERBS
+    from svp_bench.cli.commands import HEAVY, VERBS
 
     for line in COMMANDS:
         assert shlex.split(line)[1] in {*HEAVY, *VERBS}

@@ -28,20 +28,20 @@ from timm.utils import ModelEmaV2
 from torch import nn
 from torchvision.transforms import v2
 
-from svp_bench.cards import load_task
+from svp_bench.core.errors import ConfigError, SvpBenchError
+from svp_bench.core.resources import configs_dir
 from svp_bench.data.augment import Augment, Augmenter, Mix, Mixing, erase, mirror, seeded
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler, Positions
 from svp_bench.data.synthetic import draw_task
 from svp_bench.data.transforms import View
-from svp_bench.errors import ConfigError, SvpBenchError
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.methods.svp import SVP
-from svp_bench.resources import configs_dir
-from svp_bench.results.digests import config_digest, setting_digest
+from svp_bench.records.digests import config_digest, setting_digest
+from svp_bench.tasks.cards import load_task
 from svp_bench.train.module import AdaptationModule
+from svp_bench.train.optim import EMA, Schedule, hidden_head, make_optimizer, mix, simam, soft_targets
 from svp_bench.train.predict import load_run
-from svp_bench.train.recipe import EMA, Schedule, hidden_head, make_optimizer, mix, simam, soft_targets
 
 RECIPES = configs_dir() / "recipes"
 SIZE = 16

@@ -16,10 +16,11 @@ from drawn_records import CONFIG, LIST, WEIGHTS, make_record, unscored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svp_bench.errors import RecordError
-from svp_bench.results import files as module
-from svp_bench.results.bits import pack_bits, unpack_bits
-from svp_bench.results.digests import (
+from svp_bench.core.errors import RecordError
+from svp_bench.records import store as module
+from svp_bench.records.bits import pack_bits, unpack_bits
+from svp_bench.records.defaults import row_digest
+from svp_bench.records.digests import (
     CELL_EXCLUDED,
     SETTING_EXCLUDED,
     cell_config,
@@ -27,7 +28,8 @@ from svp_bench.results.digests import (
     setting_config,
     setting_digest,
 )
-from svp_bench.results.files import (
+from svp_bench.records.record import Correct, Metrics, PerClass, Record, Tuned, new_run_id, timestamp
+from svp_bench.records.store import (
     check_writable,
     read_record,
     read_records,
@@ -35,8 +37,6 @@ from svp_bench.results.files import (
     write_atomically,
     write_record,
 )
-from svp_bench.results.recipes import row_digest
-from svp_bench.results.record import Correct, Metrics, PerClass, Record, Tuned, new_run_id, timestamp
 
 HISTORIC = Path(__file__).parent / "historic_records"
 NOON = datetime(2026, 1, 31, 12, tzinfo=timezone.utc)
@@ -501,7 +501,7 @@ def test_another_runs_record_is_never_overwritten(tmp_path: Path) -> None:
 CRASH = """
 import os, sys
 from drawn_records import make_record
-from svp_bench.results import files
+from svp_bench.records import store as files
 files.os.replace = lambda *_: os._exit(9)
 files.write_record(make_record(), sys.argv[1])
 """

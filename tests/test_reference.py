@@ -15,12 +15,12 @@ from types import ModuleType
 import pytest
 from helpers import run
 
-from svp_bench.cards import load_protocol, load_suite, load_task
+from svp_bench.audit.record import audit
 from svp_bench.data.sources import open_source
 from svp_bench.methods import list_methods
-from svp_bench.results.audit import audit
-from svp_bench.results.files import read_record, read_records
-from svp_bench.results.record import Record
+from svp_bench.records.record import Record
+from svp_bench.records.store import read_record, read_records
+from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "results" / "reference"

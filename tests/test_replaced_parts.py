@@ -15,7 +15,7 @@ from tolerances import relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from svp_bench.errors import ConfigError
+from svp_bench.core.errors import ConfigError
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
 from svp_bench.methods.build import adapt

@@ -23,13 +23,12 @@ from helpers import CONFIG, COUNTS, TASK, command, complaint, run, settle
 from helpers import small as line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from svp_bench.cards import load_suite
+from svp_bench.audit.record import audit
+from svp_bench.core.errors import RecordError
 from svp_bench.data import sources
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import RecordError
-from svp_bench.results.audit import audit
-from svp_bench.results.files import read_records
-from svp_bench.results.replication import (
+from svp_bench.records.store import read_records
+from svp_bench.tables.test_peeking import (
     SCHEMA,
     Replication,
     read_replication,
@@ -39,9 +38,10 @@ from svp_bench.results.replication import (
     tax_paths,
     write_replication,
 )
-from svp_bench.train.cli import BenchCLI
+from svp_bench.tasks.cards import load_suite
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.replicate import _LendsTest
+from svp_bench.train.run import BenchCLI
 
 EPOCHS = 4
 LEARNS = ("--method", "full", "--model.learning_rate", "3e-3", "--model.warmup_epochs", "1")

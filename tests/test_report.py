@@ -20,19 +20,19 @@ from drawn_records import make_record
 from drawn_report import HOSTILE, METHODS, SCRIPT, named, scored, stand_ins, vtab, write
 from helpers import command, complaint, run
 
-from svp_bench.cards import load_suite, load_task
-from svp_bench.errors import UnavailableError
-from svp_bench.results.published import load_published
-from svp_bench.results.record import Record
-from svp_bench.results.report import libraries
-from svp_bench.results.report.curves import POINTS, Curve, read_curve, read_curves, thin
-from svp_bench.results.report.figures import columns_of, figures_of, plain
-from svp_bench.results.report.model import ReportView, SectionView
-from svp_bench.results.report.page import json_in_html, render
-from svp_bench.results.report.view import front, report_view
-from svp_bench.results.rows import Table
-from svp_bench.results.stats import mean_of, one_standard_error
-from svp_bench.results.tables import load_table
+from svp_bench.core.errors import UnavailableError
+from svp_bench.records.published import load_published
+from svp_bench.records.record import Record
+from svp_bench.report import assets as libraries
+from svp_bench.report.curves import POINTS, Curve, read_curve, read_curves, thin
+from svp_bench.report.figures import columns_of, figures_of, plain
+from svp_bench.report.model import ReportView, SectionView
+from svp_bench.report.page import json_in_html, render
+from svp_bench.report.view import front, report_view
+from svp_bench.stats.inference import mean_of, one_standard_error
+from svp_bench.tables.build import load_table
+from svp_bench.tables.model import Table
+from svp_bench.tasks.cards import load_suite, load_task
 
 VTAB = load_suite("vtab")
 FEW = VTAB.tasks[:2] + VTAB.tasks[-2:]
@@ -314,7 +314,7 @@ def test_the_same_records_give_the_same_bytes(
         run("report")
         pages.append(Path("results/report/index.html").read_bytes())
     assert pages[0] == pages[1]
-    code = "import sys; from svp_bench.cli import main; sys.exit(main(['report', '--output', 'again.html']))"
+    code = "import sys; from svp_bench.cli.main import main; sys.exit(main(['report', '--output', 'again.html']))"
     subprocess.run(
         [sys.executable, "-c", code], check=True, timeout=600, env={"PYTHONHASHSEED": "7"}, capture_output=True
     )
@@ -573,8 +573,8 @@ def test_json_in_html() -> None:
 def test_the_report_imports_no_torch_and_no_pandas() -> None:
     code = """
 import sys
-import svp_bench.results.report.page
-from svp_bench.results.report import libraries, curves
+import svp_bench.report.page
+from svp_bench.report import assets, curves
 libraries.plotly_js(); libraries.datatables_js()
 import tensorboard.backend.event_processing.event_accumulator
 print([name for name in ("torch", "lightning", "timm", "tensorflow", "pandas", "IPython") if name in sys.modules])

@@ -16,11 +16,11 @@ from helpers import BACKBONE, TASK, Outcome, command, complaint, draw, run, sett
 from helpers import small as line
 from safetensors.torch import save_file
 
-from svp_bench.results.bits import pack_bits, unpack_bits
-from svp_bench.results.digests import config_digest, setting_digest
-from svp_bench.results.files import read_record
-from svp_bench.results.record import Record, Search, Tuned
-from svp_bench.train import cli
+from svp_bench.records.bits import pack_bits, unpack_bits
+from svp_bench.records.digests import config_digest, setting_digest
+from svp_bench.records.record import Record, Search, Tuned
+from svp_bench.records.store import read_record
+from svp_bench.train import run as cli
 
 COMMIT = "c" * 40
 

@@ -23,14 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities import rank_zero_only
 
+from svp_bench.core.errors import CheckpointError, SvpBenchError, plural
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler
-from svp_bench.errors import CheckpointError, SvpBenchError, plural
-from svp_bench.train import cli, resume
+from svp_bench.train import resume
+from svp_bench.train import run as cli
+from svp_bench.train.checkpoint import Saved
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.resumable import check_resumable
 from svp_bench.train.resume import AtomicCheckpointIO, claim_run, find_run, is_first_process, locked
-from svp_bench.train.saved import Saved
 
 CHANGING = {"run_id", "created", "times", "images_per_second", "peak_memory_mib", "checkpoint_file"}
 CHANGING |= {"data_notes"}  # they name the folder
@@ -143,10 +144,10 @@ def kill_at(patch: pytest.MonkeyPatch, target: Any, name: str, number: int) -> N
 @pytest.mark.parametrize(
     ("target", "name"),
     [
-        ("svp_bench.config", "compose"),
-        ("svp_bench.train.parsing.ConfigCLI", "parse_arguments"),
+        ("svp_bench.config.compose", "compose"),
+        ("svp_bench.train.parser.ConfigCLI", "parse_arguments"),
         ("svp_bench.data.module", "open_source"),
-        ("svp_bench.train.cli", "check_writable"),
+        ("svp_bench.train.run", "check_writable"),
     ],
 )
 def test_a_signal_before_training_ends_a_run_well(
@@ -172,7 +173,7 @@ def test_a_signal_while_torch_is_imported_ends_a_run_well(place: Path) -> None:
         "    def find_spec(name, *rest):\n"
         "        if name == 'torch': os.kill(os.getpid(), signal.SIGUSR1)\n"
         "sys.meta_path.insert(0, Finder)\n"
-        "from svp_bench.cli import entry_point\n"
+        "from svp_bench.cli.main import entry_point\n"
         "entry_point()\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *small(*FLAGS)], capture_output=True, text=True, check=False)
@@ -184,7 +185,7 @@ def test_a_signal_behind_the_end_changes_nothing() -> None:
     code = (
         "import atexit, os, signal\n"
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
-        "from svp_bench.cli import entry_point\n"
+        "from svp_bench.cli.main import entry_point\n"
         "entry_point()\n"
     )
     done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
@@ -339,7 +340,7 @@ def test_other_data_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_one_run_is_trained_by_one_process(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
-        "from svp_bench.errors import UsageError\n"
+        "from svp_bench.core.errors import UsageError\n"
         "from svp_bench.train.resume import locked\n"
         "try:\n"
         "    with locked(pathlib.Path(sys.argv[1])): print('free')\n"
@@ -625,7 +626,8 @@ def killed_somewhere(argv: list[str], seconds: float, *, after_progress: bool) -
 def test_killed_at_many_moments(place: Path) -> None:
     """kill -9, again and again, until the run is through: the same weights as without."""
     code = (
-        "import helpers, sys; helpers.register_backbone(); from svp_bench.cli import main; sys.exit(main(sys.argv[1:]))"
+        "import helpers, sys; helpers.register_backbone(); "
+        "from svp_bench.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     folder = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])

@@ -13,9 +13,9 @@ import pytest
 from helpers import Outcome, command, complaint, settle
 from helpers import small as line
 
-from svp_bench.results import code
-from svp_bench.results.audit import audit
-from svp_bench.results.files import read_record
+from svp_bench.audit.record import audit
+from svp_bench.records import code
+from svp_bench.records.store import read_record
 from svp_bench.train import provenance
 
 METHOD = """\
@@ -172,7 +172,7 @@ def test_an_edited_method_is_another_cell_everywhere(place: Path) -> None:
 
 
 def test_a_changed_method_does_not_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svp_bench.train.cli import BenchCLI
+    from svp_bench.train.run import BenchCLI
 
     def stop(self: BenchCLI, *_: object) -> None:
         raise KeyboardInterrupt
@@ -217,9 +217,9 @@ def test_weights_that_were_put_in_the_place_of_the_final_ones_are_not_tested(pla
 
 
 def test_a_sweep_runs_an_edited_method_anew(place: Path) -> None:
-    from svp_bench.config import split_flags
+    from svp_bench.config.compose import split_flags
     from svp_bench.sweep.runner import Runner
-    from svp_bench.train.parsing import resolve
+    from svp_bench.train.parser import resolve
 
     made = line("--method", "probe.yaml", "--results_root", "results", "--runs_root", "runs")
     assert command(*made).status == 0

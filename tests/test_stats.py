@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from svp_bench.errors import SvpBenchError
-from svp_bench.results.stats import (
+from svp_bench.core.errors import SvpBenchError
+from svp_bench.stats.inference import (
     FEWEST_PAIRS,
     FEWEST_SOURCES,
     Estimate,
@@ -94,7 +94,7 @@ def seeded(values: Any) -> Runs:
 
 def test_importing_it_loads_neither_scipy_nor_numpy_nor_torch() -> None:
     code = (
-        "import sys, svp_bench.results.stats, svp_bench.results.power; "
+        "import sys, svp_bench.stats.inference, svp_bench.stats.power; "
         "print([m for m in ('torch', 'scipy', 'numpy', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,9 +16,10 @@ from helpers import command, complaint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svp_bench.errors import ConfigError, RecordError, UnavailableError, UsageError
-from svp_bench.results.bits import pack_bits
-from svp_bench.results.choices import (
+from svp_bench.core.errors import ConfigError, RecordError, UnavailableError, UsageError
+from svp_bench.records.bits import pack_bits
+from svp_bench.records.digests import canonical_digest
+from svp_bench.records.selection import (
     FOLD_KEYS,
     Choice,
     Trial,
@@ -29,12 +30,11 @@ from svp_bench.results.choices import (
     read_choice,
     write_choice,
 )
-from svp_bench.results.digests import canonical_digest
-from svp_bench.results.stats import one_standard_error
+from svp_bench.stats.inference import one_standard_error
 from svp_bench.sweep.jobs import Job, Outcome
-from svp_bench.sweep.pools import Done, Event, Pool, WorkerProcess
+from svp_bench.sweep.local_pool import Done, Event, Pool, WorkerProcess
+from svp_bench.sweep.scheduler import Cell, Sweep, Watcher
 from svp_bench.sweep.search import Plan, Search, load_search, make_sampler
-from svp_bench.sweep.sweep import Cell, Sweep, Watcher
 
 LR = "model.learning_rate"
 WD = "model.weight_decay"
@@ -403,7 +403,7 @@ def test_folds_are_pooled_by_image_whatever_their_sizes() -> None:
 @settings(max_examples=150, deadline=None)
 def test_the_auditor_reckons_the_same_winner(data: st.DataObject, count: int, many: int, rule: str) -> None:
     """Two codes, one rule: `decide` and what the audit checks it with."""
-    from svp_bench.results.audit_choices import _by_the_paired_rule
+    from svp_bench.audit.search import _by_the_paired_rule
 
     run = st.text("01", min_size=count, max_size=count)
     trials = [
@@ -523,7 +523,7 @@ def test_an_impossible_setting_fails_its_trial_and_the_search_goes_on(tmp_path: 
                 return Outcome("failed", reason="rank is at most 64", refused=True)
             return super().outcome(job)
 
-    from svp_bench.sweep.run import choice_notes
+    from svp_bench.sweep.plan import choice_notes
 
     search = load_search(str(declare(tmp_path)))
     sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search, retries=0)
@@ -632,7 +632,7 @@ def test_the_outcome_does_not_depend_on_the_way(
     tmp_path_factory: pytest.TempPathFactory, seed: int, slots: int
 ) -> None:
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("svp_bench.sweep.sweep._CLAIM_PAUSE", 0.0)
+    monkey.setattr("svp_bench.sweep.scheduler._CLAIM_PAUSE", 0.0)
     folder = tmp_path_factory.mktemp("sweep")
     text = ("seeds: [0, 1]\n", "nested: true\n", "seeds: [3]\nrepeats: 2\n")[seed % 3]
     search = load_search(str(declare(folder, text=text)))

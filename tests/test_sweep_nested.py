@@ -12,7 +12,7 @@ import pytest
 from helpers import SWEEP_FLAGS as FLAGS
 from helpers import command, complaint, run
 
-from svp_bench.results.files import read_records
+from svp_bench.records.store import read_records
 
 FOLDED = """\
 name: folded

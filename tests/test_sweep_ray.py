@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from helpers import command, complaint, wait_for
 
-from svp_bench.errors import UnavailableError, UsageError
-from svp_bench.results.files import read_records
+from svp_bench.core.errors import UnavailableError, UsageError
+from svp_bench.records.store import read_records
 from svp_bench.sweep.ray_pool import _Actor, _Setup, share_out
 from svp_bench.sweep.ray_tune import make_tuner
 

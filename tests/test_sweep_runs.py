@@ -18,13 +18,13 @@ import pytest
 from helpers import SWEEP_FLAGS as FLAGS
 from helpers import command, run, wait_for
 
-from svp_bench.config import split_flags
-from svp_bench.results.files import read_records
-from svp_bench.sweep import run as sweep_run
+from svp_bench.config.compose import split_flags
+from svp_bench.records.store import read_records
+from svp_bench.sweep import plan as sweep_run
 from svp_bench.sweep.jobs import Job
-from svp_bench.sweep.pools import Done, Event, Pool
+from svp_bench.sweep.local_pool import Done, Event, Pool
 from svp_bench.sweep.runner import Runner, with_values
-from svp_bench.train.parsing import resolve
+from svp_bench.train.parser import resolve
 
 SEARCH = """\
 name: small

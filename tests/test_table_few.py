@@ -14,16 +14,16 @@ from drawn_records import LIST, OTHER_LIST, make_record
 from helpers import run
 
 import svp_bench
-from svp_bench.cards import load_suite
-from svp_bench.errors import RecordError, file_size, plural
-from svp_bench.results.files import write_record
-from svp_bench.results.record import PerClass, Record
-from svp_bench.results.render_csv import long_csv, wide_csv
-from svp_bench.results.render_latex import render_latex
-from svp_bench.results.report.page import render
-from svp_bench.results.report.view import report_view
-from svp_bench.results.rows import Table
-from svp_bench.results.tables import load_table, render_markdown, render_terminal
+from svp_bench.core.errors import RecordError, file_size, plural
+from svp_bench.records.record import PerClass, Record
+from svp_bench.records.store import write_record
+from svp_bench.report.page import render
+from svp_bench.report.view import report_view
+from svp_bench.tables.build import load_table, render_markdown, render_terminal
+from svp_bench.tables.model import Table
+from svp_bench.tables.render_csv import long_csv, wide_csv
+from svp_bench.tables.render_latex import render_latex
+from svp_bench.tasks.cards import load_suite
 
 BRACKETS = re.compile(r"\[(-?[\d.]+), (-?[\d.]+)\]")
 
@@ -147,7 +147,7 @@ def test_six_sources_and_eight_rows_cannot_be_tested() -> None:
         for task in demo.tasks
         for number, method in enumerate(methods)
     ]
-    from svp_bench.cards import load_task
+    from svp_bench.tasks.cards import load_task
 
     records = [dataclasses.replace(r, task_version=load_task(r.task).version) for r in records]
     table = load_table(demo, records)
@@ -276,7 +276,7 @@ def test_text_from_outside_is_escaped_in_every_format() -> None:
 
 
 def test_csv_quotes_formulas_and_leaves_numbers() -> None:
-    from svp_bench.results.render_csv import csv_lines
+    from svp_bench.tables.render_csv import csv_lines
 
     text = csv_lines([["=1+1", "+x", "-y", "@z", "\t=2", " =3", "-5.25", "+1e-3", -5, "plain", "a\nb"]])
     assert next(csv.reader(io.StringIO(text))) == [

@@ -11,16 +11,16 @@ import pytest
 from drawn_records import make_record
 from helpers import run
 
-from svp_bench.cards import load_protocol, load_suite
-from svp_bench.results.files import write_record
-from svp_bench.results.recipes import departures
-from svp_bench.results.record import Record, Tuned
-from svp_bench.results.render_csv import wide_csv
-from svp_bench.results.render_latex import render_latex
-from svp_bench.results.report.page import render
-from svp_bench.results.report.view import report_view
-from svp_bench.results.rows import Table
-from svp_bench.results.tables import build_table, render_markdown, render_terminal
+from svp_bench.records.defaults import departures
+from svp_bench.records.record import Record, Tuned
+from svp_bench.records.store import write_record
+from svp_bench.report.page import render
+from svp_bench.report.view import report_view
+from svp_bench.tables.build import build_table, render_markdown, render_terminal
+from svp_bench.tables.model import Table
+from svp_bench.tables.render_csv import wide_csv
+from svp_bench.tables.render_latex import render_latex
+from svp_bench.tasks.cards import load_protocol, load_suite
 
 VTAB = load_suite("vtab")
 PROTOCOL = load_protocol("vtab-final")

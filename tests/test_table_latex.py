@@ -12,11 +12,11 @@ import pytest
 from drawn_records import drawn_record, make_record
 from helpers import run
 
-from svp_bench.cards import load_protocol, load_suite
-from svp_bench.results.files import write_record
-from svp_bench.results.record import Record
-from svp_bench.results.render_latex import escape, render_latex
-from svp_bench.results.tables import build_table, table_paths
+from svp_bench.records.record import Record
+from svp_bench.records.store import write_record
+from svp_bench.tables.build import build_table, table_paths
+from svp_bench.tables.render_latex import escape, render_latex
+from svp_bench.tasks.cards import load_protocol, load_suite
 
 SHARE = "model.method.init_args.share_layers"
 

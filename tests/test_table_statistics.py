@@ -19,12 +19,12 @@ from drawn_records import LIST, OTHER_LIST, drawn_record, make_record
 from helpers import command, complaint, run
 from scipy import stats
 
-from svp_bench.cards import ReaderSpec, SuiteCard, load_suite
-from svp_bench.results.comparison import column_marks, sources_of
-from svp_bench.results.files import write_record
-from svp_bench.results.record import Record, Search, Tuned
-from svp_bench.results.rows import Row, Table, track_of
-from svp_bench.results.tables import build_table, render_markdown, render_terminal, write_tables
+from svp_bench.records.record import Record, Search, Tuned
+from svp_bench.records.store import write_record
+from svp_bench.tables.build import build_table, render_markdown, render_terminal, write_tables
+from svp_bench.tables.comparison import column_marks, sources_of
+from svp_bench.tables.model import Row, Table, track_of
+from svp_bench.tasks.cards import ReaderSpec, SuiteCard, load_suite
 
 SMALL = SuiteCard(
     name="vtab",
@@ -674,7 +674,7 @@ def test_problems_and_older_runs_stay_listed(tmp_path: Path) -> None:
 
 
 def test_replications_have_a_table_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svp_bench.results import replication
+    from svp_bench.tables import test_peeking as replication
 
     asked: list[Any] = []
 

@@ -14,12 +14,11 @@ from drawn_records import LIST, OTHER_LIST, WEIGHTS, drawn_record, make_record, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svp_bench.cards import ReaderSpec, SuiteCard, load_protocol, load_suite
-from svp_bench.errors import RecordError, UsageError
-from svp_bench.results.files import Problem, write_record
-from svp_bench.results.published import PublishedRow, load_published
-from svp_bench.results.record import Parameters, Record, Tuned
-from svp_bench.results.tables import (
+from svp_bench.core.errors import RecordError, UsageError
+from svp_bench.records.published import PublishedRow, load_published
+from svp_bench.records.record import Parameters, Record, Tuned
+from svp_bench.records.store import Problem, write_record
+from svp_bench.tables.build import (
     HOLE,
     Row,
     Table,
@@ -30,7 +29,8 @@ from svp_bench.results.tables import (
     table_paths,
     write_tables,
 )
-from svp_bench.results.wording import size
+from svp_bench.tables.notes import size
+from svp_bench.tasks.cards import ReaderSpec, SuiteCard, load_protocol, load_suite
 
 VTAB = load_suite("vtab")
 SMALL = SuiteCard(

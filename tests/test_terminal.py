@@ -13,8 +13,8 @@ from helpers import command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svp_bench.errors import printable
-from svp_bench.terminal import ascii_for, plain_console
+from svp_bench.core.errors import printable
+from svp_bench.core.terminal import ascii_for, plain_console
 
 
 @given(st.text())
@@ -55,7 +55,7 @@ def test_the_console_takes_markup_as_text(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "koi8-r", "shift_jis", "utf-8"])
 def test_every_encoding_shows_the_output(encoding: str) -> None:
-    code = "from svp_bench.terminal import readable_output as r; r(); print('… ± 狗 ┏━┓ é')"
+    code = "from svp_bench.core.terminal import readable_output as r; r(); print('… ± 狗 ┏━┓ é')"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, timeout=600
     )

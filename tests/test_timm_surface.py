@@ -13,7 +13,7 @@ from tolerances import relative_error
 from torch import Tensor, nn
 
 import svp_bench.models  # noqa: F401  registers the backbones
-from svp_bench.errors import ConfigError
+from svp_bench.core.errors import ConfigError
 from svp_bench.methods.build import create_model
 from svp_bench.models import VisionMamba
 

@@ -11,7 +11,7 @@ import torch
 from tolerances import relative_error
 from torch import Tensor
 
-from svp_bench.errors import UnavailableError
+from svp_bench.core.errors import UnavailableError
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
 from svp_bench.methods.build import adapt, create_model

@@ -24,17 +24,17 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import svp_bench
-from svp_bench.cards import displayed_class_names, load_task
+from svp_bench.core.errors import UsageError
 from svp_bench.data import module as data_module
 from svp_bench.data import sources
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DRAWN_MARK
-from svp_bench.errors import UsageError
 from svp_bench.models.checkpoints import backbone_digest
-from svp_bench.results.bits import unpack_bits
-from svp_bench.results.digests import config_digest, setting_digest
-from svp_bench.results.files import read_record
-from svp_bench.results.record import Record
+from svp_bench.records.bits import unpack_bits
+from svp_bench.records.digests import config_digest, setting_digest
+from svp_bench.records.record import Record
+from svp_bench.records.store import read_record
+from svp_bench.tasks.cards import displayed_class_names, load_task
 from svp_bench.train.module import AdaptationModule
 
 TRAINED, TESTED = COUNTS["train800"] + COUNTS["val200"], COUNTS["test"]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from svp_bench.errors import UnavailableError
+from svp_bench.core.errors import UnavailableError
 from svp_bench.ops import choose, list_backends, triton_norm
 from svp_bench.ops import triton as backend
 

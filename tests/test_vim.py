@@ -18,7 +18,7 @@ from tolerances import BACKBONE, SAME_MATHS, relative_error
 from torch import Tensor, nn
 
 import svp_bench
-from svp_bench.errors import ConfigError, UsageError
+from svp_bench.core.errors import ConfigError, UsageError
 from svp_bench.methods.build import adapt, create_backbone
 from svp_bench.methods.svp import SVP
 from svp_bench.models import VisionMamba

@@ -9,8 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svp_bench.data.lists import PictureList as PictureList
-    from svp_bench.data.lists import read_list as read_list
     from svp_bench.data.locate import locate as locate
     from svp_bench.data.module import Batch as Batch
     from svp_bench.data.module import VisionDataModule as VisionDataModule
@@ -21,6 +19,8 @@ if TYPE_CHECKING:
     from svp_bench.data.sources import Source as Source
     from svp_bench.data.sources import inspect as inspect
     from svp_bench.data.sources import open_source as open_source
+    from svp_bench.data.split_files import PictureList as PictureList
+    from svp_bench.data.split_files import read_list as read_list
     from svp_bench.data.synthetic import draw_task as draw_task
     from svp_bench.data.transforms import resize_straight as resize_straight
 
@@ -30,14 +30,14 @@ _PUBLIC = {
     "DataReport": "svp_bench.data.sources",
     "EvalBatchSampler": "svp_bench.data.samplers",
     "GlobalBatchSampler": "svp_bench.data.samplers",
-    "PictureList": "svp_bench.data.lists",
+    "PictureList": "svp_bench.data.split_files",
     "Source": "svp_bench.data.sources",
     "VisionDataModule": "svp_bench.data.module",
     "draw_task": "svp_bench.data.synthetic",
     "inspect": "svp_bench.data.sources",
     "locate": "svp_bench.data.locate",
     "open_source": "svp_bench.data.sources",
-    "read_list": "svp_bench.data.lists",
+    "read_list": "svp_bench.data.split_files",
     "resize_straight": "svp_bench.data.transforms",
 }
 

@@ -26,8 +26,8 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
+from svp_bench.core.errors import ConfigError
 from svp_bench.data.transforms import View, shorter_side, to_array
-from svp_bench.errors import ConfigError
 
 __all__ = ["Augment", "Augmenter", "Mix", "Mixing", "erase", "mirror", "seeded"]
 

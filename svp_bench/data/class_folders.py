@@ -33,15 +33,15 @@ from pathlib import Path
 
 import numpy as np
 
-from svp_bench.atomic import open_regular
-from svp_bench.cards import SuiteCard, TaskCard
+from svp_bench.core.atomic import open_regular
+from svp_bench.core.errors import CardError, DataError, plural, printable
+from svp_bench.core.yaml import did_you_mean
 from svp_bench.data.decode import identify
-from svp_bench.data.lists import PictureList
 from svp_bench.data.locate import ROOT_VARIABLE
 from svp_bench.data.reading import reader_options
 from svp_bench.data.sources import FilePictures, Source, in_threads
-from svp_bench.errors import CardError, DataError, plural, printable
-from svp_bench.plain_yaml import did_you_mean
+from svp_bench.data.split_files import PictureList
+from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 __all__ = ["open_class_folders", "other_kind"]
 

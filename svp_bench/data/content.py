@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from svp_bench.atomic import read_regular, replacing
-from svp_bench.data.examined import Examined
+from svp_bench.core.atomic import read_regular, replacing
+from svp_bench.core.errors import printable
+from svp_bench.data.inspection import Examined
 from svp_bench.data.sources import Pictures
-from svp_bench.errors import printable
 
 __all__ = ["content_digest", "differences_from_first_use", "first_overlap", "joined", "overlap", "two_labels"]
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from svp_bench.atomic import open_regular
+from svp_bench.core.atomic import open_regular
 
 __all__ = ["FORMATS", "Decoded", "Depth", "UnreadableImageError", "decode", "identify", "read_image"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from svp_bench.cards import SuiteCard, TaskCard
+from svp_bench.core.errors import CardError, plural, unknown_name
 from svp_bench.data.reading import reader_options
 from svp_bench.data.sources import ArrayPictures, Source
-from svp_bench.errors import CardError, plural, unknown_name
+from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 __all__ = ["open_digits"]
 

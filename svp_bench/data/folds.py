@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from svp_bench.core.errors import DataError
 from svp_bench.data.decode import Decoded
 from svp_bench.data.sources import Pictures, Source
-from svp_bench.errors import DataError
 
 __all__ = ["Subset", "fold_positions", "with_fold"]
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from svp_bench.atomic import read_regular
-from svp_bench.cards import SuiteCard, TaskCard, class_names
-from svp_bench.data.lists import MAX_SPLIT_BYTES, PictureList
+from svp_bench.core.atomic import read_regular
+from svp_bench.core.errors import CardError, DataError, plural, unknown_name
 from svp_bench.data.locate import find_folder
 from svp_bench.data.native import NATIVE_FORMS, Ids, NativeForm, enter, names_of_folders
 from svp_bench.data.reading import all_of, any_of, drawn_notes, joined_names, list_names, reader_options, show
 from svp_bench.data.sources import FilePictures, Pictures, Source
-from svp_bench.errors import CardError, DataError, plural, unknown_name
+from svp_bench.data.split_files import MAX_SPLIT_BYTES, PictureList
+from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
 
 __all__ = ["open_json_split"]
 

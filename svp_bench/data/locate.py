@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from svp_bench.cards import SuiteCard, TaskCard
-from svp_bench.errors import DataError
+from svp_bench.core.errors import DataError
+from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 __all__ = ["ROOT_VARIABLE", "find_folder", "list_file", "locate"]
 

@@ -29,16 +29,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from svp_bench.cards import (
-    ProtocolCard,
-    SuiteCard,
-    TaskCard,
-    displayed_class_names,
-    load_protocol,
-    load_suite,
-    load_task,
-)
+from svp_bench.core.errors import ConfigError, DataError, UsageError, plural, printable, unknown_name
 from svp_bench.data.augment import Augment, Augmenter, Mixing
+from svp_bench.data.cache import examined, kept
 from svp_bench.data.content import (
     content_digest,
     differences_from_first_use,
@@ -48,9 +41,8 @@ from svp_bench.data.content import (
     two_labels,
 )
 from svp_bench.data.decode import Depth
-from svp_bench.data.examined import Examined
 from svp_bench.data.folds import with_fold
-from svp_bench.data.keep import examined, kept
+from svp_bench.data.inspection import Examined
 from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler, Positions
 from svp_bench.data.sources import (
     DataReport,
@@ -64,7 +56,15 @@ from svp_bench.data.sources import (
     open_source,
 )
 from svp_bench.data.transforms import CROP_RATIO, INTERPOLATIONS, RESIZES, View, sides
-from svp_bench.errors import ConfigError, DataError, UsageError, plural, printable, unknown_name
+from svp_bench.tasks.cards import (
+    ProtocolCard,
+    SuiteCard,
+    TaskCard,
+    displayed_class_names,
+    load_protocol,
+    load_suite,
+    load_task,
+)
 
 __all__ = ["MEMORY_LIMIT_BYTES", "Batch", "VisionDataModule"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from svp_bench.data.lists import plain_path
+from svp_bench.core.errors import DataError, UnavailableError, plural
 from svp_bench.data.reading import foreign_errors, need_regular, optional_import, show, text_lines, whole_numbers
-from svp_bench.errors import DataError, UnavailableError, plural
+from svp_bench.data.split_files import plain_path
 
 __all__ = ["NATIVE_FORMS", "Ids", "NativeForm", "class_id_of", "enter", "names_of_folders"]
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from svp_bench.atomic import open_regular, read_regular
-from svp_bench.cards import TaskCard
-from svp_bench.data.lists import MAX_SPLIT_BYTES
-from svp_bench.errors import CardError, DataError, SvpBenchError, UnavailableError, unknown_name
+from svp_bench.core.atomic import open_regular, read_regular
+from svp_bench.core.errors import CardError, DataError, SvpBenchError, UnavailableError, unknown_name
+from svp_bench.data.split_files import MAX_SPLIT_BYTES
+from svp_bench.tasks.cards import TaskCard
 
 __all__ = [
     "DRAWN_MARK",

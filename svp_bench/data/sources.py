@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from svp_bench.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
+from svp_bench.core.errors import CardError, DataError, plural, unknown_name
+from svp_bench.core.registry import Registry
 from svp_bench.data.decode import Decoded, Depth, UnreadableImageError, convert, read_image
-from svp_bench.data.examined import MISSING, Examined, load_examined, save_examined
-from svp_bench.data.lists import PictureList, combined_digest, list_digest, read_list
+from svp_bench.data.inspection import MISSING, Examined, load_examined, save_examined
 from svp_bench.data.locate import list_file, locate
 from svp_bench.data.reading import DRAWN_MARK, drawn_notes, reader_options
-from svp_bench.errors import CardError, DataError, plural, unknown_name
-from svp_bench.registry import Registry
+from svp_bench.data.split_files import PictureList, combined_digest, list_digest, read_list
+from svp_bench.tasks.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
 
 __all__ = [
     "DRAWN_MARK",
@@ -63,7 +63,7 @@ READERS.add(
     "svp_bench.data.class_folders:open_class_folders",
     "own pictures, a folder for each class",
 )
-READERS.add("drawn", "svp_bench.data.drawn:open_drawn", "pictures drawn anew, the same on every machine")
+READERS.add("drawn", "svp_bench.data.synthetic_tasks:open_drawn", "pictures drawn anew, the same on every machine")
 
 Note = Callable[[str], None]
 _WORTH_CACHING = 1000  # images of a split: to decode fewer takes a second or two

@@ -7,7 +7,7 @@ The pictures are learnable: a class sets hue, direction and width of the stripes
 Every folder carries a mark (`DRAWN.txt`), by which records and tables tell its numbers from real ones.
 
     from pathlib import Path
-    from svp_bench.cards import load_task
+    from svp_bench.tasks.cards import load_task
     from svp_bench.data import draw_task
 
     draw_task(load_task("vtab/caltech101"), Path("drawn"), counts={"train800": 40, "val200": 10, "test": 30})
@@ -31,11 +31,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from svp_bench.cards import TaskCard, class_names
+from svp_bench.core.errors import DataError, UsageError, unknown_name
 from svp_bench.data.locate import list_file
 from svp_bench.data.native import NATIVE_FORMS
 from svp_bench.data.reading import DRAWN_MARK, optional_import
-from svp_bench.errors import DataError, UsageError, unknown_name
+from svp_bench.tasks.cards import TaskCard, class_names
 
 __all__ = ["DEFAULT_SIZE", "LAYOUTS", "QUIRKS", "draw_picture", "draw_task"]
 

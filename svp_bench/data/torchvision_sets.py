@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from svp_bench.cards import SuiteCard, TaskCard, class_names
-from svp_bench.data.lists import PictureList, plain_path
+from svp_bench.core.errors import CardError, DataError, UnavailableError, plural, unknown_name
 from svp_bench.data.locate import find_folder
 from svp_bench.data.reading import (
     all_of,
@@ -29,7 +28,8 @@ from svp_bench.data.reading import (
     whole_numbers,
 )
 from svp_bench.data.sources import ArrayPictures, FilePictures, Pictures, Source
-from svp_bench.errors import CardError, DataError, UnavailableError, plural, unknown_name
+from svp_bench.data.split_files import PictureList, plain_path
+from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
 
 __all__ = ["TORCHVISION_SETS", "TorchvisionSet", "open_torchvision"]
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.data.decode import convert
-from svp_bench.errors import ConfigError, unknown_name
 
 __all__ = [
     "CROP_RATIO",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from svp_bench.registry import Registry
+from svp_bench.core.registry import Registry
 
 if TYPE_CHECKING:
     from svp_bench.methods.base import Method as Method

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from svp_bench.errors import ConfigError, unknown_name
+from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.models import VisionMamba
 
 __all__ = ["Method", "chosen_blocks"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svp_bench.errors import ConfigError, unknown_name
+from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.methods.base import Method
 from svp_bench.models import VisionMamba
 from svp_bench.models.hooks import plain_parameter

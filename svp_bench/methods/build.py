@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import svp_bench.models.vim  # noqa: F401  registers the backbones with timm
-from svp_bench.errors import ConfigError, unknown_name
+from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import Method, build_method
 from svp_bench.models.checkpoints import Head, keeps_head, load_checkpoint, resolve_checkpoint

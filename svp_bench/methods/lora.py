@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from svp_bench.errors import ConfigError, unknown_name
+from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.methods.base import Method
 from svp_bench.models import VisionMamba
 from svp_bench.models.hooks import is_plain, plain_parameter

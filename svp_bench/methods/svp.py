@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svp_bench.errors import ConfigError
+from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method, chosen_blocks
 from svp_bench.models import TokenState, VisionMamba
 from svp_bench.ops import Prompts, add_prompts

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from svp_bench.errors import ConfigError
+from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method
 from svp_bench.models import TokenState, VisionMamba
 

@@ -36,8 +36,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from svp_bench.atomic import replacing
-from svp_bench.errors import CheckpointError, UsageError, unknown_name
+from svp_bench.core.atomic import replacing
+from svp_bench.core.errors import CheckpointError, UsageError, unknown_name
 from svp_bench.models.vim import VisionMamba, resize_positions
 
 __all__ = [

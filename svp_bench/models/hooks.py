@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from svp_bench.errors import ConfigError
+from svp_bench.core.errors import ConfigError
 from svp_bench.ops import Prompts, add_prompts
 
 __all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "Points", "TokenState", "is_plain", "plain_parameter"]

@@ -27,7 +27,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from svp_bench.errors import ConfigError, unknown_name
+from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.models.hooks import LINEAR_POINTS, TENSOR_POINTS, Points, TokenState, is_plain, not_plain
 from svp_bench.ops import (
     Direction,

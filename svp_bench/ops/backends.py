@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 
-from svp_bench.errors import UnavailableError
-from svp_bench.registry import Registry
+from svp_bench.core.errors import UnavailableError
+from svp_bench.core.registry import Registry
 
 __all__ = ["BACKENDS", "BackendStatus", "backend_statuses", "list_backends", "require"]
 

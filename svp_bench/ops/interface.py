@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from svp_bench.errors import UnavailableError
+from svp_bench.core.errors import UnavailableError
 from svp_bench.ops import traceable
 from svp_bench.ops.backends import BACKENDS
 

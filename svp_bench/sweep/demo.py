@@ -11,19 +11,19 @@ from typing import Any
 
 from rich.table import Table
 
-from svp_bench.cards import load_suite, load_task
+from svp_bench.core.errors import plural
+from svp_bench.core.terminal import plain_console
 from svp_bench.data.sources import cpu_count
-from svp_bench.errors import plural
-from svp_bench.results.files import check_writable, refuse_unwritable
-from svp_bench.results.report.page import report_path, run_report
-from svp_bench.results.stats import one_standard_error
-from svp_bench.results.tables import run_table, table_paths
+from svp_bench.records.store import check_writable, refuse_unwritable
+from svp_bench.report.page import report_path, run_report
+from svp_bench.stats.inference import one_standard_error
 from svp_bench.sweep.jobs import common_arguments
-from svp_bench.sweep.live import View
-from svp_bench.sweep.pools import LocalPool, visible_gpus
-from svp_bench.sweep.run import asked_by_signals, conclude
-from svp_bench.sweep.sweep import Cell, Sweep
-from svp_bench.terminal import plain_console
+from svp_bench.sweep.local_pool import LocalPool, visible_gpus
+from svp_bench.sweep.plan import asked_by_signals, conclude
+from svp_bench.sweep.progress import View
+from svp_bench.sweep.scheduler import Cell, Sweep
+from svp_bench.tables.build import run_table, table_paths
+from svp_bench.tasks.cards import load_suite, load_task
 
 __all__ = ["METHODS", "SUITE", "leaderboard", "run_demo"]
 

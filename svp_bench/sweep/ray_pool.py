@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from svp_bench import __version__
+from svp_bench.core.errors import SvpBenchError, UnavailableError, UsageError, plural
 from svp_bench.data.sources import cpu_count
-from svp_bench.errors import SvpBenchError, UnavailableError, UsageError, plural
 from svp_bench.sweep.jobs import Job
-from svp_bench.sweep.pools import Done, Event, Pool, Work, WorkerProcess
+from svp_bench.sweep.local_pool import Done, Event, Pool, Work, WorkerProcess
 
 __all__ = ["RayPool", "Shares", "share_out"]
 

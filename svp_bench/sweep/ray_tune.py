@@ -24,12 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svp_bench.cards import load_task
-from svp_bench.config import method_layer, split_flags
-from svp_bench.errors import SvpBenchError, UnavailableError
+from svp_bench.config.compose import method_layer, split_flags
+from svp_bench.core.errors import SvpBenchError, UnavailableError
 from svp_bench.sweep.jobs import Job, common_arguments
-from svp_bench.sweep.pools import Done, Work, WorkerProcess
+from svp_bench.sweep.local_pool import Done, Work, WorkerProcess
 from svp_bench.sweep.search import Plan, Sampler, load_search, make_sampler
+from svp_bench.tasks.cards import load_task
 
 __all__ = ["METRIC", "make_tuner"]
 

@@ -18,22 +18,22 @@ from typing import Any
 from jsonargparse._util import import_object
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from svp_bench.cards import load_protocol, load_suite, load_task
-from svp_bench.config import split_flags
+from svp_bench.config.compose import split_flags
+from svp_bench.core.errors import SvpBenchError, UsageError
 from svp_bench.data.folds import fold_positions
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, measured, open_source
-from svp_bench.errors import SvpBenchError, UsageError
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
-from svp_bench.results.digests import canonical_digest, cell_config, flat, setting_digest
-from svp_bench.results.files import read_record
-from svp_bench.results.record import Record
+from svp_bench.records.digests import canonical_digest, cell_config, flat, setting_digest
+from svp_bench.records.record import Record
+from svp_bench.records.store import read_record
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.search import Plan, Search
-from svp_bench.train.cli import run
-from svp_bench.train.parsing import Resolved, one_line, resolve
+from svp_bench.tasks.cards import load_protocol, load_suite, load_task
+from svp_bench.train.parser import Resolved, one_line, resolve
 from svp_bench.train.resume import Claimed, find_run, held
+from svp_bench.train.run import run
 
 __all__ = ["Runner", "with_values"]
 

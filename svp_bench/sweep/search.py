@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from svp_bench.errors import ConfigError, UnavailableError, plural, unknown_name
-from svp_bench.plain_yaml import Node, read_yaml
-from svp_bench.resources import configs_dir
-from svp_bench.results.choices import AUTO_FOLDS, FALLBACK, FOLD_KEYS, RULE_VERSION, RULES, grid_settings
-from svp_bench.results.digests import canonical_digest
+from svp_bench.core.errors import ConfigError, UnavailableError, plural, unknown_name
+from svp_bench.core.resources import configs_dir
+from svp_bench.core.yaml import Node, read_yaml
+from svp_bench.records.digests import canonical_digest
+from svp_bench.records.selection import AUTO_FOLDS, FALLBACK, FOLD_KEYS, RULE_VERSION, RULES, grid_settings
 
 __all__ = ["SAMPLERS", "Dimension", "Plan", "Sampler", "Search", "load_search", "make_sampler", "space_declaration"]
 
@@ -97,7 +97,7 @@ class Search:
         sampler: grid, random or tpe.
         budget: K: settings that each method may try on each task, the default one among them.
         seeds: Each setting is trained once with each of them; empty if the search is nested.
-        rule: How its trials are compared; see `svp_bench.results.choices.decide`.
+        rule: How its trials are compared; see `svp_bench.records.selection.decide`.
         spaces: Method → its space; "default" serves methods without one.
         path: Its file.
         folds: A number; "leave_one_out"; "none": the protocol's val; or "auto": five where val is small, else none.

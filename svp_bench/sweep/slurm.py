@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from svp_bench.results.files import write_atomically
-from svp_bench.sweep.run import Request
+from svp_bench.records.store import write_atomically
+from svp_bench.sweep.plan import Request
 
 __all__ = ["emit_slurm"]
 

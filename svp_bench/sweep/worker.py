@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from svp_bench.terminal import readable_output
+from svp_bench.core.terminal import readable_output
 
 __all__ = ["main"]
 
@@ -71,7 +71,7 @@ def main() -> None:
             os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
-    from svp_bench.data.keep import keep_between_runs
+    from svp_bench.data.cache import keep_between_runs
     from svp_bench.sweep.jobs import Job
     from svp_bench.sweep.runner import Runner  # torch, Lightning: some seconds, once
 

@@ -13,11 +13,11 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from torch.optim import Optimizer
 
+from svp_bench.core.errors import UsageError
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import UsageError
 from svp_bench.methods.build import trained_parameters
+from svp_bench.train.checkpoint import Saved, weights_digest
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.saved import Saved, weights_digest
 
 __all__ = ["RecipeWatch", "external_classes", "refuse_hidden_changes"]
 

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from svp_bench.methods.build import trained_parameters
 from svp_bench.train.module import AdaptationModule
+from svp_bench.train.optim import make_optimizer
 from svp_bench.train.provenance import device_name
-from svp_bench.train.recipe import make_optimizer
 
 __all__ = [
     "Counted",

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from svp_bench.errors import plural
-from svp_bench.results.files import csv_text, write_atomically
-from svp_bench.results.record import Metrics, PerClass
+from svp_bench.core.errors import plural
+from svp_bench.records.record import Metrics, PerClass
+from svp_bench.records.store import csv_text, write_atomically
 
 __all__ = [
     "Evaluation",

@@ -19,17 +19,18 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
+from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError, unknown_name
 from svp_bench.data.augment import Mix, erase
 from svp_bench.data.decode import Depth
 from svp_bench.data.module import Batch
 from svp_bench.data.samplers import GlobalBatchSampler
-from svp_bench.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError, unknown_name
 from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models import VisionMamba
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.ops import Choice, choose
-from svp_bench.results.recipes import clipped_warmup
+from svp_bench.records.defaults import clipped_warmup
+from svp_bench.train.checkpoint import SAVED_KEY, About
 from svp_bench.train.metrics import (
     Evaluation,
     PictureScores,
@@ -39,7 +40,7 @@ from svp_bench.train.metrics import (
     per_class_markdown,
     score_pictures,
 )
-from svp_bench.train.recipe import (
+from svp_bench.train.optim import (
     EMA,
     Schedule,
     hidden_head,
@@ -49,7 +50,6 @@ from svp_bench.train.recipe import (
     soft_targets,
     warmup_notice,
 )
-from svp_bench.train.saved import SAVED_KEY, About
 
 __all__ = ["AdaptationModule", "initial_backbone"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from lightning.pytorch import Trainer
 
+from svp_bench.core.errors import ConfigError, OutOfMemoryError, file_size, plural
 from svp_bench.data.module import VisionDataModule
-from svp_bench.errors import ConfigError, OutOfMemoryError, file_size, plural
 from svp_bench.train.memory import (
     Gauge,
     Need,
@@ -21,7 +21,7 @@ from svp_bench.train.memory import (
     stepping,
 )
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.parsing import one_line
+from svp_bench.train.parser import one_line
 
 __all__ = ["Failed", "explain", "explain_prediction"]
 

@@ -13,23 +13,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from svp_bench.cards import displayed_class_names, load_protocol, load_task
-from svp_bench.config import Flags
+from svp_bench.config.compose import Flags
+from svp_bench.core.errors import (
+    CheckpointError,
+    ConfigError,
+    RecordError,
+    SvpBenchError,
+    UsageError,
+    plural,
+    printable,
+)
+from svp_bench.core.yaml import read_yaml
 from svp_bench.data.class_folders import other_kind
 from svp_bench.data.decode import Depth, UnreadableImageError, read_image
 from svp_bench.data.transforms import View
-from svp_bench.errors import CheckpointError, ConfigError, RecordError, SvpBenchError, UsageError, plural, printable
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import Method, build_method
-from svp_bench.plain_yaml import read_yaml
-from svp_bench.results.code import source_files
-from svp_bench.results.files import csv_text, write_atomically
+from svp_bench.records.code import source_files
+from svp_bench.records.store import csv_text, write_atomically
+from svp_bench.tasks.cards import displayed_class_names, load_protocol, load_task
+from svp_bench.train.checkpoint import SAVED_KEY, About, Saved, wrong_part
 from svp_bench.train.memory import HostGauge, Shortage, is_out_of_memory
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.out_of_memory import explain_prediction
-from svp_bench.train.parsing import make_importable
+from svp_bench.train.parser import make_importable
 from svp_bench.train.resume import changed_sources, read_sources
-from svp_bench.train.saved import SAVED_KEY, About, Saved, wrong_part
 
 __all__ = ["find_images", "load_run", "run_predict"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from svp_bench.resources import checkout_root
-from svp_bench.results.code import git, package_digest, package_digest_at
+from svp_bench.core.resources import checkout_root
+from svp_bench.records.code import git, package_digest, package_digest_at
 
 __all__ = ["changed_cards", "commit_and_dirty", "cpu_name", "device_name", "dirty_warning", "library_versions"]
 

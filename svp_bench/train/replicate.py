@@ -21,14 +21,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from svp_bench.config import Flags
+from svp_bench.config.compose import Flags
+from svp_bench.core.errors import SvpBenchError, UsageError, plural
 from svp_bench.data.module import Batch, VisionDataModule
-from svp_bench.errors import SvpBenchError, UsageError, plural
-from svp_bench.results.files import refuse_unwritable
-from svp_bench.results.replication import Replication, write_replication
-from svp_bench.train.cli import BenchCLI, run
+from svp_bench.records.store import refuse_unwritable
+from svp_bench.tables.test_peeking import Replication, write_replication
 from svp_bench.train.metrics import Evaluation
 from svp_bench.train.module import AdaptationModule
+from svp_bench.train.run import BenchCLI, run
 
 __all__ = ["run_replication"]
 

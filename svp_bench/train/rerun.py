@@ -34,21 +34,29 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from svp_bench import __version__
-from svp_bench.config import Flags, split_flags
+from svp_bench.config.compose import Flags, split_flags
+from svp_bench.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RecordError,
+    SvpBenchError,
+    UsageError,
+    plural,
+)
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import inspect, open_source
-from svp_bench.errors import CheckpointError, ConfigError, DataError, RecordError, SvpBenchError, UsageError, plural
-from svp_bench.results.bits import unpack_bits
-from svp_bench.results.code import package_digest
-from svp_bench.results.digests import CELL_EXCLUDED, cell_config, flat
-from svp_bench.results.files import read_record, record_path
-from svp_bench.results.record import Record
-from svp_bench.results.stats import mcnemar, one_standard_error
-from svp_bench.train.cli import BenchCLI, run
+from svp_bench.records.bits import unpack_bits
+from svp_bench.records.code import package_digest
+from svp_bench.records.digests import CELL_EXCLUDED, cell_config, flat
+from svp_bench.records.record import Record
+from svp_bench.records.store import read_record, record_path
+from svp_bench.stats.inference import mcnemar, one_standard_error
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.parsing import make_importable, one_line
+from svp_bench.train.parser import make_importable, one_line
 from svp_bench.train.provenance import cpu_name
 from svp_bench.train.resume import changed_sources
+from svp_bench.train.run import BenchCLI, run
 
 __all__ = ["run_rerun"]
 

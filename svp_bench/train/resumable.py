@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from svp_bench.methods.build import trained_parameters
+from svp_bench.train.checkpoint import Saved, check_tensors, wrong_part
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.saved import Saved, check_tensors, wrong_part
 
 __all__ = ["REMEDY", "check_resumable"]
 

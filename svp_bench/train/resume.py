@@ -22,19 +22,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
-from svp_bench.atomic import replacing
+from svp_bench.core.atomic import replacing
+from svp_bench.core.errors import ConfigError, SvpBenchError, UsageError, plural
+from svp_bench.core.interrupts import INTERRUPTS, Preempted
+from svp_bench.core.yaml import read_yaml
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.data.sources import inspect, open_source
-from svp_bench.errors import ConfigError, SvpBenchError, UsageError, plural
-from svp_bench.interrupts import INTERRUPTS, Preempted
 from svp_bench.models.checkpoints import backbone_digest, load_pickle_safely
-from svp_bench.plain_yaml import read_yaml
-from svp_bench.results.files import read_record, write_atomically
-from svp_bench.results.record import Record
+from svp_bench.records.record import Record
+from svp_bench.records.store import read_record, write_atomically
+from svp_bench.train.checkpoint import Saved
 from svp_bench.train.module import initial_backbone
 from svp_bench.train.resumable import REMEDY
-from svp_bench.train.saved import Saved
 
 __all__ = [
     "AtomicCheckpointIO",

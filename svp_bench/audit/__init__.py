@@ -1,0 +1,1 @@
+"""Check records for what they claim: schema, splits, budget, search, seeds, code."""

@@ -1,0 +1,201 @@
+"""The front door: `svp-bench VERB …`. Light verbs import no torch; every expected failure is one line."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from svp_bench import __version__
+from svp_bench.cli.commands import HEAVY, VERBS
+from svp_bench.core.errors import SvpBenchError, UsageError, printable, unknown_name
+from svp_bench.core.interrupts import INTERRUPTS, Preempted, ignore_from_now_on
+from svp_bench.core.resources import OWN_TASKS
+from svp_bench.core.terminal import readable_output
+
+__all__ = ["entry_point", "main"]
+
+_TASK_FLAGS = ("--data.task", "--task", "--tasks")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0 well, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    before = os.environ.get(OWN_TASKS)
+    try:
+        status = _dispatch(_with_own_tasks(arguments))
+        sys.stdout.flush()  # a closed pipe shows here, not when Python shuts down
+        return status
+    except SystemExit as stop:  # `--help` of a parser
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except SvpBenchError as error:
+        text = printable(" ".join(str(error).split()))
+        print(f"svp-bench: error: {text}", file=sys.stderr, flush=True)
+        return error.exit_status
+    except KeyboardInterrupt:
+        remedy = "; the same command with --resume continues" if arguments[:1] == ["fit"] else ""
+        print(f"svp-bench: interrupted{remedy}", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:  # `svp-bench tasks | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    finally:
+        if before is None:
+            os.environ.pop(OWN_TASKS, None)
+        else:
+            os.environ[OWN_TASKS] = before
+
+
+def _with_own_tasks(arguments: Sequence[str]) -> list[str]:
+    """Take `--tasks_dir DIR` out of a command line, for this process and those it starts; name cards that are paths.
+
+    A card's path in the place of a task's name brings the folder of its suite along.
+
+    Raises:
+        UsageError: If the flag lacks its value, or no suite card lies where that of a given card belongs.
+    """
+    folders = [name for name in os.environ.get(OWN_TASKS, "").split(os.pathsep) if name]
+    rest: list[str] = []
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        name, equals, value = argument.partition("=")
+        if name == "--tasks_dir":
+            if not equals and (not queue or queue[0].startswith("--")):
+                raise UsageError("--tasks_dir needs a value: --tasks_dir DIR, which holds <suite>.yaml and <suite>/")
+            folders.append(os.path.abspath(os.path.expanduser(value if equals else queue.pop(0))))
+        elif name in _TASK_FLAGS and equals:
+            rest.append(f"{name}={_task_names(value, folders)}")
+        elif rest and (rest[-1] in _TASK_FLAGS or rest == ["tasks"]):
+            rest.append(_task_names(argument, folders))
+        else:
+            rest.append(argument)
+    if folders:
+        os.environ[OWN_TASKS] = os.pathsep.join(dict.fromkeys(folders))
+    return rest
+
+
+def _task_names(text: str, folders: list[str]) -> str:
+    """Return task names, comma-separated, as they are; a card's path becomes the task's name, its folder is added."""
+    names = []
+    for name in text.split(","):
+        if name.endswith((".yaml", ".yml")) and "/" in name.replace(os.sep, "/"):
+            card = os.path.abspath(os.path.expanduser(name.strip()))
+            folder, file = os.path.split(card)
+            root, suite = os.path.split(folder)
+            if not os.path.isfile(card):
+                raise UsageError(f"no task card {name!r}; give a task's name (`svp-bench tasks`) or its card's path")
+            if not os.path.isfile(f"{folder}.yaml"):
+                raise UsageError(
+                    f"{name}: a card lies in the folder of its suite, and the suite's card {folder}.yaml is missing; "
+                    "take tasks/own.yaml as the pattern"
+                )
+            folders.append(root)
+            name = f"{suite}/{os.path.splitext(file)[0]}"
+        names.append(name)
+    return ",".join(names)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"svp-bench {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb in HEAVY:
+        with INTERRUPTS.taken() if verb == "fit" else nullcontext():  # importing torch takes seconds
+            try:
+                return _run_training(verb, rest)
+            except Preempted:
+                INTERRUPTS.say_stopped_early()
+                return 0
+    if verb not in VERBS:
+        raise unknown_name("command", verb, [*HEAVY, *VERBS], listing="svp-bench --help")
+    return VERBS[verb].run(rest)
+
+
+def _run_training(verb: str, rest: list[str]) -> int:
+    from svp_bench.config.compose import compose, split_flags
+
+    if any(flag in rest for flag in ("--help", "-h")):
+        from svp_bench.cli.training_help import training_help
+
+        print(training_help(verb))
+        return 0
+    flags = split_flags(["--help" if flag == "--help=all" else flag for flag in rest])
+    if not flags.asks_help:
+        compose(flags)  # fails in a second, before torch is imported
+    if sys.stdout.isatty():
+        print("Loading PyTorch, weights and images …", flush=True)
+    from svp_bench.train.run import run
+
+    run(verb, flags)
+    return 0
+
+
+def _help() -> str:
+    lines = [
+        "usage: svp-bench COMMAND [--help] …",
+        "",
+        "Adapt pre-trained Vision Mamba models and compare the methods, honestly.",
+        "",
+        *(f"  {name:<10} {summary}" for name, summary in HEAVY.items()),
+        *(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()),
+        "",
+        "task cards of your own: --tasks_dir DIR with any command, or $SVP_BENCH_TASKS",
+        "",
+        "examples:",
+        "  svp-bench demo",
+        "  svp-bench fit --config configs/vtab/caltech101.yaml --data.root DIR",
+        "  svp-bench fit --config configs/vtab/caltech101.yaml --method linear",
+        "  svp-bench table",
+    ]
+    return "\n".join(lines)
+
+
+def _need_home() -> None:
+    """Give a process without a home or a user's name ones: libraries ask for both when they are imported.
+
+    So it is in a container that runs under a number nobody knows, or where HOME is unset.
+    """
+    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["USER"] = user
+    if os.access(os.path.expanduser("~"), os.W_OK | os.X_OK):
+        return
+    place = os.path.join(tempfile.gettempdir(), f"svp-bench-home-{user}")
+    try:
+        os.makedirs(place, mode=0o700, exist_ok=True)
+        mine = not os.path.islink(place) and (not hasattr(os, "getuid") or os.stat(place).st_uid == os.getuid())
+    except OSError:
+        mine = False
+    if not mine:
+        place = tempfile.mkdtemp(prefix="svp-bench-home-")
+    os.environ["HOME"] = place
+
+
+def entry_point() -> None:
+    """Run the command of this process and exit."""
+    # GNU OpenMP, read when torch is imported: idle threads soon sleep instead of spinning. On a machine that has other
+    # work, spinning threads make a step several times slower; on a quiet one it is the same.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    readable_output()
+    _need_home()
+    INTERRUPTS.ends_process = True
+    status = main()
+    ignore_from_now_on()
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""Compose layers of YAML into one resolved config."""

@@ -1,0 +1,110 @@
+"""One small registry for everything that is chosen by name: name → (where the object lives, one line about it).
+
+Nothing is imported until `get` is called, so that listing methods or backends needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from svp_bench.core.errors import unknown_name
+
+__all__ = ["Entry", "Registry"]
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*[a-z0-9]")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name.
+
+    Attributes:
+        name: Lower case, digits and single underscores.
+        target: "package.module:attribute".
+        summary: One line for listings.
+    """
+
+    name: str
+    target: str
+    summary: str = ""
+
+
+class Registry:
+    """Names of one kind, each with the place of its object.
+
+    Args:
+        kind: What is registered, as a word for messages: "method".
+        listing: The command that lists the names, for messages.
+        entry_points: Name of the entry-point group through which other packages may add names, if any.
+    """
+
+    def __init__(self, kind: str, *, listing: str | None = None, entry_points: str | None = None) -> None:
+        self.kind = kind
+        self.listing = listing
+        self._group = entry_points
+        self._entries: dict[str, Entry] = {}
+        self._loaded = entry_points is None
+
+    def add(self, name: str, target: str, summary: str = "") -> None:
+        """Register `name`.
+
+        Raises:
+            ValueError: If the name is not lower_case, is taken, or the target is not "module:attribute".
+        """
+        if not _NAME.fullmatch(name) or "__" in name:
+            raise ValueError(f"a {self.kind} name is lower case with single underscores, not {name!r}")
+        if name in self._entries:
+            raise ValueError(f"the {self.kind} {name!r} is taken by {self._entries[name].target}")
+        if target.count(":") != 1:
+            raise ValueError(f"the {self.kind} {name!r} needs a target 'module:attribute', not {target!r}")
+        self._entries[name] = Entry(name, target, summary)
+
+    def __iter__(self) -> Iterator[Entry]:
+        self._discover()
+        return iter(self._entries.values())
+
+    def __contains__(self, name: str) -> bool:
+        self._discover()
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        """Return all names, in the order of registration."""
+        return [entry.name for entry in self]
+
+    def entry(self, name: str) -> Entry:
+        """Return the entry of `name`.
+
+        Raises:
+            UsageError: If there is none; names the nearest.
+        """
+        self._discover()
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise unknown_name(self.kind, name, self._entries, listing=self.listing) from None
+
+    def get(self, name: str) -> Any:
+        """Import and return the object of `name`.
+
+        Raises:
+            UsageError: If there is none; names the nearest.
+        """
+        module, attribute = self.entry(name).target.split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def _discover(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        for point in metadata.entry_points(group=self._group or ""):
+            distribution = point.dist.name if point.dist else "another package"
+            try:
+                self.add(point.name, point.value, f"(from {distribution})")
+            except ValueError as error:  # somebody else's mistake must not take down every command
+                warnings.warn(f"left out a {self.kind} of {distribution}: {error}", stacklevel=2)

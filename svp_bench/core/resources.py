@@ -1,0 +1,70 @@
+"""The one place that knows where the cards, configs and published numbers are: a checkout or an installed wheel."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from svp_bench.core.errors import SvpBenchError, UsageError
+
+__all__ = ["OWN_TASKS", "checkout_root", "configs_dir", "own_tasks_flags", "published_dir", "tasks_dir", "tasks_dirs"]
+
+OWN_TASKS = "SVP_BENCH_TASKS"
+"""The environment variable that names folders of further cards; `--tasks_dir DIR` sets it for one command."""
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@cache
+def checkout_root() -> Path | None:
+    """Return the root of the source checkout that this package is imported from, or None for an installed wheel."""
+    root = _PACKAGE.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "tasks").is_dir() else None
+
+
+def _find(name: str, in_checkout: str) -> Path:
+    root = checkout_root()
+    path = root / in_checkout if root else _PACKAGE / "_share" / name
+    if not path.is_dir():
+        raise SvpBenchError(f"this installation lacks its folder {path}; reinstall it with `pip install svp-bench`")
+    return path
+
+
+def tasks_dir() -> Path:
+    """Return the folder of the task, suite and protocol cards."""
+    return _find("tasks", "tasks")
+
+
+def tasks_dirs() -> tuple[Path, ...]:
+    """Return all folders of cards: the shipped one, then those of the user's own.
+
+    Raises:
+        UsageError: If one of the user's is not a folder.
+    """
+    shipped = tasks_dir()
+    given = [Path(name).expanduser() for name in os.environ.get(OWN_TASKS, "").split(os.pathsep) if name]
+    for folder in given:
+        if not folder.is_dir():
+            raise UsageError(
+                f"{folder} is not a folder; --tasks_dir (or ${OWN_TASKS}) names one that holds suite cards "
+                "(<suite>.yaml) and their tasks (<suite>/<task>.yaml)"
+            )
+    own = {folder.resolve(): None for folder in given}
+    return (shipped, *(folder for folder in own if folder != shipped.resolve()))
+
+
+def own_tasks_flags() -> list[str]:
+    """Return the flags that tell another command of the user's own cards."""
+    folders = [name for name in os.environ.get(OWN_TASKS, "").split(os.pathsep) if name]
+    return [part for name in folders for part in ("--tasks_dir", str(Path(name).expanduser().resolve()))]
+
+
+def configs_dir() -> Path:
+    """Return the folder of the shipped configs."""
+    return _find("configs", "configs")
+
+
+def published_dir() -> Path:
+    """Return the folder of the numbers quoted from papers (CSV files, one citation in each row)."""
+    return _find("published", "results/published")

@@ -1,0 +1,69 @@
+"""What outlives a run in a process that makes many: decoded pictures, and what examining them found.
+
+Off unless a process asks for it (`keep_between_runs`). What is kept is known by where the pictures lie, the digest of
+their list, and the view; a process that lives no longer than a sweep takes it that nobody changes pictures under it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import numpy as np
+import numpy.typing as npt
+
+from svp_bench.data.inspection import Examined
+from svp_bench.data.sources import Note, Pictures
+
+__all__ = ["examined", "keep_between_runs", "kept"]
+
+Array = npt.NDArray[np.uint8]
+
+
+class _Keeper:
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.arrays: OrderedDict[Hashable, Array] = OrderedDict()
+        self.examined: dict[Hashable, Examined] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Array]) -> Array:
+        if key in self.arrays:
+            self.arrays.move_to_end(key)
+            return self.arrays[key]
+        array = make()
+        while self.arrays and sum(a.nbytes for a in self.arrays.values()) + array.nbytes > self.limit:
+            self.arrays.popitem(last=False)  # what was not used for longest
+        if array.nbytes <= self.limit:
+            self.arrays[key] = array
+        return array
+
+
+_keeper: _Keeper | None = None
+
+
+def keep_between_runs(limit: int = 2 * 2**30) -> None:
+    """Keep decoded pictures, of at most `limit` bytes in all, until the process ends."""
+    global _keeper
+    _keeper = _Keeper(limit)
+
+
+def _name(pictures: Pictures) -> Hashable:
+    place = pictures.where(0) if len(pictures) else ""
+    return type(pictures).__name__, pictures.name, pictures.digest, place
+
+
+def kept(pictures: Pictures, view: Hashable, make: Callable[[], Array]) -> Array:
+    """Return the decoded pictures of a list, uint8 (N, 3, H, W): those of an earlier run, or what `make` returns."""
+    return make() if _keeper is None else _keeper.get((_name(pictures), pictures.depth, view), make)
+
+
+def examined(pictures: Pictures, note: Note | None = None) -> Examined:
+    """Return what examining the images of a split finds, or found in an earlier run of this process."""
+    if _keeper is None:
+        return pictures.examine(note)
+    if (name := _name(pictures)) not in _keeper.examined:
+        found = pictures.examine(note)
+        if found.problems:
+            return found
+        _keeper.examined[name] = found
+    return _keeper.examined[name]

@@ -1,0 +1,1 @@
+"""Records of runs: schema, store, digests, selected configs. Imports no torch."""

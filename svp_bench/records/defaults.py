@@ -1,0 +1,150 @@
+"""What the shipped settings would have been, and where a record departs from them.
+
+The shipped settings of a run are three layers: protocol card, config of the task, recipe of the method (as `fit` lays
+them). A record holds the whole config of its run, so both can be compared key by key. It cannot be seen from a record
+when or why a value was chosen; that it is not the shipped one can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from svp_bench.core.errors import SvpBenchError
+from svp_bench.core.resources import configs_dir, tasks_dirs
+from svp_bench.core.yaml import read_yaml
+from svp_bench.records.digests import canonical_digest, flat, setting_config
+from svp_bench.records.record import Record
+from svp_bench.tasks.cards import ProtocolCard, load_protocol
+
+__all__ = [
+    "clipped_warmup",
+    "departure_texts",
+    "departures",
+    "other",
+    "recipe",
+    "row_digest",
+    "row_setting",
+    "shipped_layer",
+]
+
+WARMUP_RUNS = 5  # an inherited warm-up is at most one part in this many of the run
+_EPOCHS = "trainer.max_epochs"
+_WARMUP = "model.warmup_epochs"
+_SPARED = frozenset(
+    {
+        _EPOCHS,  # the budget: an audit has a line of its own for it
+        "model.method.class_path",
+        "data.task",
+        "model.backbone",
+        "model.checkpoint",
+    }
+)
+"""Keys that say which run it is, not how it was set."""
+
+
+def departures(
+    record: Record, protocol: ProtocolCard | None, searched: Iterable[str] = (), *, epochs: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """Return dotted key → (the record's value, the shipped value) where they differ, by key.
+
+    Keys that the record does not have, or no shipped layer sets, are passed over: there is nothing to compare.
+
+    Args:
+        record: The record.
+        protocol: Its protocol card; None if that card is not at hand in the record's version.
+        searched: Keys that may differ, because a search or a tuned table set them.
+        epochs: Compare the number of epochs too.
+    """
+    layers: dict[str, Any] = dict(flat(protocol.training)) if protocol is not None else {}
+    layers.update(shipped_layer(f"{record.task}.yaml"))
+    layers.update(recipe(record.method))
+    ours, allowed = dict(flat(record.config)), set(searched)
+    used = ours.get(_EPOCHS)  # of any type: an audit reads files of others too
+    if _WARMUP in layers and isinstance(used, int):
+        clipped = clipped_warmup(layers[_WARMUP], used, inherited=True)  # by `fit`, for this number of epochs
+        layers[_WARMUP] = clipped if ours.get(_WARMUP) == clipped else layers[_WARMUP]
+    spared = _SPARED - {_EPOCHS} if epochs else _SPARED
+    return {
+        key: (ours[key], value)
+        for key, value in sorted(layers.items())
+        if key in ours and key not in spared and key not in allowed and other(ours[key], value)
+    }
+
+
+def clipped_warmup(warmup_epochs: float, epochs: int, *, inherited: bool = False) -> float:
+    """Return the epochs of warm-up of a run of `epochs`: at most the run, and a fifth of it for an inherited value.
+
+    Args:
+        warmup_epochs: Epochs asked for.
+        epochs: Epochs of the run.
+        inherited: The value comes from a recipe made for another number of epochs, not from whoever runs it.
+    """
+    return min(warmup_epochs, epochs / WARMUP_RUNS if inherited else epochs)
+
+
+def departure_texts(found: dict[str, tuple[Any, Any]]) -> list[str]:
+    """Return "model.learning_rate 0.123, not 0.001" for each of `departures`."""
+    return [f"{key} {ours}, not {shipped}" for key, (ours, shipped) in found.items()]
+
+
+def recipe(method: str) -> dict[str, Any]:
+    """Return dotted key → value of the shipped recipe of `method`; empty if there is none."""
+    return shipped_layer(f"method/{method}.yaml")
+
+
+def shipped_layer(name: str) -> dict[str, Any]:
+    """Return the leaves of the shipped config `name`, e.g. "vtab/dtd.yaml"; empty if there is no such file."""
+    return _leaves(configs_dir() / name)
+
+
+@cache
+def _leaves(path: Path) -> dict[str, Any]:
+    return dict(flat(read_yaml(path, error=SvpBenchError).value)) if path.is_file() else {}
+
+
+def row_setting(record: Record) -> dict[str, Any]:
+    """Return what a table row has in common: `setting_config`, but the epochs that the config of a task sets for it.
+
+    A short list may have more epochs than its protocol's others. They are the task's own, as its lists are, and count
+    here as the protocol's epochs; a run of such a task with the protocol's number is of another row. A record does not
+    say whether its epochs came from that config or from whoever ran it.
+    """
+    setting = setting_config(record.config, record.tuned)
+    own, used = shipped_layer(f"{record.task}.yaml").get(_EPOCHS), record.config.get("trainer", {}).get("max_epochs")
+    usual = _epochs(record.protocol, tasks_dirs()) if own is not None else None
+    if own is None or usual is None or "max_epochs" not in setting.get("trainer", {}) or not other(own, usual):
+        return setting
+    if not other(used, own):
+        epochs = usual
+    elif not other(used, usual):
+        epochs = f"{used} for each task"
+    else:
+        return setting
+    return {**setting, "trainer": {**setting["trainer"], "max_epochs": epochs}}
+
+
+def row_digest(record: Record) -> str:
+    """Return "sha256:..." of `row_setting`, and of the record's `source_digest` where it has one.
+
+    For a shipped method and tasks without epochs of their own it is the record's setting digest.
+    """
+    setting = row_setting(record)
+    return canonical_digest({**setting, "source": record.source_digest} if record.source_digest else setting)
+
+
+@cache
+def _epochs(protocol: str, folders: tuple[Path, ...]) -> Any:
+    try:
+        return dict(flat(load_protocol(protocol).training)).get(_EPOCHS)
+    except SvpBenchError:  # a protocol of another time
+        return None
+
+
+def other(one: Any, two: Any) -> bool:
+    """Whether two config values differ; a list is a tuple, and true is not 1."""
+    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
+        return len(one) != len(two) or any(other(a, b) for a, b in zip(one, two, strict=True))
+    return isinstance(one, bool) != isinstance(two, bool) or one != two

@@ -1,0 +1,424 @@
+"""Records: one run, one small JSON file with everything that made its numbers. Schema 1; this text is the reference.
+
+A record is `<results root>/records/<suite>/<task>/<run_id>.json`, pretty-printed. The top-level keys stand in the order
+of `Record`'s fields, the keys of inner mappings in alphabetical order, so equal records are equal bytes. Files are
+written aside, fsynced and renamed. Nothing changes afterwards, except that an unscored record may become complete.
+
+A *cell* is task, protocol, backbone, checkpoint digest, data variant, data digest, method, `config_digest` and
+`source_digest` (what loading did to the checkpoint, and the source of a method that is not shipped); its seeds are
+averaged. A table *row* is protocol, backbone, checkpoint digest, method, `source_digest` and `setting_digest`: the
+config without the task and what a tuned table set for it; epochs of the task's own shipped config are the task's too.
+
+The last fields of `Record` are optional: None is left out of the JSON, so that records from before they existed keep
+their bytes and their digests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from svp_bench.core.errors import RecordError
+from svp_bench.records.bits import pack_bits
+from svp_bench.records.digests import canonical_digest, plain
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "CREATED",
+    "DATA_STATUSES",
+    "ENCODING",
+    "KINDS",
+    "METHOD",
+    "SCHEMA",
+    "STATUSES",
+    "Correct",
+    "Metrics",
+    "Parameters",
+    "PerClass",
+    "Record",
+    "Search",
+    "Tuned",
+    "new_run_id",
+    "timestamp",
+]
+
+SCHEMA = 1
+KINDS = ("final", "selection")
+STATUSES = ("complete", "unscored", "truncated", "failed", "interrupted")
+DATA_STATUSES = ("as_card", "different")
+ENCODING = "base64+packbits"
+CREATED = "%Y-%m-%dT%H:%M:%S+00:00"
+METHOD = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search, on val, that chose a run's tuned values.
+
+    Attributes:
+        name: Name of the search declaration, e.g. "default".
+        sampler: "grid", "random" or "tpe".
+        budget: K: settings that each method might try on each task. The same for every method.
+        trials: Settings that were tried for this method and task, and have a score.
+        selected_on: The list that chose, e.g. "val200".
+        choice: Digest of the frozen choice, with its trials and the reason.
+        tried: Settings that were tried, with those that failed; like all below None (left out of the JSON) in records
+            of older searches.
+        nested: Whether each final seed has a search of its own, with its own training seed and folds, so that the
+            spread over the final seeds holds the noise of the choice; without folds, that of the training seed alone.
+        folds: Parts of the labelled images that were held out in turn; 0 if val chose.
+        at_edge: "model.learning_rate = 0.1 (largest tried)", for each axis that ends where the best setting lies.
+        ties: Settings with the best accuracy, the chosen one among them or not.
+    """
+
+    name: str
+    sampler: str
+    budget: int
+    trials: int
+    selected_on: str
+    choice: str
+    tried: int | None = None
+    nested: bool | None = None
+    folds: int | None = None
+    at_edge: tuple[str, ...] | None = None
+    ties: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known as plain JSON values."""
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: plain(value, f"tuned.search.{key}") for key, value in known.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The tuned table that a run took values from.
+
+    Attributes:
+        table: The table's name, e.g. "vtab/svp".
+        digest: "sha256:..." of the table's file; of the search's declaration, if a search chose the values.
+        keys: Dotted config keys whose values came from it; they may differ between the tasks of one table row.
+        search: The search that chose them; None (left out of the JSON) for a table made otherwise.
+    """
+
+    table: str
+    digest: str
+    keys: tuple[str, ...]
+    search: Search | None = None
+
+    @property
+    def nested(self) -> bool:
+        """Whether each seed has a search of its own, so that the seeds of one cell may differ in the tuned values."""
+        return self.search is not None and bool(self.search.nested)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        data: dict[str, Any] = {"table": self.table, "digest": self.digest, "keys": list(self.keys)}
+        return {**data, "search": self.search.to_json()} if self.search else data
+
+
+@dataclass(frozen=True)
+class PerClass:
+    """The pictures of each class; the position in a list is the class.
+
+    Attributes:
+        correct: Pictures of the class that are classified rightly.
+        count: Pictures of the class; 0 if the list has none.
+    """
+
+    correct: tuple[int, ...]
+    count: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What the test (or, in a selection record, the val) list gave.
+
+    What is None is left out of the JSON: older records have the first four alone.
+
+    Attributes:
+        top1: Accuracy in percent.
+        loss: Mean cross entropy without label smoothing, in nats.
+        correct: Pictures classified rightly.
+        count: Pictures in the list.
+        top5: Top-5 accuracy in percent; None for tasks of fewer than six classes.
+        balanced_accuracy: Mean accuracy of the classes that occur in the list, in percent.
+        nll: Mean negative log-likelihood in nats: `loss`, by its other name.
+        ece: Expected calibration error in percent (top label, 15 bins of equal width; Guo et al. 2017).
+        per_class: Right and all pictures of each class.
+    """
+
+    top1: float
+    loss: float
+    correct: int
+    count: int
+    top5: float | None = None
+    balanced_accuracy: float | None = None
+    nll: float | None = None
+    ece: float | None = None
+    per_class: PerClass | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known as plain JSON values; the order of the keys is that of the fields.
+
+        Raises:
+            RecordError: If a number is not finite; names the key.
+        """
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.per_class is not None:
+            known["per_class"] = {"correct": self.per_class.correct, "count": self.per_class.count}
+        return {key: plain(value, f"metrics.{key}") for key, value in known.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Correct:
+    """One bit for each picture of a list, in the list's order: was it classified rightly?
+
+    Attributes:
+        encoding: "base64+packbits": see `pack_bits`.
+        count: Pictures in the list.
+        bits: The packed bits.
+        list: Name of the list, e.g. "test".
+        list_digest: "sha256:..." of the list.
+    """
+
+    encoding: str
+    count: int
+    bits: str
+    list: str
+    list_digest: str
+
+    @classmethod
+    def of(cls, right: NDArray[np.bool_], list_name: str, list_digest: str) -> Correct:
+        """Pack `right`, shape (pictures,), in the order of the list `list_name`."""
+        return cls(ENCODING, int(right.size), pack_bits(right), list_name, list_digest)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters there are.
+
+    Attributes:
+        trainable: All that train: adapter + head.
+        head: Those of the head that train.
+        adapter: Those outside the head that train (for full fine-tuning: the backbone's).
+        total: All of the model, frozen ones included.
+    """
+
+    trainable: int
+    head: int
+    adapter: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. The field names are the JSON keys; digests are "sha256:" and 64 hexadecimal digits.
+
+    Attributes:
+        schema: 1.
+        run_id: See `new_run_id`; also the name of the file.
+        created: UTC, "2026-01-31T12:00:00+00:00" (`timestamp`).
+        task: "vtab/caltech101".
+        task_version: Version of the task card.
+        suite: "vtab".
+        kind: "final" (refit, tested once) or "selection" (trained on train, scored on val; never tabled).
+        status: "complete"; "unscored" (trained, not tested); "truncated" (`limit_*`, `fast_dev_run`); "failed";
+            "interrupted". Only complete final records enter tables.
+        status_reason: One line, or null for a complete run.
+        method: Registered name.
+        method_args: The method's arguments, resolved.
+        backbone: Registered model name.
+        checkpoint: The source of the weights: "hub", "embedded", "none", or the name of the file.
+        checkpoint_digest: Digest of the backbone's tensors (names, shapes, float32 values; without head and adapter),
+            not of the file they came in; null if and only if `checkpoint` is "none" (random weights).
+        protocol: Name of the protocol card.
+        protocol_version: Its version.
+        stage: "final" or "select".
+        lists: Role → list, e.g. {"train": "train800val200", "test": "test"}.
+        data_variant: "card", the name of a variant on the card, or "drawn" (a stand-in, not the data set).
+        data_status: "as_card", or "different" if count or digest differ from the card.
+        data_notes: What differs, a line each.
+        data_digest: Digest of the lists on disk that this stage reads; null if a run failed or was stopped before it
+            had read them. Runs on other data are another cell.
+        seed: The one seed of the run.
+        config: The resolved config.
+        config_digest: `config_digest(config)`.
+        setting_digest: `setting_digest(config, tuned)`.
+        tuned: The tuned table used, or null.
+        package_version: Of svp-bench.
+        commit: Commit of the checkout, or null.
+        dirty: Were code, cards or configs changed since that commit? null if unknown.
+        libraries: Name → version.
+        scan_backend: The backend of the selective scan that ran.
+        scan_reason: Why `auto` chose it, or null.
+        device: The device's name.
+        device_count: Processes that trained.
+        precision: As Lightning names it: "32-true", "bf16-mixed".
+        metrics: The scores; {} in JSON if there are none.
+        correct: One bit a picture, or null. Every complete final record has them.
+        parameters: Parameter counts.
+        times: Name → seconds: "train_seconds", "test_seconds", ...
+        epochs: Completed training epochs.
+        images_per_second: Training throughput over the whole run, all devices together, or null.
+        peak_memory_mib: Peak device memory, or null where it is not measured.
+        checkpoint_file: What the run saved, relative to the runs folder, or null.
+        weights_digest: Digest of the weights that were scored (or, unscored, that were final), as `checkpoint_file`
+            holds them.
+        checkpoint_load: What loading did to the published weights in addition to copying them, e.g.
+            {"resized": ["pos_embed 14x14 -> 4x16"], "dropped": ["head.weight"]}. Empty lists are left out.
+        method_source: Digests of the files that define a method which is not shipped, by file name.
+        package_digest: Digest of the package's own source files, as they were on disk.
+        cpu: Model name of the processor and the widest instruction set that PyTorch used.
+        external_classes: Callbacks, loggers, profilers, strategies and plugins from outside the package.
+        not_comparable: Why the run's number does not belong into a table, one reason a line.
+        image_notes: Conversion or skip of images → how often, e.g. {"skipped: .svg": 1, "rotated by EXIF": 2}.
+        content_digests: Split → digest of the decoded pixels of its images.
+        card_digests: `card_digest` of the run's "task" and "protocol" card.
+        val_correct: Of a selection record: one bit a val image, which a search compares settings by.
+    """
+
+    schema: int
+    run_id: str
+    created: str
+    task: str
+    task_version: int
+    suite: str
+    kind: str
+    status: str
+    status_reason: str | None
+    method: str
+    method_args: Mapping[str, Any]
+    backbone: str
+    checkpoint: str
+    checkpoint_digest: str | None
+    protocol: str
+    protocol_version: int
+    stage: str
+    lists: Mapping[str, str]
+    data_variant: str
+    data_status: str
+    data_notes: Sequence[str]
+    data_digest: str | None
+    seed: int
+    config: Mapping[str, Any]
+    config_digest: str
+    setting_digest: str
+    tuned: Tuned | None
+    package_version: str
+    commit: str | None
+    dirty: bool | None
+    libraries: Mapping[str, str]
+    scan_backend: str
+    scan_reason: str | None
+    device: str
+    device_count: int
+    precision: str
+    metrics: Metrics | None
+    correct: Correct | None
+    parameters: Parameters
+    times: Mapping[str, float]
+    epochs: int
+    images_per_second: float | None
+    peak_memory_mib: float | None
+    checkpoint_file: str | None
+    weights_digest: str | None = None
+    checkpoint_load: Mapping[str, Sequence[str]] | None = None
+    method_source: Mapping[str, str] | None = None
+    package_digest: str | None = None
+    cpu: str | None = None
+    external_classes: Sequence[str] | None = None
+    not_comparable: Sequence[str] | None = None
+    image_notes: Mapping[str, int] | None = None
+    content_digests: Mapping[str, str] | None = None
+    card_digests: Mapping[str, str] | None = None
+    val_correct: Correct | None = None
+
+    @property
+    def source_digest(self) -> str:
+        """Digest of the changes at loading and of the source of a user's method; "" if there is neither."""
+        if not self.checkpoint_load and not self.method_source:
+            return ""
+        return canonical_digest({"load": self.checkpoint_load or {}, "method": self.method_source or {}})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain JSON values.
+
+        Raises:
+            RecordError: If a value has no place in JSON (a path, NaN, a key that is no text); names the key.
+        """
+        data: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if isinstance(value, (Metrics, Tuned)):
+                data[field.name] = value.to_json()
+            elif isinstance(value, (Correct, Parameters)):
+                inner = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+                data[field.name] = {key: plain(item, f"{field.name}.{key}") for key, item in inner.items()}
+            elif isinstance(value, Mapping):
+                data[field.name] = _sorted(plain(value, field.name))
+            else:
+                data[field.name] = plain(value, field.name)
+        if self.metrics is None:
+            data["metrics"] = {}
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "record") -> Record:
+        """Check `data` against the schema and return the record.
+
+        Raises:
+            RecordError: On an unknown or missing key, a wrong type or value, another schema, or facts that contradict
+                each other. The text begins with `where` and names the key.
+        """
+        from svp_bench.records.schema import parse
+
+        return parse(data, where)
+
+    def text(self) -> str:
+        """Return the file's text."""
+        return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    if isinstance(value, list):
+        return [_sorted(item) for item in value]
+    return value
+
+
+def timestamp(now: datetime | None = None) -> str:
+    """Return `now` (with a time zone; default: the present) in UTC and whole seconds, as `Record.created` needs it."""
+    return (now or datetime.now(timezone.utc)).astimezone(timezone.utc).strftime(CREATED)
+
+
+def new_run_id(
+    method: str, seed: int, setting_digest: str, now: datetime | None = None, entropy: bytes | None = None
+) -> str:
+    """Return a new run's name: "svp-20260131T120000Z-seed0-1a2b3c4d-9f86d081".
+
+    The names of one method sort by time; the last part tells apart two runs that start in the same second.
+
+    Args:
+        method: Registered name.
+        seed: The run's seed.
+        setting_digest: Of the run's config; its first eight digits are shown.
+        now: With a time zone; default: the present.
+        entropy: A few random bytes; default: four of the system's.
+    """
+    if not METHOD.fullmatch(method):
+        raise RecordError(f"a run cannot be named after the method {method!r}: lower case, digits and underscores only")
+    stamp = (now or datetime.now(timezone.utc)).astimezone(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    noise = (entropy if entropy is not None else os.urandom(4)).hex()
+    return f"{method}-{stamp}-seed{seed}-{setting_digest.removeprefix('sha256:')[:8]}-{noise}"

@@ -1,0 +1,239 @@
+"""Files of records: written aside, fsynced and renamed; read strictly."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svp_bench.core.atomic import read_regular, replacing
+from svp_bench.core.errors import RecordError, printable
+from svp_bench.records.record import Record
+
+__all__ = [
+    "Problem",
+    "check_writable",
+    "continue_record",
+    "csv_text",
+    "read_json",
+    "read_record",
+    "read_records",
+    "record_path",
+    "refuse_unwritable",
+    "replace_record",
+    "write_atomically",
+    "write_record",
+]
+
+_MAX_BYTES = 64 * 2**20  # of a record or another JSON file of results
+_SAME_RUN = (
+    *("run_id", "created", "kind", "seed", "method", "backbone", "checkpoint_digest", "task_version", "protocol"),
+    *("protocol_version", "data_variant", "data_digest", "config_digest", "setting_digest"),
+    "source_digest",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file below `records/` that is no valid record.
+
+    Attributes:
+        path: Relative to the results root, with forward slashes.
+        reason: One line.
+    """
+
+    path: str
+    reason: str
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` (UTF-8): aside in the same folder, fsynced, renamed. Folders are made as needed.
+
+    Raises:
+        RecordError: If that is not possible; nothing is left behind.
+    """
+    try:
+        with replacing(path) as file:
+            # A lone surrogate (from an undecodable file name) becomes \udcXX: in JSON the escape of that very code
+            file.write(text.encode("utf-8", errors="backslashreplace"))
+    except OSError as error:
+        raise _not_writable(path.parent, error) from None
+
+
+def csv_text(value: str) -> str:
+    """Return a text as one cell of a CSV: one line, and no formula to a spreadsheet (a quote before = + - @)."""
+    text = printable(value)
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") else text
+
+
+def _not_writable(folder: Path, error: OSError) -> RecordError:
+    reason = error.strerror or str(error)
+    return RecordError(f"cannot write results into {folder}: {reason}; choose another folder with --results_root DIR")
+
+
+def check_writable(results_root: Path | str) -> None:
+    """Make sure, before training, that records can be written below `results_root`; make its `records` folder.
+
+    Raises:
+        RecordError: If they cannot; names the folder and the reason.
+    """
+    folder = Path(results_root) / "records"
+    probe = folder / f".probe.{os.urandom(4).hex()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise _not_writable(folder, error) from None
+
+
+def record_path(record: Record, results_root: Path | str) -> Path:
+    """Return where `record` belongs below `results_root`."""
+    return Path(results_root) / "records" / record.task / f"{record.run_id}.json"
+
+
+def write_record(record: Record, results_root: Path | str) -> Path:
+    """Write a new record and return its path.
+
+    Raises:
+        RecordError: If the record breaks its schema, its file exists already, or the folder cannot be written.
+    """
+    text = _checked_text(record)
+    path = record_path(record, results_root)
+    if path.exists():
+        raise RecordError(f"{path} exists already; the record of another run is never overwritten")
+    write_atomically(path, text)
+    return path
+
+
+def replace_record(record: Record, results_root: Path | str) -> Path:
+    """Replace the unscored record of a run by its complete one; return its path.
+
+    Raises:
+        RecordError: If there is no unscored record of this run, `record` is not complete, or they are not of one run.
+    """
+    text = _checked_text(record)
+    path = record_path(record, results_root)
+    old = read_record(path)
+    if old.status != "unscored" or record.status != "complete":
+        raise RecordError(f"{path}: only an unscored record may become complete, not {old.status} → {record.status}")
+    for key in _SAME_RUN:
+        if getattr(old, key) != getattr(record, key):
+            raise RecordError(f"{path}: {key!r} of the run is {getattr(old, key)!r}, not {getattr(record, key)!r}")
+    write_atomically(path, text)
+    return path
+
+
+def continue_record(record: Record, results_root: Path | str) -> Path:
+    """Replace the record of the first part of a run, which was interrupted or failed and then went on; return its path.
+
+    Raises:
+        RecordError: If the run was complete already, or the two are not of one run.
+    """
+    text = _checked_text(record)
+    path = record_path(record, results_root)
+    old = read_record(path)
+    if old.status == "complete":
+        raise RecordError(f"{path}: the run is complete already; a complete record is never replaced")
+    for key in ("run_id", "kind", "seed", "setting_digest"):
+        if getattr(old, key) != getattr(record, key):
+            raise RecordError(f"{path}: {key!r} of the run is {getattr(old, key)!r}, not {getattr(record, key)!r}")
+    write_atomically(path, text)
+    return path
+
+
+def _checked_text(record: Record) -> str:
+    text = record.text()
+    Record.from_json(json.loads(text), f"record of {record.task} ({record.run_id})")
+    return text
+
+
+def read_record(path: Path | str) -> Record:
+    """Read one record, strictly.
+
+    Raises:
+        RecordError: If the file is unreadable or does not follow the schema; names the file and the key.
+    """
+    return _read(Path(path), str(path))
+
+
+def _read(path: Path, where: str) -> Record:
+    return Record.from_json(read_json(path, where), where)
+
+
+def read_json(path: Path, where: str) -> Any:
+    """Return the content of a JSON file, read strictly: UTF-8, no key twice, no NaN.
+
+    Raises:
+        RecordError: If it cannot be read; the text begins with `where`.
+    """
+    try:
+        text = read_regular(path, _MAX_BYTES).decode("utf-8")
+    except OSError as error:
+        raise RecordError(f"{where}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise RecordError(f"{where}: is not UTF-8 text") from None
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{where}: is not JSON: {error.msg} in line {error.lineno}") from None
+    except RecursionError:
+        raise RecordError(f"{where}: is nested too deeply for a record") from None
+    except ValueError as error:
+        raise RecordError(f"{where}: is not JSON: {error}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data:
+            raise ValueError(f"the key {key!r} stands twice")
+        data[key] = value
+    return data
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def read_records(results_root: Path | str) -> tuple[list[Record], list[Problem]]:
+    """Read every record below `results_root`.
+
+    Returns:
+        The valid records, sorted by task and run; and one problem for every other file, sorted by path. Names that
+        begin with a dot are left alone: they are files being written.
+    """
+    root = Path(results_root)
+    records: list[Record] = []
+    problems: list[Problem] = []
+    for path in sorted((root / "records").rglob("*")):
+        inside = path.relative_to(root)
+        if path.is_dir() or any(part.startswith(".") for part in inside.parts):
+            continue
+        name = inside.as_posix()
+        try:
+            record = _read(path, name)
+            home = record_path(record, root)
+            if path != home:
+                raise RecordError(f"{name}: is a copy of {home.relative_to(root).as_posix()} or was moved from there")
+            records.append(record)
+        except RecordError as error:
+            problems.append(Problem(name, str(error).removeprefix(f"{name}: ")))
+    records.sort(key=lambda record: (record.task, record.run_id))
+    return records, sorted(problems, key=lambda problem: problem.path)
+
+
+def refuse_unwritable(folder: Path, flag: str) -> None:
+    """Say early, and without making it, that a folder cannot be written.
+
+    Raises:
+        RecordError: If a file stands in its way, or the folder above it cannot be written.
+    """
+    place = Path(os.path.abspath(folder))
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "is not a folder" if not place.is_dir() else "is not writable"
+        raise RecordError(f"cannot write into {folder}: {place} {why}; choose another folder with {flag} DIR")

@@ -1,0 +1,354 @@
+"""Puts the page together and writes it: one HTML file that loads nothing, whose bytes follow from the records alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from svp_bench._version import __version__
+from svp_bench.core.errors import UsageError, file_size, plural, printable, unknown_name
+from svp_bench.records.published import load_published, mean_names
+from svp_bench.records.record import CREATED, Record
+from svp_bench.records.store import Problem, read_records, write_atomically
+from svp_bench.report import assets as libraries
+from svp_bench.report import figures as drawing
+from svp_bench.report.curves import POINTS, read_curves
+from svp_bench.report.model import (
+    Point,
+    ReportView,
+    RowView,
+    SectionView,
+    SuiteView,
+    TaskView,
+    TradeOff,
+)
+from svp_bench.report.view import report_view
+from svp_bench.stats.inference import FEWEST_PAIRS, FEWEST_SOURCES
+from svp_bench.tables.build import load_table, suites_of
+from svp_bench.tables.model import Table
+from svp_bench.tables.notes import (
+    IMAGES,
+    MAJORITY,
+    PLUMBING,
+    interval,
+    p_value,
+    percent,
+    short_name,
+    signed,
+    size_span,
+    span,
+)
+from svp_bench.tables.quoted import citations
+from svp_bench.tasks.cards import SuiteCard, list_suites, load_suite, load_task
+
+__all__ = ["json_in_html", "render", "report_path", "run_report"]
+
+_PATHS = {  # of the markers in `figures.SHAPES`, for the small pictures beside names; 5 units from the middle
+    "circle": "M5,0A5,5 0 1 1 -5,0A5,5 0 1 1 5,0Z",
+    "square": "M-4.6,-4.6H4.6V4.6H-4.6Z",
+    "diamond": "M0,-6L6,0L0,6L-6,0Z",
+    "triangle-up": "M0,-6L5.8,4.4H-5.8Z",
+    "cross": "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
+    "triangle-down": "M0,6L5.8,-4.4H-5.8Z",
+    "pentagon": "M0,-5.8L5.6,-1.8L3.5,4.8H-3.5L-5.6,-1.8Z",
+    "star": "M0,-6.4L1.6,-2.1L6.1,-2L2.5,0.8L3.8,5.2L0,2.6L-3.8,5.2L-2.5,0.8L-6.1,-2L-1.6,-2.1Z",
+    "hexagon": "M0,-6L5.2,-3V3L0,6L-5.2,3V-3Z",
+    "hourglass": "M-5,-5H5L-5,5H5Z",
+}
+
+
+def json_in_html(value: Any) -> str:
+    r"""Return JSON that can stand in a <script>: `<`, `>`, `&`, U+2028 and U+2029 are \u escapes."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def report_path(results_root: Path | str) -> Path:
+    """Return where the page goes if nothing else is said."""
+    return Path(results_root) / "report" / "index.html"
+
+
+def run_report(
+    results_root: Path | str,
+    suites: Sequence[str] | None = None,
+    *,
+    published: bool = False,
+    output: Path | str | None = None,
+    runs_root: Path | str = "runs",
+    control: str | None = None,
+) -> str:
+    """Do what `svp-bench report` does: read all records, write the page, and return the text to print.
+
+    Args:
+        results_root: The folder that holds `records/`.
+        suites: Suites to show. None: those with records and, with `published`, with quoted numbers.
+        published: Show the quoted numbers from the start; they are in the page anyway, behind a switch.
+        output: Where to write; None: `report_path`.
+        runs_root: Folder of the runs, whose event files hold the learning curves.
+        control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
+
+    Raises:
+        UsageError: If there is no folder `results_root`, a suite is unknown, no table has a row named `control`, or
+            `output` is a folder.
+        RecordError: If the page cannot be written, or a file of published numbers is malformed.
+    """
+    target = report_path(results_root) if output is None else Path(output)
+    if target.is_dir():
+        raise UsageError(f"--output {target} is a folder; give the name of the page, e.g. {target / 'index.html'}")
+    known = list_suites()
+    given = None if suites is None else [load_suite(name) for name in suites]
+    if not Path(results_root).is_dir():
+        raise UsageError(
+            f"--results_root {results_root}: there is no such folder; give the one that holds records/ "
+            "(`svp-bench fit` makes it)"
+        )
+    records, problems = read_records(results_root)
+    cards = [load_suite(name) for name in suites_of(records)] if given is None else given
+    present = {record.suite for record in records} | {_suite_of(problem) for problem in problems}
+    tables = []
+    for card in cards:
+        quoted = load_published(card)
+        if suites is None and card.owner not in present and not (published and quoted):
+            continue
+        tables.append(load_table(card, records, problems, quoted, control))
+    owners = {card.owner for card in cards}
+    _check_control(tables, control)
+    strays = [problem for problem in problems if _suite_of(problem) not in known]
+    strays += [
+        Problem(
+            f"records/{record.task}/{record.run_id}.json",
+            f"there is no suite {record.suite!r} here; --tasks_dir DIR adds cards",
+        )
+        for record in records
+        if record.suite not in known
+    ]
+    report = report_view(
+        tables,
+        titles={task: load_task(task).title for table in tables for task in table.suite.tasks},
+        curves=read_curves([record for record in records if record.suite in owners], runs_root),
+        strays=strays if suites is None else [],
+        runs_root=Path(runs_root).as_posix(),
+    )
+    text = render(report, tables, published=published, root=_link(Path(results_root), target.parent))
+    write_atomically(target, text)
+    return _told(report, target, text)
+
+
+def _check_control(tables: Sequence[Table], control: str | None) -> None:
+    rows = [row for table in tables for section in table.sections for row in section.rows]
+    names = {name for row in rows for name in (row.method, row.label)}
+    if control is not None and names and control not in names:
+        raise unknown_name("method or row", control, names, where="--control")
+
+
+def _told(report: ReportView, target: Path, text: str) -> str:
+    lines = []
+    for suite in report.suites:
+        rows = sum(len(section.rows) for section in suite.sections)
+        entered = sum(section.table.records for section in suite.sections)
+        parts = [plural(len(suite.sections), "section"), plural(rows, "row"), plural(entered, "record")]
+        parts += [f"{len(suite.out) + len(suite.problems)} left out", plural(len(suite.curves.runs), "learning curve")]
+        parts += [plural(len(suite.quoted), "quoted method")]
+        lines.append(f"{suite.card.title}: {', '.join(parts)}")
+    if not report.suites:
+        lines.append("There are no records yet, so the page is empty; `svp-bench fit --config FILE` writes a record.")
+    length = file_size(len(text.encode("utf-8", errors="backslashreplace")))
+    lines.append(f"Written: {target} ({length}, loads nothing from anywhere)")
+    return "\n".join([*map(printable, lines), ""])
+
+
+def _suite_of(problem: Problem) -> str | None:
+    parts = problem.path.split("/")
+    return parts[1] if len(parts) > 2 else None
+
+
+def _link(results_root: Path, folder: Path) -> str:
+    """Return the address of the results root as seen from the page: relative where a path can be."""
+    try:
+        return quote(Path(os.path.relpath(results_root.resolve(), folder.resolve())).as_posix())
+    except ValueError:  # on another drive of Windows
+        return results_root.resolve().as_uri()
+
+
+# ------------------------------------------------------------------------------------------------------------- render
+
+
+def render(report: ReportView, tables: Sequence[Table], *, published: bool = False, root: str = "..") -> str:
+    """Return the page.
+
+    Args:
+        report: What it shows.
+        tables: What `report` was derived from.
+        published: Show the quoted numbers from the start.
+        root: Address of the results root, relative to the page.
+    """
+    folder = files("svp_bench.report")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
+    environment.finalize = lambda value: printable(value) if type(value) is str else value  # not the page's own Markup
+    environment.filters["short_name"] = short_name
+    environment.filters["plural"] = plural
+    environment.tests["measured"] = lambda task, section: any(task.name in row.cells for row in section.rows)
+    environment.filters["breakable"] = _breakable
+    figures = {
+        name: figure for suite in report.suites for name, figure in drawing.figures_of(suite, report.level).items()
+    }
+    records = report.pool.records
+    script = (folder / "page.js").read_text(encoding="utf-8")
+    scripts = [libraries.plotly_js(), libraries.datatables_js(), libraries.in_script(script)]
+    data = {
+        "root": root,
+        "figures": figures,
+        "pool": report.pool.to_json(),
+        "curves": {suite.id: _curve_data(suite) for suite in report.suites},
+        "colours": drawing.COLOURS,
+    }
+    helpers: dict[str, Callable[..., Any]] = {
+        "raw": Markup,
+        "columns_of": drawing.columns_of,
+        "slug": drawing.slug,
+        "colour": lambda style: drawing.COLOURS[style % len(drawing.COLOURS)],
+        "shape_path": lambda style: _PATHS[drawing.SHAPES[style % len(drawing.SHAPES)]],
+        "place": lambda number, domain: f"{100 * (number - domain[0]) / (domain[1] - domain[0]):.2f}",
+        "domain_of": _domain_of,
+        "pictures_of": _pictures_of,
+        "drawn_means": lambda suite, section: [
+            column
+            for column in drawing.columns_of(suite, section)
+            if f"{section.id}-mean-{drawing.slug(suite, column)}" in figures
+        ],
+        "tested": lambda comparison: any(found.p is not None for found in comparison.contrasts),
+        "span": span,
+        "sizes": lambda pair: size_span(*pair),
+        "interval": interval,
+        "signed": signed,
+        "p_value": p_value,
+        "point": _point,
+        "places_of": _places_of,
+        "quoted_columns": _quoted_columns,
+        "record_link": lambda place: f"{root}/{quote(_record_path(records[place]))}",
+        "run_id": lambda place: records[place].run_id,
+    }
+    text: str = environment.from_string((folder / "template.html.j2").read_text(encoding="utf-8")).render(
+        **helpers,
+        report=report,
+        figures=figures,
+        citations={table.suite.name: list(citations(table).values()) for table in tables},
+        suite_titles=_titles([suite.card for suite in report.suites]),
+        newest=None if report.newest is None else _readable(report.newest),
+        level=percent(report.level),
+        plumbing=PLUMBING,
+        majority=MAJORITY,
+        star=IMAGES,
+        fewest=FEWEST_PAIRS,
+        fewest_sources=FEWEST_SOURCES,
+        show_published=published,
+        any_quoted=any(suite.quoted for suite in report.suites),
+        curve_points=POINTS,
+        version=__version__,
+        plotly_version=version("plotly"),
+        itables_version=version("itables"),
+        notices=libraries.NOTICES,
+        licence_texts=libraries.LICENCES,
+        policy=_policy(scripts),
+        datatables_css=libraries.datatables_css(),
+        css=(folder / "page.css").read_text(encoding="utf-8"),
+        plotly_js=scripts[0],
+        datatables_js=scripts[1],
+        js=scripts[2],
+        data_json=json_in_html(data),
+    )
+    return text
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Return the content security policy: these scripts and no others, styles of the page, and no network at all."""
+    hashes = " ".join(libraries.script_hash(script) for script in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _breakable(label: str) -> Markup:
+    """A name that a narrow column may break where its words end."""
+    return Markup(re.sub(r"([_=./,]+)", r"\1<wbr>", str(escape(printable(label)))))
+
+
+def _titles(cards: Sequence[SuiteCard]) -> str:
+    return ", ".join(card.title for card in cards) or "No records yet"
+
+
+def _readable(created: str) -> str:
+    return datetime.strptime(created, CREATED).strftime("%Y-%m-%d, %H:%M UTC")
+
+
+def _point(trade: TradeOff, row: RowView) -> Point | None:
+    return next((point for point in trade.points if point.row.id == row.id), None)
+
+
+def _domain_of(section: SectionView) -> tuple[int, int]:
+    """Whole percents around all means and intervals that the leaderboard draws."""
+    values = [row.present for row in section.rows]
+    ends = [end for value in values for pair in (value.shown, value.new) if pair for end in pair]
+    ends += [value.mean for value in values]
+    return (math.floor(min(ends)), math.floor(max(ends)) + 1) if ends else (0, 100)
+
+
+def _pictures_of(section: SectionView, task: TaskView) -> str:
+    """How many test pictures a task has in a section; "9–10" where its rows have different lists."""
+    counts = [row.cells[task.name].pictures for row in section.rows if task.name in row.cells]
+    low, high = min(counts, default=0), max(counts, default=0)
+    return "" if not counts else f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def _places_of(suite: SuiteView, row: RowView, column: str) -> list[int]:
+    """Places of the records behind the mean `column` of a row."""
+    inside = {task.name for task in suite.tasks if column in (task.group, *mean_names(suite.card))}
+    return [run.record for task, cell in row.cells.items() if task in inside for run in cell.runs]
+
+
+def _quoted_columns(suite: SuiteView) -> list[str]:
+    """The columns in which a quoted method has a number, in the order of the tables, others behind them."""
+    known = [*suite.means, *suite.card.groups, *(task.id for task in suite.tasks)]
+    used = {column for quote in suite.quoted for column in quote.scores}
+    return [*(column for column in dict.fromkeys(known) if column in used), *sorted(used.difference(known))]
+
+
+def _record_path(record: Record) -> str:
+    return f"records/{record.task}/{record.run_id}.json"
+
+
+def _curve_data(suite: SuiteView) -> dict[str, Any]:
+    """The titles of the sections that have curves, and each run's record, section, label, style and curves."""
+    homes = {run.section for run in suite.curves.runs}
+    titles = {section.id: f"{section.title}, {section.weights}" for section in suite.sections if section.id in homes}
+    if "" in homes:
+        titles[""] = "not in the tables"
+    runs = [
+        {
+            "record": run.record,
+            "section": run.section,
+            "label": run.label,
+            "style": run.style,
+            "tags": {
+                tag: [[step for step, _ in points], [float(f"{value:.5g}") for _, value in points]]
+                for tag, points in sorted(run.curve.scalars.items())
+            },
+        }
+        for run in suite.curves.runs
+    ]
+    return {"sections": titles, "runs": runs}

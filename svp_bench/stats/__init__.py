@@ -1,0 +1,1 @@
+"""Intervals, tests and power: pure functions of arrays, no I/O."""

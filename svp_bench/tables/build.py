@@ -1,0 +1,509 @@
+"""Tables, derived from records and never edited: the same records give the same bytes, in whatever order they are read.
+
+A row is protocol, backbone, checkpoint digest, method and setting; a cell is a row on the same data of one task. Only
+complete final records enter. The seeds of a cell are averaged; nothing is averaged over different data. A cell without
+a record stays a hole, and so does every mean that would need it. Complete rows are ranked among rows of the same
+protocol, backbone, checkpoint and track (how the settings were come by), by the mean over all tasks; not so rows with a
+drawn stand-in for data, and rows on random weights, which stand apart. What does not enter is listed below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from svp_bench.core.errors import UsageError, printable, unknown_name
+from svp_bench.records.defaults import departure_texts, departures, recipe, row_digest
+from svp_bench.records.published import PublishedRow, load_published
+from svp_bench.records.record import Record
+from svp_bench.records.store import Problem, read_records, write_atomically
+from svp_bench.tables.comparison import compare_rows, rank_rows, row_intervals
+from svp_bench.tables.labels import custom_data, custom_name, row_labels
+from svp_bench.tables.model import (
+    CARD,
+    Cell,
+    Comparison,
+    Contrast,
+    Intervals,
+    LeftOut,
+    Row,
+    Section,
+    Table,
+    Track,
+    track_of,
+)
+from svp_bench.tables.notes import DIGITS, HOLE, NOT_COMPARABLE, QUOTED
+from svp_bench.tables.render_csv import long_csv, wide_csv
+from svp_bench.tables.render_latex import render_latex
+from svp_bench.tables.render_text import render_markdown, render_terminal
+from svp_bench.tasks.cards import ProtocolCard, SuiteCard, list_parts, list_suites, load_protocol, load_suite, load_task
+
+__all__ = [
+    "HOLE",
+    "QUOTED",
+    "Cell",
+    "Comparison",
+    "Contrast",
+    "Intervals",
+    "LeftOut",
+    "Row",
+    "Section",
+    "Table",
+    "Track",
+    "build_table",
+    "load_table",
+    "render_latex",
+    "render_markdown",
+    "render_terminal",
+    "run_compare",
+    "run_table",
+    "suites_of",
+    "table_paths",
+    "write_tables",
+]
+
+
+def build_table(
+    suite: SuiteCard,
+    records: Iterable[Record],
+    problems: Iterable[Problem] = (),
+    *,
+    task_versions: Mapping[str, int],
+    as_found: Collection[str] = (),
+    protocols: Iterable[ProtocolCard] = (),
+    published: Iterable[PublishedRow] = (),
+    control: str | None = None,
+    level: float = 0.95,
+) -> Table:
+    """Derive the table of `suite`.
+
+    Args:
+        suite: Its card.
+        records: Records of any suites, in any order.
+        problems: Files that are no records; those of other suites are left to their tables.
+        task_versions: Task → version of its card, for every task with records; those of another version do not enter.
+        as_found: Tasks whose card leaves classes and counts to the data: another data set is another task. Their
+            records stand in one section for each digest of the data.
+        protocols: Cards whose selection rule is printed.
+        published: Quoted numbers to be shown in a section of their own.
+        control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
+        level: Of all intervals.
+    """
+    rules = {(card.name, card.version): card for card in protocols}
+    entering: list[Record] = []
+    left_out: list[LeftOut] = []
+    for record in records:
+        if record.suite != suite.owner or (suite.tasks_of is not None and record.task not in suite.tasks):
+            continue
+        reason = _reason_to_leave_out(record, suite, task_versions)
+        if reason is None:
+            entering.append(record)
+        else:
+            left_out.append(LeftOut(record, *reason))
+    counting, superseded = _newest_of_each_seed(entering)
+    by_section: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in counting:
+        key = (record.protocol, record.protocol_version, record.backbone, record.checkpoint_digest or "")
+        custom = custom_data(record) if record.task in as_found else ""
+        by_section[(*key, track_of(record), custom)].append(record)
+    sections = [
+        _section(suite, members, rules, level, custom_name(members) if key[-1] else "")
+        for key, members in sorted(by_section.items())
+    ]
+    sections.sort(key=lambda section: (section.random, section.data))
+    return Table(
+        suite=suite,
+        sections=tuple(_compared(suite, section, control, level) for section in sections),
+        left_out=tuple(sorted([*left_out, *superseded], key=lambda out: (out.why, out.record.task, out.record.run_id))),
+        problems=tuple(
+            sorted(
+                (problem for problem in problems if _suite_of(problem) == suite.owner), key=lambda problem: problem.path
+            )
+        ),
+        published=tuple(published),
+        level=level,
+    )
+
+
+def _reason_to_leave_out(record: Record, suite: SuiteCard, task_versions: Mapping[str, int]) -> tuple[str, str] | None:
+    if record.kind != "final":
+        return record.kind, "scored on the list that chooses, not on the test list"
+    if record.status != "complete":
+        return record.status, record.status_reason or "trained, not tested"
+    if record.not_comparable:
+        return NOT_COMPARABLE, "; ".join(record.not_comparable)
+    if record.task not in suite.tasks:
+        return "unknown task", f"the suite {suite.name} (version {suite.version}) has no such task"
+    version = task_versions[record.task]
+    if record.task_version != version:
+        return "other card version", f"run on version {record.task_version} of the task card, which is now {version}"
+    return None
+
+
+def _newest_of_each_seed(records: list[Record]) -> tuple[list[Record], list[LeftOut]]:
+    by_seed: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: (record.created, record.run_id)):
+        by_seed[(*_row_key(record), record.task, *_cell_key(record), record.seed)].append(record)
+    newest = [runs[-1] for runs in by_seed.values()]
+    superseded = [
+        LeftOut(old, "superseded", f"{runs[-1].run_id} is a newer run of the same cell and seed")
+        for runs in by_seed.values()
+        for old in runs[:-1]
+    ]
+    return newest, superseded
+
+
+def _row_key(record: Record) -> tuple[Any, ...]:
+    return (
+        record.protocol,
+        record.protocol_version,
+        record.backbone,
+        record.checkpoint_digest,
+        track_of(record),
+        record.method,
+        row_digest(record),
+    )
+
+
+def _cell_key(record: Record) -> tuple[str, str, str]:
+    """What tells the cells of one row and task apart. Only failed runs lack a data digest, and none of them enters.
+
+    The seeds of a nested search are one cell, though each has the setting that its own search selected.
+    """
+    nested = record.tuned is not None and record.tuned.nested
+    setting = record.setting_digest if nested else record.config_digest
+    return record.data_variant, record.data_digest or "", setting + record.source_digest
+
+
+def _suite_of(problem: Problem) -> str | None:
+    parts = problem.path.split("/")
+    return parts[1] if len(parts) > 2 else None
+
+
+def _section(
+    suite: SuiteCard, records: list[Record], rules: Mapping[tuple[str, int], ProtocolCard], level: float, data: str
+) -> Section:
+    first = records[0]
+    protocol = rules.get((first.protocol, first.protocol_version))
+    by_row: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        by_row[record.method, row_digest(record)].append(record)
+    labels = row_labels({key: members[0] for key, members in by_row.items()})
+    rows = [
+        _row(suite, (method, digest), labels[method, digest], by_row[method, digest], level, protocol)
+        for method, digest in sorted(by_row)
+    ]
+    return Section(
+        protocol=first.protocol,
+        protocol_version=first.protocol_version,
+        selection=None if protocol is None else protocol.selection,
+        backbone=first.backbone,
+        checkpoint=", ".join(sorted({record.checkpoint for record in records})),
+        checkpoint_digest=first.checkpoint_digest,
+        track=replace(
+            track_of(first), selected_on=" or ".join(sorted({track_of(record).selected_on for record in records}))
+        ),
+        precisions=tuple(sorted({record.precision for record in records})),
+        rows=tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)),
+        records=len(records),
+        dirty=sum(record.dirty is True for record in records),
+        data=data,
+    )
+
+
+def _row(
+    suite: SuiteCard,
+    key: tuple[str, str],
+    label: str,
+    records: list[Record],
+    level: float,
+    protocol: ProtocolCard | None,
+) -> Row:
+    method, digest = key
+    by_cell: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        by_cell[(record.task, *_cell_key(record))].append(record)
+    newest_first = sorted(
+        by_cell, key=lambda key: (max((run.created, run.run_id) for run in by_cell[key]), key), reverse=True
+    )
+    # The first cell of a task is shown: data as the card says, and never a stand-in if there is anything else
+    shown_first = sorted(
+        (_cell(by_cell[key]) for key in newest_first),
+        key=lambda cell: (cell.task, cell.drawn, cell.different, cell.variant != CARD, -len(cell.seeds)),
+    )
+    cells: dict[str, Cell] = {}
+    apart: list[Cell] = []
+    for cell in shown_first:
+        if cell.task in cells:
+            apart.append(cell)
+        else:
+            cells[cell.task] = cell
+    groups = {
+        group: _mean_or_hole([cells.get(suite.full(task)) for task in tasks]) for group, tasks in suite.groups.items()
+    }
+    means = [mean for mean in groups.values() if mean is not None]
+    return Row(
+        method=method,
+        label=label,
+        setting_digest=digest,
+        cells=cells,
+        apart=tuple(apart),
+        groups=groups,
+        task_mean=_mean_or_hole([cells.get(task) for task in suite.tasks]),
+        group_mean=_mean(means) if len(means) == len(groups) else None,
+        intervals=row_intervals(suite, cells, level),
+        departures=_departures(suite, cells, protocol),
+        shipped=bool(recipe(method)),
+    )
+
+
+def _departures(
+    suite: SuiteCard, cells: Mapping[str, Cell], protocol: ProtocolCard | None
+) -> dict[str, tuple[str, ...]]:
+    """What of the shown cells is not as shipped → their tasks. The runs of a cell have one config."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for task in suite.tasks:
+        if task in cells:
+            run = cells[task].records[0]
+            searched = run.tuned.keys if run.tuned is not None else ()
+            for text in departure_texts(departures(run, protocol, searched, epochs=True)):
+                found[text].append(task)
+    return {text: tuple(found[text]) for text in sorted(found)}
+
+
+def _cell(runs: list[Record]) -> Cell:
+    runs = sorted(runs, key=lambda run: run.seed)
+    scores = [run.metrics.top1 for run in runs if run.metrics is not None]
+    mean = _mean(scores)
+    # One seed has no spread: a 0 would claim that it has none
+    std = math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / (len(scores) - 1)) if len(scores) > 1 else None
+    adapter = [run.parameters.adapter for run in runs]
+    return Cell(
+        task=runs[0].task,
+        task_version=runs[0].task_version,
+        variant=runs[0].data_variant,
+        data_digest=runs[0].data_digest,
+        config_digest=runs[0].config_digest,
+        mean=mean,
+        std=std,
+        seeds=tuple(run.seed for run in runs),
+        different=any(run.data_status == "different" for run in runs),
+        adapter=(min(adapter), max(adapter)),
+        records=tuple(runs),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)  # fsum: the order of the records must not reach the last digit
+
+
+def _mean_or_hole(cells: Sequence[Cell | None]) -> float | None:
+    present = [cell.mean for cell in cells if cell is not None]
+    return _mean(present) if len(present) == len(cells) else None
+
+
+def _in_order(rows: list[Row], ranked: bool) -> list[Row]:
+    """Rank the complete rows on real data (1, 2, 2, 4: equal means share a rank); behind them the others, by name.
+
+    Rows on other images have no common ranking: ranked are those on the data that most rows have, if there are such.
+    """
+    by_name = sorted(rows, key=lambda row: (row.label, row.setting_digest))
+    if not ranked:
+        return by_name
+    data = {row.label: _data_of(row) for row in by_name if row.task_mean is not None and not row.drawn}
+    counts = Counter(data.values()).most_common(2)
+    common = counts[0][0] if counts and (len(counts) == 1 or counts[0][1] > counts[1][1]) else None
+    means = [
+        None if row.task_mean is None or data.get(row.label, ()) != common else round(row.task_mean, DIGITS)
+        for row in by_name
+    ]
+    scores = [mean for mean in means if mean is not None]
+    placed = [
+        row if mean is None else replace(row, rank=1 + sum(x > mean for x in scores))
+        for row, mean in zip(by_name, means, strict=True)
+    ]
+    return sorted(placed, key=lambda row: len(rows) + 1 if row.rank is None else row.rank)
+
+
+def _data_of(row: Row) -> tuple[tuple[str, str, str | None], ...]:
+    """Which data each cell of a row is on."""
+    return tuple(sorted((task, cell.variant, cell.data_digest) for task, cell in row.cells.items()))
+
+
+def _compared(suite: SuiteCard, section: Section, control: str | None, level: float) -> Section:
+    """Add to a section what needs more than one row."""
+    return replace(
+        section,
+        comparison=compare_rows(suite, section, control, level),
+        ranks=rank_rows(suite, section, level),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def table_paths(suite: SuiteCard, results_root: Path | str) -> tuple[Path, Path, Path, Path]:
+    """Return the files of a suite: the wide CSV, the long CSV, the Markdown page, the LaTeX table."""
+    folder = Path(results_root) / "tables"
+    names = (f"{suite.table}.csv", f"{suite.table}_long.csv", f"{suite.table}.md", f"{suite.table}.tex")
+    return folder / names[0], folder / names[1], folder / names[2], folder / names[3]
+
+
+def write_tables(table: Table, results_root: Path | str) -> tuple[Path, Path, Path, Path]:
+    """Write the files of `table_paths`, each atomically, and return their paths.
+
+    Raises:
+        RecordError: If the folder cannot be written.
+    """
+    paths = table_paths(table.suite, results_root)
+    texts = (wide_csv(table), long_csv(table), render_markdown(table), render_latex(table))
+    for path, text in zip(paths, texts, strict=True):
+        write_atomically(path, text)
+    return paths
+
+
+def load_table(
+    card: SuiteCard,
+    records: Sequence[Record],
+    problems: Iterable[Problem] = (),
+    published: Iterable[PublishedRow] = (),
+    control: str | None = None,
+    level: float = 0.95,
+) -> Table:
+    """Derive the table of the suite `card` as `build_table` does, with task and protocol cards as they are now."""
+    tasks = {record.task for record in records}
+    return build_table(
+        card,
+        records,
+        problems,
+        task_versions={task: load_task(task).version for task in card.tasks if task in tasks},
+        as_found=[task for task in card.tasks if task in tasks and load_task(task).as_found],
+        protocols=_protocols(records, card.owner),
+        published=published,
+        control=control,
+        level=level,
+    )
+
+
+def suites_of(records: Iterable[Record]) -> list[str]:
+    """Return the suites to show by default: all, a part in the place of its suite if just its tasks were tested."""
+    tested: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        if record.kind == "final" and record.status == "complete":
+            tested[record.suite].add(record.task)
+    shown = []
+    for name in list_suites():
+        parts = [part for part in list_parts(name) if {*load_suite(part).tasks} == tested[name]]
+        shown.append(parts[0] if parts else name)
+    return shown
+
+
+def run_table(
+    results_root: Path | str,
+    suites: Sequence[str] | None = None,
+    published: bool = False,
+    control: str | None = None,
+    all_columns: bool = False,
+) -> str:
+    """Do what `svp-bench table` does: read all records, write the tables, and return the text to print.
+
+    Args:
+        results_root: The folder that holds `records/`; the files go to its `tables/`.
+        suites: Suites to write. None: those with records, with files of earlier tables and, with `published`, with
+            quoted numbers.
+        published: Show the quoted numbers too.
+        control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
+        all_columns: Print tasks and groups without any result too.
+
+    Raises:
+        UsageError: If a suite is unknown, or no table has a row named `control`.
+        RecordError: If the tables cannot be written, or a file of published numbers is malformed.
+    """
+    records, problems = read_records(results_root)
+    cards = {name: load_suite(name) for name in (suites if suites is not None else suites_of(records))}
+    quoted = {name: load_published(card) if published else [] for name, card in cards.items()}
+    present = {record.suite for record in records} | {_suite_of(problem) for problem in problems}
+    tables: list[Table] = []
+    for name, card in cards.items():
+        old = any(path.exists() for path in table_paths(card, results_root))
+        if suites is None and card.owner not in present and not quoted[name] and not old:
+            continue
+        tables.append(load_table(card, records, problems, quoted[name], control))
+    _check_control(tables, control)
+    if not Path(results_root).is_dir() and not any(quoted.values()):
+        return _no_records(results_root)  # a mistyped folder is not made; quoted numbers alone are a table
+    parts: list[str] = []
+    for table in tables:
+        paths = write_tables(table, results_root)
+        shown = render_terminal(table, all_columns=all_columns)
+        parts.append(f"{shown}\nWritten: {', '.join(printable(path) for path in paths)}\n")
+    strays = [problem for problem in problems if _suite_of(problem) not in list_suites()]
+    strays += [
+        Problem(
+            f"records/{record.task}/{record.run_id}.json",
+            f"there is no suite {record.suite!r} here; --tasks_dir DIR adds cards",
+        )
+        for record in records
+        if record.suite not in list_suites()
+    ]
+    if strays:
+        listed = (printable(f"  {stray.path}: {stray.reason}") for stray in strays)
+        parts.append("\n".join(["Belong to no suite:", *listed, ""]))
+    if (Path(results_root) / "replications").is_dir():
+        from svp_bench.tables.test_peeking import run_tax_table
+
+        tax = run_tax_table(results_root, suites)
+        if tax:
+            parts.append(tax)
+    if not parts:
+        return _no_records(results_root)
+    return "\n".join(parts)
+
+
+def run_compare(results_root: Path | str, first: str, second: str, suites: Sequence[str] | None = None) -> str:
+    """Do what `svp-bench table --compare` does: compare two rows task by task, and return the text to print.
+
+    Args:
+        results_root: The folder that holds `records/`.
+        first: Label or method of a row.
+        second: Label or method of another; differences are first minus second.
+        suites: Suites to look at; None: all.
+
+    Raises:
+        UsageError: If a suite is unknown, a name is that of no row or of several, or no section has both rows.
+    """
+    from svp_bench.tables.pairwise import compare_pair, render_pairs
+
+    records, problems = read_records(results_root)
+    cards = [load_suite(name) for name in (suites if suites is not None else list_suites())]
+    tables = [load_table(card, records, problems) for card in cards]
+    if not any(table.sections for table in tables):
+        return _no_records(results_root)
+    return render_pairs(compare_pair(tables, first, second), tables[0].level)
+
+
+def _no_records(results_root: Path | str) -> str:
+    folder = Path(results_root) / "records"
+    return f"There are no records in {folder} yet, so no table; `svp-bench fit --config FILE` writes a record.\n"
+
+
+def _check_control(tables: Sequence[Table], control: str | None) -> None:
+    """Raise UsageError if a control was named and no table has such a row."""
+    rows = [row for table in tables for section in table.sections for row in section.rows]
+    names = {name for row in rows for name in (row.method, row.label)}
+    if control is not None and names and control not in names:
+        raise unknown_name("method or row", control, names, where="--control")
+
+
+def _protocols(records: Iterable[Record], suite: str) -> list[ProtocolCard]:
+    cards = []
+    for name in sorted({record.protocol for record in records if record.suite == suite}):
+        try:
+            cards.append(load_protocol(name))
+        except UsageError:  # a record of a protocol that is gone still counts; its notes say that the card is missing
+            continue
+    return cards

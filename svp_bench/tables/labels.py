@@ -1,0 +1,89 @@
+"""Names of rows: the method, and what tells its settings apart if a method has several."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from svp_bench.core.errors import plural
+from svp_bench.records.defaults import row_setting
+from svp_bench.records.record import Record
+
+__all__ = ["custom_data", "custom_name", "row_labels", "short_value"]
+
+
+def custom_data(record: Record) -> str:
+    """Return what tells custom data sets apart: variant and digest of the data that a run read."""
+    return f"{record.data_variant} {record.data_digest or ''}"
+
+
+def custom_name(records: Sequence[Record]) -> str:
+    """Return the name of the custom data set of `records`: folders, number of classes, first digits of the digest."""
+    folders = sorted({str(record.config.get("data", {}).get("root") or "") for record in records})
+    named = sorted({_folder(folder) for folder in folders})
+    scored = [record.metrics.per_class for record in records if record.metrics and record.metrics.per_class]
+    classes = len(scored[0].count) if scored else records[0].config.get("model", {}).get("num_classes")
+    parts = [" or ".join(name for name in named if name) or "custom data"]
+    if isinstance(classes, int):
+        parts.append(plural(classes, "class"))
+    return ", ".join([*parts, f"data {short_value(records[0].data_digest)}"])
+
+
+def _folder(path: str) -> str:
+    """The last part of a path that is a name, of either kind of separator."""
+    return next((part for part in reversed(re.split(r"[/\\]", path)) if part not in ("", ".", "..")), "")
+
+
+def row_labels(rows: Mapping[tuple[str, str], Record]) -> dict[tuple[str, str], str]:
+    """Name each (method, setting digest) by the method, and by what differs if a method has several settings.
+
+    Args:
+        rows: (method, setting digest) → any record of the row. The labels tell these rows apart, and no others.
+    """
+    labels: dict[tuple[str, str], str] = {}
+    for method in {method for method, _ in rows}:
+        settings = {key: dict(_flat(row_setting(record))) for key, record in rows.items() if key[0] == method}
+        names = {name for setting in settings.values() for name in setting}
+        differing = sorted(name for name in names if _differs(name, list(settings.values())))
+        shown = _short_names(differing)
+        for key, setting in settings.items():
+            parts = [f"{shown[name]}={short_value(setting[name])}" for name in differing if name in setting]
+            labels[key] = f"{method} ({', '.join(parts)})" if parts else method
+    counts = Counter(labels.values())  # 4 and "4" look alike: then the digest has to tell the rows apart
+    return {key: label if counts[label] == 1 else f"{label} [{short_value(key[1])}]" for key, label in labels.items()}
+
+
+def _differs(name: tuple[str, ...], settings: Sequence[Mapping[tuple[str, ...], Any]]) -> bool:
+    values = {json.dumps(setting[name]) if name in setting else "" for setting in settings}  # "" is no JSON: absent
+    return len(values) > 1
+
+
+def _flat(config: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def short_value(value: Any) -> str:
+    """Return a config value as short text: of a digest its first twelve digits, else the value as JSON writes it."""
+    if isinstance(value, str):
+        return value.removeprefix("sha256:")[:12] if value.startswith("sha256:") else value
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _short_names(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Give each dotted key its last part, and as many parts before it as it takes to tell the keys apart."""
+    # `class_path` and `init_args` are jsonargparse's; they tell a reader nothing
+    kept = {name: tuple(part for part in name if part not in ("class_path", "init_args")) or name for name in names}
+    short: dict[tuple[str, ...], str] = {}
+    for name, parts in kept.items():
+        size = 1
+        while size < len(parts) and sum(other[-size:] == parts[-size:] for other in kept.values()) > 1:
+            size += 1
+        short[name] = ".".join(parts[-size:])
+    return short

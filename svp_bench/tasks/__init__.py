@@ -1,0 +1,1 @@
+"""Task, suite and protocol cards."""

@@ -1,0 +1,215 @@
+"""From a run that has ended to its record: status, scores, and all that made them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from svp_bench import __version__
+from svp_bench.core.errors import RecordError, SvpBenchError, plural
+from svp_bench.data.module import VisionDataModule
+from svp_bench.methods.build import trained_parameters
+from svp_bench.ops import Choice
+from svp_bench.records.code import package_digest
+from svp_bench.records.record import Correct, Metrics, Parameters, Record, timestamp
+from svp_bench.train.callbacks import Meter, peak_memory_mib
+from svp_bench.train.comparable import RecipeWatch, external_classes
+from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
+from svp_bench.train.module import AdaptationModule
+from svp_bench.train.parser import Resolved
+from svp_bench.train.provenance import cpu_name, device_name, library_versions
+from svp_bench.train.resume import CHECKPOINT
+
+__all__ = ["Recorder"]
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """What a record is made of.
+
+    Attributes:
+        run_id: The run's name.
+        run_dir: Its folder.
+        resolved: Its resolved config.
+        commit: Commit of the checkout, or None.
+        dirty: Whether code, cards or configs differ from it.
+        model: The Lightning module.
+        data: The data module.
+        trainer: The trainer.
+        meter: What was measured along the way.
+        watch: What differed from the recipe, and the digest of the weights that were scored.
+    """
+
+    run_id: str
+    run_dir: Path
+    resolved: Resolved
+    commit: str | None
+    dirty: bool | None
+    model: AdaptationModule
+    data: VisionDataModule
+    trainer: Trainer
+    meter: Meter
+    watch: RecipeWatch
+
+    def scan_choice(self) -> Choice:
+        """Return the scan backend that runs, and why.
+
+        Raises:
+            UnavailableError: If a backend was asked for by name and cannot run on the device.
+        """
+        return self.model.scan_choice(self.trainer.strategy.root_device, str(self.trainer.precision))
+
+    def outcome(self) -> tuple[str, str | None]:
+        """Whether the whole run was trained: `limit_*`, `fast_dev_run` and early ends make it truncated."""
+        trainer = self.resolved.config["trainer"]
+        cut = [
+            f"trainer.{name} {trainer[name]}"
+            for name in ("limit_train_batches", "limit_test_batches", "limit_val_batches")
+            if trainer.get(name) is not None and repr(trainer[name]) != "1.0"  # 1.0: all; 1: one batch
+        ]
+        if trainer.get("fast_dev_run"):
+            cut.append("trainer.fast_dev_run")
+        if trainer.get("overfit_batches"):
+            cut.append(f"trainer.overfit_batches {trainer['overfit_batches']}")
+        planned = self.trainer.max_epochs
+        if self.trainer.interrupted:
+            return "interrupted", "stopped by the user"
+        if not cut and planned is not None and planned > 0 and self.trainer.current_epoch < planned:
+            cut.append(f"stopped after {self.trainer.current_epoch} of {plural(planned, 'epoch')}")
+        if not cut and planned is not None:
+            steps = planned * math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+            if self.trainer.global_step < steps:
+                cut.append(f"stopped after {self.trainer.global_step} of {plural(steps, 'step')}")
+        if self.data.stage == "select" and not cut and self.meter.validated_at != self.trainer.global_step:
+            cut.append("val was not scored after the last epoch")
+        return ("truncated", ", ".join(cut)) if cut else ("complete", None)
+
+    def parameters(self) -> Parameters:
+        """Count the parameters."""
+        trained = trained_parameters(self.model.model)
+        head = sum(p.numel() for name, p in trained.items() if name.startswith("head."))
+        total = sum(p.numel() for p in self.model.model.parameters())
+        trainable = sum(p.numel() for p in trained.values())
+        return Parameters(trainable=trainable, head=head, adapter=trainable - head, total=total)
+
+    def scores(self) -> tuple[Metrics, Correct]:
+        """Return the scores on the test list, and one bit a picture.
+
+        Raises:
+            SvpBenchError: If some picture was not scored once.
+        """
+        evaluation = self._of_the_whole_list("test", self.model.tested)
+        digest = self.data.test_list_digest
+        assert digest is not None
+        return evaluation.for_record(), Correct.of(evaluation.right, self.data.lists["test"], digest)
+
+    def selection_scores(self) -> tuple[Metrics | None, Correct | None]:
+        """Return the scores on val after the last epoch, and one bit an image, which a search compares settings by."""
+        if self.model.validated is None:
+            return None, None
+        evaluation = self._of_the_whole_list("val", self.model.validated)
+        bits = Correct.of(evaluation.right, self.data.lists["val"], self.data.list_digest("val"))
+        return evaluation.for_record(), bits
+
+    def _of_the_whole_list(self, role: str, evaluation: Evaluation | None) -> Evaluation:
+        expected = self.data.report.counts[self.data.lists[role]]
+        index = torch.empty(0) if evaluation is None else evaluation.scores.index
+        if evaluation is None or not torch.equal(index, torch.arange(expected)):
+            raise SvpBenchError(
+                f"the {role} list gave {plural(len(index), 'picture')}, not each of the {expected} once; please "
+                "report this"
+            )
+        return evaluation
+
+    def write_tables(self, role: str, folder: Path) -> None:
+        """Write confusions, the accuracy of each class and all predictions beside the run's checkpoint; say where."""
+        evaluation = self.model.tested if role == "test" else self.model.validated
+        assert evaluation is not None
+        try:
+            confusion, per_class = write_tables(evaluation, self.data.class_names, folder, role)
+            names = self.data.image_names(role)
+            images = write_predictions(evaluation, names, self.data.class_names, folder, role)
+        except RecordError as error:
+            reason = str(error).partition("; ")[0]  # the rest of it names the folder of records
+            rank_zero_warn(f"{reason}; the record is complete, the tables of its predictions are not")
+            return
+        print(f"Confusion matrix: {confusion}; accuracy of each class: {per_class}", flush=True)
+        print(f"Predictions of all images: {images}", flush=True)
+
+    def record(self, status: str, reason: str | None, tested: bool) -> Record:
+        """Return the record; `tested`: whether the test list was scored."""
+        model, data, resolved = self.model, self.data, self.resolved
+        metrics: Metrics | None = None
+        correct: Correct | None = None
+        val_correct: Correct | None = None
+        if tested:
+            metrics, correct = self.scores()
+        elif data.stage == "select" and status == "complete":
+            metrics, val_correct = self.selection_scores()
+        looked = data._report is not None
+        choice = self.scan_choice()
+        saved = self.run_dir / CHECKPOINT
+        peak = self.meter.peak_mib
+        source = str(model.checkpoint)
+        return Record(
+            schema=1,
+            run_id=self.run_id,
+            created=timestamp(),
+            task=data.card.name,
+            task_version=data.card.version,
+            suite=data.card.suite,
+            kind="final" if data.stage == "final" else "selection",
+            status=status,
+            status_reason=reason,
+            method=resolved.method,
+            method_args=model.method.settings(),
+            backbone=model.backbone_name,
+            checkpoint=source if source in ("hub", "embedded", "none") else Path(source).name,
+            checkpoint_digest=None if source == "none" else model.backbone_digest,
+            protocol=data.protocol.name,
+            protocol_version=data.protocol.version,
+            stage=data.stage,
+            lists=dict(data.lists),
+            data_variant=data.report.variant if looked else "card",
+            data_status=data.report.status if looked else "as_card",
+            data_notes=list(data.report.notes) if looked else [],
+            data_digest=data.report.digest if looked else None,
+            seed=resolved.seed,
+            config=resolved.config,
+            config_digest=resolved.config_digest,
+            setting_digest=resolved.setting_digest,
+            tuned=resolved.tuned,
+            package_version=__version__,
+            commit=self.commit,
+            dirty=self.dirty,
+            libraries=library_versions(),
+            scan_backend=choice.name,
+            scan_reason=choice.reason,
+            device=device_name(self.trainer.strategy.root_device),
+            device_count=self.trainer.world_size,
+            precision=str(self.trainer.precision),
+            metrics=metrics,
+            correct=correct,
+            val_correct=val_correct,
+            parameters=self.parameters(),
+            times={name: round(value, 3) for name, value in self.meter.seconds.items()},
+            epochs=self.meter.epochs,
+            images_per_second=self.meter.images_per_second,
+            peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device) if peak is None else peak,
+            image_notes=dict(data.image_notes) or None,
+            content_digests=dict(data.content_digests) or None,
+            checkpoint_file=saved.relative_to(resolved.runs_root).as_posix() if saved.is_file() else None,
+            method_source=dict(resolved.sources) or None,
+            package_digest=package_digest(),
+            cpu=cpu_name(),
+            card_digests=dict(resolved.card_digests),
+            weights_digest=self.watch.scored if status in ("complete", "unscored") else None,
+            external_classes=external_classes(self.trainer),
+            not_comparable=list(self.watch.reasons) or None,
+            checkpoint_load=model.load_report.for_record() if model.load_report else None,
+        )
