@@ -1,4 +1,4 @@
-# The verbs of svp-bench. `make` alone prints them. Only `setup` changes the environment; every verb that needs the
+# The subcommands of svp-bench. `make` alone prints them. Only `setup` changes the environment; every subcommand that needs the
 # environment brings it about first.
 PYTHON ?= python3
 # The tested pins, for Python 3.11 and newer; `make setup CONSTRAINTS=` installs without them.

@@ -54,7 +54,7 @@ def in_turns(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 class Floor:
-    """The matrix products of one Vim with SVP and nothing else, with the operands of a batch of 224² pictures.
+    """The matrix products of one Vim with SVP and nothing else, with the operands of a batch of 224² images.
 
     Forward: patch embedding; in_proj, both x_proj and dt_proj, out_proj of each block. The step adds what a frozen
     backbone needs backward (gradients of inputs only) and both directions of SVP's generators.

@@ -1,4 +1,4 @@
-"""The same logistic regression as raw_pixels.py, on what the network makes of a picture: with and without pre-training.
+"""The same logistic regression as raw_pixels.py, on what the network makes of a image: with and without pre-training.
 
 A probe of frozen features that has converged, beside raw pixels that have: it asks what the features hold, where the
 suite's `linear`, trained by AdamW for as many epochs as every method, asks what the common recipe finds in them.
@@ -19,7 +19,7 @@ import sklearn
 import torch
 from raw_pixels import Table, measure, save
 
-from svp_bench.data.sources import Pictures, open_source
+from svp_bench.data.sources import Images, open_source
 from svp_bench.data.transforms import View
 from svp_bench.methods.build import create_model
 from svp_bench.tasks.cards import ProtocolCard, load_protocol, load_suite, load_task
@@ -35,13 +35,13 @@ def network(checkpoint: str, seed: int) -> Any:
     return create_model(BACKBONE, num_classes=2, method="linear", checkpoint=checkpoint).eval()
 
 
-def features(pictures: Pictures, model: Any, protocol: ProtocolCard) -> Table:
-    """Return float64 (N, D): the normed class token of each picture of a list."""
+def features(images: Images, model: Any, protocol: ProtocolCard) -> Table:
+    """Return float64 (N, D): the normed class token of each image of a list."""
     view = View(SIDE, resize=protocol.resize, interpolation=protocol.interpolation)
     mean, std = (torch.tensor(model.default_cfg[name]).view(1, 3, 1, 1) * 255 for name in ("mean", "std"))
     parts = []
-    for start in range(0, len(pictures), BATCH):
-        seen = [view(pictures.load(i)) for i in range(start, min(start + BATCH, len(pictures)))]
+    for start in range(0, len(images), BATCH):
+        seen = [view(images.load(i)) for i in range(start, min(start + BATCH, len(images)))]
         with torch.inference_mode():
             parts.append(model.forward_features((torch.from_numpy(np.stack(seen)).float() - mean) / std).double())
     return torch.cat(parts).numpy()

@@ -25,7 +25,7 @@ BUILD = {
 
 
 class Work(NamedTuple):
-    """What one element (picture, token, channel; both directions) costs at least."""
+    """What one element (image, token, channel; both directions) costs at least."""
 
     bytes: float
     special: float  # results of the special function unit: exp2 and reciprocal

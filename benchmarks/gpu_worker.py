@@ -243,7 +243,7 @@ class Bench:
         return found
 
     def do_check(self, size: str, precision: str, backend: str) -> dict[str, Any]:
-        """How far logits and gradients are from those of our reference in float32, on two pictures."""
+        """How far logits and gradients are from those of our reference in float32, on two images."""
         self.do_release()
         expected = self.expected.get(size) or self._results(size, "fp32", "reference")
         self.expected[size] = expected
@@ -392,7 +392,7 @@ class Bench:
             logits = model(images)
             return logits, F.cross_entropy(logits, labels)
 
-    def _pictures(self, size: str, batch: int) -> tuple[Tensor, Tensor]:
+    def _images(self, size: str, batch: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(self.device).manual_seed(0)
         side, here = SIZES[size].side, self.device
         images = torch.randn(batch, 3, side, side, generator=generator, device=here)
@@ -403,7 +403,7 @@ class Bench:
         model = self._model(size).train()
         self._use(backend)
         model.zero_grad(set_to_none=True)
-        logits, loss = self._loss(model, *self._pictures(size, 2), precision)
+        logits, loss = self._loss(model, *self._images(size, 2), precision)
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         return logits.detach().float().cpu(), gradients.float().cpu()
@@ -417,7 +417,7 @@ class Bench:
 
     def _whole_model(self, what: str, size: str, precision: str, batch: int) -> Callable[[str], object]:
         model = self._model(size).train(what == "train")
-        images, labels = self._pictures(size, batch)
+        images, labels = self._images(size, batch)
 
         def forward(backend: str) -> None:
             with (

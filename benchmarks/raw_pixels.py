@@ -1,7 +1,7 @@
-"""Two floors for every table of small pictures: logistic regression on raw pixels, under the suite's own protocol.
+"""Two floors for every table of small images: logistic regression on raw pixels, under the suite's own protocol.
 
-`pixels`: the grey or colour values of a picture, standardised. `contrasts`: how far each pixel is from the median of
-its picture, whatever the sign, at 16 × 16 or fewer: where a figure may be light on dark or dark on light, a linear
+`pixels`: the grey or colour values of a image, standardised. `contrasts`: how far each pixel is from the median of
+its image, whatever the sign, at 16 × 16 or fewer: where a figure may be light on dark or dark on light, a linear
 reader of plain values is at chance for that reason alone. Both go to scikit-learn's logistic regression. Its C is
 chosen on `val` after fitting on `train`, of equal ones that nearest to 1, scikit-learn's default; the chosen one is
 refitted on the final stage's list, and `test` is read once. There is no seed in it: the solution is the minimum of a
@@ -30,7 +30,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from svp_bench.core.atomic import replacing
-from svp_bench.data.sources import Pictures, Source, open_source
+from svp_bench.data.sources import Images, Source, open_source
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 
 Table = npt.NDArray[np.float64]
@@ -38,14 +38,14 @@ MOST_SIDE = 16  # of the contrasts
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C: the inverse of the penalty's weight
 
 
-def pixels(picture: Table) -> Table:
-    """Return the values of a picture, (H, W, 3), in a row."""
-    return picture.ravel()
+def pixels(image: Table) -> Table:
+    """Return the values of a image, (H, W, 3), in a row."""
+    return image.ravel()
 
 
-def contrasts(picture: Table) -> Table:
-    """Return the absolute deviations from the picture's median colour, averaged over colours and blocks, in a row."""
-    away = np.abs(picture - np.median(picture, axis=(0, 1))).mean(axis=2)
+def contrasts(image: Table) -> Table:
+    """Return the absolute deviations from the image's median colour, averaged over colours and blocks, in a row."""
+    away = np.abs(image - np.median(image, axis=(0, 1))).mean(axis=2)
     block = -(-max(away.shape) // MOST_SIDE)
     high, wide = (side // block * block for side in away.shape)
     return away[:high, :wide].reshape(high // block, block, wide // block, block).mean(axis=(1, 3)).ravel()
@@ -54,10 +54,10 @@ def contrasts(picture: Table) -> Table:
 FEATURES = {"pixels": pixels, "contrasts": contrasts}
 
 
-def table(pictures: Pictures, feature: Callable[[Table], Table]) -> Table:
-    """Return float64 (N, D): a feature of each picture of a list."""
-    loaded = (np.asarray(pictures.load(index), dtype=np.float64) for index in range(len(pictures)))
-    return np.stack([feature(picture) for picture in loaded])
+def table(images: Images, feature: Callable[[Table], Table]) -> Table:
+    """Return float64 (N, D): a feature of each image of a list."""
+    loaded = (np.asarray(images.load(index), dtype=np.float64) for index in range(len(images)))
+    return np.stack([feature(image) for image in loaded])
 
 
 def fitted(features: Table, labels: npt.NDArray[np.int64], strength: float) -> Pipeline:
@@ -74,7 +74,7 @@ def accuracy(classifier: Pipeline, features: Table, labels: npt.NDArray[np.int64
 
 
 def measure(
-    source: Source, select: tuple[str, str], final: tuple[str, str], features: Callable[[Pictures], Table]
+    source: Source, select: tuple[str, str], final: tuple[str, str], features: Callable[[Images], Table]
 ) -> dict[str, Any]:
     """Choose C on the first stage, report the second."""
     known = {name: (features(source.lists[name]), source.lists[name].labels) for name in {*select, *final}}
@@ -83,7 +83,7 @@ def measure(
     chosen = max(STRENGTHS, key=lambda strength: (on_val[strength], -abs(math.log10(strength))))
     return {
         "top1": accuracy(fitted(*refit, chosen), *test),
-        "test_pictures": len(test[1]),
+        "test_images": len(test[1]),
         "C": chosen,
         "val_top1": {str(strength): value for strength, value in on_val.items()},
     }

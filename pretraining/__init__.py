@@ -1,1 +1,1 @@
-"""Pre-training of the embedded Vim on pictures that code draws. Not part of the wheel; see README.md here."""
+"""Pre-training of the embedded Vim on images that code draws. Not part of the wheel; see README.md here."""

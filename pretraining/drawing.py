@@ -1,4 +1,4 @@
-"""Pictures that code draws, with dense targets: a pure function of (seed, index).
+"""Images that code draws, with dense targets: a pure function of (seed, index).
 
 Five families, each with one figure on a ground:
 
@@ -9,10 +9,10 @@ Five families, each with one figure on a ground:
   Kataoka et al., "Pre-training without Natural Images", ACCV 2020, arXiv:2101.08515; our code and parameters);
 - `gratings`: a smooth region whose waves differ from those of the ground in direction or length, not in mean colour.
 
-Figure and ground have colours, waves and clouds of their own; then come blur and noise. A picture holds one figure:
+Figure and ground have colours, waves and clouds of their own; then come blur and noise. A image holds one figure:
 there is nothing to count, and no two figures to compare. There are no digits, letters or fonts.
 
-Coordinates: x to the right, y down, both in [-1, 1] over the picture. Letters for shapes: B pictures, S = 64 pixels a
+Coordinates: x to the right, y down, both in [-1, 1] over the image. Letters for shapes: B images, S = 64 pixels a
 side, G = 8 patches a side.
 """
 
@@ -32,7 +32,7 @@ VERSION = 1  # rises with every change of what is drawn, beyond rounding
 SIZE = 64
 GRID = 8
 CENTRED = 16
-BLANKED_SHARE = 0.3  # of the patches, in half of the pictures
+BLANKED_SHARE = 0.3  # of the patches, in half of the images
 
 FAMILIES: dict[str, float] = {"strokes": 0.40, "contours": 0.20, "polygons": 0.18, "fractals": 0.12, "gratings": 0.10}
 
@@ -54,7 +54,7 @@ _SIGMAS = np.concatenate([[0.0], np.linspace(0.35, 1.3, 15)])  # of the blur, in
 
 
 class Drawn(NamedTuple):
-    """A batch of drawn pictures and what is known about them.
+    """A batch of drawn images and what is known about them.
 
     Attributes:
         images: uint8 (B, 3, S, S).
@@ -85,11 +85,11 @@ def _mix(words: Words) -> Words:
 
 
 class Chance:
-    """One stream of random numbers a picture, by counting: the n-th number of picture i depends on (seed, i, n) alone.
+    """One stream of random numbers a image, by counting: the n-th number of image i depends on (seed, i, n) alone.
 
     Args:
         seed: Of the whole data set.
-        index: Numbers of the pictures, (B,).
+        index: Numbers of the images, (B,).
     """
 
     def __init__(self, seed: int, index: npt.NDArray[np.int64]) -> None:
@@ -101,7 +101,7 @@ class Chance:
         return len(self._keys)
 
     def words(self, count: int) -> Words:
-        """The next `count` words of each picture: uint64 (B, count)."""
+        """The next `count` words of each image: uint64 (B, count)."""
         steps = np.arange(self._used + 1, self._used + count + 1, dtype=np.uint64) * np.uint64(_GAMMA)
         self._used += count
         return _mix(self._keys[:, None] + steps)
@@ -128,17 +128,17 @@ class Chance:
 
 
 def family_of(seed: int, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the family of each picture, an index into `FAMILIES`: (B,)."""
+    """Return the family of each image, an index into `FAMILIES`: (B,)."""
     bounds = np.cumsum(list(FAMILIES.values()))[:-1]
     return np.searchsorted(bounds, Chance(seed, index).uniform(), side="right").astype(np.int64)
 
 
 def draw(seed: int, index: Sequence[int] | npt.NDArray[np.int64]) -> Drawn:
-    """Draw pictures.
+    """Draw images.
 
     Args:
         seed: Of the data set, 0 or more.
-        index: Numbers of the pictures, 0 or more. Each picture depends on its own number and the seed alone, whatever
+        index: Numbers of the images, 0 or more. Each image depends on its own number and the seed alone, whatever
             is drawn beside it.
     """
     index = np.asarray(index, dtype=np.int64)
@@ -271,7 +271,7 @@ _SLOPES = np.concatenate([-_HARMONICS[:, None] * _WAVES[6:], _HARMONICS[:, None]
 
 
 def _look_up(table: Floats, entry: npt.NDArray[np.int64]) -> Floats:
-    """Entries of one table a picture: (B, angles) at (B, S, S)."""
+    """Entries of one table a image: (B, angles) at (B, S, S)."""
     flat = entry + (np.arange(len(table)) * _ANGLES)[:, None, None]
     return table.reshape(-1).take(flat)
 
@@ -403,7 +403,7 @@ _FIGURES: dict[str, Callable[[Chance], Floats]] = {
 
 
 def _blur_matrices() -> Floats:
-    """One matrix for each of `_SIGMAS`: K @ picture @ K' blurs; rows sum to one."""
+    """One matrix for each of `_SIGMAS`: K @ image @ K' blurs; rows sum to one."""
     distance = np.arange(SIZE)[:, None] - np.arange(SIZE)
     kernels = [np.exp(-(distance**2) / (2 * max(sigma, 1e-2) ** 2)) for sigma in _SIGMAS]
     return np.stack([kernel / kernel.sum(axis=1, keepdims=True) for kernel in kernels]).astype(np.float32)
@@ -415,7 +415,7 @@ _HATS = np.maximum(0, 1 - abs((_AXIS[:, None] + 1) / 2 * (_CLOUDS - 1) - np.aran
 
 
 def _wave(cycles: Floats, angle: Floats, phase: Floats, gain: Floats) -> Floats:
-    """Waves in [-1, 1] over the picture, (B, S, S): `cycles` a picture's side, made square by a gain above 1."""
+    """Waves in [-1, 1] over the image, (B, S, S): `cycles` a image's side, made square by a gain above 1."""
     fx, fy = np.pi * cycles * np.cos(angle), np.pi * cycles * np.sin(angle)
     # sin(u + v) from sin and cos along each axis: two products of vectors instead of a sine for every pixel
     u, v = fx[:, None] * _AXIS + phase[:, None], fy[:, None] * _AXIS
@@ -499,7 +499,7 @@ def _paint(chance: Chance, cover: Floats, textured: bool) -> Bytes:
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 _POWERS = np.stack([_AXIS.astype(np.float64) ** power for power in range(4)], axis=1)
-# about the mean and spread of each entry of POSE over drawn pictures
+# about the mean and spread of each entry of POSE over drawn images
 _POSE_MEAN = np.array([0.0, 0.0, 0.39, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -2.4])
 _POSE_SPREAD = np.array([0.27, 0.27, 0.14, 0.37, 0.37, 0.15, 0.15, 0.3, 0.3, 0.8])
 
@@ -524,7 +524,7 @@ def _describe(cover: Floats) -> tuple[Floats, Floats]:
     return np.clip(standard, -3, 3).astype(np.float32), _centre(cover, x, y, scale)
 
 
-_WIDE_AXIS = (np.arange(-SIZE, 2 * SIZE) + 0.5) * _PIXEL - 1  # the picture and as much on each side of it
+_WIDE_AXIS = (np.arange(-SIZE, 2 * SIZE) + 0.5) * _PIXEL - 1  # the image and as much on each side of it
 
 
 def _centre(cover: Floats, x: Doubles, y: Doubles, scale: Doubles) -> Floats:

@@ -3,7 +3,7 @@
     python -m pretraining.export runs/pretraining/seed-0 runs/pretraining/seed-1
 
 The rule, stated before any run: of the runs given, which may differ in their seed alone, the one with the lowest final
-held-out total is shipped. That is the loss on drawn pictures that no run has trained on; no evaluation task is asked.
+held-out total is shipped. That is the loss on drawn images that no run has trained on; no evaluation task is asked.
 Writes the backbone (no heads) as safetensors under the published parameter names, and keeps log, loss curve and summary
 of every run beside this file in results/, with the contact sheet of the shipped one.
 """
@@ -68,7 +68,7 @@ def better(summaries: Sequence[dict[str, Any]]) -> int:
         UsageError: If they differ in more than the seed.
     """
     without = [{k: v for k, v in s["settings"].items() if k != "seed"} for s in summaries]
-    measured = [(s["held_out_seed"], s["held_out_pictures"], s["drawing"]) for s in summaries]
+    measured = [(s["held_out_seed"], s["held_out_images"], s["drawing"]) for s in summaries]
     if any(other != without[0] for other in without) or len(set(measured)) > 1:
         raise UsageError("the runs differ in more than their seed; only seeds of one setting are compared")
     return min(range(len(summaries)), key=lambda n: float(summaries[n]["held_out"]["total"]))
@@ -110,13 +110,13 @@ def export(folders: Sequence[Path], embedded: Path, results: Path) -> Path:
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             shutil.copyfile(folder / name, kept / name)
-    shutil.copyfile(folders[chosen] / "pictures.png", results / "pictures.png")
+    shutil.copyfile(folders[chosen] / "images.png", results / "images.png")
     shipped = {
         "file": path.name,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "weights": summary["weights"],
-        "rule": "lowest final held-out total (drawn pictures, no evaluation task)",
+        "rule": "lowest final held-out total (drawn images, no evaluation task)",
         "seed": summary["settings"]["seed"],
         "candidates": [
             {"seed": one["settings"]["seed"], "held_out_total": one["held_out"]["total"], "weights": one["weights"]}

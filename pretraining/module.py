@@ -1,4 +1,4 @@
-"""The pre-training objective as a Lightning module: from a picture with noise and holes to what was drawn."""
+"""The pre-training objective as a Lightning module: from a image with noise and holes to what was drawn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = ("pose", "coarse", "patch", "centred", "spread")  # of the loss, in the 
 
 
 class DrawnBatch(NamedTuple):
-    """Drawn pictures as tensors: the fields of `drawing.Drawn`, without the family."""
+    """Drawn images as tensors: the fields of `drawing.Drawn`, without the family."""
 
     images: Tensor
     mask: Tensor
@@ -36,10 +36,10 @@ class Pretraining(LightningModule):
 
     The class token says the figure's pose (squared error), its mask at 16×16 (binary cross entropy) and its mask at a
     common centre and scale (binary cross entropy): a description that stays when the figure moves or grows. Each
-    patch token says the mask of its own patch, pixel by pixel. In half of the pictures 30 % of the patches are hidden.
+    patch token says the mask of its own patch, pixel by pixel. In half of the images 30 % of the patches are hidden.
 
     Args:
-        backbone: timm name; it must take 64×64 pictures in patches of 8.
+        backbone: timm name; it must take 64×64 images in patches of 8.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Of matrices; vectors, biases and Vim's own list take none.
         betas: Of AdamW.
@@ -55,7 +55,7 @@ class Pretraining(LightningModule):
         seed: Of the initial weights.
 
     Raises:
-        ConfigError: If the backbone takes other pictures.
+        ConfigError: If the backbone takes other images.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Pretraining(LightningModule):
             self.model.reset_classifier(0)  # no head: ours read the tokens
             patches = self.model.patch_embed
             if patches.img_size != (SIZE, SIZE) or patches.grid_size != (GRID, GRID):
-                raise ConfigError(f"{backbone} takes other pictures than {SIZE}×{SIZE} in {GRID}×{GRID} patches")
+                raise ConfigError(f"{backbone} takes other images than {SIZE}×{SIZE} in {GRID}×{GRID} patches")
             width = self.model.embed_dim
             self.whole_head = nn.Linear(width, len(POSE) + COARSE**2 + CENTRED**2)
             self.patch_head = nn.Linear(width, (SIZE // GRID) ** 2)
@@ -99,7 +99,7 @@ class Pretraining(LightningModule):
         """Return the parts of the loss, unweighted, by name.
 
         Args:
-            batch: Drawn pictures.
+            batch: Drawn images.
             hide: Whether the patches that the batch names are hidden (they take the mean colour).
         """
         images = (batch.images - self.get_buffer("mean")) / self.get_buffer("std")
@@ -140,7 +140,7 @@ class Pretraining(LightningModule):
 
     @torch.no_grad()
     def held_out(self, batch: DrawnBatch) -> dict[str, Tensor]:
-        """The parts of the loss on whole pictures, and `total`: their weighted sum without `spread`, a regulariser."""
+        """The parts of the loss on whole images, and `total`: their weighted sum without `spread`, a regulariser."""
         parts = self.parts(batch, hide=False)
         parts.pop("spread", None)
         return {"total": self.total(parts), **parts}

@@ -1,9 +1,9 @@
-"""Pre-train the embedded Vim on drawn pictures.
+"""Pre-train the embedded Vim on drawn images.
 
     python -m pretraining.train --seed 0 [--minutes 8] [--until VIEWS] [--folder FOLDER] [--KEY VALUE …]
 
 The same command goes on where an earlier call stopped, and does nothing once all views are seen. Everything random
-follows from (seed, number of the picture), so a run in parts ends at the same weights, to the bit on a CPU with as many
+follows from (seed, number of the image), so a run in parts ends at the same weights, to the bit on a CPU with as many
 threads. See README.md in this folder.
 """
 
@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import svp_bench
 from pretraining import drawing
+from pretraining.images import contact_sheet, loss_curve
 from pretraining.module import PARTS, DrawnBatch, Pretraining
-from pretraining.pictures import contact_sheet, loss_curve
 from svp_bench.core.errors import NonFiniteLossError, SvpBenchError, UsageError
 from svp_bench.models.checkpoints import backbone_digest, load_pickle_safely
 from svp_bench.records.store import write_atomically
@@ -44,7 +44,7 @@ from svp_bench.train.resume import AtomicCheckpointIO
 __all__ = ["HELD_OUT_SEED", "DrawnData", "Keeper", "main", "parse", "train"]
 
 CONFIG = Path(__file__).with_name("config.yaml")
-HELD_OUT_SEED = 20_261_122  # of the validation pictures: no run may train on it
+HELD_OUT_SEED = 20_261_122  # of the validation images: no run may train on it
 CHECKPOINT = "last.ckpt"
 SUMMARY = "summary.json"
 # What decides the weights. The rest does not: folder, minutes, workers, device, and how often things are written
@@ -62,13 +62,13 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     """
     parser = ArgumentParser(prog="python -m pretraining.train", default_config_files=[str(CONFIG)])
     parser.add_argument("--config", action="config", help="a further config file")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the images")
     parser.add_argument(
         "--folder", type=str, default=None, help="where to write; runs/pretraining/seed-SEED by default"
     )
     parser.add_argument("--minutes", type=float, default=None, help="stop after so long; the same command goes on")
     parser.add_argument("--until", type=int, default=None, help="stop after so many views; learning rates stay as set")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw; one draws 2,000 pictures/s")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw; one draws 2,000 images/s")
     parser.add_argument("--threads", type=int, default=None, help="of PyTorch; as many as it likes by default")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
     parser.add_argument("--backbone", type=str, help="timm name")
@@ -91,19 +91,19 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
         if settings[name] < 0:
             raise UsageError(f"--{name} is {settings[name]}; it must be at least 0")
     if settings.seed == HELD_OUT_SEED:
-        raise UsageError(f"--seed {HELD_OUT_SEED} is that of the held-out pictures; give another")
+        raise UsageError(f"--seed {HELD_OUT_SEED} is that of the held-out images; give another")
     if settings.folder is None:
         settings.folder = f"runs/pretraining/seed-{settings.seed}"
     return settings
 
 
 def as_tensors(drawn: drawing.Drawn) -> DrawnBatch:
-    """Drawn pictures as tensors."""
+    """Drawn images as tensors."""
     return DrawnBatch(*(torch.from_numpy(np.ascontiguousarray(getattr(drawn, name))) for name in DrawnBatch._fields))
 
 
 class DrawnStream(IterableDataset[DrawnBatch]):
-    """The batches from one step on; step n has the pictures n · batch_size … (n + 1) · batch_size - 1.
+    """The batches from one step on; step n has the images n · batch_size … (n + 1) · batch_size - 1.
 
     Several workers take turns, so the order is the same for any number of them.
     """
@@ -130,7 +130,7 @@ def _one_thread(worker: int) -> None:
 
 
 class DrawnData(LightningDataModule):
-    """The stream of training pictures, from the trainer's step on."""
+    """The stream of training images, from the trainer's step on."""
 
     def __init__(self, seed: int, batch_size: int, steps: int, workers: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class DrawnData(LightningDataModule):
 
 
 class Keeper(Callback):
-    """Keeps the log, measures on the held-out pictures, writes checkpoints, and stops in time.
+    """Keeps the log, measures on the held-out images, writes checkpoints, and stops in time.
 
     Args:
         settings: Of the run.
@@ -173,7 +173,7 @@ class Keeper(Callback):
         self._sums: dict[str, float] = {}
         self._count = 0
         self._pending: list[dict[str, Tensor]] = []
-        self._pictures: list[DrawnBatch] = []
+        self._images: list[DrawnBatch] = []
 
     # --- what a checkpoint holds of it -------------------------------------------------------------------------------
 
@@ -217,12 +217,12 @@ class Keeper(Callback):
     # --- in training -------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Draw the held-out pictures."""
+        """Draw the held-out images."""
         self.step = self.first_step = trainer.global_step
         count = self.settings.held_out
         for start in range(0, count, 256):
             rows = np.arange(start, min(start + 256, count))
-            self._pictures.append(as_tensors(drawing.draw(HELD_OUT_SEED, rows)))
+            self._images.append(as_tensors(drawing.draw(HELD_OUT_SEED, rows)))
         self.started = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -274,7 +274,7 @@ class Keeper(Callback):
     def _measure(self, module: Pretraining) -> None:
         module.eval()
         sums: dict[str, float] = {}
-        for batch in self._pictures:
+        for batch in self._images:
             moved = DrawnBatch(*(tensor.to(module.device) for tensor in batch))
             for name, value in module.held_out(moved).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(batch.images)
@@ -312,7 +312,7 @@ class Keeper(Callback):
             "setting_digest": setting_digest(self.settings),
             "views": self.step * self.settings.batch_size,
             "held_out_seed": HELD_OUT_SEED,
-            "held_out_pictures": self.settings.held_out,
+            "held_out_images": self.settings.held_out,
             "held_out": self.held_out[-1],
             "seconds": round(sum(call["seconds"] for call in calls), 1),
             "calls": calls,
@@ -410,7 +410,7 @@ def train(settings: Namespace) -> bool:
             print(f"{folder}: all {steps * settings.batch_size:,} views are seen")
             return True
     else:
-        _save_png(contact_sheet(settings.seed), folder / "pictures.png")
+        _save_png(contact_sheet(settings.seed), folder / "images.png")
     trainer = _trainer(settings, keeper)
     data = DrawnData(settings.seed, settings.batch_size, steps, settings.workers)
     trainer.fit(module, data, ckpt_path=path if path.is_file() else None)

@@ -13,7 +13,7 @@ STEPS, BATCH, CLASSES = 50, 4, 5
 
 
 def curve(method: str, device: str, backend: str, steps: int = STEPS) -> list[float]:
-    """Train Vim-nano in float32 on fixed pictures, and return the loss of each step."""
+    """Train Vim-nano in float32 on fixed images, and return the loss of each step."""
     torch.manual_seed(0)
     model = svp_bench.create_model("vim_nano_patch8_64", num_classes=CLASSES, method=method)
     model.set_scan_backend(backend)

@@ -40,14 +40,14 @@ def make_record(
     number: int = 0,
     **fields: Any,
 ) -> Record:
-    """Return a complete final record with `right` of `count` pictures classified rightly.
+    """Return a complete final record with `right` of `count` images classified rightly.
 
     Args:
         task: Full name.
         method: Its name; also set in the config.
         seed: The seed.
-        right: Pictures classified rightly.
-        count: Test pictures.
+        right: Images classified rightly.
+        count: Test images.
         changes: Dotted config key → value.
         tuned: The tuned table.
         number: Goes into the run id and, as minutes, into `created`.
@@ -117,7 +117,7 @@ def make_record(
 def drawn_record(task: str = "vtab/caltech101", method: str = "svp", **fields: Any) -> Record:
     """Return a record of a run on a drawn stand-in; see `make_record`."""
     data = {"data_variant": "drawn", "data_status": "different", "data_digest": OTHER_LIST}
-    return make_record(task, method, **{**data, "data_notes": ["the pictures are drawn, not real"], **fields})
+    return make_record(task, method, **{**data, "data_notes": ["the images are drawn, not real"], **fields})
 
 
 def unscored(record: Record, status: str = "unscored", reason: str | None = None) -> Record:

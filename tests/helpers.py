@@ -82,10 +82,10 @@ def arguments(values: Mapping[str, str | None]) -> list[str]:
     return [part for key, value in values.items() if value is not None for part in (f"--{key}", value)]
 
 
-def small(*extra: str, verb: str = "fit", config: str = CONFIG, **values: str | None) -> list[str]:
+def small(*extra: str, subcommand: str = "fit", config: str = CONFIG, **values: str | None) -> list[str]:
     """Return the command line of a small run; `values` replace those of `SMALL` (`data__root` for "data.root")."""
     given = {key.replace("__", "."): value for key, value in values.items()}
-    return [verb, "--config", config, *arguments({**SMALL, **given}), *extra]
+    return [subcommand, "--config", config, *arguments({**SMALL, **given}), *extra]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def run(*argv: str) -> Outcome:
     return outcome
 
 
-def complaint(outcome: Outcome, status: int) -> str:
+def assert_error(outcome: Outcome, status: int) -> str:
     """Check that a command ended with `status` and one line on stderr, and return that line."""
     assert outcome.status == status, (outcome.status, outcome.out, outcome.err)
     lines = outcome.err.splitlines()
@@ -176,6 +176,6 @@ def complaint(outcome: Outcome, status: int) -> str:
 
 
 def files(root: Path = Path()) -> set[str]:
-    """Return the files and empty folders below `root`, pictures left out."""
+    """Return the files and empty folders below `root`, images left out."""
     found = {path for path in root.rglob("*") if path.suffix != ".jpg"}
     return {path.relative_to(root).as_posix() for path in found if path.is_file() or not any(path.iterdir())}

@@ -235,6 +235,6 @@ def fill(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
 
 
-def pictures(*shape: int) -> Tensor:
-    """Normalised pictures, the same on every machine."""
+def make_images(*shape: int) -> Tensor:
+    """Normalised images, the same on every machine."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from drawn_records import LIST, OTHER_LIST, WEIGHTS, drawn_record, make_record, unscored
-from helpers import command, complaint
+from helpers import assert_error, command
 
 from svp_bench.audit.record import audit, render
 from svp_bench.records.digests import canonical_digest, cell_config, config_digest, setting_digest
@@ -20,7 +20,7 @@ from svp_bench.records.store import write_atomically, write_record
 from svp_bench.tasks.cards import load_task
 
 TASK = "vtab/caltech101"
-PICTURES = load_task(TASK).counts["test"]
+IMAGES = load_task(TASK).counts["test"]
 SVP = {"model.method.class_path": "svp_bench.methods.svp.SVP"}
 RECIPE = {"model.method.init_args.share_layers": 8, "model.learning_rate": 1e-3, "model.weight_decay": 1e-4}
 RATE = "model.learning_rate"
@@ -42,12 +42,12 @@ def record(right: int = 5000, changes: dict[str, Any] | None = None, clock: str 
     """A record as the default recipe makes it, of a run that began at `clock`."""
     settings = {**SVP, **RECIPE, **(changes or {})}
     shares = settings["model.method.init_args.share_layers"]
-    pictures = {"train800": 800}.get(fields.get("lists", {}).get("train"), 1000) * fields.get("epochs", 100)
-    fields.setdefault("images_per_second", pictures / 12.5)
+    images = {"train800": 800}.get(fields.get("lists", {}).get("train"), 1000) * fields.get("epochs", 100)
+    fields.setdefault("images_per_second", images / 12.5)
     made = make_record(
         TASK,
         right=right,
-        count=fields.pop("count", PICTURES),
+        count=fields.pop("count", IMAGES),
         changes=settings,
         **{"method_args": {"share_layers": shares, "hidden_dim": 64}, **fields},
     )
@@ -165,7 +165,7 @@ def test_a_good_record_passes_and_each_line_says_what_was_checked(tmp_path: Path
         )
     ]
     assert found["protocol"] == [("pass", "vtab-final version 1, as the card at hand")]
-    assert found["pictures"] == [("pass", f"{PICTURES} pictures of test (sha256:cdcdcdcdcdcd), 102 classes")]
+    assert found["images"] == [("pass", f"{IMAGES} images of test (sha256:cdcdcdcdcdcd), 102 classes")]
     assert found["budget"] == [("pass", "100 epochs, as vtab-final says")]
     assert found["track"] == [("pass", "default: the record states no tuned table and no search")]
     assert found["settings"] == [("pass", "as protocol card, task and recipe at hand")]
@@ -251,11 +251,11 @@ def test_a_lone_record_is_audited_without_its_folder(tmp_path: Path) -> None:
         ({"created": "2020-01-01T00:00:00+00:00"}, "times: created 2020-01-01T00:00:00+00:00, before the run began"),
         ({"created": "2999-01-01T00:00:00+00:00"}, "times: created 2999-01-01T00:00:00+00:00, which is yet to come"),
         ({"times": {"train_seconds": 0.0}, "images_per_second": 1e9}, "times: train_seconds is 0.0"),
-        ({"images_per_second": 1e9}, "times: 1e+09 images per second for 12.5 s are 12500000000 pictures"),
+        ({"images_per_second": 1e9}, "times: 1e+09 images per second for 12.5 s are 12500000000 images"),
         ({"times": {"train_seconds": 7200.0}, "images_per_second": 13.9}, "times: trained for 7200 s, and only 0 s"),
-        ({"metrics": Metrics(500000 / PICTURES, 0.75, 5000, PICTURES, top5=99.0)}, "pictures: top5 99.0 % of"),
-        ({"count": 6000}, f"pictures: test has 6000 pictures, and the card says {PICTURES}"),
-        ({"data_variant": "mine"}, "pictures: the card has no data variant 'mine'"),
+        ({"metrics": Metrics(500000 / IMAGES, 0.75, 5000, IMAGES, top5=99.0)}, "images: top5 99.0 % of"),
+        ({"count": 6000}, f"images: test has 6000 images, and the card says {IMAGES}"),
+        ({"data_variant": "mine"}, "images: the card has no data variant 'mine'"),
         ({"backbone": "vim_tiny_patch16_224"}, "identity: backbone is 'vim_tiny_patch16_224', but the config says"),
         ({"method_args": {"share_layers": 2}}, "identity: method_args.share_layers is 2, but the config says 8"),
         (
@@ -289,9 +289,9 @@ def test_a_number_that_is_not_what_a_table_claims_fails(tmp_path: Path, fields: 
         ),
         ({"protocol": "vtab-old"}, "protocol", "there is no such card here"),
         (
-            {"data_status": "different", "data_notes": ["test has 6000 pictures"], "count": 6000},
+            {"data_status": "different", "data_notes": ["test has 6000 images"], "count": 6000},
             "data",
-            "differs from the card: test has 6000 pictures",
+            "differs from the card: test has 6000 images",
         ),
         ({"data_variant": "zip", "count": 6085}, "data", "the card's variant zip"),
         (
@@ -318,7 +318,7 @@ def test_what_tables_say_besides_is_a_note(tmp_path: Path, fields: dict[str, Any
 
 
 def test_a_class_of_somebody_else_is_a_note(tmp_path: Path) -> None:
-    made = make_record(TASK, "shift", right=5, count=PICTURES, changes={"model.method.class_path": "mine.Shift"})
+    made = make_record(TASK, "shift", right=5, count=IMAGES, changes={"model.method.class_path": "mine.Shift"})
     found = lines(write_record(made, tmp_path))
     expected = "the method's class mine.Shift is not part of svp-bench; no commit names its code"
     assert ("note", expected) in found["identity"]
@@ -333,7 +333,7 @@ def test_an_incomplete_run_fails(tmp_path: Path, status: str) -> None:
 
 
 def test_a_drawn_stand_in_fails(tmp_path: Path) -> None:
-    path = write_record(drawn_record(count=PICTURES, right=10), tmp_path)
+    path = write_record(drawn_record(count=IMAGES, right=10), tmp_path)
     assert "data: a drawn stand-in, not the data set: the number says nothing about the task" in failures(path)
 
 
@@ -403,7 +403,7 @@ def test_two_digests_of_one_list_cannot_both_be_right(tmp_path: Path) -> None:
     assert other.correct is not None
     correct = dataclasses.replace(other.correct, list_digest=OTHER_LIST)
     write_record(dataclasses.replace(other, correct=correct), tmp_path)
-    assert failures(path) == [f"pictures: {other.run_id} read the same lists, and has another digest of test"]
+    assert failures(path) == [f"images: {other.run_id} read the same lists, and has another digest of test"]
 
 
 def test_a_copy_below_records_fails(tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_json_that_is_no_record_is_left_out_of_a_folder_and_counted(tmp_path: Pa
     assert len(report.audits) == 5
     assert report.skipped == 2
     assert "5 records: 4 without a failing line, 1 fail\n2 other JSON files left out: no records\n" in render(report)
-    assert "holds no record (JSON that is none: 1)" in complaint(
+    assert "holds no record (JSON that is none: 1)" in assert_error(
         command("audit", str(tmp_path / "deep" / "results" / "choices")), 2
     )
 
@@ -500,10 +500,10 @@ def test_json_that_is_no_record_is_left_out_of_a_folder_and_counted(tmp_path: Pa
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "holds no record" in complaint(command("audit", str(empty)), 2)
+    assert "holds no record" in assert_error(command("audit", str(empty)), 2)
     path = write_record(record(), tmp_path)
-    assert "is no folder" in complaint(command("audit", str(path), "--results_root", str(tmp_path / "no")), 2)
-    assert "required: RECORD" in complaint(command("audit"), 2)
+    assert "is no folder" in assert_error(command("audit", str(path), "--results_root", str(tmp_path / "no")), 2)
+    assert "required: RECORD" in assert_error(command("audit"), 2)
 
 
 def test_files_of_other_kinds_are_called_what_they_are(tmp_path: Path) -> None:
@@ -656,7 +656,7 @@ def hidden(choice: Choice) -> Choice:
             "choice: the choice's weights is unknown, the record's sha256:abab",
         ),
         ({"twist": replaced(data_digest=LIST)}, "trials: trial 1: svp-"),
-        ({"twist": with_trial(0, scores=(600.0,))}, ": trial 1: 600.0 % of 200 pictures is no whole number"),
+        ({"twist": with_trial(0, scores=(600.0,))}, ": trial 1: 600.0 % of 200 images is no whole number"),
         ({"twist": with_trial(0, trainable="many")}, "trials: trial 1: svp-"),
         (
             {"twist": replaced(task="vtab/dtd")},
@@ -691,7 +691,7 @@ def test_a_trial_that_read_the_test_list_fails(tmp_path: Path) -> None:
     path = searched(tmp_path)
     trial = next(file for file in (tmp_path / "records" / TASK).glob("*.json") if '"selection"' in file.read_text())
     edited(trial, lists={"train": "train800", "test": "test"})
-    assert any("read test pictures" in line for line in failures(path))
+    assert any("read test images" in line for line in failures(path))
 
 
 def test_a_searched_record_alone_cannot_show_its_choice(tmp_path: Path) -> None:

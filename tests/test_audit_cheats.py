@@ -112,7 +112,7 @@ def test_a_list_has_the_same_images_of_each_class_in_every_record(tmp_path: Path
         metrics = dataclasses.replace(made.metrics, per_class=PerClass(tuple(right), tuple(count)))
         paths.append(write_record(dataclasses.replace(made, metrics=metrics), tmp_path))
     assert failures(paths[0]) == [
-        f"alike: {paths[1].stem} scored the same list, with other numbers of pictures in its classes"
+        f"alike: {paths[1].stem} scored the same list, with other numbers of images in its classes"
     ]
 
 

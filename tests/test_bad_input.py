@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import BACKBONE, TASK, command, complaint, files, run, settle, small
+from helpers import BACKBONE, TASK, assert_error, command, files, run, settle, small
 from PIL import Image
 
 from svp_bench.data.synthetic import draw_task
 from svp_bench.tasks.cards import load_task
 
 LIST = Path("data/cifar/train800val200.txt")
-PICTURE = Path("data/cifar/images/train800val200/000003.jpg")
-TEST_PICTURE = Path("data/cifar/images/test/000003.jpg")
+IMAGE = Path("data/cifar/images/train800val200/000003.jpg")
+TEST_IMAGE = Path("data/cifar/images/test/000003.jpg")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def refused(argv: list[str], status: int, *words: str) -> str:
     """Run a command that must be refused without a trace, and return its one line."""
     before = files()
     outcome = command(*argv)
-    text = complaint(outcome, status)
+    text = assert_error(outcome, status)
     assert text.startswith("svp-bench: error: ")
     missing = [word for word in words if word not in text]
     assert not missing, f"{missing} not in {text!r}"
@@ -155,7 +155,7 @@ def fit(*extra: str, **values: str | None) -> list[str]:
         ),
         (
             fit("--trainer.accumulate_grad_batches", "2"),
-            ["leaves a last batch of 1 of the 17 pictures", "--data.drop_last true"],
+            ["leaves a last batch of 1 of the 17 images", "--data.drop_last true"],
         ),
         (fit("--trainer.accumulate_grad_batches", "0"), ["trainer.accumulate_grad_batches is at least 1, not 0"]),
         (fit("--trainer.check_val_every_n_epoch", "0"), ["trainer.check_val_every_n_epoch is at least 1, not 0"]),
@@ -167,12 +167,12 @@ def fit(*extra: str, **values: str | None) -> list[str]:
         (fit("--model.betas", "[0.9, .inf]"), ["model.betas is a finite number, not inf"]),
         (fit("--data.rand_augment", "rand-mfoo"), ["--data.rand_augment 'rand-mfoo' is no RandAugment of timm's"]),
         (fit("--ckpt_path", "any.ckpt"), ["fit trains from the start and takes no --ckpt_path"]),
-        (fit(verb="validate"), ["stage 'final' has no val list", "validate with --data.stage select"]),
-        (fit(verb="validate", data__stage="select"), ["validate needs --ckpt_path runs/…/checkpoints/last.ckpt"]),
-        (fit(verb="test"), ["test needs --ckpt_path runs/…/checkpoints/last.ckpt"]),
-        (fit("--ckpt_path", "gone.ckpt", verb="test"), ["no checkpoint 'gone.ckpt'; runs keep theirs in runs/"]),
-        (fit("--ckpt_path", "best", verb="test"), ["no checkpoint 'best'"]),
-        (fit("--ckpt_path", "x", verb="test", data__stage="select"), ["stage 'select' has no test list"]),
+        (fit(subcommand="validate"), ["stage 'final' has no val list", "validate with --data.stage select"]),
+        (fit(subcommand="validate", data__stage="select"), ["validate needs --ckpt_path runs/…/checkpoints/last.ckpt"]),
+        (fit(subcommand="test"), ["test needs --ckpt_path runs/…/checkpoints/last.ckpt"]),
+        (fit("--ckpt_path", "gone.ckpt", subcommand="test"), ["no checkpoint 'gone.ckpt'; runs keep theirs in runs/"]),
+        (fit("--ckpt_path", "best", subcommand="test"), ["no checkpoint 'best'"]),
+        (fit("--ckpt_path", "x", subcommand="test", data__stage="select"), ["stage 'select' has no test list"]),
         (["tasks", "vtab/cifr"], ["unknown task 'vtab/cifr'; did you mean 'vtab/cifar'?"]),
         (["tasks", "vtb"], ["unknown suite 'vtb'; did you mean 'vtab'?"]),
         (["tasks", "--all"], ["unknown argument '--all'", "(`svp-bench tasks --help` lists all)"]),
@@ -199,7 +199,7 @@ def test_wrong_usage_is_one_line_and_status_2(argv: list[str], words: list[str],
 @pytest.mark.parametrize("flag", ["--model.head_hidden", "--data.image_size"])
 def test_a_model_that_no_memory_holds_is_one_line(flag: str, shared: Path) -> None:
     size = {"--model.head_hidden": "1000000000000", "--data.image_size": "30000000"}[flag]
-    line = complaint(command(*fit(flag, size)), 1)
+    line = assert_error(command(*fit(flag, size)), 1)
     assert "does not fit into memory" in line
     assert flag.removeprefix("--") in line
 
@@ -307,7 +307,7 @@ def change(path: Path, old: str, new: str) -> None:
 
 
 def line_of_test() -> str:
-    """The line of `TEST_PICTURE`, spelled otherwise."""
+    """The line of `TEST_IMAGE`, spelled otherwise."""
     lines = Path("data/cifar/test.txt").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("images/test/000003.jpg ")]
     return line.replace("images/", "images//")
@@ -327,10 +327,10 @@ def truncate(path: Path) -> None:
         (lambda: Path("data/cifar/test.txt").unlink(), ["has no list 'test' (test.txt); it has: "]),
         (lambda: LIST.unlink(), ["has no list 'train800val200'"]),
         (
-            lambda: PICTURE.unlink(),
-            ["1 of the 17 images of ", "train800val200.txt are missing, the first is ", PICTURE.name],
+            lambda: IMAGE.unlink(),
+            ["1 of the 17 images of ", "train800val200.txt are missing, the first is ", IMAGE.name],
         ),
-        (lambda: TEST_PICTURE.unlink(), ["1 of the 9 images of ", "test.txt are missing"]),
+        (lambda: TEST_IMAGE.unlink(), ["1 of the 9 images of ", "test.txt are missing"]),
         (lambda: change(LIST, "000002.jpg ", "000002.jpg,"), ["train800val200.txt:3: found ", "expected `path label`"]),
         (
             lambda: change(LIST, "000002.jpg ", "000002.jpg 99"),
@@ -341,15 +341,15 @@ def truncate(path: Path) -> None:
         (lambda: LIST.write_text(""), ["train800val200.txt: the list is empty"]),
         (
             lambda: LIST.write_text(f"{LIST.read_text()}./{line_of_test()}\n"),
-            ["test.txt: 1 of its pictures are also in ", "which must not see them; the first is ", str(TEST_PICTURE)],
+            ["test.txt: 1 of its images are also in ", "which must not see them; the first is ", str(TEST_IMAGE)],
         ),
-        (lambda: truncate(PICTURE), [f"{PICTURE}: not a readable image"]),
-        (lambda: truncate(TEST_PICTURE), [f"{TEST_PICTURE}: not a readable image"]),
+        (lambda: truncate(IMAGE), [f"{IMAGE}: not a readable image"]),
+        (lambda: truncate(TEST_IMAGE), [f"{TEST_IMAGE}: not a readable image"]),
         (
-            lambda: TEST_PICTURE.write_text("hello"),
-            [f"{TEST_PICTURE}: not a readable image: no known image format"],
+            lambda: TEST_IMAGE.write_text("hello"),
+            [f"{TEST_IMAGE}: not a readable image: no known image format"],
         ),
-        (lambda: PICTURE.write_bytes(b""), [f"{PICTURE}: not a readable image: an empty file"]),
+        (lambda: IMAGE.write_bytes(b""), [f"{IMAGE}: not a readable image: an empty file"]),
     ],
 )
 def test_broken_data_stop_a_run_before_it_begins(damage: Callable[[], Any], words: list[str], place: Path) -> None:
@@ -360,30 +360,30 @@ def test_broken_data_stop_a_run_before_it_begins(damage: Callable[[], Any], word
 def test_an_image_that_is_damaged_inside_stops_a_run_before_it_begins(place: Path) -> None:
     """Both ends of the file are right, the middle is not."""
     noise = Image.effect_noise((64, 64), 90)
-    noise.save(TEST_PICTURE.with_suffix(".png"))
-    raw = bytearray(TEST_PICTURE.with_suffix(".png").read_bytes())
+    noise.save(TEST_IMAGE.with_suffix(".png"))
+    raw = bytearray(TEST_IMAGE.with_suffix(".png").read_bytes())
     raw[len(raw) // 2 : len(raw) // 2 + 300] = b"\0" * 300
-    TEST_PICTURE.write_bytes(raw)
-    refused(small("--method", "linear"), 1, f"{TEST_PICTURE}: not a readable image: ")
+    TEST_IMAGE.write_bytes(raw)
+    refused(small("--method", "linear"), 1, f"{TEST_IMAGE}: not a readable image: ")
 
 
-def test_a_val_without_pictures_stops_a_run_and_is_told_by_data_check(
+def test_a_val_without_images_stops_a_run_and_is_told_by_data_check(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every tenth of nine official training pictures is none."""
+    """Every tenth of nine official training images is none."""
     card = load_task("fgvc/stanford_cars")
     draw_task(card, place / "data", counts={"train": 6, "val": 3, "test": 4}, size=16, layout="native")
     config = f"configs/{card.name}.yaml"
-    told = refused(small(config=config, data__stage="select"), 1, "has no picture for the list 'val'; get the data")
+    told = refused(small(config=config, data__stage="select"), 1, "has no image for the list 'val'; get the data")
     assert "Stanford-cars" in told
     checked = command("data", "check", card.name, "--root", "data")
     assert checked.status == 1
-    assert "has no picture for the list 'val'" in checked.out
+    assert "has no image for the list 'val'" in checked.out
     assert run(*small("--method", "linear", config=config)).record["status"] == "complete"  # final does not need it
 
 
 def test_data_check_tells_each_task(place: Path) -> None:
-    truncate(PICTURE)
+    truncate(IMAGE)
     outcome = command("data", "check", TASK, "vtab/dtd", "--root", "data")
     assert outcome.status == 1
     rows = outcome.out.splitlines()
@@ -425,7 +425,7 @@ def other_backbone() -> str:
         (lambda: "embedded", [f"no weights of {BACKBONE} are embedded in this package"]),
         (lambda: "hub", [f"no published checkpoint of {BACKBONE} is known; use --model.checkpoint PATH"]),
         (lambda: save("odd.pth", [1, 2]), ["odd.pth: holds list, not a state dict"]),
-        (lambda: str(TEST_PICTURE), [f"{TEST_PICTURE}: "]),
+        (lambda: str(TEST_IMAGE), [f"{TEST_IMAGE}: "]),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(make: Callable[[], str], words: list[str], place: Path) -> None:
@@ -433,7 +433,7 @@ def test_weights_that_do_not_fit_are_refused(make: Callable[[], str], words: lis
     assert not Path("marker").exists()
 
 
-@pytest.mark.parametrize("verb", ["test", "validate"])
+@pytest.mark.parametrize("subcommand", ["test", "validate"])
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -442,14 +442,14 @@ def test_weights_that_do_not_fit_are_refused(make: Callable[[], str], words: lis
             other_backbone,
             ["nano.pth: no svp-bench checkpoint; weights of a backbone alone go to --model.checkpoint PATH"],
         ),
-        (lambda: str(TEST_PICTURE), [f"{TEST_PICTURE}: "]),
+        (lambda: str(TEST_IMAGE), [f"{TEST_IMAGE}: "]),
     ],
 )
 def test_a_file_that_is_no_run_of_ours_is_refused(
-    make: Callable[[], str], words: list[str], verb: str, place: Path
+    make: Callable[[], str], words: list[str], subcommand: str, place: Path
 ) -> None:
-    stage = "final" if verb == "test" else "select"
-    refused(small("--ckpt_path", make(), verb=verb, data__stage=stage), 1, *words)
+    stage = "final" if subcommand == "test" else "select"
+    refused(small("--ckpt_path", make(), subcommand=subcommand, data__stage=stage), 1, *words)
     assert not Path("marker").exists()
 
 
@@ -512,7 +512,7 @@ def test_a_results_folder_that_fills_up_leaves_no_half_record(place: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         outcome = command(*small("--method", "linear"))
-    assert "No space left on device" in complaint(outcome, 1)
+    assert "No space left on device" in assert_error(outcome, 1)
     assert not [name for name in files() if name.endswith((".json", ".tmp"))]
 
 

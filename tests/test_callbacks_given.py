@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import command, complaint, run, settle, small
+from helpers import assert_error, command, run, settle, small
 
 from svp_bench.cli.main import _need_home
 
@@ -76,7 +76,7 @@ TYPO = "trainer:\n  callbacks:\n  - class_path: EarlyStopping\n    init_args: {m
 )
 def test_a_mistake_is_one_line(given: list[str], parts: list[str]) -> None:
     arguments = given if given[0].startswith("--") else [*config(given[0])]
-    told = complaint(command(*line(*arguments)), 2)
+    told = assert_error(command(*line(*arguments)), 2)
     assert all(part in told for part in parts), told
 
 

@@ -19,7 +19,7 @@ from svp_bench.core.errors import CardError, UsageError
 from svp_bench.core.resources import tasks_dir
 from svp_bench.tasks import cards
 
-# Classes and test pictures of VTAB-1k's tasks (task_adaptation's own unit tests), in the order of the tables.
+# Classes and test images of VTAB-1k's tasks (task_adaptation's own unit tests), in the order of the tables.
 VTAB = {
     "cifar": ("natural", 100, 10_000),
     "caltech101": ("natural", 102, 6_084),
@@ -78,7 +78,7 @@ def test_vtab_sums_and_groups() -> None:
     suite = cards.load_suite("vtab")
     assert list(suite.groups) == ["natural", "specialized", "structured"]
     assert (suite.title, suite.table, suite.folder, suite.protocol) == ("VTAB-1k", "vtab1k", "vtab-1k", "vtab-final")
-    repeated = sum(len(tasks) - 1 for tasks in suite.same_pictures)
+    repeated = sum(len(tasks) - 1 for tasks in suite.same_images)
     assert len(all_cards) - repeated == 16  # independent sources
 
 
@@ -200,7 +200,7 @@ groups:
   easy: [one, two]
   hard:
     - three
-same_pictures:
+same_images:
   - [one, three]
 citation: someone2020toy
 notes: For tests.
@@ -264,7 +264,7 @@ def test_cards_of_another_folder(toy: Path) -> None:
     assert (one.group, three.group, one.digest, one.notes, one.variants) == ("easy", "hard", None, "", {})
     assert one.path == toy / "toy" / "one.yaml"
     assert cards.list_suites(toy) == ["toy"]
-    assert cards.load_suite("toy", toy).same_pictures == (("one", "three"),)
+    assert cards.load_suite("toy", toy).same_images == (("one", "three"),)
     with pytest.raises(UsageError, match="unknown task 'toy/four'"):
         cards.load_task("toy/four", toy)
 
@@ -375,8 +375,8 @@ WRONG = [
     (SUITE, "[one, two]", "[]", 9, "easy must be a list with at least one entry, not a list"),
     (SUITE, "toy-final", "toy-finale", 6, "unknown protocol 'toy-finale'; did you mean 'toy-final'?"),
     (SUITE, "[one, three]", "[one, for]", 13, "unknown task 'for'"),
-    (SUITE, "[one, three]", "[one]", 13, "same_pictures holds lists of two or more tasks, each task at most once"),
-    (SUITE, "- [one, three]", "- [one, three]\n  - [two, one]", 14, "same_pictures holds lists of two or more tasks"),
+    (SUITE, "[one, three]", "[one]", 13, "same_images holds lists of two or more tasks, each task at most once"),
+    (SUITE, "- [one, three]", "- [one, three]\n  - [two, one]", 14, "same_images holds lists of two or more tasks"),
     (PROTOCOL, "name: toy-final", "name: toy", 1, "name is 'toy', but a card in this place is called 'toy-final'"),
     (PROTOCOL, "bicubic", "bicubical", 6, "unknown interpolation 'bicubical'; did you mean 'bicubic'?"),
     (PROTOCOL, "resize: straight", "resize: crop", 5, "unknown resize 'crop'; did you mean 'centre_crop'"),

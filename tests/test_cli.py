@@ -1,4 +1,4 @@
-"""The front door as a program: light verbs stay light, help helps, and every way in is the same."""
+"""The front door as a program: light subcommands stay light, help helps, and every way in is the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from helpers import METHODS, SMALL, TASK, command, draw, run, settle, small
 
 from svp_bench import __version__
-from svp_bench.cli.commands import HEAVY, VERBS
+from svp_bench.cli.commands import HEAVY, SUBCOMMANDS
 from svp_bench.data.module import VisionDataModule
 from svp_bench.tasks.cards import list_tasks
 from svp_bench.train.module import AdaptationModule
@@ -48,7 +48,7 @@ def fresh(*argv: str, cwd: Path | None = None) -> tuple[int, list[str], str]:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--help"], ["usage: svp-bench COMMAND", *HEAVY, *VERBS]),
+        (["--help"], ["usage: svp-bench COMMAND", *HEAVY, *SUBCOMMANDS]),
         (["--version"], [f"svp-bench {__version__}\n"]),
         (["tasks"], [*list_tasks(), "classes", "natural", "structured"]),
         (["tasks", "demo"], ["demo/digits", "797"]),
@@ -64,7 +64,7 @@ def fresh(*argv: str, cwd: Path | None = None) -> tuple[int, list[str], str]:
         (["demo", "--help"], ["--results_root"]),
         (["doctor", "--help"], ["usage: svp-bench doctor"]),
     ],
-    ids=lambda value: " ".join(value) if value and value[0] in ("--help", "--version", "fit", *VERBS) else "",
+    ids=lambda value: " ".join(value) if value and value[0] in ("--help", "--version", "fit", *SUBCOMMANDS) else "",
 )
 def test_a_light_command_imports_nothing_heavy(argv: list[str], words: list[str], tmp_path: Path) -> None:
     status, heavy, out = fresh(*argv, cwd=tmp_path)
@@ -91,10 +91,10 @@ def test_every_way_in_is_the_same(way: list[str], tmp_path: Path) -> None:
         assert here.status == status
 
 
-@pytest.mark.parametrize("verb", [*HEAVY])
+@pytest.mark.parametrize("subcommand", [*HEAVY])
 @pytest.mark.parametrize("flag", ["--help", "-h", "--help=all"])
-def test_help_of_the_heavy_verbs_needs_no_config(verb: str, flag: str) -> None:
-    outcome = command(verb, flag)
+def test_help_of_the_heavy_subcommands_needs_no_config(subcommand: str, flag: str) -> None:
+    outcome = command(subcommand, flag)
     assert outcome.status == 0
     assert outcome.err == ""
     for words in ("--config", "--method", "--model.learning_rate", "--data.batch_size", "--trainer.max_epochs"):
@@ -122,10 +122,10 @@ def test_help_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_the_verbs_of_the_help_are_those_that_run() -> None:
+def test_the_subcommands_of_the_help_are_those_that_run() -> None:
     out = run("--help").out
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and not line.startswith("  svp-")]
-    assert listed == [*HEAVY, *VERBS]
+    assert listed == [*HEAVY, *SUBCOMMANDS]
     assert run("help").out == run("-h").out == out
 
 

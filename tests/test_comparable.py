@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import Outcome, command, complaint, run, settle, small
+from helpers import Outcome, assert_error, command, run, settle, small
 
 from svp_bench.train.checkpoint import file_weights_digest, weights_digest
 from svp_bench.train.module import AdaptationModule
@@ -177,7 +177,7 @@ def test_what_others_change_is_recorded_and_not_compared(
     assert reasons[0] in Path("results/tables/vtab1k.md").read_text()
     # the checkpoint reproduces the score
     again = run(
-        *small("--ckpt_path", str(checkpoint(outcome)), verb="test", config=str(outcome.folder / "config.yaml"))
+        *small("--ckpt_path", str(checkpoint(outcome)), subcommand="test", config=str(outcome.folder / "config.yaml"))
     )
     assert "its score already (the same)" in again.out
 
@@ -211,17 +211,17 @@ def test_classes_from_outside_are_named(place: Path, trainer: dict[str, Any], ex
 def test_what_a_record_cannot_describe_is_refused(
     place: Path, class_path: str, init_args: dict[str, Any], remedy: str, stage: str
 ) -> None:
-    line = complaint(command(*with_callback(class_path, "--data.stage", stage, **init_args)), 2)
+    line = assert_error(command(*with_callback(class_path, "--data.stage", stage, **init_args)), 2)
     assert class_path.rpartition(".")[2] in line
     assert remedy in line
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_fork_find_unused_parameters_true"])
-@pytest.mark.parametrize("verb", ["fit", "validate"])
-def test_strategies_that_hand_nothing_back_are_refused(place: Path, strategy: str, verb: str) -> None:
+@pytest.mark.parametrize("subcommand", ["fit", "validate"])
+def test_strategies_that_hand_nothing_back_are_refused(place: Path, strategy: str, subcommand: str) -> None:
     given = {"trainer.strategy": strategy, "trainer.devices": "2", "data.stage": "select"}
-    line = complaint(command(*small(*LINEAR, verb=verb, **given)), 2)
+    line = assert_error(command(*small(*LINEAR, subcommand=subcommand, **given)), 2)
     assert "--trainer.strategy ddp" in line
     assert not Path("results").exists()
 

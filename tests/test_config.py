@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import METHODS, SMALL, TASK, arguments, command, complaint, run, settle, small
+from helpers import METHODS, SMALL, TASK, arguments, assert_error, command, run, settle, small
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -255,7 +255,7 @@ def test_an_unknown_key_of_a_tuned_table_is_refused(
 ) -> None:
     path = tune(own_configs, "  cifar:\n    model.learning_rat: 4.0\n")
     settle(tmp_path, monkeypatch)
-    assert f"{path}:5: unknown config key 'model.learning_rat'; did you mean 'model.learning_rate'?" in complaint(
+    assert f"{path}:5: unknown config key 'model.learning_rat'; did you mean 'model.learning_rate'?" in assert_error(
         command(*small()), 2
     )
 
@@ -324,10 +324,10 @@ def test_every_method_parses(name: str) -> None:
     assert values["model"]["learning_rate"] == method_file(name)["model"]["learning_rate"]
 
 
-@pytest.mark.parametrize("verb", ["validate", "test"])
-def test_the_other_verbs_parse_the_same(verb: str) -> None:
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_the_other_subcommands_parse_the_same(subcommand: str) -> None:
     given = ("--config", "configs/vtab/dtd.yaml", "--method", "vpt_deep", "--model.method.length", "3")
-    fit, other = (printed_config(name, *given) for name in ("fit", verb))
+    fit, other = (printed_config(name, *given) for name in ("fit", subcommand))
     assert {key: other[key] for key in ("model", "data", "trainer")} == {
         key: fit[key] for key in ("model", "data", "trainer")
     }
@@ -439,7 +439,7 @@ def test_a_method_of_ones_own_runs_from_the_console_script(tmp_path: Path, monke
 def test_a_method_that_cannot_be_imported_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle(tmp_path, monkeypatch)
     file = write(tmp_path / "m.yaml", model__method={"class_path": "nowhere_at_all.Mine"})
-    line = complaint(command(*small("--method", file)), 2)
+    line = assert_error(command(*small("--method", file)), 2)
     assert f"{file}:3: model.method" in line
     assert "No module named 'nowhere_at_all'" in line
     assert "beside the method file" in line
@@ -450,7 +450,7 @@ def test_a_module_of_ones_own_that_fails_is_one_line(tmp_path: Path, monkeypatch
     file = own_method(tmp_path / "mine", "own_broken", "LastBlocks")
     with (tmp_path / "mine/own_broken.py").open("a") as module:
         module.write("\nx = (\n")
-    line = complaint(command(*small("--method", file)), 2)
+    line = assert_error(command(*small("--method", file)), 2)
     assert "the module of the method 'own_broken.LastBlocks' fails" in line
     assert "SyntaxError: '(' was never closed" in line
 
@@ -474,7 +474,7 @@ def test_a_method_of_ones_own_is_held_to_its_promises(
     text = module.read_text()
     assert old in text
     module.write_text(text.replace(old, new).replace("model.depth - self.tail", "model.depth - 1"))
-    line = complaint(command(*small("--method", file)), 2)
+    line = assert_error(command(*small("--method", file)), 2)
     assert words in line
     assert "LastBlocks" in line
     assert not Path("runs").exists()
@@ -486,7 +486,7 @@ def test_a_method_of_ones_own_is_held_to_its_promises(
 def test_a_mistyped_task_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle(tmp_path, monkeypatch)
     Path("mine.yaml").write_text("data:\n  taks: vtab/dtd\n")
-    line = complaint(command("fit", "--config", "mine.yaml"), 2)
+    line = assert_error(command("fit", "--config", "mine.yaml"), 2)
     assert "mine.yaml:2: unknown config key 'data.taks'; did you mean 'data.task'?" in line
 
 

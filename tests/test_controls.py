@@ -10,7 +10,7 @@ import pytest
 import reference_vim
 import torch
 import yaml
-from helpers import command, complaint, run, settle, small
+from helpers import assert_error, command, run, settle, small
 from tolerances import BACKBONE, SAME_MATHS, relative_error
 from torch import Tensor
 
@@ -38,8 +38,8 @@ def adapted(method: Method, backend: str = "auto", **arguments: Any) -> Any:
     return model
 
 
-def pictures(model: VisionMamba, count: int = 2) -> Tensor:
-    return reference_vim.pictures(count, 3, *model.patch_embed.img_size)
+def make_images(model: VisionMamba, count: int = 2) -> Tensor:
+    return reference_vim.make_images(count, 3, *model.patch_embed.img_size)
 
 
 def assert_as_written_out(model: VisionMamba, written: Written) -> None:
@@ -47,11 +47,11 @@ def assert_as_written_out(model: VisionMamba, written: Written) -> None:
     state = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     trained = trained_parameters(model)
     leaves = [state[name].requires_grad_() for name in trained]
-    images = pictures(model)
+    images = make_images(model)
     expected = written(state, images.double())
     given = model(images)
     assert relative_error(given, expected) <= BACKBONE.forward
-    cotangent = reference_vim.pictures(*given.shape)
+    cotangent = reference_vim.make_images(*given.shape)
     found = torch.autograd.grad(given, list(trained.values()), cotangent)
     wanted = torch.autograd.grad(expected, leaves, cotangent.double())
     for name, a, b in zip(trained, found, wanted, strict=True):
@@ -114,7 +114,7 @@ def test_the_adapters_activations(activation: Any, monkeypatch: pytest.MonkeyPat
 
 def test_the_last_block_has_an_adapter_only_for_the_class_token() -> None:
     whole = adapted(Adapter(hidden_dim=4))
-    images = pictures(whole)
+    images = make_images(whole)
     before = whole(images)
     with torch.no_grad():
         whole.get_parameter("adapter.2.up.weight").mul_(2)
@@ -231,7 +231,7 @@ def test_these_are_all_biases_of_the_backbone() -> None:
 @pytest.mark.parametrize("which", [*([name] for name in BIASES), list(BIASES)], ids=str)
 def test_merging_biases_keeps_the_logits(which: list[str], backend: str) -> None:
     model = adapted(Bias(which), backend, **STRIDE_8)
-    images = pictures(model)
+    images = make_images(model)
     plain = VisionMamba(**{**SIZES, **STRIDE_8}, scan_backend=backend).eval()
     reference_vim.fill(plain)
     with torch.no_grad():
@@ -248,10 +248,10 @@ def test_merging_biases_keeps_the_logits(which: list[str], backend: str) -> None
 @pytest.mark.parametrize("method", [Adapter(), Offset()])
 def test_what_does_not_merge_says_so(method: Method) -> None:
     model = adapted(method)
-    before = model(pictures(model))
+    before = model(make_images(model))
     with pytest.raises(ConfigError, match=rf"the method {type(method).__name__} does not merge .*; predict with its"):
         model.method.merge(model)
-    assert torch.equal(model(pictures(model)), before)
+    assert torch.equal(model(make_images(model)), before)
 
 
 # ----------------------------------------------------------------------------------------------------- precision
@@ -264,7 +264,7 @@ def test_what_does_not_merge_says_so(method: Method) -> None:
 )
 def test_bf16_autocast_is_near(method: Method) -> None:
     model = adapted(method)
-    images = pictures(model)
+    images = make_images(model)
     exact = model(images)
     with torch.autocast("cpu", torch.bfloat16):
         given = model(images)
@@ -320,5 +320,5 @@ def test_settings_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monk
         assert outcome.record["parameters"]["adapter"] == count
         config = yaml.safe_load((outcome.folder / "config.yaml").read_text(encoding="utf-8"))
         assert config["model"]["method"]["init_args"] == settings
-    text = complaint(command(*small("--method", "bias", "--model.method.which", "[conv1]")), 2)
+    text = assert_error(command(*small("--method", "bias", "--model.method.which", "[conv1]")), 2)
     assert "unknown layer with a bias 'conv1'; did you mean 'conv1d'?" in text

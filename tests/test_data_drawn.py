@@ -1,4 +1,4 @@
-"""Drawn tasks: what a picture shows is what its label says, and a card gives the same bytes everywhere."""
+"""Drawn tasks: what a image shows is what its label says, and a card gives the same bytes everywhere."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from svp_bench.data.synthetic_tasks import KINDS, SIZE, draw_numbered
 from svp_bench.tasks.cards import ReaderSpec, load_suite, load_task
 
 TASKS = [name for name in load_suite("demo").tasks if load_task(name).reader.kind == "drawn"]
-MANY = 96  # pictures of a kind that are measured
+MANY = 96  # images of a kind that are measured
 
 
-def objects(picture: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float64]]:
+def objects(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float64]]:
     """Return the pixels (row, column) of each connected thing that stands out from the ground, the largest first.
 
     The ground is a plane of grey values in each channel, fitted to the border where it agrees with itself.
     """
     rows, columns = np.mgrid[:SIZE, :SIZE]
     terms = np.stack([rows, columns, np.ones_like(rows)], axis=-1).reshape(-1, 3).astype(float)
-    values = picture.reshape(-1, 3).astype(float)
+    values = image.reshape(-1, 3).astype(float)
     kept = np.ones(len(values), dtype=bool)
     for limit in (60.0, 30.0, 22.0, 22.0):  # what does not fit is no ground
         plane, *_ = np.linalg.lstsq(terms[kept], values[kept], rcond=None)
@@ -84,9 +84,9 @@ def test_the_bow_points_where_the_label_says() -> None:
     assert agreement("orientation", read) > 0.85
 
 
-def spectrum(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Return a picture's waves, whichever way it is turned: the power in rings, and how uneven each ring is."""
-    grey = picture.mean(axis=2)
+def spectrum(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """Return a image's waves, whichever way it is turned: the power in rings, and how uneven each ring is."""
+    grey = image.mean(axis=2)
     power = np.log1p(np.abs(np.fft.fftshift(np.fft.fft2(grey - grey.mean()))) ** 2)
     rows, columns = np.mgrid[:SIZE, :SIZE] - SIZE / 2
     ring = np.hypot(rows, columns).astype(int)
@@ -96,27 +96,27 @@ def spectrum(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
 
 def test_patterns_can_be_told_apart_and_no_place_of_a_pixel_says_which() -> None:
     drawn = [draw_numbered("textures", 5, number) for number in range(640)]
-    assert len({picture.tobytes() for picture, _ in drawn}) == len(drawn)
-    features = np.stack([spectrum(picture) for picture, _ in drawn])
+    assert len({image.tobytes() for image, _ in drawn}) == len(drawn)
+    features = np.stack([spectrum(image) for image, _ in drawn])
     labels = np.array([label for _, label in drawn])
     reader = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
     assert reader.fit(features[:480], labels[:480]).score(features[480:], labels[480:]) > 0.5  # guessing: 0.125
     for label in range(8):
-        grey = np.stack([picture.mean(axis=2) for picture, of in drawn if of == label])
+        grey = np.stack([image.mean(axis=2) for image, of in drawn if of == label])
         assert grey.mean(axis=0).std() < 0.35 * grey.std(axis=(1, 2)).mean()
 
 
 @given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 10**9), number=st.integers(0, 10**9))
 @settings(max_examples=40, deadline=None)
-def test_a_picture_is_a_pure_function_of_its_numbers(kind: str, seed: int, number: int) -> None:
-    picture, label = draw_numbered(kind, seed, number)
+def test_a_image_is_a_pure_function_of_its_numbers(kind: str, seed: int, number: int) -> None:
+    image, label = draw_numbered(kind, seed, number)
     again, _ = draw_numbered(kind, seed, number)
-    assert picture.shape == (SIZE, SIZE, 3)
-    assert picture.dtype == np.uint8
+    assert image.shape == (SIZE, SIZE, 3)
+    assert image.dtype == np.uint8
     assert label == number % len(KINDS[kind].classes)
-    assert np.array_equal(picture, again)
-    assert not np.array_equal(picture, draw_numbered(kind, seed + 1, number)[0])
-    assert picture.std() > 3
+    assert np.array_equal(image, again)
+    assert not np.array_equal(image, draw_numbered(kind, seed + 1, number)[0])
+    assert image.std() > 3
 
 
 # --- the reader ------------------------------------------------------------------------------------------------------
@@ -134,22 +134,22 @@ def test_the_shipped_cards_are_true(task: str) -> None:
     source = open_source(load_task(task))
     card = load_task(task)
     assert source.digest == card.digest  # the same bytes on every machine
-    assert {name: len(pictures) for name, pictures in source.lists.items()} == dict(card.counts)
+    assert {name: len(images) for name, images in source.lists.items()} == dict(card.counts)
     assert source.class_names == KINDS[str(card.reader.options["kind"])].classes
-    for pictures in source.lists.values():
-        counts = np.bincount(pictures.labels, minlength=card.classes)
+    for images in source.lists.values():
+        counts = np.bincount(images.labels, minlength=card.classes)
         assert counts.max() - counts.min() <= 2  # every class is there, in equal parts
 
 
-def test_lists_share_no_picture_and_trainval_is_both() -> None:
+def test_lists_share_no_image_and_trainval_is_both() -> None:
     source = opened()
-    of = {name: [pictures.load(i).tobytes() for i in range(len(pictures))] for name, pictures in source.lists.items()}
+    of = {name: [images.load(i).tobytes() for i in range(len(images))] for name, images in source.lists.items()}
     assert of["trainval"] == of["train"] + of["val"]
     assert not set(of["trainval"]) & set(of["test"])
-    assert source.get("test").where(0) == "picture 300"
+    assert source.get("test").where(0) == "image 300"
 
 
-def test_another_seed_draws_other_pictures() -> None:
+def test_another_seed_draws_other_images() -> None:
     assert opened(options={"seed": 1}).digest != opened().digest
 
 

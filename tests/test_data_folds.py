@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import command, complaint
+from helpers import assert_error, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,7 +67,7 @@ def test_the_data_module_holds_out_each_labelled_image_once() -> None:
         data.setup("fit")
         assert set(data.lists) == {"train", "val"}
         assert data.lists_read == ("trainval",)
-        train, val = data._pictures("train"), data._pictures("val")
+        train, val = data._images("train"), data._images("val")
         assert (len(train), len(val)) == (40, 10)
         assert sorted(val.labels.tolist()) == list(range(10))
         assert not {*train.keys()} & {*val.keys()}
@@ -98,4 +98,4 @@ def test_wrong_folds_are_one_line(arguments: dict[str, object], said: str) -> No
 def test_more_folds_than_images_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fit = ["fit", "--config", f"configs/{TASK}.yaml", "--data.stage", "select", "--data.folds", "51"]
-    assert "at most 50 here" in complaint(command(*fit), 1)
+    assert "at most 50 here" in assert_error(command(*fit), 1)

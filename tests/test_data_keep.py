@@ -35,7 +35,7 @@ def test_without_being_asked_nothing_is_kept(tmp_path: Path) -> None:
     assert keep._keeper is None
 
 
-def test_decoded_pictures_are_kept_by_place_list_and_view(tmp_path: Path) -> None:
+def test_decoded_images_are_kept_by_place_list_and_view(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         draw(tmp_path / name, seed=seed)
     fresh = {name: images(tmp_path / name) for name in ("a", "b")}
@@ -43,7 +43,7 @@ def test_decoded_pictures_are_kept_by_place_list_and_view(tmp_path: Path) -> Non
     first = images(tmp_path / "a")
     assert np.shares_memory(first, images(tmp_path / "a"))
     assert (first == fresh["a"]).all()
-    assert (images(tmp_path / "b") == fresh["b"]).all()  # same names, other pictures
+    assert (images(tmp_path / "b") == fresh["b"]).all()  # same names, other images
     assert not (fresh["a"] == fresh["b"]).all()
     assert images(tmp_path / "a", size=8).shape == (COUNTS["train800"], 3, 8, 8)
 
@@ -51,7 +51,7 @@ def test_decoded_pictures_are_kept_by_place_list_and_view(tmp_path: Path) -> Non
 def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     draw(tmp_path)
     one = 3 * 16 * 16 * COUNTS["train800"]
-    keep.keep_between_runs(limit=2 * one)  # val has fewer pictures than train
+    keep.keep_between_runs(limit=2 * one)  # val has fewer images than train
     first = images(tmp_path)
     assert keep._keeper is not None
     images(tmp_path, size=24)  # larger than all that may be kept
@@ -59,13 +59,13 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     assert (images(tmp_path) == first).all()
 
 
-def test_a_broken_picture_is_never_taken_for_verified(tmp_path: Path) -> None:
+def test_a_broken_image_is_never_taken_for_verified(tmp_path: Path) -> None:
     folder = draw(tmp_path)
-    picture = folder / (folder / "train800.txt").read_text(encoding="utf-8").split()[0]
-    good = picture.read_bytes()
+    image = folder / (folder / "train800.txt").read_text(encoding="utf-8").split()[0]
+    good = image.read_bytes()
     keep.keep_between_runs()
-    picture.write_bytes(b"nothing")
-    with pytest.raises(DataError, match=picture.name):
+    image.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=image.name):
         images(tmp_path)
-    picture.write_bytes(good)
+    image.write_bytes(good)
     images(tmp_path)

@@ -9,21 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svp_bench.core.errors import DataError
-from svp_bench.data.split_files import PictureList, combined_digest, list_digest, read_list
+from svp_bench.data.split_files import ImageList, combined_digest, list_digest, read_list
 
 
-def read(tmp_path: Path, text: str | bytes, classes: int = 10) -> PictureList:
+def read(tmp_path: Path, text: str | bytes, classes: int = 10) -> ImageList:
     path = tmp_path / "train800.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return read_list(path, classes, task="vtab/dtd")
 
 
 def test_a_plain_list_is_read_in_file_order(tmp_path: Path) -> None:
-    pictures = read(tmp_path, "images/train800/000000.jpg 3\nimages/train800/000001.jpg 0\n")
-    assert pictures.paths == ("images/train800/000000.jpg", "images/train800/000001.jpg")
-    assert pictures.labels.dtype == np.int64
-    assert pictures.labels.tolist() == [3, 0]
-    assert len(pictures) == 2
+    images = read(tmp_path, "images/train800/000000.jpg 3\nimages/train800/000001.jpg 0\n")
+    assert images.paths == ("images/train800/000000.jpg", "images/train800/000001.jpg")
+    assert images.labels.dtype == np.int64
+    assert images.labels.tolist() == [3, 0]
+    assert len(images) == 2
 
 
 def test_byte_order_mark_line_ends_blank_lines_and_blanks_in_paths_are_fine(tmp_path: Path) -> None:
@@ -129,11 +129,11 @@ def test_whatever_the_blanks_and_ends_paths_labels_and_digest_are_the_same(
 def test_any_bytes_are_read_or_refused_in_one_line(raw: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            pictures = read(Path(folder), raw)
+            images = read(Path(folder), raw)
         except DataError as error:
             refusal = str(error)
         else:
-            assert len(pictures.paths) == len(pictures.labels) > 0
+            assert len(images.paths) == len(images.labels) > 0
             return
     assert len(refusal.splitlines()) == 1
 
@@ -152,9 +152,9 @@ def test_the_digest_sees_name_paths_labels_and_order(tmp_path: Path) -> None:
 
 def test_the_digest_is_the_documented_one(tmp_path: Path) -> None:
     # printf 'train800\na 1\nb 2\n' | sha256sum
-    pictures = read(tmp_path, "a  1\r\n\r\nb\t2")
+    images = read(tmp_path, "a  1\r\n\r\nb\t2")
     expected = "sha256:7228e2552c139e598a4866978f208ea636c791163482979aafd476bd700cdf67"
-    assert list_digest("train800", pictures) == expected
+    assert list_digest("train800", images) == expected
 
 
 def test_the_combined_digest_does_not_depend_on_the_order_of_the_mapping() -> None:

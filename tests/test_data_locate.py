@@ -67,8 +67,8 @@ def test_the_root_comes_from_the_argument_then_the_variable_then_data(
 
 def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder = make(tmp_path / "pictures" / "caltech101")
-    assert locate(CARD, SUITE, Path("~/pictures")) == folder
+    folder = make(tmp_path / "images" / "caltech101")
+    assert locate(CARD, SUITE, Path("~/images")) == folder
 
 
 def test_nothing_found_names_what_was_tried_and_what_to_do(tmp_path: Path) -> None:
@@ -103,5 +103,5 @@ def test_the_archive_is_the_suite_cards() -> None:
 
 def test_another_suite_is_sent_to_the_page_of_its_task(tmp_path: Path) -> None:
     digits = load_task("demo/digits")
-    with pytest.raises(DataError, match=r"get the pictures of https://archive\.ics\.uci\.edu"):
+    with pytest.raises(DataError, match=r"get the images of https://archive\.ics\.uci\.edu"):
         locate(digits, load_suite("demo"), tmp_path)

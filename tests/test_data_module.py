@@ -17,7 +17,7 @@ from PIL import Image
 from svp_bench.core.errors import ConfigError, DataError, UsageError
 from svp_bench.data import module as module_file
 from svp_bench.data.module import Batch, VisionDataModule
-from svp_bench.data.sources import FilePictures
+from svp_bench.data.sources import FileImages
 from svp_bench.data.split_files import combined_digest, list_digest, read_list
 from svp_bench.data.synthetic import draw_task
 from svp_bench.data.transforms import resize_straight
@@ -110,10 +110,10 @@ def test_missing_data_are_named(tmp_path: Path) -> None:
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_training_batch_is_the_decoded_pictures(root: Path) -> None:
+def test_a_training_batch_is_the_decoded_images(root: Path) -> None:
     data = ready(root)
     lines = read_list(root / "dtd" / "train800val200.txt", 47)
-    pictures = FilePictures(root / "dtd", "train800val200", lines)
+    images = FileImages(root / "dtd", "train800val200", lines)
     batches = list(data.train_dataloader())
     assert all(isinstance(batch, Batch) for batch in batches)
     assert [len(batch.labels) for batch in batches] == [4, 4, 4, 4, 3]
@@ -122,7 +122,7 @@ def test_a_training_batch_is_the_decoded_pictures(root: Path) -> None:
         assert batch.images.shape == (len(batch.index), 3, SIZE, SIZE)
         assert batch.labels.tolist() == lines.labels[batch.index.numpy()].tolist()
         for image, index in zip(batch.images, batch.index.tolist(), strict=True):
-            assert np.array_equal(image.numpy(), resize_straight(pictures.load(index), SIZE))
+            assert np.array_equal(image.numpy(), resize_straight(images.load(index), SIZE))
     assert sorted(itertools.chain.from_iterable(batch.index.tolist() for batch in batches)) == list(range(19))
 
 
@@ -149,10 +149,10 @@ def test_drop_last_leaves_the_small_batch_out_but_never_all(root: Path) -> None:
     assert [len(batch) for batch in indices(ready(root, drop_last=True, batch_size=64).train_dataloader())] == [19]
 
 
-def test_pictures_are_decoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[int] = []
-    load = FilePictures.load
-    monkeypatch.setattr(FilePictures, "load", lambda self, index: (loads.append(index), load(self, index))[1])
+    load = FileImages.load
+    monkeypatch.setattr(FileImages, "load", lambda self, index: (loads.append(index), load(self, index))[1])
     data = ready(root)
     for when in ("fit", "validate", "test"):
         data.setup(when)
@@ -161,14 +161,14 @@ def test_pictures_are_decoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sorted(loads) == list(range(19))
 
 
-def test_above_the_memory_limit_pictures_are_decoded_anew_by_workers(
+def test_above_the_memory_limit_images_are_decoded_anew_by_workers(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = list(ready(root).train_dataloader())
     monkeypatch.setattr(module_file, "MEMORY_LIMIT_BYTES", 19 * 3 * SIZE * SIZE - 1)
     with caplog.at_level("INFO"):
         data = ready(root, num_workers=1)
-    assert "train800val200 would take 0.0 GiB decoded; its pictures are decoded anew in each epoch" in caplog.text
+    assert "train800val200 would take 0.0 GiB decoded; its images are decoded anew in each epoch" in caplog.text
     loader = data.train_dataloader()
     assert loader.num_workers == 1
     fresh = list(loader)
@@ -217,7 +217,7 @@ def test_validate_alone_decodes_only_val(root: Path) -> None:
 
 def test_there_is_no_test_loader_before_it_is_unlocked(root: Path) -> None:
     data = ready(root)
-    with pytest.raises(UsageError, match="the test pictures are read once, after the weights are final"):
+    with pytest.raises(UsageError, match="the test images are read once, after the weights are final"):
         data.test_dataloader()
     data.unlock_test()
     assert indices(data.test_dataloader()) == [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9, 10]]
@@ -234,7 +234,7 @@ def test_stage_select_never_unlocks_test(root: Path) -> None:
         data.test_dataloader()
 
 
-def test_workers_read_the_same_test_pictures(root: Path) -> None:
+def test_workers_read_the_same_test_images(root: Path) -> None:
     alone, helped = ready(root, "test", num_workers=0), ready(root, "test", num_workers=2)
     alone.unlock_test()
     helped.unlock_test()
@@ -248,8 +248,8 @@ def test_workers_start_by_themselves_for_long_lists(root: Path, monkeypatch: pyt
     monkeypatch.setattr(module_file, "cpu_count", lambda: 12)
     data = ready(root, "test")
     data.unlock_test()
-    assert data.test_dataloader().num_workers == 0  # 11 pictures
-    monkeypatch.setattr(module_file, "_FEW_PICTURES", 11)
+    assert data.test_dataloader().num_workers == 0  # 11 images
+    monkeypatch.setattr(module_file, "_FEW_IMAGES", 11)
     assert data.test_dataloader().num_workers == 8
     assert data.train_dataloader().num_workers == 0  # kept in memory
     assert attach(data, world_size=4).test_dataloader().num_workers == 3
@@ -257,7 +257,7 @@ def test_workers_start_by_themselves_for_long_lists(root: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_picture_broken_inside_stays_one_line(own: Path, num_workers: int) -> None:
+def test_a_image_broken_inside_stays_one_line(own: Path, num_workers: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")
@@ -290,7 +290,7 @@ def test_a_picture_broken_inside_stays_one_line(own: Path, num_workers: int) -> 
         ("images/train800val200/000003.jpg", None, "1 of the 19 images of .*train800val200.txt are missing"),
     ],
 )
-def test_broken_data_stop_before_any_picture_is_decoded(
+def test_broken_data_stop_before_any_image_is_decoded(
     own: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str | None, message: str
 ) -> None:
     def decode(*_: object) -> None:
@@ -304,7 +304,7 @@ def test_broken_data_stop_before_any_picture_is_decoded(
         ready(own.parent)
 
 
-def test_lists_of_the_other_stage_may_have_missing_pictures(own: Path) -> None:
+def test_lists_of_the_other_stage_may_have_missing_images(own: Path) -> None:
     (own / "images/val200/000000.jpg").unlink()
     ready(own.parent, stage="final")
     with pytest.raises(DataError, match=r"1 of the 5 images of .*val200\.txt are missing"):
@@ -320,7 +320,7 @@ def test_differences_are_warned_of_once(root: Path) -> None:
     ours = [str(warning.message) for warning in caught if "differ" in str(warning.message)]
     assert len(ours) == 1
     assert ours[0].startswith("the data of vtab/dtd differ from its card: ")
-    assert "test has 11 pictures, the card says 1880" in ours[0]
+    assert "test has 11 images, the card says 1880" in ours[0]
     assert "are drawn, not real" in ours[0]
     assert ours[0].endswith("records will say data_status: different")
     assert data.report.status == "different"
@@ -365,7 +365,7 @@ def test_batch_size_is_shared_by_processes_and_accumulated_batches(root: Path) -
         assert list(itertools.chain.from_iterable(parts)) == whole
 
 
-def test_each_process_tests_its_own_pictures(root: Path) -> None:
+def test_each_process_tests_its_own_images(root: Path) -> None:
     seen = []
     for rank in range(3):
         data = attach(make(root, batch_size=6), world_size=3, rank=rank)
@@ -394,14 +394,14 @@ def test_each_process_tests_its_own_pictures(root: Path) -> None:
             6,
             2,
             1,
-            "--data.batch_size 6 leaves a last batch of 1 of the 19 pictures, fewer than 2 processes x 1 accumulated "
+            "--data.batch_size 6 leaves a last batch of 1 of the 19 images, fewer than 2 processes x 1 accumulated "
             "batch = 2 parts; 4 or 8 would fit, or leave it out with --data.drop_last true",
         ),
         (
             32,
             8,
             4,
-            "train800val200 has 19 pictures, fewer than 8 processes x 4 accumulated batches = 32 parts; use fewer",
+            "train800val200 has 19 images, fewer than 8 processes x 4 accumulated batches = 32 parts; use fewer",
         ),
     ],
 )
@@ -422,7 +422,7 @@ def test_a_batch_size_that_cannot_be_shared_names_those_that_can(
 
 
 class Watcher(pl.LightningModule):
-    """Trains nothing of interest; notes which pictures it saw."""
+    """Trains nothing of interest; notes which images it saw."""
 
     def __init__(self) -> None:
         super().__init__()

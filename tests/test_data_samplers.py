@@ -65,9 +65,9 @@ def test_global_batches_do_not_depend_on_how_the_work_is_shared(
         parts, weight = [], 0.0
         for micro in range(step * accumulate, (step + 1) * accumulate):
             for batches, factors in shared:
-                assert batches[micro], "a process without pictures would stall the others"
+                assert batches[micro], "a process without images would stall the others"
                 parts += batches[micro]
-                # what one picture weighs in the mean over processes and micro-batches of scaled mean losses
+                # what one image weighs in the mean over processes and micro-batches of scaled mean losses
                 weight = factors[micro] / (len(batches[micro]) * world_size * accumulate)
                 assert weight == pytest.approx(1 / len(global_batch))
         assert parts == global_batch
@@ -101,9 +101,9 @@ def test_drop_last_never_empties_an_epoch() -> None:
 def test_impossible_layouts_are_refused() -> None:
     with pytest.raises(ValueError, match="a batch of 6 cannot be cut into 2 x 2 equal parts"):
         GlobalBatchSampler(100, 6, 0, world_size=2, accumulate=2)
-    with pytest.raises(ValueError, match="the last batch has 1 pictures, fewer than 2 x 1 parts"):
+    with pytest.raises(ValueError, match="the last batch has 1 images, fewer than 2 x 1 parts"):
         GlobalBatchSampler(9, 4, 0, world_size=2)
-    with pytest.raises(ValueError, match="the last batch has 1 pictures"):  # the only batch cannot be left out
+    with pytest.raises(ValueError, match="the last batch has 1 images"):  # the only batch cannot be left out
         GlobalBatchSampler(1, 4, 0, world_size=2, drop_last=True)
     with pytest.raises(ValueError, match="out of range: count=0"):
         GlobalBatchSampler(0, 4, 0)
@@ -115,7 +115,7 @@ def test_impossible_layouts_are_refused() -> None:
 
 @settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 8))
-def test_evaluation_sees_each_picture_once_over_all_processes(count: int, batch_size: int, world_size: int) -> None:
+def test_evaluation_sees_each_image_once_over_all_processes(count: int, batch_size: int, world_size: int) -> None:
     samplers = [EvalBatchSampler(count, batch_size, world_size, rank) for rank in range(world_size)]
     batches = [list(sampler) for sampler in samplers]
     assert [len(sampler) for sampler in samplers] == [len(mine) for mine in batches]

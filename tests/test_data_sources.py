@@ -13,7 +13,7 @@ from PIL import Image
 
 from svp_bench.core.errors import CardError, DataError
 from svp_bench.data import sources
-from svp_bench.data.sources import FilePictures, Source, in_threads, inspect, open_source
+from svp_bench.data.sources import FileImages, Source, in_threads, inspect, open_source
 from svp_bench.data.split_files import combined_digest, list_digest, read_list
 from svp_bench.data.synthetic import draw_task
 from svp_bench.tasks.cards import ReaderSpec, TaskCard, load_suite, load_task
@@ -34,14 +34,14 @@ def drawn(tmp_path: Path) -> Path:
     return folder
 
 
-def pictures(folder: Path, name: str = "train800") -> FilePictures:
-    return FilePictures(folder, name, read_list(folder / f"{name}.txt", DTD.classes))
+def images(folder: Path, name: str = "train800") -> FileImages:
+    return FileImages(folder, name, read_list(folder / f"{name}.txt", DTD.classes))
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_reader_lists_offers_labels_digests_and_pictures(drawn: Path) -> None:
+def test_the_reader_lists_offers_labels_digests_and_images(drawn: Path) -> None:
     source = open_source(DTD, drawn.parent)
     assert list(source.lists) == list(DTD.counts)
     assert source.origin == str(drawn)
@@ -105,20 +105,20 @@ def line_of(folder: Path, name: str, number: int = 0) -> str:
 
 @pytest.mark.parametrize("name", ["train800", "val200", "train800val200"])
 @pytest.mark.parametrize("spell", ["{}", "./{}"])
-def test_a_test_picture_that_is_trained_or_chosen_on_is_refused(drawn: Path, name: str, spell: str) -> None:
+def test_a_test_image_that_is_trained_or_chosen_on_is_refused(drawn: Path, name: str, spell: str) -> None:
     add(drawn, name, spell.format(line_of(drawn, "test")))
     with pytest.raises(DataError) as caught:
         open_source(DTD, drawn.parent)
     first = drawn / "images/test/000000.jpg"
     assert str(caught.value) == (
-        f"{drawn / 'test.txt'}: 1 of its pictures are also in {drawn / name}.txt, which must not see them; the first "
+        f"{drawn / 'test.txt'}: 1 of its images are also in {drawn / name}.txt, which must not see them; the first "
         f"is {first}; get the lists again"
     )
 
 
-def test_a_picture_of_val_in_train_is_refused(drawn: Path) -> None:
+def test_a_image_of_val_in_train_is_refused(drawn: Path) -> None:
     add(drawn, "train800", line_of(drawn, "val200"))
-    with pytest.raises(DataError, match=r"val200\.txt: 1 of its pictures are also in .+train800\.txt, which must not"):
+    with pytest.raises(DataError, match=r"val200\.txt: 1 of its images are also in .+train800\.txt, which must not"):
         open_source(DTD, drawn.parent)
 
 
@@ -131,7 +131,7 @@ def test_lists_that_join_others_may_repeat_them(drawn: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [("train800", "train800"), ("train800val200", "train800")])
-def test_one_picture_with_two_labels_is_refused(drawn: Path, first: str, second: str) -> None:
+def test_one_image_with_two_labels_is_refused(drawn: Path, first: str, second: str) -> None:
     path, label = line_of(drawn, first).split()
     add(drawn, second, f"{path} {(int(label) + 1) % 47}")
     with pytest.raises(DataError, match=rf"{second}|{first}\.txt: .+ has label \d+, in .+ it has \d+; get the lists"):
@@ -141,7 +141,7 @@ def test_one_picture_with_two_labels_is_refused(drawn: Path, first: str, second:
 def test_a_repeated_line_is_noted(drawn: Path) -> None:
     add(drawn, "test", line_of(drawn, "test"))
     source = open_source(DTD, drawn.parent)
-    note = f"{drawn / 'test.txt'} repeats 1 picture, the first is {drawn / 'images/test/000000.jpg'}"
+    note = f"{drawn / 'test.txt'} repeats 1 image, the first is {drawn / 'images/test/000000.jpg'}"
     assert note in inspect(DTD, source, ["test"]).notes
 
 
@@ -149,16 +149,16 @@ def test_the_digits_are_kept_apart_by_their_numbers() -> None:
     source = open_source(load_task("demo/digits"))
     leaking = replace(source, lists={**source.lists, "test": source.get("val")})
     stages = {"final": {"train": "trainval", "test": "test"}}
-    with pytest.raises(DataError, match=r"the list 'val': 200 of its pictures are also in the list '(val|trainval)'"):
+    with pytest.raises(DataError, match=r"the list 'val': 200 of its images are also in the list '(val|trainval)'"):
         leaking.checked(stages)
 
 
 def test_an_empty_list_in_use_is_refused() -> None:
     card = load_task("demo/digits")
     source = open_source(card)
-    none = sources.ArrayPictures("val", np.zeros((1, 8, 8), np.uint8), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    none = sources.ArrayImages("val", np.zeros((1, 8, 8), np.uint8), np.zeros(1, np.int64), np.zeros(0, np.int64))
     empty = replace(source, lists={**source.lists, "val": none})
-    with pytest.raises(DataError, match="scikit-learn's digits has no picture for the list 'val'; get the data again"):
+    with pytest.raises(DataError, match="scikit-learn's digits has no image for the list 'val'; get the data again"):
         inspect(card, empty, ["train", "val"])
     assert inspect(card, empty, ["trainval", "test"]).status == "different"  # it is not in use
 
@@ -172,27 +172,27 @@ def test_a_large_split_is_decoded_once_until_a_file_changes(drawn: Path, monkeyp
     decoded: list[object] = []
     read = sources.read_image
     monkeypatch.setattr(sources, "read_image", lambda *given: decoded.append(given) or read(*given))
-    first = pictures(drawn).examine()
-    again = pictures(drawn).examine()
+    first = images(drawn).examine()
+    again = images(drawn).examine()
     assert len(decoded) == len(first.digests) == 6
     assert np.array_equal(first.digests, again.digests)
     assert (first.problems, first.notes) == (again.problems, again.notes)
     path = drawn / "images/train800/000003.jpg"
     path.write_bytes(in_format("PNG"))
-    changed = pictures(drawn).examine()
+    changed = images(drawn).examine()
     assert len(decoded) == 12
     assert [index for index in range(6) if (changed.digests[index] != first.digests[index]).any()] == [3]
     path.write_bytes(b"no image")
-    assert [index for index, _ in pictures(drawn).examine().problems] == [3]
-    assert [index for index, _ in pictures(drawn).examine().problems] == [3]  # what is broken is not cached
+    assert [index for index, _ in images(drawn).examine().problems] == [3]
+    assert [index for index, _ in images(drawn).examine().problems] == [3]  # what is broken is not cached
 
 
-def test_missing_pictures_are_counted_and_the_first_named(drawn: Path) -> None:
+def test_missing_images_are_counted_and_the_first_named(drawn: Path) -> None:
     for number in (1, 4):
         (drawn / f"images/train800/{number:06d}.jpg").unlink()
     (drawn / "images/train800/000000.jpg").write_bytes(b"")  # a second trouble does not hide the first
     with pytest.raises(DataError) as caught:
-        pictures(drawn).verify()
+        images(drawn).verify()
     assert str(caught.value).startswith(f"2 of the 6 images of {drawn / 'train800.txt'} are missing, ")
     assert f"the first is {drawn / 'images/train800/000001.jpg'}; " in str(caught.value)
     assert str(drawn / "images/train800/000004.jpg") in str(caught.value)
@@ -202,7 +202,7 @@ def test_missing_pictures_are_counted_and_the_first_named(drawn: Path) -> None:
 def test_a_path_through_a_file_is_missing(drawn: Path) -> None:
     (drawn / "train800.txt").write_text("train800.txt/a.jpg 0\n")
     with pytest.raises(DataError, match=r"1 of the 1 images of .* are missing"):
-        pictures(drawn).verify()
+        images(drawn).verify()
 
 
 def in_format(kind: str, **options: object) -> bytes:
@@ -231,39 +231,39 @@ def cut(kind: str, share: float = 0.6, **options: object) -> Callable[[], bytes]
     ],
     ids=["empty", "html", "stub", "jpeg", "jpeg-end", "png", "gif", "webp", "bmp"],
 )
-def test_broken_pictures_are_named_with_the_reason(drawn: Path, content: Callable[[], bytes], reason: str) -> None:
+def test_broken_images_are_named_with_the_reason(drawn: Path, content: Callable[[], bytes], reason: str) -> None:
     path = drawn / "images/train800/000003.jpg"
     path.write_bytes(content())
     with pytest.raises(
         DataError, match=rf"000003\.jpg: not a readable image: .*{reason}.*; get the file again"
     ) as caught:
-        pictures(drawn).verify()
+        images(drawn).verify()
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"000003\.jpg: cannot be decoded \(.+\); get the file again"):
-        pictures(drawn).load(3)
+        images(drawn).load(3)
 
 
-def test_further_broken_pictures_are_counted(drawn: Path) -> None:
+def test_further_broken_images_are_counted(drawn: Path) -> None:
     for number in (2, 3, 5):
-        (drawn / f"images/train800/{number:06d}.jpg").write_bytes(b"no picture")
+        (drawn / f"images/train800/{number:06d}.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"000002\.jpg: not a .*; .*000003\.jpg: not a .*; .*000005\.jpg: not a"):
-        pictures(drawn).verify()
+        images(drawn).verify()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("padding", [b"", b"\0\0\0\0"])
 def test_whole_files_pass_also_with_something_behind_their_end(drawn: Path, kind: str, padding: bytes) -> None:
     (drawn / "images/train800/000003.jpg").write_bytes(in_format(kind) + padding)
-    pictures(drawn).verify()
+    images(drawn).verify()
 
 
-def test_a_folder_in_place_of_a_picture_is_named(drawn: Path) -> None:
+def test_a_folder_in_place_of_a_image_is_named(drawn: Path) -> None:
     path = drawn / "images/train800/000003.jpg"
     path.unlink()
     path.mkdir()
     with pytest.raises(DataError, match=r"000003\.jpg: not a readable image: a folder, not a file"):
-        pictures(drawn).verify()
+        images(drawn).verify()
 
 
 # --- card against disk -----------------------------------------------------------------------------------------------
@@ -324,10 +324,10 @@ def test_other_counts_are_differences_named_with_card_and_variants(drawn: Path) 
     report = inspect(card, open_source(card, drawn.parent), ["test"])
     assert (report.variant, report.status) == ("card", "different")
     assert report.notes == (
-        "train800 has 6 pictures, the card says 800",
-        "val200 has 3 pictures, the card says 200",
-        "train800val200 has 9 pictures, the card says 1000",
-        "test has 5 pictures, the card says 1880 (variant zip 1881)",
+        "train800 has 6 images, the card says 800",
+        "val200 has 3 images, the card says 200",
+        "train800val200 has 9 images, the card says 1000",
+        "test has 5 images, the card says 1880 (variant zip 1881)",
     )
 
 
@@ -341,14 +341,14 @@ def test_a_missing_list_that_is_not_used_is_a_difference_one_that_is_used_stops(
         inspect(small(), source, ["train800", "val200"])
 
 
-def test_drawn_pictures_never_pass_for_real_ones(tmp_path: Path) -> None:
+def test_drawn_images_never_pass_for_real_ones(tmp_path: Path) -> None:
     folder = draw_task(small(), tmp_path, counts=COUNTS, size=16)
     report = inspect(small(), open_source(small(), tmp_path), [])
     assert (report.variant, report.status) == ("drawn", "different")
-    assert report.notes == (f"the pictures in {folder} are drawn, not real",)
+    assert report.notes == (f"the images in {folder} are drawn, not real",)
     other_counts = inspect(DTD, open_source(DTD, tmp_path), [])
     assert other_counts.variant == "drawn"
-    assert "test has 5 pictures, the card says 1880" in other_counts.notes
+    assert "test has 5 images, the card says 1880" in other_counts.notes
 
 
 # --- digits ----------------------------------------------------------------------------------------------------------
@@ -469,10 +469,10 @@ def test_a_quick_job_says_nothing() -> None:
 def test_the_first_error_comes_through() -> None:
     def work(index: int) -> int:
         if index in (70, 500):
-            raise DataError(f"picture {index}")
+            raise DataError(f"image {index}")
         return index
 
-    with pytest.raises(DataError, match="picture 70"):
+    with pytest.raises(DataError, match="image 70"):
         in_threads(work, 1000, "working")
 
 

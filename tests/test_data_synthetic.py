@@ -10,7 +10,7 @@ from PIL import Image
 from svp_bench.core.errors import DataError, UsageError
 from svp_bench.data.sources import open_source
 from svp_bench.data.split_files import read_list
-from svp_bench.data.synthetic import draw_picture, draw_task
+from svp_bench.data.synthetic import draw_image, draw_task
 from svp_bench.data.transforms import resize_straight
 from svp_bench.tasks.cards import list_tasks, load_task
 
@@ -40,22 +40,21 @@ def test_the_folder_has_the_form_of_the_community_archive(tmp_path: Path) -> Non
         source.verify()
 
 
-def test_training_pictures_are_stored_twice_numbered_anew(tmp_path: Path) -> None:
+def test_training_images_are_stored_twice_numbered_anew(tmp_path: Path) -> None:
     folder = draw_task(CARD, tmp_path, counts=COUNTS, size=20)
     lists = {name: read_list(folder / f"{name}.txt", CARD.classes) for name in CARD.counts}
 
     def stored(name: str) -> list[tuple[bytes, int]]:
-        pictures = lists[name]
+        images = lists[name]
         return [
-            ((folder / path).read_bytes(), int(label))
-            for path, label in zip(pictures.paths, pictures.labels, strict=True)
+            ((folder / path).read_bytes(), int(label)) for path, label in zip(images.paths, images.labels, strict=True)
         ]
 
     assert stored("train800val200") == stored("train800") + stored("val200")
-    assert len({picture for picture, _ in stored("train800val200") + stored("test")}) == 17 + 9
+    assert len({image for image, _ in stored("train800val200") + stored("test")}) == 17 + 9
 
 
-def test_sizes_vary_and_a_few_pictures_are_grey(tmp_path: Path) -> None:
+def test_sizes_vary_and_a_few_images_are_grey(tmp_path: Path) -> None:
     folder = draw_task(CARD, tmp_path, counts={**COUNTS, "train800": 30}, size=40)
     images = [Image.open(path) for path in sorted((folder / "images/train800").iterdir())]
     assert {image.format for image in images} == {"JPEG"}
@@ -70,8 +69,8 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
     again = content(draw_task(CARD, tmp_path / "b", counts=COUNTS, size=16, seed=3))
     other = content(draw_task(CARD, tmp_path / "c", counts=COUNTS, size=16, seed=4))
     assert first == again
-    pictures = {name for name in first if name.endswith(".jpg")}
-    assert all(first[name] != other[name] for name in pictures)
+    images = {name for name in first if name.endswith(".jpg")}
+    assert all(first[name] != other[name] for name in images)
 
 
 def test_default_counts_are_a_small_part(tmp_path: Path) -> None:
@@ -82,12 +81,12 @@ def test_default_counts_are_a_small_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10])
-def test_the_pictures_are_learnable(classes: int) -> None:
+def test_the_images_are_learnable(classes: int) -> None:
     rng = np.random.default_rng(0)
 
     def features(count: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.arange(count) % classes
-        images = [Image.fromarray(draw_picture(int(label), classes, rng, 32)) for label in labels]
+        images = [Image.fromarray(draw_image(int(label), classes, rng, 32)) for label in labels]
         return np.stack([resize_straight(image, 16).reshape(3, -1).mean(axis=1) for image in images]), labels
 
     train, train_labels = features(100)
@@ -102,7 +101,7 @@ def test_each_card_of_the_suite_can_be_drawn_and_read(tmp_path: Path, name: str)
     card = load_task(name)
     draw_task(card, tmp_path, counts={"train800": 2, "val200": 1, "test": 2}, size=8)
     source = open_source(card, tmp_path)
-    assert {name: len(pictures) for name, pictures in source.lists.items()} == {
+    assert {name: len(images) for name, images in source.lists.items()} == {
         "train800": 2,
         "val200": 1,
         "train800val200": 3,
@@ -153,12 +152,12 @@ def test_tasks_without_files_are_refused(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"counts": {"trian800": 4}}, "unknown list of vtab/dtd 'trian800'; did you mean 'train800'"),
-        ({"counts": {"test": 0}}, "count 0 of 'test' is out of range; a list holds at least one picture"),
+        ({"counts": {"test": 0}}, "count 0 of 'test' is out of range; a list holds at least one image"),
         (
             {"counts": {"train800": 4, "val200": 2, "train800val200": 7}},
             r"count 7 of 'train800val200' does not fit: train800 \+ val200 make 6",
         ),
-        ({"size": 7}, "drawn pictures of size 7 would show nothing; give at least 8"),
+        ({"size": 7}, "drawn images of size 7 would show nothing; give at least 8"),
         ({"seed": -1}, "seed -1 is out of range; a seed is 0 or above"),
     ],
 )

@@ -48,7 +48,7 @@ def test_shrinking_averages() -> None:
     )  # less at the edges; picking pixels would give 127
 
 
-def test_a_picture_of_the_right_size_is_not_touched() -> None:
+def test_a_image_of_the_right_size_is_not_touched() -> None:
     image = gradient(6, 6)
     assert np.array_equal(resize_straight(image, 6).transpose(1, 2, 0), np.asarray(image))
 

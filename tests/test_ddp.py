@@ -1,4 +1,4 @@
-"""Two processes train as one does: the same weights within rounding, each test picture once."""
+"""Two processes train as one does: the same weights within rounding, each test image once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import command, complaint, read_json, run, settle, wait_for
+from helpers import assert_error, command, read_json, run, settle, wait_for
 from helpers import small as line
 
 from svp_bench.core.errors import UsageError
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.resume import agreed_name
 
-# 17 pictures in batches of 6: the last of an epoch has 5, which two processes share unevenly; so are the 9 of test.
+# 17 images in batches of 6: the last of an epoch has 5, which two processes share unevenly; so are the 9 of test.
 FLAGS = {"data__batch_size": "6", "trainer__max_epochs": "2", "trainer__accelerator": "cpu"}
 TWO = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
 TOLERANCE = 1e-5  # relative to a tensor's largest entry; gradients are summed in another order
@@ -225,12 +225,12 @@ def test_a_process_that_is_killed_ends_the_others_in_one_line(place: Path) -> No
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(place: Path) -> None:
-    told = complaint(command(*line(*TWO, data__batch_size="5")), 2)
+    told = assert_error(command(*line(*TWO, data__batch_size="5")), 2)
     assert "cannot be divided by 2 processes" in told
 
 
 def test_accumulated_gradients_equal_the_big_batch(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one process; the last batch of an epoch, of 5 pictures, is cut unevenly."""
+    """In one process; the last batch of an epoch, of 5 images, is cut unevenly."""
     run(*line("--trainer.accumulate_grad_batches", "3", **FLAGS))
     other = alone(monkeypatch)
     ours, theirs = trained(place), trained(other)

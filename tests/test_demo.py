@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import command, complaint, run
+from helpers import assert_error, command, run
 
 from svp_bench.methods import list_methods
 from svp_bench.records.store import read_records
@@ -80,7 +80,7 @@ def test_it_ends_with_a_board_and_files_and_runs_nothing_twice(tmp_path: Path, m
 def test_a_runs_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "afile").write_text("")
-    line = complaint(command("demo", "--runs_root", "afile/runs"), 1)
+    line = assert_error(command("demo", "--runs_root", "afile/runs"), 1)
     assert "afile is not a folder; choose another folder with --runs_root DIR" in line
 
 

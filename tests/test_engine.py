@@ -527,7 +527,7 @@ def one_step(model: VisionMamba, images: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_models_in_two_threads(threads: int) -> None:
     models = [nano("svp"), nano("full")]
-    images = [reference_vim.pictures(2, 3, 64, 64), reference_vim.pictures(3, 3, 64, 64)]
+    images = [reference_vim.make_images(2, 3, 64, 64), reference_vim.make_images(3, 3, 64, 64)]
     repeats = 12
     outcome: list[list[bool]] = [[], []]
     problems: list[BaseException] = []
@@ -661,7 +661,7 @@ def test_a_whole_model_as_in_float64(method: str, backend: str) -> None:
     exact_model.load_state_dict({name: t.double() for name, t in model.state_dict().items()})
     device = device_for(backend, torch.float32)
     model.to(device).set_scan_backend(backend)
-    images = reference_vim.pictures(2, 3, 64, 64)
+    images = reference_vim.make_images(2, 3, 64, 64)
     found, exact = one_step(model, images.to(device)), one_step(exact_model, images.double())
     assert len(found) > 20
     for name, a, b in zip(["logits", *trained_parameters(model)], found, exact, strict=True):
@@ -699,7 +699,7 @@ def watch(model: VisionMamba) -> Watched:
 
     model.points.tokens.insert(0, entering)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model.train()(reference_vim.pictures(2, 3, 64, 64))
+        logits = model.train()(reference_vim.make_images(2, 3, 64, 64))
     return Watched(tokens, [*saved, count], logits)
 
 

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 from drawn_records import make_record
-from helpers import command, complaint, run, settle, small
+from helpers import assert_error, command, run, settle, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from svp_bench.core.errors import CardError, DataError, UnavailableError, UsageError
 from svp_bench.data import draw_task, inspect, open_source
-from svp_bench.data.sources import DRAWN_MARK, FilePictures, Source
+from svp_bench.data.sources import DRAWN_MARK, FileImages, Source
 from svp_bench.records.store import write_record
 from svp_bench.tasks.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
 
-# Classes, pictures of train.json without those of val.json, of val.json and of test.json (counted in the released
-# split), then official training and test pictures (the data sets' own pages).
+# Classes, images of train.json without those of val.json, of val.json and of test.json (counted in the released
+# split), then official training and test images (the data sets' own pages).
 FACTS = {
     "cub": (200, 5393, 600, 5794, 5994, 5794),
     "nabirds": (555, 21536, 2393, 24633, 23929, 24633),
@@ -61,10 +61,10 @@ def entries(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def pictures(source: Source, name: str) -> dict[str, int]:
+def images(source: Source, name: str) -> dict[str, int]:
     """Path -> label of one list."""
     of = source.get(name)
-    assert isinstance(of, FilePictures)
+    assert isinstance(of, FileImages)
     return dict(zip(of.paths, of.labels.tolist(), strict=True))
 
 
@@ -123,7 +123,7 @@ def test_each_task_is_drawn_and_read_in_both_forms(tmp_path: Path, name: str) ->
     tenth = COUNTS if name == "fgvc/oxford_flowers" else {"train": 16, "val": 1, "test": 7}
     assert counts == {**tenth, "trainval": 17}
     report = inspect(card, source, ["trainval", "test"])
-    assert (report.variant, report.status) == ("official", "different")  # a few pictures are not the variant's
+    assert (report.variant, report.status) == ("official", "different")  # a few images are not the variant's
     assert any("the card's variant official says" in note for note in report.notes)
 
 
@@ -133,18 +133,18 @@ def test_labels_are_the_ranks_of_the_ids_in_train(tmp_path: Path) -> None:
     assert sorted(ranks) != list(ranks.values())  # ids are no labels
     source = open_source(CUB, tmp_path)
     for name in COUNTS:
-        assert pictures(source, name) == {path: ranks[value] for path, value in entries(folder, name).items()}
+        assert images(source, name) == {path: ranks[value] for path, value in entries(folder, name).items()}
 
 
 def test_ids_may_be_texts_and_give_the_same_labels(tmp_path: Path) -> None:
     folder = draw(tmp_path)
-    numbers = {name: pictures(open_source(CUB, tmp_path), name) for name in COUNTS}
+    numbers = {name: images(open_source(CUB, tmp_path), name) for name in COUNTS}
     for name in COUNTS:  # not padded: as texts, "11" would come before "5"
         change(folder / f"{name}.json", **{path: str(value) for path, value in entries(folder, name).items()})
-    assert {name: pictures(open_source(CUB, tmp_path), name) for name in COUNTS} == numbers
+    assert {name: images(open_source(CUB, tmp_path), name) for name in COUNTS} == numbers
     padded = draw(tmp_path / "padded", CUB, "text_ids")
     assert {*map(type, entries(padded, "val").values())} == {str}
-    assert set(pictures(open_source(CUB, tmp_path / "padded"), "train").values()) == set(range(12))
+    assert set(images(open_source(CUB, tmp_path / "padded"), "train").values()) == set(range(12))
 
 
 def test_a_class_that_val_lacks_shifts_no_label(tmp_path: Path) -> None:
@@ -153,10 +153,10 @@ def test_a_class_that_val_lacks_shifts_no_label(tmp_path: Path) -> None:
     train, val = entries(folder, "train"), entries(folder, "val")
     assert min(train.values()) not in val.values()
     source = open_source(card, tmp_path)
-    label_of = {train[path]: label for path, label in pictures(source, "train").items()}
-    assert pictures(source, "val") == {path: label_of[value] for path, value in val.items()}
+    label_of = {train[path]: label for path, label in images(source, "train").items()}
+    assert images(source, "val") == {path: label_of[value] for path, value in val.items()}
     anew = {value: rank for rank, value in enumerate(sorted({*val.values()}))}  # what released loaders do
-    assert pictures(source, "val") != {path: anew[value] for path, value in val.items()}
+    assert images(source, "val") != {path: anew[value] for path, value in val.items()}
 
 
 def test_val_inside_train_is_taken_out_of_train_and_kept_in_trainval(tmp_path: Path) -> None:
@@ -165,9 +165,9 @@ def test_val_inside_train_is_taken_out_of_train_and_kept_in_trainval(tmp_path: P
     train, val = entries(folder, "train"), entries(folder, "val")
     assert val.keys() < train.keys()
     source = open_source(card, tmp_path)
-    assert pictures(source, "train").keys() == train.keys() - val.keys()
-    assert list(pictures(source, "trainval")) == list(train)
-    assert not pictures(source, "val").keys() & pictures(source, "train").keys()
+    assert images(source, "train").keys() == train.keys() - val.keys()
+    assert list(images(source, "trainval")) == list(train)
+    assert not images(source, "val").keys() & images(source, "train").keys()
 
 
 def test_upper_case_names_are_read(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_upper_case_names_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["CUB_200_2011", "cub", "FGVC/CUB_200_2011", "FGVC/FGVC/cub"])
 @pytest.mark.parametrize("images", ["images", "Images", ""])
-def test_folders_and_picture_roots_go_by_several_names(tmp_path: Path, place: str, images: str) -> None:
+def test_folders_and_image_roots_go_by_several_names(tmp_path: Path, place: str, images: str) -> None:
     folder = draw(tmp_path / "drawn")
     target = tmp_path / "root" / place
     target.parent.mkdir(parents=True)
@@ -204,11 +204,11 @@ def test_no_data_names_all_places_and_what_to_get(tmp_path: Path) -> None:
     assert "\n" not in text
 
 
-def test_pictures_in_none_of_the_roots(tmp_path: Path) -> None:
+def test_images_in_none_of_the_roots(tmp_path: Path) -> None:
     folder = draw(tmp_path)
-    (folder / "images").rename(folder / "pictures")
+    (folder / "images").rename(folder / "images")
     with pytest.raises(
-        DataError, match=r"train\.json: its pictures are in none of .+/images, .+/Images, .+CUB_200_2011 "
+        DataError, match=r"train\.json: its images are in none of .+/images, .+/Images, .+CUB_200_2011 "
     ):
         open_source(CUB, tmp_path)
 
@@ -222,7 +222,7 @@ def test_a_name_in_other_case_is_pointed_out(tmp_path: Path) -> None:
         open_source(CUB, tmp_path).get("train").verify()
 
 
-def test_listed_pictures_that_are_absent_are_counted(tmp_path: Path) -> None:
+def test_listed_images_that_are_absent_are_counted(tmp_path: Path) -> None:
     folder = draw(tmp_path)
     for path in list(entries(folder, "val"))[:2]:
         (folder / "images" / path).unlink()
@@ -235,7 +235,7 @@ def test_listed_pictures_that_are_absent_are_counted(tmp_path: Path) -> None:
     [
         ("train.json", "{", r"train\.json: not JSON \(.+\); get the split again"),
         ("val.json", "\xff", r"val\.json: not JSON"),
-        ("train.json", "[1]", r"train\.json: found \[1\], expected one object of picture path -> class id"),
+        ("train.json", "[1]", r"train\.json: found \[1\], expected one object of image path -> class id"),
         ("test.json", "{}", r"test\.json: found \{\}, expected one object"),
         ("train.json", '{"a.jpg": 1, "b.jpg": 2, "a.jpg": 1}', r"train\.json: 'a\.jpg' is listed twice"),
         ("train.json", '{"a.jpg": 1.0}', r"class id of 'a\.jpg' is 1\.0, expected a whole number or a text of digits"),
@@ -247,7 +247,7 @@ def test_listed_pictures_that_are_absent_are_counted(tmp_path: Path) -> None:
         ("val.json", '{"a.jpg": 999}', r"val\.json: class id 999 of 'a\.jpg' is not among those of .+train\.json"),
         ("val.json", '{"\\ud800.jpg": 5}', r"val\.json: '\\ud800\.jpg' is not Unicode text \(half of"),
         ("val.json", '{"a\\u0000.jpg": 5}', r"val\.json: 'a\\x00\.jpg' holds control characters"),
-        ("val.json", '{"./": 5}', r"val\.json: '\./' names no picture"),
+        ("val.json", '{"./": 5}', r"val\.json: '\./' names no image"),
         ("train.json", '{"a.jpg": -1}', r"class id of 'a\.jpg' is -1, expected a whole number"),
         ("test.json", '{"a.jpg": "007"}', r"test\.json: class id 7 of 'a\.jpg' is not among those"),
         (
@@ -268,21 +268,21 @@ def test_a_broken_split_is_one_line(tmp_path: Path, file: str, content: str | No
     assert "\n" not in str(caught.value)
 
 
-def test_test_pictures_in_training_stop_it(tmp_path: Path) -> None:
+def test_test_images_in_training_stop_it(tmp_path: Path) -> None:
     folder = draw(tmp_path)
     path, value = next(iter(entries(folder, "train").items()))
     change(folder / "test.json", **{path: value})
-    with pytest.raises(DataError, match=r"test\.json: 1 of its pictures are also in .+train\.json, which must not see"):
+    with pytest.raises(DataError, match=r"test\.json: 1 of its images are also in .+train\.json, which must not see"):
         open_source(CUB, tmp_path)
 
 
 @pytest.mark.parametrize("spell", ["./{0}/{1}", "{0}//{1}", "{0}/./{1}"])
-def test_another_spelling_hides_no_test_picture(tmp_path: Path, spell: str) -> None:
+def test_another_spelling_hides_no_test_image(tmp_path: Path, spell: str) -> None:
     folder = draw(tmp_path)
     path, value = next(iter(entries(folder, "train").items()))
     other = spell.format(*path.split("/"))
     change(folder / "test.json", **{other: value})
-    with pytest.raises(DataError, match=r"test\.json: 1 of its pictures are also in .+train\.json"):
+    with pytest.raises(DataError, match=r"test\.json: 1 of its images are also in .+train\.json"):
         open_source(CUB, tmp_path)
     change(folder / "test.json", **{other: None})
     change(folder / "train.json", **{other: value})
@@ -296,11 +296,11 @@ def test_in_the_own_files_another_spelling_hides_none_either(tmp_path: Path) -> 
     first = (folder / "train_test_split.txt").read_text().split()[1]
     change_lines(folder / "image_class_labels.txt", lambda lines: [*lines, f"99 {lines[0].split()[1]}"])
     change_lines(folder / "train_test_split.txt", lambda lines: [*lines, f"99 {1 - int(first)}"])
-    with pytest.raises(DataError, match=r"images\.txt: 1 of its pictures are also in .+images\.txt, which must not"):
+    with pytest.raises(DataError, match=r"images\.txt: 1 of its images are also in .+images\.txt, which must not"):
         open_source(CUB, tmp_path)
 
 
-def test_two_ids_for_one_picture_stop_it(tmp_path: Path) -> None:
+def test_two_ids_for_one_image_stop_it(tmp_path: Path) -> None:
     folder = draw(tmp_path)
     (path, value), (_, other) = list(entries(folder, "train").items())[:2]
     change(folder / "val.json", **{path: other})
@@ -362,9 +362,9 @@ def test_val_of_the_official_form_is_every_tenth_in_official_order(tmp_path: Pat
     split = (tmp_path / "CUB_200_2011" / "train_test_split.txt").read_text().splitlines()
     official = [line.split()[1] for line, flag in zip(lines, split, strict=True) if flag.endswith(" 1")]
     source = open_source(CUB, tmp_path)
-    assert list(pictures(source, "val")) == [official[9], official[19], official[29]]
-    assert list(pictures(source, "train")) == [path for path in official if path not in pictures(source, "val")]
-    assert list(pictures(source, "trainval")) == official
+    assert list(images(source, "val")) == [official[9], official[19], official[29]]
+    assert list(images(source, "train")) == [path for path in official if path not in images(source, "val")]
+    assert list(images(source, "trainval")) == official
 
 
 def test_the_json_split_goes_before_the_own_files_and_is_never_called_official(tmp_path: Path) -> None:
@@ -393,13 +393,13 @@ def test_the_official_form_is_as_on_the_card_by_the_variants_counts(tmp_path: Pa
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("images.txt", "1\n", r"images\.txt:1: found '1': expected `<picture id> <value>`"),
+        ("images.txt", "1\n", r"images\.txt:1: found '1': expected `<image id> <value>`"),
         ("images.txt", "1 a.jpg\n1 b.jpg\n", r"images\.txt:2: found '1 b\.jpg': the id is given twice"),
         ("images.txt", "1 a.jpg\n2 a.jpg\n", r"images\.txt: 'a\.jpg' is listed twice"),
-        ("images.txt", "1 a.jpg\n99 b.jpg\n", r"image_class_labels\.txt: lacks the picture 99 \(b\.jpg\)"),
+        ("images.txt", "1 a.jpg\n99 b.jpg\n", r"image_class_labels\.txt: lacks the image 99 \(b\.jpg\)"),
         ("train_test_split.txt", None, r"lacks train_test_split\.txt; get train\.json"),
-        ("train_test_split.txt", "2", r"picture 1 has '2', expected 1 or 0"),
-        ("train_test_split.txt", "1", r"its files list no test picture"),
+        ("train_test_split.txt", "2", r"image 1 has '2', expected 1 or 0"),
+        ("train_test_split.txt", "1", r"its files list no test image"),
         ("image_class_labels.txt", "x", r"class id of '.+' is 'x', expected a whole number"),
     ],
 )
@@ -468,7 +468,7 @@ def test_numbers_of_flowers_that_are_none_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        ("stanford_dogs", "train_list.mat", {"file_list": np.zeros((3, 1)), "labels": np.ones((3, 1))}, "picture 1 of"),
+        ("stanford_dogs", "train_list.mat", {"file_list": np.zeros((3, 1)), "labels": np.ones((3, 1))}, "image 1 of"),
         ("stanford_dogs", "train_list.mat", {"file_list": np.zeros((3, 1)), "labels": np.ones((2, 1))}, "3 .* and 2"),
         ("stanford_dogs", "test_list.mat", {"file_list": np.zeros(0), "labels": np.array(["x"])}, "labels holds 'x'"),
         ("stanford_cars", "cars_annos.mat", {"annotations": np.zeros(3)}, "lacks 'relative_im_path'"),
@@ -500,19 +500,19 @@ def test_a_mistake_of_ours_is_no_broken_file(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("form", ["bom", "tabs", "crlf"])
 def test_own_text_files_may_be_written_as_lists_may(tmp_path: Path, form: str) -> None:
     folder = draw(tmp_path, layout="native")
-    plain = {name: pictures(open_source(CUB, tmp_path), name) for name in COUNTS}
+    plain = {name: images(open_source(CUB, tmp_path), name) for name in COUNTS}
     for file in folder.glob("*.txt"):
         text = file.read_text()
         changed = {"bom": f"\ufeff{text}", "tabs": text.replace(" ", "\t"), "crlf": text.replace("\n", "\r\n")}[form]
         file.write_bytes(changed.encode())
-    assert {name: pictures(open_source(CUB, tmp_path), name) for name in COUNTS} == plain
+    assert {name: images(open_source(CUB, tmp_path), name) for name in COUNTS} == plain
 
 
 # --- names of classes ------------------------------------------------------------------------------------------------
 
 
 def rename_folders(folder: Path, form: str) -> None:
-    """Give the folders of CUB's drawn pictures names, in all files of the JSON split."""
+    """Give the folders of CUB's drawn images names, in all files of the JSON split."""
     for name in COUNTS:
         (folder / f"{name}.json").write_text(
             json.dumps({form.format(*path.split("/")): value for path, value in entries(folder, name).items()})
@@ -581,7 +581,7 @@ def test_names_come_from_folders(tmp_path: Path) -> None:
     source = open_source(CUB, tmp_path)
     verify(source)
     assert source.class_names is not None
-    first = next(iter(pictures(source, "test").items()))
+    first = next(iter(images(source, "test").items()))
     assert first[0].startswith(f"{source.class_names[first[1]].removeprefix('Kind_')}.Kind_")
     rename_folders(folder, "plain{0}/{1}")  # no number before the name: nothing is made up
     assert open_source(CUB, tmp_path).class_names is None
@@ -607,8 +607,8 @@ def test_a_run_calls_the_classes_by_the_datas_own_names(tmp_path: Path, monkeypa
     rename_folders(folder, "{0}.Kind_{0}/{1}")
     outcome = run(*small("--method", "linear", config="configs/fgvc/cub.yaml"))
     assert "Kind_" in (outcome.folder / "test_per_class.csv").read_text()
-    picture = str(next((folder / "images").rglob("*.jpg")))
-    shown = run("predict", "--ckpt", str(outcome.folder / "checkpoints/last.ckpt"), "--images", picture, "--top", "9")
+    image = str(next((folder / "images").rglob("*.jpg")))
+    shown = run("predict", "--ckpt", str(outcome.folder / "checkpoints/last.ckpt"), "--images", image, "--top", "9")
     (row,) = csv.DictReader(shown.out.splitlines())
     with open(outcome.folder / "test_per_class.csv", encoding="utf-8", newline="") as file:
         names = [line["name"] for line in csv.DictReader(file)]
@@ -711,13 +711,13 @@ def test_drawing_and_checking_from_the_command_line(tmp_path: Path) -> None:
         checked = run("data", "check", "fgvc/stanford_cars", "--root", str(tmp_path / layout))
         assert "are drawn, not real" in checked.out
     wrong = command("data", "draw", "fgvc/cub", "--root", str(tmp_path), "--layout", "mat")
-    assert "unknown layout 'mat'" in complaint(wrong, 2)
+    assert "unknown layout 'mat'" in assert_error(wrong, 2)
 
 
-def test_a_picture_that_cannot_be_read_names_its_split(tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_read_names_its_split(tmp_path: Path) -> None:
     folder = draw(tmp_path)
     for path in list(entries(folder, "test"))[:2]:
-        (folder / "images" / path).write_bytes(b"no picture")
+        (folder / "images" / path).write_bytes(b"no image")
     with pytest.raises(DataError, match=r"not a readable image: no known image format; .+: not a readable image"):
         open_source(CUB, tmp_path).get("test").verify()
     with Image.open(folder / "images" / next(iter(entries(folder, "train")))) as image:

@@ -212,14 +212,14 @@ def test_json_splits(folder: Path, data: st.DataObject) -> None:
 
         def read() -> Any:
             source = open_source(card, root)
-            for pictures in source.lists.values():
-                pictures.verify()
+            for images in source.lists.values():
+                images.verify()
             return source
 
         source = accepted(read)
         if source is not None:
-            for pictures in source.lists.values():
-                assert len(pictures.labels) == 0 or 0 <= pictures.labels.min() <= pictures.labels.max() < card.classes
+            for images in source.lists.values():
+                assert len(images.labels) == 0 or 0 <= images.labels.min() <= images.labels.max() < card.classes
     finally:
         path.write_bytes(original)
 
@@ -248,7 +248,7 @@ def test_own_text_files(folder: Path, data: st.DataObject) -> None:
         path.write_bytes(original)
 
 
-def picture(kind: str) -> bytes:
+def encoded_image(kind: str) -> bytes:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (24, 20, 3), dtype=np.uint8))
     if kind == "GIF":
@@ -258,24 +258,24 @@ def picture(kind: str) -> bytes:
     return buffer.getvalue()
 
 
-PICTURES = {kind: picture(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")}
+IMAGES = {kind: encoded_image(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")}
 
 
 @many
 @given(data=st.data())
-def test_pictures(folder: Path, data: st.DataObject) -> None:
+def test_images(folder: Path, data: st.DataObject) -> None:
     root, card = folder / "data", load_task("vtab/cifar")
     if not root.exists():
         draw_task(card, root, counts={"train800": 2, "val200": 1, "test": 1}, size=12)
     path = next(iter(sorted(root.rglob("*.jpg"))))
-    kind = data.draw(st.sampled_from(sorted(PICTURES)))
-    path.write_bytes(data.draw(changed_bytes(PICTURES[kind])))
+    kind = data.draw(st.sampled_from(sorted(IMAGES)))
+    path.write_bytes(data.draw(changed_bytes(IMAGES[kind])))
 
     def read() -> list[Image.Image]:
         found = []
-        for pictures in open_source(card, root).lists.values():
-            pictures.verify()
-            found += [pictures.load(index) for index in range(len(pictures.labels))]
+        for images in open_source(card, root).lists.values():
+            images.verify()
+            found += [images.load(index) for index in range(len(images.labels))]
         return found
 
     for image in accepted(read) or []:

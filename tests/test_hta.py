@@ -16,7 +16,7 @@ from helpers import run, settle, small
 
 from svp_bench.core.errors import CardError, DataError, UnavailableError, UsageError
 from svp_bench.data import draw_task, inspect, open_source
-from svp_bench.data.sources import DRAWN_MARK, FilePictures, Source
+from svp_bench.data.sources import DRAWN_MARK, FileImages, Source
 from svp_bench.data.torchvision_sets import TORCHVISION_SETS
 from svp_bench.tasks.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
 
@@ -46,7 +46,7 @@ def draw(root: Path, name: str) -> tuple[TaskCard, Path]:
 
 def paths(source: Source, name: str) -> tuple[str, ...]:
     of = source.get(name)
-    assert isinstance(of, FilePictures)
+    assert isinstance(of, FileImages)
     return of.paths
 
 
@@ -77,7 +77,7 @@ def test_train_is_four_fifths_of_the_official_list_rounded_down(task: str) -> No
 
 
 @pytest.mark.parametrize("task", SHARED)
-def test_shared_pictures_are_read_where_fgvc_reads_them(tmp_path: Path, task: str) -> None:
+def test_shared_images_are_read_where_fgvc_reads_them(tmp_path: Path, task: str) -> None:
     ours, theirs = load_task(f"hta/{task}"), load_task(f"fgvc/{SHARED[task]}")
     assert (ours.folder, ours.other_folders, ours.classes) == (theirs.folder, theirs.other_folders, theirs.classes)
     assert ours.reader.kind == theirs.reader.kind
@@ -146,8 +146,8 @@ def test_each_set_is_drawn_and_read(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hta/cifar10", "hta/dtd", "hta/gtsrb", "hta/svhn"])
-def test_labels_and_pictures_are_those_that_were_drawn(tmp_path: Path, name: str) -> None:
-    # The hue of a drawn picture follows its class: the labels that are read must say the same as the pixels.
+def test_labels_and_images_are_those_that_were_drawn(tmp_path: Path, name: str) -> None:
+    # The hue of a drawn image follows its class: the labels that are read must say the same as the pixels.
     card, _ = draw(tmp_path, name)
     source = open_source(card, tmp_path)
     hits = 0
@@ -288,7 +288,7 @@ def test_a_drawn_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
             "has a class 'soup' that food101.txt lacks",
         ),
         ("hta/gtsrb", "gtsrb/GT-final_test.csv", b"Filename;ClassId\n0.ppm;43\n", r"label 43 is out of range.+0\.\.42"),
-        ("hta/gtsrb", "gtsrb/GT-final_test.csv", b"Filename;ClassId\n", "GTSRB test in .+: 0 pictures and 0 labels"),
+        ("hta/gtsrb", "gtsrb/GT-final_test.csv", b"Filename;ClassId\n", "GTSRB test in .+: 0 images and 0 labels"),
     ],
 )
 def test_broken_sets_are_one_line(tmp_path: Path, name: str, file: str, content: bytes, message: str) -> None:
@@ -299,23 +299,23 @@ def test_broken_sets_are_one_line(tmp_path: Path, name: str, file: str, content:
     assert "\n" not in str(caught.value)
 
 
-def test_a_test_picture_of_dtd_in_train_stops_it(tmp_path: Path) -> None:
+def test_a_test_image_of_dtd_in_train_stops_it(tmp_path: Path) -> None:
     card, folder = draw(tmp_path, "hta/dtd")
     labels = folder / "dtd" / "dtd" / "labels"
     line = (labels / "test1.txt").read_text().splitlines()[0]
     (labels / "train1.txt").write_text(f"{(labels / 'train1.txt').read_text()}{line}\n")
-    with pytest.raises(DataError, match=r"DTD test \(test\): 1 of its pictures are also in DTD train \(train\)"):
+    with pytest.raises(DataError, match=r"DTD test \(test\): 1 of its images are also in DTD train \(train\)"):
         open_source(card, tmp_path)
 
 
-def test_a_test_picture_of_food101_in_train_stops_it(tmp_path: Path) -> None:
+def test_a_test_image_of_food101_in_train_stops_it(tmp_path: Path) -> None:
     card, folder = draw(tmp_path, "hta/food101")
     meta = folder / "food-101" / "meta"
     train, test = (json.loads((meta / f"{name}.json").read_text()) for name in ("train", "test"))
     kind = next(name for name, files in test.items() if files)
     train[kind] += test[kind]
     (meta / "train.json").write_text(json.dumps(train))
-    with pytest.raises(DataError, match=r"Food101 test \(test\): \d of its pictures are also in Food101 train"):
+    with pytest.raises(DataError, match=r"Food101 test \(test\): \d of its images are also in Food101 train"):
         open_source(card, tmp_path)
 
 
@@ -323,7 +323,7 @@ def test_a_repeated_line_of_dtd_is_noted(tmp_path: Path) -> None:
     card, folder = draw(tmp_path, "hta/dtd")
     path = folder / "dtd" / "dtd" / "labels" / "test1.txt"
     path.write_text(f"{path.read_text()}{path.read_text().splitlines()[0]}\n")
-    assert any("DTD test (test) repeats 1 picture, the first is" in note for note in open_source(card, tmp_path).notes)
+    assert any("DTD test (test) repeats 1 image, the first is" in note for note in open_source(card, tmp_path).notes)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_labels_of_cifar_that_are_no_class_are_refused(tmp_path: Path, labels: l
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
-        ("X", lambda x: x.astype(float), r"SVHN test in .+: its pictures are float64 \(9, 32, 32, 3\), expected uint8"),
+        ("X", lambda x: x.astype(float), r"SVHN test in .+: its images are float64 \(9, 32, 32, 3\), expected uint8"),
         ("y", lambda y: y + 0.5, r"test_32x32\.mat: y holds \d+\.5, expected whole numbers"),
         ("y", lambda y: y * np.nan, r"test_32x32\.mat: y holds nan, expected whole numbers"),
         ("y", lambda y: y + 20, r"label \d+ is out of range, the card of hta/svhn has 10 classes"),
@@ -388,7 +388,7 @@ def test_a_missing_class_folder_of_gtsrb_stops_it(tmp_path: Path) -> None:
         open_source(card, tmp_path)
 
 
-def test_missing_pictures_are_found_before_training(tmp_path: Path) -> None:
+def test_missing_images_are_found_before_training(tmp_path: Path) -> None:
     card, folder = draw(tmp_path, "hta/dtd")
     for path in list((folder / "dtd" / "dtd" / "images").rglob("*_test*.jpg"))[:2]:
         path.unlink()
@@ -429,7 +429,7 @@ def test_wrong_cards_are_refused(tmp_path: Path, options: dict[str, str], messag
         open_source(replace(card, reader=replace(card.reader, options=options)), tmp_path)
 
 
-def test_too_few_pictures_cannot_be_drawn_or_shared_out(tmp_path: Path) -> None:
+def test_too_few_images_cannot_be_drawn_or_shared_out(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="draw at least 43 for training"):
         draw_task(load_task("hta/gtsrb"), tmp_path, counts={"train": 4, "val": 1, "test": 2}, size=8)
     assert not list(tmp_path.iterdir())

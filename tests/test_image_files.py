@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import command, complaint, run, settle, small
+from helpers import assert_error, command, run, settle, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from svp_bench.data.content import differences_from_first_use, joined, two_labels
 from svp_bench.data.decode import Decoded, Depth, UnreadableImageError, decode, identify
-from svp_bench.data.sources import ArrayPictures
+from svp_bench.data.sources import ArrayImages
 
 Array = np.ndarray[Any, Any]
 FIT = (
-    *("fit", "--config", "configs/own/pictures.yaml", "--method", "linear", "--data.image_size", "64"),
+    *("fit", "--config", "configs/custom/images.yaml", "--method", "linear", "--data.image_size", "64"),
     *("--model.backbone", "vim_nano_patch8_64", "--model.checkpoint", "embedded", "--data.num_workers", "0"),
     *("--trainer.max_epochs", "1", "--data.batch_size", "8", "--trainer.accelerator", "cpu", "--data.root", "own"),
 )
@@ -38,7 +38,7 @@ def noise(channels: int = 3, top: int = 256, seed: int = 0) -> Array:
     return values
 
 
-def picture(seed: int = 0) -> Image.Image:
+def make_image(seed: int = 0) -> Image.Image:
     return Image.fromarray(noise(seed=seed).astype(np.uint8))
 
 
@@ -159,7 +159,7 @@ def test_floating_point_and_32_bit_files() -> None:
 def test_every_orientation_is_applied(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = saved(picture(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    content = saved(make_image(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     decoded = decode(content)
     content.seek(0)
     with Image.open(content) as image:
@@ -169,13 +169,13 @@ def test_every_orientation_is_applied(kind: str, orientation: int) -> None:
 
 
 def test_broken_exif_does_not_hide_a_whole_image() -> None:
-    content = saved(picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(20))
+    content = saved(make_image(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(20))
     assert pixels(content).shape == (6, 10, 3)
 
 
 def test_what_is_transparent_is_white_whatever_is_stored_under_it() -> None:
     for mode in ("RGBA", "LA"):
-        image = picture().convert(mode)
+        image = make_image().convert(mode)
         image.putalpha(0)
         decoded = decode(saved(image, "PNG"))
         assert pixels(decoded).min() == 255
@@ -190,7 +190,7 @@ def test_what_is_transparent_is_white_whatever_is_stored_under_it() -> None:
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB", "1", "I;16"])
 def test_a_transparent_colour_is_white(mode: str) -> None:
-    image = deep(4096) if mode == "I;16" else picture().quantize(16) if mode == "P" else picture().convert(mode)
+    image = deep(4096) if mode == "I;16" else make_image().quantize(16) if mode == "P" else make_image().convert(mode)
     key = image.getpixel((3, 3))
     decoded = decode(saved(image, "PNG", transparency=1 if mode == "1" and key else key))
     assert pixels(decoded)[3, 3].tolist() == [255, 255, 255]
@@ -199,7 +199,7 @@ def test_a_transparent_colour_is_white(mode: str) -> None:
 
 
 def test_a_palette_with_an_alpha_for_each_colour() -> None:
-    image = picture().quantize(16)
+    image = make_image().quantize(16)
     assert pixels(saved(image, "PNG", transparency=bytes(16))).min() == 255
     opaque = saved(image, "PNG", transparency=bytes([255] * 16))
     assert np.array_equal(pixels(opaque), np.asarray(image.convert("RGB")))
@@ -226,9 +226,9 @@ def test_other_colour_spaces() -> None:
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_of_an_animation_the_first_frame_is_read(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
-    decoded = decode(saved(picture(0), kind, save_all=True, append_images=[picture(1)], **options))
+    decoded = decode(saved(make_image(0), kind, save_all=True, append_images=[make_image(1)], **options))
     assert "first of several frames" in decoded.notes
-    single = decode(saved(picture(0), kind, **options))
+    single = decode(saved(make_image(0), kind, **options))
     assert np.array_equal(pixels(decoded), pixels(single))
     assert single.notes == ()
 
@@ -236,7 +236,7 @@ def test_of_an_animation_the_first_frame_is_read(kind: str) -> None:
 @given(seed=st.integers(0, 1000), kind=st.sampled_from(["JPEG", "PNG", "BMP", "PPM"]), grey=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_ordinary_images_are_what_pillow_reads(seed: int, kind: str, grey: bool) -> None:
-    content = saved(picture(seed).convert("L") if grey else picture(seed), kind)
+    content = saved(make_image(seed).convert("L") if grey else make_image(seed), kind)
     decoded = decode(content)
     assert decoded.notes == ()
     content.seek(0)
@@ -248,7 +248,7 @@ def test_ordinary_images_are_what_pillow_reads(seed: int, kind: str, grey: bool)
     ("kind", "is_read"), [("JPEG", True), ("GIF", True), ("TGA", False), ("DDS", False), ("PCX", False)]
 )
 def test_only_stated_formats_are_read_whatever_the_name(kind: str, is_read: bool, tmp_path: Path) -> None:
-    picture().save(tmp_path / "image.txt", kind)
+    make_image().save(tmp_path / "image.txt", kind)
     assert (identify(tmp_path / "image.txt") == kind) == is_read
 
 
@@ -261,19 +261,19 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for label, name in enumerate(("cat", "dog")):
         (tmp_path / "own" / name).mkdir(parents=True)
         for number in range(6):
-            picture(10 * label + number).save(tmp_path / "own" / name / f"{number}.png")
+            make_image(10 * label + number).save(tmp_path / "own" / name / f"{number}.png")
     return tmp_path / "own"
 
 
 def test_every_skipped_and_converted_file_is_counted_named_and_recorded(own: Path) -> None:
     cat, dog = own / "cat", own / "dog"
-    picture(50).save(cat / "windows.jfif", "JPEG")
-    picture(51).save(cat / "no suffix", "PNG")
-    picture(52).save(cat / "odd.xyz", "WEBP")
+    make_image(50).save(cat / "windows.jfif", "JPEG")
+    make_image(51).save(cat / "no suffix", "PNG")
+    make_image(52).save(cat / "odd.xyz", "WEBP")
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(53).save(cat / "phone.jpeg", exif=exif)
-    clear = picture(54).convert("RGBA")
+    make_image(53).save(cat / "phone.jpeg", exif=exif)
+    clear = make_image(54).convert("RGBA")
     clear.putalpha(100)
     clear.save(cat / "stamp.png")
     deep(4096).save(cat / "x-ray.png")
@@ -312,7 +312,7 @@ def test_all_broken_images_are_named_at_once(own: Path) -> None:
         path = own / name
         path.write_bytes(path.read_bytes()[:60])
     (own / "dog" / "page.jpg").write_text("<html>404</html>")
-    line = complaint(command(*FIT), 1)
+    line = assert_error(command(*FIT), 1)
     for name in ("cat/0.png", "cat/4.png", "dog/2.png", "dog/page.jpg"):
         assert f"{own / name}: not a readable image" in line
     assert not (own.parent / "runs").exists()
@@ -324,15 +324,15 @@ def test_a_class_may_be_spelled_in_two_ways_but_not_in_one_folder(own: Path) -> 
             folder = own.parent / "two" / part / name
             folder.mkdir(parents=True)
             for number in range(4):
-                picture(seed + 10 * label + number).save(folder / f"{number}.png")
+                make_image(seed + 10 * label + number).save(folder / f"{number}.png")
     fit = (*FIT[:-1], "two")
     assert run(*fit).record["metrics"]["count"] == 8
     folder = own.parent / "two" / "train" / unicodedata.normalize("NFD", "café")
     folder.mkdir()
-    assert "differ only in case or in how accents are spelled" in complaint(command(*fit), 1)
+    assert "differ only in case or in how accents are spelled" in assert_error(command(*fit), 1)
     folder.rmdir()
     (own.parent / "two" / "train" / "DOG").mkdir()
-    assert "'DOG' and 'dog'" in complaint(command(*fit), 1)
+    assert "'DOG' and 'dog'" in assert_error(command(*fit), 1)
 
 
 # --- content ---------------------------------------------------------------------------------------------------------
@@ -346,10 +346,10 @@ def test_own_images_with_the_pixels_of_test_images_are_refused_unless_allowed(
         for label, name in enumerate(("cat", "dog")):
             Path("own", part, name).mkdir(parents=True)
             for number in range(5):
-                picture(seed + 10 * label + number).save(Path("own", part, name, f"{number}.png"))
+                make_image(seed + 10 * label + number).save(Path("own", part, name, f"{number}.png"))
     with Image.open("own/test/cat/3.png") as image:
         image.save("own/train/cat/copy.bmp")  # another file, the same pixels
-    line = complaint(command(*FIT), 1)
+    line = assert_error(command(*FIT), 1)
     for words in (
         "1 of the 10 images of test have the same pixels",
         "test/cat/3.png",
@@ -396,7 +396,7 @@ def test_refit_is_train_and_val_by_content() -> None:
     values, labels = noise(0).astype(np.uint8).reshape(10, 2, 3), np.arange(10) % 2
 
     def part(name: str, positions: list[int], shift: int = 0) -> Any:
-        images = ArrayPictures(name, values, (labels + shift) % 2, np.array(positions))
+        images = ArrayImages(name, values, (labels + shift) % 2, np.array(positions))
         return images, images.examine()
 
     train, val = part("train", [0, 1, 2]), part("val", [3, 4])

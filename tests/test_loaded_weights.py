@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import BACKBONE, command, complaint, run, settle, small
+from helpers import BACKBONE, assert_error, command, run, settle, small
 from lightning.pytorch import LightningModule
-from test_own_pictures import fill
+from test_own_images import fill
 
 from svp_bench.config.compose import split_flags
 from svp_bench.records.store import read_record
@@ -70,21 +70,21 @@ def test_a_kept_head_is_printed_recorded_and_another_cell(place: Path) -> None:
     refused = command(
         *("rerun", str(kept[0].record_path), "--results_root", "b", "--runs_root", "b", "--model.checkpoint", "2.pth")
     )
-    assert "another head than the run began with" in complaint(refused, 1)
-    picture = str(next(Path("data").rglob("*.jpg")))
+    assert "another head than the run began with" in assert_error(refused, 1)
+    image = str(next(Path("data").rglob("*.jpg")))
     saved = str(kept[0].folder / "checkpoints" / "last.ckpt")
-    assert run("predict", "--ckpt", saved, "--images", picture).out
+    assert run("predict", "--ckpt", saved, "--images", image).out
 
 
 @pytest.mark.parametrize("head", ["keep", "kept"])
 def test_a_head_that_cannot_be_kept_is_one_line(place: Path, head: str) -> None:
     path = weights(Path("seven.pth"), num_classes=7)
-    told = complaint(command(*begun("--model.head", head, checkpoint=path)), 1 if head == "keep" else 2)
+    told = assert_error(command(*begun("--model.head", head, checkpoint=path)), 1 if head == "keep" else 2)
     if head == "keep":
         assert "seven.pth: the file has a head of 7 classes (width 16), the model has a head of 100 classes" in told
-        assert "takes the head of a file" in complaint(command(*begun("--model.head", head, checkpoint="none")), 2)
+        assert "takes the head of a file" in assert_error(command(*begun("--model.head", head, checkpoint="none")), 2)
         both = begun("--model.head", head, "--model.head_hidden", "4", checkpoint=path)
-        assert "model.head_hidden" in complaint(command(*both), 2)
+        assert "model.head_hidden" in assert_error(command(*both), 2)
     else:
         assert "model.head" in told
     assert not list(Path().rglob("*.json"))
@@ -189,7 +189,7 @@ def config_of(*argv: str) -> Mapping[str, Any]:
 
 def test_own_images_take_the_backbones_size_unless_one_is_set(place: Path) -> None:
     fill(Path("own"))
-    own = ("--config", "configs/own/pictures.yaml", "--data.root", "own")
+    own = ("--config", "configs/custom/images.yaml", "--data.root", "own")
     nano = ("--model.backbone", "vim_nano_patch8_64")
     assert config_of(*own, *nano)["data"]["image_size"] == 64
     assert config_of(*own)["data"]["image_size"] == 224
@@ -201,7 +201,7 @@ def test_own_images_take_the_backbones_size_unless_one_is_set(place: Path) -> No
     assert "  images     32x32 pixels" in outcome.out
     assert outcome.record["config"]["data"]["image_size"] == 32
     unknown = command("fit", *own, "--model.backbone", "vim_nan_patch8_64")
-    assert "did you mean 'vim_nano_patch8_64'" in complaint(unknown, 2)
+    assert "did you mean 'vim_nano_patch8_64'" in assert_error(unknown, 2)
 
 
 def test_what_follows_from_searched_values_is_settled_anew(place: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import reference_vim
 import torch
 import yaml
-from helpers import command, complaint, run, settle, small
+from helpers import assert_error, command, run, settle, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import BACKBONE, SAME_MATHS, relative_error
@@ -25,7 +25,7 @@ from svp_bench.models import VisionMamba
 from svp_bench.ops import backend_statuses
 
 BACKENDS = [status.name for status in backend_statuses() if status.available]
-# (3, 48, 64) pictures: width 32, inner width 64, 4 states, rank 2 of Δ
+# (3, 48, 64) images: width 32, inner width 64, 4 states, rank 2 of Δ
 SIZES: dict[str, Any] = {"img_size": (48, 64), "embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 5}
 ROWS = {  # of the projection and its copies: which rows, written down apart from the code
     "in_proj": ("in_proj", slice(0, 128)),
@@ -53,8 +53,8 @@ def lora(targets: list[str], backend: str = "auto", sizes: dict[str, Any] | None
     return model
 
 
-def pictures(model: VisionMamba, count: int = 2) -> Tensor:
-    return reference_vim.pictures(count, 3, *model.patch_embed.img_size)
+def make_images(model: VisionMamba, count: int = 2) -> Tensor:
+    return reference_vim.make_images(count, 3, *model.patch_embed.img_size)
 
 
 def written_out(state: dict[str, Tensor], targets: list[str], scale: float, depth: int = 3) -> dict[str, Tensor]:
@@ -83,11 +83,11 @@ def assert_as_written_out(model: VisionMamba, targets: list[str], scale: float, 
     state = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     trained = trained_parameters(model)
     leaves = [state[name].requires_grad_() for name in trained]
-    images = pictures(model)
+    images = make_images(model)
     expected = reference_vim.logits(written_out(state, targets, scale), images.double(), stride=stride)
     found = model(images)
     assert relative_error(found, expected) <= BACKBONE.forward
-    cotangent = reference_vim.pictures(*found.shape)
+    cotangent = reference_vim.make_images(*found.shape)
     gradients = torch.autograd.grad(found, list(trained.values()), cotangent)
     wanted = torch.autograd.grad(expected, leaves, cotangent.double())
     for name, a, b in zip(trained, gradients, wanted, strict=True):
@@ -109,7 +109,7 @@ def test_lora_is_its_formula(targets: list[str]) -> None:
 @pytest.mark.parametrize(
     ("sizes", "stride"),
     [({"img_size": (40, 56), "stride": 8}, 8), ({"img_size": (51, 37)}, 16), ({"expand": 2, "d_conv": 3}, 16)],
-    ids=["overlapping patches", "odd pictures", "another convolution"],
+    ids=["overlapping patches", "odd images", "another convolution"],
 )
 def test_lora_on_other_shapes(sizes: dict[str, Any], stride: int, backend: str) -> None:
     model = lora(ALL, backend, sizes, rank=3, scale=0.5)
@@ -223,7 +223,7 @@ def test_counts_for_any_setting(targets: list[str], rank: int, width: int, state
 @pytest.mark.parametrize("target", TARGETS)
 def test_dropout_is_where_the_product_acts_on_an_output(target: str) -> None:
     model = lora([target], rank=8, dropout=0.5)
-    images = pictures(model)
+    images = make_images(model)
     still = model(images)
     assert torch.equal(model(images), still)
     model.adapter.train()
@@ -240,7 +240,7 @@ def test_dropout_is_where_the_product_acts_on_an_output(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_bf16_autocast_is_near(target: str) -> None:
     model = lora([target], rank=8, scale=0.5)
-    images = pictures(model)
+    images = make_images(model)
     exact = model(images)
     with torch.autocast("cpu", torch.bfloat16):
         found = model(images)
@@ -261,7 +261,7 @@ def test_bf16_autocast_is_near(target: str) -> None:
 @pytest.mark.parametrize("targets", [*([target] for target in TARGETS), ALL], ids=str)
 def test_merging_keeps_the_logits(targets: list[str], backend: str) -> None:
     model = lora(targets, backend, {"img_size": (40, 56), "stride": 8}, rank=6, scale=0.5)
-    images = pictures(model)
+    images = make_images(model)
     with torch.no_grad():
         before = model(images)
     frozen = backbone(backend, img_size=(40, 56), stride=8)
@@ -299,7 +299,7 @@ def test_merging_leaves_other_points_alone_and_the_model_free() -> None:
     model.points.on_linear(0, "in_proj", lambda x, y: seen.append(1) or y)  # type: ignore[func-returns-value]
     method = model.method
     method.merge(model)
-    model(pictures(model))
+    model(make_images(model))
     assert seen == [1]
     with pytest.raises(ConfigError, match=r"this model does not carry this LoRA; call model\.method\.merge"):
         method.merge(model)
@@ -363,5 +363,5 @@ def test_targets_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert config["model"]["method"]["init_args"] == expected
     weights = torch.load(outcome.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert weights["model.adapter.2.B_b.down.weight"].shape == (2, 32)
-    text = complaint(command(*small("--method", "lora", "--model.method.targets", "[out_prj]")), 2)
+    text = assert_error(command(*small("--method", "lora", "--model.method.targets", "[out_prj]")), 2)
     assert "unknown target of lora 'out_prj'; did you mean 'out_proj'?" in text

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Outcome, command, complaint, draw, run, settle, small
+from helpers import Outcome, assert_error, command, draw, run, settle, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_card import Card
@@ -149,9 +149,9 @@ def test_bytes_in_words() -> None:
 def test_on_a_line_it_is_exact(base: int, each: int, asked: int, budget: int, refuses: bool) -> None:
     seen: list[int] = []
 
-    def measure(pictures: int) -> int | None:
-        seen.append(pictures)
-        needed = base + each * pictures
+    def measure(images: int) -> int | None:
+        seen.append(images)
+        needed = base + each * images
         return None if refuses and needed > budget else needed
 
     need = Need(measure, budget, patience=1e9)
@@ -174,15 +174,15 @@ def test_on_a_line_it_is_exact(base: int, each: int, asked: int, budget: int, re
 def test_what_fits_was_seen_to_fit(lines: list[tuple[int, int]], asked: int, budget: int, largest: bool) -> None:
     """Whatever bends the line: buffers of fixed size at one place of a step, pieces of work of bounded size."""
 
-    def needs(pictures: int) -> int:
-        return (max if largest else min)(base + each * pictures for base, each in lines)
+    def needs(images: int) -> int:
+        return (max if largest else min)(base + each * images for base, each in lines)
 
-    need = Need(lambda pictures: needs(pictures) if needs(pictures) <= budget else None, budget, patience=1e9)
+    need = Need(lambda images: needs(images) if needs(images) <= budget else None, budget, patience=1e9)
     most = need.most(asked)
     assert not need.fits(asked) or needs(asked) <= budget
-    for pictures in range(1, most + 1):
-        if need.fits(pictures):
-            assert needs(pictures) <= budget
+    for images in range(1, most + 1):
+        if need.fits(images):
+            assert needs(images) <= budget
     if needs(1) <= budget:
         assert most >= 1
     if largest:  # convex: a line through what was seen never says too much, a step back from what fits
@@ -190,7 +190,7 @@ def test_what_fits_was_seen_to_fit(lines: list[tuple[int, int]], asked: int, bud
 
 
 def test_out_of_patience_the_line_says_it() -> None:
-    need = Need(lambda pictures: 10 + 5 * pictures, 500, patience=0)
+    need = Need(lambda images: 10 + 5 * images, 500, patience=0)
     assert need.fits(90)
     assert not need.fits(99)
     assert need.most(1000) == 98
@@ -223,7 +223,7 @@ def steps(module: AdaptationModule) -> Any:
 )
 def test_two_small_steps_tell_of_a_larger_one(method: str, checkpointing: bool) -> None:
     with steps(module(method)) as (at_hand, _):
-        measured = {pictures: at_hand.train(pictures, checkpointing) for pictures in (1, 2, 4, 8)}
+        measured = {images: at_hand.train(images, checkpointing) for images in (1, 2, 4, 8)}
         need = Need(measured.__getitem__, 2**50, patience=0)
         need.fits(8)
     assert need.measured == [1, 2]
@@ -243,7 +243,7 @@ def test_a_step_is_as_large_as_that_of_a_run(on: Callable[..., Outcome]) -> None
         weights = sum(t.numel() * t.element_size() for t in (*small_one.parameters(), *small_one.buffers()))
         with steps(small_one) as (at_hand, _):
             step = at_hand.train(BATCH, checkpointing)
-        kept = sum(COUNTS[name] for name in ("train800", "val200")) * 3 * 32 * 32  # pictures in memory
+        kept = sum(COUNTS[name] for name in ("train800", "val200")) * 3 * 32 * 32  # images in memory
         assert step + weights + kept == pytest.approx(card.peak, rel=0.05)
 
 
@@ -314,12 +314,12 @@ def test_the_machine_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.host_room().free is None
 
 
-# ---- how many pictures a process gets at a time
+# ---- how many images a process gets at a time
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 40), st.booleans())
-def test_pictures_at_once_are_those_of_the_largest_batch(
+def test_images_at_once_are_those_of_the_largest_batch(
     world: int, accumulate: int, times: int, more: int, mixed: bool
 ) -> None:
     parts = world * accumulate
@@ -332,7 +332,7 @@ def test_pictures_at_once_are_those_of_the_largest_batch(
     from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler
 
     evaluation = [len(b) for rank in range(world) for b in EvalBatchSampler(count, batch, world, rank)]
-    assert data.pictures_at_once("val") == max(evaluation)
+    assert data.images_at_once("val") == max(evaluation)
     try:
         training = [
             len(b)
@@ -343,7 +343,7 @@ def test_pictures_at_once_are_those_of_the_largest_batch(
         ]
     except ValueError:
         return
-    at_once = data.pictures_at_once("train")
+    at_once = data.images_at_once("train")
     assert max(training) <= at_once <= max(training) + (1 if mixed else 0)  # the last pair may be half of one
 
 
@@ -391,10 +391,10 @@ def test_what_is_suggested_runs_and_what_would_not_is_not_suggested(
     limit = size * needs(1, False, backend)
     card = Card(limit)
     outcome = on(card, *line(model__scan_backend=backend))
-    text = complaint(outcome, 1)
+    text = assert_error(outcome, 1)
     assert card.refused
     assert text.startswith(
-        "svp-bench: error: out of memory while training vim_test_patch8_32 with svp: 16 pictures of 32×32 at a time "
+        "svp-bench: error: out of memory while training vim_test_patch8_32 with svp: 16 images of 32×32 at a time "
         "in 32-true; "
     )
     assert f"a toy card has {file_size(limit)}, " in text
@@ -429,7 +429,7 @@ def test_what_is_suggested_runs_and_what_would_not_is_not_suggested(
 @pytest.mark.slow
 def test_about_so_many_fit(on: Callable[..., Outcome], needs: Needs) -> None:
     limit = 0.8 * needs(1, False)
-    text = complaint(on(Card(limit), *line()), 1)
+    text = assert_error(on(Card(limit), *line()), 1)
     (most,) = re.findall(r"about (\d+) fit,", text)
     assert 8 < int(most) < 16
     flags = ("--data.drop_last", "true")
@@ -439,7 +439,7 @@ def test_about_so_many_fit(on: Callable[..., Outcome], needs: Needs) -> None:
 
 @pytest.mark.slow
 def test_where_it_is_checkpointing_already(on: Callable[..., Outcome], needs: Needs) -> None:
-    text = complaint(on(Card(0.9 * needs(1, True)), *line(*CHECKPOINTING.split())), 1)
+    text = assert_error(on(Card(0.9 * needs(1, True)), *line(*CHECKPOINTING.split())), 1)
     assert "at a time in 32-true, gradient checkpointing; " in text
     assert [way[0] for way in offered(text)] == [ACCUMULATE]
 
@@ -450,14 +450,14 @@ def test_checkpointing_is_not_offered_where_it_saves_nothing(on: Callable[..., O
     with_linear = line("--method", "linear", EVALUATE, "1")
     card = Card()
     assert on(card, *with_linear).status == 0
-    text = complaint(on(Card(0.9 * card.peak), *with_linear), 1)
+    text = assert_error(on(Card(0.9 * card.peak), *with_linear), 1)
     assert "checkpointing" not in text
     assert [way[0] for way in offered(text)] == [ACCUMULATE]
 
 
 def test_a_run_that_accumulates_already_gets_more_parts(on: Callable[..., Outcome], needs: Needs) -> None:
-    text = complaint(on(Card(0.9 * needs(2, False)), *line(ACCUMULATE, "2")), 1)
-    assert ": 8 pictures of 32×32 at a time" in text
+    text = assert_error(on(Card(0.9 * needs(2, False)), *line(ACCUMULATE, "2")), 1)
+    assert ": 8 images of 32×32 at a time" in text
     assert offered(text)[0][-2:] == [ACCUMULATE, "4"]
     assert "(the same batch of 16, 4 at a time)" in text
 
@@ -465,26 +465,26 @@ def test_a_run_that_accumulates_already_gets_more_parts(on: Callable[..., Outcom
 @pytest.mark.slow
 def test_scoring_does_not_follow_the_accumulation(on: Callable[..., Outcome], needs: Needs) -> None:
     limit = 1.05 * needs(16, False)
-    text = complaint(on(Card(limit), *line()), 1)
+    text = assert_error(on(Card(limit), *line()), 1)
     assert re.search(rf", and {EVALUATE} \d+ for scoring$", text), text
     for way in offered(text):
         assert on(Card(limit), *line(*way)).status == 0
-    assert f"{EVALUATE}" not in complaint(on(Card(limit), *line("--no_test")), 1)
+    assert f"{EVALUATE}" not in assert_error(on(Card(limit), *line("--no_test")), 1)
 
 
 def test_where_nothing_fits_nothing_is_suggested(on: Callable[..., Outcome], needs: Needs) -> None:
-    text = complaint(on(Card(0.62 * needs(16, True)), *line()), 1)
+    text = assert_error(on(Card(0.62 * needs(16, True)), *line()), 1)
     assert "Measured here: not even 1 fits; a smaller --model.backbone or --data.image_size, or a device with" in text
     assert offered(text) == []
 
 
 def test_a_batch_that_cannot_be_cut_gets_a_smaller_one(on: Callable[..., Outcome]) -> None:
-    """Of 32 pictures in batches of 31, the last has one, which no two parts share."""
+    """Of 32 images in batches of 31, the last has one, which no two parts share."""
     odd = line(data__batch_size="31")
     card = Card()
     assert on(card, *odd).status == 0
     limit = 0.5 * card.peak
-    text = complaint(on(Card(limit), *odd), 1)
+    text = assert_error(on(Card(limit), *odd), 1)
     assert re.search(r"31 cannot be cut so: --data.batch_size (4|8)( --model\S+ true)? fits, another setting$", text), (
         text
     )
@@ -493,15 +493,15 @@ def test_a_batch_that_cannot_be_cut_gets_a_smaller_one(on: Callable[..., Outcome
     assert again.status == 0, again.err
 
 
-def test_too_many_pictures_to_score_at_a_time(on: Callable[..., Outcome]) -> None:
+def test_too_many_images_to_score_at_a_time(on: Callable[..., Outcome]) -> None:
     """The weights are there: the run goes on with the test."""
     draw(Path("many"), counts=MANY)
     at_twos = {"data__batch_size": "2", "data__root": "many"}
     card = Card()
     assert on(card, *line("--no_test", **at_twos)).status == 0
     failed = on(Card(1.3 * card.peak), *line(EVALUATE, "32", **at_twos))
-    text = complaint(failed, 1)
-    assert "while testing vim_test_patch8_32 with svp: 32 pictures of 32×32 at a time" in text
+    text = assert_error(failed, 1)
+    assert "while testing vim_test_patch8_32 with svp: 32 images of 32×32 at a time" in text
     assert failed.record["status_reason"].startswith("OutOfMemoryError: out of memory while testing")
     assert re.search(
         rf"Go on with --resume and {EVALUATE} (4|8|16) \(results do not depend on it, except for rounding\)$", text
@@ -522,14 +522,14 @@ def test_validation_beside_training_and_alone(on: Callable[..., Outcome]) -> Non
     assert on(card, *line(*select, **at_twos)).status == 0
     limit = 1.3 * card.peak
     failed = on(Card(limit), *line(*select, EVALUATE, "32", **at_twos))
-    text = complaint(failed, 1)
-    assert "while validating vim_test_patch8_32 with svp: 32 pictures" in text
+    text = assert_error(failed, 1)
+    assert "while validating vim_test_patch8_32 with svp: 32 images" in text
     (way,) = offered(text)
     again = on(Card(limit), *line(*select, *[flag for flag in way if flag != "--resume"], **at_twos))
     assert again.status == 0, again.err
 
     saved = ("--config", str(again.folder / "config.yaml"), "--ckpt_path", str(again.folder / "checkpoints/last.ckpt"))
-    text = complaint(on(Card(limit), "validate", *saved, EVALUATE, "32"), 1)
+    text = assert_error(on(Card(limit), "validate", *saved, EVALUATE, "32"), 1)
     assert f"Add {EVALUATE}" in text
     (way,) = offered(text)
     assert on(Card(limit), "validate", *saved, *way).status == 0
@@ -544,13 +544,13 @@ def test_test_and_predict(on: Callable[..., Outcome]) -> None:
     limit = 1.3 * card.peak
     weights = str(made.folder / "checkpoints/last.ckpt")
     saved = ("--config", str(made.folder / "config.yaml"), "--ckpt_path", weights)
-    text = complaint(on(Card(limit), "test", *saved, EVALUATE, "32"), 1)
+    text = assert_error(on(Card(limit), "test", *saved, EVALUATE, "32"), 1)
     (way,) = offered(text)
     assert "Completed" in on(Card(limit), "test", *saved, *way).out
 
     ask = ("predict", "--ckpt", weights, "--images", "many/cifar/images/test", "--batch_size")
-    text = complaint(on(Card(limit), *ask, "32"), 1)
-    assert "out of memory while predicting with vim_test_patch8_32: 32 pictures of 32×32 at a time" in text
+    text = assert_error(on(Card(limit), *ask, "32"), 1)
+    assert "out of memory while predicting with vim_test_patch8_32: 32 images of 32×32 at a time" in text
     found = re.search(r"Add --batch_size (4|8|16) \(results do not depend", text)
     assert found, text
     outs = on(Card(limit), *ask, found[1]).out, run(*ask, "32").out
@@ -558,11 +558,11 @@ def test_test_and_predict(on: Callable[..., Outcome]) -> None:
     assert [row["path"] for row in few] == [row["path"] for row in many]
     for one, other in zip(few, many, strict=True):  # in batches of another size, products round otherwise
         assert float(one["p1"]) == pytest.approx(float(other["p1"]), abs=2e-4)
-    assert "--batch_size is at least 1, not 0" in complaint(command(*ask, "0"), 2)
+    assert "--batch_size is at least 1, not 0" in assert_error(command(*ask, "0"), 2)
 
 
 def test_replicate_says_it_too(on: Callable[..., Outcome], needs: Needs) -> None:
-    text = complaint(on(Card(0.8 * needs(1, False)), *line(EVALUATE, "1", verb="replicate")), 1)
+    text = assert_error(on(Card(0.8 * needs(1, False)), *line(EVALUATE, "1", subcommand="replicate")), 1)
     assert offered(text)[0] == [ACCUMULATE, "2"]
 
 
@@ -576,7 +576,7 @@ def test_in_a_sweep_it_is_the_line_of_the_trial(place: Path, monkeypatch: pytest
         outcome = Runner().run(job)
     assert outcome.status == "failed"
     assert outcome.reason is not None
-    assert outcome.reason.startswith("out of memory while training vim_test_patch8_32 with svp: 16 pictures")
+    assert outcome.reason.startswith("out of memory while training vim_test_patch8_32 with svp: 16 images")
     assert "\n" not in outcome.reason
     assert f"Add {ACCUMULATE} 2 (the same batch of 16, 8 at a time)" in outcome.reason
     found = Runner().run(job)
@@ -598,7 +598,7 @@ TOLD = []
 
 
 class Greedy(Linear):
-    \"\"\"Linear probing that wants more than there is, for more than `most` pictures, `times` times.\"\"\"
+    \"\"\"Linear probing that wants more than there is, for more than `most` images, `times` times.\"\"\"
 
     def __init__(self, most: int = 4, times: int = 1000, rank: str = "0", error: str = "memory") -> None:
         self.most, self.times, self.rank, self.error = most, times, rank, error
@@ -640,14 +640,14 @@ def program(*argv: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_as_a_command_with_a_method_of_ones_own(greedy: tuple[str, ...]) -> None:
-    """It wants its memory above 4 pictures; the machine has enough for all: only steps of that size tell."""
+    """It wants its memory above 4 images; the machine has enough for all: only steps of that size tell."""
     done = program(*line(*greedy, EVALUATE, "4"))
     assert done.returncode == 1
     (text,) = done.stderr.strip().splitlines()[-1:]
     assert done.stderr.count("svp-bench: error: ") == 1
     assert "Traceback" not in done.stderr + done.stdout
     assert "Out of memory: measuring what would fit" in done.stdout
-    assert "with greedy: 16 pictures of 32×32 at a time in 32-true; 2.0 GiB more could not be had. CPU (" in text
+    assert "with greedy: 16 images of 32×32 at a time in 32-true; 2.0 GiB more could not be had. CPU (" in text
     assert "about 7 fit" in text or "about 4 fit" in text, text
     assert text.endswith(f"Add {ACCUMULATE} 4 (the same batch of 16, 4 at a time)")
     assert "Record (failed)" in done.stdout
@@ -655,9 +655,9 @@ def test_as_a_command_with_a_method_of_ones_own(greedy: tuple[str, ...]) -> None
 
 
 def test_memory_that_is_there_again(greedy: tuple[str, ...]) -> None:
-    text = complaint(command(*line(*greedy, "--model.method.times", "1")), 1)
+    text = assert_error(command(*line(*greedy, "--model.method.times", "1")), 1)
     assert re.search(
-        r"Measured here: 16 pictures need [\d.]+ .iB, which would fit now\. Others held the memory then, or it was in "
+        r"Measured here: 16 images need [\d.]+ .iB, which would fit now\. Others held the memory then, or it was in "
         r"pieces: run it again$",
         text,
     ), text
@@ -667,12 +667,12 @@ def test_memory_that_is_there_again(greedy: tuple[str, ...]) -> None:
 def test_what_cannot_be_measured_is_said_with_the_reason(
     greedy: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = complaint(command(*line(*greedy, "--model.method.error", "no such shape")), 1)
+    text = assert_error(command(*line(*greedy, "--model.method.error", "no such shape")), 1)
     assert text.endswith(
         f"What would fit could not be measured (ValueError: no such shape); try {ACCUMULATE} or {CHECKPOINTING}"
     )
     monkeypatch.setattr(memory, "host_room", lambda: Room("this system", 100, None))
-    text = complaint(command(*line(*greedy)), 1)
+    text = assert_error(command(*line(*greedy)), 1)
     assert text.endswith(f"how much memory is free; try {ACCUMULATE} 2 (8 at a time) or {CHECKPOINTING}")
 
 
@@ -685,7 +685,7 @@ def test_ctrl_c_while_it_measures_is_an_interruption(
 
     monkeypatch.setattr(Steps, "train", stop)
     outcome = on(Card(0.8 * needs(1, False)), *line())
-    assert complaint(outcome, 130) == "svp-bench: interrupted; the same command with --resume continues"
+    assert assert_error(outcome, 130) == "svp-bench: interrupted; the same command with --resume continues"
     assert outcome.record["status"] == "interrupted"
 
 
@@ -707,7 +707,7 @@ def test_one_of_two_processes(greedy: tuple[str, ...]) -> None:
     assert time.monotonic() - began < 300  # and does not wait for the half hour of a collective
     assert "Traceback" not in done.stderr, done.stderr
     assert "measuring" not in done.stdout
-    assert "8 pictures of 32×32 at a time in 32-true; 2.0 GiB more could not be had. CPU (" in done.stderr
+    assert "8 images of 32×32 at a time in 32-true; 2.0 GiB more could not be had. CPU (" in done.stderr
     assert (
         "Nothing was measured: other processes wait for this; try --trainer.accumulate_grad_batches 2 (4 at a time) or "
         "--model.grad_checkpointing true"
@@ -775,7 +775,7 @@ def test_on_a_gpu_what_is_suggested_runs(place: Path, share: float) -> None:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(fraction)
         failed = command(*small(**values))
-        text = complaint(failed, 1)
+        text = assert_error(failed, 1)
         assert torch.cuda.get_device_name() in text
         free = re.search(r"([\d.]+) ([MG])iB free", text)
         assert free, text

@@ -67,8 +67,8 @@ def method(name: str, arguments: dict[str, Any]) -> Method:
     return build_method(METHODS.get(name), name, arguments)
 
 
-def pictures(count: int = 2) -> Tensor:
-    return reference_vim.pictures(count, 3, 48, 64)
+def images(count: int = 2) -> Tensor:
+    return reference_vim.make_images(count, 3, 48, 64)
 
 
 def adapter_names(model: VisionMamba) -> set[str]:
@@ -77,7 +77,7 @@ def adapter_names(model: VisionMamba) -> set[str]:
 
 def step(model: VisionMamba, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
-    nn.functional.cross_entropy(model(pictures(4)), torch.tensor([0, 1, 2, 3])).backward()
+    nn.functional.cross_entropy(model(images(4)), torch.tensor([0, 1, 2, 3])).backward()
     optimizer.step()
 
 
@@ -105,7 +105,7 @@ def test_only_what_is_declared_moves(name: str, arguments: dict[str, Any], backe
 
 def test_svps_generators_have_zero_gradients_in_the_first_step(backend: str) -> None:
     model = adapt(backbone(backend), method("svp", {"share_layers": 2}))
-    nn.functional.cross_entropy(model(pictures()), torch.tensor([0, 1])).backward()
+    nn.functional.cross_entropy(model(images()), torch.tensor([0, 1])).backward()
     for name, parameter in model.named_parameters():
         if name.startswith("adapter."):
             assert parameter.grad is not None, name
@@ -118,8 +118,8 @@ def test_svps_generators_have_zero_gradients_in_the_first_step(backend: str) -> 
 def test_identity_at_start(name: str, arguments: dict[str, Any], backend: str) -> None:
     made = method(name, arguments)
     plain = backbone(backend)
-    expected = plain(pictures())
-    given = adapt(backbone(backend), made)(pictures())
+    expected = plain(images())
+    given = adapt(backbone(backend), made)(images())
     if made.identity_at_start:
         assert relative_error(given, expected) <= 1e-6
     else:
@@ -146,25 +146,25 @@ def test_the_trained_part_is_saved_and_loaded_alone(name: str, arguments: dict[s
     trained = set(trained_parameters(model))
     part = {n: value.clone() for n, value in model.state_dict().items() if n in trained}
     fresh = adapt(backbone(backend), method(name, arguments))
-    assert relative_error(fresh(pictures()), model(pictures())) > 1e-3
+    assert relative_error(fresh(images()), model(images())) > 1e-3
     outcome = fresh.load_state_dict(part, strict=False)
     assert not outcome.unexpected_keys
     assert not trained & set(outcome.missing_keys)
-    assert torch.equal(fresh(pictures()), model(pictures()))
+    assert torch.equal(fresh(images()), model(images()))
 
 
 @matrix
 def test_a_copy_is_independent(name: str, arguments: dict[str, Any]) -> None:
     model = adapt(backbone(), method(name, arguments))
     copied = copy.deepcopy(model)
-    before = model(pictures())
+    before = model(images())
     with torch.no_grad():
         for n, parameter in trained_parameters(model).items():
             parameter.copy_(1.1 * reference_vim.drawn(n, parameter.shape))
-    assert torch.equal(copied(pictures()), before)
+    assert torch.equal(copied(images()), before)
     copied.load_state_dict(model.state_dict())
-    assert torch.equal(copied(pictures()), model(pictures()))
-    copied(pictures()).sum().backward()
+    assert torch.equal(copied(images()), model(images()))
+    copied(images()).sum().backward()
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -177,7 +177,7 @@ def test_the_backbones_names_stay(name: str, arguments: dict[str, Any]) -> None:
 @matrix
 def test_training_on_a_batch_of_one(name: str, arguments: dict[str, Any]) -> None:
     model = adapt(backbone(), method(name, arguments)).train()
-    model(pictures(1)).sum().backward()
+    model(images(1)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained_parameters(model).values())
 
 
@@ -186,7 +186,7 @@ def test_the_adapter_follows_the_backbones_precision_and_mode(name: str, argumen
     model = adapt(backbone().double(), method(name, arguments))
     assert not any(module.training for module in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.float64}
-    assert model(pictures().double()).dtype == torch.float64
+    assert model(images().double()).dtype == torch.float64
     with torch.device("meta"):
         empty = VisionMamba(**SIZES)
     assert {p.device.type for p in adapt(empty, method(name, arguments)).parameters()} == {"meta"}
@@ -270,18 +270,18 @@ def test_the_token_point_reaches_the_output(layer: int, backend: str) -> None:
 
 def assert_reaches(plain: VisionMamba, model: VisionMamba, scale: Tensor) -> None:
     """A point that adds `scale` × something: no change at 0, a change at 1, and a gradient."""
-    expected, given = plain(pictures()), model(pictures())
+    expected, given = plain(images()), model(images())
     assert relative_error(given, expected) <= 1e-6
-    cotangent = reference_vim.pictures(2, 5)
+    cotangent = reference_vim.make_images(2, 5)
     (gradient,) = torch.autograd.grad(given, scale, cotangent)
     with torch.no_grad():
         step = 1e-2
         scale.fill_(1.0)
-        assert relative_error(model(pictures()), expected) > 1e-4
+        assert relative_error(model(images()), expected) > 1e-4
         scale.fill_(step)
-        above = (model(pictures()).double() * cotangent).sum()
+        above = (model(images()).double() * cotangent).sum()
         scale.fill_(-step)
-        below = (model(pictures()).double() * cotangent).sum()
+        below = (model(images()).double() * cotangent).sum()
     assert gradient.abs() > 1e-6
     assert gradient.item() == pytest.approx((above - below).item() / (2 * step), rel=0.05, abs=1e-3)
 
@@ -295,7 +295,7 @@ def test_points_act_in_the_order_of_registration() -> None:
 
     model.points.on_tensor(1, "A", note("first"))
     model.points.on_tensor(1, "A", note("second"))
-    model(pictures(1))
+    model(images(1))
     assert order == ["first", "second"]
 
 
@@ -304,7 +304,7 @@ def test_a_point_reads_a_as_the_kernel_does() -> None:
     seen: dict[str, Tensor] = {}
     model.points.on_tensor(0, "A_b", lambda w: seen.setdefault("A_b", w))
     model.points.on_tensor(0, "conv1d.weight", lambda w: seen.setdefault("conv1d.weight", w))
-    model(pictures(1))
+    model(images(1))
     assert torch.equal(seen["A_b"], -torch.exp(model.get_parameter("layers.0.mixer.A_b_log")))
     assert seen["conv1d.weight"].shape == (64, 4)
 

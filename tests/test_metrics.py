@@ -20,8 +20,8 @@ from helpers import (
     COUNTS,
     TASK,
     Outcome,
+    assert_error,
     command,
-    complaint,
     draw,
     read_json,
     register_backbone,
@@ -43,27 +43,27 @@ from svp_bench.records.store import csv_text
 from svp_bench.tasks.cards import displayed_class_names, load_task
 from svp_bench.train.metrics import (
     Evaluation,
-    PictureScores,
+    ImageScores,
     balanced_accuracy,
-    confusion_picture,
+    confusion_image,
     describe,
     evaluate,
     expected_calibration_error,
     in_order,
     per_class_accuracy,
     per_class_markdown,
-    score_pictures,
+    score_images,
     write_predictions,
     write_tables,
 )
 from svp_bench.train.module import AdaptationModule
 
 CALLED = displayed_class_names(load_task(TASK))
-ABSENT = 100 - COUNTS["test"]  # the drawn test list shows as many classes as it has pictures
+ABSENT = 100 - COUNTS["test"]  # the drawn test list shows as many classes as it has images
 
 
-def scores_of(logits: torch.Tensor, labels: torch.Tensor) -> PictureScores:
-    return in_order([score_pictures(logits, labels, torch.arange(len(labels)))])
+def scores_of(logits: torch.Tensor, labels: torch.Tensor) -> ImageScores:
+    return in_order([score_images(logits, labels, torch.arange(len(labels)))])
 
 
 def drawn(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +77,7 @@ def drawn(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.
 
 @st.composite
 def cases(draw: Any) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
-    """Logits, many of them tied; labels; and the pictures shared out over batches in any order, some of them empty."""
+    """Logits, many of them tied; labels; and the images shared out over batches in any order, some of them empty."""
     count, classes = draw(st.integers(1, 40)), draw(st.integers(1, 12))
     values = st.sampled_from([-2.0, 0.0, 0.5, 3.0, 60.0]) | st.floats(-20, 20, width=32)
     logits = draw(st.lists(st.lists(values, min_size=classes, max_size=classes), min_size=count, max_size=count))
@@ -133,7 +133,7 @@ def test_batches_and_processes_change_no_bit(case: tuple[torch.Tensor, torch.Ten
     index = torch.arange(len(labels))
     whole = evaluate(scores_of(logits, labels), logits.shape[1])
     shared = [torch.tensor(part, dtype=torch.int64) for part in parts]
-    scored = [score_pictures(logits[part], labels[part], index[part]) for part in shared]
+    scored = [score_images(logits[part], labels[part], index[part]) for part in shared]
     again = evaluate(in_order(scored), logits.shape[1])
     assert again.scalars() == whole.scalars()
     assert again.for_record() == whole.for_record()
@@ -144,11 +144,11 @@ def test_batches_and_processes_change_no_bit(case: tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 1000])
-def test_many_classes_and_pictures_change_no_bit_either(batch: int) -> None:
+def test_many_classes_and_images_change_no_bit_either(batch: int) -> None:
     """Sizes at which torch's vectorised kernels have whole vectors and a rest."""
     logits, labels = drawn(1000, 397)
     index = torch.arange(1000)
-    parts = [score_pictures(logits[s : s + batch], labels[s : s + batch], index[s : s + batch]) for s in index[::batch]]
+    parts = [score_images(logits[s : s + batch], labels[s : s + batch], index[s : s + batch]) for s in index[::batch]]
     whole = evaluate(scores_of(logits, labels), 397)
     assert evaluate(in_order(parts[::-1]), 397).for_record() == whole.for_record()
 
@@ -196,7 +196,7 @@ def test_a_confidence_on_an_edge_belongs_to_the_bin_below() -> None:
     assert math.isnan(expected_calibration_error(np.zeros(0), np.zeros(0, dtype=np.bool_)))
 
 
-def test_a_class_without_pictures_is_nan_and_left_out_of_the_mean() -> None:
+def test_a_class_without_images_is_nan_and_left_out_of_the_mean() -> None:
     labels = torch.tensor([0, 0, 2, 2])
     logits = torch.eye(3)[torch.tensor([0, 1, 2, 2])]
     found = evaluate(scores_of(logits, labels), 3)
@@ -240,10 +240,10 @@ def test_a_logit_that_is_not_finite_shows_in_the_loss(bad: float) -> None:
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(ValueError, match="no pictures were scored"):
+    with pytest.raises(ValueError, match="no images were scored"):
         in_order([])
-    nothing = score_pictures(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-    with pytest.raises(ValueError, match="no pictures were scored"):
+    nothing = score_images(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="no images were scored"):
         evaluate(nothing, 3)
     with pytest.raises(ValueError, match=r"a label lies outside 0\.\.1: 0\.\.2"):
         evaluate(scores_of(torch.zeros(2, 3), torch.tensor([0, 2])), 2)
@@ -312,7 +312,7 @@ def test_no_bound_of_an_audit_excludes_what_a_model_can_give(data: st.DataObject
     logit = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 40.0]), st.floats(-50, 50, width=32))
     rows = data.draw(st.lists(st.lists(logit, min_size=classes, max_size=classes), min_size=count, max_size=count))
     labels = data.draw(st.lists(st.integers(0, classes - 1), min_size=count, max_size=count))
-    scores = score_pictures(torch.tensor(rows), torch.tensor(labels), torch.arange(count))
+    scores = score_images(torch.tensor(rows), torch.tensor(labels), torch.arange(count))
     assert impossible_scores(evaluate(scores, classes).for_record()) == []
 
 
@@ -343,32 +343,32 @@ def test_a_run_says_which_images_were_wrong(place: Path, stage: str, role: str) 
 def test_the_text_names_each_class(three: Evaluation) -> None:
     assert per_class_markdown(three, NAMES).splitlines()[2:] == [
         "| 0 | cat | 3 | 2 | 66.67 % |",
-        "| 1 | grüße, 猫 \\| x | 0 | 0 | no pictures |",
+        "| 1 | grüße, 猫 \\| x | 0 | 0 | no images |",
         "| 2 | ant | 1 | 0 | 0.00 % |",
     ]
 
 
-def test_the_picture_shows_shares_of_rows(three: Evaluation) -> None:
-    picture = confusion_picture(three.confusion, NAMES)
-    assert picture.dtype == np.uint8
+def test_the_image_shows_shares_of_rows(three: Evaluation) -> None:
+    image = confusion_image(three.confusion, NAMES)
+    assert image.dtype == np.uint8
     cell = 48
-    dark = np.argwhere((picture == 0).all(axis=2))  # the frame: the only black line as long as the matrix
+    dark = np.argwhere((image == 0).all(axis=2))  # the frame: the only black line as long as the matrix
     rows, columns = np.bincount(dark[:, 0]), np.bincount(dark[:, 1])
     top, left = (int(np.argmax(lines > 3 * cell)) + 1 for lines in (rows, columns))
-    shown = picture[top + cell // 2 : top + 3 * cell : cell, left + cell // 2 : left + 3 * cell : cell].astype(int)
+    shown = image[top + cell // 2 : top + 3 * cell : cell, left + cell // 2 : left + 3 * cell : cell].astype(int)
     white, blue, grey = np.array([255, 255, 255]), np.array([8, 48, 107]), np.array([224, 224, 224])
     expected = [[(white + 2 * blue) / 3, (2 * white + blue) / 3, white], [grey] * 3, [white, blue, white]]
     assert np.abs(shown - np.array(expected)).max() <= 1
     # names: ink left of the matrix beside each row, none without names
     for row in range(3):
-        assert (picture[top + row * cell : top + (row + 1) * cell, : left - 2] < 128).any()
+        assert (image[top + row * cell : top + (row + 1) * cell, : left - 2] < 128).any()
 
 
 @pytest.mark.parametrize("classes", [1, 2, 50, 51, 397])
 def test_up_to_fifty_classes_are_labelled(classes: int) -> None:
     confusion = np.eye(classes, dtype=np.int64)
-    named = confusion_picture(confusion, [f"a class called {label}" for label in range(classes)])
-    other = confusion_picture(confusion, [f"another one named {label}" for label in range(classes)])
+    named = confusion_image(confusion, [f"a class called {label}" for label in range(classes)])
+    other = confusion_image(confusion, [f"another one named {label}" for label in range(classes)])
     assert (named.shape != other.shape or (named != other).any()) == (classes <= 50)
     assert max(named.shape) < 1100
 
@@ -376,8 +376,8 @@ def test_up_to_fifty_classes_are_labelled(classes: int) -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=3))
 def test_any_name_can_be_drawn(names: list[str]) -> None:
-    picture = confusion_picture(np.eye(len(names), dtype=np.int64), names)
-    assert picture.shape[2] == 3
+    image = confusion_image(np.eye(len(names), dtype=np.int64), names)
+    assert image.shape[2] == 3
 
 
 # ---- whole runs
@@ -451,8 +451,8 @@ def test_the_names_of_the_card_stand_everywhere(place: Path, monkeypatch: pytest
     outcome = run(*small("--method", "linear"))
     check_run(outcome, "test", "test", names)
     checkpoint = str(outcome.folder / "checkpoints/last.ckpt")
-    picture = str(next((place / "data/cifar/images/test").iterdir()))
-    (row,) = csv.DictReader(run("predict", "--ckpt", checkpoint, "--images", picture).out.splitlines())
+    image = str(next((place / "data/cifar/images/test").iterdir()))
+    (row,) = csv.DictReader(run("predict", "--ckpt", checkpoint, "--images", image).out.splitlines())
     assert row["name1"] == f"thing no. {row['class1']}"
 
 
@@ -460,8 +460,8 @@ def test_predict_numbers_the_classes_of_a_card_without_names(place: Path) -> Non
     draw(place / "data", "vtab/eurosat")
     outcome = run(*small("--method", "linear", config="configs/vtab/eurosat.yaml"))
     checkpoint = str(outcome.folder / "checkpoints/last.ckpt")
-    picture = str(next((place / "data/eurosat/images/test").iterdir()))
-    (row,) = csv.DictReader(run("predict", "--ckpt", checkpoint, "--images", picture).out.splitlines())
+    image = str(next((place / "data/eurosat/images/test").iterdir()))
+    (row,) = csv.DictReader(run("predict", "--ckpt", checkpoint, "--images", image).out.splitlines())
     assert row["name1"] == f"class {row['class1']}"
 
 
@@ -488,7 +488,7 @@ def test_a_run_that_goes_on_after_its_last_epoch_is_validated_then(place: Path) 
 
 
 def test_the_batch_size_of_an_evaluation_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a model whose logits do not depend on the batch: each picture goes through it alone."""
+    """With a model whose logits do not depend on the batch: each image goes through it alone."""
     forward = AdaptationModule.forward
     one_by_one = lambda self, images: torch.cat([forward(self, image[None]) for image in images])  # noqa: E731
     monkeypatch.setattr(AdaptationModule, "forward", one_by_one)
@@ -500,7 +500,7 @@ def test_the_batch_size_of_an_evaluation_changes_nothing(place: Path, monkeypatc
 def test_a_val_loss_that_is_not_finite_ends_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AdaptationModule, "forward", lambda self, images: torch.full((len(images), 100), math.nan))
     outcome = command(*small("--method", "linear", data__stage="select"))
-    assert "the loss on the val list is not finite" in complaint(outcome, 1)
+    assert "the loss on the val list is not finite" in assert_error(outcome, 1)
 
 
 def test_a_malformed_file_of_names_stops_a_run_before_training(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,11 +510,11 @@ def test_a_malformed_file_of_names_stops_a_run_before_training(place: Path, monk
         raise CardError("names.txt:3: empty line; write one class name a line")
 
     monkeypatch.setattr("svp_bench.tasks.cards.class_names", fail)
-    assert "names.txt:3: empty line" in complaint(command(*small()), 1)
+    assert "names.txt:3: empty line" in assert_error(command(*small()), 1)
     assert not (place / "runs").exists()
 
 
-def test_an_evaluation_without_pictures_logs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_without_images_logs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     bare = AdaptationModule.__new__(AdaptationModule)
     torch.nn.Module.__init__(bare)
     bare._scored, bare.validated, bare.tested, bare.num_classes = [], None, None, 3
@@ -539,8 +539,8 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["final", "select"])
-def test_two_processes_score_each_picture_once(stage: str, place: Path) -> None:
-    """Nine (or five) pictures on two processes: the parts are uneven."""
+def test_two_processes_score_each_image_once(stage: str, place: Path) -> None:
+    """Nine (or five) images on two processes: the parts are uneven."""
     (place / "driver.py").write_text(DRIVER)
     script = [sys.executable, "driver.py", "--method", "linear", "--data.stage", stage, "--data.batch_size", "6"]
     two = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]

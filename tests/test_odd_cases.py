@@ -1,4 +1,4 @@
-"""Runs that are unusual and right: other picture sizes, odd pictures and labels, odd places, two at once."""
+"""Runs that are unusual and right: other image sizes, odd images and labels, odd places, two at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BACKBONE, command, complaint, draw, run, settle
+from helpers import BACKBONE, assert_error, command, draw, run, settle
 from helpers import small as line
 from PIL import Image
 
@@ -27,30 +27,30 @@ def lists(name: str) -> Path:
 
 
 @pytest.mark.parametrize("side", ["8", "24", "40", "64"])
-def test_pictures_of_another_size(place: Path, side: str) -> None:
+def test_images_of_another_size(place: Path, side: str) -> None:
     record = run(*line(data__image_size=side)).record
     assert record["status"] == "complete"
     assert record["config"]["data"]["image_size"] == int(side)
 
 
-def test_pictures_that_are_no_squares(place: Path) -> None:
-    """32 high and 48 wide: 4 × 6 patches, for training, test and the pictures that a run predicts."""
+def test_images_that_are_no_squares(place: Path) -> None:
+    """32 high and 48 wide: 4 × 6 patches, for training, test and the images that a run predicts."""
     outcome = run(*line(data__image_size="[32, 48]"))
     assert outcome.record["config"]["data"]["image_size"] == [32, 48]
     shown = run("predict", "--ckpt", str(outcome.folder / "checkpoints/last.ckpt"), "--images", "data/cifar/images")
     assert shown.status == 0
     for flags in (("--data.resize", "centre_crop"), ("--data.train_crop", "random_resized")):
-        told = complaint(command(*line(*flags, data__image_size="[32, 48]")), 2)
-        assert "makes squares, and the pictures are 32 x 48; use --data.resize straight" in told
+        told = assert_error(command(*line(*flags, data__image_size="[32, 48]")), 2)
+        assert "makes squares, and the images are 32 x 48; use --data.resize straight" in told
 
 
-def test_pictures_smaller_than_a_patch(place: Path) -> None:
-    told = complaint(command(*line(data__image_size="7")), 2)
+def test_images_smaller_than_a_patch(place: Path) -> None:
+    told = assert_error(command(*line(data__image_size="7")), 2)
     assert f"data.image_size 7 is smaller than a patch of {BACKBONE} (8 pixels)" in told
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16", "LA"])
-def test_pictures_in_another_mode(place: Path, mode: str) -> None:
+def test_images_in_another_mode(place: Path, mode: str) -> None:
     """Grey, black and white, palette, transparency, four inks, 16 bits."""
     for path in sorted(Path("data").rglob("*.jpg")):
         with Image.open(path) as image:
@@ -59,14 +59,14 @@ def test_pictures_in_another_mode(place: Path, mode: str) -> None:
     assert run(*line()).record["status"] == "complete"
 
 
-def test_a_class_without_training_pictures(place: Path) -> None:
-    """The card has 100 classes and 17 training pictures: most have none; nothing is invented for them."""
+def test_a_class_without_training_images(place: Path) -> None:
+    """The card has 100 classes and 17 training images: most have none; nothing is invented for them."""
     record = run(*line()).record
     assert record["parameters"]["head"] == 100 * 16 + 100
     assert record["metrics"]["count"] == 9
 
 
-def test_all_pictures_of_one_class(place: Path) -> None:
+def test_all_images_of_one_class(place: Path) -> None:
     for name in ("train800", "val200", "train800val200", "test"):
         path = lists(name)
         path.write_text("".join(f"{entry.split()[0]} 0\n" for entry in path.read_text().splitlines()))
@@ -83,7 +83,7 @@ def test_a_batch_as_large_as_the_data_set_or_larger(place: Path, size: str) -> N
 
 
 @pytest.mark.parametrize("batch", ["1", "16"])
-def test_a_batch_of_one_picture(place: Path, batch: str) -> None:
+def test_a_batch_of_one_image(place: Path, batch: str) -> None:
     """Either all are, or the last of an epoch is."""
     assert run(*line(data__batch_size=batch)).record["status"] == "complete"
 

@@ -349,7 +349,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_backend, "_CHUNK_BYTES", 1)
     for a, b in zip(run(), whole, strict=True):
         assert relative_error(a, b) <= 1e-13
-    assert len(calls) == 2 * 2 * 8  # two pictures, each in eight chunks there and eight back: the patch took effect
+    assert len(calls) == 2 * 2 * 8  # two images, each in eight chunks there and eight back: the patch took effect
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -499,14 +499,14 @@ def test_saved_tensors_are_of_the_size_of_the_inputs(backend: str) -> None:
 
 def test_a_long_scan_in_chunks_saves_one_state_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = with_grad(draw(197, state=16, dim=64))
-    one_state = 64 * 16 * 4  # of a picture
+    one_state = 64 * 16 * 4  # of a image
 
     def kept() -> int:
         return saved_bytes(lambda: selective_scan(**inputs, delta_softplus=True, backend="reference"))  # type: ignore[arg-type]
 
     whole = kept()
     monkeypatch.setattr(reference_backend, "_CHUNK_BYTES", 50 * one_state)
-    assert kept() - whole == 2 * 3 * one_state  # two pictures, each in four chunks in place of one
+    assert kept() - whole == 2 * 3 * one_state  # two images, each in four chunks in place of one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -45,7 +45,7 @@ def backbone(**arguments: Any) -> VisionMamba:
 
 
 def images() -> Tensor:
-    return reference_vim.pictures(2, 3, 48, 64)
+    return reference_vim.make_images(2, 3, 48, 64)
 
 
 def readme_method() -> type[Method]:

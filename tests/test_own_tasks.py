@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SMALL, arguments, command, complaint, run, settle
+from helpers import SMALL, arguments, assert_error, command, run, settle
 from PIL import Image
 
 from svp_bench.core.resources import OWN_TASKS, tasks_dir
@@ -25,7 +25,7 @@ version: 1
 title: Mine
 table: mine
 folder: mine
-protocol: own-final
+protocol: custom-final
 reader: {kind: class_folders}
 groups:
   all: [flowers]
@@ -69,8 +69,8 @@ def fit(*extra: str) -> list[str]:
 
 def test_every_command_reads_them(cards: Path) -> None:
     flag = ["--tasks_dir", str(cards)]
-    assert "--tasks_dir DIR" in complaint(command("tasks", "zzz/qqq"), 2)
-    text = complaint(command(*fit("--data.task", "mine/flowers")), 2)
+    assert "--tasks_dir DIR" in assert_error(command("tasks", "zzz/qqq"), 2)
+    text = assert_error(command(*fit("--data.task", "mine/flowers")), 2)
     assert "unknown task 'mine/flowers'" in text
     assert "--tasks_dir DIR" in run("audit", "--help").out
     assert "--tasks_dir DIR" in run("--help").out
@@ -118,9 +118,9 @@ def test_a_cards_path_names_its_task(cards: Path) -> None:
     assert str(cards) not in str(made["card_digests"])
     assert run("tasks", "my cards/mine/flowers.yaml").out == CARD
     (cards / "mine.yaml").unlink()
-    text = complaint(command(*fit("--data.task", "my cards/mine/flowers.yaml")), 2)
+    text = assert_error(command(*fit("--data.task", "my cards/mine/flowers.yaml")), 2)
     assert "mine.yaml is missing" in text
-    assert "no task card 'nowhere/x.yaml'" in complaint(command(*fit("--data.task", "nowhere/x.yaml")), 2)
+    assert "no task card 'nowhere/x.yaml'" in assert_error(command(*fit("--data.task", "nowhere/x.yaml")), 2)
 
 
 def test_a_card_outside_of_the_checkout_leaves_a_run_clean(cards: Path) -> None:
@@ -159,14 +159,14 @@ def test_a_card_that_was_changed_without_a_new_version_fails_the_audit(cards: Pa
         (lambda folder: shutil.rmtree(folder), "is not a folder; --tasks_dir"),
         (lambda folder: (folder / "mine.yaml").unlink(), "this card belongs to no suite"),
         (lambda folder: (folder / "vtab.yaml").write_text(SUITE), "there is another suite of this name"),
-        (lambda folder: (folder / "mine.yaml").write_text(SUITE.replace("own-final", "own")), "own-final"),
+        (lambda folder: (folder / "mine.yaml").write_text(SUITE.replace("custom-final", "custom")), "custom-final"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_one_line(cards: Path, change: object, expected: str) -> None:
     assert callable(change)
     change(cards)
     tasks = ["tasks", "--tasks_dir", str(cards)]
-    assert expected in complaint(command(*tasks), command(*tasks).status)
+    assert expected in assert_error(command(*tasks), command(*tasks).status)
 
 
 def test_a_copy_of_the_shipped_cards_is_no_conflict(cards: Path) -> None:
@@ -180,8 +180,8 @@ def test_a_copy_of_the_shipped_cards_is_no_conflict(cards: Path) -> None:
 
 
 def test_the_flag_needs_its_value() -> None:
-    assert "--tasks_dir needs a value" in complaint(command("tasks", "--tasks_dir"), 2)
-    assert "--tasks_dir needs a value" in complaint(command("tasks", "--tasks_dir", "--help"), 2)
+    assert "--tasks_dir needs a value" in assert_error(command("tasks", "--tasks_dir"), 2)
+    assert "--tasks_dir needs a value" in assert_error(command("tasks", "--tasks_dir", "--help"), 2)
 
 
 def test_other_processes_of_the_command_line_see_them(cards: Path) -> None:
@@ -194,9 +194,9 @@ def test_other_processes_of_the_command_line_see_them(cards: Path) -> None:
     assert "mine/flowers" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["fit", "sweep"])
+@pytest.mark.parametrize("subcommand", ["fit", "sweep"])
 def test_uncommitted_cards_are_said_before_anything_is_trained(
-    cards: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+    cards: Path, monkeypatch: pytest.MonkeyPatch, subcommand: str
 ) -> None:
     from svp_bench.sweep import plan as sweeping
     from svp_bench.train import provenance
@@ -208,7 +208,7 @@ def test_uncommitted_cards_are_said_before_anything_is_trained(
         monkeypatch.setattr(module, "changed_cards", lambda read: ["tasks/mine/flowers.yaml"])
     monkeypatch.setattr(provenance, "_changed", lambda *_: [])
     flag = ["--tasks_dir", str(cards)]
-    if verb == "fit":
+    if subcommand == "fit":
         made = run(*fit("--data.task", "mine/flowers", *flag))
         assert made.record["dirty"] is True
         out = made.out.partition("top-1")[0]

@@ -301,7 +301,7 @@ def make(tmp_path: Path) -> Make:
     return Make(tmp_path)
 
 
-def test_make_alone_prints_every_verb_and_does_nothing(make: Make) -> None:
+def test_make_alone_prints_every_subcommand_and_does_nothing(make: Make) -> None:
     done = make.run()
     assert done.returncode == 0
     phony = re.findall(r"^\.PHONY: (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -309,7 +309,7 @@ def test_make_alone_prints_every_verb_and_does_nothing(make: Make) -> None:
     assert not (make.folder / ".venv").exists()
 
 
-def test_a_verb_sets_up_first_and_says_so_then_never_again(make: Make) -> None:
+def test_a_subcommand_sets_up_first_and_says_so_then_never_again(make: Make) -> None:
     python = make.program("python")
     done = make.run("setup", f"PYTHON={python}")
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from drawn_records import LIST, OTHER_LIST, make_record
-from helpers import command, complaint, run
+from helpers import assert_error, command, run
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -23,7 +23,7 @@ from svp_bench.tables.pairwise import Pair, compare_pair, middle_p, render_pairs
 from svp_bench.tasks.cards import load_suite, load_task
 
 TASKS = load_suite("vtab").tasks
-PICTURES = 200
+IMAGES = 200
 SHARE = "model.method.init_args.share_layers"
 
 
@@ -38,10 +38,10 @@ def scored(
 
 
 def draw(methods: dict[str, float], seeds: int, tasks: list[str] = TASKS) -> list[Record]:
-    """Return records with bits; a method's number is the share of pictures that it has right."""
+    """Return records with bits; a method's number is the share of images that it has right."""
     generator = np.random.default_rng(0)
     return [
-        scored(task, method, seed, generator.random(PICTURES) < share)
+        scored(task, method, seed, generator.random(IMAGES) < share)
         for task in tasks
         for method, share in methods.items()
         for seed in range(seeds)
@@ -92,10 +92,10 @@ def test_every_number_is_recomputed(tmp_path: Path) -> None:
         assert [float(x) for x in line[1:3]] == pytest.approx(list(interval), abs=0.00501)
         assert line[3:6] == ["3", "too", "few"]
         tests[task] = sorted(exact(x, y) for x, y in zip(a, b, strict=True))
-        # the noise of the pictures: each counts its mean over the seeds
+        # the noise of the images: each counts its mean over the seeds
         each = np.mean([x.astype(float) - y for x, y in zip(a, b, strict=True)], axis=0)
         each = np.concatenate([each, [1, -1]])  # Bonett and Price
-        half = stats.norm.ppf(0.975) * 100 * each.std() / math.sqrt(PICTURES + 2)
+        half = stats.norm.ppf(0.975) * 100 * each.std() / math.sqrt(IMAGES + 2)
         middle = 100 * each.mean()
         assert [float(x) for x in line[6:8]] == pytest.approx([middle - half, middle + half], abs=0.00501)
         assert line[8] == f"{shown(tests[task][0])}–{shown(tests[task][2])}"
@@ -133,10 +133,10 @@ def test_the_other_way_round_is_the_mirror_image(tmp_path: Path) -> None:
     assert one[8:] == other[8:]
 
 
-def test_bits_of_other_lists_are_not_compared_picture_by_picture(tmp_path: Path) -> None:
+def test_bits_of_other_lists_are_not_compared_image_by_image(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     records = [
-        scored("vtab/dtd", method, seed, generator.random(PICTURES) < 0.7, LIST if method == "svp" else OTHER_LIST)
+        scored("vtab/dtd", method, seed, generator.random(IMAGES) < 0.7, LIST if method == "svp" else OTHER_LIST)
         for method in ("svp", "linear")
         for seed in range(2)
     ]
@@ -147,7 +147,7 @@ def test_bits_of_other_lists_are_not_compared_picture_by_picture(tmp_path: Path)
     assert "McNemar" not in text
 
 
-def test_one_shared_seed_has_pictures_and_no_interval_over_seeds(tmp_path: Path) -> None:
+def test_one_shared_seed_has_images_and_no_interval_over_seeds(tmp_path: Path) -> None:
     text = compare(tmp_path, draw({"svp": 0.8, "linear": 0.7}, 1, TASKS[:1]))
     line = lines_of(text)["cifar"]
     assert line[1:5] == ["–", "1", "too", "few"]
@@ -184,7 +184,9 @@ def test_rows_of_different_tracks_do_not_compare(tmp_path: Path) -> None:
     for record in (make_record(tuned=tuned), make_record(method="linear")):
         write_record(record, tmp_path)
     outcome = command("table", "--results_root", str(tmp_path), "--compare", "svp", "linear")
-    assert "'svp' and 'linear' stand in no section together; rows compare under one protocol" in complaint(outcome, 2)
+    assert "'svp' and 'linear' stand in no section together; rows compare under one protocol" in assert_error(
+        outcome, 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_rows_of_different_tracks_do_not_compare(tmp_path: Path) -> None:
 def test_names_that_do_not_fit_are_one_line(tmp_path: Path, names: tuple[str, str], text: str) -> None:
     for record in (make_record(), make_record(changes={SHARE: 4}), make_record(method="linear")):
         write_record(record, tmp_path)
-    assert text in complaint(command("table", "--results_root", str(tmp_path), "--compare", *names), 2)
+    assert text in assert_error(command("table", "--results_root", str(tmp_path), "--compare", *names), 2)
 
 
 def test_rows_are_named_by_their_labels(tmp_path: Path) -> None:
@@ -212,7 +214,7 @@ def test_rows_are_named_by_their_labels(tmp_path: Path) -> None:
 def test_what_does_not_go_with_compare(tmp_path: Path, extra: tuple[str, ...]) -> None:
     names = ("svp", "linear") if extra else ("svp",)
     outcome = command("table", "--results_root", str(tmp_path), "--compare", *names, *extra)
-    assert "--compare" in complaint(outcome, 2)
+    assert "--compare" in assert_error(outcome, 2)
 
 
 # ---- one p of several seeds

@@ -11,7 +11,7 @@ from scipy import special
 from scipy import stats as scipy_stats
 
 from svp_bench.stats.inference import StatsError
-from svp_bench.stats.power import picture_floor, power_of_t, seeds_needed
+from svp_bench.stats.power import image_floor, power_of_t, seeds_needed
 
 TASKS = [f"t{i:02d}" for i in range(19)]
 STDS = np.exp(np.random.default_rng(21).normal(-0.7, 0.8, 19))  # one method's, over seeds: 0.1 to 2 points
@@ -151,35 +151,35 @@ def test_nothing_varies() -> None:
     assert answer.power_at[0].detectable == 0
 
 
-def test_picture_floor() -> None:
-    assert picture_floor({"x": 0.2}, {"x": 2000}) == pytest.approx(1.96, abs=0.01)
-    even = picture_floor(dict.fromkeys(TASKS, 0.2), dict.fromkeys(TASKS, 2000))
-    assert even == pytest.approx(picture_floor({"x": 0.2}, {"x": 2000}) / math.sqrt(19))
-    weighted = picture_floor({"x": 0.2, "y": 0.1}, {"x": 2000, "y": 10}, {"x": 1.0, "y": 0.0})
-    assert weighted == picture_floor({"x": 0.2}, {"x": 2000})
+def test_image_floor() -> None:
+    assert image_floor({"x": 0.2}, {"x": 2000}) == pytest.approx(1.96, abs=0.01)
+    even = image_floor(dict.fromkeys(TASKS, 0.2), dict.fromkeys(TASKS, 2000))
+    assert even == pytest.approx(image_floor({"x": 0.2}, {"x": 2000}) / math.sqrt(19))
+    weighted = image_floor({"x": 0.2, "y": 0.1}, {"x": 2000, "y": 10}, {"x": 1.0, "y": 0.0})
+    assert weighted == image_floor({"x": 0.2}, {"x": 2000})
     # What it bounds: the spread of the difference over test lists.
     generator = np.random.default_rng(24)
     counts = generator.multinomial(2000, [0.1, 0.1, 0.8], size=4000)
     drawn = 100 * (counts[:, 0] - counts[:, 1]) / 2000
-    assert 1.96 * drawn.std() == pytest.approx(picture_floor({"x": 0.2}, {"x": 2000}), rel=0.05)
+    assert 1.96 * drawn.std() == pytest.approx(image_floor({"x": 0.2}, {"x": 2000}), rel=0.05)
 
 
-def test_picture_floor_with_shared_test_images() -> None:
+def test_image_floor_with_shared_test_images() -> None:
     shares, counts = {"x": 0.2, "y": 0.2, "z": 0.1}, {"x": 500, "y": 500, "z": 300}
-    apart = picture_floor(shares, counts)
-    assert picture_floor(shares, counts, sources=[["x"], ["y"], ["z"]]) == pytest.approx(apart)
-    shared = picture_floor(shares, counts, sources=[["x", "y"], ["z"]])
+    apart = image_floor(shares, counts)
+    assert image_floor(shares, counts, sources=[["x"], ["y"], ["z"]]) == pytest.approx(apart)
+    shared = image_floor(shares, counts, sources=[["x", "y"], ["z"]])
     assert shared > apart
-    assert picture_floor({"x": 0.2, "y": 0.2}, {"x": 500, "y": 500}, sources=[["x", "y"]]) == pytest.approx(
-        picture_floor({"x": 0.2}, {"x": 500})
+    assert image_floor({"x": 0.2, "y": 0.2}, {"x": 500, "y": 500}, sources=[["x", "y"]]) == pytest.approx(
+        image_floor({"x": 0.2}, {"x": 500})
     )
     # Two tasks on the same images whose errors are the same: the difference of means varies as that of one task
     generator = np.random.default_rng(26)
     counted = generator.multinomial(500, [0.1, 0.1, 0.8], size=4000)
     drawn = 100 * (counted[:, 0] - counted[:, 1]) / 500
-    floor = picture_floor({"x": 0.2, "y": 0.2}, {"x": 500, "y": 500}, sources=[["x", "y"]])
+    floor = image_floor({"x": 0.2, "y": 0.2}, {"x": 500, "y": 500}, sources=[["x", "y"]])
     assert (abs(drawn) <= floor).mean() >= 0.94
-    assert (abs(drawn) <= picture_floor({"x": 0.2, "y": 0.2}, {"x": 500, "y": 500})).mean() < 0.9
+    assert (abs(drawn) <= image_floor({"x": 0.2, "y": 0.2}, {"x": 500, "y": 500})).mean() < 0.9
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ def test_picture_floor_with_shared_test_images() -> None:
         (lambda: seeds_needed(1, {"x": 1.0}, {"x": 1}, of="runs"), "variances of 'runs'"),  # type: ignore[arg-type]
         (lambda: seeds_needed(1, {"x": 1.0}, {"x": 1}, correlation=1), "the correlation is 1"),
         (lambda: seeds_needed(1, {"x": 1.0}, {"x": 1}, of="pairs", correlation=0.5), "0 for variances of pairs"),
-        (lambda: picture_floor({"x": 1.5}, {"x": 10}), "x: a share of 1.5 of 10 pictures"),
-        (lambda: picture_floor({"x": 0.5}, {"x": 10}, sources=[["y"]]), "the sources and the tasks differ in x, y"),
-        (lambda: picture_floor({"x": 0.5}, {"x": 10}, sources=[["x"], ["x"]]), "x: in more than one source"),
+        (lambda: image_floor({"x": 1.5}, {"x": 10}), "x: a share of 1.5 of 10 images"),
+        (lambda: image_floor({"x": 0.5}, {"x": 10}, sources=[["y"]]), "the sources and the tasks differ in x, y"),
+        (lambda: image_floor({"x": 0.5}, {"x": 10}, sources=[["x"], ["x"]]), "x: in more than one source"),
     ],
 )
 def test_errors_are_one_line(call: Callable[[], object], text: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Outcome, command, complaint, run, settle, small
+from helpers import Outcome, assert_error, command, run, settle, small
 from PIL import Image
 
 from svp_bench.data.decode import UnreadableImageError, decode
@@ -94,8 +94,8 @@ def test_other_kinds_of_files_are_rows_or_refused(place: Path) -> None:
     assert ["FIFO" in rows(outcome.out)[0]["error"], "device" in rows(outcome.out)[2]["error"]] == [True, True]
     assert rows(outcome.out)[1]["error"]
     assert rows(outcome.out)[3]["class1"]
-    assert "no checkpoint" in complaint(predict("pipe.png", "--images", "data"), 2)
-    assert "no image or folder 'gone'" in complaint(predict(checkpoint, "--images", "gone"), 2)
+    assert "no checkpoint" in assert_error(predict("pipe.png", "--images", "data"), 2)
+    assert "no image or folder 'gone'" in assert_error(predict(checkpoint, "--images", "gone"), 2)
     assert time.monotonic() - began < 30
 
 
@@ -110,7 +110,7 @@ def test_a_run_of_an_own_method_predicts_and_says_what_changed(place: Path, monk
     assert "changed" not in first.err
     folder = Path(checkpoint).parent.parent
     (folder / "config.yaml").rename(folder / "kept.yaml")
-    assert "give the method's file with --method FILE" in complaint(predict(checkpoint, "--images", image), 2)
+    assert "give the method's file with --method FILE" in assert_error(predict(checkpoint, "--images", image), 2)
     assert predict(checkpoint, "--images", image, "--method", "mine.yaml").out == first.out
     (folder / "kept.yaml").rename(folder / "config.yaml")
     (folder / "method_source.json").write_text(f'{{"{name}.py": "sha256:0"}}')
@@ -120,7 +120,7 @@ def test_a_run_of_an_own_method_predicts_and_says_what_changed(place: Path, monk
     del sys.modules[name]
     Path(f"{name}.py").unlink()
     shutil.rmtree("__pycache__", ignore_errors=True)
-    assert f"its method '{name}.Mine' cannot be imported" in complaint(predict(checkpoint, "--images", image), 2)
+    assert f"its method '{name}.Mine' cannot be imported" in assert_error(predict(checkpoint, "--images", image), 2)
 
 
 # --- whatever an image file holds ------------------------------------------------------------------------------------

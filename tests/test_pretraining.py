@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # pretraining/ is no part of the package
     sys.path.insert(0, str(ROOT))
 
-from pretraining import drawing, export, pictures, train  # noqa: E402
+from pretraining import drawing, export, images, train  # noqa: E402
 from pretraining.module import COARSE, Pretraining  # noqa: E402
 from svp_bench.methods.build import create_backbone  # noqa: E402
 from svp_bench.models.checkpoints import backbone_digest, load_checkpoint  # noqa: E402
@@ -43,7 +43,7 @@ def rows_of(drawn: drawing.Drawn, family: str) -> Any:
 
 
 @pytest.mark.parametrize("size", [1, 7, 50])
-def test_a_picture_depends_on_its_seed_and_number_alone(drawn: drawing.Drawn, size: int) -> None:
+def test_a_image_depends_on_its_seed_and_number_alone(drawn: drawing.Drawn, size: int) -> None:
     for start in range(0, 100, size):
         rows = np.arange(start, min(start + size, 100))
         again = drawing.draw(3, rows[::-1])  # in another company, in another order
@@ -51,7 +51,7 @@ def test_a_picture_depends_on_its_seed_and_number_alone(drawn: drawing.Drawn, si
             assert np.array_equal(value[::-1], getattr(drawn, name)[rows]), name
 
 
-def test_another_seed_or_number_gives_another_picture(drawn: drawing.Drawn) -> None:
+def test_another_seed_or_number_gives_another_image(drawn: drawing.Drawn) -> None:
     assert len({image.tobytes() for image in drawn.images}) == COUNT
     other = drawing.draw(4, np.arange(50))
     assert all(not np.array_equal(a, b) for a, b in zip(other.images, drawn.images, strict=False))
@@ -82,8 +82,8 @@ def test_random_numbers_are_uniform_and_independent() -> None:
     numbers = drawing.Chance(0, np.arange(4000)).uniform(shape=(50,))
     counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 45  # chi² with 19 degrees of freedom: p < 0.001
-    assert abs(np.corrcoef(numbers[:, :10].T) - np.eye(10)).max() < 0.08  # one number of a picture and the next
-    assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < 0.08  # one picture and the next
+    assert abs(np.corrcoef(numbers[:, :10].T) - np.eye(10)).max() < 0.08  # one number of a image and the next
+    assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < 0.08  # one image and the next
     normal = drawing.Chance(1, np.arange(4000)).normal((20,))
     assert abs(normal.mean()) < 0.02
     assert normal.std() == pytest.approx(1, abs=0.02)
@@ -269,7 +269,7 @@ def test_other_settings_are_refused(whole: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_held_out_seed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--seed", str(train.HELD_OUT_SEED)) == 2
-    assert "is that of the held-out pictures" in capsys.readouterr().err
+    assert "is that of the held-out images" in capsys.readouterr().err
     assert run(tmp_path, "--batch_size", "0") == 2
     assert "--batch_size is 0; it must be at least 1" in capsys.readouterr().err
 
@@ -280,12 +280,12 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, capsys: pytest.C
 
 
 def test_what_is_kept_can_be_looked_at(whole: Path) -> None:
-    for name in ("curve.png", "pictures.png"):
-        with Image.open(whole / name) as picture:
-            picture.load()
-            assert len(picture.convert("RGB").getcolors(2**20) or []) > 5
+    for name in ("curve.png", "images.png"):
+        with Image.open(whole / name) as image:
+            image.load()
+            assert len(image.convert("RGB").getcolors(2**20) or []) > 5
     assert (whole / "log.csv").read_text().splitlines()[0] == "views,learning_rate,loss,pose,coarse,patch,centred"
-    assert pictures.loss_curve({"loss": [(0, float("nan"))]}, "nothing to show").size == (900, 480)
+    assert images.loss_curve({"loss": [(0, float("nan"))]}, "nothing to show").size == (900, 480)
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
@@ -306,14 +306,14 @@ def test_export_is_loaded_strictly(whole: Path, tmp_path: Path) -> None:
     own = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
     assert {f"model.{name}" for name in own} == {name for name in trained if name.startswith("model.")}
     assert all(torch.equal(value, trained[f"model.{name}"]) for name, value in own.items())
-    assert {p.name for p in (tmp_path / "r").iterdir()} == {"pictures.png", "seed-0", "shipped.json"}
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {"images.png", "seed-0", "shipped.json"}
     first = path.read_bytes()
     assert export.main([str(whole), "--embedded", str(tmp_path / "e"), "--results", str(tmp_path / "r")]) == 0
     assert path.read_bytes() == first
 
 
 def summary(seed: int, total: float, **settings: Any) -> dict[str, Any]:
-    shared = {"held_out_seed": 1, "held_out_pictures": 8, "drawing": 1, "held_out": {"total": total}}
+    shared = {"held_out_seed": 1, "held_out_images": 8, "drawing": 1, "held_out": {"total": total}}
     return {**shared, "settings": {"seed": seed, "views": 64, **settings}}
 
 
@@ -333,7 +333,7 @@ def test_export_refuses_what_is_not_finished(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_drawing_knows_numpy_alone() -> None:
-    """No evaluation picture, generator, font or data set can get in: the module imports none of them."""
+    """No evaluation image, generator, font or data set can get in: the module imports none of them."""
     code = (
         "import sys, numpy; before = set(sys.modules); import pretraining.drawing; "
         "new = {m.split('.')[0] for m in set(sys.modules) - before}; print(sorted(new - set(sys.stdlib_module_names)))"

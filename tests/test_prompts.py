@@ -36,13 +36,13 @@ def assert_as_written_out(
     """Logits and the gradients of the trained part, float32 against the formulas in float64."""
     state = reference_vim.fill(model)
     if images is None:
-        images = reference_vim.pictures(2, 3, *model.patch_embed.img_size)
+        images = reference_vim.make_images(2, 3, *model.patch_embed.img_size)
     trained = trained_parameters(model)
     leaves = [state[name].requires_grad_() for name in trained]
     expected = reference_vim.logits(state, images.double(), stride=stride, before_block=before_block(state))
     given = model(images)
     assert relative_error(given, expected) <= BACKBONE.forward
-    cotangent = reference_vim.pictures(*given.shape)
+    cotangent = reference_vim.make_images(*given.shape)
     found = torch.autograd.grad(given, list(trained.values()), cotangent)
     wanted = torch.autograd.grad(expected, leaves, cotangent.double())
     for name, a, b in zip(trained, found, wanted, strict=True):
@@ -64,7 +64,7 @@ def test_svp_is_its_formula(variant: Any, share_layers: int, batch: int) -> None
     assert_as_written_out(
         model,
         lambda state: reference_vim.svp(state, share_layers=share_layers, variant=variant),
-        images=reference_vim.pictures(batch, 3, 48, 64),
+        images=reference_vim.make_images(batch, 3, 48, 64),
     )
 
 
@@ -109,7 +109,7 @@ def test_svps_settings_are_the_formula(arguments: dict[str, Any], sizes: dict[st
 def test_svp_on_vim_tiny_is_its_formula() -> None:
     model = create_model("vim_tiny_patch16_224", num_classes=3, method="svp", share_layers=5, hidden_dim=16).eval()
     state = reference_vim.fill(model)
-    images = reference_vim.pictures(1, 3, 224, 224)
+    images = reference_vim.make_images(1, 3, 224, 224)
     with torch.no_grad():
         before = reference_vim.svp(state, share_layers=5)
         expected = reference_vim.logits(state, images.double(), stride=16, before_block=before)
@@ -117,7 +117,7 @@ def test_svp_on_vim_tiny_is_its_formula() -> None:
 
 
 def test_the_two_variants_differ_and_the_first_half_does_not() -> None:
-    hidden = reference_vim.pictures(2, 13, 32)
+    hidden = reference_vim.make_images(2, 13, 32)
     out = {}
     for variant in ("paper", "released"):
         model = adapted(SVP(variant=variant, share_layers=2))  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def test_the_two_variants_differ_and_the_first_half_does_not() -> None:
 def test_the_class_token_is_never_prompted(variant: Any) -> None:
     model = adapted(SVP(variant=variant))
     reference_vim.fill(model)
-    hidden = reference_vim.pictures(2, 13, 32).requires_grad_()
+    hidden = reference_vim.make_images(2, 13, 32).requires_grad_()
     state = model.points.tokens[0](0, TokenState(hidden, None, 6)).settled()
     assert torch.equal(state.hidden[:, 6], hidden[:, 6])
     assert not any(torch.equal(state.hidden[:, t], hidden[:, t]) for t in range(13) if t != 6)
@@ -149,7 +149,7 @@ def test_the_class_token_is_never_prompted(variant: Any) -> None:
 def test_paper_prompts_are_made_from_the_token_itself(include_cls: bool) -> None:
     model = adapted(SVP(include_cls=include_cls))
     reference_vim.fill(model)
-    hidden = reference_vim.pictures(1, 13, 32)
+    hidden = reference_vim.make_images(1, 13, 32)
     before = model.points.tokens[0](2, TokenState(hidden, None, 6)).settled().hidden
     for token in range(13):
         changed = hidden.clone()
@@ -164,7 +164,7 @@ def test_paper_prompts_are_made_from_the_token_itself(include_cls: bool) -> None
 def test_released_prompts_are_made_from_the_token_before_too() -> None:
     model = adapted(SVP(variant="released"))
     reference_vim.fill(model)
-    hidden = reference_vim.pictures(1, 13, 32)
+    hidden = reference_vim.make_images(1, 13, 32)
     before = model.points.tokens[0](2, TokenState(hidden, None, 6)).settled().hidden
     for token in range(13):
         changed = hidden.clone()
@@ -254,7 +254,7 @@ def test_vpt_on_other_grids(sizes: dict[str, Any], position: Any) -> None:
     assert_as_written_out(
         model,
         lambda state: reference_vim.vpt(state, position=position, mode="replace"),
-        images=reference_vim.pictures(1, 3, *model.patch_embed.img_size),
+        images=reference_vim.make_images(1, 3, *model.patch_embed.img_size),
         stride=sizes.get("stride", 16),
     )
 
@@ -310,7 +310,7 @@ def test_the_class_tokens_place_moves(deep: bool, position: Any, index: int) -> 
     reference_vim.fill(model)
     seen: list[TokenState] = []
     model.points.on_tokens(lambda _, state: seen.append(state) or state)  # type: ignore[func-returns-value]
-    images = reference_vim.pictures(2, 3, 48, 64)
+    images = reference_vim.make_images(2, 3, 48, 64)
     tokens, cls_index = model.forward_tokens(images)
     assert tokens.shape[1] == 17
     assert cls_index == index
@@ -325,7 +325,7 @@ def test_prompts_get_no_position_embedding() -> None:
     reference_vim.fill(model)
     with torch.no_grad():
         model.pos_embed.fill_(1e3)
-    state = model.points.tokens[0](0, model.embed(reference_vim.pictures(2, 3, 48, 64)))
+    state = model.points.tokens[0](0, model.embed(reference_vim.make_images(2, 3, 48, 64)))
     prompts = model.get_parameter("adapter.prompts")[0]
     assert torch.equal(state.hidden[:, [0, 1, 15]], prompts.expand(2, 3, 32))
 
@@ -338,7 +338,7 @@ def test_what_survives_of_an_older_prompt(position: Any, mode: Any) -> None:
     reference_vim.fill(model)
     states: list[TokenState] = []
     model.points.on_tokens(lambda _, state: states.append(state) or state)  # type: ignore[func-returns-value]
-    model(reference_vim.pictures(2, 3, 48, 64))
+    model(reference_vim.make_images(2, 3, 48, 64))
     prompts = model.get_parameter("adapter.prompts")
     places = prompt_places(position, 3, 13, 6)
     others = [k for k in range(16) if k not in places]
@@ -352,14 +352,14 @@ def test_what_survives_of_an_older_prompt(position: Any, mode: Any) -> None:
         assert (gradient[:layer].count_nonzero() == 0) == (mode == "replace")
         assert gradient[layer + 1 :].count_nonzero() == 0
         assert (residual[:, places].count_nonzero() == 0) == (mode == "replace")
-        # The tokens of the picture keep their stream, and carry what they took from older prompts.
+        # The tokens of the image keep their stream, and carry what they took from older prompts.
         assert residual[:, others].count_nonzero() > 0
         (gradient,) = torch.autograd.grad(residual[:, others].square().sum(), prompts, retain_graph=True)
         if layer == 2:
             assert gradient[0].count_nonzero() > 0
 
 
-def test_a_prefix_reaches_the_picture_by_the_forward_scan_only() -> None:
+def test_a_prefix_reaches_the_image_by_the_forward_scan_only() -> None:
     """Why the position is a setting: with the forward scan silenced, a prefix changes nothing and a suffix does."""
     for position, changes in (("prefix", False), ("suffix", True)):
         model = adapted(VPTDeep(2, position))  # type: ignore[arg-type]
@@ -368,7 +368,7 @@ def test_a_prefix_reaches_the_picture_by_the_forward_scan_only() -> None:
             for mixer in model.mixers:  # no state, and no reach of the convolution: each token for itself
                 mixer.get_parameter("x_proj.weight").zero_()
                 mixer.conv1d.weight[..., :-1] = 0
-        images = reference_vim.pictures(1, 3, 48, 64)
+        images = reference_vim.make_images(1, 3, 48, 64)
         before = model(images)
         with torch.no_grad():
             model.get_parameter("adapter.prompts").add_(reference_vim.drawn("prompts", (3, 2, 32)))
@@ -393,7 +393,7 @@ def test_vpts_initialisation(deep: bool) -> None:
     assert 0.999 * math.sqrt(6 / (3 * 64 + 64)) < other.abs().max() <= math.sqrt(6 / (3 * 64 + 64))
 
 
-def test_vpts_dropout_is_drawn_for_each_picture() -> None:
+def test_vpts_dropout_is_drawn_for_each_image() -> None:
     model = adapted(VPTShallow(4, "suffix", dropout=0.5)).train()
     state = TokenState(torch.zeros(3, 13, 32), None, 6)
     prompts = model.points.tokens[0](0, state).settled().hidden[:, 13:]

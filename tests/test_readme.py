@@ -35,11 +35,11 @@ def block_with(text: str) -> str:
     return block
 
 
-def test_every_verb_and_target_is_real() -> None:
-    from svp_bench.cli.commands import HEAVY, VERBS
+def test_every_subcommand_and_target_is_real() -> None:
+    from svp_bench.cli.commands import HEAVY, SUBCOMMANDS
 
     for line in COMMANDS:
-        assert shlex.split(line)[1] in {*HEAVY, *VERBS}
+        assert shlex.split(line)[1] in {*HEAVY, *SUBCOMMANDS}
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"make ([a-z-]+)", TEXT):
         assert f"\n{target}:" in makefile or target in ("itself",), target
@@ -60,8 +60,8 @@ def test_the_paths_that_it_names_are_there() -> None:
 
 def test_the_listing_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for verb in ("svp-bench tasks", "svp-bench methods", "svp-bench table"):
-        line = next(line for line in COMMANDS if line.startswith(verb))
+    for subcommand in ("svp-bench tasks", "svp-bench methods", "svp-bench table"):
+        line = next(line for line in COMMANDS if line.startswith(subcommand))
         assert command(*shlex.split(line)[1:]).status == 0
 
 
@@ -80,7 +80,7 @@ def test_without_data_or_weights_one_line_says_what_to_do(
         assert "--data.root" in done.err
 
 
-def test_drawn_pictures_go_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_images_go_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert command(*one_command("svp-bench data draw")).status == 0
     line = next(line for line in COMMANDS if "--data.root drawn" in line)

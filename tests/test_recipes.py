@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import BACKBONE, CONFIG, command, complaint, register_backbone, run, settle, small
+from helpers import BACKBONE, CONFIG, assert_error, command, register_backbone, run, settle, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -75,7 +75,7 @@ def ready(root: Path, world_size: int = 1, rank: int = 0, accumulate: int = 1, *
     return data
 
 
-def picture(seed: int = 0, width: int = 40, height: int = 30) -> Image.Image:
+def make_image(seed: int = 0, width: int = 40, height: int = 30) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -112,7 +112,7 @@ def test_seeded_draws_follow_from_the_key_alone_and_leave_no_trace() -> None:
 def test_every_operation_runs_at_its_extremes(specification: str) -> None:
     """At magnitude 10 and above, timm asks posterize to keep no bits, which Pillow 13 refuses."""
     augmenter = Augmenter(Augment(rand_augment=specification), View(SIZE), seed=0)
-    image = picture(width=SIZE, height=SIZE)
+    image = make_image(width=SIZE, height=SIZE)
     for index in range(8):
         assert augmenter(image, 0, index, 0).shape == (3, SIZE, SIZE)
 
@@ -121,7 +121,7 @@ def test_posterize_without_bits_is_black() -> None:
     augment = Augmenter(Augment(rand_augment="rand-m10-n1-p1-inc1"), View(SIZE), seed=0)
     (transform,) = augment._steps
     (posterize,) = [operation for operation in transform.ops if operation.name == "PosterizeIncreasing"]  # type: ignore[attr-defined]
-    image = picture(width=SIZE, height=SIZE)
+    image = make_image(width=SIZE, height=SIZE)
     assert not np.asarray(posterize(image)).any()
     posterize.magnitude = 9  # one bit
     assert np.unique(np.asarray(posterize(image))).tolist() == [0, 128]
@@ -135,9 +135,9 @@ def test_posterize_without_bits_is_black() -> None:
         Augment(flip=0.5, color_jitter=0.4),
     ],
 )
-def test_an_augmented_picture_follows_from_its_key(augment: Augment) -> None:
+def test_an_augmented_image_follows_from_its_key(augment: Augment) -> None:
     augmenter = Augmenter(augment, View(SIZE), seed=3)
-    image = picture(width=SIZE, height=SIZE) if not augmenter.needs_original else picture()
+    image = make_image(width=SIZE, height=SIZE) if not augmenter.needs_original else make_image()
     keys = [(epoch, index, copy) for epoch in range(3) for index in range(4) for copy in range(2)]
     before = random_states()
     first = {key: augmenter(image, *key) for key in keys}
@@ -157,7 +157,7 @@ def test_an_augmented_picture_follows_from_its_key(augment: Augment) -> None:
 
 def test_training_crops_are_those_of_torchvision() -> None:
     """VPT's crop: shorter side to size / 0.875, then a square of the size somewhere in it."""
-    image = picture(width=40, height=30)
+    image = make_image(width=40, height=30)
     resized = np.asarray(v2.functional.resize(image, [18], interpolation=v2.InterpolationMode.BILINEAR))
     windows = {
         resized[y : y + SIZE, x : x + SIZE].tobytes()
@@ -171,17 +171,21 @@ def test_training_crops_are_those_of_torchvision() -> None:
 
 
 def test_the_centre_crop_is_torchvisions() -> None:
-    for image in (picture(width=300, height=260), picture(width=260, height=500), picture(width=50, height=20)):
+    for image in (
+        make_image(width=300, height=260),
+        make_image(width=260, height=500),
+        make_image(width=50, height=20),
+    ):
         steps = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])
         seen = View(224, resize="centre_crop")(image)
         assert np.array_equal(seen.transpose(1, 2, 0), np.asarray(steps(image)))
 
 
 @pytest.mark.parametrize("share", [(2, 1, 0), (1, 2, 0), (2, 2, 0), (1, 1, 1)])
-def test_pictures_do_not_depend_on_processes_accumulation_or_workers(root: Path, share: tuple[int, int, int]) -> None:
+def test_images_do_not_depend_on_processes_accumulation_or_workers(root: Path, share: tuple[int, int, int]) -> None:
     """Everything at once: crops, RandAugment, erasing and the partner in the global batch."""
     world_size, accumulate, workers = share
-    # the last batch has three pictures; four parts in pairs would need seven
+    # the last batch has three images; four parts in pairs would need seven
     arguments = {**EVERYTHING, "drop_last": world_size * accumulate > 2}
     whole = perturbed(root, 1, 1, 0, arguments)
     assert set(whole) == {0, 1}
@@ -189,7 +193,7 @@ def test_pictures_do_not_depend_on_processes_accumulation_or_workers(root: Path,
 
 
 def perturbed(root: Path, world_size: int, accumulate: int, workers: int, arguments: dict[str, Any]) -> Any:
-    """What the model sees: epoch → {(step, position): (digest of the picture, target)}."""
+    """What the model sees: epoch → {(step, position): (digest of the image, target)}."""
     seen: dict[int, dict[tuple[int, int], tuple[Any, ...]]] = {0: {}, 1: {}}
     for rank in range(world_size):
         data = ready(root, world_size, rank, accumulate, **{**arguments, "num_workers": workers})
@@ -217,7 +221,7 @@ def perturb(data: VisionDataModule, loader: Any, epoch: int, accumulate: int, ba
     return AdaptationModule._perturbed(module, batch, batch_idx)  # type: ignore[arg-type]
 
 
-def test_another_epoch_shows_other_pictures(root: Path) -> None:
+def test_another_epoch_shows_other_images(root: Path) -> None:
     data = ready(root, flip=0.5, train_crop="random_resized")
     loader = data.train_dataloader()
     epochs = []
@@ -234,7 +238,7 @@ def test_val_is_never_augmented(root: Path) -> None:
         assert torch.equal(one.images, other.images)
 
 
-def test_pictures_kept_in_memory_are_augmented_too(root: Path) -> None:
+def test_images_kept_in_memory_are_augmented_too(root: Path) -> None:
     plain, flipped = (next(iter(ready(root, flip=given).train_dataloader())) for given in (None, 1.0))
     assert torch.equal(flipped.images, plain.images.flip(-1))
 
@@ -293,7 +297,7 @@ def test_partners_come_from_the_global_batch_whatever_the_processes(
         assert pairs == dict(zip(places, reversed(places), strict=True))
 
 
-def test_repeats_show_fewer_pictures_several_times_in_an_epoch_of_the_same_length() -> None:
+def test_repeats_show_fewer_images_several_times_in_an_epoch_of_the_same_length() -> None:
     sampler = GlobalBatchSampler(20, 6, seed=1, repeats=3)
     batches = [list(zip(batch, batch.copies, strict=True)) for batch in sampler if isinstance(batch, Positions)]
     together = [entry for batch in batches for entry in batch]
@@ -305,11 +309,9 @@ def test_repeats_show_fewer_pictures_several_times_in_an_epoch_of_the_same_lengt
 
 
 def test_layouts_that_would_part_a_pair_are_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match="the last batch has 2 pictures, fewer pairs than 2 x 1 parts"):
+    with pytest.raises(ValueError, match="the last batch has 2 images, fewer pairs than 2 x 1 parts"):
         GlobalBatchSampler(10, 4, 0, world_size=2, pairs=True)
-    message = (
-        "leaves a last batch of 1 of the 19 pictures, fewer than 2 processes x 1 accumulated batch = 2 parts of two"
-    )
+    message = "leaves a last batch of 1 of the 19 images, fewer than 2 processes x 1 accumulated batch = 2 parts of two"
     with pytest.raises(ConfigError, match=message):
         ready(root, 2, batch_size=6, mixup=0.8)
     with pytest.raises(ConfigError, match=r"--data.batch_size 2 leaves .* 4 or 8 would fit"):
@@ -358,7 +360,7 @@ def test_draws_of_mixing_have_the_right_shares() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_odd_batches_and_single_pictures_are_mixed(count: int) -> None:
+def test_odd_batches_and_single_images_are_mixed(count: int) -> None:
     images, labels = torch.randn(count, 3, 8, 8), torch.arange(count)
     for drawn in (Mix(0.3), Mix(0.75, (0, 4, 0, 4))):
         mixed, targets = mix(images, drawn), soft_targets(labels, 5, drawn)
@@ -469,7 +471,7 @@ def test_the_two_layer_head_is_a_linear_map() -> None:
     assert module(images).shape == (2, 5)
 
 
-def test_attention_acts_on_the_normalised_picture() -> None:
+def test_attention_acts_on_the_normalised_image() -> None:
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     plain, attentive = (built(input_attention=name).eval() for name in (None, "simam"))
     assert torch.equal(attentive(images), plain.model(simam(plain.normalise(images))))
@@ -805,10 +807,10 @@ def test_a_run_of_a_recipe_is_repeatable_saved_and_predicts(place: Path) -> None
     assert not torch.equal(saved["ema"]["head.1.weight"], saved["state_dict"]["model.head.1.weight"])
     module, _ = load_run(first.folder / "checkpoints" / "last.ckpt")
     assert torch.equal(module.model.head[1].weight, saved["state_dict"]["model.head.1.weight"])
-    picture(width=300, height=200).save("picture.png")
-    out = run("predict", "--ckpt", str(first.folder / "checkpoints" / "last.ckpt"), "--images", "picture.png").out
+    make_image(width=300, height=200).save("image.png")
+    out = run("predict", "--ckpt", str(first.folder / "checkpoints" / "last.ckpt"), "--images", "image.png").out
     with torch.inference_mode():
-        view = View(32, "centre_crop")(picture(width=300, height=200))
+        view = View(32, "centre_crop")(make_image(width=300, height=200))
         best = module(torch.from_numpy(view)[None]).softmax(dim=-1).max()
     assert f"{best.item():.4f}" in out  # of the centre crop, as in the test
 
@@ -856,7 +858,7 @@ def test_averaged_weights_are_evaluated_where_asked_and_survive_the_checkpoint(p
     scored = run("test", "--config", str(outcome.folder / "config.yaml"), "--ckpt_path", str(path))
     assert "top-1" in scored.out
     other = ["test", "--config", str(outcome.folder / "config.yaml"), "--ckpt_path", str(path)]
-    text = complaint(command(*other, "--model.ema_decay", "0.6"), 1)
+    text = assert_error(command(*other, "--model.ema_decay", "0.6"), 1)
     assert "the checkpoint was trained with ema_decay = 0.5, this run has 0.6" in text
 
 

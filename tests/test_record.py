@@ -375,7 +375,7 @@ def edit(data: dict[str, Any], dotted: str, value: Any) -> None:
         ("metrics.per_class.count", [6, 4, 1], "'metrics.per_class.count' adds up to 11, but metrics.count is 10"),
         ("metrics.per_class.correct", [5, 3, 0], "'metrics.per_class.correct' adds up to 8, but metrics.correct is 7"),
         ("metrics.per_class.correct", [2, 5, 0], "'metrics.per_class' has 5 of only 4 right in class 1"),
-        ("correct", None, "'correct' is null; a complete final record has one bit for each test picture"),
+        ("correct", None, "'correct' is null; a complete final record has one bit for each test image"),
         ("correct.bits", "/wA=", "'correct.bits' has 8 ones, but metrics.correct is 7"),
         ("correct.bits", "/g==", "'correct.bits' does not fit: the packed bits are 1 bytes; 10 bits need 2"),
         ("correct.bits", "/gE=", "'correct.bits' does not fit: the packed bits have a one behind bit 10"),

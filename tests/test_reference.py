@@ -101,7 +101,7 @@ def test_the_floors_are_of_these_data_and_come_out_again() -> None:
     contrasts = partial(script.table, feature=script.contrasts)
     again = script.measure(open_source(load_task(SMALL)), *lists, contrasts)
     assert again["C"] == tasks[SMALL]["contrasts"]["C"]
-    assert again["top1"] == pytest.approx(tasks[SMALL]["contrasts"]["top1"], abs=0.3)  # two pictures, elsewhere
+    assert again["top1"] == pytest.approx(tasks[SMALL]["contrasts"]["top1"], abs=0.3)  # two images, elsewhere
 
 
 def test_the_probes_are_of_these_data_and_come_out_again(monkeypatch: pytest.MonkeyPatch) -> None:

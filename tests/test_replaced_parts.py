@@ -34,7 +34,7 @@ def backbone(**arguments: Any) -> VisionMamba:
 
 
 def images(count: int = 2) -> Tensor:
-    return reference_vim.pictures(count, 3, 48, 64)
+    return reference_vim.make_images(count, 3, 48, 64)
 
 
 def expected(model: VisionMamba, changed: dict[str, Tensor]) -> Tensor:
@@ -110,7 +110,7 @@ def test_gradients_are_the_same_whether_parts_are_plain_or_not(grad_checkpointin
         for block in model.layers if wrapped else []:
             block.norm.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
         model.set_grad_checkpointing(grad_checkpointing)
-        (model(images()) * reference_vim.pictures(2, 5)).sum().backward()
+        (model(images()) * reference_vim.make_images(2, 5)).sum().backward()
         gradients.append({name: p.grad for name, p in named.items()})
     for name, gradient in gradients[0].items():
         assert gradient is not None

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from drawn_records import OTHER_LIST, WEIGHTS, make_record, unscored
-from helpers import CONFIG, COUNTS, TASK, command, complaint, run, settle
+from helpers import CONFIG, COUNTS, TASK, assert_error, command, run, settle
 from helpers import small as line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -55,20 +55,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """The same setting and seed, once by `fit` and once by `replicate`, with the lists whose pictures were decoded."""
+    """The same setting and seed, once by `fit` and once by `replicate`, with the lists whose images were decoded."""
     with pytest.MonkeyPatch.context() as patch:
         place = settle(tmp_path_factory.mktemp("both"), patch)
         decoded: list[str] = []
-        original = sources.FilePictures.load
+        original = sources.FileImages.load
 
-        def load(pictures: sources.FilePictures, index: int) -> Any:
-            decoded.append(pictures.name)
-            return original(pictures, index)
+        def load(images: sources.FileImages, index: int) -> Any:
+            decoded.append(images.name)
+            return original(images, index)
 
-        patch.setattr(sources.FilePictures, "load", load)
+        patch.setattr(sources.FileImages, "load", load)
         honest = run(*line(*LEARNS, **SETTING))
         of_fit, decoded[:] = list(decoded), []
-        peeking = run(*line(*LEARNS, verb="replicate", **SETTING))
+        peeking = run(*line(*LEARNS, subcommand="replicate", **SETTING))
         (path,) = (place / "results" / "replications").rglob("*.json")
         folder = place / "runs" / "replications" / TASK / path.stem
         yield SimpleNamespace(place=place, honest=honest, peeking=peeking, path=path, folder=folder, of_fit=of_fit,
@@ -138,7 +138,7 @@ def test_it_is_no_record_and_no_table_counts_it(both: SimpleNamespace, monkeypat
         assert f"{copy.relative_to('results').as_posix()}: {reason}" in " ".join(run("table").out.split())
         (one,) = audit([copy]).audits
         assert [finding.text for finding in one.failures] == [reason]
-        assert reason in complaint(command("rerun", str(copy)), 1)
+        assert reason in assert_error(command("rerun", str(copy)), 1)
     finally:
         copy.unlink()
 
@@ -148,7 +148,7 @@ def test_its_checkpoint_is_not_tested_and_not_gone_on_with(
 ) -> None:
     monkeypatch.chdir(both.place)
     checkpoint = both.folder / "checkpoints" / "last.ckpt"
-    text = complaint(command(*line(*LEARNS, "--ckpt_path", str(checkpoint), verb="test", **SETTING)), 2)
+    text = assert_error(command(*line(*LEARNS, "--ckpt_path", str(checkpoint), subcommand="test", **SETTING)), 2)
     assert "only recorded runs are tested" in text
     with monkeypatch.context() as patch:
         patch.chdir(both.place)
@@ -164,10 +164,10 @@ def test_its_checkpoint_is_not_tested_and_not_gone_on_with(
 def test_fit_cannot_be_made_to_read_the_test_list_early(place: Path) -> None:
     lends = f"{_LendsTest.__module__}.{_LendsTest.__qualname__}"
     for flags in (("--data", lends), ("--data.class_path", lends), (f"--data={lends}",)):
-        complaint(command(*line(*flags)), 2)
+        assert_error(command(*line(*flags)), 2)
     for text in (f"data: {lends}\n", f"data:\n  class_path: {lends}\n  init_args: {{}}\n", "data_type: test\n"):
         Path("peek.yaml").write_text(text, encoding="utf-8")
-        complaint(command(*line("--config", "peek.yaml")), 2)
+        assert_error(command(*line("--config", "peek.yaml")), 2)
     assert not Path("results").exists()
     assert BenchCLI.data_type is VisionDataModule
     data = VisionDataModule(TASK, root="data", stage="final", image_size=32)
@@ -196,12 +196,12 @@ def test_no_other_module_knows_the_class_that_lends_the_test_list() -> None:
     ],
 )
 def test_wrong_use_is_one_line(place: Path, flags: tuple[str, ...], expected: str) -> None:
-    assert expected in complaint(command(*line(*flags, verb="replicate")), 2)
+    assert expected in assert_error(command(*line(*flags, subcommand="replicate")), 2)
     assert not list(Path().rglob("*.json"))
 
 
 def test_errors_come_before_torch_and_help_says_what_it_does(place: Path) -> None:
-    assert "no task" in complaint(command("replicate"), 2)
+    assert "no task" in assert_error(command("replicate"), 2)
     outcome = command("replicate", "--help")
     assert outcome.status == 0
     assert "reads the test list after every epoch" in outcome.out
@@ -216,7 +216,7 @@ def test_errors_come_before_torch_and_help_says_what_it_does(place: Path) -> Non
     ],
 )
 def test_a_run_that_is_cut_short_is_truncated_and_left_out(place: Path, flags: tuple[str, ...], reason: str) -> None:
-    run(*line(*flags, verb="replicate", trainer__max_epochs="2"))
+    run(*line(*flags, subcommand="replicate", trainer__max_epochs="2"))
     (one,), problems = read_replications("results")
     assert problems == []
     assert (one.run.status, one.run.status_reason) == ("truncated", reason)
@@ -224,8 +224,10 @@ def test_a_run_that_is_cut_short_is_truncated_and_left_out(place: Path, flags: t
     assert f"Left out: {TASK} {one.run.run_id}: truncated ({reason})" in table
 
 
-@pytest.mark.parametrize("verb", ["replicate", "rerun"])
-def test_a_signal_ends_it_and_no_number_is_written(place: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+@pytest.mark.parametrize("subcommand", ["replicate", "rerun"])
+def test_a_signal_ends_it_and_no_number_is_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch, subcommand: str
+) -> None:
     path = str(run(*line(trainer__max_epochs="2")).record_path)
     real, seen = AdaptationModule.training_step, [0]
 
@@ -236,7 +238,7 @@ def test_a_signal_ends_it_and_no_number_is_written(place: Path, monkeypatch: pyt
         return real(self, batch, batch_idx)
 
     monkeypatch.setattr(AdaptationModule, "training_step", training_step)
-    words = line(verb="replicate", trainer__max_epochs="2") if verb == "replicate" else ["rerun", path]
+    words = line(subcommand="replicate", trainer__max_epochs="2") if subcommand == "replicate" else ["rerun", path]
     before = signal.getsignal(signal.SIGTERM)
     try:
         outcome = command(*words)
@@ -249,7 +251,7 @@ def test_a_signal_ends_it_and_no_number_is_written(place: Path, monkeypatch: pyt
 
 
 def test_missing_data_stop_it_before_it_leaves_a_trace(place: Path) -> None:
-    text = complaint(command("replicate", "--config", CONFIG, "--data.root", "nowhere"), 1)
+    text = assert_error(command("replicate", "--config", CONFIG, "--data.root", "nowhere"), 1)
     assert "no data of vtab/cifar" in text
     assert not Path("runs").exists()
 
@@ -266,7 +268,7 @@ def drawn(
     changes: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Replication:
-    """A replication with made-up numbers, of 20 test pictures."""
+    """A replication with made-up numbers, of 20 test images."""
     settings = {"trainer.max_epochs": len(curve), **(changes or {})}
     run_of = unscored(make_record(task, method, seed, changes=settings, number=number, **fields))
     return Replication(dataclasses.replace(run_of, epochs=len(curve)), 20, curve)
@@ -297,7 +299,7 @@ def test_a_replication_comes_back_and_is_never_overwritten(tmp_path: Path) -> No
         ("test_top1", [], "'test_top1' must be a list with at least one number"),
         ("test_top1", [50.0, 120.0, 55.0], "'test_top1' of epoch 2 is no percentage: 120.0"),
         ("test_top1", [50.0, "x", 55.0], "'test_top1' of epoch 2 is no percentage: 'x'"),
-        ("test_top1", [50.0, 52.0, 55.0], "'test_top1' of epoch 2 is 52.0, which 20 pictures cannot give"),
+        ("test_top1", [50.0, 52.0, 55.0], "'test_top1' of epoch 2 is 52.0, which 20 images cannot give"),
         ("test_top1", [50.0, 60.0], "a complete replication has a score for each epoch, this one has 2, of 3"),
         ("best_test", 65.0, "'best_test' is 65.0, and its epochs give 60.0"),
         ("best_epoch", 0, "'best_epoch' is 0, and its epochs give 2"),

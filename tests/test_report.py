@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from drawn_records import make_record
 from drawn_report import HOSTILE, METHODS, SCRIPT, named, scored, stand_ins, vtab, write
-from helpers import command, complaint, run
+from helpers import assert_error, command, run
 
 from svp_bench.core.errors import UnavailableError
 from svp_bench.records.published import load_published
@@ -150,8 +150,8 @@ def test_a_cell_by_brute_force(view: ReportView) -> None:
     assert [run.seed for run in cell.runs] == [0, 1, 2]
     assert cell.value.mean == pytest.approx(statistics.fmean(scores))
     assert cell.std == pytest.approx(statistics.stdev(scores))
-    assert cell.pictures == load_task("vtab/dtd").counts["test"]
-    assert cell.binomial == one_standard_error(cell.value.mean, cell.pictures)
+    assert cell.images == load_task("vtab/dtd").counts["test"]
+    assert cell.binomial == one_standard_error(cell.value.mean, cell.images)
     expected = mean_of({"dtd": scores})
     assert cell.value.these == (expected.low, expected.high)
     records = [view.pool.records[run.record] for run in cell.runs]
@@ -339,7 +339,7 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_without_records_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    line = complaint(command("report"), 2)
+    line = assert_error(command("report"), 2)
     assert "--results_root results: there is no such folder" in line
     assert not Path("results").exists()  # a mistyped folder is not made
     Path("results").mkdir()
@@ -363,17 +363,17 @@ def test_published_suites_are_shown_when_asked_for(tmp_path: Path, monkeypatch: 
 
 def test_wrong_usage_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    line = complaint(command("report", "--suite", "vtap"), 2)
+    line = assert_error(command("report", "--suite", "vtap"), 2)
     assert "vtap" in line
     assert "did you mean 'vtab'" in line or "vtab" in line
     (tmp_path / "here").mkdir()
     (tmp_path / "results").mkdir()
-    line = complaint(command("report", "--output", "here"), 2)
+    line = assert_error(command("report", "--output", "here"), 2)
     assert "--output here is a folder; give the name of the page, e.g. here/index.html" in line
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert "cannot write results into" in complaint(command("report", "--output", "file/page.html"), 1)
+    assert "cannot write results into" in assert_error(command("report", "--output", "file/page.html"), 1)
     write(tmp_path / "results", [scored(FEW[0], "svp", 0)])
-    line = complaint(command("report", "--control", "svq"), 2)
+    line = assert_error(command("report", "--control", "svq"), 2)
     assert "unknown method or row 'svq'" in line
 
 

@@ -74,7 +74,7 @@ class Reader:
             self.page.wait_for_timeout(100)
         return int(self.page.evaluate(wider))
 
-    def picture(self, folder: Path, name: str) -> None:
+    def image(self, folder: Path, name: str) -> None:
         self.page.screenshot(path=folder / f"{name}.png")
 
 
@@ -172,7 +172,7 @@ def reader(desktop: Reader) -> Iterator[Reader]:
 
 def test_it_opens_whole_without_a_request_or_a_complaint(read: Any, tmp_path: Path) -> None:
     reader: Reader = read()
-    reader.picture(tmp_path, "desktop")
+    reader.image(tmp_path, "desktop")
     reader.page.click("#open-all")
     assert reader.page.get_attribute("#open-all", "aria-pressed") == "true"
     assert reader.page.locator("main details:not([open])").count() == 0
@@ -181,7 +181,7 @@ def test_it_opens_whole_without_a_request_or_a_complaint(read: Any, tmp_path: Pa
         plots.nth(place).scroll_into_view_if_needed()
         reader.until("place => document.querySelectorAll('[data-figure]')[place].querySelector('.main-svg')", arg=place)
     assert reader.overflow() <= 0
-    reader.picture(tmp_path, "desktop-open")
+    reader.image(tmp_path, "desktop-open")
 
 
 def test_the_network_is_out_of_reach(read: Any) -> None:
@@ -258,7 +258,7 @@ def test_published_numbers_are_switched(reader: Reader, tmp_path: Path) -> None:
     )
     assert reader.column(BOARD, 1) == ranks
     plot.scroll_into_view_if_needed()
-    reader.picture(tmp_path, "published")
+    reader.image(tmp_path, "published")
     reader.page.get_by_label("Published numbers").uncheck()
     assert not quoted.is_visible()
     reader.until(
@@ -284,7 +284,7 @@ def test_a_number_opens_its_records(reader: Reader, results: Path, tmp_path: Pat
     target = urljoin(reader.address, link.get_attribute("href"))
     with urlopen(target, timeout=10) as answer:
         assert answer.read() == (results / link.inner_text()).read_bytes()
-    reader.picture(tmp_path, "dialog")
+    reader.image(tmp_path, "dialog")
     reader.page.keyboard.press("Escape")
     assert not dialog.is_visible()
     assert number.evaluate("button => button === document.activeElement"), "the focus goes back to where it was"
@@ -337,12 +337,12 @@ def test_learning_curves_are_chosen(reader: Reader, tmp_path: Path) -> None:
     chosen.get_by_label("Section").select_option(index=1)
     assert rows.count() == 4
     reader.page.locator("#vtab-curves").scroll_into_view_if_needed()
-    reader.picture(tmp_path, "curves")
+    reader.image(tmp_path, "curves")
 
 
 def test_on_a_phone_nothing_is_wider_than_the_window(read: Any, tmp_path: Path) -> None:
     reader: Reader = read(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
-    reader.picture(tmp_path, "phone")
+    reader.image(tmp_path, "phone")
     reader.page.locator("#open-all").tap()
     reader.page.get_by_label("Published numbers").check()
     reader.page.locator("#vtab-1-matrix").scroll_into_view_if_needed()
@@ -354,7 +354,7 @@ def test_on_a_phone_nothing_is_wider_than_the_window(read: Any, tmp_path: Path) 
     reader.page.locator(f"{BOARD} tbody tr:first-child td:nth-child(3) button").tap()
     assert reader.page.locator(DIALOG).is_visible()
     assert reader.overflow() <= 0
-    reader.picture(tmp_path, "phone-dialog")
+    reader.image(tmp_path, "phone-dialog")
 
 
 def test_on_paper(read: Any, tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_on_paper(read: Any, tmp_path: Path) -> None:
     assert reader.page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     widest = reader.page.evaluate("Math.max(...[...document.querySelectorAll('table')].map((t) => t.scrollWidth))")
     assert widest <= 186 / 25.4 * 96 + 1, "every table fits between the margins of A4"
-    reader.picture(tmp_path, "print")
+    reader.image(tmp_path, "print")
     reader.page.emulate_media(media="screen")
     reader.page.wait_for_selector("html:not(.paper)", state="attached")
     reader.page.emulate_media(media="null")
@@ -402,7 +402,7 @@ def test_text_has_contrast_in_both_themes(read: Any, tmp_path: Path, scheme: str
     reader.until(
         "before => getComputedStyle(document.querySelector('[data-figure] .ytick text')).fill !== before", arg=text
     )
-    reader.picture(tmp_path, "other-theme")
+    reader.image(tmp_path, "other-theme")
 
 
 def test_without_scripts_the_tables_can_be_read(read: Any) -> None:
@@ -435,4 +435,4 @@ def test_hostile_records_run_nothing(read: Any, tmp_path: Path) -> None:
     assert reader.page.locator("img").count() == 0
     assert reader.page.locator("script").count() == 4
     assert reader.overflow() <= 0
-    reader.picture(tmp_path, "hostile")
+    reader.image(tmp_path, "hostile")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import BACKBONE, TASK, Outcome, command, complaint, draw, run, settle
+from helpers import BACKBONE, TASK, Outcome, assert_error, command, draw, run, settle
 from helpers import small as line
 from safetensors.torch import save_file
 
@@ -47,7 +47,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: Path) -
 
 @pytest.fixture
 def data(original: Path) -> str:
-    """Where the pictures of the run are."""
+    """Where the images of the run are."""
     return str(original.parents[4] / "data")
 
 
@@ -74,7 +74,7 @@ def with_config(key: str, value: Any) -> Callable[[Record], Record]:
 
 
 def with_flipped(count: int, **fields: Any) -> Callable[[Record], Record]:
-    """Call the first pictures of the test list right where they were wrong, and the other way round."""
+    """Call the first images of the test list right where they were wrong, and the other way round."""
 
     def change(record: Record) -> Record:
         assert record.correct is not None
@@ -101,7 +101,7 @@ def _with_bits(record: Record, bits: Any, fields: dict[str, Any]) -> Record:
 
 
 def all_right(**fields: Any) -> Callable[[Record], Record]:
-    """Call all pictures right: those that differ from the rerun are all on one side."""
+    """Call all images right: those that differ from the rerun are all on one side."""
 
     def change(record: Record) -> Record:
         assert record.correct is not None
@@ -122,7 +122,7 @@ def again(path: Path, data: str, *extra: str) -> Outcome:
 def test_a_record_alone_gives_the_same_bits_from_another_folder(elsewhere: Path, data: str, original: Path) -> None:
     outcome = again(elsewhere, data)
     assert outcome.status == 0, outcome.out + outcome.err
-    assert outcome.out.endswith("Bit-equal: the same pictures are right, and the loss is the same to the last digit.\n")
+    assert outcome.out.endswith("Bit-equal: the same images are right, and the loss is the same to the last digit.\n")
     assert "differs" not in outcome.out
     assert "svp-bench table" not in outcome.out
     made = outcome.record
@@ -148,7 +148,7 @@ def test_a_selection_record_is_repeated_too(elsewhere: Path, data: str, original
     worse = changed(first.record_path, lambda r: dataclasses.replace(r, metrics=_one_more(r), correct=None))
     outcome = again(worse, data)
     assert outcome.status == 1
-    assert "Not bit-equal: 1 more or fewer pictures are right" in outcome.out
+    assert "Not bit-equal: 1 more or fewer images are right" in outcome.out
 
 
 def _one_more(record: Record) -> Any:
@@ -190,7 +190,7 @@ def test_other_bits_with_nothing_else_different_fail(elsewhere: Path, data: str)
     changed(elsewhere, with_flipped(2))
     outcome = again(elsewhere, data)
     assert outcome.status == 1
-    assert "Not bit-equal: 2 of 9 pictures differ (" in outcome.out
+    assert "Not bit-equal: 2 of 9 images differ (" in outcome.out
     assert "Nothing that is recorded differs, so the numbers should be the same, and are not" in outcome.out
 
 
@@ -201,8 +201,8 @@ def test_other_bits_on_another_machine_agree_within_the_noise_of_the_test_list(e
     assert "  differs    device: CPU (riscv, 3 threads) in the record, CPU (" in outcome.out
     assert "  differs    torch: 0.1 in the record, " in outcome.out
     assert "  differs    python: none in the record, " in outcome.out
-    assert "1 of 9 pictures differ" in outcome.out
-    assert "may well be chance (paired by picture: exact McNemar p = 1)" in outcome.out
+    assert "1 of 9 images differ" in outcome.out
+    assert "may well be chance (paired by image: exact McNemar p = 1)" in outcome.out
     assert "Agrees: " in outcome.out
 
 
@@ -212,7 +212,7 @@ def test_other_bits_beyond_that_noise_do_not_agree(elsewhere: Path, data: str) -
     assert outcome.status == 1
     assert "note       svp-bench: 0.0.1 in the record, " in outcome.out
     assert "Does not agree: " in outcome.out
-    assert "would hardly be chance (paired by picture: exact McNemar p = 0.0" in outcome.out
+    assert "would hardly be chance (paired by image: exact McNemar p = 0.0" in outcome.out
 
 
 def test_a_loss_alone_that_differs_is_not_bit_equal(elsewhere: Path, data: str) -> None:
@@ -225,7 +225,7 @@ def test_a_loss_alone_that_differs_is_not_bit_equal(elsewhere: Path, data: str) 
     changed(elsewhere, change)
     outcome = again(elsewhere, data)
     assert outcome.status == 0
-    assert "Not bit-equal: the same pictures are right, but the loss differs" in outcome.out
+    assert "Not bit-equal: the same images are right, but the loss differs" in outcome.out
     assert f"note       commit: {'d' * 40} in the record, {COMMIT} here" in outcome.out
 
 
@@ -245,7 +245,7 @@ def test_another_processor_explains_a_difference_of_rounding(elsewhere: Path, da
     assert outcome.status == 0, outcome.out
     assert "differs    cpu: Another processor, AVX2 in the record, " in outcome.out
     assert f"{outcome.record['cpu']} here" in outcome.out
-    assert "Agrees: no picture divides the two runs; the loss differs by 1e-06, of " in outcome.out
+    assert "Agrees: no image divides the two runs; the loss differs by 1e-06, of " in outcome.out
 
 
 def test_a_loss_beyond_the_tolerance_does_not_agree_though_the_bits_do(elsewhere: Path, data: str) -> None:
@@ -275,7 +275,7 @@ def test_uncommitted_changes_count_as_other_code(elsewhere: Path, data: str, mon
 
 
 def untrained(outcome: Outcome, status: int) -> str:
-    text = complaint(outcome, status)
+    text = assert_error(outcome, status)
     assert not list(Path("results").rglob("*.json"))
     return text
 
@@ -296,14 +296,14 @@ def test_missing_or_other_weights(elsewhere: Path, data: str) -> None:
     first = run(*line("--method", "linear", data__root=data, model__checkpoint="w.safetensors"))
     Path("w.safetensors").rename("moved.safetensors")
     path = first.record_path
-    text = complaint(again(path, data), 1)
+    text = assert_error(again(path, data), 1)
     assert "the run began with the weights w.safetensors (sha256:" in text
     assert "--model.checkpoint PATH" in text
     outcome = again(path, data, "--model.checkpoint", "moved.safetensors")
     assert outcome.status == 0, outcome.err
     assert "Bit-equal" in outcome.out
     save_file({**weights, "norm_f.weight": weights["norm_f.weight"] + 1}, "other.safetensors")
-    text = complaint(again(path, data, "--model.checkpoint", "other.safetensors"), 1)
+    text = assert_error(again(path, data, "--model.checkpoint", "other.safetensors"), 1)
     assert "other.safetensors has other weights (sha256:" in text
     assert "than the run began with (sha256:" in text
 
@@ -394,12 +394,12 @@ def test_the_rerun_never_lies_beside_the_record_itself(
 ) -> None:
     monkeypatch.chdir(original.parents[4])
     path = str(original.relative_to(Path.cwd()))
-    text = complaint(command("rerun", path, "--data.root", data, "--results_root", "results"), 2)
+    text = assert_error(command("rerun", path, "--data.root", data, "--results_root", "results"), 2)
     assert "results holds the record itself, and tables would count its seed twice" in text
     assert len(list(Path("results/records").rglob("*.json"))) == 1
 
 
 def test_a_record_that_cannot_be_read_is_one_line(elsewhere: Path) -> None:
-    assert "cannot be read" in complaint(command("rerun", "gone.json"), 1)
+    assert "cannot be read" in assert_error(command("rerun", "gone.json"), 1)
     elsewhere.write_text("{}", encoding="utf-8")
-    assert "'schema' is missing" in complaint(command("rerun", str(elsewhere)), 1)
+    assert "'schema' is missing" in assert_error(command("rerun", str(elsewhere)), 1)

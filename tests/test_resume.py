@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import Outcome, command, complaint, read_json, run, settle
+from helpers import Outcome, assert_error, command, read_json, run, settle
 from helpers import small as line
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +35,7 @@ from svp_bench.train.resume import AtomicCheckpointIO, claim_run, find_run, is_f
 
 CHANGING = {"run_id", "created", "times", "images_per_second", "peak_memory_mib", "checkpoint_file"}
 CHANGING |= {"data_notes"}  # they name the folder
-EPOCHS, STEPS = 3, 15  # 17 pictures in batches of 4: five steps an epoch
+EPOCHS, STEPS = 3, 15  # 17 images in batches of 4: five steps an epoch
 FLAGS = ("--model.method.dropout", "0.5", "--trainer.max_epochs", str(EPOCHS))
 needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
 
@@ -247,7 +247,7 @@ def test_within_an_epoch_a_step_stays_as_many_batches(place: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert command(*small("--data.drop_last", "true", *flags, "2")).status == 0
-    told = complaint(command(*small("--data.drop_last", "true", *flags, "1", "--resume")), 2)
+    told = assert_error(command(*small("--data.drop_last", "true", *flags, "1", "--resume")), 2)
     assert "counts 2 batches for a step: go on with --trainer.accumulate_grad_batches 2, not 1" in told
     run(*small("--data.drop_last", "true", *flags, "2", "--resume"))
 
@@ -333,7 +333,7 @@ def test_other_data_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     lists = sorted(Path("data").rglob("train800val200.txt")) or sorted(Path("data").rglob("*train800val200*"))
     lines = lists[0].read_text().splitlines()
     lists[0].write_text("\n".join(lines[::-1]) + "\n")
-    assert "the run began with other lists of vtab/cifar" in complaint(command(*small(*FLAGS, "--resume")), 2)
+    assert "the run began with other lists of vtab/cifar" in assert_error(command(*small(*FLAGS, "--resume")), 2)
 
 
 @pytest.mark.slow
@@ -383,7 +383,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unfinished]
         (checkpoint,) = Path("runs").rglob("last.ckpt")
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(cli, "check_resumable", keep)
-            assert "enough" in complaint(command(*small(*FLAGS, "--resume")), 1)
+            assert "enough" in assert_error(command(*small(*FLAGS, "--resume")), 1)
         yield Unfinished(folder, checkpoint, tuple(checked))
 
 
@@ -497,15 +497,15 @@ def test_a_checkpoint_of_other_content_is_one_line(
         else:
             content[part] = value
     torch.save(content, tmp_path / "odd.ckpt")
-    picture = str(next((unfinished.folder / "data").rglob("*.jpg")))
-    assert words in complaint(command("predict", "--ckpt", str(tmp_path / "odd.ckpt"), "--images", picture), 1)
+    image = str(next((unfinished.folder / "data").rglob("*.jpg")))
+    assert words in assert_error(command("predict", "--ckpt", str(tmp_path / "odd.ckpt"), "--images", image), 1)
 
 
 @pytest.mark.parametrize("content", [[1, 2], 3, "x", {}, {"state_dict": {}}])
 def test_what_is_no_checkpoint_of_ours_is_one_line(unfinished: Unfinished, tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "odd.ckpt")
-    picture = str(next((unfinished.folder / "data").rglob("*.jpg")))
-    told = complaint(command("predict", "--ckpt", str(tmp_path / "odd.ckpt"), "--images", picture), 1)
+    image = str(next((unfinished.folder / "data").rglob("*.jpg")))
+    told = assert_error(command("predict", "--ckpt", str(tmp_path / "odd.ckpt"), "--images", image), 1)
     assert f"{tmp_path / 'odd.ckpt'}: no svp-bench checkpoint; weights of a backbone alone go to" in told
 
 
@@ -527,7 +527,7 @@ def test_a_gutted_or_truncated_checkpoint_stops_a_run_that_goes_on(
                 unfinished.checkpoint.write_bytes(whole[: len(whole) // 2])
             else:
                 torch.save(content, unfinished.checkpoint)
-            told = complaint(command(*small(*FLAGS, "--resume")), 1)
+            told = assert_error(command(*small(*FLAGS, "--resume")), 1)
             assert words in told
             assert told.endswith("; delete it, and the run begins anew; or leave --resume out")
     finally:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TASK, command, complaint, draw, settle, small, wait_for
+from helpers import TASK, assert_error, command, draw, settle, small, wait_for
 from torch.utils.data import DataLoader
 
 from svp_bench.data.module import VisionDataModule
@@ -69,7 +69,7 @@ def test_workers_that_cannot_start_are_one_line(tmp_path: Path, monkeypatch: pyt
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(DataLoader, "__iter__", full)
-    line = complaint(command(*small("--method", "linear", "--data.flip", "0.5", data__num_workers="2")), 1)
+    line = assert_error(command(*small("--method", "linear", "--data.flip", "0.5", data__num_workers="2")), 1)
     assert "--data.num_workers 0" in line
     assert os.strerror(number) in line
 

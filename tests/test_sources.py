@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, command, complaint, settle
+from helpers import Outcome, assert_error, command, settle
 from helpers import small as line
 
 from svp_bench.audit.record import audit
@@ -182,7 +182,7 @@ def test_a_changed_method_does_not_go_on(place: Path, monkeypatch: pytest.Monkey
         assert fit().status == 130
     (old,) = Path("results/records").rglob("*.json")
     edit()
-    text = complaint(fit("--resume"), 2)
+    text = assert_error(fit("--resume"), 2)
     assert f"{old.stem} began with another source of its method (strength.py)" in text
     assert "without --resume" in text
     Path("strength.py").write_text("STRENGTH = 1.0\n", encoding="utf-8")
@@ -194,7 +194,7 @@ def test_a_run_is_tested_with_the_method_that_trained_it(place: Path) -> None:
     trained = fit("--no_test")
     edit()
     flags = ["--ckpt_path", str(trained.folder / "checkpoints" / "last.ckpt")]
-    text = complaint(command("test", "--config", str(trained.folder / "config.yaml"), *flags), 2)
+    text = assert_error(command("test", "--config", str(trained.folder / "config.yaml"), *flags), 2)
     assert "another source of its method (strength.py)" in text
     assert read_record(trained.record_path).status == "unscored"
 
@@ -207,7 +207,7 @@ def test_weights_that_were_put_in_the_place_of_the_final_ones_are_not_tested(pla
     contents = [torch.load(path, weights_only=False) for path in files]
     torch.save({**contents[0], "state_dict": contents[1]["state_dict"]}, files[0])
     flags = ["--config", str(trained.folder / "config.yaml"), "--ckpt_path", str(files[0])]
-    text = complaint(command("test", *flags), 2)
+    text = assert_error(command("test", *flags), 2)
     assert "not the weights that its run ended with" in text
     assert read_record(trained.record_path).status == "unscored"
     torch.save(contents[0], files[0])
@@ -261,7 +261,7 @@ def test_a_choice_is_that_of_the_source_that_was_searched(place: Path) -> None:
     ]
     assert command(*final).status == 0
     edit()
-    text = complaint(command(*final), 2)
+    text = assert_error(command(*final), 2)
     assert "was chosen with method_source.strength.py = sha256:" in text
     assert "search again" in text
 

@@ -45,7 +45,7 @@ from svp_bench.stats.inference import (
     within,
 )
 
-# The shape of VTAB-1k: 7 + 4 + 8 tasks, three picture sources with two tasks each.
+# The shape of VTAB-1k: 7 + 4 + 8 tasks, three image sources with two tasks each.
 TASKS = [f"t{i:02d}" for i in range(19)]
 GROUPS = {"natural": TASKS[:7], "specialised": TASKS[7:11], "structured": TASKS[11:]}
 SOURCES = [[task] for task in TASKS[:13]] + [TASKS[13:15], TASKS[15:17], TASKS[17:]]
@@ -808,7 +808,7 @@ RUN: Runs = {"a": {0: 1.0}}
         (lambda: holm({"x": 1.5}), "p of x is 1.5; a p lies between 0 and 1"),
         (lambda: holm({"x": math.nan}), "p of x: nan cannot"),
         (lambda: cell_verdict({0: math.nan}, {0: 1.0}), "the values: nan cannot"),
-        (lambda: mcnemar([True], [True, False]), "1 pictures against 2"),
+        (lambda: mcnemar([True], [True, False]), "1 images against 2"),
         (lambda: mcnemar([], []), "at least one"),
         (lambda: mcnemar([1, 0], [1, 1]), "the bits are int64"),  # type: ignore[list-item]
         (lambda: difference_over_images([]), "there is no pair of runs"),
@@ -827,7 +827,7 @@ RUN: Runs = {"a": {0: 1.0}}
         (lambda: rank_cliques({"r": {"a": 1.0}, "s": {"b": 1.0}}, [["a"]]), "the scores of s and .* differ in a, b"),
         (lambda: iqm([]), "the values: there is none"),
         (lambda: one_standard_error(101, 200), "the accuracy is 101; it is in percent"),
-        (lambda: one_standard_error(50, 0), "an accuracy over 0 pictures"),
+        (lambda: one_standard_error(50, 0), "an accuracy over 0 images"),
         (lambda: tax({"a": {0: 1.0}}, {"a": {0: 2.0}}), "a, seed 0: the best epoch has 1.0, the last 2.0"),
         (lambda: tax({"a": {0: 1.0}}, {"a": {0: 1.0, 1: 1.0}}), "the last epochs on a and its best epochs differ in 1"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import command, complaint
+from helpers import assert_error, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -323,7 +323,7 @@ PLAIN: list[dict[str, Any]] = json.loads(a_choice().text())["trials"]
         ),
         ({"trials": [{**PLAIN[0], "run_ids": [], "scores": [], "status": "gone"}, PLAIN[1]]}, "trial 1 has 0 runs"),
         ({"trials": [{**PLAIN[0], "status": "gone"}, PLAIN[1]]}, "trial 1 is 'gone' and has 1 score"),
-        ({"trials": [{**PLAIN[0], "scores": [50.2]}, PLAIN[1]]}, "is no whole number of pictures"),
+        ({"trials": [{**PLAIN[0], "scores": [50.2]}, PLAIN[1]]}, "is no whole number of images"),
         ({"checkpoint_digest": 3}, "'checkpoint_digest' must be text or null"),
     ],
 )
@@ -550,7 +550,7 @@ def test_a_choice_for_another_run_is_refused(tmp_path: Path) -> None:
         ([*fit, "--choice", path], "--choice was given 2 times"),
         (["fit", "--config", "configs/vtab/dtd.yaml", "--choice", "nowhere.json"], "no choice file 'nowhere.json'"),
     ):
-        assert said in complaint(command(*arguments), 2)
+        assert said in assert_error(command(*arguments), 2)
 
 
 # ---- the order of things
@@ -754,12 +754,12 @@ def test_jobs_survive_json() -> None:
 )
 def test_a_wrong_sweep_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, said: str) -> None:
     monkeypatch.chdir(tmp_path)
-    assert said in complaint(command("sweep", *arguments.split()), 2)
+    assert said in assert_error(command("sweep", *arguments.split()), 2)
 
 
 def test_no_data_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    line = complaint(command("sweep", "--tasks", "vtab/dtd", "--methods", "linear", "--model.checkpoint", "none"), 1)
+    line = assert_error(command("sweep", "--tasks", "vtab/dtd", "--methods", "linear", "--model.checkpoint", "none"), 1)
     assert "none of the tasks can run" in line
     assert "svp-bench data draw" in line
 

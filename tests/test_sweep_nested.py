@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers import SWEEP_FLAGS as FLAGS
-from helpers import command, complaint, run
+from helpers import assert_error, command, run
 
 from svp_bench.records.store import read_records
 
@@ -122,7 +122,7 @@ def test_a_choice_of_another_seed_is_refused(folded: tuple[Path, str], monkeypat
     monkeypatch.chdir(folder)
     (path,) = folder.glob("results/choices/*/demo/digits-5shot/linear-seed1.json")
     fit = ["fit", "--config", "configs/demo/digits-5shot.yaml", "--method", "linear", "--choice", str(path), *FLAGS]
-    assert "was chosen for --seed_everything 1, not 0" in complaint(command(*fit), 2)
+    assert "was chosen for --seed_everything 1, not 0" in assert_error(command(*fit), 2)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import command, complaint, wait_for
+from helpers import assert_error, command, wait_for
 
 from svp_bench.core.errors import UnavailableError, UsageError
 from svp_bench.records.store import read_records
@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_one_line(
 def test_without_ray_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "pip install 'svp-bench[ray]'" in complaint(command(*SWEEP, "--engine", "ray"), 1)
+    assert "pip install 'svp-bench[ray]'" in assert_error(command(*SWEEP, "--engine", "ray"), 1)
 
 
 # ---- a node

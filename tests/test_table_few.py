@@ -46,13 +46,13 @@ def own(
     return [
         with_classes(
             make_record(
-                "own/pictures",
+                "custom/images",
                 method,
                 seed,
                 right + seed,
                 count,
                 {"data.root": folder, "model.num_classes": 3},
-                protocol="own-final",
+                protocol="custom-final",
                 data_digest=digest,
                 number=seed,
             ),
@@ -87,7 +87,7 @@ def written(root: Path, records: list[Record]) -> str:
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_one_task_has_no_test_and_an_interval_over_test_images(seeds: int) -> None:
-    table = load_table(load_suite("own"), [*own("adapter", 100, seeds=seeds), *own("linear", 77, seeds=seeds)])
+    table = load_table(load_suite("custom"), [*own("adapter", 100, seeds=seeds), *own("linear", 77, seeds=seeds)])
     (contrast,) = table.sections[0].comparison.contrasts  # type: ignore[union-attr]
     assert contrast.p is contrast.holm is None
     assert contrast.least == 1
@@ -115,7 +115,7 @@ def test_two_tasks_have_no_interval_outside_of_the_possible() -> None:
         for seed in (0, 1)
     ]
     vtab = load_suite("vtab")
-    two = dataclasses.replace(vtab, groups={"natural": ("dtd", "svhn")}, same_pictures=())
+    two = dataclasses.replace(vtab, groups={"natural": ("dtd", "svhn")}, same_images=())
     table = load_table(two, records)
     for line in csv.DictReader(io.StringIO(wide_csv(table))):
         ends = [float(value) for key, value in line.items() if key.endswith((", low", ", high")) and value]
@@ -129,14 +129,14 @@ def test_two_tasks_have_no_interval_outside_of_the_possible() -> None:
 
 
 def test_the_majority_class_stands_beside_the_accuracy() -> None:
-    texts = pages(load_table(load_suite("own"), own("adapter", 61)))
+    texts = pages(load_table(load_suite("custom"), own("adapter", 61)))
     assert "| – | majority class | 50.00 | 50.00 |" in texts["md"]
     assert re.search(r"– majority class 50\.00 50\.00", texts["out"])
     assert r"majority class & 50.00" in texts["tex"]
     assert "majority class" in texts["html"]
-    lines = csv.DictReader(io.StringIO(wide_csv(load_table(load_suite("own"), own("adapter", 61)))))
+    lines = csv.DictReader(io.StringIO(wide_csv(load_table(load_suite("custom"), own("adapter", 61)))))
     (line,) = [line for line in lines if line["origin"] == "baseline"]
-    assert (line["row"], line["pictures"], line["rank"]) == ("majority class", "50.0000", "")
+    assert (line["row"], line["images"], line["rank"]) == ("majority class", "50.0000", "")
 
 
 def test_six_sources_and_eight_rows_cannot_be_tested() -> None:
@@ -178,7 +178,7 @@ def test_two_custom_data_sets_are_two_sections(tmp_path: Path) -> None:
         *own("linear", 40, r"C:\data\x-rays", OTHER_LIST),
     ]
     records = [dataclasses.replace(r, run_id=f"{r.run_id}-{n}") for n, r in enumerate(records)]
-    table = load_table(load_suite("own"), records)
+    table = load_table(load_suite("custom"), records)
     assert [section.data for section in table.sections] == [
         "flowers, 3 classes, data cdcdcdcdcdcd",
         "x-rays, 3 classes, data efefefefefef",
@@ -336,7 +336,7 @@ def test_no_mean_is_printed_with_more_than_the_possible_around_it() -> None:
         for task, by_seed in rights.items()
         for seed, right in enumerate(by_seed)
     ]
-    near = dataclasses.replace(load_suite("vtab"), groups={"natural": tuple(rights)}, same_pictures=())
+    near = dataclasses.replace(load_suite("vtab"), groups={"natural": tuple(rights)}, same_images=())
     table = load_table(near, records)
     texts = pages(table)
     assert re.search(r"99\.20 \[\d\d\.\d\d, 100\.00\]", texts["out"])
@@ -350,7 +350,7 @@ def test_no_mean_is_printed_with_more_than_the_possible_around_it() -> None:
 def test_rows_on_other_images_are_not_ranked_against_each_other() -> None:
     """A card that pins no digest leaves the images open, as custom data do: two folders are two tasks."""
     small = load_suite("vtab")
-    one = dataclasses.replace(small, groups={"natural": ("dtd",)}, same_pictures=())
+    one = dataclasses.replace(small, groups={"natural": ("dtd",)}, same_images=())
 
     def ranks(*digests: str) -> dict[str, int | None]:
         records = [

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn_records import LIST, OTHER_LIST, drawn_record, make_record
-from helpers import command, complaint, run
+from helpers import assert_error, command, run
 from scipy import stats
 
 from svp_bench.records.record import Record, Search, Tuned
@@ -39,7 +39,7 @@ SMALL = SuiteCard(
         "specialized": ("eurosat", "resisc45"),
         "structured": ("dmlab", "kitti", "clevr_count", "clevr_dist"),
     },
-    same_pictures=(("clevr_count", "clevr_dist"),),
+    same_images=(("clevr_count", "clevr_dist"),),
     citation="zhai2019vtab",
     notes="",
     path=Path("small.yaml"),
@@ -55,7 +55,7 @@ def build(records: list[Record], suite: SuiteCard = SMALL, **options: Any) -> Ta
 
 
 def draw(methods: dict[str, int], seeds: int | dict[str, int] = 3, noise: int = 9, uneven: int = 20) -> list[Record]:
-    """Return records of every task; a method's number is what it adds to each task, in pictures of 1000."""
+    """Return records of every task; a method's number is what it adds to each task, in images of 1000."""
     rng = random.Random(0)
     base = {task: rng.randint(400, 800) for task in SMALL.tasks}
     return [
@@ -232,7 +232,7 @@ def test_one_seed_somewhere_means_no_interval_over_seeds() -> None:
     assert "No interval over new seeds where a task has one shared seed" in page
 
 
-def test_seeds_that_agree_to_the_last_picture_have_an_interval_without_width() -> None:
+def test_seeds_that_agree_to_the_last_image_have_an_interval_without_width() -> None:
     records = [make_record(task, seed=seed, right=700, count=1000) for task in SMALL.tasks for seed in (0, 1)]
     assert "| 70.00 ± 0.00 |" in render_markdown(build(records))
 
@@ -245,7 +245,7 @@ def test_holes_have_no_interval() -> None:
 
 
 def test_a_suite_of_one_source_has_no_interval_over_new_tasks() -> None:
-    one = dataclasses.replace(SMALL, same_pictures=(tuple(task.split("/")[1] for task in SMALL.tasks),))
+    one = dataclasses.replace(SMALL, same_images=(tuple(task.split("/")[1] for task in SMALL.tasks),))
     page = render_markdown(build(draw({"svp": 0, "linear": 0}), one))
     assert "No interval over new tasks: the suite has 1 independent source of images, and 6 are the fewest." in page
     head, line = (statistics_of(page, "Differences to linear")[name] for name in ("method", "svp"))
@@ -256,7 +256,7 @@ def test_a_suite_of_one_source_has_no_interval_over_new_tasks() -> None:
     assert "Mean ranks" not in page
 
 
-def test_sources_are_groups_of_shared_pictures_and_single_tasks() -> None:
+def test_sources_are_groups_of_shared_images_and_single_tasks() -> None:
     assert sources_of(SMALL) == SOURCES
     assert len(sources_of(load_suite("vtab"))) == 16
     assert sources_of(SMALL, ["vtab/clevr_dist", "vtab/dtd"]) == [["vtab/dtd"], ["vtab/clevr_dist"]]
@@ -345,7 +345,7 @@ def test_an_incomplete_row_is_compared_on_what_it_shares() -> None:
     assert "sign flip over 8 independent sources" in page
 
 
-def test_only_runs_on_the_same_pictures_and_seeds_are_compared() -> None:
+def test_only_runs_on_the_same_images_and_seeds_are_compared() -> None:
     records = draw({"svp": 30, "full": 10, "lora": 5, "linear": 0}, 2)
     moved = []
     for record in records:
@@ -361,7 +361,7 @@ def test_only_runs_on_the_same_pictures_and_seeds_are_compared() -> None:
     printed = statistics_of(page, "Differences to linear")
     assert (printed["svp"][-2], printed["full"][-2]) == ("8/9", "8/9")
     assert "lora" not in printed
-    assert "- Not compared: lora shares no task with it on the same pictures and with a seed in common.\n" in page
+    assert "- Not compared: lora shares no task with it on the same images and with a seed in common.\n" in page
 
 
 def test_a_row_with_a_stand_in_is_not_compared() -> None:
@@ -635,7 +635,7 @@ def test_the_command_compares_with_the_control(tmp_path: Path) -> None:
 def test_an_unknown_control_is_one_line(tmp_path: Path) -> None:
     root = written(tmp_path, full_suite({"svp": 20, "linear": 0}, 1))
     outcome = command("table", "--results_root", str(root), "--control", "linera")
-    assert "--control: unknown method or row 'linera'; did you mean 'linear'?" in complaint(outcome, 2)
+    assert "--control: unknown method or row 'linera'; did you mean 'linear'?" in assert_error(outcome, 2)
     assert not (root / "tables").exists()
 
 

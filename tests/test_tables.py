@@ -42,7 +42,7 @@ SMALL = SuiteCard(
     protocol="vtab-final",
     reader=ReaderSpec("lists", {}),
     groups={"natural": ("caltech101", "dtd", "svhn"), "specialized": ("eurosat",), "structured": ("dmlab", "kitti")},
-    same_pictures=(),
+    same_images=(),
     citation="zhai2019vtab",
     notes="",
     path=Path("small.yaml"),
@@ -521,8 +521,8 @@ def test_a_rule_of_another_protocol_version_is_not_quoted() -> None:
     assert "Hyper-parameters are chosen" not in page
 
 
-def test_card_versions_and_shared_pictures_are_said() -> None:
-    suite = dataclasses.replace(SMALL, same_pictures=(("dtd", "svhn"),))
+def test_card_versions_and_shared_images_are_said() -> None:
+    suite = dataclasses.replace(SMALL, same_images=(("dtd", "svhn"),))
     versions = {"vtab/dtd": 2, "vtab/svhn": 1}
     page = render_markdown(
         build([make_record("vtab/dtd", task_version=2), make_record("vtab/svhn")], suite, task_versions=versions)

@@ -25,7 +25,7 @@ def nano(**arguments: Any) -> VisionMamba:
 
 
 def images(*sides: int) -> Tensor:
-    return reference_vim.pictures(2, 3, *(sides or (64, 64)))
+    return reference_vim.make_images(2, 3, *(sides or (64, 64)))
 
 
 def test_features_only() -> None:

@@ -37,7 +37,7 @@ def small(name: str, settings: dict[str, Any], backend: str = "auto") -> VisionM
 
 
 def images(count: int) -> Tensor:
-    return reference_vim.pictures(count, 3, 32, 48)
+    return reference_vim.make_images(count, 3, 32, 48)
 
 
 def assert_records(recorded: Any, expected: Tensor) -> None:
@@ -93,7 +93,7 @@ def test_the_embedded_backbone(backend: str) -> None:
     model = create_model("vim_nano_patch8_64", num_classes=10, method="lora", checkpoint="embedded").eval()
     model.method.merge(model)  # type: ignore[union-attr]
     model.set_scan_backend(backend)
-    given = reference_vim.pictures(5, 3, 64, 64)
+    given = reference_vim.make_images(5, 3, 64, 64)
     expected = model(given).detach()
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(model, given[:1], check_trace=False), file)  # type: ignore[no-untyped-call]

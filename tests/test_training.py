@@ -17,7 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import BACKBONE, COUNTS, METHODS, TASK, Outcome, command, complaint, draw, files, read_json, run, settle
+from helpers import BACKBONE, COUNTS, METHODS, TASK, Outcome, assert_error, command, draw, files, read_json, run, settle
 from helpers import small as line
 from PIL import Image
 from safetensors.torch import save_file
@@ -83,22 +83,23 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
     seen = SimpleNamespace(lists=[], decoded=[], loaders=[], rates=[], norms=[])
     with pytest.MonkeyPatch.context() as patch:
         seen.place = settle(tmp_path_factory.mktemp("scored"), patch)
-        spied(patch, sources, "read_list", lambda path, *_, **__: seen.lists.append(path.name))
-        spied(patch, sources.FilePictures, "load", lambda pictures, index: seen.decoded.append((pictures.name, index)))
+        with pytest.MonkeyPatch.context() as spies:  # undone before other tests of the module run
+            spied(spies, sources, "read_list", lambda path, *_, **__: seen.lists.append(path.name))
+            spied(spies, sources.FileImages, "load", lambda images, index: seen.decoded.append((images.name, index)))
 
-        def loader_made(data: VisionDataModule) -> None:
-            trained = {k: v.clone() for k, v in data.trainer.lightning_module.named_parameters() if v.requires_grad}
-            seen.loaders.append((data.trainer.global_step, trained))
+            def loader_made(data: VisionDataModule) -> None:
+                trained = {k: v.clone() for k, v in data.trainer.lightning_module.named_parameters() if v.requires_grad}
+                seen.loaders.append((data.trainer.global_step, trained))
 
-        def stepped(module: AdaptationModule, *_: Any) -> None:
-            group = module.trainer.optimizers[0].param_groups[0]
-            seen.rates.append(group["lr"])
+            def stepped(module: AdaptationModule, *_: Any) -> None:
+                group = module.trainer.optimizers[0].param_groups[0]
+                seen.rates.append(group["lr"])
 
-        spied(patch, VisionDataModule, "test_dataloader", loader_made)
-        spied(patch, AdaptationModule, "on_before_optimizer_step", stepped)
-        epochs = {"trainer__max_epochs": "2"}
-        seen.run = run(*line("--trainer.log_every_n_steps", "1", "--model.warmup_epochs", "1", **epochs))
-        seen.record = seen.run.record
+            spied(spies, VisionDataModule, "test_dataloader", loader_made)
+            spied(spies, AdaptationModule, "on_before_optimizer_step", stepped)
+            epochs = {"trainer__max_epochs": "2"}
+            seen.run = run(*line("--trainer.log_every_n_steps", "1", "--model.warmup_epochs", "1", **epochs))
+            seen.record = seen.run.record
         yield seen
 
 
@@ -155,7 +156,7 @@ def test_the_record_says_what_was_run(scored: SimpleNamespace) -> None:
 def test_the_record_says_how_the_data_differ(scored: SimpleNamespace) -> None:
     notes = scored.record["data_notes"]
     assert any("are drawn, not real" in note for note in notes)
-    assert f"test has {TESTED} pictures, the card says 10000" in notes
+    assert f"test has {TESTED} images, the card says 10000" in notes
     (warning,) = (text for text in scored.run.warnings if "differ from its card" in text)
     assert all(note in warning for note in notes)
 
@@ -187,7 +188,7 @@ def test_parameters_follow_the_formula_of_svp(scored: SimpleNamespace) -> None:
 
 
 def test_bits_and_metrics_are_those_of_the_saved_weights(scored: SimpleNamespace) -> None:
-    """Scored again by other means: Pillow, timm's model built by hand, one picture at a time."""
+    """Scored again by other means: Pillow, timm's model built by hand, one image at a time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = svp_bench.create_model(BACKBONE, num_classes=CLASSES, method="svp")
@@ -223,7 +224,7 @@ def test_the_test_list_waits_for_the_final_weights(scored: SimpleNamespace) -> N
     assert {name for name, _ in scored.decoded[first_test:]} == {"test"}
 
 
-def test_every_list_and_picture_is_read_once(scored: SimpleNamespace) -> None:
+def test_every_list_and_image_is_read_once(scored: SimpleNamespace) -> None:
     assert scored.lists.count("test.txt") == scored.lists.count("train800val200.txt") == 1
     assert sorted(scored.decoded) == sorted(
         [("test", i) for i in range(TESTED)] + [("train800val200", i) for i in range(TRAINED)]
@@ -307,7 +308,7 @@ def test_the_checkpoint_holds_the_trained_part_and_what_it_belongs_to(scored: Si
 
 def test_stage_select_trains_on_train_and_scores_val(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: set[str] = set()
-    spied(monkeypatch, sources.FilePictures, "load", lambda pictures, _: decoded.add(pictures.name))
+    spied(monkeypatch, sources.FileImages, "load", lambda images, _: decoded.add(images.name))
     outcome = run(*line(data__stage="select", trainer__max_epochs="2"))
     record = outcome.record
     assert decoded == {"train800", "val200"}
@@ -336,7 +337,7 @@ def test_stage_select_trains_on_train_and_scores_val(place: Path, monkeypatch: p
     shown = re.search(r"val/loss\W+([\d.]+)", validated.out)
     assert shown
     assert float(shown.group(1)) == pytest.approx(metrics["loss"])
-    line_ = complaint(command(*line("--ckpt_path", checkpoint, verb="validate")), 2)
+    line_ = assert_error(command(*line("--ckpt_path", checkpoint, subcommand="validate")), 2)
     assert "stage 'final' has no val list: vtab-final trains on all of 'train800val200'" in line_
 
 
@@ -352,7 +353,7 @@ def test_a_run_without_test_is_completed_by_test(place: Path, monkeypatch: pytes
     scored = run(*line("--seed_everything", "3")).record
     decoded: list[str] = []
     with monkeypatch.context() as patch:
-        spied(patch, sources.FilePictures, "load", lambda pictures, _: decoded.append(pictures.name))
+        spied(patch, sources.FileImages, "load", lambda images, _: decoded.append(images.name))
         outcome = run(*line("--seed_everything", "3", "--no_test"))
     assert "test" not in decoded
     record = outcome.record
@@ -388,7 +389,7 @@ def test_a_record_is_completed_only_by_its_own_run(given: list[str], words: str,
     outcome = run(*line("--no_test", "--method", "linear"))
     before = outcome.record_path.read_bytes()
     config, checkpoint = str(outcome.folder / "config.yaml"), str(outcome.folder / "checkpoints/last.ckpt")
-    assert words in complaint(command("test", "--config", config, "--ckpt_path", checkpoint, *given), 2)
+    assert words in assert_error(command("test", "--config", config, "--ckpt_path", checkpoint, *given), 2)
     assert outcome.record_path.read_bytes() == before
 
 
@@ -397,7 +398,7 @@ def test_test_without_the_record_writes_nothing(place: Path) -> None:
     config, checkpoint = str(outcome.folder / "config.yaml"), str(outcome.folder / "checkpoints/last.ckpt")
     before = files(place)
     done = command("test", "--config", config, "--ckpt_path", checkpoint, "--results_root", "elsewhere")
-    assert "only recorded runs are tested; give the run's --results_root" in complaint(done, 2)
+    assert "only recorded runs are tested; give the run's --results_root" in assert_error(done, 2)
     assert files(place) == before
 
 
@@ -411,16 +412,16 @@ def test_only_the_final_weights_of_a_run_are_tested(place: Path) -> None:
 
     copied = first.folder / "checkpoints" / "epoch0.ckpt"  # another run's weights, moved in beside the own ones
     copied.write_bytes((other.folder / "checkpoints/last.ckpt").read_bytes())
-    assert "was made with another" in complaint(command("test", "--config", config, "--ckpt_path", str(copied)), 2)
+    assert "was made with another" in assert_error(command("test", "--config", config, "--ckpt_path", str(copied)), 2)
 
     content = torch.load(first.folder / "checkpoints/last.ckpt", weights_only=True)
     torch.save({**content, "epoch": 0}, copied)
-    text = complaint(command("test", "--config", config, "--ckpt_path", str(copied)), 2)
+    text = assert_error(command("test", "--config", config, "--ckpt_path", str(copied)), 2)
     assert "not the final weights of its run (1 of 2 epochs)" in text
     copied.unlink()
 
     checkpoint = str(chosen.folder / "checkpoints/last.ckpt")
-    text = complaint(command(*line("--method", "linear", "--ckpt_path", checkpoint, verb="test")), 2)
+    text = assert_error(command(*line("--method", "linear", "--ckpt_path", checkpoint, subcommand="test")), 2)
     assert "weights of stage 'select' are never tested" in text
     assert files(place) == before
 
@@ -431,7 +432,7 @@ def test_only_the_final_weights_of_a_run_are_tested(place: Path) -> None:
 def test_a_loss_that_is_not_finite_fails_the_run(place: Path) -> None:
     given = ("--model.learning_rate", "1e30", "--model.warmup_epochs", "0", "--trainer.gradient_clip_val", "null")
     outcome = command(*line(*given))
-    text = complaint(outcome, 1)
+    text = assert_error(outcome, 1)
     assert "the training loss became nan in epoch 0, step 1; try a smaller --model.learning_rate" in text
     record = outcome.record
     assert record["status"] == "failed"
@@ -452,7 +453,7 @@ def test_ctrl_c_leaves_a_record_of_the_interruption(place: Path, monkeypatch: py
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(AdaptationModule, "training_step", interrupt)
     outcome = command(*line())
-    assert complaint(outcome, 130) == "svp-bench: interrupted; the same command with --resume continues"
+    assert assert_error(outcome, 130) == "svp-bench: interrupted; the same command with --resume continues"
     record = outcome.record
     assert (record["status"], record["status_reason"]) == ("interrupted", "stopped by the user")
     assert (record["metrics"], record["epochs"]) == ({}, 0)
@@ -466,7 +467,7 @@ def test_ctrl_c_during_the_test_is_no_score(place: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(AdaptationModule, "test_step", stop)
     outcome = command(*line())
-    assert complaint(outcome, 130) == "svp-bench: interrupted; the same command with --resume continues"
+    assert assert_error(outcome, 130) == "svp-bench: interrupted; the same command with --resume continues"
     assert (outcome.record["status"], outcome.record["metrics"]) == ("interrupted", {})
 
 
@@ -547,9 +548,9 @@ def test_the_same_seed_gives_the_same_bits(method: str, place: Path) -> None:
     assert not same(state(one), state(third))
 
 
-def test_the_order_of_pictures_knows_no_workers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_images_knows_no_workers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = state(run(*line("--method", "linear")))
-    monkeypatch.setattr(data_module, "MEMORY_LIMIT_BYTES", 0)  # pictures are decoded by workers
+    monkeypatch.setattr(data_module, "MEMORY_LIMIT_BYTES", 0)  # images are decoded by workers
     for workers in ("0", "2"):
         outcome = run(*line("--method", "linear", "--data.num_workers", workers))
         assert same(state(outcome), weights)
@@ -713,7 +714,7 @@ def test_label_smoothing_is_that_of_cross_entropy(place: Path, monkeypatch: pyte
 
 
 def test_accumulated_batches_train_as_one(place: Path) -> None:
-    """Also with an uneven last batch: 17 pictures in steps of 4 leave one, so here 6 leave 5, in halves of 3 and 2."""
+    """Also with an uneven last batch: 17 images in steps of 4 leave one, so here 6 leave 5, in halves of 3 and 2."""
     whole = state(run(*line("--method", "linear", data__batch_size="6")))
     halves = state(run(*line("--method", "linear", "--trainer.accumulate_grad_batches", "2", data__batch_size="6")))
     assert whole.keys() == halves.keys()
@@ -747,7 +748,7 @@ def test_a_checkpoint_of_another_run_is_refused(given: list[str], words: str, pl
     outcome = run(*line(**small))
     before = files(place)
     checkpoint = str(outcome.folder / "checkpoints/last.ckpt")
-    text = complaint(command(*line("--ckpt_path", checkpoint, *given, verb="validate", **small)), 1)
+    text = assert_error(command(*line("--ckpt_path", checkpoint, *given, subcommand="validate", **small)), 1)
     assert f"the checkpoint was trained with {words}" in text
     assert files(place) == before
 
@@ -767,14 +768,12 @@ def test_a_checkpoint_with_a_missing_or_foreign_weight_is_refused(place: Path) -
         else:
             weights[name] = torch.zeros(1)
         torch.save({**content, "state_dict": weights}, "changed.ckpt")
-        text = complaint(command("test", "--config", config, "--ckpt_path", "changed.ckpt"), 1)
+        text = assert_error(command("test", "--config", config, "--ckpt_path", "changed.ckpt"), 1)
         assert f"does not hold exactly the trained part; first difference: {name}" in text
 
 
 def test_pretrained_weights_give_a_digest_and_a_ranked_section(place: Path) -> None:
-    next(
-        (place / "data").rglob(DRAWN_MARK)
-    ).unlink()  # real pictures, for all that anyone can tell: drawn are not ranked
+    next((place / "data").rglob(DRAWN_MARK)).unlink()  # real images, for all that anyone can tell: drawn are not ranked
     model = timm.create_model(BACKBONE, num_classes=10)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, "weights.safetensors")
     outcome = run(*line("--method", "linear", model__checkpoint="weights.safetensors"))
@@ -856,7 +855,7 @@ def test_the_record_names_the_backend_that_ran(place: Path) -> None:
     assert outcome.record["scan_backend"] == "reference"
     assert "cpu: it computes in float32" in outcome.record["scan_reason"]
     assert "scan backend reference" in outcome.out
-    text = complaint(command(*line("--trainer.precision", "64-true", model__scan_backend="cpu")), 1)
+    text = assert_error(command(*line("--trainer.precision", "64-true", model__scan_backend="cpu")), 1)
     assert "the scan backend 'cpu' was asked for and cannot run here: it computes in float32" in text
 
 

@@ -43,7 +43,7 @@ def nano(**arguments: Any) -> VisionMamba:
         ((48, 48), {"stride": 8}),
         ((48, 48), {"patch_size": 8, "d_state": 8}),
         ((32, 64), {}),  # eight patches, wider than high
-        ((64, 40), {"stride": 12, "depth": 2}),  # the last rows and columns of the picture belong to no patch
+        ((64, 40), {"stride": 12, "depth": 2}),  # the last rows and columns of the image belong to no patch
         ((48, 48), {"embed_dim": 40, "d_conv": 3, "expand": 3}),  # rank 40 / 16 rounded up
         ((16, 16), {"depth": 1, "d_state": 1}),  # one patch, behind the class token
     ],
@@ -55,14 +55,14 @@ def test_logits_and_gradients_equal_the_independent_implementation(
 ) -> None:
     model = nano(img_size=size, scan_backend=backend, **arguments)
     state = reference_vim.fill(model)
-    images = reference_vim.pictures(2, 3, *size)
+    images = reference_vim.make_images(2, 3, *size)
     leaves = {name: value.requires_grad_() for name, value in state.items()}
     stride = arguments.get("stride") or arguments.get("patch_size", 16)
     expected = reference_vim.logits(leaves, images.double(), stride=stride)
     given = model(images)
     assert given.shape == (2, 6)
     assert relative_error(given, expected) <= BACKBONE.forward
-    cotangent = reference_vim.pictures(2, 6)
+    cotangent = reference_vim.make_images(2, 6)
     given.backward(cotangent)
     wanted = dict(zip(leaves, torch.autograd.grad(expected, list(leaves.values()), cotangent.double()), strict=True))
     for name, parameter in model.named_parameters():
@@ -74,7 +74,7 @@ def test_logits_and_gradients_equal_the_independent_implementation(
 def test_vim_tiny_equals_the_independent_implementation(backend: str) -> None:
     model = timm.create_model("vim_tiny_patch16_224", scan_backend=backend).eval()
     state = reference_vim.fill(model)
-    images = reference_vim.pictures(1, 3, 224, 224)
+    images = reference_vim.make_images(1, 3, 224, 224)
     with torch.no_grad():
         given, expected = model(images), reference_vim.logits(state, images.double(), stride=16)
     assert relative_error(given, expected) <= BACKBONE.forward
@@ -85,7 +85,7 @@ def test_vim_tiny_equals_the_independent_implementation(backend: str) -> None:
 def test_larger_models_equal_the_independent_implementation(name: str) -> None:
     model = timm.create_model(name).eval()
     state = reference_vim.fill(model)
-    images = reference_vim.pictures(1, 3, 224, 224)
+    images = reference_vim.make_images(1, 3, 224, 224)
     with torch.no_grad():
         given, expected = model(images), reference_vim.logits(state, images.double(), stride=model.patch_embed.stride)
     assert relative_error(given, expected) <= BACKBONE.forward
@@ -95,7 +95,7 @@ def test_larger_models_equal_the_independent_implementation(name: str) -> None:
 def test_another_norm_epsilon_would_be_seen(depth: int) -> None:
     model = nano(depth=depth)
     state = reference_vim.fill(model)
-    images = reference_vim.pictures(2, 3, 48, 48)
+    images = reference_vim.make_images(2, 3, 48, 48)
     with torch.no_grad():
         given = model(images)
         assert relative_error(given, reference_vim.logits(state, images.double(), stride=16)) <= BACKBONE.forward
@@ -103,10 +103,10 @@ def test_another_norm_epsilon_would_be_seen(depth: int) -> None:
     assert relative_error(given, other) > 20 * BACKBONE.forward
 
 
-def test_a_batch_is_its_pictures_one_by_one() -> None:
+def test_a_batch_is_its_images_one_by_one() -> None:
     model = nano()
     reference_vim.fill(model)
-    images = reference_vim.pictures(3, 3, 48, 48)
+    images = reference_vim.make_images(3, 3, 48, 48)
     with torch.no_grad():
         together, apart = model(images), torch.cat([model(image[None]) for image in images])
         assert model(images[:0]).shape == (0, 6)
@@ -148,7 +148,7 @@ def test_one_direction_is_the_mamba_of_transformers(suffix: str) -> None:
     with torch.no_grad():
         mixer.get_parameter(f"x_proj{other}.weight").zero_()
         mixer.get_parameter(f"D{other}").zero_()
-        hidden = reference_vim.pictures(2, 11, 32)
+        hidden = reference_vim.make_images(2, 11, 32)
         slow = getattr(theirs, "slow_forward", theirs.forward)  # its only path without kernels, since 5.x
         expected = slow(hidden.flip(1)).flip(1) if suffix else slow(hidden)
         given = 2 * mixer(hidden)  # the mean of two directions, one of them zero
@@ -297,10 +297,10 @@ def test_drop_paths_follow_the_released_rule() -> None:
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.layers]
     assert rates == pytest.approx([0.0, 0.0, 0.1, 0.2])  # linspace(0, 0.3, 4), one block late
     assert getattr(model.drop_path, "drop_prob", 0.0) == pytest.approx(0.3)
-    images = reference_vim.pictures(8, 3, 48, 48)
+    images = reference_vim.make_images(8, 3, 48, 48)
     still = nano(depth=4)
     still.load_state_dict(model.state_dict())
-    assert torch.equal(model(images), still(images))  # eval mode: no picture drops anything
+    assert torch.equal(model(images), still(images))  # eval mode: no image drops anything
     model.train()
     assert not torch.equal(model(images), model(images))
     assert nano(depth=1, drop_path_rate=0.2).layers[0].drop_path(torch.ones(1)) == 1
@@ -308,15 +308,15 @@ def test_drop_paths_follow_the_released_rule() -> None:
 
 def test_dropping_the_last_branch_leaves_the_stream() -> None:
     model = nano(depth=2, drop_path_rate=0.999999).train()  # block 0: 0, block 1: 0, the last: dropped
-    tokens, _ = model.forward_tokens(images := reference_vim.pictures(2, 3, 48, 48))
+    tokens, _ = model.forward_tokens(images := reference_vim.make_images(2, 3, 48, 48))
     state = model.layers[0](model.embed(images))
     assert state.residual is not None
     assert relative_error(tokens, model.norm_f(state.residual + state.hidden)) <= SAME_MATHS
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 64), (47, 48)])
-def test_pictures_of_another_size(height: int, width: int) -> None:
-    message = f"the model was built for 48×48 pictures, not {height}×{width}; create it with img_size="
+def test_images_of_another_size(height: int, width: int) -> None:
+    message = f"the model was built for 48×48 images, not {height}×{width}; create it with img_size="
     with pytest.raises(ValueError, match=message):
         nano()(torch.zeros(1, 3, height, width))
 
@@ -326,7 +326,7 @@ def test_pictures_of_another_size(height: int, width: int) -> None:
 
 def test_weights_written_after_construction_show() -> None:
     model = nano()
-    images = reference_vim.pictures(2, 3, 48, 48)
+    images = reference_vim.make_images(2, 3, 48, 48)
     reference_vim.fill(model)
     before = model(images)
     for name in (
@@ -356,7 +356,7 @@ def test_weights_written_after_construction_show() -> None:
 def test_a_copy_of_an_adapted_model_is_its_own(method: str, how: Any) -> None:
     model = svp_bench.create_model("vim_nano_patch8_64", num_classes=3, method=method).eval()
     reference_vim.fill(model)
-    images = reference_vim.pictures(2, 3, 64, 64)
+    images = reference_vim.make_images(2, 3, 64, 64)
     before = model(images)
     twin = how(model)
     assert torch.equal(twin(images), before)
@@ -395,7 +395,7 @@ def test_every_mixer_weight_has_a_tensor_point() -> None:
 def test_bf16_autocast_is_near() -> None:
     model = adapt(nano(), SVP())
     reference_vim.fill(model)
-    images = reference_vim.pictures(2, 3, 48, 48)
+    images = reference_vim.make_images(2, 3, 48, 48)
     exact = model(images)
     with torch.autocast("cpu", torch.bfloat16):
         given = model(images)
@@ -415,7 +415,7 @@ def test_bf16_autocast_is_near() -> None:
 def test_models_of_other_precision(dtype: torch.dtype, near: float) -> None:
     model = adapt(nano(), SVP())
     reference_vim.fill(model)
-    images = reference_vim.pictures(2, 3, 48, 48)
+    images = reference_vim.make_images(2, 3, 48, 48)
     exact = model(images)
     given = model.to(dtype)(images.to(dtype))
     assert given.dtype == dtype
@@ -480,11 +480,11 @@ def test_a_training_step_of_vim_small_fits_into_six_gib(backend: str) -> None:
     assert int(kibibytes) < 6 * 2**20
 
 
-def test_features_differ_between_tokens_and_pictures() -> None:
-    """The class token must see the whole picture: both scans reach it."""
+def test_features_differ_between_tokens_and_images() -> None:
+    """The class token must see the whole image: both scans reach it."""
     model = nano()
     reference_vim.fill(model)
-    images: Tensor = reference_vim.pictures(1, 3, 48, 48).requires_grad_()
+    images: Tensor = reference_vim.make_images(1, 3, 48, 48).requires_grad_()
     model(images)[0, 0].backward()
     assert images.grad is not None
     for row in range(0, 48, 16):

@@ -1,4 +1,4 @@
-"""What a record proves, in plain words: `svp-bench audit`. No pictures, no weights and no torch are needed.
+"""What a record proves, in plain words: `svp-bench audit`. No images, no weights and no torch are needed.
 
 Each line is `pass` (checked, and as it should be), `note` (a reader should know it) or `fail` (the number is not what a
 table claims, or nobody can see that it is). What was only read off the record is given as "the record states". What
@@ -8,12 +8,12 @@ fails, and what does not:
 - A run that is not complete fails, and so does a complete one whose config cuts it short (`limit_*`). A selection
   record is not failed for its kind: tables never show it, and that is said.
 - Scores that no model can have fail: a loss below ln 2 for each wrong image, an impossible top-5 or calibration error.
-- Facts that contradict the config, the run's name or the cards fail: seed, task, lists, numbers of pictures, classes.
+- Facts that contradict the config, the run's name or the cards fail: seed, task, lists, numbers of images, classes.
   The digests leave the seed out, so that an edited seed shows here alone.
 - Another version of the task card fails, as tables leave it out. Another version of the protocol card is a note: tables
   give it a section of its own, but its lists and budget cannot be checked with the card at hand.
 - Times that contradict each other fail: a record from before its run began, by the run's name, or from a day to come;
-  more seconds of training than lie between; images per second that give half or twice the pictures of its epochs.
+  more seconds of training than lie between; images per second that give half or twice the images of its epochs.
 - More epochs than the config of the task, or else the protocol, allows fail: that is what the budget is for. Fewer, or
   other values than card and recipe give, are notes: tables make them a row of their own, and nothing in a record says
   how they were chosen.
@@ -40,7 +40,7 @@ fails, and what does not:
   a digest of the package's files that is not that of the stated commit, where git has it, or not that of other records
   of the same commit or installed version: git can be told not to look at a changed file.
 - A task or protocol card that says something else than the card here of the same version fails.
-- Runs of one cell with other parameter counts, or with other numbers of pictures a class of the same list, fail.
+- Runs of one cell with other parameter counts, or with other numbers of images a class of the same list, fail.
 
 An audit believes what the files say. It cannot see runs whose records were deleted, nor numbers, digests or a commit
 that were invented, nor when a value was fixed; its last line says so. `svp-bench rerun` repeats a run.
@@ -414,7 +414,7 @@ class _Auditor(Auditor):
             self.say("note", "identity", text)
 
     def _clocks(self, card: TaskCard | None) -> None:
-        """The times of a record must fit its run's name, each other and the pictures that it trained on."""
+        """The times of a record must fit its run's name, each other and the images that it trained on."""
         record = self.record
         created = datetime.strptime(record.created, CREATED).replace(tzinfo=timezone.utc)
         start, seconds, problems = began(record), record.times.get("train_seconds"), []
@@ -438,12 +438,12 @@ class _Auditor(Auditor):
             value = getattr(record, name)
             if value is not None and value <= 0:
                 problems.append(f"{name} is {value}, which no run has")
-        pictures = self._pictures(card, "train")
-        if record.status == "complete" and pictures and seconds and record.images_per_second is not None:
-            seen, expected = record.images_per_second * seconds, pictures * record.epochs
+        images = self._images(card, "train")
+        if record.status == "complete" and images and seconds and record.images_per_second is not None:
+            seen, expected = record.images_per_second * seconds, images * record.epochs
             if not expected / 2 <= seen <= 2 * expected:  # a last batch may be dropped, or filled up for all devices
                 problems.append(
-                    f"{record.images_per_second:.4g} images per second for {seconds:g} s are {seen:.0f} pictures, and "
+                    f"{record.images_per_second:.4g} images per second for {seconds:g} s are {seen:.0f} images, and "
                     f"{record.epochs} epochs of {record.lists['train']} are {expected}"
                 )
         self.judge("times", problems, "name, date, seconds and images per second fit each other")
@@ -455,7 +455,7 @@ class _Auditor(Auditor):
         forms: Mapping[str, Mapping[str, int]] = {"card": card.counts, **card.variants}
         return forms.get(self.record.data_variant, {})
 
-    def _pictures(self, card: TaskCard | None, role: str) -> int | None:
+    def _images(self, card: TaskCard | None, role: str) -> int | None:
         """Return the number of images of a split by the card, None if the card does not know."""
         return self._split_counts(card).get(self.record.lists.get(role, ""))
 
@@ -563,23 +563,21 @@ class _Auditor(Auditor):
         name = record.lists.get(role, "")
         if record.metrics is None:
             return
-        expected = self._pictures(card, role)
+        expected = self._images(card, role)
         if record.data_variant not in ("card", *card.variants, "drawn"):
             problems.append(f"the card has no data variant {record.data_variant!r}")
         elif expected is not None and record.metrics.count != expected:
-            problems.append(f"{name} has {plural(record.metrics.count, 'picture')}, and the card says {expected}")
+            problems.append(f"{name} has {plural(record.metrics.count, 'image')}, and the card says {expected}")
         scored = record.metrics.per_class
         if scored is not None and not card.as_found and len(scored.count) != card.classes:
             problems.append(f"scores of {plural(len(scored.count), 'class')}, and the card says {card.classes}")
         top5 = record.metrics.top5
         if top5 is not None and not _whole(top5, record.metrics.count):
-            problems.append(
-                f"top5 {top5} % of {plural(record.metrics.count, 'picture')} is no whole number of pictures"
-            )
+            problems.append(f"top5 {top5} % of {plural(record.metrics.count, 'image')} is no whole number of images")
         problems += self._other_digests()
         digest = f" ({short(record.correct.list_digest)})" if record.correct is not None else ""
         classes = "classes as found" if card.as_found else f"{plural(card.classes, 'class')}"
-        self.judge("pictures", problems, f"{record.metrics.count} pictures of {name}{digest}, {classes}")
+        self.judge("images", problems, f"{record.metrics.count} images of {name}{digest}, {classes}")
 
     def _other_digests(self) -> list[str]:
         """Records of the same lists must have the same digest of the test list."""
@@ -830,9 +828,9 @@ class _Auditor(Auditor):
             ours, theirs = (one.metrics.per_class if one.metrics else None for one in (record, other))
             same_list = (other.task, other.data_digest, other.lists) == (record.task, record.data_digest, record.lists)
             if same_list and ours is not None and theirs is not None and ours.count != theirs.count:
-                problems.append(f"{other.run_id} scored the same list, with other numbers of pictures in its classes")
+                problems.append(f"{other.run_id} scored the same list, with other numbers of images in its classes")
         if self.shelf is not None:
-            self.judge("alike", problems, "parameters, and pictures of each class, as in the other runs here")
+            self.judge("alike", problems, "parameters, and images of each class, as in the other runs here")
 
     def _tested_settings(self) -> None:
         record = self.record
@@ -924,7 +922,7 @@ def _cuts(value: Any) -> bool:
 
 
 def _whole(percent: float, count: int) -> bool:
-    """Whether a percentage is one of whole pictures; it may have gone through float32."""
+    """Whether a percentage is one of whole images; it may have gone through float32."""
     right = percent * count / 100
     return abs(right - round(right)) <= max(1e-3, 1e-6 * count)
 
@@ -974,7 +972,7 @@ def _cell(record: Record) -> tuple[Any, ...]:
 
 
 def _scores(record: Record) -> tuple[Any, ...]:
-    """What two seeds do not share by chance: which pictures are right, and the loss to the last digit."""
+    """What two seeds do not share by chance: which images are right, and the loss to the last digit."""
     return record.metrics and (record.metrics.correct, record.metrics.loss), record.correct and record.correct.bits
 
 

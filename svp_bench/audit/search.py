@@ -283,7 +283,7 @@ class _SearchAuditor(Auditor):
                 continue
             scored = record.lists.get("val")
             if record.kind != "selection" or "test" in record.lists or record.correct is not None:
-                yield f"{run_id} read test pictures ({record.kind}, {roles(record.lists)})"
+                yield f"{run_id} read test images ({record.kind}, {roles(record.lists)})"
                 continue
             if record.status != "complete" or record.metrics is None:
                 yield f"{run_id} is {record.status}, and has no score"
@@ -292,7 +292,7 @@ class _SearchAuditor(Auditor):
                 yield f"{run_id} has {record.metrics.top1:.2f} on val, the choice says {score:.2f}"
             if not _scored_as_said(choice, record, place % parts) or record.metrics.count != counts[place]:
                 yield (
-                    f"{run_id} was scored on {record.metrics.count} pictures of {scored}, the choice "
+                    f"{run_id} was scored on {record.metrics.count} images of {scored}, the choice "
                     f"says {counts[place]} of {choice.selected_on}"
                 )
             if trial.losses is not None and not math.isclose(record.metrics.loss, trial.losses[place], abs_tol=1e-9):

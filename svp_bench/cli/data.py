@@ -1,4 +1,4 @@
-"""The verb about pictures on disk."""
+"""The subcommand about images on disk."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["data"]
 
 
 def data(argv: Sequence[str]) -> int:
-    """Check the pictures on disk, or draw a small stand-in."""
+    """Check the images on disk, or draw a small stand-in."""
     options = parser("data")
     actions = options.add_subparsers(dest="action", required=True, metavar="check|draw", parser_class=Parser)
-    check = actions.add_parser("check", help="compare the pictures on disk with the cards")
+    check = actions.add_parser("check", help="compare the images on disk with the cards")
     check.add_argument("tasks", nargs="*", help="tasks or suites; all by default")
     check.add_argument("--root", help="the data root; $SVP_BENCH_DATA, else data/, by default")
-    draw = actions.add_parser("draw", help="draw a small stand-in for a task's pictures, to try things out")
+    draw = actions.add_parser("draw", help="draw a small stand-in for a task's images, to try things out")
     draw.add_argument("task", help="e.g. vtab/caltech101")
     draw.add_argument("--root", required=True, help="the data root to write below")
     draw.add_argument("--seed", type=int, default=0)
@@ -44,8 +44,8 @@ def _check_data(arguments: Any) -> int:
             card = measured(shipped, root)
             source = open_source(card, root)
             report = inspect(card, source, sorted(source.lists))
-            for pictures in source.lists.values():
-                pictures.verify()
+            for images in source.lists.values():
+                images.verify()
         except DataError as error:
             rows.append((name, "missing or broken", "", str(error)))
             worst = 1
@@ -62,6 +62,6 @@ def _draw_data(arguments: Any) -> int:
     from svp_bench.tasks.cards import load_task
 
     folder = draw_task(load_task(arguments.task), Path(arguments.root), seed=arguments.seed, layout=arguments.layout)
-    print(f"Drew a stand-in for {arguments.task} in {folder} (not the real pictures: records will say so).")
+    print(f"Drew a stand-in for {arguments.task} in {folder} (not the real images: records will say so).")
     print(f"Next: svp-bench fit --config configs/{arguments.task}.yaml --data.root {arguments.root} ...")
     return 0

@@ -1,4 +1,4 @@
-"""The verb that says what runs here."""
+"""The subcommand that says what runs here."""
 
 from __future__ import annotations
 

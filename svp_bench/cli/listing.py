@@ -1,4 +1,4 @@
-"""Verbs that list cards and methods."""
+"""Subcommands that list cards and methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front door: `svp-bench VERB …`. Light verbs import no torch; every expected failure is one line."""
+"""The front door: `svp-bench SUBCOMMAND …`. Light subcommands import no torch; every expected failure is one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from svp_bench import __version__
-from svp_bench.cli.commands import HEAVY, VERBS
+from svp_bench.cli.commands import HEAVY, SUBCOMMANDS
 from svp_bench.core.errors import SvpBenchError, UsageError, printable, unknown_name
 from svp_bench.core.interrupts import INTERRUPTS, Preempted, ignore_from_now_on
 from svp_bench.core.resources import OWN_TASKS
@@ -98,7 +98,7 @@ def _task_names(text: str, folders: list[str]) -> str:
             if not os.path.isfile(f"{folder}.yaml"):
                 raise UsageError(
                     f"{name}: a card lies in the folder of its suite, and the suite's card {folder}.yaml is missing; "
-                    "take tasks/own.yaml as the pattern"
+                    "take tasks/custom.yaml as the pattern"
                 )
             folders.append(root)
             name = f"{suite}/{os.path.splitext(file)[0]}"
@@ -113,26 +113,26 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"svp-bench {__version__}")
         return 0
-    verb, rest = arguments[0], arguments[1:]
-    if verb in HEAVY:
-        with INTERRUPTS.taken() if verb == "fit" else nullcontext():  # importing torch takes seconds
+    subcommand, rest = arguments[0], arguments[1:]
+    if subcommand in HEAVY:
+        with INTERRUPTS.taken() if subcommand == "fit" else nullcontext():  # importing torch takes seconds
             try:
-                return _run_training(verb, rest)
+                return _run_training(subcommand, rest)
             except Preempted:
                 INTERRUPTS.say_stopped_early()
                 return 0
-    if verb not in VERBS:
-        raise unknown_name("command", verb, [*HEAVY, *VERBS], listing="svp-bench --help")
-    return VERBS[verb].run(rest)
+    if subcommand not in SUBCOMMANDS:
+        raise unknown_name("command", subcommand, [*HEAVY, *SUBCOMMANDS], listing="svp-bench --help")
+    return SUBCOMMANDS[subcommand].run(rest)
 
 
-def _run_training(verb: str, rest: list[str]) -> int:
+def _run_training(subcommand: str, rest: list[str]) -> int:
     from svp_bench.config.compose import compose, split_flags
 
     if any(flag in rest for flag in ("--help", "-h")):
         from svp_bench.cli.training_help import training_help
 
-        print(training_help(verb))
+        print(training_help(subcommand))
         return 0
     flags = split_flags(["--help" if flag == "--help=all" else flag for flag in rest])
     if not flags.asks_help:
@@ -141,7 +141,7 @@ def _run_training(verb: str, rest: list[str]) -> int:
         print("Loading PyTorch, weights and images …", flush=True)
     from svp_bench.train.run import run
 
-    run(verb, flags)
+    run(subcommand, flags)
     return 0
 
 
@@ -152,7 +152,7 @@ def _help() -> str:
         "Adapt pre-trained Vision Mamba models and compare the methods, honestly.",
         "",
         *(f"  {name:<10} {summary}" for name, summary in HEAVY.items()),
-        *(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()),
+        *(f"  {name:<10} {subcommand.summary}" for name, subcommand in SUBCOMMANDS.items()),
         "",
         "task cards of your own: --tasks_dir DIR with any command, or $SVP_BENCH_TASKS",
         "",

@@ -1,4 +1,4 @@
-"""What the light verbs share: a parser whose errors are ours, and tables of text."""
+"""What the light subcommands share: a parser whose errors are ours, and tables of text."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (`{self.prog} --help`)")
 
 
-def parser(verb: str, forwards: bool = False) -> Parser:
-    """Return the parser of a verb, with its summary as the description; with `forwards`, it leaves flags to `fit`."""
-    from svp_bench.cli.commands import VERBS
+def parser(subcommand: str, forwards: bool = False) -> Parser:
+    """Return the parser of a subcommand, described by its summary; with `forwards`, it leaves flags to `fit`."""
+    from svp_bench.cli.commands import SUBCOMMANDS
 
-    options = Parser(prog=f"svp-bench {verb}", description=VERBS[verb].summary, allow_abbrev=False)
+    options = Parser(prog=f"svp-bench {subcommand}", description=SUBCOMMANDS[subcommand].summary, allow_abbrev=False)
     options.forwards = forwards
     options.add_argument(  # for the help alone: `svp_bench.cli.main` takes it out of every command line
         "--tasks_dir", metavar="DIR", help="a folder of further task cards; also $SVP_BENCH_TASKS"

@@ -1,4 +1,4 @@
-"""Verbs that use the whole: the demo, and predictions of a trained run."""
+"""Subcommands that use the whole: the demo, and predictions of a trained run."""
 
 from __future__ import annotations
 

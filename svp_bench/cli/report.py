@@ -1,4 +1,4 @@
-"""The verb that builds the HTML report from records."""
+"""The subcommand that builds the HTML report from records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verbs about what a number proves: audit its record, repeat its run, measure what picking on the test list gains."""
+"""Subcommands that check a number: audit its record, repeat its run, measure the gain of choosing on test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rerun(argv: Sequence[str]) -> int:
     """Repeat a run from its record; the exit status is 0 if the numbers agree."""
     options = parser("rerun", forwards=True)
     options.add_argument("record", metavar="RECORD", help="results/records/…/….json")
-    options.add_argument("--data.root", dest="data_root", help="where the pictures are; as in the record by default")
+    options.add_argument("--data.root", dest="data_root", help="where the images are; as in the record by default")
     options.add_argument(
         "--model.checkpoint", dest="checkpoint", help="where the weights are; as in the record by default"
     )

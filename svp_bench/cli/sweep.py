@@ -1,4 +1,4 @@
-"""Verbs that run many runs: `sweep` and `tune`."""
+"""Subcommands that run many runs: `sweep` and `tune`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs that read records: tables, and plans for more of them."""
+"""The subcommands that read records: tables, and plans for more of them."""
 
 from __future__ import annotations
 

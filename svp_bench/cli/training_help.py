@@ -48,15 +48,18 @@ _TRAINER = (
 )
 
 
-def training_help(verb: str) -> str:
+def training_help(subcommand: str) -> str:
     """Return the help of a subcommand that trains or tests."""
     base = read_yaml(configs_dir() / "base.yaml").value
-    lines = [f"usage: svp-bench {verb} --config FILE [--method NAME] [--KEY VALUE …]", "", HEAVY[verb], ""]
-    lines += _rows([*_OWN[verb], *_PLACES])
+    lines = [f"usage: svp-bench {subcommand} --config FILE [--method NAME] [--KEY VALUE …]", "", HEAVY[subcommand], ""]
+    lines += _rows([*_OWN[subcommand], *_PLACES])
     for group, (file, name) in _SETTINGS.items():
         lines += ["", f"{group}:", *_rows(_settings(group, file, name, base.get(group) or {}))]
     lines += ["", "trainer:", *_rows(_TRAINER)]
-    lines += ["", f"All arguments, with those of Lightning's Trainer: svp-bench {verb} --help=all (takes seconds)"]
+    lines += [
+        "",
+        f"All arguments, with those of Lightning's Trainer: svp-bench {subcommand} --help=all (takes seconds)",
+    ]
     return "\n".join(lines)
 
 

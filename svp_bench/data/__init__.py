@@ -1,4 +1,4 @@
-"""Data: lists of pictures, readers, the transform, the data module, and drawn pictures to try it all with.
+"""Data: lists of images, readers, the transform, the data module, and drawn images to try it all with.
 
 Importing this package is light. The names below are loaded when first asked for.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from svp_bench.data.sources import Source as Source
     from svp_bench.data.sources import inspect as inspect
     from svp_bench.data.sources import open_source as open_source
-    from svp_bench.data.split_files import PictureList as PictureList
+    from svp_bench.data.split_files import ImageList as ImageList
     from svp_bench.data.split_files import read_list as read_list
     from svp_bench.data.synthetic import draw_task as draw_task
     from svp_bench.data.transforms import resize_straight as resize_straight
@@ -30,7 +30,7 @@ _PUBLIC = {
     "DataReport": "svp_bench.data.sources",
     "EvalBatchSampler": "svp_bench.data.samplers",
     "GlobalBatchSampler": "svp_bench.data.samplers",
-    "PictureList": "svp_bench.data.split_files",
+    "ImageList": "svp_bench.data.split_files",
     "Source": "svp_bench.data.sources",
     "VisionDataModule": "svp_bench.data.module",
     "draw_task": "svp_bench.data.synthetic",
@@ -47,7 +47,7 @@ __all__ = [
     "DataReport",
     "EvalBatchSampler",
     "GlobalBatchSampler",
-    "PictureList",
+    "ImageList",
     "Source",
     "VisionDataModule",
     "draw_task",

@@ -1,7 +1,7 @@
-"""Augmentation as a pure function of (seed, epoch, picture): no worker, process or resumed run changes a pixel.
+"""Augmentation as a pure function of (seed, epoch, image): no worker, process or resumed run changes a pixel.
 
 timm and torchvision draw from three global random states (Python's, numpy's, torch's). Here these are seeded anew for
-each picture or step, from a key that says which it is, and are put back afterwards.
+each image or step, from a key that says which it is, and are put back afterwards.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CROPS = "--data.train_crop"
 class _Draw(IntEnum):
     """What is drawn: no two of them may read the same stream."""
 
-    PICTURE = 1
+    IMAGE = 1
     ERASING = 2
     MIXING = 3
 
@@ -65,12 +65,12 @@ def seeded(*key: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Augment:
-    """What chance does to a training picture. Each field is off if None.
+    """What chance does to a training image. Each field is off if None.
 
     Attributes:
         crop: `random_resized`: a rectangle of random area and aspect ratio, resized to the square. `random`: the
             shorter side is resized to size / crop_ratio, and a random square is cut out.
-        scale: Range of the area of `random_resized`, as a share of the picture; `CROP_SCALE` if None.
+        scale: Range of the area of `random_resized`, as a share of the image; `CROP_SCALE` if None.
         aspect: Range of its width / height; `CROP_ASPECT` if None.
         flip: Probability of a horizontal flip.
         rand_augment: RandAugment (Cubuk et al., 2020) as a specification of timm's, e.g. "rand-m9-mstd0.5-inc1".
@@ -177,11 +177,11 @@ def _posterize(image: Image.Image, bits: int, **settings: object) -> Image.Image
 
 
 class Augmenter:
-    """Applies an `Augment` to pictures.
+    """Applies an `Augment` to images.
 
     Args:
         augment: What is done.
-        view: How a picture is brought to its size where no random crop does.
+        view: How a image is brought to its size where no random crop does.
         seed: Of all draws.
     """
 
@@ -213,18 +213,18 @@ class Augmenter:
         self._steps = steps
 
     def __call__(self, image: Image.Image, epoch: int, index: int, copy: int) -> npt.NDArray[np.uint8]:
-        """Return an RGB picture, augmented.
+        """Return an RGB image, augmented.
 
         Args:
             image: As stored if `needs_original`, else at the view's size.
             epoch: The epoch.
-            index: Position of the picture in its list.
+            index: Position of the image in its list.
             copy: How many times it came before in this epoch.
 
         Returns:
             uint8 (3, size, size), contiguous.
         """
-        with seeded(self._seed, _Draw.PICTURE, epoch, index, copy):
+        with seeded(self._seed, _Draw.IMAGE, epoch, index, copy):
             for step in self._steps:
                 image = step(image)  # type: ignore[operator]
         return to_array(image)
@@ -235,15 +235,15 @@ def erase(
 ) -> Tensor:
     """Random erasing (Zhong et al., AAAI 2020) in place: a rectangle of normal noise, mode "pixel" of timm's.
 
-    It belongs after normalisation, for which the noise is of the pictures' own scale. The noise is drawn on the CPU, so
-    that a picture is the same on every device.
+    It belongs after normalisation, for which the noise is of the images' own scale. The noise is drawn on the CPU, so
+    that a image is the same on every device.
 
     Args:
         images: Normalised float (B, 3, H, W), on any device.
-        probability: That a picture is changed.
+        probability: That a image is changed.
         seed: Of all draws.
         epoch: The epoch.
-        index: Positions of the B pictures in their list.
+        index: Positions of the B images in their list.
         copies: How many times each came before in this epoch; 0 if None.
 
     Returns:
@@ -258,10 +258,10 @@ def erase(
 
 @dataclass(frozen=True)
 class Mix:
-    """How the pictures of one step are mixed.
+    """How the images of one step are mixed.
 
     Attributes:
-        share: λ, what a picture keeps of itself (cutmix: of its area).
+        share: λ, what a image keeps of itself (cutmix: of its area).
         box: (top, bottom, left, right) of what cutmix takes from the partner, in pixels; None for mixup.
     """
 
@@ -296,8 +296,8 @@ class Mixing:
             seed: Of all draws.
             epoch: The epoch.
             step: The optimizer step within the epoch.
-            height: Of the pictures, in pixels.
-            width: Of the pictures, in pixels.
+            height: Of the images, in pixels.
+            width: Of the images, in pixels.
         """
         timm_mixup = Mixup(self.mixup, self.cutmix, prob=self.probability, switch_prob=self.switch_probability)
         with seeded(seed, _Draw.MIXING, epoch, step):

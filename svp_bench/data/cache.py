@@ -1,7 +1,7 @@
-"""What outlives a run in a process that makes many: decoded pictures, and what examining them found.
+"""What outlives a run in a process that makes many: decoded images, and what examining them found.
 
-Off unless a process asks for it (`keep_between_runs`). What is kept is known by where the pictures lie, the digest of
-their list, and the view; a process that lives no longer than a sweep takes it that nobody changes pictures under it.
+Off unless a process asks for it (`keep_between_runs`). What is kept is known by where the images lie, the digest of
+their list, and the view; a process that lives no longer than a sweep takes it that nobody changes images under it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svp_bench.data.inspection import Examined
-from svp_bench.data.sources import Note, Pictures
+from svp_bench.data.sources import Images, Note
 
 __all__ = ["examined", "keep_between_runs", "kept"]
 
@@ -42,27 +42,27 @@ _keeper: _Keeper | None = None
 
 
 def keep_between_runs(limit: int = 2 * 2**30) -> None:
-    """Keep decoded pictures, of at most `limit` bytes in all, until the process ends."""
+    """Keep decoded images, of at most `limit` bytes in all, until the process ends."""
     global _keeper
     _keeper = _Keeper(limit)
 
 
-def _name(pictures: Pictures) -> Hashable:
-    place = pictures.where(0) if len(pictures) else ""
-    return type(pictures).__name__, pictures.name, pictures.digest, place
+def _name(images: Images) -> Hashable:
+    place = images.where(0) if len(images) else ""
+    return type(images).__name__, images.name, images.digest, place
 
 
-def kept(pictures: Pictures, view: Hashable, make: Callable[[], Array]) -> Array:
-    """Return the decoded pictures of a list, uint8 (N, 3, H, W): those of an earlier run, or what `make` returns."""
-    return make() if _keeper is None else _keeper.get((_name(pictures), pictures.depth, view), make)
+def kept(images: Images, view: Hashable, make: Callable[[], Array]) -> Array:
+    """Return the decoded images of a list, uint8 (N, 3, H, W): those of an earlier run, or what `make` returns."""
+    return make() if _keeper is None else _keeper.get((_name(images), images.depth, view), make)
 
 
-def examined(pictures: Pictures, note: Note | None = None) -> Examined:
+def examined(images: Images, note: Note | None = None) -> Examined:
     """Return what examining the images of a split finds, or found in an earlier run of this process."""
     if _keeper is None:
-        return pictures.examine(note)
-    if (name := _name(pictures)) not in _keeper.examined:
-        found = pictures.examine(note)
+        return images.examine(note)
+    if (name := _name(images)) not in _keeper.examined:
+        found = images.examine(note)
         if found.problems:
             return found
         _keeper.examined[name] = found

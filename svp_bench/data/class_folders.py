@@ -1,16 +1,16 @@
-"""Reader: own pictures, a folder of pictures for each class.
+"""Reader: own images, a folder of images for each class.
 
 Two layouts, told apart by what is there:
 
 - `ROOT/train/<class>/…` and `ROOT/test/<class>/…`, and `ROOT/val/<class>/…` if there is one (in any case of letters;
   also `training`, `testing`, `valid`, `validation`);
-- `ROOT/<class>/…`, which is split: of each class a fifth (at least one picture) for test, a fifth for val, the rest
+- `ROOT/<class>/…`, which is split: of each class a fifth (at least one image) for test, a fifth for val, the rest
   for train.
 
-Which picture goes where follows from the SHA-256 of its path below the root, so it is the same on every machine, and a
-picture that is added later moves few others. Without a `val` folder, val is a fifth of each class of train.
+Which image goes where follows from the SHA-256 of its path below the root, so it is the same on every machine, and a
+image that is added later moves few others. Without a `val` folder, val is a fifth of each class of train.
 
-What tells a picture from all others is its content: two data sets with the same names are two, and a picture that is
+What tells a image from all others is its content: two data sets with the same names are two, and a image that is
 there twice, under whatever names, is refused: it could be trained on and tested on.
 
 An image is what its content says, whatever its name (`svp_bench.data.decode.FORMATS`). Other files are skipped, counted
@@ -39,8 +39,8 @@ from svp_bench.core.yaml import did_you_mean
 from svp_bench.data.decode import identify
 from svp_bench.data.locate import ROOT_VARIABLE
 from svp_bench.data.reading import reader_options
-from svp_bench.data.sources import FilePictures, Source, in_threads
-from svp_bench.data.split_files import PictureList
+from svp_bench.data.sources import FileImages, Source, in_threads
+from svp_bench.data.split_files import ImageList
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 __all__ = ["open_class_folders", "other_kind"]
@@ -59,21 +59,21 @@ _PARTS = {
 }
 _SHARE = 0.2  # of a class, for val and for test
 _LISTS = ("train", "val", "trainval", "test")
-_LAYOUTS = "own pictures lie in DIR/<class>/, or in DIR/train/<class>/ and DIR/test/<class>/"
+_LAYOUTS = "own images lie in DIR/<class>/, or in DIR/train/<class>/ and DIR/test/<class>/"
 
 Classes = dict[str, list[str]]  # name of a class → paths below the root, sorted
 Skipped = dict[str, list[str]]  # kind of file → paths below the root
 
 
 def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
-    """Read own pictures. `root` is their folder; it must be given (or $SVP_BENCH_DATA).
+    """Read own images. `root` is their folder; it must be given (or $SVP_BENCH_DATA).
 
     Files that are not images are skipped and listed in `Source.skipped`; folders within a class are its own.
 
     Raises:
         CardError: If the card gives options, or lists by other names than train, val, trainval and test.
-        DataError: If there are no class folders or only one, a class has too few pictures, val or test has a class that
-            train lacks, a picture is there twice, a file is of a format that is not read, or a folder cannot be.
+        DataError: If there are no class folders or only one, a class has too few images, val or test has a class that
+            train lacks, a image is there twice, a file is of a format that is not read, or a folder cannot be.
     """
     reader_options(card, {})
     for name in card.counts:
@@ -95,31 +95,31 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
         )
     paths = sorted(path for name in ("trainval", "test") for of in parts[name].values() for path in of)
     contents = _contents(folder, paths)
-    lists = {name: _OwnPictures(folder, name, _listed(parts[name], names), contents) for name in _LISTS}
+    lists = {name: _OwnImages(folder, name, _listed(parts[name], names), contents) for name in _LISTS}
     there = {kind: tuple(sorted(found)) for kind, found in sorted(skipped.items())}
     return Source(str(folder), lists, class_names=names, skipped=there)
 
 
-class _OwnPictures(FilePictures):
-    """Pictures that their content tells apart.
+class _OwnImages(FileImages):
+    """Images that their content tells apart.
 
     Args:
         folder: What the paths are relative to.
         name: Name of the list.
-        pictures: Paths and labels.
+        images: Paths and labels.
         contents: Path → SHA-256 of the file, for all lists.
     """
 
-    def __init__(self, folder: Path, name: str, pictures: PictureList, contents: Mapping[str, str]) -> None:
-        super().__init__(folder, name, pictures, str(folder))
-        lines = [name, *(f"{contents[p]} {label}" for p, label in zip(pictures.paths, pictures.labels, strict=True))]
+    def __init__(self, folder: Path, name: str, images: ImageList, contents: Mapping[str, str]) -> None:
+        super().__init__(folder, name, images, str(folder))
+        lines = [name, *(f"{contents[p]} {label}" for p, label in zip(images.paths, images.labels, strict=True))]
         self.digest = "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _folder(root: Path | None) -> Path:
     given, source = (root, "--data.root") if root is not None else (os.environ.get(ROOT_VARIABLE), f"${ROOT_VARIABLE}")
     if not given:
-        raise DataError("own pictures: where are they? Give their folder with --data.root DIR (DIR/<class>/*.jpg)")
+        raise DataError("own images: where are they? Give their folder with --data.root DIR (DIR/<class>/*.jpg)")
     folder = Path(os.path.abspath(Path(given).expanduser()))
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder ({source}); {_LAYOUTS}")
@@ -150,7 +150,7 @@ def _given(folder: Path, given: Mapping[str, str], skipped: Skipped) -> dict[str
         if part not in given:
             has = ", ".join(given.values())
             raise DataError(
-                f"{folder} has {has} and no folder called {part}; add one, or put all pictures into class folders side "
+                f"{folder} has {has} and no folder called {part}; add one, or put all images into class folders side "
                 "by side, to have them split"
             )
     parts = {part: _classes(folder, name, skipped) for part, name in given.items()}
@@ -180,8 +180,8 @@ def _split(folder: Path, skipped: Skipped) -> dict[str, Classes]:
 def _fifth(paths: list[str], place: Path, least: int) -> tuple[list[str], list[str]]:
     """Return a fifth of a class, at least one, and the rest; both in the order of their digests."""
     if len(paths) < least:
-        pictures = "picture" if len(paths) == 1 else "pictures"
-        raise DataError(f"{place} has {len(paths)} {pictures}; to be split, a class needs at least {least}")
+        images = "image" if len(paths) == 1 else "images"
+        raise DataError(f"{place} has {len(paths)} {images}; to be split, a class needs at least {least}")
 
     def digest(path: str) -> bytes:  # file systems spell accents in two ways
         return hashlib.sha256(unicodedata.normalize("NFC", path).encode()).digest()
@@ -191,10 +191,10 @@ def _fifth(paths: list[str], place: Path, least: int) -> tuple[list[str], list[s
     return ordered[:count], ordered[count:]
 
 
-def _listed(classes: Classes, names: Sequence[str]) -> PictureList:
+def _listed(classes: Classes, names: Sequence[str]) -> ImageList:
     paths = [path for name in names for path in classes.get(name, ())]
     labels = [label for label, name in enumerate(names) for _ in classes.get(name, ())]
-    return PictureList(tuple(paths), np.asarray(labels, dtype=np.int64))
+    return ImageList(tuple(paths), np.asarray(labels, dtype=np.int64))
 
 
 # --- folders and files -----------------------------------------------------------------------------------------------
@@ -229,12 +229,12 @@ def _classes(folder: Path, part: str, skipped: Skipped) -> Classes:
         classes[shown] = sorted(_images(folder, f"{part}/{name}" if part else name, (), skipped))
     if not any(classes.values()):
         raise DataError(
-            f"{place} holds no folder with pictures{_listed_kinds(skipped)}; {_LAYOUTS}, as {', '.join(ENDINGS)}"
+            f"{place} holds no folder with images{_listed_kinds(skipped)}; {_LAYOUTS}, as {', '.join(ENDINGS)}"
         )
     for name, paths in classes.items():
         if not paths:
             raise DataError(
-                f"{place / name} holds no picture ({', '.join(ENDINGS)}){_listed_kinds(skipped)}; "
+                f"{place / name} holds no image ({', '.join(ENDINGS)}){_listed_kinds(skipped)}; "
                 "take the folder away, or fill it"
             )
     return dict(sorted(classes.items()))
@@ -314,12 +314,12 @@ def _contents(folder: Path, paths: Sequence[str]) -> dict[str, str]:
             status = place.stat()
             return _digest(str(place), status.st_size, status.st_mtime_ns)
 
-    digests = in_threads(digest, len(paths), "reading the pictures")
+    digests = in_threads(digest, len(paths), "reading the images")
     first: dict[str, str] = {}
     for path, one in zip(paths, digests, strict=True):
         other = first.setdefault(one, path)
         if other != path:
-            raise DataError(f"{folder}: {other} and {path} are the same picture; keep one of them")
+            raise DataError(f"{folder}: {other} and {path} are the same image; keep one of them")
     return dict(zip(paths, digests, strict=True))
 
 

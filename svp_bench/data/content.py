@@ -11,11 +11,11 @@ from pathlib import Path
 from svp_bench.core.atomic import read_regular, replacing
 from svp_bench.core.errors import printable
 from svp_bench.data.inspection import Examined
-from svp_bench.data.sources import Pictures
+from svp_bench.data.sources import Images
 
 __all__ = ["content_digest", "differences_from_first_use", "first_overlap", "joined", "overlap", "two_labels"]
 
-Split = tuple[Pictures, Examined]
+Split = tuple[Images, Examined]
 _MAX_BYTES = 2**20
 
 
@@ -47,8 +47,8 @@ def two_labels(split: Split) -> list[tuple[int, int]]:
 def joined(refit: Split, train: Split, val: Split) -> str | None:
     """Compare `refit` with train and val together, as pixels and labels; return the difference, or None."""
 
-    def content(pictures: Pictures, examined: Examined) -> Counter[tuple[bytes, int]]:
-        return Counter(zip(examined.keys(), pictures.labels.tolist(), strict=True))
+    def content(images: Images, examined: Examined) -> Counter[tuple[bytes, int]]:
+        return Counter(zip(examined.keys(), images.labels.tolist(), strict=True))
 
     both = content(*train) + content(*val)
     ours = content(*refit)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from svp_bench.core.errors import CardError, plural, unknown_name
 from svp_bench.data.reading import reader_options
-from svp_bench.data.sources import ArrayPictures, Source
+from svp_bench.data.sources import ArrayImages, Source
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 __all__ = ["open_digits"]
@@ -21,13 +21,13 @@ _FEWEST = 3  # the fewest per class of which a fifth is still one
 
 
 def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
-    """Read the handwritten digits that scikit-learn ships: 1,797 grey pictures of 8 × 8 pixels, 10 classes.
+    """Read the handwritten digits that scikit-learn ships: 1,797 grey images of 8 × 8 pixels, 10 classes.
 
     Lists, all in file order: `train` the first 800, `val` the next 200, `trainval` both, `test` the last 797. With the
     option `per_class: k`, `trainval` holds k of each class, evenly spaced among the first 1,000 (the file goes from
     writer to writer, so val is not by those of train alone); of these, a fifth, evenly spaced again, are `val`.
 
-    With the option `margin: m`, m empty pixels are put around each picture: 2 make the share of the digit that of
+    With the option `margin: m`, m empty pixels are put around each image: 2 make the share of the digit that of
     MNIST, 8 of 12 pixels for its 20 of 28. `root` is not used.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository (its test part).
@@ -76,7 +76,7 @@ def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
         raise unknown_name(
             "list of the reader 'digits'", unknown[0], positions, where=f"{card.path}:1", error=CardError
         )
-    lists = {name: ArrayPictures(name, pixels, labels, positions[name]) for name in card.counts}
+    lists = {name: ArrayImages(name, pixels, labels, positions[name]) for name in card.counts}
     return Source("scikit-learn's digits", lists, class_names=tuple(map(str, digits.target_names)))
 
 

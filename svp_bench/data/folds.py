@@ -12,7 +12,7 @@ from PIL import Image
 
 from svp_bench.core.errors import DataError
 from svp_bench.data.decode import Decoded
-from svp_bench.data.sources import Pictures, Source
+from svp_bench.data.sources import Images, Source
 
 __all__ = ["Subset", "fold_positions", "with_fold"]
 
@@ -59,7 +59,7 @@ def fold_positions(
     return np.array([position for position, key in enumerate(keys) if part_of[key] == part], dtype=np.int64)
 
 
-class Subset(Pictures):
+class Subset(Images):
     """Some images of a split, as a split of their own.
 
     Args:
@@ -68,7 +68,7 @@ class Subset(Pictures):
         positions: int64, which of its images.
     """
 
-    def __init__(self, name: str, whole: Pictures, positions: npt.NDArray[np.int64]) -> None:
+    def __init__(self, name: str, whole: Images, positions: npt.NDArray[np.int64]) -> None:
         self.name = name
         self.positions = positions
         self._whole = whole
@@ -112,8 +112,8 @@ def with_fold(
         fold: See `fold_positions`.
         seed: See `fold_positions`.
     """
-    pictures = source.get(whole)
-    held = fold_positions(pictures.keys(), pictures.labels, task, folds, fold, seed)
-    rest = np.setdiff1d(np.arange(len(pictures)), held)
-    parts = {names[0]: Subset(names[0], pictures, rest), names[1]: Subset(names[1], pictures, held)}
+    images = source.get(whole)
+    held = fold_positions(images.keys(), images.labels, task, folds, fold, seed)
+    rest = np.setdiff1d(np.arange(len(images)), held)
+    parts = {names[0]: Subset(names[0], images, rest), names[1]: Subset(names[1], images, held)}
     return replace(source, lists={**source.lists, **parts})

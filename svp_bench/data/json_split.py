@@ -1,4 +1,4 @@
-"""Reader: JSON splits, files of picture paths and class ids; without them, what the data set itself says."""
+"""Reader: JSON splits, files of image paths and class ids; without them, what the data set itself says."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from svp_bench.core.errors import CardError, DataError, plural, unknown_name
 from svp_bench.data.locate import find_folder
 from svp_bench.data.native import NATIVE_FORMS, Ids, NativeForm, enter, names_of_folders
 from svp_bench.data.reading import all_of, any_of, drawn_notes, joined_names, list_names, reader_options, show
-from svp_bench.data.sources import FilePictures, Pictures, Source
-from svp_bench.data.split_files import MAX_SPLIT_BYTES, PictureList
+from svp_bench.data.sources import FileImages, Images, Source
+from svp_bench.data.split_files import MAX_SPLIT_BYTES, ImageList
 from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
 
 __all__ = ["open_json_split"]
 
 _SPLIT_FILES = ("train.json", "val.json", "test.json")
-_PICTURE_ROOTS = ("images", "Images", "")
-_ROOT_PROBES = 100  # listed pictures that are looked for to find what their paths are relative to
+_IMAGE_ROOTS = ("images", "Images", "")
+_ROOT_PROBES = 100  # listed images that are looked for to find what their paths are relative to
 _VAL_EVERY = 10  # of a data set that has no val list of its own
 _OFFICIAL = "official"  # the variant of a card that the data set's own files make
 
 
 def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
-    """Read `train.json`, `val.json` and `test.json`, each one object of picture path → class id, beside the pictures.
+    """Read `train.json`, `val.json` and `test.json`, each one object of image path → class id, beside the images.
 
     Labels: the distinct ids of train.json in ascending order are 0, 1, …, and that one map serves all lists (a map
     built anew for each file, as released loaders do, shifts where a file lacks a class). Ids are whole numbers or texts
-    of digits. Pictures of val.json are taken out of `train`, also where train.json repeats them; `trainval` is train
+    of digits. Images of val.json are taken out of `train`, also where train.json repeats them; `trainval` is train
     and val together. Paths are relative to `images`, `Images` or the folder itself.
 
     Names of classes follow the ids: where the card has a file of names, its first line is for the id that the option
     `first_id` says; else they come from the data set's own files or from the names of its folders.
 
     Where none of the three files is there but the data set's own are (option `native`), these are read: the official
-    training and test lists, and as `val` the official one or else every tenth of the official training pictures, in
+    training and test lists, and as `val` the official one or else every tenth of the official training images, in
     official order. That is the card's variant `official`, and never mixes with the JSON split.
 
     Source of the format: M. Jia et al., Visual Prompt Tuning, ECCV 2022, and its released splits.
@@ -67,7 +67,7 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     also = f", or its own {joined_names(native.files)}," if native else ""
     remedy = (
         f"{joined_names(_SPLIT_FILES)} of the VPT split (links in the README of https://github.com/KMnP/vpt){also} "
-        f"beside the pictures of {card.source}"
+        f"beside the images of {card.source}"
     )
     folder = find_folder(card, suite, root, forms, " or ".join(files), remedy)
 
@@ -92,8 +92,8 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
         notes.append(f"{listings[0]} has {plural(len(labels), 'class')}, the card says {card.classes}")
     ids = {path: class_id for part in parts for path, class_id in part.items()}
     names = _names(card, labels, folder, ids, native)
-    pictures = _pictures(card, folder, _lists(parts, listings, refit), labels, listings)
-    return Source(str(folder), pictures, tuple(notes), bool(drawn_notes(folder)), variant, names)
+    images = _images(card, folder, _lists(parts, listings, refit), labels, listings)
+    return Source(str(folder), images, tuple(notes), bool(drawn_notes(folder)), variant, names)
 
 
 def _native_form(card: TaskCard, options: Mapping[str, Any]) -> NativeForm | None:
@@ -137,38 +137,38 @@ def _lists(parts: list[Ids], listings: list[str], refit: str) -> dict[str, Ids]:
     lists = {
         "train": {path: class_id for path, class_id in train.items() if path not in val},
         "val": val,
-        "trainval": {**train, **val},  # a picture of both keeps its place in train
+        "trainval": {**train, **val},  # a image of both keeps its place in train
         "test": test,
     }
     if not lists["train"]:
-        raise DataError(f"{listings[0]}: all its pictures are also in {listings[1]}; none is left to train on")
+        raise DataError(f"{listings[0]}: all its images are also in {listings[1]}; none is left to train on")
     lists["refit"] = lists[refit]
     return lists
 
 
-def _pictures(
+def _images(
     card: TaskCard, folder: Path, lists: Mapping[str, Ids], labels: Mapping[int, int], listings: list[str]
-) -> dict[str, Pictures]:
-    root = _pictures_root(folder, [*lists["train"], *lists["test"]], listings[0])
+) -> dict[str, Images]:
+    root = _images_root(folder, [*lists["train"], *lists["test"]], listings[0])
     listing_of = {"val": listings[1], "test": listings[2]}
     Image.init()  # all formats, before threads race for the rarer ones
-    pictures: dict[str, Pictures] = {}
+    images: dict[str, Images] = {}
     for name in card.counts:
         label_array = np.array([labels[class_id] for class_id in lists[name].values()], dtype=np.int64)
-        listed = PictureList(tuple(lists[name]), label_array)
-        pictures[name] = FilePictures(root, name, listed, listing_of.get(name, listings[0]))
-    return pictures
+        listed = ImageList(tuple(lists[name]), label_array)
+        images[name] = FileImages(root, name, listed, listing_of.get(name, listings[0]))
+    return images
 
 
-def _pictures_root(folder: Path, paths: list[str], listing: str) -> Path:
+def _images_root(folder: Path, paths: list[str], listing: str) -> Path:
     probes = paths[:: max(1, len(paths) // _ROOT_PROBES)]
-    roots = [folder / name for name in _PICTURE_ROOTS]
+    roots = [folder / name for name in _IMAGE_ROOTS]
     for root in roots:
         if any((root / path).is_file() for path in probes):
             return root
     raise DataError(
-        f"{listing}: its pictures are in none of {', '.join(map(str, roots))} (looked for {len(probes)} of them, "
-        f"the first is {show(paths[0])}); unpack the pictures there"
+        f"{listing}: its images are in none of {', '.join(map(str, roots))} (looked for {len(probes)} of them, "
+        f"the first is {show(paths[0])}); unpack the images there"
     )
 
 
@@ -205,8 +205,8 @@ def _read_json(path: Path) -> Ids:
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise DataError(f"{path}: not JSON ({' '.join(str(error).split())}); get the split again") from None
     if not isinstance(entries, dict) or not entries:
-        raise DataError(f"{path}: found {show(entries)}, expected one object of picture path -> class id")
+        raise DataError(f"{path}: found {show(entries)}, expected one object of image path -> class id")
     ids: Ids = {}
-    for picture, class_id in entries.items():
-        enter(ids, picture, class_id, path)
+    for image, class_id in entries.items():
+        enter(ids, image, class_id, path)
     return ids

@@ -34,7 +34,7 @@ def locate(card: TaskCard, suite: SuiteCard, root: Path | None = None) -> Path:
     Raises:
         DataError: If no place holds a list; names all that were tried.
     """
-    remedy = suite.archive or f"the pictures of {card.source} as lists and folders"
+    remedy = suite.archive or f"the images of {card.source} as lists and folders"
     forms = [
         lambda place, wanted=wanted: wanted(list_file(place, name).is_file() for name in card.counts)
         for wanted in (all, any)
@@ -93,7 +93,7 @@ def find_folder(
     raise DataError(
         f"no data of {card.name}: none of {', '.join(map(str, places))} holds {content} "
         f"({source} is {given}); get {remedy} and give its folder with --data.root DIR or ${ROOT_VARIABLE}, or try "
-        f"with drawn pictures: `svp-bench data draw`"
+        f"with drawn images: `svp-bench data draw`"
     )
 
 

@@ -1,9 +1,9 @@
-"""The data module: one task, one protocol, one stage, as batches of uint8 pictures.
+"""The data module: one task, one protocol, one stage, as batches of uint8 images.
 
 What makes it different from a plain one:
 
-- the training pictures are decoded once and kept as uint8, so that an epoch is a matter of indexing;
-- which picture is in which batch follows from (seed, epoch) alone, whatever the number of processes;
+- the training images are decoded once and kept as uint8, so that an epoch is a matter of indexing;
+- which image is in which batch follows from (seed, epoch) alone, whatever the number of processes;
 - there is no test loader until `unlock_test` was called, which the command line does once the weights are final.
 """
 
@@ -46,7 +46,7 @@ from svp_bench.data.inspection import Examined
 from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler, Positions
 from svp_bench.data.sources import (
     DataReport,
-    Pictures,
+    Images,
     Source,
     cpu_count,
     in_threads,
@@ -72,7 +72,7 @@ MEMORY_LIMIT_BYTES = 4 * 2**30  # a list that is larger when decoded is decoded 
 # What Lightning warns of and what is meant to be so here: no loader of val, and no workers where nothing is decoded.
 _WRONG_GUESSES = (r"Total length of `list` across ranks is zero", r"The '\w+_dataloader' does not have many workers")
 _MOST_WORKERS = 1024
-_FEW_PICTURES = 512  # below, starting worker processes takes longer than decoding
+_FEW_IMAGES = 512  # below, starting worker processes takes longer than decoding
 
 
 class Batch(NamedTuple):
@@ -81,7 +81,7 @@ class Batch(NamedTuple):
     Attributes:
         images: uint8 (B, 3, H, W), RGB, not normalised.
         labels: int64 (B,).
-        index: int64 (B,), the positions of the pictures in their list.
+        index: int64 (B,), the positions of the images in their list.
     """
 
     images: torch.Tensor
@@ -90,7 +90,7 @@ class Batch(NamedTuple):
 
 
 class VisionDataModule(LightningDataModule):
-    """The pictures of one task under one protocol.
+    """The images of one task under one protocol.
 
     The Trainer must run with `use_distributed_sampler=False`: the samplers here divide the work themselves.
 
@@ -99,36 +99,36 @@ class VisionDataModule(LightningDataModule):
         root: The folder that holds the task folders; by default $SVP_BENCH_DATA, else `data/`.
         protocol: Name of a protocol card; by default the suite's.
         stage: "final" trains on the protocol's refit list and tests; "select" trains on train and validates on val.
-        batch_size: Pictures for one optimizer step, over all processes and accumulated batches.
-        eval_batch_size: Pictures for one evaluation step over all processes; by default `batch_size`. Results do not
+        batch_size: Images for one optimizer step, over all processes and accumulated batches.
+        eval_batch_size: Images for one evaluation step over all processes; by default `batch_size`. Results do not
             depend on it, except for rounding.
-        num_workers: Worker processes that decode pictures which are not kept in memory (those of test); "auto" is one
+        num_workers: Worker processes that decode images which are not kept in memory (those of test); "auto" is one
             for each core, at most 8, and none for a small list.
-        seed: Seed of the order of the training pictures.
+        seed: Seed of the order of the training images.
         drop_last: Leave a smaller last batch out of an epoch, unless it is the only one.
-        image_size: Height and width of the pictures in pixels, or one number for both; by default the protocol's, else
+        image_size: Height and width of the images in pixels, or one number for both; by default the protocol's, else
             the backbone's. Not a square: with `resize` straight and without crops.
-        resize: How a picture is brought to that size: straight (both sides, the aspect ratio is lost) or centre_crop
+        resize: How a image is brought to that size: straight (both sides, the aspect ratio is lost) or centre_crop
             (shorter side to image_size / crop_ratio, then the square in the middle); by default the protocol's.
         interpolation: bicubic, bilinear or lanczos; by default the protocol's.
         crop_ratio: Share of the shorter side that centre_crop and the training crop `random` keep; 0.875 by default.
-        train_crop: Crop of training pictures by chance: random_resized (Inception's) or random (shorter side to
+        train_crop: Crop of training images by chance: random_resized (Inception's) or random (shorter side to
             image_size / crop_ratio, then a random square, as VPT's FGVC recipe); by default none, they are seen as in
             evaluation.
-        crop_scale: Range of the area of random_resized, as a share of the picture; 0.08 to 1 by default.
+        crop_scale: Range of the area of random_resized, as a share of the image; 0.08 to 1 by default.
         crop_aspect: Range of its width / height; 3/4 to 4/3 by default.
-        flip: Probability of a horizontal flip of a training picture. Flips, and crops too, change what some tasks ask
+        flip: Probability of a horizontal flip of a training image. Flips, and crops too, change what some tasks ask
             for (VTAB's structured ones): no default recipe has them.
         rand_augment: RandAugment by a specification of timm's, e.g. rand-m9-mstd0.5-inc1.
         color_jitter: Range of brightness, contrast and saturation, factors of 1 ± this. Refused beside rand_augment,
             where timm leaves it out without a word.
-        random_erasing: Probability that a rectangle of a training picture becomes noise (timm's mode "pixel"), on the
+        random_erasing: Probability that a rectangle of a training image becomes noise (timm's mode "pixel"), on the
             device, after normalisation.
         mixup: α of mixup: each training batch is mixed with its mirror image, λ from Beta(α, α); null or 0 for none.
         cutmix: α of cutmix; with both, each batch gets one of them.
         mix_probability: That a batch is mixed, if mixup or cutmix is on; 1 by default.
         mix_switch_probability: That it is by cutmix, if both are on; 0.5 by default.
-        repeats: Times that each training picture appears in a row, otherwise augmented, in an epoch of unchanged length
+        repeats: Times that each training image appears in a row, otherwise augmented, in an epoch of unchanged length
             (repeated augmentation); 1 by default.
         folds: In stage "select": divide the protocol's refit split into so many stratified parts, one of them val, the
             others train; as many as images is leave-one-out. Null: the protocol's own train and val.
@@ -137,7 +137,7 @@ class VisionDataModule(LightningDataModule):
         allow_overlap: Train on own images although some have the same pixels as images of val or test; records say so.
             Refused by default.
 
-    A null means its default. What chance does to a picture follows from (seed, epoch, position, repetition) alone.
+    A null means its default. What chance does to a image follows from (seed, epoch, position, repetition) alone.
 
     Attributes:
         card: The task's card.
@@ -146,7 +146,7 @@ class VisionDataModule(LightningDataModule):
         num_classes: Number of classes.
         depth: Bits that deep images use; after `setup`.
         class_names: What to call them, in the order of their labels; the data's own names, if any, after `setup`.
-        image_size: Height and width of the pictures in pixels.
+        image_size: Height and width of the images in pixels.
         lists: Role ("train", "val", "test") → name of the list that plays it in this stage.
         lists_read: The source's lists that this stage reads: those of `lists`, or the one that folds divide.
 
@@ -265,7 +265,7 @@ class VisionDataModule(LightningDataModule):
         self.depth = Depth()
         self._content_digests: dict[str, str] = {}
         self._image_notes: dict[str, int] = {}
-        self._datasets: dict[str, _Pictures] = {}
+        self._datasets: dict[str, _Images] = {}
         self._test_unlocked = False
 
     # --- setting up --------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ class VisionDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Find, compare and check the data of this stage (once), and decode what is kept in memory (once).
 
-        All lists of the stage are read and all their pictures checked whatever `stage` is: a broken test picture must
+        All lists of the stage are read and all their images checked whatever `stage` is: a broken test image must
         stop a run before training, not after it.
 
         Args:
@@ -319,8 +319,8 @@ class VisionDataModule(LightningDataModule):
         if any(found[name].problems for name in parts):  # of a stage that this one does not need
             parts = []
         depth = Depth.of(*(_largest(found.values(), name) for name in ("largest_whole", "largest_real")))
-        for pictures in source.lists.values():
-            pictures.depth = depth
+        for images in source.lists.values():
+            images.depth = depth
         self._content_digests = {name: content_digest(found[name]) for name in names}
         self.depth = depth
         self._image_notes = {f"skipped: {kind}": len(paths) for kind, paths in source.skipped.items()}
@@ -355,8 +355,8 @@ class VisionDataModule(LightningDataModule):
             return []
 
         def entries(name: str) -> set[tuple[str, int]]:
-            pictures = source.get(name)
-            return set(zip(pictures.keys(), pictures.labels.tolist(), strict=True))
+            images = source.get(name)
+            return set(zip(images.keys(), images.labels.tolist(), strict=True))
 
         return [] if entries(refit) == set().union(*map(entries, parts)) else parts
 
@@ -380,7 +380,7 @@ class VisionDataModule(LightningDataModule):
             if pairs := overlap(held, train):
                 self._image_notes[f"images of {held[0].name} that are also in {train[0].name}"] = len(pairs)
                 text = first_overlap(held, train, pairs)
-                if self.card.suite == "own" and not self.allow_overlap:
+                if self.card.suite == "custom" and not self.allow_overlap:
                     raise DataError(
                         f"{text}; remove them from one of the two, or keep them with --data.allow_overlap true "
                         "(records will say data_status: different)"
@@ -400,7 +400,7 @@ class VisionDataModule(LightningDataModule):
         distinguished by their digest instead, and synthetic stand-ins are not compared.
         """
         report = self.report
-        if self.card.suite == "own" or report.variant == "drawn" or self.folds is not None:
+        if self.card.suite == "custom" or report.variant == "drawn" or self.folds is not None:
             return
         path = results_root / "content" / f"{self.card.name}.json"
         try:
@@ -438,32 +438,32 @@ class VisionDataModule(LightningDataModule):
 
     def list_digest(self, role: str) -> str:
         """Return the digest of the split that plays a role, after `setup`."""
-        return self._pictures(role).digest
+        return self._images(role).digest
 
     def image_names(self, role: str) -> Sequence[str]:
         """Return what names each image of a split, in its order: a path below the data's folder, or a number."""
-        return self._pictures(role).keys()
+        return self._images(role).keys()
 
-    def _pictures(self, role: str) -> Pictures:
+    def _images(self, role: str) -> Images:
         if self._source is None:
             raise RuntimeError("the data were not looked at yet; call setup() first")
         return self._source.get(self.lists[role])
 
-    def _dataset(self, role: str) -> _Pictures:
-        """Return the pictures of a role: decoded and kept, unless they are for test, cropped by chance or too many."""
+    def _dataset(self, role: str) -> _Images:
+        """Return the images of a role: decoded and kept, unless they are for test, cropped by chance or too many."""
         if role not in self._datasets:
-            pictures = self._pictures(role)
+            images = self._images(role)
             augmenter = Augmenter(self.augment, self.view, self.seed) if role == "train" and self.augment else None
             cropped = augmenter is not None and augmenter.needs_original
-            bytes_decoded = len(pictures) * 3 * math.prod(self.view.sides)
+            bytes_decoded = len(images) * 3 * math.prod(self.view.sides)
             keep = role != "test" and not cropped and bytes_decoded <= MEMORY_LIMIT_BYTES
             if role != "test" and not cropped and not keep:
                 rank_zero_info(
-                    f"{pictures.name} would take {bytes_decoded / 2**30:.1f} GiB decoded; its pictures are decoded "
+                    f"{images.name} would take {bytes_decoded / 2**30:.1f} GiB decoded; its images are decoded "
                     f"anew in each epoch"
                 )
-            kind = _KeptPictures if keep else _Pictures
-            self._datasets[role] = kind(pictures, self.view, augmenter)
+            kind = _KeptImages if keep else _Images
+            self._datasets[role] = kind(images, self.view, augmenter)
         return self._datasets[role]
 
     # --- loaders -----------------------------------------------------------------------------------------------------
@@ -534,7 +534,7 @@ class VisionDataModule(LightningDataModule):
         """
         if not self._test_unlocked:
             raise UsageError(
-                "there is no test loader yet: the test pictures are read once, after the weights are final "
+                "there is no test loader yet: the test images are read once, after the weights are final "
                 "(`unlock_test()`, which `svp-bench fit` and `svp-bench test` call by themselves)"
             )
         return self._evaluation_loader("test")
@@ -544,7 +544,7 @@ class VisionDataModule(LightningDataModule):
         world_size, rank, _ = self._processes()
         return self._loader(dataset, EvalBatchSampler(len(dataset), self.eval_batch_size, world_size, rank))
 
-    def _loader(self, dataset: _Pictures, sampler: GlobalBatchSampler | EvalBatchSampler) -> DataLoader[Batch]:
+    def _loader(self, dataset: _Images, sampler: GlobalBatchSampler | EvalBatchSampler) -> DataLoader[Batch]:
         workers = 0 if dataset.ready_made else self._workers(len(dataset))
         return _Loader(
             dataset,
@@ -561,7 +561,7 @@ class VisionDataModule(LightningDataModule):
     def _workers(self, count: int) -> int:
         if self.num_workers != "auto":
             return self.num_workers
-        if count < _FEW_PICTURES:
+        if count < _FEW_IMAGES:
             return 0
         processes = self.trainer.num_devices if self.trainer is not None else 1
         return max(1, min(8, cpu_count() // processes))
@@ -573,8 +573,8 @@ class VisionDataModule(LightningDataModule):
             return 1, 0, 1
         return trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
 
-    def pictures_at_once(self, role: str, batch_size: int | None = None, accumulate: int | None = None) -> int:
-        """Return how many pictures one process gets at a time, at most; after `setup`.
+    def images_at_once(self, role: str, batch_size: int | None = None, accumulate: int | None = None) -> int:
+        """Return how many images one process gets at a time, at most; after `setup`.
 
         Args:
             role: "train", "val" or "test".
@@ -584,19 +584,19 @@ class VisionDataModule(LightningDataModule):
         Raises:
             ConfigError: If a batch of training cannot be shared out so.
         """
-        count = len(self._pictures(role))
+        count = len(self._images(role))
         world_size, _, accumulated = self._processes()
         if role != "train":
             in_one_step = math.ceil((batch_size or self.eval_batch_size) / world_size) * world_size
             return math.ceil(count / (math.ceil(count / in_one_step) * world_size))  # as EvalBatchSampler cuts the list
         batch_size, accumulate = batch_size or self.batch_size, accumulate or accumulated
         self._check_batch_size(count, batch_size, accumulate)
-        unit = 2 if self.mixing else 1  # mixed pictures stay in pairs
+        unit = 2 if self.mixing else 1  # mixed images stay in pairs
         units = math.ceil(min(batch_size, count) / unit)
         return min(unit * math.ceil(math.ceil(units / accumulate) / world_size), batch_size, count)
 
     def _check_batch_size(self, count: int, batch_size: int | None = None, accumulate: int | None = None) -> None:
-        """Refuse a batch size that cannot be shared out so that every process has pictures in every step."""
+        """Refuse a batch size that cannot be shared out so that every process has images in every step."""
         world_size, _, accumulated = self._processes()
         batch_size, accumulate = batch_size or self.batch_size, accumulate or accumulated
         parts = world_size * accumulate
@@ -604,13 +604,13 @@ class VisionDataModule(LightningDataModule):
         shared = (
             f"{plural(world_size, 'process')} x {plural(accumulate, 'accumulated batch')} = {plural(parts, 'part')}"
         )
-        least = parts  # pictures that a batch needs
+        least = parts  # images that a batch needs
         if self.mixing and parts > 1:
-            least = 2 * parts - 1  # mixed pictures are shared out in pairs, the last of which may be half
-            shared += " of two pictures, which mixup and cutmix need"
+            least = 2 * parts - 1  # mixed images are shared out in pairs, the last of which may be half
+            shared += " of two images, which mixup and cutmix need"
         if count < least:
             raise ConfigError(
-                f"{self.lists['train']} has {plural(count, 'picture')}, fewer than {shared}; use fewer devices "
+                f"{self.lists['train']} has {plural(count, 'image')}, fewer than {shared}; use fewer devices "
                 f"or a smaller --trainer.accumulate_grad_batches"
             )
         if batch_size % parts == 0 and self._last(count, batch_size) >= least:
@@ -624,24 +624,24 @@ class VisionDataModule(LightningDataModule):
         if batch_size % parts:
             raise ConfigError(f"{given} cannot be divided by {shared}; {allowed} would fit")
         raise ConfigError(
-            f"{given} leaves a last batch of {self._last(count, batch_size)} of the {plural(count, 'picture')}, "
+            f"{given} leaves a last batch of {self._last(count, batch_size)} of the {plural(count, 'image')}, "
             f"fewer than {shared}; {allowed} would fit, or leave it out with --data.drop_last true"
         )
 
     def _last(self, count: int, batch_size: int) -> int:
-        """Return the number of pictures in the last batch of an epoch."""
+        """Return the number of images in the last batch of an epoch."""
         rest = count % batch_size
         return batch_size if count >= batch_size and (rest == 0 or self.drop_last) else rest
 
 
-class _Pictures(Dataset[Batch]):
-    """The pictures of one list, decoded when asked for; indexed by a list of positions, it returns a whole batch."""
+class _Images(Dataset[Batch]):
+    """The images of one list, decoded when asked for; indexed by a list of positions, it returns a whole batch."""
 
-    def __init__(self, pictures: Pictures, view: View, augmenter: Augmenter | None = None) -> None:
-        self._pictures = pictures
+    def __init__(self, images: Images, view: View, augmenter: Augmenter | None = None) -> None:
+        self._images = images
         self._view = view
         self._augmenter = augmenter
-        self._labels = torch.from_numpy(pictures.labels)
+        self._labels = torch.from_numpy(images.labels)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -657,8 +657,8 @@ class _Pictures(Dataset[Batch]):
 
     def _augmented(self, positions: list[int] | int, index: torch.Tensor) -> torch.Tensor:
         if self._augmenter is None:
-            return self._images(index)
-        # Lightning's own sampler, of overfit_batches, knows no epoch: the pictures stay the same
+            return self._pixels(index)
+        # Lightning's own sampler, of overfit_batches, knows no epoch: the images stay the same
         drawn = positions if isinstance(positions, Positions) else Positions(index.tolist())
         return torch.from_numpy(
             np.stack(
@@ -670,41 +670,41 @@ class _Pictures(Dataset[Batch]):
         )
 
     def _original(self, position: int) -> Image.Image:
-        """Return what augmentation begins with: the stored picture if it crops it, else the picture at its size."""
+        """Return what augmentation begins with: the stored image if it crops it, else the image at its size."""
         assert self._augmenter is not None
         if self._augmenter.needs_original:
-            return self._pictures.load(position)
-        (image,) = self._images(torch.tensor([position])).numpy()
+            return self._images.load(position)
+        (image,) = self._pixels(torch.tensor([position])).numpy()
         return Image.fromarray(image.transpose(1, 2, 0))
 
-    def _images(self, index: torch.Tensor) -> torch.Tensor:
+    def _pixels(self, index: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.stack([self._decode(position) for position in index.tolist()]))
 
     def _decode(self, position: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        return self._view(self._pictures.load(position))
+        return self._view(self._images.load(position))
 
 
-class _KeptPictures(_Pictures):
-    """The pictures of one list, decoded at once and kept in one uint8 tensor."""
+class _KeptImages(_Images):
+    """The images of one list, decoded at once and kept in one uint8 tensor."""
 
-    def __init__(self, pictures: Pictures, view: View, augmenter: Augmenter | None = None) -> None:
-        super().__init__(pictures, view, augmenter)
-        self._kept = torch.from_numpy(kept(pictures, view, self._decode_all))
+    def __init__(self, images: Images, view: View, augmenter: Augmenter | None = None) -> None:
+        super().__init__(images, view, augmenter)
+        self._kept = torch.from_numpy(kept(images, view, self._decode_all))
 
     def _decode_all(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        pictures = np.empty((len(self), 3, *self._view.sides), dtype=np.uint8)
+        images = np.empty((len(self), 3, *self._view.sides), dtype=np.uint8)
 
         def decode(position: int) -> None:
-            pictures[position] = self._decode(position)
+            images[position] = self._decode(position)
 
-        in_threads(decode, len(self), f"decoding the pictures of {self._pictures.name}", rank_zero_info)
-        return pictures
+        in_threads(decode, len(self), f"decoding the images of {self._images.name}", rank_zero_info)
+        return images
 
     @property
     def ready_made(self) -> bool:
         return self._augmenter is None
 
-    def _images(self, index: torch.Tensor) -> torch.Tensor:
+    def _pixels(self, index: torch.Tensor) -> torch.Tensor:
         return self._kept[index]
 
 

@@ -1,4 +1,4 @@
-"""What data sets themselves say of their pictures: training and test lists, class ids, and the names of the classes."""
+"""What data sets themselves say of their images: training and test lists, class ids, and the names of the classes."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from svp_bench.data.split_files import plain_path
 
 __all__ = ["NATIVE_FORMS", "Ids", "NativeForm", "class_id_of", "enter", "names_of_folders"]
 
-Ids = dict[str, int]  # path of a picture -> class id, in the order of the list
-_Parts = tuple[Ids, Ids | None, Ids]  # training, val (None if there is none) and test pictures
+Ids = dict[str, int]  # path of a image -> class id, in the order of the list
+_Parts = tuple[Ids, Ids | None, Ids]  # training, val (None if there is none) and test images
 
 
 @dataclass(frozen=True)
 class NativeForm:
-    """How a data set itself says which pictures it has.
+    """How a data set itself says which images it has.
 
     Attributes:
         files: The files that say it, below the data set's folder.
-        read: Reads them: folder → training, val (None if it has none) and test pictures, as path → class id.
+        read: Reads them: folder → training, val (None if it has none) and test images, as path → class id.
         names: Returns what the data set calls its classes, as class id → name, empty if it does not say: of its folder,
-            and of all its pictures as path → class id.
-        pictures: Folder of the pictures in the data set's folder, "" if the paths begin at the latter.
+            and of all its images as path → class id.
+        images: Folder of the images in the data set's folder, "" if the paths begin at the latter.
         path: Form of a path, for drawing: of `number` and `class_id`.
     """
 
     files: tuple[str, ...]
     read: Callable[[Path], _Parts]
     names: Callable[[Path, Mapping[str, int]], Mapping[int, str]]
-    pictures: str
+    images: str
     path: str
 
 
@@ -59,15 +59,15 @@ def _column(path: Path, form: str) -> dict[str, str]:
 
 
 def _read_text_files(folder: Path) -> _Parts:
-    """Read CUB-200-2011's and NABirds' files: lines `<picture id> <path | class id | 1 for training>`."""
-    paths, ids, splits = (_column(folder / name, "<picture id> <value>") for name in _TEXT_FILES)
+    """Read CUB-200-2011's and NABirds' files: lines `<image id> <path | class id | 1 for training>`."""
+    paths, ids, splits = (_column(folder / name, "<image id> <value>") for name in _TEXT_FILES)
     parts: dict[str, Ids] = {"1": {}, "0": {}}
     for key, path in paths.items():
         for name, column in zip(_TEXT_FILES[1:], (ids, splits), strict=True):
             if key not in column:
-                raise DataError(f"{folder / name}: lacks the picture {key} ({path}) of {_TEXT_FILES[0]}")
+                raise DataError(f"{folder / name}: lacks the image {key} ({path}) of {_TEXT_FILES[0]}")
         if splits[key] not in parts:
-            raise DataError(f"{folder / _TEXT_FILES[2]}: picture {key} has {show(splits[key])}, expected 1 or 0")
+            raise DataError(f"{folder / _TEXT_FILES[2]}: image {key} has {show(splits[key])}, expected 1 or 0")
         enter(parts[splits[key]], path, ids[key], folder / _TEXT_FILES[0])
     return _filled(folder, parts["1"], None, parts["0"])
 
@@ -126,7 +126,7 @@ def _number_in(value: Any, what: str) -> int:
 
 
 def _read_flowers_mat(folder: Path) -> _Parts:
-    """Read Oxford Flowers' setid.mat (trnid, valid, tstid: numbers of pictures from 1) and imagelabels.mat (labels)."""
+    """Read Oxford Flowers' setid.mat (trnid, valid, tstid: numbers of images from 1) and imagelabels.mat (labels)."""
     numbers_file, labels_file = folder / "setid.mat", folder / "imagelabels.mat"
     labels = whole_numbers(_field(_mat(labels_file), "labels", labels_file), f"{labels_file}: labels holds").tolist()
     content = _mat(numbers_file)
@@ -135,7 +135,7 @@ def _read_flowers_mat(folder: Path) -> _Parts:
         part: Ids = {}
         for number in whole_numbers(_field(content, key, numbers_file), f"{numbers_file}: {key} holds").tolist():
             if not 1 <= number <= len(labels):
-                raise DataError(f"{numbers_file}: {key} names picture {number} of {len(labels)}")
+                raise DataError(f"{numbers_file}: {key} names image {number} of {len(labels)}")
             enter(part, f"jpg/image_{number:05d}.jpg", labels[number - 1], labels_file)
         parts.append(part)
     train, val, test = parts
@@ -151,11 +151,11 @@ def _read_list_mats(folder: Path) -> _Parts:
         ids = whole_numbers(_field(content, "labels", file), f"{file}: labels holds")
         if len(paths) != len(ids):
             raise DataError(
-                f"{file}: {plural(len(paths), 'picture')} and {plural(len(ids), 'label')}; get the file again"
+                f"{file}: {plural(len(paths), 'image')} and {plural(len(ids), 'label')}; get the file again"
             )
         part: Ids = {}
         for number, (path, class_id) in enumerate(zip(paths, ids.tolist(), strict=True), 1):
-            enter(part, _text_in(path, f"{file}: picture {number} of file_list"), class_id, file)
+            enter(part, _text_in(path, f"{file}: image {number} of file_list"), class_id, file)
         parts.append(part)
     return _filled(folder, parts[0], None, parts[1])
 
@@ -197,11 +197,11 @@ _NAMED_FOLDER = re.compile(r"n?[0-9]+[.-](?P<name>.*\S.*)")  # "001.Black_footed
 
 
 def names_of_folders(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
-    """Return the names that the pictures' folders have behind a number, if each class has a folder of its own.
+    """Return the names that the images' folders have behind a number, if each class has a folder of its own.
 
     Args:
         folder: The data set's folder; not looked at.
-        ids: Path of each picture → class id.
+        ids: Path of each image → class id.
 
     Returns:
         Class id → name; empty if a class has several folders, or one without a name.
@@ -245,7 +245,7 @@ NATIVE_FORMS: Mapping[str, NativeForm] = {
 
 
 def enter(part: Ids, path: str, class_id: object, listing: Path) -> None:
-    """Add a picture to a part of a split.
+    """Add a image to a part of a split.
 
     Raises:
         DataError: If it is there already, or the path or class id is malformed.
@@ -274,5 +274,5 @@ def class_id_of(value: object, what: str) -> int:
 def _filled(folder: Path, train: Ids, val: Ids | None, test: Ids) -> _Parts:
     for name, part in (("training", train), ("val", val), ("test", test)):
         if part is not None and not part:
-            raise DataError(f"{folder}: its files list no {name} picture; get them again")
+            raise DataError(f"{folder}: its files list no {name} image; get them again")
     return train, val, test

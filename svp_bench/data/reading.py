@@ -34,7 +34,7 @@ __all__ = [
     "whole_numbers",
 ]
 
-DRAWN_MARK = "DRAWN.txt"  # lies in task folders that hold drawn pictures, so that no number on them passes for real
+DRAWN_MARK = "DRAWN.txt"  # lies in task folders that hold drawn images, so that no number on them passes for real
 
 LISTS = ("train", "val", "trainval", "test", "refit")  # of the readers of published splits
 _REFITS = ("train", "trainval")
@@ -107,8 +107,8 @@ def list_names(card: TaskCard, options: Mapping[str, Any]) -> str:
 
 
 def drawn_notes(folder: Path) -> tuple[str, ...]:
-    """Return the note about drawn pictures, if the folder has their mark."""
-    return (f"the pictures in {folder} are drawn, not real",) if (folder / DRAWN_MARK).exists() else ()
+    """Return the note about drawn images, if the folder has their mark."""
+    return (f"the images in {folder} are drawn, not real",) if (folder / DRAWN_MARK).exists() else ()
 
 
 def all_of(names: Iterable[str]) -> Callable[[Path], bool]:

@@ -1,4 +1,4 @@
-"""Which pictures go into which batch, on which process: pure functions of the seed, the epoch and the sizes.
+"""Which images go into which batch, on which process: pure functions of the seed, the epoch and the sizes.
 
 Both samplers yield whole batches, as lists of positions, to a `DataLoader(..., sampler=sampler, batch_size=None)`.
 """
@@ -14,7 +14,7 @@ __all__ = ["EvalBatchSampler", "GlobalBatchSampler", "Positions", "permutation"]
 
 
 def permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return the order of `count` pictures in one epoch: int64 (count,), a pure function of its arguments.
+    """Return the order of `count` images in one epoch: int64 (count,), a pure function of its arguments.
 
     It sorts raw PCG64 words, whose stream numpy promises to keep (NEP 19); that of its own `permutation` it does not.
     """
@@ -33,12 +33,12 @@ def _share(start: int, stop: int, pieces: int, piece: int, unit: int = 1) -> sli
 
 
 class Positions(list[int]):
-    """The positions of one training batch, and what else decides how its pictures are augmented.
+    """The positions of one training batch, and what else decides how its images are augmented.
 
     Args:
         positions: Positions in the list.
         epoch: The epoch that they are drawn for.
-        copies: For each, how many times the picture came before in this epoch; all 0 if None.
+        copies: For each, how many times the image came before in this epoch; all 0 if None.
     """
 
     def __init__(self, positions: Sequence[int], epoch: int = 0, copies: Sequence[int] | None = None) -> None:
@@ -56,19 +56,19 @@ class GlobalBatchSampler:
     global batch, whole.
 
     Args:
-        count: Pictures in the list.
-        batch_size: Pictures in a global batch, that is for one optimizer step; a multiple of world_size × accumulate.
+        count: Images in the list.
+        batch_size: Images in a global batch, that is for one optimizer step; a multiple of world_size × accumulate.
         seed: Seed of the order.
         world_size: Number of processes.
         rank: Which of them this is.
         accumulate: Micro-batches that are accumulated for one optimizer step.
         drop_last: Leave a smaller last batch out, unless it is the only one.
         shuffle: Take a new order each epoch; else the order of the list.
-        repeats: Times that a picture appears, one after the other, before the next one comes; the epoch keeps its
-            length, so it holds fewer different pictures. Repeated augmentation (Hoffer et al., CVPR 2020), as timm's
+        repeats: Times that a image appears, one after the other, before the next one comes; the epoch keeps its
+            length, so it holds fewer different images. Repeated augmentation (Hoffer et al., CVPR 2020), as timm's
             `RepeatAugSampler` without its rounding of the epoch to 256.
-        pairs: Put the first and the last picture of a global batch side by side, then the second and the last but one,
-            and so on, and let no slice part them: whoever mixes each picture with its neighbour then mixes the global
+        pairs: Put the first and the last image of a global batch side by side, then the second and the last but one,
+            and so on, and let no slice part them: whoever mixes each image with its neighbour then mixes the global
             batch with its mirror image, as timm's `Mixup` does on one process, whatever the number of processes.
 
     Raises:
@@ -102,11 +102,11 @@ class GlobalBatchSampler:
             bounds.pop()
         smallest = bounds[-1][1] - bounds[-1][0]
         if smallest < pieces:
-            raise ValueError(f"the last batch has {smallest} pictures, fewer than {world_size} x {accumulate} parts")
+            raise ValueError(f"the last batch has {smallest} images, fewer than {world_size} x {accumulate} parts")
         unit = 2 if pairs else 1
         if -(-smallest // unit) < pieces:
             raise ValueError(
-                f"the last batch has {smallest} pictures, fewer pairs than {world_size} x {accumulate} parts"
+                f"the last batch has {smallest} images, fewer pairs than {world_size} x {accumulate} parts"
             )
         self.count = count
         self.batch_size = batch_size
@@ -160,7 +160,7 @@ class GlobalBatchSampler:
         return places[_share(micro.start, micro.stop, self.world_size, self.rank, self._unit)]
 
     def copies(self, batch_index: int) -> list[int]:
-        """Return, for each picture of a batch, how many times it came before in the epoch."""
+        """Return, for each image of a batch, how many times it came before in the epoch."""
         copies: list[int] = (self._places(batch_index) % self.repeats).tolist()
         return copies
 
@@ -174,14 +174,14 @@ class GlobalBatchSampler:
 
 
 class EvalBatchSampler:
-    """Each picture of a list exactly once over all processes, in the order of the list.
+    """Each image of a list exactly once over all processes, in the order of the list.
 
-    A process takes one contiguous slice of each global batch. The list is cut so that all slices differ by one picture
-    at most, hence all processes yield equally many batches wherever there are pictures enough.
+    A process takes one contiguous slice of each global batch. The list is cut so that all slices differ by one image
+    at most, hence all processes yield equally many batches wherever there are images enough.
 
     Args:
-        count: Pictures in the list.
-        batch_size: Pictures on all processes together in one step; rounded up to a multiple of `world_size`.
+        count: Images in the list.
+        batch_size: Images on all processes together in one step; rounded up to a multiple of `world_size`.
         world_size: Number of processes.
         rank: Which of them this is.
 

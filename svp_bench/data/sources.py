@@ -1,8 +1,7 @@
-"""Readers: from a task's card to lists of pictures and labels, and the checks that come before any training.
+"""Readers: from a task's card to lists of images and labels, and the checks that come before any training.
 
 A reader is a function `(card, suite, root) -> Source`, registered by name in `READERS`; the card (or its suite) says
-which one reads it. What it returns is checked for leaks, whichever it was. No torch here: `svp-bench data` verbs start
-at once.
+which one reads it. Every source is checked for leaks. Imports no torch: `svp-bench data` starts at once.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from svp_bench.data.decode import Decoded, Depth, UnreadableImageError, convert,
 from svp_bench.data.inspection import MISSING, Examined, load_examined, save_examined
 from svp_bench.data.locate import list_file, locate
 from svp_bench.data.reading import DRAWN_MARK, drawn_notes, reader_options
-from svp_bench.data.split_files import PictureList, combined_digest, list_digest, read_list
+from svp_bench.data.split_files import ImageList, combined_digest, list_digest, read_list
 from svp_bench.tasks.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
 
 __all__ = [
     "DRAWN_MARK",
     "READERS",
-    "ArrayPictures",
+    "ArrayImages",
     "DataReport",
-    "FilePictures",
+    "FileImages",
+    "Images",
     "Note",
-    "Pictures",
     "Source",
     "cpu_count",
     "in_threads",
@@ -50,7 +49,7 @@ __all__ = [
 ]
 
 READERS = Registry("reader")
-READERS.add("lists", "svp_bench.data.sources:open_lists", "a folder of picture files and lists of `path label` lines")
+READERS.add("lists", "svp_bench.data.sources:open_lists", "a folder of image files and lists of `path label` lines")
 READERS.add(
     "json_split",
     "svp_bench.data.json_split:open_json_split",
@@ -61,9 +60,9 @@ READERS.add("digits", "svp_bench.data.digits:open_digits", "scikit-learn's handw
 READERS.add(
     "class_folders",
     "svp_bench.data.class_folders:open_class_folders",
-    "own pictures, a folder for each class",
+    "own images, a folder for each class",
 )
-READERS.add("drawn", "svp_bench.data.synthetic_tasks:open_drawn", "pictures drawn anew, the same on every machine")
+READERS.add("drawn", "svp_bench.data.synthetic_tasks:open_drawn", "images drawn anew, the same on every machine")
 
 Note = Callable[[str], None]
 _WORTH_CACHING = 1000  # images of a split: to decode fewer takes a second or two
@@ -71,8 +70,8 @@ _NAMED = 20  # unreadable images in a message
 _T = TypeVar("_T")
 
 
-class Pictures(ABC):
-    """The pictures of one list.
+class Images(ABC):
+    """The images of one list.
 
     Attributes:
         name: Name of the list, e.g. "train800".
@@ -91,16 +90,16 @@ class Pictures(ABC):
 
     @property
     def listing(self) -> str:
-        """What lists the pictures, for messages: a file, or a description."""
+        """What lists the images, for messages: a file, or a description."""
         return f"the list {self.name!r}"
 
     def keys(self) -> Sequence[str]:
-        """Return what tells each picture from all others of its source, whatever the list: its path, its number."""
+        """Return what tells each image from all others of its source, whatever the list: its path, its number."""
         return [self.where(index) for index in range(len(self))]
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
-        """Return one picture in RGB at its own size.
+        """Return one image in RGB at its own size.
 
         Raises:
             DataError: If it cannot be decoded; names it.
@@ -108,7 +107,7 @@ class Pictures(ABC):
 
     @abstractmethod
     def where(self, index: int) -> str:
-        """Return what names one picture in a message."""
+        """Return what names one image in a message."""
 
     def examine(self, note: Note | None = None) -> Examined:
         """Decode all images once, and return what was found.
@@ -140,7 +139,7 @@ class Pictures(ABC):
         need_readable([(self, self.examine(note))])
 
 
-def need_readable(examined: Sequence[tuple[Pictures, Examined]]) -> None:
+def need_readable(examined: Sequence[tuple[Images, Examined]]) -> None:
     """Refuse splits with images that are missing or cannot be decoded.
 
     Raises:
@@ -148,16 +147,16 @@ def need_readable(examined: Sequence[tuple[Pictures, Examined]]) -> None:
     """
     missing: list[str] = []
     broken: list[str] = []
-    for pictures, found in examined:
+    for images, found in examined:
         gone = [index for index, reason in found.problems if reason == MISSING]
         if gone:
-            names = [f"{pictures.where(index)}{pictures.hint(index)}" for index in gone[:_NAMED]]
+            names = [f"{images.where(index)}{images.hint(index)}" for index in gone[:_NAMED]]
             missing.append(
-                f"{len(gone)} of the {len(pictures)} images of {pictures.listing} are missing, "
+                f"{len(gone)} of the {len(images)} images of {images.listing} are missing, "
                 f"the first is {names[0]}{_and_others(names[1:], len(gone))}"
             )
         broken += [
-            f"{pictures.where(index)}: not a readable image: {reason}"
+            f"{images.where(index)}: not a readable image: {reason}"
             for index, reason in found.problems
             if reason != MISSING
         ]
@@ -181,7 +180,7 @@ class Source:
 
     Attributes:
         origin: Where they are, for messages.
-        lists: Name → pictures, for the lists that are there.
+        lists: Name → images, for the lists that are there.
         notes: What sets these data apart from what the card means, beyond what their counts and digest show.
         drawn: Are they a drawn stand-in, not the data set?
         variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
@@ -190,15 +189,15 @@ class Source:
     """
 
     origin: str
-    lists: Mapping[str, Pictures]
+    lists: Mapping[str, Images]
     notes: tuple[str, ...] = ()
     drawn: bool = False
     variant: str | None = None
     class_names: tuple[str, ...] | None = None
     skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def get(self, name: str) -> Pictures:
-        """Return the pictures of one list.
+    def get(self, name: str) -> Images:
+        """Return the images of one list.
 
         Raises:
             DataError: If it is not there.
@@ -214,22 +213,22 @@ class Source:
     @property
     def digest(self) -> str:
         """One "sha256:…" over the digests of all lists: the number that a card pins."""
-        return combined_digest({name: pictures.digest for name, pictures in self.lists.items()})
+        return combined_digest({name: images.digest for name, images in self.lists.items()})
 
     def checked(self, stages: Mapping[str, Mapping[str, str]]) -> Source:
-        """Refuse lists that leak into each other or contradict each other; note pictures that a list repeats.
+        """Refuse lists that leak into each other or contradict each other; note images that a list repeats.
 
         Args:
-            stages: Stage → role → list, as on a protocol card. No picture of a test list may be in any other list, nor
-                a picture of a stage's val in its train.
+            stages: Stage → role → list, as on a protocol card. No image of a test list may be in any other list, nor
+                a image of a stage's val in its train.
 
         Returns:
-            The source, with a note for each list that holds a picture more than once.
+            The source, with a note for each list that holds a image more than once.
 
         Raises:
-            DataError: If lists leak, or a picture has two labels; names the first.
+            DataError: If lists leak, or a image has two labels; names the first.
         """
-        keys = {name: pictures.keys() for name, pictures in self.lists.items()}
+        keys = {name: images.keys() for name, images in self.lists.items()}
         self._need_one_label(keys)
         pairs = [(roles["val"], roles["train"]) for roles in stages.values() if "val" in roles]
         for test in {roles["test"]: None for roles in stages.values() if "test" in roles}:
@@ -243,20 +242,18 @@ class Source:
             again = [key for index, key in enumerate(of) if first.setdefault(key, index) != index]
             if again:
                 where = self.lists[name].where(first[again[0]])
-                notes.append(
-                    f"{self.lists[name].listing} repeats {plural(len(again), 'picture')}, the first is {where}"
-                )
+                notes.append(f"{self.lists[name].listing} repeats {plural(len(again), 'image')}, the first is {where}")
         return replace(self, notes=(*self.notes, *notes)) if notes else self
 
     def _need_one_label(self, keys: Mapping[str, Sequence[str]]) -> None:
         seen: dict[str, tuple[int, str]] = {}
-        for name, pictures in self.lists.items():
-            for index, (key, label) in enumerate(zip(keys[name], pictures.labels.tolist(), strict=True)):
+        for name, images in self.lists.items():
+            for index, (key, label) in enumerate(zip(keys[name], images.labels.tolist(), strict=True)):
                 before, other = seen.setdefault(key, (label, name))
                 if before != label:
                     elsewhere = "the same list" if other == name else self.lists[other].listing
                     raise DataError(
-                        f"{pictures.listing}: {pictures.where(index)} has label {label}, in {elsewhere} it has "
+                        f"{images.listing}: {images.where(index)} has label {label}, in {elsewhere} it has "
                         f"{before}; get the lists again"
                     )
 
@@ -264,10 +261,10 @@ class Source:
         listed = {*keys[other]}
         leaked = [index for index, key in enumerate(keys[apart]) if key in listed]
         if leaked:
-            pictures, into = self.lists[apart], self.lists[other]
+            images, into = self.lists[apart], self.lists[other]
             raise DataError(
-                f"{pictures.listing}: {len(leaked)} of its pictures are also in {into.listing}, which must not see "
-                f"them; the first is {pictures.where(leaked[0])}; get the lists again"
+                f"{images.listing}: {len(leaked)} of its images are also in {into.listing}, which must not see "
+                f"them; the first is {images.where(leaked[0])}; get the lists again"
             )
 
 
@@ -281,7 +278,7 @@ class DataReport:
         notes: One line for each difference.
         digest: "sha256:…" over the lists that were named as used: what a record stores, so that a list which a stage
             does not read makes no difference. Over all lists of the card, it is the number that a card pins.
-        counts: Name of each list found → its number of pictures.
+        counts: Name of each list found → its number of images.
     """
 
     variant: str
@@ -298,7 +295,7 @@ def open_source(
     suite: SuiteCard | None = None,
     protocol: ProtocolCard | None = None,
 ) -> Source:
-    """Find, read and check a task's lists; no picture is opened yet.
+    """Find, read and check a task's lists; no image is opened yet.
 
     Args:
         card: The task's card.
@@ -331,7 +328,7 @@ def measured(card: TaskCard, root: Path | None = None) -> TaskCard:
     source = open_source(card, root)
     if source.class_names is None:
         raise CardError(f"{card.path}:1: the reader {card.reader.kind!r} finds no classes; the card must say them")
-    counts = {name: len(pictures) for name, pictures in source.lists.items()}
+    counts = {name: len(images) for name, images in source.lists.items()}
     return replace(card, classes=len(source.class_names), counts=counts)
 
 
@@ -349,8 +346,8 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
     digest = combined_digest({name: source.get(name).digest for name in lists})
     for name in lists:
         if not len(source.get(name)):
-            raise DataError(f"{source.origin} has no picture for the list {name!r}; get the data again, whole")
-    counts = {name: len(pictures) for name, pictures in source.lists.items()}
+            raise DataError(f"{source.origin} has no image for the list {name!r}; get the data again, whole")
+    counts = {name: len(images) for name, images in source.lists.items()}
     notes = list(source.notes)
     missing = [name for name in card.counts if name not in counts]
     if missing:
@@ -371,7 +368,7 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
                 also = [f"{known} {full[name]}" for known, full in others.items() if full[name] != meant[name]]
                 known_as = f" (variant {', '.join(also)})" if also else ""
                 says = "the card says" if variant == "card" else f"the card's variant {variant} says"
-                notes.append(f"{name} has {plural(count, 'picture')}, {says} {meant[name]}{known_as}")
+                notes.append(f"{name} has {plural(count, 'image')}, {says} {meant[name]}{known_as}")
 
     # A card pins the digest of its own counts; a variant, or a part of the lists, has another by nature.
     same_lists = variant == "card" and counts == dict(card.counts)
@@ -382,11 +379,11 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
     return DataReport(variant, "different" if notes else "as_card", tuple(notes), digest, counts)
 
 
-# --- lists of picture files ------------------------------------------------------------------------------------------
+# --- lists of image files ------------------------------------------------------------------------------------------
 
 
 def open_lists(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
-    """Read a folder in the form of `vtab-1k`: `<list>.txt` files beside the pictures that they name.
+    """Read a folder in the form of `vtab-1k`: `<list>.txt` files beside the images that they name.
 
     Raises:
         CardError: If the card gives options; this reader has none.
@@ -395,36 +392,36 @@ def open_lists(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     reader_options(card, {})
     folder = locate(card, suite, root)
     Image.init()  # all formats, before threads race for the rarer ones: the loser would not know its file's format
-    lists: dict[str, Pictures] = {}
+    lists: dict[str, Images] = {}
     for name in card.counts:
         path = list_file(folder, name)
         if path.exists():
-            lists[name] = FilePictures(folder, name, read_list(path, card.classes, task=card.name))
+            lists[name] = FileImages(folder, name, read_list(path, card.classes, task=card.name))
     notes = drawn_notes(folder)
     return Source(str(folder), lists, notes, drawn=bool(notes))
 
 
-class FilePictures(Pictures):
-    """The pictures of one list file.
+class FileImages(Images):
+    """The images of one list file.
 
     Args:
         folder: The task's folder, which the paths are relative to.
         name: Name of the list.
-        pictures: Its lines.
+        images: Its lines.
         listing: What lists them, for messages; by default the list's own file.
     """
 
-    def __init__(self, folder: Path, name: str, pictures: PictureList, listing: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str, images: ImageList, listing: str | None = None) -> None:
         self.folder = folder
         self.name = name
         self._listing = listing or str(list_file(folder, name))
-        self.paths = pictures.paths
-        self.labels = pictures.labels
-        self.digest = list_digest(name, pictures)
+        self.paths = images.paths
+        self.labels = images.labels
+        self.digest = list_digest(name, images)
 
     @property
     def listing(self) -> str:
-        """What lists the pictures: the file of the list, unless something else does."""
+        """What lists the images: the file of the list, unless something else does."""
         return self._listing
 
     def keys(self) -> Sequence[str]:
@@ -432,7 +429,7 @@ class FilePictures(Pictures):
         return self.paths
 
     def where(self, index: int) -> str:
-        """Return the path of one picture."""
+        """Return the path of one image."""
         return str(self.folder / self.paths[index])
 
     def load(self, index: int) -> Image.Image:
@@ -490,8 +487,8 @@ class FilePictures(Pictures):
         return ""
 
 
-class ArrayPictures(Pictures):
-    """Some of the pictures of an array; `where` counts in the whole array.
+class ArrayImages(Images):
+    """Some of the images of an array; `where` counts in the whole array.
 
     Args:
         name: Name of the list.
@@ -518,11 +515,11 @@ class ArrayPictures(Pictures):
         self.digest = "sha256:" + hashlib.sha256(b"\n".join(content)).hexdigest()
 
     def where(self, index: int) -> str:
-        """Return the picture's number in the whole array."""
+        """Return the image's number in the whole array."""
         return f"{self._what} {self._positions[index]}"
 
     def load(self, index: int) -> Image.Image:
-        """Return one picture."""
+        """Return one image."""
         return Image.fromarray(self._pixels[index]).convert("RGB")
 
 
@@ -545,7 +542,7 @@ def in_threads(work: Callable[[int], _T], count: int, what: str, note: Note | No
     Args:
         work: Called once for each index; its first error (by index) is raised, and what has not begun is dropped.
         count: Number of calls.
-        what: The work in words, for notes: "decoding the pictures of train800".
+        what: The work in words, for notes: "decoding the images of train800".
         note: Called with "<what>: 4,096 of 73,728" every few seconds.
     """
 

@@ -1,4 +1,4 @@
-"""List files: one picture a line, `<path relative to the task's folder><blanks><integer label>`, no header.
+"""List files: one image a line, `<path relative to the task's folder><blanks><integer label>`, no header.
 
 This is the form of the community's `vtab-1k` folders (written by NOAH's get_vtab1k.py). Released loaders split a line
 at its first blank, or want exactly two fields; here the label is the last field, so that paths may hold blanks.
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from svp_bench.core.atomic import read_regular
 from svp_bench.core.errors import DataError, plural
 
-__all__ = ["MAX_SPLIT_BYTES", "PictureList", "combined_digest", "list_digest", "plain_path", "read_list"]
+__all__ = ["MAX_SPLIT_BYTES", "ImageList", "combined_digest", "list_digest", "plain_path", "read_list"]
 
 MAX_SPLIT_BYTES = 256 * 2**20  # of a file that lists the images of a split: some ten million lines
 # Label of at most 18 digits: fits int64, and keeps `int` away from texts that it refuses for their length.
@@ -30,7 +30,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
-class PictureList:
+class ImageList:
     """The lines of one list, in file order.
 
     Attributes:
@@ -45,7 +45,7 @@ class PictureList:
         return len(self.paths)
 
 
-def read_list(path: Path, classes: int, *, task: str | None = None) -> PictureList:
+def read_list(path: Path, classes: int, *, task: str | None = None) -> ImageList:
     """Read one list file.
 
     A byte-order mark, CRLF line ends and blank lines are fine; everything else that is not a path and a label stops.
@@ -75,7 +75,7 @@ def read_list(path: Path, classes: int, *, task: str | None = None) -> PictureLi
         entry = full_line.removesuffix("\r").strip(" \t")
         if not entry:
             continue
-        picture, label = _parse(entry, f"{path}:{number}")
+        image, label = _parse(entry, f"{path}:{number}")
         if not 0 <= label < classes:
             has = (
                 f"the card of {task} has {plural(classes, 'class')} (0..{classes - 1})"
@@ -83,13 +83,13 @@ def read_list(path: Path, classes: int, *, task: str | None = None) -> PictureLi
                 else f"allowed: 0..{classes - 1}"
             )
             raise DataError(f"{path}:{number}: label {label} is out of range, {has}")
-        paths.append(picture)
+        paths.append(image)
         labels.append(label)
     if not paths:
         raise DataError(
             f"{path}: the list is empty; expected lines `path label`, e.g. `images/{path.stem}/000000.jpg 0`"
         )
-    return PictureList(tuple(paths), np.array(labels, dtype=np.int64))
+    return ImageList(tuple(paths), np.array(labels, dtype=np.int64))
 
 
 def _parse(entry: str, where: str) -> tuple[str, int]:
@@ -101,39 +101,39 @@ def _parse(entry: str, where: str) -> tuple[str, int]:
     return plain_path(match["path"], where), int(match["label"])
 
 
-def plain_path(picture: str, where: str) -> str:
-    """Return the one spelling of a listed path: "./a//b.jpg" and "a/b.jpg" are the same picture.
+def plain_path(image: str, where: str) -> str:
+    """Return the one spelling of a listed path: "./a//b.jpg" and "a/b.jpg" are the same image.
 
     Args:
-        picture: The path as listed.
+        image: The path as listed.
         where: What lists it, for the message: "file:line".
 
     Raises:
         DataError: If it names no file, is not relative, leaves the folder that it is relative to, or holds what no
             file name should: control characters, or half of a surrogate pair.
     """
-    if _CONTROL.search(picture):
-        raise DataError(f"{where}: {_SHOW.repr(picture)} holds control characters")
+    if _CONTROL.search(image):
+        raise DataError(f"{where}: {_SHOW.repr(image)} holds control characters")
     try:
-        picture.encode()
+        image.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{where}: {_SHOW.repr(picture)} is not Unicode text (half of a surrogate pair)") from None
-    posix, windows = PurePosixPath(picture), PureWindowsPath(picture)  # a list may have been written on either
+        raise DataError(f"{where}: {_SHOW.repr(image)} is not Unicode text (half of a surrogate pair)") from None
+    posix, windows = PurePosixPath(image), PureWindowsPath(image)  # a list may have been written on either
     if posix.is_absolute() or windows.root or windows.drive:
-        raise DataError(f"{where}: {_SHOW.repr(picture)} is an absolute path; paths are relative to the task's folder")
+        raise DataError(f"{where}: {_SHOW.repr(image)} is an absolute path; paths are relative to the task's folder")
     if ".." in (*posix.parts, *windows.parts):
-        raise DataError(f"{where}: {_SHOW.repr(picture)} leads out of the task's folder; '..' is not allowed")
+        raise DataError(f"{where}: {_SHOW.repr(image)} leads out of the task's folder; '..' is not allowed")
     if not posix.name:
-        raise DataError(f"{where}: {_SHOW.repr(picture)} names no picture")
+        raise DataError(f"{where}: {_SHOW.repr(image)} names no image")
     return str(posix)
 
 
-def list_digest(name: str, pictures: PictureList) -> str:
+def list_digest(name: str, images: ImageList) -> str:
     """Return "sha256:…" over the list's name and its lines, each normalised to `path label`.
 
     Line ends, blank lines, a byte-order mark and the kind and number of blanks before the label do not change it.
     """
-    lines = [f"{path} {label}\n" for path, label in zip(pictures.paths, pictures.labels.tolist(), strict=True)]
+    lines = [f"{path} {label}\n" for path, label in zip(images.paths, images.labels.tolist(), strict=True)]
     return "sha256:" + hashlib.sha256("".join([f"{name}\n", *lines]).encode()).hexdigest()
 
 

@@ -3,7 +3,7 @@
 The forms: `vtab-1k` (lists of files), JSON splits, the own files of the data sets that these split, and the folders and
 archives that torchvision reads.
 
-The pictures are learnable: a class sets hue, direction and width of the stripes; noise, brightness, phase, size vary.
+The images are learnable: a class sets hue, direction and width of the stripes; noise, brightness, phase, size vary.
 Every folder carries a mark (`DRAWN.txt`), by which records and tables tell its numbers from real ones.
 
     from pathlib import Path
@@ -37,13 +37,13 @@ from svp_bench.data.native import NATIVE_FORMS
 from svp_bench.data.reading import DRAWN_MARK, optional_import
 from svp_bench.tasks.cards import TaskCard, class_names
 
-__all__ = ["DEFAULT_SIZE", "LAYOUTS", "QUIRKS", "draw_picture", "draw_task"]
+__all__ = ["DEFAULT_SIZE", "LAYOUTS", "QUIRKS", "draw_image", "draw_task"]
 
 LAYOUTS = ("json", "native")
 QUIRKS = ("text_ids", "val_lacks_class", "val_in_train", "upper_case")  # of released JSON splits
 
 DEFAULT_SIZE = 48
-_GREY_EVERY = 10  # the pictures whose number ends in 7 are stored in grey
+_GREY_EVERY = 10  # the images whose number ends in 7 are stored in grey
 
 
 def draw_task(
@@ -58,17 +58,17 @@ def draw_task(
 ) -> Path:
     """Draw a whole task folder in the form that the card's reader reads.
 
-    Of a task that is read from lists: each list, and its pictures as `images/<list>/NNNNNN.jpg`, numbered anew in each.
-    A list whose name joins those of two others (`train800val200`) holds the pictures of both, stored a second time, as
+    Of a task that is read from lists: each list, and its images as `images/<list>/NNNNNN.jpg`, numbered anew in each.
+    A list whose name joins those of two others (`train800val200`) holds the images of both, stored a second time, as
     in the community's archive. The same arguments draw the same folder (to the byte, with the same numpy and Pillow).
 
     Args:
         card: A task that is read from files.
         root: The data root to draw below; made if need be.
-        counts: List → number of pictures, for some or all lists; by default a tenth of the card's, 8 to 100. Where the
-            reader makes val from the training pictures by a rule, their sum counts, and the rule decides.
+        counts: List → number of images, for some or all lists; by default a tenth of the card's, 8 to 100. Where the
+            reader makes val from the training images by a rule, their sum counts, and the rule decides.
         size: Mean height and width in pixels; both vary by a quarter. (CIFAR and SVHN are always 32 × 32.)
-        seed: Another seed draws other pictures and labels.
+        seed: Another seed draws other images and labels.
         layout: Of a task with a JSON split: "json" (the default), or "native" for the data set's own files.
         quirks: What released JSON splits are known for: "text_ids" ("001" for 1), "val_lacks_class" (a class of train
             is not in val.json), "val_in_train" (train.json repeats val.json), "upper_case" (names that end in .JPG).
@@ -83,14 +83,14 @@ def draw_task(
     """
     if card.reader.kind not in _DRAWERS:
         raise UsageError(
-            f"{card.name} is read by {card.reader.kind!r}, not from lists of files; it needs no drawn pictures"
+            f"{card.name} is read by {card.reader.kind!r}, not from lists of files; it needs no drawn images"
         )
     _check_form(card, layout, quirks)
     size = DEFAULT_SIZE if size is None else size
     if seed < 0:
         raise UsageError(f"seed {seed} is out of range; a seed is 0 or above")
     if size < 8:
-        raise UsageError(f"drawn pictures of size {size} would show nothing; give at least 8")
+        raise UsageError(f"drawn images of size {size} would show nothing; give at least 8")
     wanted = _counts(card, counts or {})
     target = root / card.folder
     try:
@@ -101,7 +101,7 @@ def draw_task(
             drawn = Path(aside) / card.folder
             drawn.mkdir()
             _DRAWERS[card.reader.kind](card, drawn, wanted, size, seed, layout, quirks)
-            mark = f"Drawn by svp-bench for {card.name} (seed {seed}): these pictures are not real data.\n"
+            mark = f"Drawn by svp-bench for {card.name} (seed {seed}): these images are not real data.\n"
             _write(drawn / DRAWN_MARK, mark)
             if target.is_dir():
                 target.rmdir()
@@ -124,7 +124,7 @@ def _counts(card: TaskCard, given: Mapping[str, int]) -> dict[str, int]:
         if name not in card.counts:
             raise unknown_name(f"list of {card.name}", name, card.counts)
         if count < 1:
-            raise UsageError(f"count {count} of {name!r} is out of range; a list holds at least one picture")
+            raise UsageError(f"count {count} of {name!r} is out of range; a list holds at least one image")
     counts = {name: given.get(name, min(full, max(8, full // 10), 100)) for name, full in card.counts.items()}
     for name in counts:
         parts: Sequence[str] | None = _joined(card, name)
@@ -175,8 +175,8 @@ def _draw_lists(
             rng = _generator(seed, card.name, name)
             labels = rng.permutation(np.arange(counts[name]) % card.classes).tolist()
             for number, label in enumerate(labels):
-                picture = draw_picture(label, card.classes, rng, size)
-                image = Image.fromarray(picture)
+                pixels = draw_image(label, card.classes, rng, size)
+                image = Image.fromarray(pixels)
                 if number % _GREY_EVERY == 7:
                     image = image.convert("L")
                 image.save(images / f"{number:06d}.jpg")
@@ -216,9 +216,9 @@ def _draw_split(
             path = form.path.format(number=number, class_id=class_id)
             if "upper_case" in quirks and number % 4 == 0:
                 path = path.removesuffix(".jpg") + ".JPG"
-            file = folder / form.pictures / path
+            file = folder / form.images / path
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw_picture(label, card.classes, rng, size)).save(file, format="JPEG")
+            Image.fromarray(draw_image(label, card.classes, rng, size)).save(file, format="JPEG")
             parts[name][path] = class_id
     if layout == "native":
         _WRITERS[form.files](folder, parts["train"], parts["val"], parts["test"])
@@ -301,61 +301,61 @@ def _draw_torchvision(
     names = class_names(card) or [f"{label:05d}" for label in range(card.classes)]
     write = _TORCHVISION_WRITERS[str(card.reader.options["set"])]
     labels: dict[str, list[int]] = {}
-    pictures: dict[str, list[npt.NDArray[np.uint8]]] = {}
+    images: dict[str, list[npt.NDArray[np.uint8]]] = {}
     for split, count in sizes.items():
         rng = _generator(seed, card.name, split)
         labels[split] = rng.permutation(np.arange(count) % card.classes).tolist()
-        pictures[split] = [draw_picture(label, card.classes, rng, size) for label in labels[split]]
-    write(folder, names, labels, pictures)
+        images[split] = [draw_image(label, card.classes, rng, size) for label in labels[split]]
+    write(folder, names, labels, images)
 
 
-_Labels = Mapping[str, list[int]]  # split -> label of each picture
+_Labels = Mapping[str, list[int]]  # split -> label of each image
 _Drawings = Mapping[str, list[npt.NDArray[np.uint8]]]
 
 
-def _thumbnails(pictures: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+def _thumbnails(images: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
     """Return them as uint8 (N, 32, 32, 3)."""
-    return np.stack([np.asarray(Image.fromarray(picture).resize((32, 32))) for picture in pictures])
+    return np.stack([np.asarray(Image.fromarray(image).resize((32, 32))) for image in images])
 
 
 def _write_cifar(folder: Path, key: str, batches: Mapping[str, Any], meta: tuple[str, str, list[str]]) -> None:
     folder.mkdir()
-    for file, (pictures, labels) in batches.items():
-        rows = _thumbnails(pictures).transpose(0, 3, 1, 2).reshape(len(labels), -1) if pictures else None
+    for file, (images, labels) in batches.items():
+        rows = _thumbnails(images).transpose(0, 3, 1, 2).reshape(len(labels), -1) if images else None
         data = np.zeros((0, 3072), dtype=np.uint8) if rows is None else np.ascontiguousarray(rows)
         (folder / file).write_bytes(pickle.dumps({"data": data, key: labels}))
     (folder / meta[0]).write_bytes(pickle.dumps({meta[1]: meta[2]}))
 
 
-def _write_cifar10(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
-    batches: dict[str, Any] = {"test_batch": (pictures["test"], labels["test"])}
+def _write_cifar10(folder: Path, names: list[str], labels: _Labels, images: _Drawings) -> None:
+    batches: dict[str, Any] = {"test_batch": (images["test"], labels["test"])}
     bounds = np.linspace(0, len(labels["train"]), 6).astype(int).tolist()  # five files
     for number, (start, stop) in enumerate(itertools.pairwise(bounds), 1):
-        batches[f"data_batch_{number}"] = (pictures["train"][start:stop], labels["train"][start:stop])
+        batches[f"data_batch_{number}"] = (images["train"][start:stop], labels["train"][start:stop])
     _write_cifar(folder / "cifar-10-batches-py", "labels", batches, ("batches.meta", "label_names", names))
 
 
-def _write_cifar100(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
-    batches = {split: (pictures[split], labels[split]) for split in labels}
+def _write_cifar100(folder: Path, names: list[str], labels: _Labels, images: _Drawings) -> None:
+    batches = {split: (images[split], labels[split]) for split in labels}
     _write_cifar(folder / "cifar-100-python", "fine_labels", batches, ("meta", "fine_label_names", names))
 
 
-def _write_svhn(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
+def _write_svhn(folder: Path, names: list[str], labels: _Labels, images: _Drawings) -> None:
     for split in labels:
         digits = np.array([[label or 10 for label in labels[split]]], dtype=np.uint8).T  # 10 stands for the digit 0
-        pixels = np.ascontiguousarray(_thumbnails(pictures[split]).transpose(1, 2, 3, 0))
+        pixels = np.ascontiguousarray(_thumbnails(images[split]).transpose(1, 2, 3, 0))
         _savemat(folder / f"{split}_32x32.mat", {"X": pixels, "y": digits})
 
 
-def _write_dtd(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
+def _write_dtd(folder: Path, names: list[str], labels: _Labels, images: _Drawings) -> None:
     (folder / "dtd" / "dtd" / "labels").mkdir(parents=True)
     for split in labels:
         paths = [f"{names[label]}/{names[label]}_{split}{n:04d}.jpg" for n, label in enumerate(labels[split])]
-        _save_all(folder / "dtd" / "dtd" / "images", paths, pictures[split])
+        _save_all(folder / "dtd" / "dtd" / "images", paths, images[split])
         _write(folder / "dtd" / "dtd" / "labels" / f"{split}1.txt", "".join(f"{path}\n" for path in paths))
 
 
-def _write_food101(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
+def _write_food101(folder: Path, names: list[str], labels: _Labels, images: _Drawings) -> None:
     (folder / "food-101" / "meta").mkdir(parents=True)
     offset = 1000
     for split in labels:
@@ -364,11 +364,11 @@ def _write_food101(folder: Path, names: list[str], labels: _Labels, pictures: _D
             listed[names[label]].append(f"{names[label]}/{number}")
         paths = [f"{names[label]}/{number}.jpg" for number, label in enumerate(labels[split], offset)]
         offset += len(paths)
-        _save_all(folder / "food-101" / "images", paths, pictures[split])
+        _save_all(folder / "food-101" / "images", paths, images[split])
         _write(folder / "food-101" / "meta" / f"{split}.json", json.dumps(listed))
 
 
-def _write_gtsrb(folder: Path, names: list[str], labels: _Labels, pictures: _Drawings) -> None:
+def _write_gtsrb(folder: Path, names: list[str], labels: _Labels, images: _Drawings) -> None:
     base = folder / "gtsrb" / "GTSRB"
     if len({*labels["train"]}) < len(names):
         raise UsageError(
@@ -379,9 +379,9 @@ def _write_gtsrb(folder: Path, names: list[str], labels: _Labels, pictures: _Dra
     for label in labels["train"]:
         paths.append(f"{label:05d}/{seen[label] // 3:05d}_{seen[label] % 3:05d}.ppm")  # tracks of three
         seen[label] += 1
-    _save_all(base / "Training", paths, pictures["train"])
+    _save_all(base / "Training", paths, images["train"])
     paths = [f"{number:05d}.ppm" for number in range(len(labels["test"]))]
-    _save_all(base / "Final_Test" / "Images", paths, pictures["test"])
+    _save_all(base / "Final_Test" / "Images", paths, images["test"])
     rows = [f"{path};{label}\n" for path, label in zip(paths, labels["test"], strict=True)]
     _write(folder / "gtsrb" / "GT-final_test.csv", "".join(["Filename;ClassId\n", *rows]))
 
@@ -396,11 +396,11 @@ _TORCHVISION_WRITERS: Mapping[str, Callable[[Path, list[str], _Labels, _Drawings
 }
 
 
-def _save_all(folder: Path, paths: list[str], pictures: list[npt.NDArray[np.uint8]]) -> None:
-    for path, picture in zip(paths, pictures, strict=True):
+def _save_all(folder: Path, paths: list[str], images: list[npt.NDArray[np.uint8]]) -> None:
+    for path, image in zip(paths, images, strict=True):
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(file)
+        Image.fromarray(image).save(file)
 
 
 _DRAWERS: Mapping[str, Callable[..., None]] = {
@@ -410,8 +410,8 @@ _DRAWERS: Mapping[str, Callable[..., None]] = {
 }
 
 
-def draw_picture(label: int, classes: int, rng: np.random.Generator, size: int) -> npt.NDArray[np.uint8]:
-    """Draw one picture: uint8 (height, width, 3), both sides within a quarter of `size`.
+def draw_image(label: int, classes: int, rng: np.random.Generator, size: int) -> npt.NDArray[np.uint8]:
+    """Draw one image: uint8 (height, width, 3), both sides within a quarter of `size`.
 
     Args:
         label: The class, 0..classes-1: it sets hue, direction and width of the stripes.
@@ -426,8 +426,8 @@ def draw_picture(label: int, classes: int, rng: np.random.Generator, size: int) 
     phase = rng.uniform(0, 2 * np.pi)
     wave = 0.5 + 0.5 * np.sin(2 * np.pi * cycles * (x * np.cos(angle) + y * np.sin(angle)) + phase)
     colour = np.array(colorsys.hsv_to_rgb(label / classes, 0.8, rng.uniform(0.7, 1.0)))
-    picture = wave[..., None] * colour + rng.normal(0, 0.1, size=(height, width, 3))
-    return np.asarray(np.rint(picture.clip(0, 1) * 255), dtype=np.uint8)
+    image = wave[..., None] * colour + rng.normal(0, 0.1, size=(height, width, 3))
+    return np.asarray(np.rint(image.clip(0, 1) * 255), dtype=np.uint8)
 
 
 def _generator(seed: int, task: str, name: str) -> np.random.Generator:

@@ -1,11 +1,11 @@
 """Reader: the drawn tasks of the demo suite, the same bytes on every machine.
 
-What each asks is in `KINDS`. A picture is a pure function of (generator version, kind, seed, number). To be the same
+What each asks is in `KINDS`. A image is a pure function of (generator version, kind, seed, number). To be the same
 everywhere it is made of whole numbers from Philox's raw words (a stream that NumPy guarantees) and of single additions,
 products, quotients, floors and comparisons in float64, which IEEE 754 fixes; directions come from a table rounded to
 1/4096. There is no sine, exponential or sum of an array in it, whose last bits depend on the processor.
 
-It shares no code with the pictures of `pretraining/`. What that asked for, a figure's pose, is what `location`,
+It shares no code with the images of `pretraining/`. What that asked for, a figure's pose, is what `location`,
 `orientation` and `size` read out; `count` and `textures` are unlike it, but for waves that look like the stripes here.
 """
 
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from svp_bench.core.errors import CardError, plural, unknown_name
 from svp_bench.data.reading import reader_options
-from svp_bench.data.sources import ArrayPictures, Source
+from svp_bench.data.sources import ArrayImages, Source
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 __all__ = ["KINDS", "SIZE", "VERSION", "Kind", "draw_numbered", "open_drawn"]
@@ -41,10 +41,10 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Dice:
-    """Random numbers of one picture.
+    """Random numbers of one image.
 
     Args:
-        words: What tells the picture from all others.
+        words: What tells the image from all others.
     """
 
     def __init__(self, words: str) -> None:
@@ -155,10 +155,10 @@ _PATTERNS: dict[str, Callable[[Frame, float], Mask]] = {  # `part` in [0, 1): ho
 
 @dataclass
 class Canvas:
-    """A picture in the making: a ground, then objects on it.
+    """A image in the making: a ground, then objects on it.
 
     Attributes:
-        dice: Of the picture.
+        dice: Of the image.
         pixels: float64 (3, SIZE · _FINE, SIZE · _FINE), in grey values.
     """
 
@@ -218,7 +218,7 @@ def _textures(canvas: Canvas, label: int) -> None:
 
 
 _CELLS = 4  # a side
-_MARGIN = 8  # pixels, between the picture's border and the outer cells
+_MARGIN = 8  # pixels, between the image's border and the outer cells
 _CELL = (SIZE - 2 * _MARGIN) / _CELLS
 
 
@@ -242,7 +242,7 @@ def _orientation(canvas: Canvas, label: int) -> None:
 
 def _count(canvas: Canvas, label: int) -> None:
     dice = canvas.dice
-    typical = dice.between(4, 9)  # of the picture, so that the area painted says little about the number
+    typical = dice.between(4, 9)  # of the image, so that the area painted says little about the number
     placed: list[tuple[float, float, float]] = []
     tries = 0
     while len(placed) <= label:
@@ -278,7 +278,7 @@ class Kind:
 
     Attributes:
         classes: Names, in the order of the labels.
-        paint: Paints the picture of a label onto a ground.
+        paint: Paints the image of a label onto a ground.
     """
 
     classes: tuple[str, ...]
@@ -297,12 +297,12 @@ KINDS: dict[str, Kind] = {
 
 
 def draw_numbered(kind: str, seed: int, number: int) -> tuple[npt.NDArray[np.uint8], int]:
-    """Draw one picture.
+    """Draw one image.
 
     Args:
         kind: Of `KINDS`.
-        seed: Another seed draws other pictures.
-        number: Of the picture; its label is the number modulo the number of classes.
+        seed: Another seed draws other images.
+        number: Of the image; its label is the number modulo the number of classes.
 
     Returns:
         uint8 (SIZE, SIZE, 3), and the label.
@@ -345,9 +345,9 @@ def open_drawn(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     if counts.get("trainval", train + val) != train + val:
         raise CardError(f"{where}: trainval is train and val together, {train + val}, not {counts['trainval']}")
     drawn = [draw_numbered(kind, seed, number) for number in range(train + val + test)]
-    pixels = np.stack([picture for picture, _ in drawn])
+    pixels = np.stack([image for image, _ in drawn])
     labels = np.asarray([label for _, label in drawn], dtype=np.int64)
     spans = {"train": (0, train), "val": (train, train + val), "trainval": (0, train + val)}
     spans["test"] = (train + val, train + val + test)
-    lists = {name: ArrayPictures(name, pixels, labels, np.arange(*spans[name]), "picture") for name in counts}
+    lists = {name: ArrayImages(name, pixels, labels, np.arange(*spans[name]), "image") for name in counts}
     return Source(f"drawn {kind}, seed {seed}", lists, class_names=names)

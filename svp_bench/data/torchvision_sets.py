@@ -27,8 +27,8 @@ from svp_bench.data.reading import (
     show,
     whole_numbers,
 )
-from svp_bench.data.sources import ArrayPictures, FilePictures, Pictures, Source
-from svp_bench.data.split_files import PictureList, plain_path
+from svp_bench.data.sources import ArrayImages, FileImages, Images, Source
+from svp_bench.data.split_files import ImageList, plain_path
 from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
 
 __all__ = ["TORCHVISION_SETS", "TorchvisionSet", "open_torchvision"]
@@ -45,7 +45,7 @@ class TorchvisionSet:
     Attributes:
         files: What its root folder holds when the data set is there.
         splits: "train", "test" and, where it has one, "val" → the arguments for it.
-        content: Returns its pictures, uint8 (N, H, W, 3) or a list of their files, and their labels.
+        content: Returns its images, uint8 (N, H, W, 3) or a list of their files, and their labels.
         look: Looks through the file of a drawn split, of which no checksum can be right.
         downloads: Splits that are downloaded each for itself; one of them brings all where this is one.
         needs: Packages that torchvision imports only to read this one.
@@ -164,17 +164,17 @@ _VAL_RULES = ("last", "hashed", "official")
 def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     """Read a data set through torchvision, from where it lies; nothing is downloaded.
 
-    Options: `set`, torchvision's class; `val`, how the official training pictures are shared out between train (the
+    Options: `set`, torchvision's class; `val`, how the official training images are shared out between train (the
     first four fifths, rounded down) and val:
 
     - `last`: in file order;
-    - `hashed`: in ascending order of the SHA-256 of each picture's path (relative to torchvision's root, with slashes):
+    - `hashed`: in ascending order of the SHA-256 of each image's path (relative to torchvision's root, with slashes):
       a fixed permutation that depends on no library. With `together: TEXT`, the hash is taken of the path before its
-      last TEXT, and the path itself decides between equal ones, so that pictures that share that beginning stay
+      last TEXT, and the path itself decides between equal ones, so that images that share that beginning stay
       together (but for the one group where the cut falls);
     - `official`: the data set has a val list of its own;
 
-    and `refit` (see `list_names`). Whatever the order, a list holds its pictures in file order. Files whose checksum
+    and `refit` (see `list_names`). Whatever the order, a list holds its images in file order. Files whose checksum
     torchvision knows must have it, unless the folder is marked as drawn: then they are looked through instead, and a
     pickle that would run code is refused.
 
@@ -238,7 +238,7 @@ def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
 
 @dataclass(frozen=True)
 class _Pool:
-    """The pictures of one official list: files below `folder`, or an array."""
+    """The images of one official list: files below `folder`, or an array."""
 
     folder: Path
     what: str
@@ -250,7 +250,7 @@ class _Pool:
     def of(cls, card: TaskCard, folder: Path, what: str, content: Any, given: Any, names: list[str] | None) -> _Pool:
         labels = whole_numbers(given, f"{what} in {folder}: its labels hold")
         if not len(labels) or len(labels) != len(content):
-            raise DataError(f"{what} in {folder}: {plural(len(content), 'picture')} and {plural(len(labels), 'label')}")
+            raise DataError(f"{what} in {folder}: {plural(len(content), 'image')} and {plural(len(labels), 'label')}")
         listed = class_names(card)
         by_name = names is not None and listed is not None  # torchvision numbers the classes that it finds
         classes = len(names) if by_name and names is not None else card.classes
@@ -269,7 +269,7 @@ class _Pool:
         if isinstance(content, np.ndarray):
             if content.dtype != np.uint8 or content.ndim != 4 or content.shape[3] != 3:
                 raise DataError(
-                    f"{what} in {folder}: its pictures are {content.dtype} {content.shape}, expected uint8 (N, H, W, 3)"
+                    f"{what} in {folder}: its images are {content.dtype} {content.shape}, expected uint8 (N, H, W, 3)"
                 )
             return cls(folder, what, None, content, labels)
         return cls(folder, what, tuple(_below(folder, path, what) for path in content), None, labels)
@@ -278,13 +278,13 @@ class _Pool:
         labels = np.concatenate([self.labels, other.labels])
         return _Pool(self.folder, self.what, (*(self.paths or ()), *(other.paths or ())), None, labels)
 
-    def take(self, name: str, positions: npt.NDArray[np.int64]) -> Pictures:
+    def take(self, name: str, positions: npt.NDArray[np.int64]) -> Images:
         if self.paths is None:
             assert self.pixels is not None
-            return ArrayPictures(name, self.pixels, self.labels, positions, f"{self.what} picture")
+            return ArrayImages(name, self.pixels, self.labels, positions, f"{self.what} image")
         Image.init()  # all formats, before threads race for the rarer ones
         paths = tuple(self.paths[position] for position in positions.tolist())
-        return FilePictures(self.folder, name, PictureList(paths, self.labels[positions]), f"{self.what} ({name})")
+        return FileImages(self.folder, name, ImageList(paths, self.labels[positions]), f"{self.what} ({name})")
 
 
 def _below(folder: Path, path: object, what: str) -> str:
@@ -310,7 +310,7 @@ def _four_fifths(
         order = np.array(sorted(range(count), key=keys.__getitem__), dtype=np.int64)
     cut = count * 4 // 5
     if not 0 < cut < count:
-        raise DataError(f"{pool.what} in {pool.folder}: {plural(count, 'picture')} are too few for train and val")
+        raise DataError(f"{pool.what} in {pool.folder}: {plural(count, 'image')} are too few for train and val")
     return np.sort(order[:cut]), np.sort(order[cut:])
 
 

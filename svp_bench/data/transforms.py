@@ -55,7 +55,7 @@ def resize_straight(
     """Resize both sides, whatever the aspect ratio: no crop loses a part that the label speaks of.
 
     Args:
-        image: An RGB picture.
+        image: An RGB image.
         size: Height and width of the result in pixels, or one number for both.
         interpolation: A name of `INTERPOLATIONS`.
 
@@ -73,7 +73,7 @@ def resize_straight(
 
 
 def to_array(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Return an RGB picture as uint8 (3, H, W), contiguous."""
+    """Return an RGB image as uint8 (3, H, W), contiguous."""
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
@@ -84,7 +84,7 @@ def shorter_side(size: int, crop_ratio: float) -> int:
 
 @dataclass(frozen=True)
 class View:
-    """From an RGB picture to the model's size, without chance: what evaluation sees.
+    """From an RGB image to the model's size, without chance: what evaluation sees.
 
     Attributes:
         size: Height and width of the result in pixels, or one number for both.
@@ -125,12 +125,12 @@ class View:
         height, width = self.sides
         if height != width:
             raise ConfigError(
-                f"{what} makes squares, and the pictures are {height} x {width}; use --data.resize straight"
+                f"{what} makes squares, and the images are {height} x {width}; use --data.resize straight"
             )
         return height
 
     def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Return the picture as uint8 (3, height, width)."""
+        """Return the image as uint8 (3, height, width)."""
         if self.resize == "straight":
             return resize_straight(image, self.size, self.interpolation)
         from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]  # slow to import

@@ -55,6 +55,6 @@ class _Offsets(nn.Module):
             return state
         hidden = state.hidden
         added: Tensor = self.offset[self.rows[layer]].to(hidden.dtype)
-        if not self.include_cls:  # one row a token, zero for the class token; the same for all pictures
+        if not self.include_cls:  # one row a token, zero for the class token; the same for all images
             added = added * (torch.arange(hidden.shape[1], device=hidden.device) != state.cls_index).unsqueeze(-1)
         return state._replace(hidden=hidden + added)

@@ -70,7 +70,7 @@ class VPTShallow(_VPT):
     Args:
         length: Number of prompts.
         position: Where they stand; see `prompt_places`. In Vim's flipped scan a prefix comes last and reaches no token
-            of the picture, so the position is a setting to be chosen on val.
+            of the image, so the position is a setting to be chosen on val.
         dropout: On the prompts, while training.
     """
 
@@ -151,7 +151,7 @@ class _Prompts(nn.Module):
         hidden, residual = state.hidden, state.residual
         prompts = self.dropout(
             self.prompts[layer].to(hidden.dtype).expand(hidden.shape[0], -1, -1)
-        )  # each picture its own
+        )  # each image its own
         if layer == 0:
             longer = torch.cat([hidden, prompts], dim=1).index_select(1, self.order)
             return TokenState(longer, residual, self.cls_index)

@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Pictures to patch tokens by one strided convolution; with `stride` below `patch_size` the patches overlap."""
+    """Images to patch tokens by one strided convolution; with `stride` below `patch_size` the patches overlap."""
 
     def __init__(self, img_size: tuple[int, int], patch_size: int, stride: int, in_chans: int, width: int) -> None:
         super().__init__()
@@ -76,12 +76,12 @@ class PatchEmbed(nn.Module):
         """(B, 3, H, W) → (B, P, D).
 
         Raises:
-            ValueError: If the pictures are not of the size that the model was built for.
+            ValueError: If the images are not of the size that the model was built for.
         """
         if tuple(images.shape[-2:]) != self.img_size:
             given = "×".join(map(str, images.shape[-2:]))
             wanted = "×".join(map(str, self.img_size))
-            raise ValueError(f"the model was built for {wanted} pictures, not {given}; create it with img_size={given}")
+            raise ValueError(f"the model was built for {wanted} images, not {given}; create it with img_size={given}")
         patches: Tensor = self.proj(images)
         return patches.flatten(2).mT
 
@@ -349,10 +349,10 @@ class VisionMamba(nn.Module):
     """Vision Mamba with the class token in the middle; timm's surface, the published parameter names.
 
     Args:
-        img_size: Height and width of the pictures, or one number for both.
+        img_size: Height and width of the images, or one number for both.
         patch_size: Side of a patch.
         stride: Distance between patches; `patch_size` if None.
-        in_chans: Channels of the pictures.
+        in_chans: Channels of the images.
         num_classes: Classes of the head; 0 for none.
         embed_dim: D.
         depth: Number of blocks.
@@ -786,6 +786,6 @@ def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba
 
 @register_model
 def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """A small Vim for 64×64 pictures, demos and tests: width 64, depth 8, state size 8; 293,632 parameters."""
+    """A small Vim for 64×64 images, demos and tests: width 64, depth 8, state size 8; 293,632 parameters."""
     defaults = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 8, "d_state": 8, "num_classes": 10}
     return _create("vim_nano_patch8_64", pretrained, defaults, kwargs)

@@ -146,7 +146,7 @@ def _turn_group(mine, start, stop, states, padded, As):
 
 
 def scan_forward(block):
-    """y = mean over the directions of their scans, times SiLU(z); a task is one picture × one tile.
+    """y = mean over the directions of their scans, times SiLU(z); a task is one image × one tile.
 
     `saved`, if not 0, receives the state before each chunk, (B, tiles, chunks, NP, 16).
     """
@@ -380,10 +380,10 @@ def _store_row_sums(row, sums, padded, i):
 
 
 def scan_backward(block):
-    """Gradients of `scan_forward`; a task is one picture × one group of tiles.
+    """Gradients of `scan_forward`; a task is one image × one group of tiles.
 
     dB and dC are summed over the channels of a group, (groups, B, L, NP); dA, (B, tiles, NP, 16), and dD, (B, E), over
-    the steps of a picture. The caller adds up the rest. Chunk by chunk from the last, a block of tiles at a time: their
+    the steps of a image. The caller adds up the rest. Chunk by chunk from the last, a block of tiles at a time: their
     steps are read row by row, then the states of each tile are made again and walked back. Sums over channels stay
     vectors until the chunk is done.
     """
@@ -582,7 +582,7 @@ def _taps_4(place, step, taps, width, v0, v1, v2, v3):
 
 
 def conv_forward(block):
-    """Depth-wise causal convolution (and SiLU) of one input in each direction; a task is one picture × one tile.
+    """Depth-wise causal convolution (and SiLU) of one input in each direction; a task is one image × one tile.
 
     The tile is copied to a scratch place between zeros, so that no tap has to look where it reads.
     """
@@ -624,7 +624,7 @@ def conv_forward(block):
 
 
 def conv_backward(block):
-    """Gradients of `conv_forward`; those of weight, (B, W, E), and bias, (B, E), if asked for, for each picture."""
+    """Gradients of `conv_forward`; those of weight, (B, W, E), and bias, (B, E), if asked for, for each image."""
     length, channels = load_int(block + _CV_LENGTH), load_int(block + _CV_CHANNELS)
     directions, silu_after = load_int(block + _CV_DIRECTIONS), load_int(block + _CV_SILU)
     width, tasks, tiles = load_int(block + _CV_WIDTH), load_int(block + _TASKS), channels // TILE

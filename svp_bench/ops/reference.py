@@ -149,19 +149,19 @@ class _Inputs:
 
 
 def _plan(flat: Sequence[Tensor | None]) -> tuple[int, int]:
-    """Pictures of a slice of the batch, and steps of a chunk, such that `_CHUNK_STEPS` states of a slice fit."""
+    """Images of a slice of the batch, and steps of a chunk, such that `_CHUNK_STEPS` states of a slice fit."""
     u, A = flat[0], flat[2]
     assert u is not None
     assert A is not None
     length = max(u.shape[1], 1)
-    state = max(1, len(flat) // _FIELDS * A.numel() * max(u.element_size(), 4))  # bytes, of one picture
-    pictures = max(1, min(len(u), _CHUNK_BYTES // (state * min(length, _CHUNK_STEPS))))
+    state = max(1, len(flat) // _FIELDS * A.numel() * max(u.element_size(), 4))  # bytes, of one image
+    images = max(1, min(len(u), _CHUNK_BYTES // (state * min(length, _CHUNK_STEPS))))
     # one state a chunk is saved for the backward pass: not more than √L of them
-    return pictures, max(math.isqrt(length) + 1, _CHUNK_BYTES // (state * pictures))
+    return images, max(math.isqrt(length) + 1, _CHUNK_BYTES // (state * images))
 
 
-def _slices(batch: int, pictures: int) -> list[slice]:
-    return [slice(start, min(start + pictures, batch)) for start in range(0, batch, pictures)]
+def _slices(batch: int, images: int) -> list[slice]:
+    return [slice(start, min(start + images, batch)) for start in range(0, batch, images)]
 
 
 def _rows(flat: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
@@ -183,14 +183,14 @@ class _Scan(torch.autograd.Function):
         assert u is not None
         assert A is not None
         batch, length, channels = u.shape
-        pictures, steps = _plan(flat)
+        images, steps = _plan(flat)
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
         out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         # The state before each chunk but the first, which starts from zero. One tensor, allocated first: small ones,
         # kept among large ones that go, would leave holes in the heap.
         kept = max(0, -(-length // steps) - 1)
         before = torch.empty(batch, kept, len(reverse), channels, A.shape[-1], dtype=wide, device=u.device)
-        for rows in _slices(batch, pictures):
+        for rows in _slices(batch, images):
             inputs = _Inputs(reverse, softplus, _rows(flat, rows), steps)
             h = inputs.zero_state()
             y = torch.empty_like(inputs.u)
@@ -222,8 +222,8 @@ class _Scan(torch.autograd.Function):
         for i, t in enumerate(flat):
             if wanted[i]:
                 grads[i] = torch.empty_like(t) if t.ndim == 3 else torch.zeros_like(t, dtype=wide)
-        pictures, steps = _plan(flat)
-        for rows in _slices(len(grad), pictures):
+        images, steps = _plan(flat)
+        for rows in _slices(len(grad), images):
             inputs = _Inputs(reverse, softplus, _rows(flat, rows), steps)
             dy_token = grad[rows].to(inputs.dtype) / len(reverse)
             z_wide = None if z is None else z[rows].to(inputs.dtype)

@@ -271,7 +271,7 @@ class _Problem:
         self.z = None if z is None else rows(z)
         self.shared: dict[str, Any] = {
             "z": self.z,
-            "z_picture": 0 if self.z is None else self.z.stride(0),
+            "z_image": 0 if self.z is None else self.z.stride(0),
             "z_row": 0 if self.z is None else self.z.stride(1),
             "length": self.length,
             "channels": self.channels,
@@ -289,13 +289,13 @@ class _Problem:
                 own = None if tensor is None else rows(tensor)
                 self.shared[f"{name}{k}"] = own
                 if name in ("u", "delta", "B", "C"):
-                    self.shared[f"{name}{k}_picture"] = 0 if own is None else own.stride(0)
+                    self.shared[f"{name}{k}_image"] = 0 if own is None else own.stride(0)
                 if name in ("u", "delta", "A", "B", "C"):
                     self.shared[f"{name}{k}_row"] = 0 if own is None else own.stride(-2)
             self.shared[f"REVERSE{k}"] = k < self.count and reverse[k]
 
     def _sizes(self, sizes: dict[str, int]) -> tuple[dict[str, int], int]:
-        """The sizes of a program, and the programs of a picture. Few channels or few steps need no large program."""
+        """The sizes of a program, and the programs of a image. Few channels or few steps need no large program."""
         block = min(sizes["BE"], power_of_two(self.channels))
         padded = self.shared["N1"] * self.shared["N2"]
         steps = max(1, sizes["T"] * _STATES // max(padded, _STATES))  # a thread holds its states of all steps of a tile
@@ -353,7 +353,7 @@ class _Problem:
         if any(own[f"{name}{k}"] is not None for name in ("ddelta", "dA", "dbias") for k in range(2)):
             # transient: one direction's states before each tile, the second direction's after the first's
             own["before"] = empty(self.batch, blocks, tiles, shared["N1"] * shared["N2"] * sizes["BE"])
-        own |= {"grad": grad, "grad_picture": grad.stride(0), "grad_row": grad.stride(1)}
+        own |= {"grad": grad, "grad_image": grad.stride(0), "grad_row": grad.stride(1)}
         triton_launch.launch("scan_backward", self.batch * blocks, {**shared, **sizes, **own})
         order = ["dz", *(f"{name}{k}" for k in range(self.count) for name in names)]
         found = []
@@ -361,7 +361,7 @@ class _Problem:
             if asked:
                 assert tensor is not None
                 value: Tensor = own[name]
-                if name[:-1] in forms:  # partial sums of blocks of channels, or of pictures
+                if name[:-1] in forms:  # partial sums of blocks of channels, or of images
                     value = value.sum(dim=1 if name[:-1] in ("dB", "dC") else 0)
                 found.append(value.to(tensor.dtype))
         return found
@@ -380,7 +380,7 @@ def _conv_arguments(
     batch, length, channels = x.shape
     sizes = {**CONV, "BE": min(CONV["BE"], power_of_two(channels)), "BL": min(CONV["BL"], power_of_two(length))}
     x = rows(x)
-    shared: dict[str, Any] = {**sizes, "x": x, "x_picture": x.stride(0), "x_row": x.stride(1)}
+    shared: dict[str, Any] = {**sizes, "x": x, "x_image": x.stride(0), "x_row": x.stride(1)}
     shared |= {"length": length, "channels": channels, "SILU": silu}
     for k in range(2):
         weight, bias = (parameters[k], parameters[count + k]) if k < count else (None, None)
@@ -418,7 +418,7 @@ def _conv_backward(
         want_weight, want_bias = (wanted[1 + k], wanted[1 + count + k]) if k < count else (False, False)
         grad = rows(grads[k]) if k < count else None
         own[f"grad{k}"] = grad
-        own[f"grad{k}_picture"] = 0 if grad is None else grad.stride(0)
+        own[f"grad{k}_image"] = 0 if grad is None else grad.stride(0)
         own[f"grad{k}_row"] = 0 if grad is None else grad.stride(1)
         own[f"dweight{k}"] = x.new_empty(shares, width, channels, dtype=torch.float32) if want_weight else None
         own[f"dbias{k}"] = x.new_empty(shares, channels, dtype=torch.float32) if want_bias else None

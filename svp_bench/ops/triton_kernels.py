@@ -1,6 +1,6 @@
 """The kernels of the triton backend. Imported only where triton is; what each computes is told in reference.py.
 
-A program takes one block of channels of one picture through all of its steps, direction after direction. Tensors are
+A program takes one block of channels of one image through all of its steps, direction after direction. Tensors are
 read where they lie: a reversed direction counts its tokens from the end. Steps are worked through in tiles of T in the
 order of the scan; a tile's states are one block (T, N1, BE, N2), where state n is n1 · N2 + n2. Channels and N2 are its
 last axes because Triton spreads threads from the last axis on: so each thread holds all T steps of its channels, and
@@ -11,7 +11,7 @@ is simply there: no cancellation, whatever A is.
 Were the compiler to see that states lie side by side in memory, it would hand four to a thread for that access, and
 carry them through shared memory to and from where they are needed; hence an index times `one`, which it cannot see.
 
-No atomics: what is summed over channels or pictures is written as one partial sum a program, and summed afterwards.
+No atomics: what is summed over channels or images is written as one partial sum a program, and summed afterwards.
 
 A step past the end has Δ = 0: its decay is 1 and it adds 0, so the state passes through.
 An argument that may be None is a constant of the compilation: what it stands for is not compiled.
@@ -77,7 +77,7 @@ def _with_row(tile: tl.tensor, i: tl.constexpr, row: tl.tensor, T: tl.constexpr)
 
 @triton.jit
 def _place(program: tl.tensor, channels: tl.tensor, BE: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """A program's picture, its channels, and which of them exist. Programs: pictures × blocks of channels."""
+    """A program's image, its channels, and which of them exist. Programs: images × blocks of channels."""
     blocks = tl.cdiv(channels, BE)
     e = program % blocks * BE + tl.arange(0, BE)
     return (program // blocks).to(tl.int64), e, e < channels
@@ -301,25 +301,25 @@ def scan_forward(
     z: tl.tensor,
     out: tl.tensor,  # (B, L, E) without gaps, as is all that is written
     partial: tl.tensor,  # (B, L, E) float32: the first direction's y; each program reads only what it wrote
-    u0_picture: tl.tensor,
+    u0_image: tl.tensor,
     u0_row: tl.tensor,
-    delta0_picture: tl.tensor,
+    delta0_image: tl.tensor,
     delta0_row: tl.tensor,
     A0_row: tl.tensor,
-    B0_picture: tl.tensor,
+    B0_image: tl.tensor,
     B0_row: tl.tensor,
-    C0_picture: tl.tensor,
+    C0_image: tl.tensor,
     C0_row: tl.tensor,
-    u1_picture: tl.tensor,
+    u1_image: tl.tensor,
     u1_row: tl.tensor,
-    delta1_picture: tl.tensor,
+    delta1_image: tl.tensor,
     delta1_row: tl.tensor,
     A1_row: tl.tensor,
-    B1_picture: tl.tensor,
+    B1_image: tl.tensor,
     B1_row: tl.tensor,
-    C1_picture: tl.tensor,
+    C1_image: tl.tensor,
     C1_row: tl.tensor,
-    z_picture: tl.tensor,
+    z_image: tl.tensor,
     z_row: tl.tensor,
     length: tl.tensor,
     channels: tl.tensor,
@@ -334,19 +334,19 @@ def scan_forward(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> None:
-    """Mean over K directions of their scans, gated. Programs: pictures × blocks of channels."""
-    picture, e, fits = _place(tl.program_id(0), channels, BE)
-    out += picture * length * channels
+    """Mean over K directions of their scans, gated. Programs: images × blocks of channels."""
+    image, e, fits = _place(tl.program_id(0), channels, BE)
+    out += image * length * channels
     if z is not None:
-        z += picture * z_picture
+        z += image * z_image
     if K == 2:
-        partial += picture * length * channels
+        partial += image * length * channels
     _forward_direction(
-        u0 + picture * u0_picture,
-        delta0 + picture * delta0_picture,
+        u0 + image * u0_image,
+        delta0 + image * delta0_image,
         A0,
-        B0 + picture * B0_picture,
-        C0 + picture * C0_picture,
+        B0 + image * B0_image,
+        C0 + image * C0_image,
         D0,
         bias0,
         u0_row,
@@ -376,11 +376,11 @@ def scan_forward(
     if K == 2:
         tl.debug_barrier()  # other threads of this program read what these wrote
         _forward_direction(
-            u1 + picture * u1_picture,
-            delta1 + picture * delta1_picture,
+            u1 + image * u1_image,
+            delta1 + image * delta1_image,
             A1,
-            B1 + picture * B1_picture,
-            C1 + picture * C1_picture,
+            B1 + image * B1_image,
+            C1 + image * C1_image,
             D1,
             bias1,
             u1_row,
@@ -429,20 +429,20 @@ def _ahead(
     C: tl.tensor,
     D: tl.tensor,
     bias: tl.tensor,
-    u_picture: tl.tensor,
+    u_image: tl.tensor,
     u_row: tl.tensor,
-    delta_picture: tl.tensor,
+    delta_image: tl.tensor,
     delta_row: tl.tensor,
     A_row: tl.tensor,
-    B_picture: tl.tensor,
+    B_image: tl.tensor,
     B_row: tl.tensor,
-    C_picture: tl.tensor,
+    C_image: tl.tensor,
     C_row: tl.tensor,
     z: tl.tensor,
-    z_picture: tl.tensor,
+    z_image: tl.tensor,
     z_row: tl.tensor,
     grad: tl.tensor,
-    grad_picture: tl.tensor,
+    grad_image: tl.tensor,
     grad_row: tl.tensor,
     dC: tl.tensor,
     dD: tl.tensor,
@@ -467,18 +467,18 @@ def _ahead(
 ) -> None:
     """The states once more: what follows from them alone (dC, dz, dD) and, if KEEP, the state before each tile."""
     OF_STATES: tl.constexpr = (dC is not None) or (dz is not None)
-    picture, e, fits = _place(program, channels, BE)
-    rows = picture * length * channels
+    image, e, fits = _place(program, channels, BE)
+    rows = image * length * channels
     own = program.to(tl.int64)
     tiles = tl.cdiv(length, T)
-    u += picture * u_picture
-    delta += picture * delta_picture
-    B += picture * B_picture
-    C += picture * C_picture
-    z = _shift(z, picture * z_picture)
-    grad += picture * grad_picture
+    u += image * u_image
+    delta += image * delta_image
+    B += image * B_image
+    C += image * C_image
+    z = _shift(z, image * z_image)
+    grad += image * grad_image
     dC = _shift(dC, own * length * states)
-    dD = _shift(dD, picture * channels)
+    dD = _shift(dD, image * channels)
     dz = _shift(dz, rows)
     partial = _shift(partial, rows)
     before = _shift(before, own * tiles * (N1 * BE * N2))
@@ -538,20 +538,20 @@ def _back(
     C: tl.tensor,
     D: tl.tensor,
     bias: tl.tensor,
-    u_picture: tl.tensor,
+    u_image: tl.tensor,
     u_row: tl.tensor,
-    delta_picture: tl.tensor,
+    delta_image: tl.tensor,
     delta_row: tl.tensor,
     A_row: tl.tensor,
-    B_picture: tl.tensor,
+    B_image: tl.tensor,
     B_row: tl.tensor,
-    C_picture: tl.tensor,
+    C_image: tl.tensor,
     C_row: tl.tensor,
     z: tl.tensor,
-    z_picture: tl.tensor,
+    z_image: tl.tensor,
     z_row: tl.tensor,
     grad: tl.tensor,
-    grad_picture: tl.tensor,
+    grad_image: tl.tensor,
     grad_row: tl.tensor,
     du: tl.tensor,
     ddelta: tl.tensor,
@@ -575,21 +575,21 @@ def _back(
     """The gradients that follow from those of the states, from the last tile to the first."""
     NEED_DT: tl.constexpr = (ddelta is not None) or (dbias is not None)
     NEED_GATE: tl.constexpr = NEED_DT or (dA is not None)  # the gradient of Δ A
-    picture, e, fits = _place(program, channels, BE)
-    rows = picture * length * channels
+    image, e, fits = _place(program, channels, BE)
+    rows = image * length * channels
     own = program.to(tl.int64)
     tiles = tl.cdiv(length, T)
-    u += picture * u_picture
-    delta += picture * delta_picture
-    B += picture * B_picture
-    C += picture * C_picture
-    z = _shift(z, picture * z_picture)
-    grad += picture * grad_picture
+    u += image * u_image
+    delta += image * delta_image
+    B += image * B_image
+    C += image * C_image
+    z = _shift(z, image * z_image)
+    grad += image * grad_image
     du = _shift(du, rows)
     ddelta = _shift(ddelta, rows)
-    dA = _shift(dA, picture * channels * states)
+    dA = _shift(dA, image * channels * states)
     dB = _shift(dB, own * length * states)
-    dbias = _shift(dbias, picture * channels)
+    dbias = _shift(dbias, image * channels)
     before = _shift(before, own * tiles * (N1 * BE * N2))
     decay_rate = _matrix(A, A_row, e, fits, states, one, N1, N2) * _LOG2E
     spot, plane = _spots(one, BE, N1, N2)
@@ -722,27 +722,27 @@ def scan_backward(
     dz: tl.tensor,
     partial: tl.tensor,  # (B, L, E) float32: the first direction's y
     before: tl.tensor,  # (B, blocks of channels, tiles, N1 · BE · N2) float32: the state before each tile
-    u0_picture: tl.tensor,
+    u0_image: tl.tensor,
     u0_row: tl.tensor,
-    delta0_picture: tl.tensor,
+    delta0_image: tl.tensor,
     delta0_row: tl.tensor,
     A0_row: tl.tensor,
-    B0_picture: tl.tensor,
+    B0_image: tl.tensor,
     B0_row: tl.tensor,
-    C0_picture: tl.tensor,
+    C0_image: tl.tensor,
     C0_row: tl.tensor,
-    u1_picture: tl.tensor,
+    u1_image: tl.tensor,
     u1_row: tl.tensor,
-    delta1_picture: tl.tensor,
+    delta1_image: tl.tensor,
     delta1_row: tl.tensor,
     A1_row: tl.tensor,
-    B1_picture: tl.tensor,
+    B1_image: tl.tensor,
     B1_row: tl.tensor,
-    C1_picture: tl.tensor,
+    C1_image: tl.tensor,
     C1_row: tl.tensor,
-    z_picture: tl.tensor,
+    z_image: tl.tensor,
     z_row: tl.tensor,
-    grad_picture: tl.tensor,
+    grad_image: tl.tensor,
     grad_row: tl.tensor,
     length: tl.tensor,
     channels: tl.tensor,
@@ -774,20 +774,20 @@ def scan_backward(
             C0,
             D0,
             bias0,
-            u0_picture,
+            u0_image,
             u0_row,
-            delta0_picture,
+            delta0_image,
             delta0_row,
             A0_row,
-            B0_picture,
+            B0_image,
             B0_row,
-            C0_picture,
+            C0_image,
             C0_row,
             z,
-            z_picture,
+            z_image,
             z_row,
             grad,
-            grad_picture,
+            grad_image,
             grad_row,
             dC0,
             dD0,
@@ -820,20 +820,20 @@ def scan_backward(
             C0,
             D0,
             bias0,
-            u0_picture,
+            u0_image,
             u0_row,
-            delta0_picture,
+            delta0_image,
             delta0_row,
             A0_row,
-            B0_picture,
+            B0_image,
             B0_row,
-            C0_picture,
+            C0_image,
             C0_row,
             z,
-            z_picture,
+            z_image,
             z_row,
             grad,
-            grad_picture,
+            grad_image,
             grad_row,
             du0,
             ddelta0,
@@ -865,20 +865,20 @@ def scan_backward(
             C1,
             D1,
             bias1,
-            u1_picture,
+            u1_image,
             u1_row,
-            delta1_picture,
+            delta1_image,
             delta1_row,
             A1_row,
-            B1_picture,
+            B1_image,
             B1_row,
-            C1_picture,
+            C1_image,
             C1_row,
             z,
-            z_picture,
+            z_image,
             z_row,
             grad,
-            grad_picture,
+            grad_image,
             grad_row,
             dC1,
             dD1,
@@ -911,20 +911,20 @@ def scan_backward(
             C1,
             D1,
             bias1,
-            u1_picture,
+            u1_image,
             u1_row,
-            delta1_picture,
+            delta1_image,
             delta1_row,
             A1_row,
-            B1_picture,
+            B1_image,
             B1_row,
-            C1_picture,
+            C1_image,
             C1_row,
             z,
-            z_picture,
+            z_image,
             z_row,
             grad,
-            grad_picture,
+            grad_image,
             grad_row,
             du1,
             ddelta1,
@@ -1027,7 +1027,7 @@ def conv_forward(
     weight1: tl.tensor,
     bias1: tl.tensor,
     out1: tl.tensor,
-    x_picture: tl.tensor,
+    x_image: tl.tensor,
     x_row: tl.tensor,
     weight0_row: tl.tensor,
     weight1_row: tl.tensor,
@@ -1041,17 +1041,17 @@ def conv_forward(
     BL: tl.constexpr,
     BE: tl.constexpr,
 ) -> None:
-    """Depth-wise convolutions of one input. Programs: pictures × blocks of tokens × blocks of channels."""
+    """Depth-wise convolutions of one input. Programs: images × blocks of tokens × blocks of channels."""
     blocks = tl.cdiv(channels, BE)
     parts = tl.cdiv(length, BL)
     share = tl.program_id(0) // blocks
-    picture = (share // parts).to(tl.int64)
+    image = (share // parts).to(tl.int64)
     e = tl.program_id(0) % blocks * BE + tl.arange(0, BE)
     fits = e < channels
     first = share % parts * BL
     step = tl.arange(0, BL)
-    x += picture * x_picture
-    rows = picture * length * channels
+    x += image * x_image
+    rows = image * length * channels
     _convolve(
         x,
         weight0,
@@ -1153,13 +1153,13 @@ def conv_backward(
     dweight1: tl.tensor,
     dbias1: tl.tensor,
     dx: tl.tensor,  # (B, L, E) without gaps, or None
-    x_picture: tl.tensor,
+    x_image: tl.tensor,
     x_row: tl.tensor,
     weight0_row: tl.tensor,
-    grad0_picture: tl.tensor,
+    grad0_image: tl.tensor,
     grad0_row: tl.tensor,
     weight1_row: tl.tensor,
-    grad1_picture: tl.tensor,
+    grad1_image: tl.tensor,
     grad1_row: tl.tensor,
     length: tl.tensor,
     channels: tl.tensor,
@@ -1176,12 +1176,12 @@ def conv_backward(
     blocks = tl.cdiv(channels, BE)
     parts = tl.cdiv(length, BL)
     share = (tl.program_id(0) // blocks).to(tl.int64)
-    picture = share // parts
+    image = share // parts
     e = tl.program_id(0) % blocks * BE + tl.arange(0, BE)
     fits = e < channels
     first = (share % parts).to(tl.int32) * BL
     step = tl.arange(0, BL)
-    x += picture * x_picture
+    x += image * x_image
     NEED_X: tl.constexpr = dx is not None
     total = tl.zeros([BL, BE], tl.float32)
     if ASKED0:
@@ -1189,7 +1189,7 @@ def conv_backward(
             x,
             weight0,
             bias0,
-            grad0 + picture * grad0_picture,
+            grad0 + image * grad0_image,
             _shift(dweight0, share * W * channels),
             _shift(dbias0, share * channels),
             total,
@@ -1214,7 +1214,7 @@ def conv_backward(
             x,
             weight1,
             bias1,
-            grad1 + picture * grad1_picture,
+            grad1 + image * grad1_image,
             _shift(dweight1, share * W * channels),
             _shift(dbias1, share * channels),
             total,
@@ -1235,4 +1235,4 @@ def conv_backward(
             BE,
         )
     if NEED_X:
-        _put(dx + picture * length * channels, first, step, channels, e, first + step < length, fits, total)
+        _put(dx + image * length * channels, first, step, channels, e, first + step < length, fits, total)

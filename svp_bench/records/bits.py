@@ -1,4 +1,4 @@
-"""One bit for each picture of a list, packed into text."""
+"""One bit for each image of a list, packed into text."""
 
 from __future__ import annotations
 

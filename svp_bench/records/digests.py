@@ -45,7 +45,7 @@ CELL_EXCLUDED: Mapping[str, str] = {
     "trainer.default_root_dir": "path",
     "model.checkpoint": "path: the digest of the weights is part of the cell",
     # what computes, and how it is spread
-    "data.eval_batch_size": "device: each picture is scored by itself",
+    "data.eval_batch_size": "device: each image is scored by itself",
     "data.num_workers": "device",
     "model.scan_backend": "device: every backend is tested against the reference",
     "model.grad_checkpointing": "device: memory for time, the same numbers",

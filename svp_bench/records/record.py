@@ -127,11 +127,11 @@ class Tuned:
 
 @dataclass(frozen=True)
 class PerClass:
-    """The pictures of each class; the position in a list is the class.
+    """The images of each class; the position in a list is the class.
 
     Attributes:
-        correct: Pictures of the class that are classified rightly.
-        count: Pictures of the class; 0 if the list has none.
+        correct: Images of the class that are classified rightly.
+        count: Images of the class; 0 if the list has none.
     """
 
     correct: tuple[int, ...]
@@ -147,13 +147,13 @@ class Metrics:
     Attributes:
         top1: Accuracy in percent.
         loss: Mean cross entropy without label smoothing, in nats.
-        correct: Pictures classified rightly.
-        count: Pictures in the list.
+        correct: Images classified rightly.
+        count: Images in the list.
         top5: Top-5 accuracy in percent; None for tasks of fewer than six classes.
         balanced_accuracy: Mean accuracy of the classes that occur in the list, in percent.
         nll: Mean negative log-likelihood in nats: `loss`, by its other name.
         ece: Expected calibration error in percent (top label, 15 bins of equal width; Guo et al. 2017).
-        per_class: Right and all pictures of each class.
+        per_class: Right and all images of each class.
     """
 
     top1: float
@@ -180,11 +180,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Correct:
-    """One bit for each picture of a list, in the list's order: was it classified rightly?
+    """One bit for each image of a list, in the list's order: was it classified rightly?
 
     Attributes:
         encoding: "base64+packbits": see `pack_bits`.
-        count: Pictures in the list.
+        count: Images in the list.
         bits: The packed bits.
         list: Name of the list, e.g. "test".
         list_digest: "sha256:..." of the list.
@@ -198,7 +198,7 @@ class Correct:
 
     @classmethod
     def of(cls, right: NDArray[np.bool_], list_name: str, list_digest: str) -> Correct:
-        """Pack `right`, shape (pictures,), in the order of the list `list_name`."""
+        """Pack `right`, shape (images,), in the order of the list `list_name`."""
         return cls(ENCODING, int(right.size), pack_bits(right), list_name, list_digest)
 
 
@@ -264,7 +264,7 @@ class Record:
         device_count: Processes that trained.
         precision: As Lightning names it: "32-true", "bf16-mixed".
         metrics: The scores; {} in JSON if there are none.
-        correct: One bit a picture, or null. Every complete final record has them.
+        correct: One bit a image, or null. Every complete final record has them.
         parameters: Parameter counts.
         times: Name → seconds: "train_seconds", "test_seconds", ...
         epochs: Completed training epochs.

@@ -349,7 +349,7 @@ def _check_scores(record: Record, refuse: Callable[[str, str], RecordError]) -> 
     if record.status == "complete" and metrics is None:
         raise refuse("metrics", "is empty; a complete record has its scores")
     if record.status == "complete" and record.kind == "final" and correct is None:
-        raise refuse("correct", "is null; a complete final record has one bit for each test picture")
+        raise refuse("correct", "is null; a complete final record has one bit for each test image")
     if record.status == "unscored" and (metrics is not None or correct is not None):
         raise refuse("status", "is unscored, but the record has scores")
     if metrics is not None and metrics.correct > metrics.count:
@@ -391,10 +391,10 @@ def _check_metrics(metrics: Metrics, refuse: Callable[[str, str], RecordError]) 
     for name, given, total in (("correct", correct, metrics.correct), ("count", count, metrics.count)):
         if sum(given) != total:
             raise refuse(f"metrics.per_class.{name}", f"adds up to {sum(given)}, but metrics.{name} is {total}")
-    for label, (right, pictures) in enumerate(zip(correct, count, strict=True)):
-        if right > pictures:
-            raise refuse("metrics.per_class", f"has {right} of only {pictures} right in class {label}")
-    shares = [100 * right / pictures for right, pictures in zip(correct, count, strict=True) if pictures]
+    for label, (right, images) in enumerate(zip(correct, count, strict=True)):
+        if right > images:
+            raise refuse("metrics.per_class", f"has {right} of only {images} right in class {label}")
+    shares = [100 * right / images for right, images in zip(correct, count, strict=True) if images]
     mean = math.fsum(shares) / len(shares)
     if metrics.balanced_accuracy is not None and abs(metrics.balanced_accuracy - mean) > _TOP1_TOLERANCE:
         raise refuse("metrics.balanced_accuracy", f"is {metrics.balanced_accuracy}, but metrics.per_class gives {mean}")

@@ -311,9 +311,7 @@ def check_choice(choice: Choice) -> list[str]:
         for score in trial.scores:
             right = score * choice.count / 100
             if not 0 <= right <= choice.count + 1e-3 or abs(right - round(right)) > 1e-3:
-                problems.append(
-                    f"{what}: {score} % of {plural(choice.count, 'picture')} is no whole number of pictures"
-                )
+                problems.append(f"{what}: {score} % of {plural(choice.count, 'image')} is no whole number of images")
     if problems:
         return problems
     settings = [dict(trial.values) for trial in trials]
@@ -574,7 +572,7 @@ def choose(trials: Sequence[Trial], count: int, rule: str = RULES[0]) -> tuple[i
     """Choose among finished trials by version 1 of a rule, which files of the schema choice-1 were made by.
 
     `one_standard_error`: within one standard error of the best, the default or the cheapest setting wins. The standard
-    error is that of the best score on a val list of `count` pictures (binomial; about 3 points at 200 pictures).
+    error is that of the best score on a val list of `count` images (binomial; about 3 points at 200 images).
     Differences within it are noise, and a search that follows them overfits val. (Breiman et al., Classification and
     Regression Trees, 1984, section 3.4.3.)
 
@@ -583,7 +581,7 @@ def choose(trials: Sequence[Trial], count: int, rule: str = RULES[0]) -> tuple[i
 
     Args:
         trials: The first is the default setting.
-        count: Pictures in the val list.
+        count: Images in the val list.
         rule: Of `RULES`.
 
     Returns:

@@ -113,7 +113,7 @@ def datatables_js() -> str:
 
 
 def datatables_css() -> str:
-    """Return the style sheet of DataTables; its pictures are `data:` addresses."""
+    """Return the style sheet of DataTables; its images are `data:` addresses."""
     return _itables("dt_bundle.css").replace("</", "<\\/")
 
 

@@ -236,7 +236,7 @@ def task_figure(section: SectionView, task: TaskView, quoted: Sequence[QuotedVie
             "hoverinfo": "text",
             "hovertext": [
                 f"{plain(row.label)}, mean of {len(cell.runs)}<br>{_between(cell.value, level)}"
-                f"<br>{plural(cell.pictures, 'test picture')}: binomial standard error {cell.binomial:.2f}"
+                f"<br>{plural(cell.images, 'test image')}: binomial standard error {cell.binomial:.2f}"
                 for _, row, cell in cells
             ],
             "customdata": [list(cell.records) for _, _, cell in cells],

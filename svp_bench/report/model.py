@@ -85,8 +85,8 @@ class CellView:
         task: Full name.
         value: Mean of the seeds; its interval is over new seeds.
         std: Sample standard deviation over the seeds, None for one.
-        pictures: In the test list.
-        binomial: Standard error in points that the number of test pictures alone implies; see `one_standard_error`.
+        images: In the test list.
+        binomial: Standard error in points that the number of test images alone implies; see `one_standard_error`.
         runs: Its seeds.
         marks: "†" (data differ from the card), "‡" (another variant), "§" (a drawn stand-in), "‖" (seeds of several
             commits, devices ...), or "".
@@ -99,7 +99,7 @@ class CellView:
     task: str
     value: Value
     std: float | None
-    pictures: int
+    images: int
     binomial: float
     runs: tuple[Run, ...]
     marks: str
@@ -217,7 +217,7 @@ class SetupView:
     Attributes:
         title: Device, processes, precision and scan backend.
         training: Accuracy over training time.
-        inference: Accuracy over test time per picture.
+        inference: Accuracy over test time per image.
         images_per_second: Label → training throughput, the mean over the runs that say it.
         memory: Label → largest peak of device memory in MiB.
     """

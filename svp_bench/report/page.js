@@ -164,7 +164,7 @@
     list_digest: "Digest of the test list", config_digest: "Digest of the config", setting_digest: "Digest of the setting", tuned: "Tuned values",
     package_version: "svp-bench", commit: "Commit", dirty: "Uncommitted changes", libraries: "Libraries", scan_backend: "Scan backend",
     scan_reason: "Chosen because", device: "Device", device_count: "Processes", precision: "Precision", parameters: "Parameters",
-    times: "Times", epochs: "Epochs", images_per_second: "Training pictures/s", peak_memory_mib: "Peak memory, MiB", checkpoint_file: "Checkpoint file",
+    times: "Times", epochs: "Epochs", images_per_second: "Training images/s", peak_memory_mib: "Peak memory, MiB", checkpoint_file: "Checkpoint file",
   };
 
   function words(value) {
@@ -200,7 +200,7 @@
     $("#record-dialog-title").textContent = title;
     const body = $("#record-dialog-body");
     const count = records.length === 1 ? "1 record" : `${records.length} records`;
-    body.replaceChildren(element("p", { className: "hint", textContent: `${count}. The whole record, with its config and one bit a test picture, is the file behind the link.` }));
+    body.replaceChildren(element("p", { className: "hint", textContent: `${count}. The whole record, with its config and one bit a test image, is the file behind the link.` }));
     for (const record of records) {
       const summary = `${fact(record, "task")}, seed ${fact(record, "seed")}: ${percent(record)}`;
       const details = element("details", { className: "record", open: records.length === 1 }, element("summary", { textContent: summary }));

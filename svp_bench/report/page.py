@@ -55,7 +55,7 @@ from svp_bench.tasks.cards import SuiteCard, list_suites, load_suite, load_task
 
 __all__ = ["json_in_html", "render", "report_path", "run_report"]
 
-_PATHS = {  # of the markers in `figures.SHAPES`, for the small pictures beside names; 5 units from the middle
+_PATHS = {  # of the markers in `figures.SHAPES`, for the small images beside names; 5 units from the middle
     "circle": "M5,0A5,5 0 1 1 -5,0A5,5 0 1 1 5,0Z",
     "square": "M-4.6,-4.6H4.6V4.6H-4.6Z",
     "diamond": "M0,-6L6,0L0,6L-6,0Z",
@@ -224,7 +224,7 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
         "shape_path": lambda style: _PATHS[drawing.SHAPES[style % len(drawing.SHAPES)]],
         "place": lambda number, domain: f"{100 * (number - domain[0]) / (domain[1] - domain[0]):.2f}",
         "domain_of": _domain_of,
-        "pictures_of": _pictures_of,
+        "images_of": _images_of,
         "drawn_means": lambda suite, section: [
             column
             for column in drawing.columns_of(suite, section)
@@ -308,9 +308,9 @@ def _domain_of(section: SectionView) -> tuple[int, int]:
     return (math.floor(min(ends)), math.floor(max(ends)) + 1) if ends else (0, 100)
 
 
-def _pictures_of(section: SectionView, task: TaskView) -> str:
-    """How many test pictures a task has in a section; "9–10" where its rows have different lists."""
-    counts = [row.cells[task.name].pictures for row in section.rows if task.name in row.cells]
+def _images_of(section: SectionView, task: TaskView) -> str:
+    """How many test images a task has in a section; "9–10" where its rows have different lists."""
+    counts = [row.cells[task.name].images for row in section.rows if task.name in row.cells]
     low, high = min(counts, default=0), max(counts, default=0)
     return "" if not counts else f"{low:,}" if low == high else f"{low:,}–{high:,}"
 

@@ -78,9 +78,9 @@ TRAINING = Axis(
 )
 INFERENCE = Axis(
     "inference",
-    "test time per picture in milliseconds",
+    "test time per image in milliseconds",
     "ms",
-    "Test seconds over test pictures, the mean over the tasks; reading and decoding the pictures is in it, and so is "
+    "Test seconds over test images, the mean over the tasks; reading and decoding the images is in it, and so is "
     "the first call of a compiled kernel. The adapter is not merged: a method that can be folded into the backbone "
     "costs what the plain backbone costs once it is.",
 )
@@ -221,9 +221,9 @@ def _notes(section: Section, suite: SuiteCard) -> Iterable[str]:
         yield STAND_IN
     yield from data_notes(section, suite)
     yield from dirty_notes(section)
-    shared = "; ".join(", ".join(group) for group in suite.same_pictures)
+    shared = "; ".join(", ".join(group) for group in suite.same_images)
     if shared:
-        yield f"Tasks that share their pictures, and count as one source: {shared}."
+        yield f"Tasks that share their images, and count as one source: {shared}."
 
 
 def _standings(section: Section, suite: SuiteCard, level: float) -> dict[tuple[str, str], str]:
@@ -310,7 +310,7 @@ def _cell(cell: Cell, level: float, pool: Pool, standing: str = "", verdict: str
         task=cell.task,
         value=Value(cell.mean, _bounds(seeds_of_cell(cell, level)), images=_bounds(images_of_cell(cell, level))),
         std=cell.std,
-        pictures=cell.images,
+        images=cell.images,
         binomial=one_standard_error(cell.mean, cell.images),
         runs=runs,
         marks=marks(cell),

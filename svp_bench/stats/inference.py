@@ -3,7 +3,7 @@
 Different questions have different answers, and an interval without its question says nothing:
 
 - *these tasks*: what would other seeds give on the same tasks? Only the seeds vary (`mean_of`, `Paired.these_tasks`).
-- *new tasks*: what would other tasks like these give? The tasks are the sample, and tasks cut from the same pictures
+- *new tasks*: what would other tasks like these give? The tasks are the sample, and tasks cut from the same images
   (dSprites by place and by angle) are one draw, not two (`mean_over_new_tasks`, `Paired.new_tasks`, every p).
 
 A third question is about the test images: what would these runs give on other images of the same tasks? One seed is
@@ -88,7 +88,7 @@ class Estimate:
         high: Upper end, or None.
         se: Standard error, or None.
         df: Degrees of freedom of the t interval; None if there is no interval, or if it is no t interval.
-        n: Independent draws behind it; what they are (runs, sources, pictures), the function says.
+        n: Independent draws behind it; what they are (runs, sources, images), the function says.
         level: Confidence level of the interval, e.g. 0.95.
     """
 
@@ -158,7 +158,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Exact McNemar test: `b` pictures that only a has right, `c` that only b has right, and the two-sided p."""
+    """Exact McNemar test: `b` images that only a has right, `c` that only b has right, and the two-sided p."""
 
     b: int
     c: int
@@ -305,7 +305,7 @@ def mean_over_new_tasks(
 
     Args:
         cells: Task → the values of its seeds.
-        sources: The tasks of each picture source; each task of `cells` in exactly one. Tasks that `cells` has not are
+        sources: The tasks of each image source; each task of `cells` in exactly one. Tasks that `cells` has not are
             passed over: the list of a suite serves each of its groups.
         weights: As in `mean_of`. A source whose tasks all weigh 0 does not count.
         level: Confidence level.
@@ -501,17 +501,17 @@ def cell_verdict(a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, float],
 
 
 def mcnemar(bits_a: NDArray[np.bool_] | Sequence[bool], bits_b: NDArray[np.bool_] | Sequence[bool]) -> McNemar:
-    """Compare two runs picture by picture: exact McNemar test.
+    """Compare two runs image by image: exact McNemar test.
 
-    Of the b + c pictures that one run alone has right, b are a's: binomial with 1/2 if the runs are equally good. p is
-    SciPy's two-sided `binomtest`; 1 if no picture divides them. It is about these two runs (their weights as they
-    are) and new test pictures; what other seeds would do, it does not see.
+    Of the b + c images that one run alone has right, b are a's: binomial with 1/2 if the runs are equally good. p is
+    SciPy's two-sided `binomtest`; 1 if no image divides them. It is about these two runs (their weights as they
+    are) and new test images; what other seeds would do, it does not see.
 
     Source: McNemar 1947, Psychometrika 12, 153-157; for classifiers: Dietterich 1998, Neural Computation 10, 1895-1923.
 
     Args:
-        bits_a: Booleans, shape (pictures,): was picture i classified rightly?
-        bits_b: The same pictures in the same order.
+        bits_a: Booleans, shape (images,): was image i classified rightly?
+        bits_b: The same images in the same order.
 
     Raises:
         StatsError: If these are not booleans of one dimension and equal length, or there is none.
@@ -700,7 +700,7 @@ def best_and_second(rows: Mapping[str, Mapping[int, float]], level: float = 0.95
 def rank_cliques(
     scores: Mapping[str, Mapping[str, float]], sources: Sequence[Sequence[str]], level: float = 0.95
 ) -> Ranks:
-    """Rank rows over tasks, and say which neighbours cannot be told apart. Descriptive: a picture, not a test.
+    """Rank rows over tasks, and say which neighbours cannot be told apart. Descriptive: a image, not a test.
 
     Ranks are 1 for the best score of a task; equal scores share their mean rank; mean ranks are plain means over the
     tasks. Each pair of rows is compared by `signed_rank` over the sources' summed differences, and `holm` adjusts over
@@ -772,17 +772,17 @@ def iqm(values: Sequence[float]) -> float:
 
 
 def one_standard_error(accuracy_percent: float, count: int) -> float:
-    """Return the binomial standard error of an accuracy on `count` pictures, in points: about 3 on 200.
+    """Return the binomial standard error of an accuracy on `count` images, in points: about 3 on 200.
 
     100 · sqrt(p (1 - p) / n) with p = (right + 1) / (n + 2) for the share of right ones (Laplace), so that 100 % right
     is not known without error; elsewhere that changes little. Settings on val within one such error of the best count
-    as equal. It is the error of one score, not of a difference: on the same pictures, differences are known better.
+    as equal. It is the error of one score, not of a difference: on the same images, differences are known better.
 
     Source: the rule of one standard error: Breiman et al. 1984, Classification and Regression Trees, section 3.4.3.
 
     Args:
-        accuracy_percent: 0 to 100; a mean over seeds on the same pictures may be given (no smaller error is claimed).
-        count: Pictures, at least 1.
+        accuracy_percent: 0 to 100; a mean over seeds on the same images may be given (no smaller error is claimed).
+        count: Images, at least 1.
 
     Raises:
         StatsError: If the accuracy is not between 0 and 100, or `count` is below 1.
@@ -790,7 +790,7 @@ def one_standard_error(accuracy_percent: float, count: int) -> float:
     if not 0 <= _number(accuracy_percent, "the accuracy") <= 100:
         raise StatsError(f"the accuracy is {accuracy_percent}; it is in percent, between 0 and 100")
     if count < 1:
-        raise StatsError(f"an accuracy over {count} pictures has no standard error; give 1 picture or more")
+        raise StatsError(f"an accuracy over {count} images has no standard error; give 1 image or more")
     share = (float(accuracy_percent) / 100 * count + 1) / (count + 2)
     return 100 * math.sqrt(share * (1 - share) / count)
 
@@ -894,9 +894,9 @@ def _clusters(tasks: Iterable[str], sources: Sequence[Sequence[str]]) -> list[li
     listed = [task for cluster in clusters for task in cluster]
     twice = {task for task in listed if listed.count(task) > 1}
     if twice:
-        raise StatsError(f"{_listing(twice)}: in more than one source; pictures come from one")
+        raise StatsError(f"{_listing(twice)}: in more than one source; images come from one")
     if missing := names - set(listed):
-        raise StatsError(f"{_listing(missing)}: in no source; give each its own, or that of its pictures")
+        raise StatsError(f"{_listing(missing)}: in no source; give each its own, or that of its images")
     return [sorted(cluster) for cluster in clusters if cluster]
 
 
@@ -1029,15 +1029,15 @@ def _p_of_two(a: Mapping[int, float], b: Mapping[int, float], scale: float) -> f
 
 
 def _discordant(a: Any, b: Any) -> tuple[int, int, int]:
-    """How many pictures a alone has right, b alone, and all."""
+    """How many images a alone has right, b alone, and all."""
     import numpy as np
 
     first, second = np.asarray(a), np.asarray(b)
     for bits in (first, second):
         if bits.ndim != 1 or bits.dtype != np.bool_ or not bits.size:
             raise StatsError(
-                f"the bits are {bits.dtype} of shape {bits.shape}; give booleans of shape (pictures,), at least one"
+                f"the bits are {bits.dtype} of shape {bits.shape}; give booleans of shape (images,), at least one"
             )
     if first.size != second.size:
-        raise StatsError(f"{first.size} pictures against {second.size}; both runs need the same list")
+        raise StatsError(f"{first.size} images against {second.size}; both runs need the same list")
     return int((first & ~second).sum()), int((~first & second).sum()), int(first.size)

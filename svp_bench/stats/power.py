@@ -1,7 +1,7 @@
 """How many seeds a claim needs, before they are run: the power of the comparisons of `stats`. Pure functions.
 
-All answers are for *these tasks*: more seeds say nothing about new tasks, and nothing about other test pictures
-(`picture_floor`).
+All answers are for *these tasks*: more seeds say nothing about new tasks, and nothing about other test images
+(`image_floor`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["PowerAnswer", "PowerAt", "TaskSeeds", "picture_floor", "power_of_t", "seeds_needed"]
+__all__ = ["PowerAnswer", "PowerAt", "TaskSeeds", "image_floor", "power_of_t", "seeds_needed"]
 
 _FEWEST, _MOST = 2, 10_000
 
@@ -199,14 +199,14 @@ def seeds_needed(
     )
 
 
-def picture_floor(
+def image_floor(
     discordant: Mapping[str, float],
     counts: Mapping[str, int],
     weights: Mapping[str, float] | None = None,
     level: float = 0.95,
     sources: Sequence[Sequence[str]] | None = None,
 ) -> float:
-    """Return the half-width, in points, that the choice of test pictures alone leaves to a difference of suite means.
+    """Return the half-width, in points, that the choice of test images alone leaves to a difference of suite means.
 
     z · 100 · sqrt(Σ_g (Σ_{t in g} w_t sqrt(q_t / n_t))²) with q_t the share of the n_t test images that exactly one of
     two runs has right and z the normal quantile. q_t / n_t is an upper bound of the variance (q_t - (p_a - p_b)²) / n_t
@@ -219,7 +219,7 @@ def picture_floor(
 
     Args:
         discordant: Task → q_t, between 0 and 1: (b + c) / n of `stats.mcnemar`.
-        counts: Task → pictures in the test list, at least 1.
+        counts: Task → images in the test list, at least 1.
         weights: As in `stats.mean_of`.
         level: Confidence level.
         sources: The tasks of each source of test images, as in `stats.mean_over_new_tasks`; None: none is shared.
@@ -239,7 +239,7 @@ def picture_floor(
     _same_tasks(discordant, counts, "the counts")
     for task, share in discordant.items():
         if not 0 <= share <= 1 or counts[task] < 1:
-            raise StatsError(f"{task}: a share of {share} of {counts[task]} pictures; 0 to 1, of 1 picture or more")
+            raise StatsError(f"{task}: a share of {share} of {counts[task]} images; 0 to 1, of 1 image or more")
     total = math.fsum(tasks.values())
     parts = {task: w / total * math.sqrt(discordant[task] / counts[task]) for task, w in tasks.items()}
     shared = sources if sources is not None else [[task] for task in tasks]

@@ -89,7 +89,7 @@ class Outcome:
         record: Path of its record, or None.
         run_id: The run's name, or None.
         top1: On test, or on val of a trial.
-        count: Pictures in that list.
+        count: Images in that list.
         trainable: Trained parameters.
         selected_on: Name of the list that was scored.
         loss: Mean cross entropy on it.

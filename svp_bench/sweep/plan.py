@@ -360,9 +360,9 @@ class _Speed:
         for record in records:
             if record.status != "complete" or not record.epochs or "train_seconds" not in record.times:
                 continue
-            pictures = _pictures(record.task, record.lists.get("train"))
-            if pictures:
-                seconds = record.times["train_seconds"] / (record.epochs * pictures)
+            images = _images(record.task, record.lists.get("train"))
+            if images:
+                seconds = record.times["train_seconds"] / (record.epochs * images)
                 self._train[record.backbone, record.method].append(seconds)
                 devices.add(record.device)
             scored = record.metrics.count if record.metrics else 0
@@ -395,7 +395,7 @@ class _Speed:
         return seconds + (sorted(tests)[len(tests) // 2] * scored * rounds if tests else 0.0)
 
 
-def _pictures(task: str, name: str | None) -> int:
+def _images(task: str, name: str | None) -> int:
     try:
         return load_task(task).counts.get(name or "", 0)
     except SvpBenchError:

@@ -1,6 +1,6 @@
 """What a worker does with a job: look whether its record is there, claim it, train, report. Imports torch.
 
-A worker stays warm: imports, compiled kernels, decoded pictures and weights are kept from one run to the next.
+A worker stays warm: imports, compiled kernels, decoded images and weights are kept from one run to the next.
 """
 
 from __future__ import annotations
@@ -332,9 +332,9 @@ class Runner:
         if key not in self._folds:
             module = VisionDataModule(**data)
             (name,) = module.lists_read
-            pictures = open_source(module.card, Path(data["root"]) if data.get("root") else None).get(name)
+            images = open_source(module.card, Path(data["root"]) if data.get("root") else None).get(name)
             held = fold_positions(
-                pictures.keys(), pictures.labels, resolved.task, data["folds"], module.fold, module.fold_seed
+                images.keys(), images.labels, resolved.task, data["folds"], module.fold, module.fold_seed
             )
             self._folds[key] = tuple(held.tolist()), name
         return self._folds[key]

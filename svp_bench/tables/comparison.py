@@ -1,6 +1,6 @@
 """What a table says with statistics: intervals of means, differences to one control, mean ranks.
 
-Rows are compared on the same tasks and the same pictures only; tasks that share their pictures are one source.
+Rows are compared on the same tasks and the same images only; tasks that share their images are one source.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ DEFAULT_CONTROL = "linear"
 
 
 def sources_of(suite: SuiteCard, tasks: Sequence[str] | None = None) -> list[list[str]]:
-    """Return the independent sources of pictures among `tasks` (full names; default: all of the suite).
+    """Return the independent sources of images among `tasks` (full names; default: all of the suite).
 
-    A source is the tasks of one group of `same_pictures`, or any other task alone. In suite order.
+    A source is the tasks of one group of `same_images`, or any other task alone. In suite order.
     """
     wanted = suite.tasks if tasks is None else [task for task in suite.tasks if task in set(tasks)]
-    home = {suite.full(task): number for number, group in enumerate(suite.same_pictures) for task in group}
+    home = {suite.full(task): number for number, group in enumerate(suite.same_images) for task in group}
     sources: dict[object, list[str]] = {}
     for task in wanted:
         sources.setdefault(home.get(task, task), []).append(task)
@@ -177,18 +177,18 @@ def pick_control(rows: Sequence[Row], name: str | None) -> tuple[Row | None, str
 
 
 def shared_tasks(suite: SuiteCard, row: Row, other: Row) -> list[str]:
-    """Return the tasks that both rows have on the same lists of pictures, with a seed in common, in suite order."""
+    """Return the tasks that both rows have on the same lists of images, with a seed in common, in suite order."""
     return [
         task
         for task in suite.tasks
         if task in row.cells
         and task in other.cells
-        and _same_pictures(row.cells[task], other.cells[task])
+        and _same_images(row.cells[task], other.cells[task])
         and set(row.cells[task].seeds) & set(other.cells[task].seeds)
     ]
 
 
-def _same_pictures(cell: Cell, other: Cell) -> bool:
+def _same_images(cell: Cell, other: Cell) -> bool:
     return (cell.variant, cell.data_digest, cell.task_version) == (
         other.variant,
         other.data_digest,
@@ -275,7 +275,7 @@ def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: fl
         whole = len(shared_tasks(suite, row, control)) == len(suite.tasks)
         found = contrast(suite, row, control, level, family if whole else 1)
         if found is None:
-            incomparable[row.label] = "shares no task with it on the same pictures and with a seed in common"
+            incomparable[row.label] = "shares no task with it on the same images and with a seed in common"
         else:
             contrasts.append(found)
     whole_p = {c.row: c.p for c in contrasts if len(c.tasks) == len(suite.tasks)}
@@ -309,7 +309,7 @@ def column_marks(suite: SuiteCard, section: Section, level: float) -> list[Marks
 
     The test and the number of seeds are those of the marks against the control (`stats.cell_verdict`), so that no two
     renderings disagree. A mean is tested by its values seed by seed, for which all of its tasks need the same seeds.
-    None where rows do not compare: random weights, a drawn stand-in, lists of pictures that differ between the rows.
+    None where rows do not compare: random weights, a drawn stand-in, lists of images that differ between the rows.
     """
     groups = full_groups(suite)
     weighings = [*({task: 1.0} for task in suite.tasks), *(dict.fromkeys(tasks, 1.0) for tasks in groups.values())]
@@ -319,12 +319,12 @@ def column_marks(suite: SuiteCard, section: Section, level: float) -> list[Marks
 
 def _marks(section: Section, weights: Mapping[str, float], level: float) -> Marks | None:
     rows = [row for row in section.rows if set(weights) <= set(row.cells)]
-    pictures = {
+    images = {
         task: {(row.cells[task].variant, row.cells[task].data_digest, row.cells[task].task_version) for row in rows}
         for task in weights
     }
     drawn = any(row.cells[task].drawn for row in rows for task in weights)
-    if not rows or drawn or any(len(kinds) > 1 for kinds in pictures.values()):
+    if not rows or drawn or any(len(kinds) > 1 for kinds in images.values()):
         return None
     return best_and_second({row.label: _by_seed(row, weights) for row in rows}, level=level)
 

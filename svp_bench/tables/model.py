@@ -39,7 +39,7 @@ CARD = "card"
 """The data variant that follows the task card itself."""
 
 DRAWN = "drawn"
-"""The data variant of drawn pictures."""
+"""The data variant of drawn images."""
 
 
 @dataclass(frozen=True, order=True)
@@ -288,7 +288,7 @@ class Contrast:
         holm: p, adjusted by Holm over the complete rows of the section; None where p is, and for a row that is compared
             on fewer tasks than the suite has: its difference is another quantity, and its p stands raw.
         least: The smallest p that any outcome could give, after the adjustment.
-        sources: Independent sources of pictures among the tasks.
+        sources: Independent sources of images among the tasks.
         verdicts: Task → "better", "worse", "tie", or "too few" (fewer than six shared seeds).
     """
 

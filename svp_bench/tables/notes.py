@@ -309,7 +309,7 @@ def section_notes(section: Section, suite: SuiteCard, level: float) -> list[str]
         notes.append(STAND_IN)
     notes += data_notes(section, suite)
     notes += dirty_notes(section)
-    shared = "; ".join(", ".join(group) for group in suite.same_pictures)
+    shared = "; ".join(", ".join(group) for group in suite.same_images)
     if shared:
         notes.append(f"Tasks that share their images, and are not independent: {shared}.")
     return notes

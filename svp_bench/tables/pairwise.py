@@ -1,7 +1,7 @@
-"""Two rows of a table, task by task: what the seeds say, and what the test pictures say.
+"""Two rows of a table, task by task: what the seeds say, and what the test images say.
 
-The seeds: the paired differences of runs with the same seed. The pictures: each record keeps one bit for each test
-picture, so that two runs on one list can be compared picture by picture; that is about these runs and other pictures
+The seeds: the paired differences of runs with the same seed. The images: each record keeps one bit for each test
+image, so that two runs on one list can be compared image by image; that is about these runs and other images
 like these, and sees no other seeds.
 """
 
@@ -50,7 +50,7 @@ class PairTask:
     Attributes:
         task: Full name.
         seeds: Mean of the paired differences of the shared seeds, with their t interval.
-        pictures: The same difference over the seeds whose bits are of one split, with its interval over test images
+        images: The same difference over the seeds whose bits are of one split, with its interval over test images
             (`difference_over_images`); None if there are no such seeds.
         mcnemar: Seed → exact McNemar p of the two runs' bits.
         p: These p in one (`middle_p`); None without any, and where so few images divide the runs that no outcome could
@@ -61,7 +61,7 @@ class PairTask:
 
     task: str
     seeds: Difference
-    pictures: Estimate | None
+    images: Estimate | None
     mcnemar: dict[int, float]
     p: float | None
     holm: float | None
@@ -135,7 +135,7 @@ def _pair(table: Table, section: Section, first: Row, second: Row) -> Pair:
             PairTask(
                 task=task,
                 seeds=Difference(task, within(difference.estimate, -100, 100), difference.n_pairs),
-                pictures=difference_over_images(list(bits.values()), table.level) if bits else None,
+                images=difference_over_images(list(bits.values()), table.level) if bits else None,
                 mcnemar={seed: test.p for seed, test in tests.items()},
                 p=middle_p([test.p for test in tests.values()]) if tests else None,
                 holm=None,
@@ -170,10 +170,10 @@ def _testable(least: Mapping[str, float], bar: float) -> set[str]:
 
 
 def middle_p(values: Sequence[float]) -> float:
-    """Return one p for k tests of the same pictures: (k / r) times the r-th smallest, r = ⌈k / 2⌉; 2 p at most.
+    """Return one p for k tests of the same images: (k / r) times the r-th smallest, r = ⌈k / 2⌉; 2 p at most.
 
     For one test that is its p. It is valid however the tests depend on each other: the runs of several seeds err on the
-    same hard pictures.
+    same hard images.
 
     Source: Rüger 1978, Metrika 25, 171-178.
 
@@ -210,7 +210,7 @@ def _text(suite: SuiteCard, pair: Pair, level: float) -> str:
                 interval(found.seeds.estimate),
                 str(found.seeds.n_pairs),
                 found.verdict,
-                interval(found.pictures),
+                interval(found.images),
                 spread,
                 HOLE if found.p is None else p_value(found.p),
                 HOLE if found.holm is None else p_value(found.holm),
@@ -262,9 +262,9 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
     ]
     if any(found.seeds.estimate.low is None for found in pair.tasks):
         notes.append("– for new seeds: one shared seed, or differences that are all the same: the variance is unknown.")
-    if any(found.pictures is None for found in pair.tasks):
+    if any(found.images is None for found in pair.tasks):
         notes.append("– for test images: the bits of the two rows are not of one split.")
-    untested = [found for found in pair.tasks if found.p is None and found.pictures is not None]
+    untested = [found for found in pair.tasks if found.p is None and found.images is not None]
     if untested:
         notes.append(
             f"No McNemar p on {plural(len(untested), 'task')}: so few images divide the runs (fewer than "

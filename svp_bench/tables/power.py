@@ -11,7 +11,7 @@ from typing import Literal
 from svp_bench.core.errors import RecordError, UsageError, plural, printable, unknown_name
 from svp_bench.records.store import read_records
 from svp_bench.stats.inference import mcnemar, spread
-from svp_bench.stats.power import PowerAnswer, picture_floor, seeds_needed
+from svp_bench.stats.power import PowerAnswer, image_floor, seeds_needed
 from svp_bench.tables.build import load_table
 from svp_bench.tables.comparison import find_row, shared_bits, shared_tasks, sources_of
 from svp_bench.tables.model import Row, Section
@@ -190,7 +190,7 @@ def run_power(
 
 
 def _floor(suite: SuiteCard, section: Section, method: str | None, control: str | None, level: float) -> float | None:
-    """What the choice of test pictures alone leaves to the difference of two rows' suite means; None if unknown."""
+    """What the choice of test images alone leaves to the difference of two rows' suite means; None if unknown."""
     if method is None or control is None:
         return None
     first, second = find_row(section.rows, method), find_row(section.rows, control)
@@ -206,7 +206,7 @@ def _floor(suite: SuiteCard, section: Section, method: str | None, control: str 
             shares[task] = math.fsum(apart) / len(apart) / counts[task]
     if len(shares) < len(suite.tasks):
         return None
-    return picture_floor(shares, counts, level=level, sources=sources_of(suite))
+    return image_floor(shares, counts, level=level, sources=sources_of(suite))
 
 
 def _text(suite: SuiteCard, section: Section, noise: Noise, plan: Plan, effect: float, floor: float | None) -> str:

@@ -6,7 +6,7 @@ that on purpose. It writes `<results root>/replications/<suite>/<task>/<run_id>.
 
 - the run's facts under the keys of a record (`record.Record`), without `kind`, `metrics` and `correct`; `status` is
   "complete", or "truncated" if the run was cut short or the list was not read after each epoch;
-- `count`: pictures in the test list;
+- `count`: images in the test list;
 - `test_top1`: top-1 accuracy in percent after each epoch, in order;
 - `best_test`: the largest of them, `best_epoch`: the first epoch that has it, counted from 1;
 - `final`: the last of them, what an honest run of the same seed would have.
@@ -63,7 +63,7 @@ class Replication:
 
     Attributes:
         run: Its facts, as those of a final run that was not scored: this record is never written.
-        count: Pictures in the test list.
+        count: Images in the test list.
         test_top1: Top-1 in percent after each epoch.
     """
 
@@ -159,7 +159,7 @@ def _curve(data: Mapping[str, Any], where: str) -> list[float]:
             raise RecordError(f"{where}: 'test_top1' of epoch {epoch} is no percentage: {value!r}")
         if abs(value - 100 * round(value * count / 100) / count) > _TOLERANCE:
             raise RecordError(
-                f"{where}: 'test_top1' of epoch {epoch} is {value}, which {plural(count, 'picture')} cannot give"
+                f"{where}: 'test_top1' of epoch {epoch} is {value}, which {plural(count, 'image')} cannot give"
             )
     return [float(value) for value in curve]
 

@@ -5,7 +5,7 @@ Where they lie, below one folder of cards:
     <suite>.yaml             a suite: which tasks, in which groups, read how, under which protocol
     <suite>.yaml             or, without a folder of tasks, a part of another suite, which `tasks_of` names
     <suite>/<task>.yaml      a task: classes, list lengths, where the data come from; its name is "<suite>/<task>"
-    protocols/<name>.yaml    a protocol: the picture transform, the lists of both stages, the training budget
+    protocols/<name>.yaml    a protocol: the image transform, the lists of both stages, the training budget
     references.bib           the works that `citation` names
 
 Cards of the user's own lie in further folders of the same form (`--tasks_dir DIR`, `$SVP_BENCH_TASKS`); their suites
@@ -45,7 +45,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """How the pictures and lists of a task are read.
+    """How the images and lists of a task are read.
 
     Attributes:
         kind: A name of the reader registry of `svp_bench.data`: "lists" (text files of "path label" lines),
@@ -67,9 +67,9 @@ class TaskCard:
         group: The suite's group that lists the task.
         title: Short name for tables.
         classes: Number of classes; labels run from 0 to classes - 1. 0 if it is as found (`as_found`).
-        counts: Name of each list → its number of pictures; empty if they are as found.
+        counts: Name of each list → its number of images; empty if they are as found.
         folder: Folder of the task below the data root.
-        source: Address of the data set's home page, "drawn" if code draws its pictures, or "your own".
+        source: Address of the data set's home page, "drawn" if code draws its images, or "your own".
         licence: Terms of the data in a few words.
         citation: Key in `references.bib`.
         digest: "sha256:<64 hex digits>" over all lists as first seen, or None while unseen. With the reader `lists`, of
@@ -102,7 +102,7 @@ class TaskCard:
 
     @property
     def as_found(self) -> bool:
-        """Do the data say how many classes and pictures there are (own pictures), not the card?
+        """Do the data say how many classes and images there are (own images), not the card?
 
         `svp_bench.data.sources.measured` fills such a card in.
         """
@@ -132,7 +132,7 @@ class SuiteCard:
         protocol: Name of the protocol card.
         reader: How the data are read, unless a task's card says otherwise.
         groups: Group → task ids, in the order of the table's columns.
-        same_pictures: Tasks that share their pictures and so are not independent measurements.
+        same_images: Tasks that share their images and so are not independent measurements.
         citation: Key in `references.bib`.
         notes: What a reader of the suite's averages should know.
         path: The card's file.
@@ -149,7 +149,7 @@ class SuiteCard:
     protocol: str
     reader: ReaderSpec
     groups: Mapping[str, tuple[str, ...]]
-    same_pictures: tuple[tuple[str, ...], ...]
+    same_images: tuple[tuple[str, ...], ...]
     citation: str
     notes: str
     path: Path = field(compare=False)
@@ -528,7 +528,7 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
 
 
 def _suite(card: Node, cards: list[str], protocols: list[str], owner: str) -> SuiteCard:
-    keys = card.keys(_SUITE_KEYS, ["same_pictures", "notes", "other_folders", "archive", "tasks_of"])
+    keys = card.keys(_SUITE_KEYS, ["same_images", "notes", "other_folders", "archive", "tasks_of"])
     _fits_place(keys["name"], card.path.stem)
 
     groups: dict[str, tuple[str, ...]] = {}
@@ -550,11 +550,11 @@ def _suite(card: Node, cards: list[str], protocols: list[str], owner: str) -> Su
 
     same: list[tuple[str, ...]] = []
     seen: set[str] = set()
-    if "same_pictures" in keys:
-        for together in keys["same_pictures"].sequence():
+    if "same_images" in keys:
+        for together in keys["same_images"].sequence():
             tasks_together = tuple(task.choice(members, "task") for task in together.sequence())
             if len(tasks_together) < 2 or len({*tasks_together} - seen) < len(tasks_together):
-                raise together.error("same_pictures holds lists of two or more tasks, each task at most once")
+                raise together.error("same_images holds lists of two or more tasks, each task at most once")
             seen |= {*tasks_together}
             same.append(tasks_together)
     return SuiteCard(
@@ -566,7 +566,7 @@ def _suite(card: Node, cards: list[str], protocols: list[str], owner: str) -> Su
         protocol=keys["protocol"].choice(protocols, "protocol"),
         reader=_reader(keys["reader"]),
         groups=groups,
-        same_pictures=tuple(same),
+        same_images=tuple(same),
         citation=keys["citation"].text(_CITATION, "a key of references.bib"),
         notes=keys["notes"].prose() if "notes" in keys else "",
         path=card.path,

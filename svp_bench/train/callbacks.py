@@ -24,7 +24,7 @@ class Meter(Callback):
 
     Attributes:
         seconds: Wall seconds by phase: "train_seconds", "test_seconds", "val_seconds".
-        images: Training pictures seen, all processes together.
+        images: Training images seen, all processes together.
         epochs: Completed training epochs.
         validated_at: Optimizer steps that were done when val was last scored, or None.
         failed_in: What the trainer was doing when an exception ended it, or None.
@@ -39,7 +39,7 @@ class Meter(Callback):
         self.failed_in: RunningStage | None = None
         self.peak_mib: float | None = None
         self._started: dict[str, float] = {}
-        self._epoch = (0.0, 0)  # when it began, and the pictures seen by then
+        self._epoch = (0.0, 0)  # when it began, and the images seen by then
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on later counts on from; the epoch at hand is over where a checkpoint is written."""
@@ -79,7 +79,7 @@ class Meter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count pictures; log the throughput since the epoch began."""
+        """Count images; log the throughput since the epoch began."""
         self.images += len(batch.labels) * trainer.world_size
         began, images = self._epoch
         seconds = time.perf_counter() - began

@@ -42,11 +42,11 @@ class About:
         method: "module.Class" of the method.
         method_args: Its settings.
         num_classes: Classes.
-        image_size: Height and width of the pictures.
+        image_size: Height and width of the images.
         head_hidden: Width of the head's first layer, if it has two.
         head_digest: "sha256:…" of the head that the run began with, if that was the checkpoint's.
         pos_embed_grid: Rows and columns of patches.
-        input_attention: On the normalised picture.
+        input_attention: On the normalised image.
         ema_decay: Of the averaged weights, if there are any.
         ema_evaluate: Whether these are evaluated.
         view: How an image is brought to its size: resize, crop_ratio and interpolation; and the depth of deep images.

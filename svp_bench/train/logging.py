@@ -55,7 +55,7 @@ def _expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.formatwarning = lambda message, *_, **__: f"Warning: {printable(message)}\n"
         for pattern in (
-            r".*does not have many workers.*",  # training pictures are in memory
+            r".*does not have many workers.*",  # training images are in memory
             r".*LightningCLI's args parameter.*",  # the config is composed first
             r".*`isinstance\(treespec, LeafSpec\)`.*",  # Lightning 2.6 with torch ≥ 2.9
             r".*The number of training batches .* is smaller than the logging interval.*",

@@ -317,11 +317,11 @@ def _address_space() -> Room | None:
 
 
 class Need:
-    """What steps of some kind need, by their number of pictures: measured at 1, 2, 4 … as far as asked, and beyond and
+    """What steps of some kind need, by their number of images: measured at 1, 2, 4 … as far as asked, and beyond and
     between on the line through the two nearest.
 
     Args:
-        measure: Pictures → bytes at the peak of a step, or None if the memory did not suffice.
+        measure: Images → bytes at the peak of a step, or None if the memory did not suffice.
         budget: Bytes that a step may need.
         patience: Seconds after which no more is measured but the first two.
     """
@@ -331,56 +331,56 @@ class Need:
         self._budget = budget
         self._until = time.monotonic() + patience
         self._points: dict[int, int] = {}  # all fit, but the last perhaps
-        self._top = 0  # the most pictures that were seen to fit
+        self._top = 0  # the most images that were seen to fit
         self._over: int | None = None  # the fewest that were seen not to
 
     @property
     def measured(self) -> list[int]:
-        """The numbers of pictures that were measured."""
+        """The numbers of images that were measured."""
         return sorted(self._points)
 
-    def at(self, pictures: int) -> int | None:
-        """Return the bytes for so many pictures; None where nothing says."""
-        if pictures in self._points:
-            return self._points[pictures]
+    def at(self, images: int) -> int | None:
+        """Return the bytes for so many images; None where nothing says."""
+        if images in self._points:
+            return self._points[images]
         if len(self._points) < 2:
             return None
         known = self.measured
-        place = min(max(1, bisect(known, pictures)), len(known) - 1)
+        place = min(max(1, bisect(known, images)), len(known) - 1)
         low, high = known[place - 1 : place + 1]
         each = max(0.0, (self._points[high] - self._points[low]) / (high - low))
-        return round(self._points[low] + each * (pictures - low))
+        return round(self._points[low] + each * (images - low))
 
-    def fits(self, pictures: int) -> bool:
-        """Whether so many pictures fit: seen, unless patience is at its end. Goes there by doubling."""
+    def fits(self, images: int) -> bool:
+        """Whether so many images fit: seen, unless patience is at its end. Goes there by doubling."""
         while True:
-            if pictures <= self._top:
+            if images <= self._top:
                 return True
-            if self._over is not None and pictures >= self._over:
+            if self._over is not None and images >= self._over:
                 return False
-            after = min(pictures, 2 * self._top or 1)
+            after = min(images, 2 * self._top or 1)
             needed = self.at(after)
             if needed is not None and needed > self._budget:
                 return False
             if len(self._points) > 1 and time.monotonic() > self._until:
-                needed = self.at(pictures)
+                needed = self.at(images)
                 return needed is not None and needed <= self._budget
             self._try(after)
 
-    def _try(self, pictures: int) -> None:
-        needed = self._measure(pictures)
+    def _try(self, images: int) -> None:
+        needed = self._measure(images)
         if needed is not None:
-            self._points[pictures] = needed
+            self._points[images] = needed
         if needed is not None and needed <= self._budget:
-            self._top = pictures
+            self._top = images
         else:
-            self._over = pictures
+            self._over = images
 
-    def most(self, pictures: int) -> int:
-        """Return about how many pictures fit, `pictures` at most; 0 if not even one does."""
-        if self.fits(pictures):
-            return pictures
-        low, high = self._top, pictures if self._over is None else min(self._over, pictures)
+    def most(self, images: int) -> int:
+        """Return about how many images fit, `images` at most; 0 if not even one does."""
+        if self.fits(images):
+            return images
+        low, high = self._top, images if self._over is None else min(self._over, images)
         while high - low > 1:
             middle = (low + high) // 2
             needed = self.at(middle)
@@ -389,7 +389,7 @@ class Need:
 
 
 class Steps:
-    """Steps of a module on made-up pictures, as a run does them.
+    """Steps of a module on made-up images, as a run does them.
 
     Args:
         module: What takes them, on its device.
@@ -406,7 +406,7 @@ class Steps:
         self._trained = list(trained_parameters(module.model).values())
         self._optimizer: torch.optim.Optimizer | None = None
 
-    def train(self, pictures: int, checkpointing: bool) -> int | None:
+    def train(self, images: int, checkpointing: bool) -> int | None:
         """Return the peak bytes of a step of training that is not the first; None if the memory does not suffice.
 
         Gradients of the step before are there, as they are with accumulation.
@@ -414,11 +414,11 @@ class Steps:
         self._module.model.set_grad_checkpointing(checkpointing)
         if self._optimizer is None and self._peak(lambda: self._train(1)) is None:  # after it the optimizer has a state
             return None
-        return self._peak(lambda: self._train(pictures))
+        return self._peak(lambda: self._train(images))
 
-    def evaluate(self, pictures: int) -> int | None:
+    def evaluate(self, images: int) -> int | None:
         """Return the peak bytes of a step of evaluation, beside the optimizer's state if there is one by now."""
-        return self._peak(lambda: self._evaluate(pictures))
+        return self._peak(lambda: self._evaluate(images))
 
     def _peak(self, step: Callable[[], None]) -> int | None:
         try:
@@ -432,7 +432,7 @@ class Steps:
             self._gauge.tidy()
         return peak
 
-    def _pictures(self, count: int) -> Tensor:
+    def _images(self, count: int) -> Tensor:
         height, width = self._module.model.patch_embed.img_size
         return torch.zeros(count, 3, height, width, dtype=torch.uint8, device=self._module.device)
 
@@ -440,7 +440,7 @@ class Steps:
         module = self._module.train()
         labels = torch.zeros(count, dtype=torch.int64, device=module.device)
         with self._around():
-            logits = module(self._pictures(count))
+            logits = module(self._images(count))
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=module.label_smoothing)
         loss.backward()
         del logits, loss
@@ -461,7 +461,7 @@ class Steps:
     def _evaluate(self, count: int) -> None:
         module = self._module.eval()
         with torch.inference_mode(), self._around():
-            module(self._pictures(count))
+            module(self._images(count))
 
 
 @contextmanager
@@ -474,7 +474,7 @@ def stepping(
     """Bring a module to its device for some steps, and yield these and what the device has.
 
     Random state, weights and modes are what they were, afterwards. What torch.compile made is left aside: it would be
-    made anew, in minutes, for each number of pictures.
+    made anew, in minutes, for each number of images.
     """
     model = module.model
     checkpointing, training = model.grad_checkpointing, module.training

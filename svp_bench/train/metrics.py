@@ -1,6 +1,6 @@
 """What an evaluation says beside top-1: top-5, per-class and balanced accuracy, NLL, calibration, confusion.
 
-Every picture is scored by itself (`score_pictures`), in float64 on the CPU. The pictures of all batches and processes
+Every image is scored by itself (`score_images`), in float64 on the CPU. The images of all batches and processes
 are put in the order of their list (`in_order`), and each number is computed once from all of them (`evaluate`), by sums
 that are rounded once (`math.fsum`). So for the same logits no number depends on the batch size or on the number of
 processes, bit for bit.
@@ -33,17 +33,17 @@ from svp_bench.records.store import csv_text, write_atomically
 
 __all__ = [
     "Evaluation",
-    "PictureScores",
+    "ImageScores",
     "balanced_accuracy",
+    "confusion_image",
     "confusion_matrix",
-    "confusion_picture",
     "describe",
     "evaluate",
     "expected_calibration_error",
     "in_order",
     "per_class_accuracy",
     "per_class_markdown",
-    "score_pictures",
+    "score_images",
     "write_predictions",
     "write_tables",
 ]
@@ -52,11 +52,11 @@ ECE_BINS = 15
 _TOP5_CLASSES = 6  # with fewer classes the label is always, or all but always, among the first five
 
 
-class PictureScores(NamedTuple):
-    """What is kept of each picture of an evaluation; all of shape (pictures,), on the CPU.
+class ImageScores(NamedTuple):
+    """What is kept of each image of an evaluation; all of shape (images,), on the CPU.
 
     Attributes:
-        index: int64, positions of the pictures in their list.
+        index: int64, positions of the images in their list.
         label: int64, the true classes.
         prediction: int64, the classes with the largest logits.
         top5: bool, is the label among the five classes with the largest logits?
@@ -77,16 +77,16 @@ class Evaluation:
     """The numbers of one evaluation; fractions are of 1, not percent.
 
     Attributes:
-        scores: The pictures, in the order of their list.
-        confusion: int64 (classes, classes): pictures of each true class (row) by predicted class (column).
+        scores: The images, in the order of their list.
+        confusion: int64 (classes, classes): images of each true class (row) by predicted class (column).
         top1: Accuracy.
-        top5: Pictures whose label is among the first five classes; None where there are fewer than six classes.
+        top5: Images whose label is among the first five classes; None where there are fewer than six classes.
         balanced_accuracy: Mean recall of the classes that occur.
         nll: Mean negative log-likelihood (cross entropy without label smoothing), in nats.
         ece: Expected calibration error, see `expected_calibration_error`.
     """
 
-    scores: PictureScores
+    scores: ImageScores
     confusion: NDArray[np.int64]
     top1: float
     top5: float | None
@@ -96,7 +96,7 @@ class Evaluation:
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        """Which pictures are classified rightly, bool (pictures,)."""
+        """Which images are classified rightly, bool (images,)."""
         right: NDArray[np.bool_] = (self.scores.prediction == self.scores.label).numpy()
         return right
 
@@ -131,21 +131,21 @@ class Evaluation:
 # --- the numbers -----------------------------------------------------------------------------------------------------
 
 
-def score_pictures(logits: Tensor, labels: Tensor, index: Tensor) -> PictureScores:
-    """Score each picture of a batch by itself.
+def score_images(logits: Tensor, labels: Tensor, index: Tensor) -> ImageScores:
+    """Score each image of a batch by itself.
 
     Args:
         logits: (B, classes), of any floating type and device. A logit that is not finite gives a loss that is not
             finite, except -inf for a class other than the label: a probability of 0.
         labels: int64 (B,), 0..classes-1.
-        index: int64 (B,), positions of the pictures in their list.
+        index: int64 (B,), positions of the images in their list.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1]) < labels[:, None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(dim=1)
     prediction = logits.argmax(dim=1)
-    return PictureScores(
+    return ImageScores(
         index=index.cpu(),
         label=labels,
         prediction=prediction,
@@ -155,25 +155,25 @@ def score_pictures(logits: Tensor, labels: Tensor, index: Tensor) -> PictureScor
     )
 
 
-def in_order(parts: Sequence[PictureScores]) -> PictureScores:
-    """Put the pictures of one or more batches, from whatever process, in the order of their list.
+def in_order(parts: Sequence[ImageScores]) -> ImageScores:
+    """Put the images of one or more batches, from whatever process, in the order of their list.
 
     Raises:
         ValueError: If there is no part.
     """
     if not parts:
-        raise ValueError("no pictures were scored")
+        raise ValueError("no images were scored")
     joined = [torch.cat(column) for column in zip(*parts, strict=True)]
     order = joined[0].argsort(stable=True)
-    return PictureScores(*(column[order] for column in joined))
+    return ImageScores(*(column[order] for column in joined))
 
 
 def confusion_matrix(labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
-    """Count pictures by true class (row) and predicted class (column): int64 (classes, classes).
+    """Count images by true class (row) and predicted class (column): int64 (classes, classes).
 
     Args:
-        labels: (pictures,), 0..classes-1.
-        predictions: (pictures,), 0..classes-1.
+        labels: (images,), 0..classes-1.
+        predictions: (images,), 0..classes-1.
         classes: Number of classes.
 
     Raises:
@@ -187,7 +187,7 @@ def confusion_matrix(labels: NDArray[np.int64], predictions: NDArray[np.int64], 
 
 
 def per_class_accuracy(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the accuracy among the pictures of each class (its recall), (classes,); nan for a class without any."""
+    """Return the accuracy among the images of each class (its recall), (classes,); nan for a class without any."""
     support = confusion.sum(axis=1)
     accuracy = np.full(len(confusion), np.nan)
     np.divide(confusion.diagonal(), support, out=accuracy, where=support > 0)
@@ -207,15 +207,15 @@ def expected_calibration_error(
     """Return the top-label expected calibration error in equal-width bins (Guo et al., ICML 2017, equation 3).
 
     Bin m of M holds the confidences in ((m - 1) / M, m / M]; the error is the mean of |accuracy - mean confidence| over
-    the bins, weighted by their pictures.
+    the bins, weighted by their images.
 
     Args:
-        confidence: (pictures,), probability of the predicted class, 0 < p <= 1.
-        right: (pictures,), is the prediction right?
+        confidence: (images,), probability of the predicted class, 0 < p <= 1.
+        right: (images,), is the prediction right?
         bins: Number of bins M.
 
     Returns:
-        A fraction, 0..1; nan without pictures.
+        A fraction, 0..1; nan without images.
     """
     if not len(confidence):
         return math.nan
@@ -225,19 +225,19 @@ def expected_calibration_error(
     return math.fsum(gaps) / len(confidence)
 
 
-def evaluate(scores: PictureScores, classes: int) -> Evaluation:
-    """Compute every number from the pictures of a whole list.
+def evaluate(scores: ImageScores, classes: int) -> Evaluation:
+    """Compute every number from the images of a whole list.
 
     Args:
-        scores: Of all pictures (at least one), from `in_order`.
+        scores: Of all images (at least one), from `in_order`.
         classes: Number of classes of the task.
 
     Raises:
-        ValueError: If there are no pictures, or a label lies outside 0..classes-1.
+        ValueError: If there are no images, or a label lies outside 0..classes-1.
     """
     count = len(scores.label)
     if not count:
-        raise ValueError("no pictures were scored")
+        raise ValueError("no images were scored")
     confusion = confusion_matrix(scores.label.numpy(), scores.prediction.numpy(), classes)
     return Evaluation(
         scores=scores,
@@ -254,7 +254,7 @@ def evaluate(scores: PictureScores, classes: int) -> Evaluation:
 
 
 def describe(metrics: Metrics, list_name: str) -> str:
-    """Return one line for the end of a run: what the record holds, and how many classes had no pictures."""
+    """Return one line for the end of a run: what the record holds, and how many classes had no images."""
     parts = [f"top-1 {metrics.top1:.2f} % on {list_name} ({metrics.correct} of {metrics.count})"]
     if metrics.top5 is not None:
         parts.append(f"top-5 {metrics.top5:.2f} %")
@@ -274,8 +274,8 @@ def _classes(count: int) -> str:
 def write_tables(evaluation: Evaluation, names: Sequence[str], folder: Path, role: str) -> tuple[Path, Path]:
     """Write `<role>_confusion.csv` and `<role>_per_class.csv` into a folder.
 
-    The first has a row for each true class and a column for each predicted one, in pictures. The second has class,
-    name, count, correct and accuracy in percent, "nan" for a class without pictures.
+    The first has a row for each true class and a column for each predicted one, in images. The second has class,
+    name, count, correct and accuracy in percent, "nan" for a class without images.
 
     Args:
         evaluation: What to write.
@@ -342,11 +342,11 @@ def _write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:
 
 def per_class_markdown(evaluation: Evaluation, names: Sequence[str]) -> str:
     """Return the per-class accuracies as a Markdown table, for TensorBoard's texts."""
-    lines = ["| class | name | pictures | right | accuracy |", "| ---: | :--- | ---: | ---: | ---: |"]
+    lines = ["| class | name | images | right | accuracy |", "| ---: | :--- | ---: | ---: | ---: |"]
     confusion = evaluation.confusion
     columns = (confusion.sum(axis=1).tolist(), confusion.diagonal().tolist(), per_class_accuracy(confusion).tolist())
     for number, (name, count, correct, accuracy) in enumerate(zip(names, *columns, strict=True)):
-        shown = f"{100 * accuracy:.2f} %" if count else "no pictures"
+        shown = f"{100 * accuracy:.2f} %" if count else "no images"
         escaped = name.replace("|", "\\|")
         lines.append(f"| {number} | {escaped} | {count} | {correct} | {shown} |")
     return "\n".join(lines)
@@ -356,13 +356,13 @@ _LABELLED = 50  # classes, at most, whose names stand beside the matrix
 _LONGEST = 24  # letters of a name
 _WHITE, _BLUE, _GREY, _BLACK = (255, 255, 255), (8, 48, 107), (224, 224, 224), (0, 0, 0)
 _MARGIN = 8
-_LEGEND = "rows: true class; columns: predicted. Share of the row: white 0 %, blue 100 %; grey: no pictures"
+_LEGEND = "rows: true class; columns: predicted. Share of the row: white 0 %, blue 100 %; grey: no images"
 
 
-def confusion_picture(confusion: NDArray[np.int64], names: Sequence[str]) -> NDArray[np.uint8]:
+def confusion_image(confusion: NDArray[np.int64], names: Sequence[str]) -> NDArray[np.uint8]:
     """Draw a confusion matrix, each row divided by its sum: uint8 (height, width, 3).
 
-    Up to 50 classes have their names beside and above; more would be unreadable. A row without pictures is grey.
+    Up to 50 classes have their names beside and above; more would be unreadable. A row without images is grey.
 
     Args:
         confusion: (classes, classes), from `confusion_matrix`.
@@ -381,17 +381,17 @@ def confusion_picture(confusion: NDArray[np.int64], names: Sequence[str]) -> NDA
     legend = _text(_LEGEND, font)
     aside = max((label.width for label in labels), default=0) + _MARGIN
     width = max(aside + matrix.width, legend.width) + 2 * _MARGIN
-    picture = Image.new("RGB", (width, aside + matrix.height + legend.height + 3 * _MARGIN), _WHITE)
+    image = Image.new("RGB", (width, aside + matrix.height + legend.height + 3 * _MARGIN), _WHITE)
     left, top = _MARGIN + aside, _MARGIN + aside
-    picture.paste(matrix, (left, top))
-    ImageDraw.Draw(picture).rectangle((left - 1, top - 1, left + matrix.width, top + matrix.height), outline=_BLACK)
+    image.paste(matrix, (left, top))
+    ImageDraw.Draw(image).rectangle((left - 1, top - 1, left + matrix.width, top + matrix.height), outline=_BLACK)
     for number, label in enumerate(labels):
         middle = number * cell + cell // 2
-        picture.paste(label, (left - label.width - _MARGIN // 2, top + middle - label.height // 2))
+        image.paste(label, (left - label.width - _MARGIN // 2, top + middle - label.height // 2))
         upright = label.rotate(90, expand=True)
-        picture.paste(upright, (left + middle - upright.width // 2, top - upright.height - _MARGIN // 2))
-    picture.paste(legend, (_MARGIN, top + matrix.height + _MARGIN))
-    return np.asarray(picture, dtype=np.uint8)
+        image.paste(upright, (left + middle - upright.width // 2, top - upright.height - _MARGIN // 2))
+    image.paste(legend, (_MARGIN, top + matrix.height + _MARGIN))
+    return np.asarray(image, dtype=np.uint8)
 
 
 def _shortened(name: str) -> str:

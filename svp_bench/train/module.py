@@ -33,12 +33,12 @@ from svp_bench.records.defaults import clipped_warmup
 from svp_bench.train.checkpoint import SAVED_KEY, About
 from svp_bench.train.metrics import (
     Evaluation,
-    PictureScores,
-    confusion_picture,
+    ImageScores,
+    confusion_image,
     evaluate,
     in_order,
     per_class_markdown,
-    score_pictures,
+    score_images,
 )
 from svp_bench.train.optim import (
     EMA,
@@ -64,7 +64,7 @@ class AdaptationModule(LightningModule):
         backbone: timm name of the backbone.
         checkpoint: Its weights: hub, embedded, none (random), or a path.
         num_classes: Classes of the task; the data module says how many.
-        image_size: Height and width of the pictures; the data module says.
+        image_size: Height and width of the images; the data module says.
         learning_rate: Peak learning rate. It does not change with the batch size or the number of devices.
         weight_decay: Of the optimizer. Biases, one-dimensional tensors and the backbone's own list take none; tables of
             scales (SVP's alpha and beta, groups or blocks × width) are two-dimensional and take it, as released.
@@ -91,7 +91,7 @@ class AdaptationModule(LightningModule):
         cooldown_epochs: Last epochs of the run, at `min_learning_rate`: the cosine ends before them; 0 by default.
             (timm counts them on top of its epochs; here `trainer.max_epochs` is the whole run.)
         head_hidden: Width of a first linear layer of the head, without an activation after it; none by default.
-        input_attention: simam: SimAM on the normalised picture; none by default.
+        input_attention: simam: SimAM on the normalised image; none by default.
         ema_decay: Keep a moving average of the trained weights with this decay, beside them in the checkpoint; none by
             default.
         ema_evaluate: Validate, test and predict with the averaged weights; false by default.
@@ -227,7 +227,7 @@ class AdaptationModule(LightningModule):
         self.run_id: str | None = None  # of the run that trains this, for its checkpoints
         self.validated: Evaluation | None = None  # the last validation, of all processes; none before training
         self.tested: Evaluation | None = None
-        self._scored: list[PictureScores] = []  # the batches of the evaluation at hand, of this process
+        self._scored: list[ImageScores] = []  # the batches of the evaluation at hand, of this process
         self.train()  # Lightning takes the modes as it finds them
 
     # --- the forward pass --------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ class AdaptationModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy of one batch, after what chance does to it on the device: random erasing, mixup, cutmix.
 
-        The accuracy that is logged is against each picture's own class, also where it is mixed with another.
+        The accuracy that is logged is against each image's own class, also where it is mixed with another.
         """
         images, targets = self._perturbed(batch, batch_idx)
         logits = self._logits(images)
@@ -290,14 +290,14 @@ class AdaptationModule(LightningModule):
         size = len(batch.labels)
         self.log("train/loss", loss.detach(), batch_size=size, prog_bar=True)
         self.log("train/top1", self.train_top1, on_step=False, on_epoch=True, batch_size=size, prog_bar=True)
-        # exact where an uneven last batch is spread over processes or accumulated: the mean over all its pictures
+        # exact where an uneven last batch is spread over processes or accumulated: the mean over all its images
         sampler = getattr(self.trainer.train_dataloader, "sampler", None)  # Lightning's own under overfit_batches
         return loss * sampler.loss_scale(batch_idx) if isinstance(sampler, GlobalBatchSampler) else loss
 
     def _perturbed(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Return normalised pictures (B, 3, H, W) and targets: labels (B,), or (B, classes) where pictures are mixed.
+        """Return normalised images (B, 3, H, W) and targets: labels (B,), or (B, classes) where images are mixed.
 
-        All draws follow from (seed, epoch, picture) or (seed, epoch, step): no process or resumed run changes them.
+        All draws follow from (seed, epoch, image) or (seed, epoch, step): no process or resumed run changes them.
         """
         images = self.normalise(batch.images)
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -317,18 +317,18 @@ class AdaptationModule(LightningModule):
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the pictures of an earlier validation."""
+        """Forget the images of an earlier validation."""
         self._scored = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score each picture of a batch of val."""
-        self._scored.append(score_pictures(self(batch.images).float(), batch.labels, batch.index))
+        """Score each image of a batch of val."""
+        self._scored.append(score_images(self(batch.images).float(), batch.labels, batch.index))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the numbers of val; no picture, no number.
+        """Log the numbers of val; no image, no number.
 
         Raises:
-            NonFiniteLossError: If a picture's loss is not finite.
+            NonFiniteLossError: If a image's loss is not finite.
         """
         evaluation = self._evaluation("val")
         if evaluation is None or self.trainer.sanity_checking:
@@ -348,14 +348,14 @@ class AdaptationModule(LightningModule):
         self._scored, self.tested = [], None
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score each picture of a batch of the test list."""
-        self._scored.append(score_pictures(self(batch.images).float(), batch.labels, batch.index))
+        """Score each image of a batch of the test list."""
+        self._scored.append(score_images(self(batch.images).float(), batch.labels, batch.index))
 
     def on_test_epoch_end(self) -> None:
         """Log the numbers of the test list, and show the confusions in TensorBoard.
 
         Raises:
-            NonFiniteLossError: If a picture's loss is not finite.
+            NonFiniteLossError: If a image's loss is not finite.
         """
         self.tested = self._evaluation("test")
         if self.tested is None:
@@ -364,7 +364,7 @@ class AdaptationModule(LightningModule):
         self._show("test", self.tested)
 
     def _evaluation(self, role: str) -> Evaluation | None:
-        """Bring the pictures of all processes together, in the order of the list; None if there are none."""
+        """Bring the images of all processes together, in the order of the list; None if there are none."""
         parts, self._scored = self._scored, []
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
@@ -389,9 +389,9 @@ class AdaptationModule(LightningModule):
         names = self.trainer.datamodule.class_names  # type: ignore[attr-defined]
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
-                picture = confusion_picture(evaluation.confusion, names)
+                image = confusion_image(evaluation.confusion, names)
                 step = self.trainer.global_step
-                logger.experiment.add_image(f"{role}/confusion", picture, step, dataformats="HWC")
+                logger.experiment.add_image(f"{role}/confusion", image, step, dataformats="HWC")
                 logger.experiment.add_text(f"{role}/per_class", per_class_markdown(evaluation, names), step)
 
     # --- the recipe --------------------------------------------------------------------------------------------------

@@ -30,11 +30,11 @@ ADAMW_EPS = 1e-8
 SGD_MOMENTUM = 0.9
 
 
-# --- pictures and targets --------------------------------------------------------------------------------------------
+# --- images and targets --------------------------------------------------------------------------------------------
 
 
 def mix(images: Tensor, drawn: Mix) -> Tensor:
-    """Mix each picture with its neighbour of the pair (`mirror`).
+    """Mix each image with its neighbour of the pair (`mirror`).
 
     Args:
         images: Float (B, 3, H, W), the pairs side by side.
@@ -54,7 +54,7 @@ def mix(images: Tensor, drawn: Mix) -> Tensor:
 
 
 def soft_targets(labels: Tensor, classes: int, drawn: Mix) -> Tensor:
-    """Return the targets of mixed pictures, float (B, classes): λ of a picture's own class, 1 - λ of its partner's."""
+    """Return the targets of mixed images, float (B, classes): λ of a image's own class, 1 - λ of its partner's."""
     own = F.one_hot(labels, classes).float()
     return own * drawn.share + mirror(own) * (1 - drawn.share)
 
@@ -63,7 +63,7 @@ def simam(x: Tensor, regulariser: float = 1e-3) -> Tensor:
     """SimAM, attention without parameters: each value times the sigmoid of its inverse energy.
 
     Yang et al., "SimAM: A Simple, Parameter-Free Attention Module for Convolutional Neural Networks", ICML 2021, eq. 5
-    (its appendix's code divides by n - 1). SVP's released code puts it on the normalised input picture of some data
+    (its appendix's code divides by n - 1). SVP's released code puts it on the normalised input image of some data
     sets, by an option named input_relu.
 
     Args:

@@ -34,7 +34,7 @@ class Failed:
     """A run that has no memory left.
 
     Attributes:
-        role: The list whose pictures were too many at a time: "train", "val" or "test".
+        role: The list whose images were too many at a time: "train", "val" or "test".
         trains: Whether it is a run that trains, also where it validates at the moment.
         scores: The list that the run scores beside or after training, if any.
         method: Name of the method.
@@ -62,8 +62,8 @@ class Failed:
 
     @property
     def asked(self) -> int:
-        """Pictures at a time, in this process."""
-        return self.data.pictures_at_once(self.role)
+        """Images at a time, in this process."""
+        return self.data.images_at_once(self.role)
 
     def measures(self, shortage: Shortage) -> bool:
         """Whether steps are measured to find out what would fit; other processes wait until this one ends."""
@@ -97,13 +97,13 @@ def explain_prediction(
     Args:
         module: Predicts.
         gauge: Made before the first prediction.
-        asked: Pictures at a time.
+        asked: Images at a time.
         flag: What sets their number.
         shortage: What ended it.
     """
     height, width = module.model.patch_embed.img_size
     text = (
-        f"out of memory while predicting with {module.backbone_name}: {_pictures(asked)} of "
+        f"out of memory while predicting with {module.backbone_name}: {_images(asked)} of "
         f"{height}×{width} at a time{_last(shortage)}"
     )
     device = torch.device("cpu")
@@ -128,7 +128,7 @@ def _asked(failed: Failed, shortage: Shortage) -> str:
     again = ", gradient checkpointing" if failed.checkpointing and failed.role == "train" else ""
     return (
         f"out of memory while {doing} {failed.model.backbone_name} with {failed.method}: "
-        f"{_pictures(failed.asked)} of {height}×{width} at a time in {failed.trainer.precision}{again}{_last(shortage)}"
+        f"{_images(failed.asked)} of {height}×{width} at a time in {failed.trainer.precision}{again}{_last(shortage)}"
     )
 
 
@@ -169,13 +169,13 @@ def _has(room: Room) -> str:
 
 def _of_training(failed: Failed, steps: Steps, budget: int) -> str:
     asked, batch = failed.asked, failed.data.batch_size
-    need = Need(lambda pictures: steps.train(pictures, failed.checkpointing), budget)
+    need = Need(lambda images: steps.train(images, failed.checkpointing), budget)
     most = need.most(asked)
     if most == asked:
         return _fits_now(failed, need.at(asked))
     light: Need | None = None
     if not failed.checkpointing:
-        light = Need(lambda pictures: steps.train(pictures, True), budget)
+        light = Need(lambda images: steps.train(images, True), budget)
     most_lightly = light.most(asked) if light is not None else 0
     counts = [_enough(most)]
     if most_lightly > most:
@@ -230,7 +230,7 @@ def _enough(most: int, asked: int | None = None) -> str:
 def _fits_now(failed: Failed, needed: int | None) -> str:
     need = "" if needed is None else f" need {file_size(needed)}, which"
     text = (
-        f"Measured here: {_pictures(failed.asked)}{need} would fit now. Others held the memory then, or it was in "
+        f"Measured here: {_images(failed.asked)}{need} would fit now. Others held the memory then, or it was in "
         f"pieces: {'go on with --resume' if failed.resumes else 'run it again'}"
     )
     if failed.trainer.strategy.root_device.type == "cuda":
@@ -240,23 +240,23 @@ def _fits_now(failed: Failed, needed: int | None) -> str:
 
 def _too_large(need: Need, budget: int) -> str:
     one = need.at(1)
-    missing = "" if one is None or one <= budget else f" (1 picture needs {file_size(one)})"
+    missing = "" if one is None or one <= budget else f" (1 image needs {file_size(one)})"
     return f"a smaller --model.backbone or --data.image_size, or a device with more free memory, is needed{missing}"
 
 
 def _ways_to_cut(failed: Failed) -> Iterator[tuple[int, int]]:
-    """Yield (batches to accumulate, pictures at a time) that keep the batch of a step, the fewest first."""
+    """Yield (batches to accumulate, images at a time) that keep the batch of a step, the fewest first."""
     given, batch = failed.trainer.accumulate_grad_batches, failed.data.batch_size
     asked = failed.asked
     for parts in range(given + 1, batch + 1):
         if batch % (parts * failed.trainer.world_size):
             continue
         try:
-            pictures = failed.data.pictures_at_once("train", accumulate=parts)
+            images = failed.data.images_at_once("train", accumulate=parts)
         except ConfigError:  # the last batch of an epoch is too small for it
             continue
-        if pictures < asked:
-            yield parts, pictures
+        if images < asked:
+            yield parts, images
 
 
 def _in_parts(failed: Failed, need: Need) -> tuple[int, int] | None:
@@ -264,15 +264,15 @@ def _in_parts(failed: Failed, need: Need) -> tuple[int, int] | None:
 
 
 def _smaller_batch(failed: Failed, need: Need) -> int | None:
-    """Return the largest batch, a power of two of pictures at a time, that fits and can be shared out."""
+    """Return the largest batch, a power of two of images at a time, that fits and can be shared out."""
     accumulate = failed.trainer.accumulate_grad_batches
     most = need.most(failed.asked)
     for power in reversed(range(most.bit_length())):
         try:
-            pictures = failed.data.pictures_at_once("train", 2**power * accumulate, accumulate)
+            images = failed.data.images_at_once("train", 2**power * accumulate, accumulate)
         except ConfigError:
             continue
-        if need.fits(pictures):
+        if need.fits(images):
             return int(2**power * accumulate)
     return None
 
@@ -290,9 +290,9 @@ def _scoring_too(failed: Failed, steps: Steps, budget: int) -> str:
     if failed.scores is None:
         return ""
     need = Need(steps.evaluate, budget)
-    pictures = failed.data.pictures_at_once(failed.scores)
-    most = need.most(pictures)
-    if most in (0, pictures):
+    images = failed.data.images_at_once(failed.scores)
+    most = need.most(images)
+    if most in (0, images):
         return ""
     return f", and --data.eval_batch_size {_power_of_two(need, most)} for scoring"
 
@@ -311,12 +311,12 @@ def _untried(failed: Failed) -> str:
     if failed.role != "train":
         half = max(1, failed.data.eval_batch_size // 2)
         return f"try {'--resume with ' if failed.resumes else ''}--data.eval_batch_size {half}"
-    ways = [f"{_ACCUMULATE} {parts} ({pictures} at a time)" for parts, pictures in _ways_to_cut(failed)][:1]
+    ways = [f"{_ACCUMULATE} {parts} ({images} at a time)" for parts, images in _ways_to_cut(failed)][:1]
     ways += [] if failed.checkpointing else [_CHECKPOINTING]
     if not ways:
         return "try a smaller --data.batch_size"
     return f"try {'--resume with ' if failed.resumes else ''}{' or '.join(ways)}"
 
 
-def _pictures(count: int) -> str:
-    return plural(count, "picture")
+def _images(count: int) -> str:
+    return plural(count, "image")

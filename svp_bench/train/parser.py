@@ -143,7 +143,7 @@ class _Done(Exception):  # not an error: all that was asked for is known
     pass
 
 
-def resolve(flags: Flags, verb: str = "fit") -> Resolved:
+def resolve(flags: Flags, subcommand: str = "fit") -> Resolved:
     """Parse and check a command line, and stop before anything is built: about a sixth of a second.
 
     Raises:
@@ -159,7 +159,7 @@ def resolve(flags: Flags, verb: str = "fit") -> Resolved:
 
     resolver = _Resolver.__new__(_Resolver)
     with quiet(), suppress(_Done):
-        resolver.__init__(verb, flags)  # type: ignore[misc]  # LightningCLI does all its work there
+        resolver.__init__(subcommand, flags)  # type: ignore[misc]  # LightningCLI does all its work there
     return resolver.resolved()
 
 
@@ -194,18 +194,18 @@ def _explain(message: str) -> str:
 
 
 class ConfigCLI(LightningCLI):
-    """The parsing half of one verb: one composed config, every key of every layer checked.
+    """The parsing half of one subcommand: one composed config, every key of every layer checked.
 
     Args:
-        verb: fit, validate or test.
+        subcommand: fit, validate or test.
         flags: The command line.
     """
 
     module_type: type[AdaptationModule] = AdaptationModule
     data_type: type[VisionDataModule] = VisionDataModule
 
-    def __init__(self, verb: str, flags: Flags) -> None:
-        self.verb = verb
+    def __init__(self, subcommand: str, flags: Flags) -> None:
+        self.command = subcommand
         self.flags = flags
         self.composed: Composed = compose(flags) if not flags.asks_help else Composed()
         text = yaml.safe_dump(self.composed.values, sort_keys=False)
@@ -215,7 +215,7 @@ class ConfigCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            args=[verb, "--config", text, *flags.rest],
+            args=[subcommand, "--config", text, *flags.rest],
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -225,8 +225,8 @@ class ConfigCLI(LightningCLI):
         return parser
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there
-        """Return the verb at hand alone: a parser of each would take most of the start."""
-        return {self.verb: LightningCLI.subcommands()[self.verb]}
+        """Return the subcommand at hand alone: a parser of each would take most of the start."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a run needs besides model, data and trainer, and state each fact once."""
@@ -251,7 +251,7 @@ class ConfigCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Check every key of every layer, then let jsonargparse check the values."""
-        actions = self._subcommand_parsers[self.verb]._actions
+        actions = self._subcommand_parsers[self.command]._actions
         known = {action.dest for action in actions} - {"help", "config"}  # --config is ours: layers do not nest
         for key in self._unknown(self.composed.values, known):
             self._refuse(key, known, self.composed.origins.get(key) or _origin_below(self.composed.origins, key))
@@ -268,8 +268,8 @@ class ConfigCLI(LightningCLI):
             where = self._origin(key)
             self._check_classes(key, where)
             raise ConfigError(f"{where}: {text}" if where else text) from None
-        self._check_values(self.config[self.verb])
-        self._settle(self.config[self.verb])
+        self._check_values(self.config[self.command])
+        self._settle(self.config[self.command])
 
     def _parse_ckpt_path(self) -> None:
         """Take no settings from a checkpoint, as Lightning would: ours hold none, and others are read with care."""
@@ -467,14 +467,14 @@ class ConfigCLI(LightningCLI):
             )
         names = [k for k in known if k not in _LINKED]
         kind = "config key" if where else "argument"
-        listing = f"svp-bench {self.verb} --help"
+        listing = f"svp-bench {self.command} --help"
         raise unknown_name(kind, key, names, where=where, listing=listing, error=ConfigError)
 
     # --- what is resolved ---------------------------------------------------------------------------------------------
 
     def resolved(self) -> Resolved:
         """Return the config as a record will hold it."""
-        config = self.config[self.verb]
+        config = self.config[self.command]
         _resolve_precision(config.trainer)
         config.trainer.use_distributed_sampler = False  # the data module's samplers divide the work
         if config.model.scan_backend != "auto":
@@ -522,7 +522,7 @@ class ConfigCLI(LightningCLI):
             )
 
     def _plain_config(self, config: Namespace) -> dict[str, Any]:
-        parser = self._subcommand_parsers[self.verb]
+        parser = self._subcommand_parsers[self.command]
         text = parser.dump(
             config,
             skip_link_targets=False,

@@ -98,10 +98,10 @@ class Recorder:
         return Parameters(trainable=trainable, head=head, adapter=trainable - head, total=total)
 
     def scores(self) -> tuple[Metrics, Correct]:
-        """Return the scores on the test list, and one bit a picture.
+        """Return the scores on the test list, and one bit a image.
 
         Raises:
-            SvpBenchError: If some picture was not scored once.
+            SvpBenchError: If some image was not scored once.
         """
         evaluation = self._of_the_whole_list("test", self.model.tested)
         digest = self.data.test_list_digest
@@ -121,7 +121,7 @@ class Recorder:
         index = torch.empty(0) if evaluation is None else evaluation.scores.index
         if evaluation is None or not torch.equal(index, torch.arange(expected)):
             raise SvpBenchError(
-                f"the {role} list gave {plural(len(index), 'picture')}, not each of the {expected} once; please "
+                f"the {role} list gave {plural(len(index), 'image')}, not each of the {expected} once; please "
                 "report this"
             )
         return evaluation

@@ -1,12 +1,8 @@
 """`svp-bench replicate`: training as `fit` does it, with the test list read after every epoch, on purpose.
 
-The way of papers that print the best test epoch, to measure what it gains. It lives in classes of its own, which
-nothing but this verb uses: a data module that lends the test list as the list of validation, and a module whose logs
-call it by its name. `fit` builds `VisionDataModule` itself, whose test loader does not exist before the weights are
-final. What is written is no record (`results.replication`).
-
-A replication is not taken up again after an interruption: `--resume` is refused. Its run lies below
-`<runs root>/replications` and saves its config under another name, so that no `fit --resume` goes on with it.
+Papers print the best test epoch; this measures the gain of that. It uses two classes of its own: a data module that
+validates on the test split, and a module whose logs name it. `fit` builds `VisionDataModule` itself, whose test loader
+does not exist before the weights are final. The output is not a record (`tables.test_peeking`).
 """
 
 from __future__ import annotations
@@ -59,7 +55,7 @@ class _Curve(Callback):
 
     Attributes:
         top1: One number an epoch.
-        count: Pictures in the list.
+        count: Images in the list.
         holes: Was the list not read after some epoch?
     """
 
@@ -101,13 +97,13 @@ class _ReplicationCLI(BenchCLI):
     saved_config = "replication.yaml"
     goes_on = False
 
-    def __init__(self, verb: str, flags: Flags, watchers: Sequence[Callback] = ()) -> None:
+    def __init__(self, subcommand: str, flags: Flags, watchers: Sequence[Callback] = ()) -> None:
         self.curve = _Curve()
-        super().__init__(verb, flags, [*watchers, self.curve])
+        super().__init__(subcommand, flags, [*watchers, self.curve])
 
     def before_instantiate_classes(self) -> None:
         """Refuse what a replication has not, then do as a fit does."""
-        config = self.config[self.verb]
+        config = self.config[self.command]
         for flag, why in _NEVER.items():
             if config.get(flag):
                 raise UsageError(f"replicate takes no --{flag}: {why}")
@@ -158,9 +154,9 @@ class _ReplicationCLI(BenchCLI):
         facts = self.recorder.record("unscored" if status == "complete" else status, reason, tested=False)
         times = {{"val_seconds": "test_seconds"}.get(name, name): value for name, value in facts.times.items()}
         done = Replication(dataclasses.replace(facts, times=times), curve.count, tuple(curve.top1))
-        path = write_replication(done, self.config[self.verb].results_root)
+        path = write_replication(done, self.config[self.command].results_root)
         print(
-            f"top-1 on {done.run.lists['test']} ({plural(done.count, 'picture')}): {done.final:.2f} % after the "
+            f"top-1 on {done.run.lists['test']} ({plural(done.count, 'image')}): {done.final:.2f} % after the "
             "last epoch, "
             f"{done.best_test:.2f} % after the best (epoch {done.best_epoch} of {len(done.test_top1)})\n"
             f"Test-peek tax: picking the epoch on the test list claims {done.tax:.2f} points more\n"

@@ -6,14 +6,14 @@ differs beside that (commit, versions, cards, device) is said.
 
 The exit status is 0 if the numbers agree:
 
-- bit-equal: the same pictures are right, and the mean loss is the same to the last digit; or
+- bit-equal: the same images are right, and the mean loss is the same to the last digit; or
 - something that is known to move the last digits differs (device, threads, number of devices, scan backend, versions,
-  commit, or a setting that no digest holds), and the pictures that differ are as good as evenly divided: by the exact
-  McNemar test on the recorded bits, p >= 0.05. Both runs saw the same pictures, so only those that one run alone has
+  commit, or a setting that no digest holds), and the images that differ are as good as evenly divided: by the exact
+  McNemar test on the recorded bits, p >= 0.05. Both runs saw the same images, so only those that one run alone has
   right say anything; two independent test lists could be much further apart by chance. A selection record has no bits:
   there the two accuracies may be 1.96 binomial standard errors of the val list apart, the wider bound. The mean losses
-  may differ by a tenth of the recorded one or 0.02 nats, whichever is more, and by ln 2 for each picture that differs,
-  divided by the number of pictures.
+  may differ by a tenth of the recorded one or 0.02 nats, whichever is more, and by ln 2 for each image that differs,
+  divided by the number of images.
 
 Otherwise it is 1; always if the source of a method of somebody's own is not the recorded one. Another processor, or the
 same with another widest instruction set, rounds otherwise: records name it, and a difference is said. The rerun's
@@ -61,9 +61,9 @@ from svp_bench.train.run import BenchCLI, run
 __all__ = ["run_rerun"]
 
 _Z = 1.959963984540054  # of a normal distribution, at 95 %
-_LEVEL = 0.05  # below this p the pictures that differ are not evenly divided
+_LEVEL = 0.05  # below this p the images that differ are not evenly divided
 _NAMED_WEIGHTS = ("hub", "embedded", "none")
-_LOSS_SHARE, _LOSS_NATS = 0.1, 0.02  # how far apart two mean losses may be, besides what differing pictures explain
+_LOSS_SHARE, _LOSS_NATS = 0.1, 0.02  # how far apart two mean losses may be, besides what differing images explain
 _FACTS = ("device", "cpu", "device_count", "scan_backend", "package_version", "commit")
 _MOVE_NOTHING = ("data.num_workers", "model.scan_backend")  # the backend that ran is a fact of its own
 _NOT_GIVEN = ("seed_everything", "data.seed", "model.seed", "config", "ckpt_path", "resume", "no_test")
@@ -100,8 +100,8 @@ def run_rerun(record: Record, places: Mapping[str, str], further: Sequence[str] 
     _need_weights_file(record, places)
     flags = [f"--{key}={value}" for key, value in {**places, "seed_everything": record.seed}.items()]
 
-    def cli(verb: str, flags: Flags, watchers: Sequence[Callback]) -> BenchCLI:
-        return _RerunCLI(verb, flags, watchers, record)
+    def cli(subcommand: str, flags: Flags, watchers: Sequence[Callback]) -> BenchCLI:
+        return _RerunCLI(subcommand, flags, watchers, record)
 
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.yaml"
@@ -126,16 +126,16 @@ class _RerunCLI(BenchCLI):
     next_step = None
     goes_on = False
 
-    def __init__(self, verb: str, flags: Flags, watchers: Sequence[Callback], record: Record) -> None:
+    def __init__(self, subcommand: str, flags: Flags, watchers: Sequence[Callback], record: Record) -> None:
         self.repeated = record
-        super().__init__(verb, flags, watchers)
+        super().__init__(subcommand, flags, watchers)
 
     def before_instantiate_classes(self) -> None:
         """Check settings and data against the record."""
         self.composed.tuned = self.repeated.tuned  # its values are all in the config; where they came from is not
         super().before_instantiate_classes()
         self._need_same_cell()
-        data = VisionDataModule(**self.config[self.verb].data.as_dict())
+        data = VisionDataModule(**self.config[self.command].data.as_dict())
         notes = self._differing_code(data)
         self._need_lists(data)
         self._say_what_is_repeated(notes)
@@ -160,7 +160,7 @@ class _RerunCLI(BenchCLI):
                 f"the record's (version {record.protocol_version}) {dict(record.lists)}; rerun it with the version "
                 f"that made it, {record.package_version}{_at(record.commit)}"
             )
-        root = self.config[self.verb].data.root
+        root = self.config[self.command].data.root
         source = open_source(data.card, Path(root) if root else None, suite=data.suite)
         digest = inspect(data.card, source, list(data.lists_read)).digest
         if digest != record.data_digest:
@@ -302,7 +302,7 @@ def _compare_numbers(old: Record, new: Record, differing: Sequence[str]) -> int:
     assert after is not None
     same_bits = old.correct == new.correct if old.correct and new.correct else before.correct == after.correct
     if same_bits and before.loss == after.loss and before.per_class == after.per_class:
-        print("Bit-equal: the same pictures are right, and the loss is the same to the last digit.")
+        print("Bit-equal: the same images are right, and the loss is the same to the last digit.")
         return 0
     agrees, apart, bound = _within_noise(old, new)
     print(f"Not bit-equal: {apart}")
@@ -335,28 +335,28 @@ def _loss_tolerance(old: Record, new: Record) -> float:
 
 
 def _within_noise(old: Record, new: Record) -> tuple[bool, str, str]:
-    """Return whether two runs agree; how many pictures differ; and by which bound they agree or not."""
+    """Return whether two runs agree; how many images differ; and by which bound they agree or not."""
     before, after = old.metrics, new.metrics
     assert before is not None
     assert after is not None
     if old.correct is None or new.correct is None:  # an older selection record has no bits
         apart = abs(after.top1 - before.top1)
         bound = _Z * one_standard_error((before.top1 + after.top1) / 2, before.count)
-        pictures = plural(before.count, "picture")
-        where = f"1.96 binomial standard errors of {pictures} (± {bound:.2f} points; no bits to pair)"
-        said = f"{abs(after.correct - before.correct)} more or fewer pictures are right"
+        images = plural(before.count, "image")
+        where = f"1.96 binomial standard errors of {images} (± {bound:.2f} points; no bits to pair)"
+        said = f"{abs(after.correct - before.correct)} more or fewer images are right"
         return apart <= bound, said, f"{'within' if apart <= bound else 'beyond'} {where}"
     if old.correct.count != new.correct.count:
         raise RecordError(
-            f"the rerun scored {plural(new.correct.count, 'picture')}, the run {old.correct.count}; report this"
+            f"the rerun scored {plural(new.correct.count, 'image')}, the run {old.correct.count}; report this"
         )
     one, other = (unpack_bits(bits.bits, bits.count) for bits in (old.correct, new.correct))
     test = mcnemar(one, other)
     differ = test.b + test.c
     if differ == 0:
-        return True, "the same pictures are right, but the loss differs", "no picture divides the two runs"
+        return True, "the same images are right, but the loss differs", "no image divides the two runs"
     said = (
-        f"{differ} of {plural(old.correct.count, 'picture')} differ ({test.b} right in the record alone, "
+        f"{differ} of {plural(old.correct.count, 'image')} differ ({test.b} right in the record alone, "
         f"{test.c} in the rerun "
         "alone)"
     )
@@ -365,7 +365,7 @@ def _within_noise(old: Record, new: Record) -> tuple[bool, str, str]:
     return (
         agrees,
         said,
-        f"{test.b} against {test.c} {how} be chance (paired by picture: exact McNemar p = {test.p:.3g})",
+        f"{test.b} against {test.c} {how} be chance (paired by image: exact McNemar p = {test.p:.3g})",
     )
 
 

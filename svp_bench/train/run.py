@@ -74,15 +74,15 @@ T = TypeVar("T")
 
 
 def run(
-    verb: str,
+    subcommand: str,
     flags: Flags,
     callbacks: Sequence[Callback] = (),
     cli: Callable[[str, Flags, Sequence[Callback]], BenchCLI] | None = None,
 ) -> BenchCLI:
-    """Run one verb, and return what ran it.
+    """Run one subcommand, and return what ran it.
 
     Args:
-        verb: fit, validate or test.
+        subcommand: fit, validate or test.
         flags: The command line.
         callbacks: Of whoever watches the run; they change nothing of it.
         cli: What runs it; `BenchCLI` by default.
@@ -94,7 +94,7 @@ def run(
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with quiet():
-            return (cli or BenchCLI)(verb, flags, callbacks)
+            return (cli or BenchCLI)(subcommand, flags, callbacks)
     except SystemExit as stop:
         if stop.code or type(stop) is not SystemExit:  # what Lightning makes of ctrl-C and of SIGTERM
             raise KeyboardInterrupt from None
@@ -105,10 +105,10 @@ def run(
 
 
 class BenchCLI(ConfigCLI):
-    """One verb over one composed config.
+    """One subcommand over one composed config.
 
     Args:
-        verb: fit, validate or test.
+        subcommand: fit, validate or test.
         flags: The command line.
         watchers: Callbacks of whoever watches the run.
     """
@@ -117,7 +117,7 @@ class BenchCLI(ConfigCLI):
     next_step: str | None = "svp-bench table"  # after a complete final run
     goes_on = True  # after a signal, with --resume
 
-    def __init__(self, verb: str, flags: Flags, watchers: Sequence[Callback] = ()) -> None:
+    def __init__(self, subcommand: str, flags: Flags, watchers: Sequence[Callback] = ()) -> None:
         self.watchers = watchers
         self.meter = Meter()
         self.watch = RecipeWatch(None)
@@ -129,9 +129,9 @@ class BenchCLI(ConfigCLI):
         self.checkpoints = AtomicCheckpointIO()
         with ExitStack() as self.holding:  # the run's lock, its name for processes that are launched, the signals
             try:
-                if verb == "fit" and self.goes_on:
+                if subcommand == "fit" and self.goes_on:
                     self.holding.enter_context(INTERRUPTS.taken())
-                super().__init__(verb, flags)
+                super().__init__(subcommand, flags)
             except Preempted:
                 INTERRUPTS.say_stopped_early()
             except ConfigError as error:
@@ -141,7 +141,7 @@ class BenchCLI(ConfigCLI):
 
     def before_instantiate_classes(self) -> None:
         """Resolve the precision, name the run, and fail early: results folder, data, stage."""
-        config = self.config[self.verb]
+        config = self.config[self.command]
         for notice in self.composed.notices:
             rank_zero_info(f"Note: {notice}")
         self.settings = self.resolved()
@@ -152,19 +152,19 @@ class BenchCLI(ConfigCLI):
         data = VisionDataModule(**config.data.as_dict())  # cheap: reads cards only
         if data.card.reader.kind == "lists":
             locate(data.card, data.suite, Path(config.data.root) if config.data.root else None)
-        if self.verb == "validate":
+        if self.command == "validate":
             data.require_val()
-        if self.verb == "test" and data.stage != "final":
+        if self.command == "test" and data.stage != "final":
             raise UsageError("stage 'select' has no test list: test a run of --data.stage final")
         self._name_run(config, data)
-        if self.verb == "fit":
+        if self.command == "fit":
             refuse_unwritable(Path(config.results_root) / "records" / data.card.name, "--results_root")
             refuse_unwritable(self.run_dir, "--runs_root")
 
     def _name_run(self, config: Namespace, data: VisionDataModule) -> None:
         digest, tuned = self.settings.setting_digest, self.settings.tuned
         runs, records = Path(config.runs_root) / data.card.name, Path(config.results_root) / "records" / data.card.name
-        resume = self.verb == "fit" and bool(config.get("resume"))
+        resume = self.command == "fit" and bool(config.get("resume"))
 
         def same_setting(other: Mapping[str, Any]) -> bool:  # tuned values are not part of the setting's digest
             return setting_digest(other, tuned) == digest and config_digest(other) == self.settings.config_digest
@@ -198,10 +198,10 @@ class BenchCLI(ConfigCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer, with our callbacks, checkpoints and TensorBoard below the run's folder."""
-        config = self.config_init[self.verb].trainer
+        config = self.config_init[self.command].trainer
         callbacks: list[Any] = [self.meter, *self.watchers]
         dry = bool(config.fast_dev_run)
-        if self.verb == "fit" and config.enable_checkpointing is not False and not dry:
+        if self.command == "fit" and config.enable_checkpointing is not False and not dry:
             folder = self.run_dir / "checkpoints"
             self.watch.checkpoint = folder / CHECKPOINT.name
             self.stopper = Stopper(folder / CHECKPOINT.name)
@@ -215,19 +215,19 @@ class BenchCLI(ConfigCLI):
                     save_on_train_epoch_end=True,  # after the epoch's validation, if there is one
                 ),
             ]
-        if self.verb == "fit":
-            callbacks.append(StepSeeds(int(self.config_init[self.verb].seed_everything)))
+        if self.command == "fit":
+            callbacks.append(StepSeeds(int(self.config_init[self.command].seed_everything)))
         callbacks.append(self.watch)
         kwargs["plugins"] = [*(config.plugins or []), self.checkpoints]
-        if config.logger in (None, True) and self.verb == "fit" and not dry:
+        if config.logger in (None, True) and self.command == "fit" and not dry:
             # what was logged after the last checkpoint will be logged once more
             done = None if self.resumed is None else self.saved.global_step if self.saved else 0
             kwargs["logger"] = SteadyTensorBoardLogger(self.run_dir, name="", version="", purge_step=done)
-        elif self.verb != "fit":
+        elif self.command != "fit":
             kwargs["logger"] = False
         trainer_config = {**config.as_dict(), **kwargs}
         given = trainer_config.get("callbacks") or []
-        if self.verb == "fit":
+        if self.command == "fit":
             bars = [given] if isinstance(given, Callback) else given
             if not has_width(sys.stdout):
                 callbacks.append(EpochLines())
@@ -241,16 +241,16 @@ class BenchCLI(ConfigCLI):
             trainer = Trainer(**trainer_config)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"Lightning refuses these trainer settings: {one_line(str(error))}") from None
-        refuse_hidden_changes(trainer, trains=self.verb == "fit")
+        refuse_hidden_changes(trainer, trains=self.command == "fit")
         order: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         order.append(order.pop(order.index(self.watch)))  # Lightning puts checkpoint callbacks, also of others, last
         return trainer
 
-    # --- the verbs ---------------------------------------------------------------------------------------------------
+    # --- subcommands --------------------------------------------------------------------------------------------------
 
     def fit(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
         """Train; in stage final test once with the final weights; write the record whatever happens."""
-        config = self.config[self.verb]
+        config = self.config[self.command]
         if kwargs.get("ckpt_path"):
             raise UsageError("fit trains from the start and takes no --ckpt_path; `svp-bench test` scores a checkpoint")
         if self.resumed is not None and self.resumed.finished:
@@ -327,7 +327,7 @@ class BenchCLI(ConfigCLI):
             return status, reason, False
         if datamodule.stage == "select" and model.validated is None:
             self.trainer.validate(model, datamodule=datamodule, verbose=False)  # resumed after the last epoch
-        if datamodule.stage != "final" or self.config[self.verb].no_test:
+        if datamodule.stage != "final" or self.config[self.command].no_test:
             self.watch.settle(self.trainer, model)
             return (status, reason, False) if datamodule.stage != "final" else ("unscored", "--no_test", False)
         datamodule.unlock_test()
@@ -349,13 +349,13 @@ class BenchCLI(ConfigCLI):
                 raise
             shortage = Shortage.told_by(error)
         # out of the clause, which keeps what it has caught, and so what the step had made
-        INTERRUPTS.waits = INTERRUPTS.waits or self.verb == "fit"  # the end is near, as for any failure
+        INTERRUPTS.waits = INTERRUPTS.waits or self.command == "fit"  # the end is near, as for any failure
         self.meter.peak_mib = peak_memory_mib(device)  # of the run, not of what is measured now
         stage, data = self.meter.failed_in, self.datamodule
         evaluates = {RunningStage.VALIDATING: "val", RunningStage.SANITY_CHECKING: "val", RunningStage.TESTING: "test"}
         role = evaluates.get(stage, "train") if stage else "train"
-        trains = self.verb == "fit" and role != "test"
-        scores = None if self.config[self.verb].get("no_test") or not trains else "test"
+        trains = self.command == "fit" and role != "test"
+        scores = None if self.config[self.command].get("no_test") or not trains else "test"
         failed = Failed(
             role=role,
             trains=trains,
@@ -365,14 +365,14 @@ class BenchCLI(ConfigCLI):
             data=data,
             trainer=self.trainer,
             gauge=gauge,
-            resumes=self.verb == "fit" and self.goes_on and (self.run_dir / CHECKPOINT).is_file(),
+            resumes=self.command == "fit" and self.goes_on and (self.run_dir / CHECKPOINT).is_file(),
         )
         if failed.measures(shortage):
             print("Out of memory: measuring what would fit", flush=True)
         raise explain(failed, shortage)
 
     def _need_same_data(self, saved: Saved) -> None:
-        """Refuse to go on with other pictures than those that the run began with."""
+        """Refuse to go on with other images than those that the run began with."""
         if saved.about.data_digest != self.datamodule.report.digest:
             raise UsageError(
                 f"{saved.path}: the run began with other lists of {self.datamodule.card.name} than those found here; "
@@ -381,7 +381,7 @@ class BenchCLI(ConfigCLI):
 
     def _alone(self) -> AbstractContextManager[None]:
         """No other process trains this run; the processes of one run are one. A run to go on with is held already."""
-        dry = bool(self.config[self.verb].trainer.fast_dev_run)
+        dry = bool(self.config[self.command].trainer.fast_dev_run)
         begun = self.resumed is not None and is_first_process()
         return nullcontext() if dry or begun or not self.trainer.is_global_zero else locked(self.run_dir)
 
@@ -409,7 +409,7 @@ class BenchCLI(ConfigCLI):
         A run that has a score is tested again for the eye only: its record stays.
         """
         about, epochs = self._need_checkpoint(kwargs)
-        root = self.config[self.verb].results_root
+        root = self.config[self.command].results_root
         where = Path(root) / "records" / about.task / f"{about.run_id}.json"
         if about.stage != "final":
             raise UsageError(f"{kwargs['ckpt_path']}: weights of stage {about.stage!r} are never tested; refit first")
@@ -448,16 +448,16 @@ class BenchCLI(ConfigCLI):
         done = dataclasses.replace(
             old, status="complete", status_reason=None, metrics=metrics, correct=correct, times=times
         )
-        replace_record(done, self.config[self.verb].results_root)
+        replace_record(done, self.config[self.command].results_root)
         print(f"Completed {where}")
-        self.recorder.write_tables("test", Path(self.config[self.verb].runs_root) / old.task / old.run_id)
+        self.recorder.write_tables("test", Path(self.config[self.command].runs_root) / old.task / old.run_id)
 
     def _need_checkpoint(self, kwargs: Mapping[str, Any]) -> tuple[About, int]:
         """Read the checkpoint; return what it says about its run, and the epochs it has seen."""
         path = kwargs.get("ckpt_path")
         if not path:
             raise UsageError(
-                f"{self.verb} needs --ckpt_path runs/…/checkpoints/last.ckpt, and --config its config.yaml"
+                f"{self.command} needs --ckpt_path runs/…/checkpoints/last.ckpt, and --config its config.yaml"
             )
         if not Path(path).is_file():
             raise UsageError(f"no checkpoint {str(path)!r}; runs keep theirs in runs/<task>/<run>/checkpoints/")
@@ -531,7 +531,7 @@ class BenchCLI(ConfigCLI):
     def _finish(self, status: str, reason: str | None, tested: bool) -> None:
         record = self.recorder.record(status, reason, tested)
         again = self.resumed is not None and self.resumed.record is not None  # of the part before an interruption
-        path = (continue_record if again else write_record)(record, self.config[self.verb].results_root)
+        path = (continue_record if again else write_record)(record, self.config[self.command].results_root)
         role = "test" if record.kind == "final" else "val"
         if record.metrics is not None:
             print(describe(record.metrics, record.lists[role]), flush=True)
@@ -542,7 +542,7 @@ class BenchCLI(ConfigCLI):
             self.recorder.write_tables(role, self.run_dir)
         checkpoint = self.run_dir / CHECKPOINT
         if record.kind == "final" and status == "complete" and self.next_step:
-            root = str(self.config[self.verb].results_root)
+            root = str(self.config[self.command].results_root)
             places = [*(() if root == "results" else ("--results_root", root)), *own_tasks_flags()]
             print(" ".join([f"Next: {self.next_step}", *map(shlex.quote, places)]), flush=True)
         elif status == "unscored":

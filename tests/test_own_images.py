@@ -1,4 +1,4 @@
-"""Own pictures: a folder for each class, no card to write."""
+"""Own images: a folder for each class, no card to write."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import command, complaint, run
+from helpers import assert_error, command, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from svp_bench.core.errors import DataError
 from svp_bench.data.class_folders import open_class_folders
-from svp_bench.data.sources import FilePictures, Source, inspect, measured, open_source
+from svp_bench.data.sources import FileImages, Source, inspect, measured, open_source
 from svp_bench.records.store import read_records
 from svp_bench.tasks.cards import load_task
 
-CARD = load_task("own/pictures")
+CARD = load_task("custom/images")
 NANO = (
     *("--model.backbone", "vim_nano_patch8_64", "--model.checkpoint", "embedded", "--data.image_size", "64"),
     *("--trainer.max_epochs", "1", "--data.batch_size", "8", "--trainer.accelerator", "cpu"),
 )
 
 
-def picture(path: Path, grey: int) -> None:
+def image(path: Path, grey: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng([grey, *str(path).encode()]).integers(0, 40, size=(12, 10), dtype=np.uint8)
     Image.fromarray(noise + np.uint8(grey)).save(path)
@@ -35,18 +35,18 @@ def picture(path: Path, grey: int) -> None:
 def fill(root: Path, *, below: str = "", classes: tuple[str, ...] = ("cat", "dog"), count: int = 10) -> Path:
     for label, name in enumerate(classes):
         for number in range(count):
-            picture(root / below / name / f"{number}.png", 20 + 80 * label + number)
+            image(root / below / name / f"{number}.png", 20 + 80 * label + number)
     return root
 
 
 def paths(source: Source, name: str) -> list[str]:
-    pictures = source.get(name)
-    assert isinstance(pictures, FilePictures)
-    return list(pictures.paths)
+    images = source.get(name)
+    assert isinstance(images, FileImages)
+    return list(images.paths)
 
 
 def lengths(source: Source) -> dict[str, int]:
-    return {name: len(pictures) for name, pictures in source.lists.items()}
+    return {name: len(images) for name, images in source.lists.items()}
 
 
 # --- the two layouts -------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_without_val_a_fifth_of_train_is_val(tmp_path: Path) -> None:
     assert {path.split("/")[0] for path in paths(source, "val")} == {"train"}
 
 
-def test_what_is_no_picture_is_left_out_and_folders_within_a_class_are_its_own(tmp_path: Path) -> None:
+def test_what_is_no_image_is_left_out_and_folders_within_a_class_are_its_own(tmp_path: Path) -> None:
     fill(tmp_path)
     before = lengths(open_source(CARD, tmp_path))
     (tmp_path / "README.txt").write_text("mine")
@@ -89,13 +89,13 @@ def test_what_is_no_picture_is_left_out_and_folders_within_a_class_are_its_own(t
     (tmp_path / "cat" / "Thumbs.db").write_bytes(b"x")
     (tmp_path / "cat" / ".hidden.png").write_bytes(b"x")
     assert lengths(open_source(CARD, tmp_path)) == before
-    picture(tmp_path / "cat" / "indoors" / "möwe 1.JPG", 77)
+    image(tmp_path / "cat" / "indoors" / "möwe 1.JPG", 77)
     assert sum(lengths(open_source(CARD, tmp_path)).values()) > sum(before.values())
 
 
 @given(counts=st.lists(st.integers(3, 40), min_size=2, max_size=5), more=st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
-def test_a_split_is_a_partition_and_one_more_picture_moves_at_most_one_of_each_list(
+def test_a_split_is_a_partition_and_one_more_image_moves_at_most_one_of_each_list(
     tmp_path_factory: pytest.TempPathFactory, counts: list[int], more: int
 ) -> None:
     root = tmp_path_factory.mktemp("own")
@@ -124,7 +124,7 @@ def make_empty(root: Path) -> None:
 
 def make_lonely(root: Path) -> None:
     fill(root)
-    picture(root / "cow" / "1.png", 9)
+    image(root / "cow" / "1.png", 9)
 
 
 def make_hollow(root: Path) -> None:
@@ -143,7 +143,7 @@ def make_untrained(root: Path) -> None:
 
 
 def make_single(root: Path) -> None:
-    fill(root / "pictures")
+    fill(root / "images")
 
 
 def make_twice(root: Path) -> None:
@@ -180,32 +180,32 @@ def make_double(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (make_empty, "holds no folder with pictures; own pictures lie in DIR/<class>/, or in DIR/train/<class>/"),
-        (make_lonely, "cow has 1 picture; to be split, a class needs at least 3"),
-        (make_hollow, "cow holds no picture"),
-        (make_untested, "has train, val and no folder called test; add one, or put all pictures into class folders"),
+        (make_empty, "holds no folder with images; own images lie in DIR/<class>/, or in DIR/train/<class>/"),
+        (make_lonely, "cow has 1 image; to be split, a class needs at least 3"),
+        (make_hollow, "cow holds no image"),
+        (make_untested, "has train, val and no folder called test; add one, or put all images into class folders"),
         (make_untrained, "has Test, Val and no folder called train"),
-        (make_single, "holds one class only, 'pictures'; .*one level too high"),
-        (make_twice, "cat/3.png and dog/copy.png are the same picture; keep one of them"),
+        (make_single, "holds one class only, 'images'; .*one level too high"),
+        (make_twice, "cat/3.png and dog/copy.png are the same image; keep one of them"),
         (make_looped, "this link leads back to a folder that it is in; take it away"),
-        (make_only_heic, r"phone holds no picture .*\(skipped: 1 \.heic\); take the folder away, or fill it"),
+        (make_only_heic, r"phone holds no image .*\(skipped: 1 \.heic\); take the folder away, or fill it"),
         (make_dangling, "gone.jpg: cannot be read"),
         (make_foreign, "the class 'dogs' is not in .*train; did you mean 'dog'"),
         (make_double, "has both val and valid; keep one of them"),
     ],
 )
 def test_folders_that_cannot_be_read_say_why(make: object, said: str, tmp_path: Path) -> None:
-    make(tmp_path / "pictures")  # type: ignore[operator]
+    make(tmp_path / "images")  # type: ignore[operator]
     with pytest.raises(DataError, match=said):
-        measured(CARD, tmp_path / "pictures")
+        measured(CARD, tmp_path / "images")
 
 
 def test_a_missing_folder_and_no_folder_are_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SVP_BENCH_DATA", raising=False)
-    fit = ("fit", "--config", "configs/own/pictures.yaml", *NANO)
-    assert "Give their folder with --data.root DIR (DIR/<class>/*.jpg)" in complaint(command(*fit), 1)
-    assert "nowhere is no folder (--data.root)" in complaint(command(*fit, "--data.root", "nowhere"), 1)
+    fit = ("fit", "--config", "configs/custom/images.yaml", *NANO)
+    assert "Give their folder with --data.root DIR (DIR/<class>/*.jpg)" in assert_error(command(*fit), 1)
+    assert "nowhere is no folder (--data.root)" in assert_error(command(*fit, "--data.root", "nowhere"), 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -214,12 +214,12 @@ def test_a_missing_folder_and_no_folder_are_one_line_each(tmp_path: Path, monkey
 
 def test_from_a_folder_to_a_table_and_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fill(tmp_path / "my pictures", classes=("cat", "dog", "öl"))
-    assert "found" in run("tasks", "own").out
-    checked = run("data", "check", "own/pictures", "--root", "my pictures").out
+    fill(tmp_path / "my images", classes=("cat", "dog", "öl"))
+    assert "found" in run("tasks", "custom").out
+    checked = run("data", "check", "custom/images", "--root", "my images").out
     assert "train 18, val 6, trainval 24, test 6" in checked
     assert "classes cat, dog, öl" in checked
-    given = ("--config", "configs/own/pictures.yaml", "--data.root", "my pictures", *NANO)
+    given = ("--config", "configs/custom/images.yaml", "--data.root", "my images", *NANO)
     run("fit", *given, "--method", "linear")
     run("fit", *given, "--method", "svp", "--data.stage", "select")
     records, problems = read_records(tmp_path / "results")
@@ -234,18 +234,18 @@ def test_from_a_folder_to_a_table_and_predictions(tmp_path: Path, monkeypatch: p
     assert "linear" in run("table").out
     (path,) = (tmp_path / "results" / "records").rglob(f"{final.run_id}.json")
     audited = command("audit", str(path)).out
-    assert "6 pictures of test" in audited
+    assert "6 images of test" in audited
     assert "classes as found" in audited
     again = run("rerun", str(path), "--results_root", "again", "--runs_root", "again-runs")
     assert "Bit-equal" in again.out
     (checkpoint,) = (tmp_path / "runs").rglob(f"{final.run_id}/checkpoints/last.ckpt")
-    named = run("predict", "--ckpt", str(checkpoint), "--images", "my pictures/öl/1.png").out
+    named = run("predict", "--ckpt", str(checkpoint), "--images", "my images/öl/1.png").out
     assert set(named.splitlines()[-1].split(",")) & {"cat", "dog", "öl"}
-    plan = run("sweep", "--tasks", "own/pictures", "--methods", "linear,bias", *given[2:], "--dry_run").out
+    plan = run("sweep", "--tasks", "custom/images", "--methods", "linear,bias", *given[2:], "--dry_run").out
     assert "bias" in plan
 
 
-def test_other_pictures_under_the_same_names_are_another_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_images_under_the_same_names_are_another_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "one", count=6)
     shutil.copytree(tmp_path / "one", tmp_path / "same")
@@ -253,9 +253,9 @@ def test_other_pictures_under_the_same_names_are_another_cell(tmp_path: Path, mo
     for old, new in (("cat", "dog"), ("dog", "cat")):  # the labels swapped
         shutil.copytree(tmp_path / "one" / old, tmp_path / "two" / new)
     assert open_source(CARD, tmp_path / "one").digest == open_source(CARD, tmp_path / "same").digest
-    given = ("--config", "configs/own/pictures.yaml", "--method", "linear", *NANO)
+    given = ("--config", "configs/custom/images.yaml", "--method", "linear", *NANO)
     run("fit", *given, "--data.root", "one")
-    sweep = ("sweep", "--tasks", "own/pictures", "--methods", "linear", *NANO, "--dry_run", "--data.root")
+    sweep = ("sweep", "--tasks", "custom/images", "--methods", "linear", *NANO, "--dry_run", "--data.root")
     plans = {name: run(*sweep, name).out.splitlines() for name in ("same", "two")}
     there = {name: next(line.split() for line in plan if line.startswith("  linear")) for name, plan in plans.items()}
     assert there["same"][:6] == ["linear", "0", "1", "1", "0", "0"]  # trials, runs, there, failed, to do

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn_records import make_record
-from helpers import command, complaint, run
+from helpers import assert_error, command, run
 from scipy import stats
 
 from svp_bench.records.record import Record
@@ -93,7 +93,7 @@ def test_power_from_paired_differences_agrees_with_simulation(tmp_path: Path) ->
         assert int(lines[task.split("/")[1]][2]) <= int(lines[task.split("/")[1]][3])
 
 
-def test_test_pictures_set_a_floor(tmp_path: Path) -> None:
+def test_test_images_set_a_floor(tmp_path: Path) -> None:
     records = draw(2)
     root = written(tmp_path, records)
     text = run("power", "--results_root", root, "--effect", "1", "--method", "svp", "--control", "linear").out
@@ -101,12 +101,12 @@ def test_test_pictures_set_a_floor(tmp_path: Path) -> None:
     # the bits of drawn records are nested: who has more right has the others' too
     shares = (data["svp"] - data["linear"]).abs().groupby(level="task").mean() / 100
     suite = load_suite("vtab")
-    sources = [[f"vtab/{task}" for task in group] for group in suite.same_pictures]
+    sources = [[f"vtab/{task}" for task in group] for group in suite.same_images]
     sources += [[task] for task in TASKS if not any(task in source for source in sources)]
     errors = np.sqrt(shares / 1000)  # those of tasks that share their test images add up
     floor = 1.959964 * 100 * math.sqrt(sum(sum(errors[task] for task in source) ** 2 for source in sources)) / 19
     assert f"The choice of test images alone leaves ± {floor:.2f} points (95 %)" in " ".join(text.split())
-    assert "test pictures" not in run("power", "--results_root", root, "--effect", "1").out
+    assert "test images" not in run("power", "--results_root", root, "--effect", "1").out
 
 
 def test_without_a_method_all_rows_are_pooled(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_records_without_replicated_seeds_are_one_line(tmp_path: Path) -> None:
         (("--method", "svp"), "no cell of svp"),
         (("--method", "svp", "--control", "linear"), "no cell of svp and linear"),
     ):
-        text = complaint(command("power", "--results_root", root, "--effect", "1", *extra), 1)
+        text = assert_error(command("power", "--results_root", root, "--effect", "1", *extra), 1)
         assert "no replicated seeds" in text
         assert whose in text
         assert "svp-bench sweep --seeds 0,1,2" in text
@@ -185,20 +185,20 @@ def test_records_without_replicated_seeds_are_one_line(tmp_path: Path) -> None:
 def test_no_records_at_all_are_one_line(tmp_path: Path) -> None:
     for extra in ((), ("--method", "svp"), ("--suite", "vtab")):
         outcome = command("power", "--results_root", str(tmp_path), "--effect", "1", *extra)
-        assert "no replicated seeds" in complaint(outcome, 1)
+        assert "no replicated seeds" in assert_error(outcome, 1)
 
 
 def test_replicated_runs_on_random_weights_do_not_count(tmp_path: Path) -> None:
     records = [dataclasses.replace(r, checkpoint="none", checkpoint_digest=None) for r in draw(3, TASKS[:4])]
     outcome = command("power", "--results_root", written(tmp_path, records), "--effect", "1")
-    assert "on pre-trained weights" in complaint(outcome, 1)
+    assert "on pre-trained weights" in assert_error(outcome, 1)
 
 
 def test_other_seeds_on_both_sides_are_no_pairs(tmp_path: Path) -> None:
     records = [r for r in draw(4, TASKS[:4]) if (r.seed < 2) == (r.method == "svp")]
     root = written(tmp_path, records)
     outcome = command("power", "--results_root", root, "--effect", "1", "--method", "svp", "--control", "linear")
-    assert "has two shared seeds" in complaint(outcome, 1)
+    assert "has two shared seeds" in assert_error(outcome, 1)
     assert "plug-in" in run("power", "--results_root", root, "--effect", "1").out
 
 
@@ -223,7 +223,7 @@ def test_other_seeds_on_both_sides_are_no_pairs(tmp_path: Path) -> None:
 def test_wrong_arguments_are_one_line(tmp_path: Path, arguments: tuple[str, ...], text: str) -> None:
     records = [*draw(2, TASKS[:4])[:8], make_record(method="linear"), make_record(method="lora")]
     root = written(tmp_path, [*records, make_record(method="lora", changes={SHARE: 4})])
-    assert text in complaint(command("power", "--results_root", root, *arguments), 2)
+    assert text in assert_error(command("power", "--results_root", root, *arguments), 2)
 
 
 def test_the_help_names_every_option() -> None:
@@ -232,7 +232,7 @@ def test_the_help_names_every_option() -> None:
         assert part in text
 
 
-def test_the_verb_needs_no_torch(tmp_path: Path) -> None:
+def test_the_subcommand_needs_no_torch(tmp_path: Path) -> None:
     root = written(tmp_path, draw(2, TASKS[:4])[:8])
     code = (
         "import sys; from svp_bench.cli.main import main; status = main(sys.argv[1:]);"

@@ -1,4 +1,4 @@
-"""The pictures that a pre-training leaves behind: its loss curve, and a contact sheet of what it was shown."""
+"""The images that a pre-training leaves behind: its loss curve, and a contact sheet of what it was shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255,
 
 
 def contact_sheet(seed: int, columns: int = 12) -> Image.Image:
-    """Return the first pictures of each family, each row followed by its clean masks and its centred masks."""
+    """Return the first images of each family, each row followed by its clean masks and its centred masks."""
     of = family_of(seed, np.arange(100 * columns))
     sheet = Image.new("RGB", (90 + columns * SIZE, len(FAMILIES) * 3 * SIZE), "white")
     pen = ImageDraw.Draw(sheet)
