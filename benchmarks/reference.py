@@ -1,4 +1,4 @@
-"""Write the tables of the reference results into README.md and results/reference/README.md, from the committed records.
+"""Write the tables of the reference results into results/reference/README.md, from the committed records.
 
     make reference                                # runs everything anew (about a day on two cores), then prints this
     python benchmarks/reference.py                # print the tables of the committed records
@@ -250,7 +250,6 @@ def blocks(folder: Path = FOLDER) -> dict[Path, dict[str, str]]:
     """Return file → name of a block → its text."""
     reference = Reference(folder)
     return {
-        ROOT / "README.md": {"reference table": reference.main_table()},
         FOLDER / "README.md": {
             "reference table": reference.main_table(),
             "minus linear": reference.against_linear(),
@@ -279,13 +278,13 @@ def inserted(text: str, name: str, block: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables of the reference results, from their records.")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the records; those committed by default")
-    parser.add_argument("--write", action="store_true", help="put them into README.md and results/reference/README.md")
+    parser.add_argument("--write", action="store_true", help="put them into results/reference/README.md")
     arguments = parser.parse_args()
     for path, named in blocks(arguments.folder).items():
         text = path.read_text(encoding="utf-8")
         for name, block in named.items():
             text = inserted(text, name, block)
-            if not arguments.write and path.parent != ROOT:  # the project's README repeats one of them
+            if not arguments.write:
                 print(f"--- {name}\n\n{block}\n")
         if arguments.write:
             with replacing(path) as file:

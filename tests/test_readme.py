@@ -1,4 +1,4 @@
-"""The README's own blocks, read from the README: what it shows must work as it stands."""
+"""The commands, paths and code blocks of README and docs work as they are printed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ def lines_of(language: str) -> list[str]:
 
 
 COMMANDS = [line for line in lines_of("bash") if line.startswith("svp-bench")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+WORDS_AT_MOST = 1600
 
 
 def one_command(start: str) -> list[str]:
@@ -35,34 +37,37 @@ def block_with(text: str) -> str:
     return block
 
 
-def test_every_subcommand_and_target_is_real() -> None:
+def test_it_is_short() -> None:
+    assert len(TEXT.split()) <= WORDS_AT_MOST
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_subcommands_targets_and_paths_exist(page: Path) -> None:
     from svp_bench.cli.commands import HEAVY, SUBCOMMANDS
 
-    for line in COMMANDS:
-        assert shlex.split(line)[1] in {*HEAVY, *SUBCOMMANDS}
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"^svp-bench (\w+)|`svp-bench (\w+)", text, flags=re.MULTILINE):
+        assert "".join(name) in {*HEAVY, *SUBCOMMANDS}, name
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"make ([a-z-]+)", TEXT):
-        assert f"\n{target}:" in makefile or target in ("itself",), target
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE):
+        assert f"\n{target}:" in makefile, target
+    for path in re.findall(r"\]\(([^)#:]+)[^):]*\)", text):
+        assert (page.parent / path).exists(), path
+    for path in re.findall(
+        r"(?<![\w/])(?:configs|tasks|svp_bench|benchmarks|tests)/[\w/.-]+\.(?:yaml|bib|py|json|md)", text
+    ):
+        assert "NAME" in path or (ROOT / path).exists(), path
 
 
 def test_no_placeholder_is_left() -> None:
     assert not re.findall(r"^[A-Z]+_[A-Z]+$", TEXT, flags=re.MULTILINE)
 
 
-def test_the_paths_that_it_names_are_there() -> None:
-    for path in re.findall(r"\]\(([^)#:]+)\)", TEXT):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"(?:configs|tasks)/[\w/.-]+\.(?:yaml|bib)", TEXT):
-        assert "NAME" in path or (ROOT / path).exists(), path
-    for folder in re.findall(r"^(\w+)/ ", block_with("svp_bench/   the package"), flags=re.MULTILINE):
-        assert (ROOT / folder).is_dir(), folder
-
-
 def test_the_listing_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for subcommand in ("svp-bench tasks", "svp-bench methods", "svp-bench table"):
-        line = next(line for line in COMMANDS if line.startswith(subcommand))
-        assert command(*shlex.split(line)[1:]).status == 0
+    for subcommand in ("tasks", "methods", "table"):
+        assert f"`svp-bench {subcommand}`" in TEXT or f"svp-bench {subcommand} " in TEXT
+        assert command(subcommand).status == 0
 
 
 def test_without_data_or_weights_one_line_says_what_to_do(
@@ -80,14 +85,20 @@ def test_without_data_or_weights_one_line_says_what_to_do(
         assert "--data.root" in done.err
 
 
-def test_drawn_images_go_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthetic_images_run_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert command(*one_command("svp-bench data draw")).status == 0
-    line = next(line for line in COMMANDS if "--data.root drawn" in line)
+    line = next(line for line in COMMANDS if "--data.root synthetic" in line)
     done = command(*shlex.split(line)[1:], "--trainer.enable_progress_bar", "false")
     assert done.status == 0, done.err
     assert list(tmp_path.glob("results/records/vtab/caltech101/svp-*.json"))
     assert "svp" in command("table").out
+
+
+def test_the_dataframe_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results/records").mkdir(parents=True)
+    exec(block_with("svp_bench.load_results("), {})
 
 
 def test_the_python_block() -> None:
