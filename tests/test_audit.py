@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_records import LIST, OTHER_LIST, WEIGHTS, drawn_record, make_record, unscored
 from helpers import assert_error, command
+from synthetic_records import LIST, OTHER_LIST, WEIGHTS, make_record, synthetic_record, unscored
 
 from svp_bench.audit.record import audit, render
 from svp_bench.records.digests import canonical_digest, cell_config, config_digest, setting_digest
@@ -333,7 +333,7 @@ def test_an_incomplete_run_fails(tmp_path: Path, status: str) -> None:
 
 
 def test_a_drawn_stand_in_fails(tmp_path: Path) -> None:
-    path = write_record(drawn_record(count=IMAGES, right=10), tmp_path)
+    path = write_record(synthetic_record(count=IMAGES, right=10), tmp_path)
     assert "data: a drawn stand-in, not the data set: the number says nothing about the task" in failures(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from drawn_records import make_record
+from synthetic_records import make_record
 
 from svp_bench.audit import record as audit
 from svp_bench.records import defaults as recipes

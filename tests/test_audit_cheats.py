@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_records import LIST, OTHER_LIST, unscored
 from helpers import run
+from synthetic_records import LIST, OTHER_LIST, unscored
 from test_audit import RATE, TASK, edited, failures, lines, record, searched, selection
 
 from svp_bench.audit import record as auditing

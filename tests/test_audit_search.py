@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn_records import LIST, OTHER_LIST, WEIGHTS
+from synthetic_records import LIST, OTHER_LIST, WEIGHTS
 from test_audit import DAY, RATE, TASK, edited, failures, record
 
 from svp_bench.records.digests import canonical_digest, cell_config

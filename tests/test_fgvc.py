@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn_records import make_record
 from helpers import assert_error, command, run, settle, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from synthetic_records import make_record
 
 from svp_bench.core.errors import CardError, DataError, UnavailableError, UsageError
 from svp_bench.data import draw_task, inspect, open_source

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
-from drawn_records import make_record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from synthetic_records import make_record
 
 import svp_bench
 from svp_bench.config.compose import compose, split_flags

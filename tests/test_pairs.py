@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn_records import LIST, OTHER_LIST, make_record
 from helpers import assert_error, command, run
 from numpy.typing import NDArray
 from scipy import stats
+from synthetic_records import LIST, OTHER_LIST, make_record
 
 from svp_bench.records.bits import unpack_bits
 from svp_bench.records.record import Correct, Metrics, Record, Search, Tuned

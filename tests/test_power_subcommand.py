@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from drawn_records import make_record
 from helpers import assert_error, command, run
 from scipy import stats
+from synthetic_records import make_record
 
 from svp_bench.records.record import Record
 from svp_bench.records.store import write_record

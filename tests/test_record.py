@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn_records import CONFIG, LIST, WEIGHTS, make_record, unscored
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_records import CONFIG, LIST, WEIGHTS, make_record, unscored
 
 from svp_bench.core.errors import RecordError
 from svp_bench.records import store as module
@@ -500,7 +500,7 @@ def test_another_runs_record_is_never_overwritten(tmp_path: Path) -> None:
 
 CRASH = """
 import os, sys
-from drawn_records import make_record
+from synthetic_records import make_record
 from svp_bench.records import store as files
 files.os.replace = lambda *_: os._exit(9)
 files.write_record(make_record(), sys.argv[1])

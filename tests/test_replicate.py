@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from drawn_records import OTHER_LIST, WEIGHTS, make_record, unscored
 from helpers import CONFIG, COUNTS, TASK, assert_error, command, run, settle
 from helpers import small as line
+from synthetic_records import OTHER_LIST, WEIGHTS, make_record, unscored
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from svp_bench.audit.record import audit

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_records import make_record
-from drawn_report import HOSTILE, METHODS, SCRIPT, named, scored, stand_ins, vtab, write
 from helpers import assert_error, command, run
+from synthetic_records import make_record
+from synthetic_report import HOSTILE, METHODS, SCRIPT, named, scored, stand_ins, vtab, write
 
 from svp_bench.core.errors import UnavailableError
 from svp_bench.records.published import load_published
 from svp_bench.records.record import Record
-from svp_bench.report import assets as libraries
+from svp_bench.report import assets
 from svp_bench.report.curves import POINTS, Curve, read_curve, read_curves, thin
 from svp_bench.report.figures import columns_of, figures_of, plain
 from svp_bench.report.model import ReportView, SectionView
@@ -93,7 +93,7 @@ def data_of(page: str) -> dict[str, Any]:
 
 def without_libraries(page: str) -> str:
     """The page without what others wrote."""
-    for text in (libraries.plotly_js(), libraries.datatables_js(), libraries.datatables_css()):
+    for text in (assets.plotly_js(), assets.datatables_js(), assets.datatables_css()):
         assert page.count(text) == 1
         page = page.replace(text, "")
     return page
@@ -401,7 +401,7 @@ def test_the_page_loads_nothing(page: str) -> None:
 def test_the_policy_names_the_scripts_of_the_page_and_no_others(page: str) -> None:
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     assert len(scripts) == 3
-    hashes = " ".join(libraries.script_hash(script) for script in scripts)
+    hashes = " ".join(assets.script_hash(script) for script in scripts)
     assert directives_of(page)["script-src"] == hashes, "and neither unsafe-inline nor unsafe-eval"
 
 
@@ -541,22 +541,22 @@ def test_the_size_for_1530_records(tmp_path: Path) -> None:
 
 def test_a_script_cannot_end_early() -> None:
     hostile = "a = '</script>'; b = /<!--/; c = '<SCRIPT>'; d = x < y; e = '</p>'"
-    safe = libraries.in_script(hostile)
+    safe = assets.in_script(hostile)
     assert safe == r"a = '\x3C/script>'; b = /\x3C!--/; c = '\x3CSCRIPT>'; d = x < y; e = '</p>'"
-    for text in (libraries.plotly_js(), libraries.datatables_js()):
+    for text in (assets.plotly_js(), assets.datatables_js()):
         assert not re.search(r"<(?:!--|/?script)", text, re.IGNORECASE)
 
 
 def test_another_kind_of_bundle_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libraries, "_itables", lambda name: "export{a as DataTable};")
+    monkeypatch.setattr(assets, "_itables", lambda name: "export{a as DataTable};")
     with pytest.raises(UnavailableError, match=r"itables [\d.]+ ships a DataTables bundle that svp-bench cannot read"):
-        libraries.datatables_js()
+        assets.datatables_js()
 
 
 def test_the_notices_of_what_is_inlined_are_in_the_page(page: str) -> None:
-    for notice in libraries.NOTICES:
+    for notice in assets.NOTICES:
         assert notice.holder in page
-        assert f"{notice.licence} licence" in libraries.LICENCES
+        assert f"{notice.licence} licence" in assets.LICENCES
     assert "Permission is hereby granted, free of charge" in page
     assert "Licensed under the MIT license" in page, "the head of plotly.js itself"
 
@@ -575,7 +575,7 @@ def test_the_report_imports_no_torch_and_no_pandas() -> None:
 import sys
 import svp_bench.report.page
 from svp_bench.report import assets, curves
-libraries.plotly_js(); libraries.datatables_js()
+assets.plotly_js(); assets.datatables_js()
 import tensorboard.backend.event_processing.event_accumulator
 print([name for name in ("torch", "lightning", "timm", "tensorflow", "pandas", "IPython") if name in sys.modules])
 """

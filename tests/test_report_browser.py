@@ -16,8 +16,8 @@ from urllib.parse import urljoin
 from urllib.request import urlopen
 
 import pytest
-from drawn_report import HOSTILE, scored, vtab, write
 from helpers import run
+from synthetic_report import HOSTILE, scored, vtab, write
 from test_report import log
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra `test` has it)")

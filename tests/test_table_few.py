@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from drawn_records import LIST, OTHER_LIST, make_record
 from helpers import run
+from synthetic_records import LIST, OTHER_LIST, make_record
 
 import svp_bench
 from svp_bench.core.errors import RecordError, file_size, plural

@@ -8,8 +8,8 @@ import io
 from pathlib import Path
 
 import pytest
-from drawn_records import make_record
 from helpers import run
+from synthetic_records import make_record
 
 from svp_bench.records.defaults import departures
 from svp_bench.records.record import Record, Tuned

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_records import drawn_record, make_record
 from helpers import run
+from synthetic_records import make_record, synthetic_record
 
 from svp_bench.records.record import Record
 from svp_bench.records.store import write_record
@@ -155,7 +155,7 @@ def test_marks_of_the_data_have_footnotes() -> None:
     assert re.search(r"\d\$\^\{\\ddagger\}\$ &", text)
     assert r"\parbox{0.95\linewidth}{$^{\dagger}$ The files on disk differ from the task card" in text
     assert "own: kitti (zip)." in text
-    drawn = latex([drawn_record(task) for task in load_suite("vtab").tasks])
+    drawn = latex([synthetic_record(task) for task in load_suite("vtab").tasks])
     check(drawn)
     assert r"$^{\S}$ Drawn stand-in" in drawn
     assert drawn.count(r"$^{\S}$") == 19 + 5 + 1

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from drawn_records import LIST, OTHER_LIST, drawn_record, make_record
 from helpers import assert_error, command, run
 from scipy import stats
+from synthetic_records import LIST, OTHER_LIST, make_record, synthetic_record
 
 from svp_bench.records.record import Record, Search, Tuned
 from svp_bench.records.store import write_record
@@ -365,7 +365,7 @@ def test_only_runs_on_the_same_images_and_seeds_are_compared() -> None:
 
 
 def test_a_row_with_a_stand_in_is_not_compared() -> None:
-    records = [*draw({"svp": 30, "linear": 0}), *(drawn_record(task, "full", right=3) for task in SMALL.tasks)]
+    records = [*draw({"svp": 30, "linear": 0}), *(synthetic_record(task, "full", right=3) for task in SMALL.tasks)]
     page = render_markdown(build(records))
     assert "full" not in statistics_of(page, "Differences to linear")
     assert "- Not compared: full has a drawn stand-in among its data.\n" in page

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_records import LIST, OTHER_LIST, WEIGHTS, drawn_record, make_record, unscored
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_records import LIST, OTHER_LIST, WEIGHTS, make_record, synthetic_record, unscored
 
 from svp_bench.core.errors import RecordError, UsageError
 from svp_bench.records.published import PublishedRow, load_published
@@ -379,7 +379,7 @@ def test_which_data_are_shown(shown: dict[str, Any], apart: dict[str, Any]) -> N
 
 def test_a_real_run_is_shown_before_newer_drawn_ones() -> None:
     real = make_record("vtab/dtd", right=6, number=1)
-    table = build([real, *(drawn_record("vtab/dtd", seed=seed, right=10, number=2 + seed) for seed in (0, 1))])
+    table = build([real, *(synthetic_record("vtab/dtd", seed=seed, right=10, number=2 + seed) for seed in (0, 1))])
     (row,) = rows_of(table).values()
     assert (row.cells["vtab/dtd"].mean, row.drawn, table.left_out) == (60.0, False, ())
     page = render_markdown(table)
@@ -388,7 +388,7 @@ def test_a_real_run_is_shown_before_newer_drawn_ones() -> None:
 
 
 def test_a_row_with_a_drawn_cell_is_marked_and_never_ranked(tmp_path: Path) -> None:
-    stand_in = [drawn_record("vtab/dtd", "full", right=990, count=1000), *all_tasks("full", 990)]
+    stand_in = [synthetic_record("vtab/dtd", "full", right=990, count=1000), *all_tasks("full", 990)]
     stand_in = [r for r in stand_in if r.task != "vtab/dtd" or r.data_variant == "drawn"]
     table = build([*stand_in, *all_tasks("svp", 700), *all_tasks("linear", 600)])
     assert {name: row.rank for name, row in rows_of(table).items()} == {"svp": 1, "linear": 2, "full": None}
@@ -408,7 +408,7 @@ def test_a_row_with_a_drawn_cell_is_marked_and_never_ranked(tmp_path: Path) -> N
     row = read_csv(texts["small.csv"])[-1]
     assert (row["rank"], row["data_different"], row["other_variants"]) == ("", "dtd", "dtd=drawn")
     assert "\n§ Drawn stand-in, not the data set" in render_terminal(table)
-    wide = render_terminal(build([drawn_record(task) for task in VTAB.tasks], VTAB))
+    wide = render_terminal(build([synthetic_record(task) for task in VTAB.tasks], VTAB))
     assert "caltech101" not in wide  # where the tasks do not fit, the means carry the mark
     assert "70.00§" in wide
 

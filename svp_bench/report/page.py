@@ -22,7 +22,7 @@ from svp_bench.core.errors import UsageError, file_size, plural, printable, unkn
 from svp_bench.records.published import load_published, mean_names
 from svp_bench.records.record import CREATED, Record
 from svp_bench.records.store import Problem, read_records, write_atomically
-from svp_bench.report import assets as libraries
+from svp_bench.report import assets
 from svp_bench.report import figures as drawing
 from svp_bench.report.curves import POINTS, read_curves
 from svp_bench.report.model import (
@@ -208,7 +208,7 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
     }
     records = report.pool.records
     script = (folder / "page.js").read_text(encoding="utf-8")
-    scripts = [libraries.plotly_js(), libraries.datatables_js(), libraries.in_script(script)]
+    scripts = [assets.plotly_js(), assets.datatables_js(), assets.in_script(script)]
     data = {
         "root": root,
         "figures": figures,
@@ -261,10 +261,10 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
         version=__version__,
         plotly_version=version("plotly"),
         itables_version=version("itables"),
-        notices=libraries.NOTICES,
-        licence_texts=libraries.LICENCES,
+        notices=assets.NOTICES,
+        licence_texts=assets.LICENCES,
         policy=_policy(scripts),
-        datatables_css=libraries.datatables_css(),
+        datatables_css=assets.datatables_css(),
         css=(folder / "page.css").read_text(encoding="utf-8"),
         plotly_js=scripts[0],
         datatables_js=scripts[1],
@@ -276,7 +276,7 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
 
 def _policy(scripts: Sequence[str]) -> str:
     """Return the content security policy: these scripts and no others, styles of the page, and no network at all."""
-    hashes = " ".join(libraries.script_hash(script) for script in scripts)
+    hashes = " ".join(assets.script_hash(script) for script in scripts)
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drawn_records import drawn_record, make_record, unscored
+from synthetic_records import make_record, synthetic_record, unscored
 
 from svp_bench.records.record import Parameters, Record, Search, Tuned
 from svp_bench.records.store import record_path
@@ -118,4 +118,4 @@ def write(root: Path, records: Sequence[Record], broken: bool = False) -> Path:
 
 def stand_ins() -> list[Record]:
     """Return records of the demo on drawn data."""
-    return [named(drawn_record("demo/size", "linear", seed=seed, number=seed), 9100 + seed) for seed in (0, 1)]
+    return [named(synthetic_record("demo/size", "linear", seed=seed, number=seed), 9100 + seed) for seed in (0, 1)]

@@ -114,7 +114,7 @@ def make_record(
     return dataclasses.replace(record, **fields)
 
 
-def drawn_record(task: str = "vtab/caltech101", method: str = "svp", **fields: Any) -> Record:
+def synthetic_record(task: str = "vtab/caltech101", method: str = "svp", **fields: Any) -> Record:
     """Return a record of a run on a drawn stand-in; see `make_record`."""
     data = {"data_variant": "drawn", "data_status": "different", "data_digest": OTHER_LIST}
     return make_record(task, method, **{**data, "data_notes": ["the images are drawn, not real"], **fields})
