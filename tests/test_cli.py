@@ -77,7 +77,7 @@ def test_a_light_command_imports_nothing_heavy(argv: list[str], words: list[str]
 def test_data_draw_is_light_and_draws(tmp_path: Path) -> None:
     status, heavy, out = fresh("data", "draw", "vtab/svhn", "--root", "drawn", cwd=tmp_path)
     assert (status, heavy) == (0, [])
-    assert "Drew a stand-in for vtab/svhn" in out
+    assert "Wrote synthetic images for vtab/svhn" in out
     assert (tmp_path / "drawn/svhn/DRAWN.txt").is_file()
     assert command("data", "check", "vtab/svhn", "--root", str(tmp_path / "drawn")).status == 0
 

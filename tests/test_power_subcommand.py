@@ -206,9 +206,9 @@ def test_other_seeds_on_both_sides_are_no_pairs(tmp_path: Path) -> None:
     ("arguments", "text"),
     [
         ((), "the following arguments are required: --effect"),
-        (("--effect", "0"), "'0' is no difference in points: above 0, at most 100"),
-        (("--effect", "much"), "'much' is no difference in points"),
-        (("--effect", "nan"), "'nan' is no difference in points"),
+        (("--effect", "0"), "'0' is not a difference in points: above 0, at most 100"),
+        (("--effect", "much"), "'much' is not a difference in points"),
+        (("--effect", "nan"), "'nan' is not a difference in points"),
         (("--effect", "1", "--level", "95"), "'95' does not lie between 0 and 1; 95 % is 0.95"),
         (("--effect", "1", "--power", "0"), "'0' does not lie between 0 and 1"),
         (("--effect", "1", "--power", "0.05"), "--power 0.05 is no more than chance at --level 0.95"),

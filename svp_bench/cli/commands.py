@@ -1,7 +1,8 @@
-"""The light subcommands: each is a small argparse program in a module of this package, imported when it is called."""
+"""The subcommands: each is a typed function in a module of this package, imported when it is called."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,49 +18,49 @@ HEAVY = {
 
 @dataclass(frozen=True)
 class Subcommand:
-    """A light subcommand.
+    """A subcommand that imports no torch before its arguments are parsed.
 
     Attributes:
-        summary: One line for the help.
-        target: "module:function" of its program.
+        name: As typed.
+        module: Module of this package that has a function of this name.
     """
 
-    summary: str
-    target: str
+    name: str
+    module: str
+
+    @property
+    def function(self) -> Callable[..., int]:
+        """The function that runs it."""
+        found: Callable[..., int] = getattr(import_module(f"svp_bench.cli.{self.module}"), self.name)
+        return found
+
+    @property
+    def summary(self) -> str:
+        """One line for the help."""
+        line = (inspect.getdoc(self.function) or "").splitlines()[0].rstrip(".")
+        return line[:1].lower() + line[1:]
 
     def run(self, arguments: Sequence[str]) -> int:
         """Run it with the arguments after the subcommand; return the exit status."""
-        module, _, name = self.target.partition(":")
-        program: Callable[[Sequence[str]], int] = getattr(import_module(module), name)
-        return program(arguments)
+        from svp_bench.cli.parser import run_function
+
+        return run_function(self.function, self.name, arguments)
 
 
-SUBCOMMANDS: dict[str, Subcommand] = {
-    "demo": Subcommand(
-        "adapt embedded weights to three tasks with four methods, offline; a leaderboard in minutes",
-        "svp_bench.cli.predict:demo",
-    ),
-    "sweep": Subcommand(
-        "run methods × tasks × seeds, searching on val first if asked to; goes on where it was cut off",
-        "svp_bench.cli.sweep:sweep",
-    ),
-    "tune": Subcommand("search the settings of one method on one task, on val", "svp_bench.cli.sweep:tune"),
-    "predict": Subcommand("name the classes of images of your own with a trained run", "svp_bench.cli.predict:predict"),
-    "table": Subcommand("build the comparison tables from the records", "svp_bench.cli.table:table"),
-    "report": Subcommand("build the HTML report from the records", "svp_bench.cli.report:report"),
-    "audit": Subcommand("say what records prove: lists, budget, search, seeds, code", "svp_bench.cli.reproduce:audit"),
-    "rerun": Subcommand("repeat a run from its record, and compare the numbers", "svp_bench.cli.reproduce:rerun"),
-    "replicate": Subcommand(
-        "measure what picking the best epoch on the test list gains; no result", "svp_bench.cli.reproduce:replicate"
-    ),
-    "power": Subcommand(
-        "say how many seeds a claim needs, from the spread of the records", "svp_bench.cli.table:power"
-    ),
-    "tasks": Subcommand("list the tasks, or show one task's card", "svp_bench.cli.listing:tasks"),
-    "methods": Subcommand("list the methods, or show one method's recipe", "svp_bench.cli.listing:methods"),
-    "data": Subcommand("check the images on disk, or draw a small stand-in", "svp_bench.cli.data:data"),
-    "doctor": Subcommand(
-        "say which scan backends run here, or why not; test them; compile their kernels",
-        "svp_bench.cli.doctor:doctor",
-    ),
+_MODULES = {
+    "demo": "predict",
+    "sweep": "sweep",
+    "tune": "sweep",
+    "predict": "predict",
+    "table": "table",
+    "report": "report",
+    "audit": "reproduce",
+    "rerun": "reproduce",
+    "replicate": "reproduce",
+    "power": "table",
+    "tasks": "listing",
+    "methods": "listing",
+    "data": "data",
+    "doctor": "doctor",
 }
+SUBCOMMANDS = {name: Subcommand(name, module) for name, module in _MODULES.items()}

@@ -2,66 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from svp_bench.cli.parser import Parser, parser, print_table
+from svp_bench.cli.parser import print_table, run_action
 
 __all__ = ["data"]
 
 
-def data(argv: Sequence[str]) -> int:
-    """Check the images on disk, or draw a small stand-in."""
-    options = parser("data")
-    actions = options.add_subparsers(dest="action", required=True, metavar="check|draw", parser_class=Parser)
-    check = actions.add_parser("check", help="compare the images on disk with the cards")
-    check.add_argument("tasks", nargs="*", help="tasks or suites; all by default")
-    check.add_argument("--root", help="the data root; $SVP_BENCH_DATA, else data/, by default")
-    draw = actions.add_parser("draw", help="draw a small stand-in for a task's images, to try things out")
-    draw.add_argument("task", help="e.g. vtab/caltech101")
-    draw.add_argument("--root", required=True, help="the data root to write below")
-    draw.add_argument("--seed", type=int, default=0)
-    draw.add_argument("--layout", help="of a JSON split: json (the default), or native for the data set's own files")
-    arguments = options.parse_args(argv)
-    return _check_data(arguments) if arguments.action == "check" else _draw_data(arguments)
+def data(*arguments: str) -> int:
+    """Check the images on disk, or create a small synthetic data set."""
+    return run_action({"check": _check, "draw": _draw}, "data", arguments)
 
 
-def _check_data(arguments: Any) -> int:
+def _check(tasks: tuple[str, ...] = (), /, *, root: str | None = None) -> int:
+    """Compare the images on disk with the cards.
+
+    Args:
+        tasks: Tasks or suites; all by default.
+        root: The data root; $SVP_BENCH_DATA, else data/, by default.
+    """
     from svp_bench.core.errors import DataError
     from svp_bench.data.sources import inspect, measured, open_source
     from svp_bench.tasks.cards import list_suites, list_tasks, load_task
 
-    names: list[str] = []
-    for name in arguments.tasks or list_suites():
-        names += [name] if "/" in name else list_tasks(name)
-    rows = [("task", "status", "lists", "notes")]
-    worst = 0
-    root = Path(arguments.root) if arguments.root else None
+    names = [task for name in tasks or list_suites() for task in ([name] if "/" in name else list_tasks(name))]
+    rows = [("task", "status", "splits", "notes")]
+    status = 0
+    folder = Path(root) if root else None
     for name in names:
         try:
             shipped = load_task(name)
-            card = measured(shipped, root)
-            source = open_source(card, root)
+            card = measured(shipped, folder)
+            source = open_source(card, folder)
             report = inspect(card, source, sorted(source.lists))
             for images in source.lists.values():
                 images.verify()
         except DataError as error:
             rows.append((name, "missing or broken", "", str(error)))
-            worst = 1
+            status = 1
             continue
-        lists = ", ".join(f"{key} {count}" for key, count in report.counts.items())
+        counts = ", ".join(f"{split} {count}" for split, count in report.counts.items())
         found = f"; classes {', '.join(source.class_names or ())}" if shipped.as_found else ""
-        rows.append((name, report.status, lists, ("; ".join(report.notes) or report.digest) + found))
+        rows.append((name, report.status, counts, ("; ".join(report.notes) or report.digest) + found))
     print_table(rows)
-    return worst
+    return status
 
 
-def _draw_data(arguments: Any) -> int:
+def _draw(task: str, /, *, root: str, seed: int = 0, layout: str | None = None) -> int:
+    """Create a small synthetic data set in the format of a task, to try things out.
+
+    Args:
+        task: Its name, e.g. vtab/caltech101.
+        root: The data root to write below.
+        seed: Seed of the images.
+        layout: Of a JSON split: json (the default), or native for the files of the data set itself.
+    """
     from svp_bench.data.synthetic import draw_task
     from svp_bench.tasks.cards import load_task
 
-    folder = draw_task(load_task(arguments.task), Path(arguments.root), seed=arguments.seed, layout=arguments.layout)
-    print(f"Drew a stand-in for {arguments.task} in {folder} (not the real images: records will say so).")
-    print(f"Next: svp-bench fit --config configs/{arguments.task}.yaml --data.root {arguments.root} ...")
+    folder = draw_task(load_task(task), Path(root), seed=seed, layout=layout)
+    print(f"Wrote synthetic images for {task} to {folder} (not the real images: records will state so).")
+    print(f"Next: svp-bench fit --config configs/{task}.yaml --data.root {root} ...")
     return 0

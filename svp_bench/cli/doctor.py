@@ -1,18 +1,19 @@
-"""The subcommand that says what runs here."""
+"""The subcommand that reports which backends run on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
-from svp_bench.cli.parser import parser
 from svp_bench.core.errors import plural
 
 __all__ = ["doctor"]
 
 
-def doctor(argv: Sequence[str]) -> int:
-    """Say which scan backends run here, test them, compile their kernels."""
-    parser("doctor").parse_args(argv)
+def doctor() -> int:
+    """Report which scan backends run here, or why not; test them; compile their kernels.
+
+    Exit status: 0 if every backend passes its self-test, else 1.
+    """
     import os
     import platform
 
@@ -25,17 +26,14 @@ def doctor(argv: Sequence[str]) -> int:
     from svp_bench.ops.selftest import self_test
     from svp_bench.ops.threads import pool_name
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
-    print(f"svp-bench {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
-    print(
-        f"CPU       {plural(os.cpu_count() or 1, 'core')}; torch uses {torch.get_num_threads()} threads; kernels run "
-        f"on {pool_name()}"
-    )
-    print(f"memory    freed: {keep_freed_memory()}")
     packages = _versions("numba", "llvmlite", "triton", "mamba-ssm", "causal-conv1d", "lightning", "timm")
+    cores = plural(os.cpu_count() or 1, "core")
+    print(f"svp-bench {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"CPU       {cores}; torch uses {torch.get_num_threads()} threads; kernels run on {pool_name()}")
+    print(f"memory    freed: {keep_freed_memory()}")
     print(f"packages  {', '.join(packages)}")
-    print(f"GPU       {gpu}")
-    print(f"kernels   compiled ones are kept in {cache_folder()}")
+    print(f"GPU       {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch sees'}")
+    print(f"kernels   compiled ones are cached in {cache_folder()}")
     print("\nScan backends, in the order in which `auto` tries them:")
     for backend in backend_statuses():
         print(f"  {backend.name:<10} {'available' if backend.available else 'not here':<10} {backend.summary}")
@@ -52,13 +50,11 @@ def doctor(argv: Sequence[str]) -> int:
     return 0 if all(r.passed for r in results) else 1
 
 
-def _versions(*names: str) -> list[str]:
+def _versions(*names: str) -> Iterator[str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = []
     for name in names:
         try:
-            found.append(f"{name} {version(name)}")
+            yield f"{name} {version(name)}"
         except PackageNotFoundError:
-            found.append(f"no {name}")
-    return found
+            yield f"no {name}"

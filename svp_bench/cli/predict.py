@@ -1,50 +1,49 @@
-"""Subcommands that use the whole: the demo, and predictions of a trained run."""
+"""Subcommands that train or run a model: the demo, and predictions of a trained run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Annotated
 
-from svp_bench.cli.parser import parser
+from svp_bench.cli.parser import whole_number
 
 __all__ = ["demo", "predict"]
 
 
-def demo(argv: Sequence[str]) -> int:
-    """Adapt the embedded weights to three tasks with four methods, and show a leaderboard."""
-    options = parser("demo")
-    options.add_argument("--results_root", default="results", help="where records and tables go")
-    options.add_argument("--runs_root", default="runs", help="where logs and checkpoints go")
-    arguments = options.parse_args(argv)
+def demo(*, results_root: str = "results", runs_root: str = "runs") -> int:
+    """Adapt embedded weights to three tasks with four methods, offline; print a leaderboard in minutes.
+
+    Args:
+        results_root: Where records and tables are written.
+        runs_root: Where logs and checkpoints are written.
+    """
     from svp_bench.sweep.demo import run_demo
 
-    return run_demo(arguments.results_root, arguments.runs_root)
+    return run_demo(results_root, runs_root)
 
 
-def predict(argv: Sequence[str]) -> int:
-    """Name the classes of images with a trained run."""
-    options = parser("predict")
-    options.add_argument("--ckpt", required=True, help="runs/…/checkpoints/last.ckpt")
-    options.add_argument("--images", required=True, nargs="+", help="images, or folders of images")
-    options.add_argument("--output", help="a CSV file; standard output by default")
-    options.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved")
-    options.add_argument("--top", type=int, default=1, choices=range(1, 11), help="how many classes to name")
-    options.add_argument(
-        "--batch_size",
-        type=int,
-        default=32,
-        help="images at a time; results change by rounding at most",
-    )
-    options.add_argument("--method", help="the run's own method file, if its class lies next to it", metavar="FILE")
-    options.epilog = "Exit status: 0 if all images were read; 1 if some were not, which the column error names."
-    arguments = options.parse_args(argv)
+def predict(
+    *,
+    ckpt: str,
+    images: tuple[str, ...],
+    output: str | None = None,
+    checkpoint: str | None = None,
+    top: Annotated[int, whole_number(1, 10)] = 1,
+    batch_size: int = 32,
+    method: Annotated[str | None, "FILE"] = None,
+) -> int:
+    """Predict the classes of your images with a trained run.
+
+    Exit status: 0 if all images were read; 1 if some were not: the column error names them.
+
+    Args:
+        ckpt: A checkpoint: runs/…/checkpoints/last.ckpt.
+        images: Images, or folders of images.
+        output: A CSV file; standard output by default.
+        checkpoint: Where the weights of the backbone are now, if they have moved.
+        top: How many classes to name, at most 10.
+        batch_size: Images at a time; results change by rounding at most.
+        method: The method file of the run, if its class is defined next to it.
+    """
     from svp_bench.train.predict import run_predict
 
-    return run_predict(
-        arguments.ckpt,
-        arguments.images,
-        arguments.output,
-        arguments.checkpoint,
-        arguments.top,
-        arguments.batch_size,
-        arguments.method,
-    )
+    return run_predict(ckpt, list(images), output, checkpoint, top, batch_size, method)

@@ -4,104 +4,57 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from typing import Annotated
 
-from svp_bench.cli.parser import parser
+from svp_bench.core.errors import UsageError
 
 __all__ = ["power", "table"]
 
 
-def table(argv: Sequence[str]) -> int:
-    """Build the comparison tables, or compare two rows."""
+def table(
+    *,
+    suite: list[str] | None = None,
+    results_root: str = "results",
+    published: bool = False,
+    control: Annotated[str | None, "ROW"] = None,
+    compare: Annotated[tuple[str, str] | None, ("ROW_A", "ROW_B")] = None,
+    all_columns: bool = False,
+) -> int:
+    """Build the comparison tables from the records.
+
+    Each suite gets four files below tables/: a wide CSV, a long CSV, a Markdown page, and LaTeX (booktabs). Rows of
+    different protocols, backbones, weights or tracks (default or searched hyper-parameters) are in separate sections.
+    ± after a mean is half its 95 % interval over new seeds; with one seed, over test images.
+
+    Args:
+        suite: A suite; may be repeated; by default all that have records.
+        results_root: The folder that contains records/ and tables/.
+        published: Show published numbers next to ours, marked.
+        control: The method or row that all others are compared with; by default linear, where there is one.
+        compare: Compare two methods or rows task by task, by their seeds and by their test images; writes no table.
+        all_columns: Also print tasks and groups that have no result yet; the files always have them.
+    """
     from svp_bench.tables.build import run_compare, run_table
 
-    options = parser("table")
-    options.epilog = (
-        "Each suite gets four files below tables/: a wide CSV, a long CSV, a Markdown page, and LaTeX (booktabs). Rows "
-        "of different protocols, backbones, weights or tracks (default settings, searched ones) stand in sections of "
-        "their own. ± behind a mean is half its 95 % interval over new seeds; of one seed, over test images."
-    )
-    options.add_argument("--suite", action="append", help="a suite; may be repeated; by default all that have records")
-    options.add_argument("--results_root", default="results", help="the folder that holds records/ and tables/")
-    options.add_argument("--published", action="store_true", help="show published numbers beside ours, marked")
-    options.add_argument(
-        "--control",
-        metavar="ROW",
-        help="the method or row that all others are compared with (default: linear, where there is one)",
-    )
-    options.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("ROW_A", "ROW_B"),
-        help="compare two methods or rows task by task, by their seeds and by their test images; writes no table",
-    )
-    options.add_argument(
-        "--all_columns", action="store_true", help="print tasks and groups that have no result yet too; files have them"
-    )
-    arguments = options.parse_args(argv)
-    if arguments.compare is not None:
-        if arguments.published or arguments.control is not None or arguments.all_columns:
-            options.error("--compare goes with --suite and --results_root only")
-        first, second = arguments.compare
-        print(run_compare(arguments.results_root, first, second, arguments.suite), end="")
+    if compare is None:
+        print(run_table(results_root, suite, published, control, all_columns), end="")
         return 0
-    text = run_table(
-        arguments.results_root, arguments.suite, arguments.published, arguments.control, arguments.all_columns
-    )
-    print(text, end="")
-    return 0
-
-
-def power(argv: Sequence[str]) -> int:
-    """Say how many seeds a claim needs, from the spread of the records at hand."""
-    options = parser("power")
-    options.epilog = (
-        "Two answers: with the variances as they were estimated (plug-in), and with an upper bound of them (cautious). "
-        "Reads records only; needs two seeds in some cells."
-    )
-    options.add_argument(
-        "--effect", type=_points, required=True, metavar="POINTS", help="difference of the suite's mean, e.g. 1.0"
-    )
-    options.add_argument("--suite", action="append", help="a suite; may be repeated; by default all that have records")
-    options.add_argument("--method", metavar="ROW", help="the method or row whose noise counts; by default all rows")
-    options.add_argument(
-        "--control", metavar="ROW", help="with --method: the noise is that of their differences, seed by seed"
-    )
-    options.add_argument("--level", type=_share, default=0.95, help="of the interval that is to exclude zero (0.95)")
-    options.add_argument("--power", type=_share, default=0.8, help="wanted chance that it does (0.8)")
-    options.add_argument("--results_root", default="results", help="the folder that holds records/")
-    arguments = options.parse_args(argv)
-    if arguments.power <= 1 - arguments.level:
-        options.error(
-            f"--power {arguments.power:g} is no more than chance at --level {arguments.level:g}; ask for more"
-        )
-    from svp_bench.tables.power import run_power
-
-    text = run_power(
-        arguments.results_root,
-        arguments.effect,
-        arguments.suite,
-        arguments.method,
-        arguments.control,
-        arguments.level,
-        arguments.power,
-    )
-    print(text, end="")
+    if published or control is not None or all_columns:
+        raise UsageError("--compare is used with --suite and --results_root only (`svp-bench table --help`)")
+    print(run_compare(results_root, *compare, suite), end="")
     return 0
 
 
 def _points(text: str) -> float:
-    value = _number(text)
-    if not 0 < value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no difference in points: above 0, at most 100")
-    return value
+    if not 0 < _number(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a difference in points: above 0, at most 100")
+    return float(text)
 
 
 def _share(text: str) -> float:
-    value = _number(text)
-    if not 0 < value < 1:
+    if not 0 < _number(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} does not lie between 0 and 1; 95 % is 0.95")
-    return value
+    return float(text)
 
 
 def _number(text: str) -> float:
@@ -109,3 +62,35 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def power(
+    *,
+    effect: Annotated[float, _points, "POINTS"],
+    suite: list[str] | None = None,
+    method: Annotated[str | None, "ROW"] = None,
+    control: Annotated[str | None, "ROW"] = None,
+    level: Annotated[float, _share] = 0.95,
+    power: Annotated[float, _share] = 0.8,
+    results_root: str = "results",
+) -> int:
+    """Compute how many seeds a claim needs, from the spread of the records.
+
+    Two answers: with the estimated variances (plug-in), and with an upper bound of them (cautious). Reads records
+    only; needs two seeds in some cells.
+
+    Args:
+        effect: Difference of the mean over the tasks, e.g. 1.0.
+        suite: A suite; may be repeated; by default all that have records.
+        method: The method or row whose noise counts; by default all rows.
+        control: With --method: the noise is that of their differences, seed by seed.
+        level: Of the interval that should exclude zero.
+        power: Wanted probability that it does.
+        results_root: The folder that contains records/.
+    """
+    if power <= 1 - level:
+        raise UsageError(f"--power {power:g} is no more than chance at --level {level:g}; ask for more")
+    from svp_bench.tables.power import run_power
+
+    print(run_power(results_root, effect, suite, method, control, level, power), end="")
+    return 0
