@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,31 +150,28 @@ def edited(path: Path, **changes: Any) -> Path:
 # ---- a good record
 
 
-def test_a_good_record_passes_and_each_line_says_what_was_checked(tmp_path: Path) -> None:
+def test_a_good_record_passes(tmp_path: Path) -> None:
     path = write_record(record(), tmp_path)
     outcome = command("audit", str(path))
     assert outcome.status == 0, outcome.out
-    assert "\n  → no line fails; notes: seeds\n\n1 record: 1 without a failing line, 0 fail\n" in outcome.out
-    assert "What no record can prove: that no run was deleted" in outcome.out.splitlines()[-1]
+    assert "  → passes; notes: seeds\n\n1 record: 1 passed, 0 failed\n" in outcome.out
+    assert "No record can prove that no run was deleted" in outcome.out.splitlines()[-1]
     assert "Traceback" not in outcome.err
+    facts = {
+        "splits": ("trained on train800val200", "scored on test with the weights of epoch 100"),
+        "protocol": ("vtab-final version 1",),
+        "images": (f"{IMAGES} images of test (sha256:cdcdcdcdcdcd), 102 classes",),
+        "budget": ("100 epochs, as in vtab-final",),
+        "track": ("default",),
+        "settings": ("as protocol card, task and recipe",),
+        "code": ("svp-bench 0.1.0", str(record().commit)),
+    }
     found = lines(path)
-    assert found["lists"] == [
-        (
-            "pass",
-            "the record states: trained on train800val200, then scored on test with the weights of epoch 100 (stage "
-            "final has no list that could choose)",
-        )
-    ]
-    assert found["protocol"] == [("pass", "vtab-final version 1, as the card at hand")]
-    assert found["images"] == [("pass", f"{IMAGES} images of test (sha256:cdcdcdcdcdcd), 102 classes")]
-    assert found["budget"] == [("pass", "100 epochs, as vtab-final says")]
-    assert found["track"] == [("pass", "default: the record states no tuned table and no search")]
-    assert found["settings"] == [("pass", "as protocol card, task and recipe at hand")]
-    assert found["seeds"] == [("note", "1 of this cell: 0; one seed has no error bar")]
-    assert found["code"][0] == (
-        "pass",
-        f"the record states svp-bench 0.1.0, commit {record().commit}, nothing changed",
-    )
+    for subject, texts in facts.items():
+        verdict, text = found[subject][0]
+        assert verdict == "pass"
+        assert all(one in text for one in texts), text
+    assert found["seeds"] == [("note", "1 of this cell: 0; an interval needs at least two seeds")]
 
 
 def test_an_audit_needs_no_torch(tmp_path: Path) -> None:
@@ -206,7 +204,7 @@ def test_settings_off_the_recipe_and_several_tested_ones_are_notes(tmp_path: Pat
     path = write_record(record(5001, {RATE: 5e-3, "data.batch_size": 64}), tmp_path)
     found = lines(path)
     assert found["settings"] == [
-        ("note", f"chosen by hand, as far as the record says: data.batch_size 64, not 32; {RATE} 0.005, not 0.001")
+        ("note", f"overrides of the shipped settings: data.batch_size 64, not 32; {RATE} 0.005, not 0.001")
     ]
     (tested,) = found["tested"]
     assert tested[0] == "note"
@@ -221,10 +219,8 @@ def test_a_lone_record_is_audited_without_its_folder(tmp_path: Path) -> None:
     alone.parent.mkdir()
     path.rename(alone)
     found = lines(alone)
-    assert found["seeds"][0] == (
-        "note",
-        "the record lies in no results folder, so that other seeds are not seen (--results_root R)",
-    )
+    assert found["seeds"][0][0] == "note"
+    assert "--results_root R" in found["seeds"][0][1]
     assert failures(alone) == []
     write_record(record(5100, seed=1), tmp_path)
     assert lines(alone, tmp_path)["seeds"] == [("pass", "2 of this cell: 0, 1")]
@@ -236,92 +232,65 @@ def test_a_lone_record_is_audited_without_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        (
-            {"dirty": True},
-            "code: the record states svp-bench 0.1.0, commit 0123456789abcdef0123456789abcdef01234567 with",
-        ),
-        ({"task_version": 7}, "protocol: run on version 7 of the task card, now 1: tables leave it out"),
-        ({"epochs": 40}, "status: said to be complete after 40 epochs, and its config asks for 100"),
-        (
-            {"lists": {"train": "train800val200", "val": "val200"}},
-            "lists: a final record reads train and test in stage",
-        ),
-        ({"lists": {"train": "train800", "test": "test"}}, "lists: the lists are train on train800, test on test, and"),
-        ({"times": {"train_seconds": 12.5, "val_seconds": 2.0}}, "lists: a list was scored during the training"),
-        ({"created": "2020-01-01T00:00:00+00:00"}, "times: created 2020-01-01T00:00:00+00:00, before the run began"),
-        ({"created": "2999-01-01T00:00:00+00:00"}, "times: created 2999-01-01T00:00:00+00:00, which is yet to come"),
-        ({"times": {"train_seconds": 0.0}, "images_per_second": 1e9}, "times: train_seconds is 0.0"),
-        ({"images_per_second": 1e9}, "times: 1e+09 images per second for 12.5 s are 12500000000 images"),
-        ({"times": {"train_seconds": 7200.0}, "images_per_second": 13.9}, "times: trained for 7200 s, and only 0 s"),
+        ({"dirty": True}, "code: .*0123456789abcdef.* with changes"),
+        ({"task_version": 7}, "protocol: .*version 7 of the task card, now 1"),
+        ({"epochs": 40}, "status: .*40 epochs.* asks for 100"),
+        ({"lists": {"train": "train800val200", "val": "val200"}}, "splits: a final record reads train and test"),
+        ({"lists": {"train": "train800", "test": "test"}}, "splits: .*train on train800, test on test, and"),
+        ({"times": {"train_seconds": 12.5, "val_seconds": 2.0}}, "splits: .*times.val_seconds"),
         ({"metrics": Metrics(500000 / IMAGES, 0.75, 5000, IMAGES, top5=99.0)}, "images: top5 99.0 % of"),
-        ({"count": 6000}, f"images: test has 6000 images, and the card says {IMAGES}"),
-        ({"data_variant": "mine"}, "images: the card has no data variant 'mine'"),
-        ({"backbone": "vim_tiny_patch16_224"}, "identity: backbone is 'vim_tiny_patch16_224', but the config says"),
-        ({"method_args": {"share_layers": 2}}, "identity: method_args.share_layers is 2, but the config says 8"),
+        ({"count": 6000}, f"images: test has 6000 images, .*{IMAGES}"),
+        ({"data_variant": "mine"}, "images: .*variant 'mine'"),
+        ({"backbone": "vim_tiny_patch16_224"}, "identity: backbone is 'vim_tiny_patch16_224'"),
+        ({"method_args": {"share_layers": 2}}, "identity: method_args.share_layers is 2, .* 8"),
         (
             {"changes": {"trainer.max_epochs": 500}, "epochs": 500},
             "budget: 500 epochs, more than the 100 of vtab-final",
         ),
-        (
-            {"changes": {"trainer.limit_train_batches": 0.1}},
-            "status: said to be complete, but its config cuts it short",
-        ),
+        ({"changes": {"trainer.limit_train_batches": 0.1}}, "status: .*limit_train_batches 0.1"),
         ({"changes": {"model.method.class_path": "svp_bench.methods.full.Full"}}, "identity: the method is svp, but"),
     ],
 )
 def test_a_number_that_is_not_what_a_table_claims_fails(tmp_path: Path, fields: dict[str, Any], expected: str) -> None:
     path = write_record(record(**fields), tmp_path)
     found = failures(path)
-    assert any(text.startswith(expected) for text in found), found
+    assert any(re.match(expected, text) for text in found), found
     assert command("audit", str(path)).status == 1
+
+
+RANDOM = {"checkpoint": "none", "checkpoint_digest": None, "changes": {"model.checkpoint": "none"}}
+OTHER_FILES = {"data_status": "different", "data_notes": ["test has 6000 images"], "count": 6000}
 
 
 @pytest.mark.parametrize(
     ("fields", "subject", "expected"),
     [
-        ({"commit": None, "dirty": None}, "code", "the record states svp-bench 0.1.0, installed: no commit is known"),
+        ({"commit": None, "dirty": None}, "code", "no commit is known"),
         ({"dirty": None}, "code", "whether anything was changed is not known"),
         ({"package_version": "0.0.1"}, "code", "audited by svp-bench"),
-        (
-            {"protocol_version": 9},
-            "protocol",
-            "the card at hand is version 1, so that lists and budget were not checked",
-        ),
+        ({"protocol_version": 9}, "protocol", "version 9; the card here is version 1"),
         ({"protocol": "vtab-old"}, "protocol", "there is no such card here"),
-        (
-            {"data_status": "different", "data_notes": ["test has 6000 images"], "count": 6000},
-            "data",
-            "differs from the card: test has 6000 images",
-        ),
-        ({"data_variant": "zip", "count": 6085}, "data", "the card's variant zip"),
-        (
-            {"checkpoint": "none", "checkpoint_digest": None, "changes": {"model.checkpoint": "none"}},
-            "weights",
-            "random",
-        ),
+        (OTHER_FILES, "data", "differs from the card: test has 6000 images"),
+        ({"data_variant": "zip", "count": 6085}, "data", "variant zip"),
+        (RANDOM, "weights", "random"),
         (
             {"changes": {"trainer.max_epochs": 10}, "epochs": 10},
             "budget",
             "10 epochs, fewer than the 100 of vtab-final",
         ),
-        (
-            {"changes": {"trainer.callbacks": [{"class_path": "mine.Stop"}]}},
-            "identity",
-            "callbacks of its own ran along",
-        ),
+        ({"changes": {"trainer.callbacks": [{"class_path": "mine.Stop"}]}}, "comparable", "mine.Stop"),
     ],
 )
-def test_what_tables_say_besides_is_a_note(tmp_path: Path, fields: dict[str, Any], subject: str, expected: str) -> None:
+def test_a_fact_that_tables_mark_is_a_note(tmp_path: Path, fields: dict[str, Any], subject: str, expected: str) -> None:
     path = write_record(record(**fields), tmp_path)
     assert failures(path) == []
     assert any(verdict == "note" and expected in text for verdict, text in lines(path)[subject]), lines(path)
 
 
-def test_a_class_of_somebody_else_is_a_note(tmp_path: Path) -> None:
+def test_a_method_from_outside_is_a_note(tmp_path: Path) -> None:
     made = make_record(TASK, "shift", right=5, count=IMAGES, changes={"model.method.class_path": "mine.Shift"})
     found = lines(write_record(made, tmp_path))
-    expected = "the method's class mine.Shift is not part of svp-bench; no commit names its code"
-    assert ("note", expected) in found["identity"]
+    assert any(verdict == "note" and "mine.Shift" in text for verdict, text in found["identity"])
     assert ("note", "there is no recipe of the method shift here to compare with") in found["settings"]
 
 
@@ -332,15 +301,15 @@ def test_an_incomplete_run_fails(tmp_path: Path, status: str) -> None:
     assert f"status: {status}: {reason or 'trained, not tested'}; no table counts it" in failures(path)
 
 
-def test_a_drawn_stand_in_fails(tmp_path: Path) -> None:
+def test_synthetic_images_fail(tmp_path: Path) -> None:
     path = write_record(synthetic_record(count=IMAGES, right=10), tmp_path)
-    assert "data: a drawn stand-in, not the data set: the number says nothing about the task" in failures(path)
+    assert any(text.startswith("data: synthetic images") for text in failures(path))
 
 
 def test_a_selection_record_passes_and_says_that_no_table_shows_it(tmp_path: Path) -> None:
     path = write_record(selection(1e-3, 60.0), tmp_path)
     assert failures(path) == []
-    assert lines(path)["lists"][0][1].endswith("which chooses, without a test list; tables never show it")
+    assert "without a test split; tables never show it" in lines(path)["splits"][0][1]
 
 
 # ---- records edited by hand
@@ -349,7 +318,7 @@ def test_a_selection_record_passes_and_says_that_no_table_shows_it(tmp_path: Pat
 def test_an_edited_seed_is_seen_though_no_digest_holds_it(tmp_path: Path) -> None:
     path = edited(write_record(record(), tmp_path), seed=3)
     found = failures(path)
-    assert "identity: seed is 3, but the config says 0" in found
+    assert any(text.startswith("identity: seed is 3, ") for text in found)
     assert any("the run is named" in text for text in found)
 
 
@@ -364,8 +333,8 @@ def test_a_copy_for_another_seed_is_seen_even_if_all_names_fit(tmp_path: Path) -
 def test_equal_bits_and_loss_of_two_seeds_are_a_note_whatever_the_times(tmp_path: Path) -> None:
     first = record()
     write_record(first, tmp_path)
-    twin = dataclasses.replace(record(seed=1), metrics=first.metrics, correct=first.correct)
-    path = write_record(dataclasses.replace(twin, times={"train_seconds": 13.5, "test_seconds": 1.25}), tmp_path)
+    second = dataclasses.replace(record(seed=1), metrics=first.metrics, correct=first.correct)
+    path = write_record(dataclasses.replace(second, times={"train_seconds": 13.5, "test_seconds": 1.25}), tmp_path)
     assert failures(path) == []
     assert any("to the last digit, the same loss as seed 0" in text for _, text in lines(path)["seeds"])
 
@@ -403,7 +372,8 @@ def test_two_digests_of_one_list_cannot_both_be_right(tmp_path: Path) -> None:
     assert other.correct is not None
     correct = dataclasses.replace(other.correct, list_digest=OTHER_LIST)
     write_record(dataclasses.replace(other, correct=correct), tmp_path)
-    assert failures(path) == [f"images: {other.run_id} read the same lists, and has another digest of test"]
+    (text,) = failures(path)
+    assert text.startswith(f"images: {other.run_id} ")
 
 
 def test_a_copy_below_records_fails(tmp_path: Path) -> None:
@@ -437,7 +407,7 @@ def test_a_copy_below_records_fails(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_whatever_a_config_holds_each_file_gets_its_lines(tmp_path: Path, key: str, junk: Any) -> None:
+def test_any_value_in_a_config_leaves_all_lines(tmp_path: Path, key: str, junk: Any) -> None:
     made = record()
     config = json.loads(json.dumps(made.config))
     *folders, last = key.split(".")
@@ -448,21 +418,18 @@ def test_whatever_a_config_holds_each_file_gets_its_lines(tmp_path: Path, key: s
     digests = {"config_digest": config_digest(config), "setting_digest": setting_digest(config)}
     path = write_record(dataclasses.replace(made, config=config, **digests), tmp_path)
     found = lines(path)
-    assert {"schema", "status", "identity", "lists", "data", "code", "machine"} <= set(found)
+    assert {"schema", "status", "identity", "splits", "data", "code", "machine"} <= set(found)
 
 
-@pytest.mark.parametrize("name", ["../../up", "/abs", "a\x00b", "", "vtab"])
-def test_names_in_a_record_are_no_paths(tmp_path: Path, name: str) -> None:
-    search = Search("rates", "grid", 3, 3, "val200", LIST)
+@pytest.mark.parametrize("name", ["../../up", "/abs", "a\x00b", ""])
+def test_names_in_a_record_are_not_paths(tmp_path: Path, name: str) -> None:
+    search = Search(name or " ", "grid", 3, 3, "val200", LIST)
     for tuned in (
-        Tuned(name or "vtab/", LIST, (RATE,)),
-        Tuned(name or "vtab/", LIST, (RATE,), search),
-        Tuned("vtab/svp", LIST, (RATE,), dataclasses.replace(search, name=name or " ")),
+        Tuned(name or "vtab/", LIST, (RATE,), dataclasses.replace(search, name="rates")),
+        Tuned("vtab/svp", LIST, (RATE,), search),
     ):
-        if name == "vtab" and tuned.table == "vtab/svp":
-            continue
         path = write_record(record(tuned=tuned), tmp_path)
-        assert any("is no name of a table" in text or "names no choice" in text for text in failures(path))
+        assert any("does not name a selected config" in text for text in failures(path))
         path.unlink()
 
 
@@ -477,7 +444,7 @@ def test_folders_and_files_go_on_after_a_bad_one(tmp_path: Path) -> None:
     (tmp_path / "tables" / "other.json").write_text("{}", encoding="utf-8")
     outcome = command("audit", str(tmp_path), str(tmp_path / "gone.json"))
     assert outcome.status == 1
-    assert "3 records: 1 without a failing line, 2 fail" in outcome.out
+    assert "3 records: 1 passed, 2 failed" in outcome.out
     assert "is not JSON: Expecting property name" in outcome.out
     assert "cannot be read: No such file" in outcome.out
     assert "other.json" not in outcome.out
@@ -491,8 +458,8 @@ def test_json_that_is_no_record_is_left_out_of_a_folder_and_counted(tmp_path: Pa
     report = audit([tmp_path])
     assert len(report.audits) == 5
     assert report.skipped == 2
-    assert "5 records: 4 without a failing line, 1 fail\n2 other JSON files left out: no records\n" in render(report)
-    assert "holds no record (JSON that is none: 1)" in assert_error(
+    assert "5 records: 4 passed, 1 failed\n2 JSON files skipped: not records\n" in render(report)
+    assert "contains no record (other JSON files: 1)" in assert_error(
         command("audit", str(tmp_path / "deep" / "results" / "choices")), 2
     )
 
@@ -500,9 +467,9 @@ def test_json_that_is_no_record_is_left_out_of_a_folder_and_counted(tmp_path: Pa
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "holds no record" in assert_error(command("audit", str(empty)), 2)
+    assert "contains no record" in assert_error(command("audit", str(empty)), 2)
     path = write_record(record(), tmp_path)
-    assert "is no folder" in assert_error(command("audit", str(path), "--results_root", str(tmp_path / "no")), 2)
+    assert "is not a folder" in assert_error(command("audit", str(path), "--results_root", str(tmp_path / "no")), 2)
     assert "required: RECORD" in assert_error(command("audit"), 2)
 
 
@@ -518,13 +485,11 @@ def test_files_of_other_kinds_are_called_what_they_are(tmp_path: Path) -> None:
 def test_a_seed_repeated_on_the_same_code_with_another_score_fails_on_both_sides(tmp_path: Path) -> None:
     old = write_record(record(5000, clock="12:00:00"), tmp_path)
     new = write_record(record(5200, clock="13:00:00"), tmp_path)
-    (first,), (second,) = failures(old), failures(new)
-    assert first.startswith(
-        f"repeated: run again as {new.stem}, which tables show in its place: 85.47 there, 82.18 here"
-    )
-    assert second.startswith(
-        f"repeated: run before as {old.stem}, which it replaces in tables: 82.18 there, 85.47 here"
-    )
+    for path, other, scores in ((old, new, "85.47 there, 82.18 here"), (new, old, "82.18 there, 85.47 here")):
+        (text,) = failures(path)
+        assert text.startswith("repeated: ")
+        assert other.stem in text
+        assert scores in text
     assert command("audit", str(tmp_path)).status == 1
 
 
@@ -565,25 +530,18 @@ def test_runs_that_did_not_end_are_counted(tmp_path: Path) -> None:
 # ---- searches
 
 
-def test_a_searched_run_passes_with_its_choice_and_trials(tmp_path: Path) -> None:
+def test_a_searched_run_passes_with_its_selected_config_and_trials(tmp_path: Path) -> None:
     path = searched(tmp_path)
     assert failures(path) == []
-    found = lines(path)
-    assert found["track"][0][1].startswith("searched (rates, K = 3), grid, 3 settings tried on val200")
-    assert found["choice"] == [
-        (
-            "pass",
-            f"choices/rates-{SHORT}/{TASK}/svp.json, frozen {DAY} 11:00:00, before the run; the config has its values",
-        )
-    ]
-    assert found["trials"] == [
-        (
-            "pass",
-            "3 selection records have the scores that the choice claims, all on val200; none states a test list",
-        )
-    ]
-    assert found["rule"][0][1].startswith("one_standard_error: trial 2 of 3; 75.00 on val")
-    assert found["settings"] == [("pass", "as protocol card, task and recipe at hand, beside what was tuned")]
+    facts = {
+        "track": "searched (rates, K = 3), grid, 3 settings tried on val200",
+        "selection": f"rates-{SHORT}/{TASK}/svp.json, selected {DAY}T11:00:00+00:00",
+        "trials": "3 selection records have the stated scores, all on val200",
+        "rule": "one_standard_error: trial 2 of 3; 75.00 on val",
+        "settings": "except for the selected values",
+    }
+    for subject, fact in facts.items():
+        assert fact in lines(path)[subject][0][1]
     assert command("audit", str(tmp_path)).status == 0
 
 
@@ -631,48 +589,36 @@ def hidden(choice: Choice) -> Choice:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"created": f"{DAY}T12:00:01+00:00"}, f"choice: frozen {DAY} 12:00:01, after the run began ({DAY} 12:00:00)"),
+        ({"created": f"{DAY}T12:00:01+00:00"}, f"selection: selected {DAY}T12:00:01.*after the run began"),
         ({"records": False}, "trials: trial 1: its record svp-"),
-        ({"chosen": 0}, ": 'chosen' is trial 1, and by its rule trial 2 wins"),
-        ({"trials": {1e-3: 74.0, 3e-3: 75.0}}, ": 'chosen' is trial 2, and by its rule trial 1 wins"),
-        ({"twist": raised}, "trials: trial 2: svp-"),
-        (
-            {"twist": with_trial(0, status="failed: nan", scores=())},
-            "trials: trial 1 is said to have failed (failed: nan)",
-        ),
-        ({"twist": with_search(budget=2)}, ": there are 3 trials, more than the budget of 2"),
-        ({"twist": with_search(rule="best")}, ": the rule 'best' is not known here"),
-        ({"twist": with_search(seeds=[0, 1])}, ": trial 1 has 1 run, and the search has 2 seeds"),
-        ({"twist": with_search(seeds=[7])}, "trials: trial 1: svp-"),
-        ({"twist": replaced(selected_on="test")}, "choice: chosen on test, and vtab-final chooses on val200"),
-        ({"twist": replaced(count=2000)}, ": 'standard_error' or 'reason' is not"),
-        ({"twist": replaced(standard_error=1.0)}, ": 'standard_error' or 'reason' is not what the trials give"),
-        (
-            {"twist": replaced(context={"model": {"backbone": "other"}})},
-            "choice: chosen with data.batch_size = None, and",
-        ),
-        (
-            {"twist": replaced(checkpoint_digest=None)},
-            "choice: the choice's weights is unknown, the record's sha256:abab",
-        ),
-        ({"twist": replaced(data_digest=LIST)}, "trials: trial 1: svp-"),
-        ({"twist": with_trial(0, scores=(600.0,))}, ": trial 1: 600.0 % of 200 images is no whole number"),
-        ({"twist": with_trial(0, trainable="many")}, "trials: trial 1: svp-"),
-        (
-            {"twist": replaced(task="vtab/dtd")},
-            f"choice: choices/rates-{SHORT}/vtab/caltech101/svp.json is missing",
-        ),
-        ({"twist": dropped}, ": the trials are not the default setting and then the declared grid"),
-        ({"twist": hidden}, "trials: runs of settings and seeds that the search declares, which the choice leaves out"),
-        ({"twist": replaced(search={**DECLARED, "budget": 12})}, ": 'search_digest' is not that of the declaration"),
-        ({"twist": with_search(spaces={"svp": {RATE: [1e-3, 3e-3]}})}, ": the trials are not the default setting"),
-        ({"final": {RATE: 0.5}}, f"choice: {RATE} is 0.5, and the choice says 0.003"),
-        ({"final": {"data.batch_size": 64}}, "choice: chosen with data.batch_size = 32, and the run has 64"),
+        ({"chosen": 0}, "'chosen' is trial 1, .*trial 2"),
+        ({"trials": {1e-3: 74.0, 3e-3: 75.0}}, "'chosen' is trial 2, .*trial 1"),
+        ({"twist": raised}, "trials: trial 2: svp-.*top1"),
+        ({"twist": with_trial(0, status="failed: nan", scores=())}, "trials: trial 1 is stated as failed"),
+        ({"twist": with_search(budget=2)}, "3 trials, more than the budget of 2"),
+        ({"twist": with_search(rule="best")}, "rule 'best' is not known"),
+        ({"twist": with_search(seeds=[0, 1])}, "trial 1 has 1 run, .*2 seeds"),
+        ({"twist": with_search(seeds=[7])}, "trials: trial 1: svp-.*seed"),
+        ({"twist": replaced(selected_on="test")}, "selection: selected on test, .*val200"),
+        ({"twist": replaced(count=2000)}, "'standard_error' or 'reason'"),
+        ({"twist": replaced(standard_error=1.0)}, "'standard_error' or 'reason'"),
+        ({"twist": replaced(context={"model": {"backbone": "other"}})}, "selection: selected with data.batch_size"),
+        ({"twist": replaced(checkpoint_digest=None)}, "selection: the weights .* unknown, .*sha256:abab"),
+        ({"twist": replaced(data_digest=LIST)}, "trials: trial 1: svp-.*data"),
+        ({"twist": with_trial(0, scores=(600.0,))}, "trial 1: 600.0 % of 200 images"),
+        ({"twist": with_trial(0, trainable="many")}, "trials: trial 1: svp-.*trained parameters"),
+        ({"twist": replaced(task="vtab/dtd")}, f"selection: .*rates-{SHORT}/vtab/caltech101/svp.json is missing"),
+        ({"twist": dropped}, "not the default setting and then the declared grid"),
+        ({"twist": hidden}, "trials: runs of settings and seeds of the search that the selected config leaves out"),
+        ({"twist": replaced(search={**DECLARED, "budget": 12})}, "'search_digest'"),
+        ({"twist": with_search(spaces={"svp": {RATE: [1e-3, 3e-3]}})}, "not the default setting"),
+        ({"final": {RATE: 0.5}}, f"selection: {RATE} is 0.5, .*0.003"),
+        ({"final": {"data.batch_size": 64}}, "selection: selected with data.batch_size = 32, .*64"),
     ],
 )
 def test_a_search_that_is_not_what_it_claims_fails(tmp_path: Path, options: dict[str, Any], expected: str) -> None:
     found = failures(searched(tmp_path, **options))
-    assert any(text.startswith(expected) or (expected[:2] == ": " and expected in text) for text in found), found
+    assert any(re.search(expected, text) for text in found), found
 
 
 def test_a_choice_that_was_removed_or_changed_afterwards_fails(tmp_path: Path) -> None:
@@ -682,9 +628,9 @@ def test_a_choice_that_was_removed_or_changed_afterwards_fails(tmp_path: Path) -
     file.write_text(text.replace("T11:00:00+", "T10:59:59+"), encoding="utf-8")
     assert any("is not the file that the run was made with" in line for line in failures(path))
     file.write_text(text.replace('"schema"', '"scheme"'), encoding="utf-8")
-    assert any(line.startswith("choice: choices/") and "is no frozen choice" in line for line in failures(path))
+    assert any(line.startswith("selection: ") and "svp.json" in line for line in failures(path))
     file.unlink()
-    assert any("svp.json is missing: what chose the setting cannot be seen" in line for line in failures(path))
+    assert any("svp.json is missing" in line for line in failures(path))
 
 
 def test_a_trial_that_read_the_test_list_fails(tmp_path: Path) -> None:
@@ -698,7 +644,7 @@ def test_a_searched_record_alone_cannot_show_its_choice(tmp_path: Path) -> None:
     path = searched(tmp_path / "results")
     alone = tmp_path / path.name
     path.rename(alone)
-    assert any(line.startswith("choice: the record lies in no results folder") for line in failures(alone))
+    assert any(line.startswith("selection: the record lies in no results folder") for line in failures(alone))
     assert failures(alone, tmp_path / "results") == []
 
 
@@ -714,34 +660,7 @@ def test_what_was_tried_outside_of_the_search_is_a_note(tmp_path: Path) -> None:
     notes = [text for verdict, text in found["trials"] if verdict == "note"]
     assert [text.partition(" (")[0] for text in notes] == [
         "further runs of this method, scored on val outside of the search: 1",
-        "further runs of this method, tested before it was over: 1",
+        "further runs of this method, tested before the search ended: 1",
     ]
-    assert ("note", "other searches chose for this method and task too: again-12345678") in found["choice"]
+    assert any(verdict == "note" and "again-12345678" in text for verdict, text in found["selection"])
     assert failures(path) == []
-
-
-def test_a_table_of_tuned_values_without_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hashlib
-    import shutil
-
-    from svp_bench.audit import record as module
-    from svp_bench.core.resources import configs_dir
-
-    tuned = Tuned("vtab/svp", LIST, (RATE,))
-    path = write_record(record(tuned=tuned, changes={RATE: 3e-3}), tmp_path)
-    assert lines(path)["track"][0][0] == "note"
-    assert "that table is not at hand" in lines(path)["track"][0][1]
-
-    configs = tmp_path / "configs"
-    shutil.copytree(configs_dir(), configs)
-    table = configs / "tuned" / "vtab" / "svp.yaml"
-    table.parent.mkdir(parents=True)
-    table.write_text(f"selected_on: val200\nsearch: by hand\ntasks:\n  caltech101: {{{RATE}: 0.003}}\n")
-    monkeypatch.setattr(module, "configs_dir", lambda: configs)
-    assert "the table at hand is another version" in lines(path)["track"][0][1]
-
-    tuned = dataclasses.replace(tuned, digest=f"sha256:{hashlib.sha256(table.read_bytes()).hexdigest()}")
-    good = write_record(record(5001, tuned=tuned, changes={RATE: 3e-3}), tmp_path)
-    assert lines(good)["track"] == [("pass", f"tuned (vtab/svp), selected on val200: {RATE}")]
-    bad = write_record(record(5002, tuned=tuned, changes={RATE: 4e-3}), tmp_path)
-    assert f"track: {RATE} is 0.004, the table says 0.003" in failures(bad)

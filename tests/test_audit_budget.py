@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from synthetic_records import make_record
 
-from svp_bench.audit import record as audit
+from svp_bench.audit import checks
+from svp_bench.audit.record import audit, render
 from svp_bench.records import defaults as recipes
 from svp_bench.records.store import write_record
 from svp_bench.tables.build import load_table
@@ -21,10 +22,10 @@ from svp_bench.tasks.cards import load_suite
 def test_the_tasks_config_may_set_the_epochs(
     own: dict[str, int], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit, "shipped_layer", lambda name: own if name == "vtab/dtd.yaml" else {})
+    monkeypatch.setattr(checks, "shipped_layer", lambda name: own if name == "vtab/dtd.yaml" else {})
     changes = {"trainer.max_epochs": 500}
     path = write_record(make_record("vtab/dtd", changes=changes, epochs=500), tmp_path)
-    text = audit.render(audit.audit([path], tmp_path))
+    text = render(audit([path], tmp_path))
     (line,) = [line for line in text.splitlines() if " budget " in line]
     assert line.split()[0] == expected, text
 

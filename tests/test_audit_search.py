@@ -163,7 +163,7 @@ def one_fold_less(choice: Choice) -> Choice:
 @pytest.mark.parametrize("declared", [FOLDS, "auto"])
 def test_a_dropped_fold_is_seen(tmp_path: Path, declared: int | str) -> None:
     path = nested_search(tmp_path, one_fold_less, folds=declared, small_val=500)
-    assert any("chosen in 4 folds" in text for text in failures(path))
+    assert any("selected in 4 folds" in text for text in failures(path))
 
 
 def test_folds_where_val_is_large_are_seen(tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_a_dropped_trial_is_seen(tmp_path: Path) -> None:
 def test_a_trial_called_failed_is_seen(tmp_path: Path) -> None:
     lost: dict[str, Any] = {"status": "failed", "scores": (), "losses": None, "right": None, "counts": None}
     path = nested_search(tmp_path, of_trial(1, **lost))
-    assert any("said to have failed" in text for text in failures(path))
+    assert any("stated as failed" in text for text in failures(path))
     path = nested_search(tmp_path / "unnamed", of_trial(1, **lost, run_ids=("",) * FOLDS))
-    assert any("which the choice leaves out" in text for text in failures(path))
+    assert any("selected config leaves out" in text for text in failures(path))
 
 
 def test_a_trial_run_again_with_another_division_is_seen(tmp_path: Path) -> None:
@@ -210,14 +210,14 @@ def test_folds_in_another_order_are_seen(tmp_path: Path) -> None:
 
 def test_edited_bits_losses_and_files_are_seen(tmp_path: Path) -> None:
     path = nested_search(tmp_path / "loss", of_trial(0, losses=(0.4,) * FOLDS))
-    assert any("the loss" in text for text in failures(path))
+    assert any(": loss is " in text for text in failures(path))
     path = nested_search(tmp_path / "file")
     (choice,) = (tmp_path / "file" / "choices").rglob("*.json")
     choice.write_text(choice.read_text(encoding="utf-8").replace("11:00:00", "10:59:00"), encoding="utf-8")
     assert any("is not the file that the run was made with" in text for text in failures(path))
     path = nested_search(tmp_path / "score")
     edited(record_path_of(path, 3e-3), metrics__loss=0.8)
-    assert any("the loss" in text for text in failures(path))
+    assert any(": loss is " in text for text in failures(path))
 
 
 def test_the_selected_config_of_one_seed_is_not_that_of_another(tmp_path: Path) -> None:

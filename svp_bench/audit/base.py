@@ -1,36 +1,47 @@
-"""What the parts of an audit share: a finding, the records beside the one at hand, and words."""
+"""Provide the parts that all checks share: findings, the record store, the audited case, and text helpers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from svp_bench.core.errors import RecordError, UsageError
+from svp_bench.core.resources import tasks_dirs
+from svp_bench.records.digests import card_digest
 from svp_bench.records.record import Record
-from svp_bench.records.selection import FOLD_KEYS
+from svp_bench.records.selection import FOLD_KEYS, Choice, choice_path, read_choice
 from svp_bench.records.store import read_records
+from svp_bench.tasks.cards import ProtocolCard, TaskCard, load_protocol, load_suite, load_task
 
 __all__ = [
-    "SHOWN",
-    "Auditor",
+    "Cards",
+    "Case",
     "Finding",
-    "Shelf",
+    "Line",
+    "RecordStore",
     "Verdict",
-    "began",
-    "differ",
+    "cell_of",
+    "family_of",
     "fold_of",
     "get",
-    "hour",
-    "roles",
     "short",
     "some",
+    "split_text",
+    "start_of",
+    "verdicts",
 ]
 
 Verdict = Literal["pass", "note", "fail"]
+Line = tuple[Verdict, str]
 SHOWN = 6  # names in one line
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # safe as a part of a path
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,8 @@ class Finding:
 
     Attributes:
         verdict: "pass", "note" or "fail".
-        subject: What was looked at, in a word.
-        text: What was found, one line.
+        subject: Name of the check.
+        text: The finding in one line.
     """
 
     verdict: Verdict
@@ -48,8 +59,16 @@ class Finding:
     text: str
 
 
+class Cards(NamedTuple):
+    """The cards of a run, None where the one here is not the one of the run, and the findings about them."""
+
+    task: TaskCard | None
+    protocol: ProtocolCard | None
+    lines: tuple[Line, ...]
+
+
 @dataclass
-class Shelf:
+class RecordStore:
     """The records of a results folder, read once.
 
     Attributes:
@@ -60,7 +79,7 @@ class Shelf:
 
     @cached_property
     def records(self) -> list[Record]:
-        """All valid ones."""
+        """All valid records."""
         return read_records(self.root)[0]
 
     @cached_property
@@ -68,40 +87,167 @@ class Shelf:
         """Run id → record."""
         return {record.run_id: record for record in self.records}
 
+    @cached_property
+    def by_family(self) -> Mapping[tuple[Any, ...], list[Record]]:
+        """`family_of` → records."""
+        found = defaultdict(list)
+        for record in self.records:
+            found[family_of(record)].append(record)
+        return found
+
     @property
     def choices(self) -> Path:
-        """The folder of frozen choices."""
+        """The folder of selected configs."""
         return self.root / "choices"
+
+    @cached_property
+    def selected_configs(self) -> Mapping[Path, Choice]:
+        """Path → selected config, of all that are sound."""
+        found = {}
+        for path in sorted(self.choices.rglob("*.json")):
+            with suppress(RecordError):
+                found[path] = read_choice(path)
+        return found
 
 
 @dataclass
-class Auditor:
-    """Looks at a record and keeps a line for each thing that it looked at.
+class Case:
+    """A record under audit.
 
     Attributes:
         record: The record.
-        shelf: The records beside it, None if it lies in no results folder.
-        findings: The lines.
+        path: Its file.
+        store: The records of its results folder, None if it lies outside of one.
     """
 
     record: Record
-    shelf: Shelf | None
-    findings: list[Finding] = field(default_factory=list, kw_only=True)
+    path: Path
+    store: RecordStore | None
 
-    def say(self, verdict: Verdict, subject: str, text: str) -> None:
-        """Add a line."""
-        self.findings.append(Finding(verdict, subject, " ".join(text.split())))
+    @property
+    def stored(self) -> Sequence[Record]:
+        """All other records of the store."""
+        records = self.store.records if self.store else ()
+        return [other for other in records if other.run_id != self.record.run_id]
 
-    def judge(self, subject: str, problems: Sequence[str], good: str, verdict: Verdict = "fail") -> None:
-        """Say all problems, or what is good if there are none."""
-        for problem in problems:
-            self.say(verdict, subject, problem)
-        if not problems:
-            self.say("pass", subject, good)
+    @cached_property
+    def family(self) -> list[Record]:
+        """Other runs of the same kind and family."""
+        found = self.store.by_family[family_of(self.record)] if self.store else []
+        return [one for one in found if one.kind == self.record.kind and one.run_id != self.record.run_id]
+
+    @cached_property
+    def cell(self) -> list[Record]:
+        """Other runs of the same kind and cell."""
+        return [one for one in self.family if cell_of(one) == cell_of(self.record)]
+
+    @cached_property
+    def cards(self) -> Cards:
+        """The task and the protocol card, compared with those of the run."""
+        record = self.record
+        try:
+            task, suite_protocol = _task_card(record.task, tasks_dirs())
+        except UsageError:
+            text = f"there is no task card {record.task} here: no table has such a task (your own cards: --tasks_dir)"
+            return Cards(None, None, (("fail", text),))
+        lines = []
+        if task.version != record.task_version:
+            text = f"run on version {record.task_version} of the task card, now {task.version}: tables leave it out"
+            lines.append(text)
+        lines += self._edited("task", task)
+        known = None if lines else task
+        failed: tuple[Line, ...] = tuple(("fail", line) for line in lines)
+        name = f"{record.protocol} version {record.protocol_version}"
+        try:
+            protocol = _protocol_card(record.protocol, tasks_dirs())
+        except UsageError:
+            text = f"{name}: there is no such card here, so its splits and budget were not checked"
+            return Cards(known, None, (*failed, ("note", text)))
+        if protocol.version != record.protocol_version:
+            text = f"{name}; the card here is version {protocol.version}, so splits and budget were not checked"
+            return Cards(known, None, (*failed, ("note", text)))
+        if problems := self._edited("protocol", protocol):
+            return Cards(known, None, (*failed, *(("fail", text) for text in problems)))
+        if record.protocol != suite_protocol:
+            line: Line = ("note", f"{name}, as the card here; the protocol of the suite is {suite_protocol}")
+        else:
+            line = ("pass", f"{name}, as the card here")
+        return Cards(known, protocol, (*failed, line))
+
+    def _edited(self, kind: str, card: TaskCard | ProtocolCard) -> list[str]:
+        stated, here = (self.record.card_digests or {}).get(kind), card_digest(card)
+        if stated is None or stated == here or card.version != getattr(self.record, f"{kind}_version"):
+            return []
+        return [
+            f"the {kind} card {card.name} version {card.version} of the run ({short(stated)}) is not the one here "
+            f"({short(here)}): it was changed without a new version"
+        ]
+
+    @cached_property
+    def selected(self) -> tuple[Choice | None, str]:
+        """The selected config of a searched run and its place; or None and the reason, "" without a search."""
+        tuned = self.record.tuned
+        if tuned is None or tuned.search is None:
+            return None, ""
+        if self.store is None:
+            return None, "the record lies in no results folder: give that of its selected config, --results_root R"
+        (suite, _, method), search = tuned.table.partition("/"), tuned.search
+        if not all(map(_NAME.fullmatch, (suite, method, search.name))):
+            text = f"{tuned.table!r} of the search {search.name!r} does not name a selected config: <suite>/<method>"
+            return None, text
+        seed = self.record.seed if search.nested else None
+        path = choice_path(self.store.root, search.name, tuned.digest, self.record.task, method, seed)
+        where = path.relative_to(self.store.root).as_posix()
+        if not path.is_file():
+            return None, f"{where} is missing: the selection of the setting cannot be checked"
+        try:
+            return self.store.selected_configs.get(path) or read_choice(path), where
+        except RecordError as error:
+            return None, str(error).replace(str(path), where)
+
+    @property
+    def split_counts(self) -> Mapping[str, int]:
+        """Images of each split by the task card; empty if it does not describe the data of the run."""
+        card = self.cards.task
+        if card is None or self.record.data_status != "as_card":
+            return {}
+        forms: Mapping[str, Mapping[str, int]] = {"card": card.counts, **card.variants}
+        return forms.get(self.record.data_variant, {})
+
+
+def verdicts(problems: Iterable[str], good: str, bad: Verdict = "fail") -> Iterator[Line]:
+    """Yield all problems, or that all is good."""
+    found = list(problems)
+    yield from ((bad, text) for text in found)
+    if not found:
+        yield "pass", good
+
+
+@cache
+def _task_card(name: str, folders: tuple[Path, ...]) -> tuple[TaskCard, str]:
+    return load_task(name), load_suite(name.partition("/")[0]).protocol
+
+
+@cache
+def _protocol_card(name: str, folders: tuple[Path, ...]) -> ProtocolCard:
+    return load_protocol(name)
+
+
+def family_of(record: Record) -> tuple[Any, ...]:
+    """Return the key of all settings of a method on one task that tables compare."""
+    return (
+        *(record.task, record.task_version, record.protocol, record.protocol_version, record.backbone),
+        *(record.checkpoint_digest, record.method, record.data_variant, record.data_digest),
+    )
+
+
+def cell_of(record: Record) -> tuple[Any, ...]:
+    """Return the key of the runs that differ by seed only."""
+    return (*family_of(record), record.setting_digest, record.config_digest, record.source_digest)
 
 
 def get(config: Mapping[str, Any], key: str) -> Any:
-    """Return a value of a config by its dotted key, None if there is none."""
+    """Return a value of a config by its dotted key, None if it is missing."""
     node: Any = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
@@ -109,7 +255,7 @@ def get(config: Mapping[str, Any], key: str) -> Any:
 
 
 def fold_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return folds, fold and seed of the division that a config states; 0 for what is missing or not a number."""
+    """Return folds, fold and seed of the division in a config; 0 for a value that is missing or not a number."""
     folds, fold, seed = (
         value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
         for value in (get(config, key) for key in FOLD_KEYS)
@@ -117,17 +263,12 @@ def fold_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return folds, fold, seed
 
 
-def differ(one: Any, other: Any) -> bool:
-    """Whether two config values differ; a list is a tuple, and true is not 1."""
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) != len(other) or any(differ(a, b) for a, b in zip(one, other, strict=True))
-    return isinstance(one, bool) != isinstance(other, bool) or one != other
-
-
-def roles(lists: Mapping[str, str]) -> str:
-    """Return "train on LIST, test on LIST"."""
-    order = [role for role in ("train", "val", "test") if role in lists]
-    return ", ".join(f"{role} on {lists[role]}" for role in (*order, *sorted(lists.keys() - set(order)))) or "no list"
+def split_text(splits: Mapping[str, str]) -> str:
+    """Return "train on SPLIT, test on SPLIT"."""
+    order = [role for role in ("train", "val", "test") if role in splits]
+    return (
+        ", ".join(f"{role} on {splits[role]}" for role in (*order, *sorted(splits.keys() - set(order)))) or "no split"
+    )
 
 
 def short(digest: str | None) -> str:
@@ -136,19 +277,14 @@ def short(digest: str | None) -> str:
 
 
 def some(names: Iterable[str]) -> str:
-    """Return the first few of many names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     listed = list(names)
     more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
     return ", ".join(listed[:SHOWN]) + more
 
 
-def hour(created: str) -> str:
-    """Return a time of a record as people write it."""
-    return created.removesuffix("+00:00").replace("T", " ")
-
-
-def began(record: Record) -> datetime | None:
-    """When a run began, from its name; None if that has no time."""
+def start_of(record: Record) -> datetime | None:
+    """Return when a run started, from its id; None if the id has no time."""
     for part in record.run_id.split("-"):
         try:
             return datetime.strptime(part, "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)

@@ -1,0 +1,385 @@
+"""Check one record against its config, the cards and the shipped recipe: one function a check, in `CHECKS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from svp_bench._version import __version__
+from svp_bench.audit.base import Case, Line, fold_of, get, short, some, split_text, verdicts
+from svp_bench.audit.compare import check_alike, check_copied_weights, check_repeated, check_seeds, check_tested
+from svp_bench.audit.scores import impossible_scores
+from svp_bench.audit.search import (
+    check_config,
+    check_grid,
+    check_other_searches,
+    check_outside,
+    check_rule,
+    check_track,
+    check_trials,
+)
+from svp_bench.core.errors import plural
+from svp_bench.core.resources import configs_dir
+from svp_bench.records.bits import count_ones
+from svp_bench.records.code import package_digest_at
+from svp_bench.records.defaults import departure_texts, departures, recipe, shipped_layer
+from svp_bench.records.digests import flat
+from svp_bench.records.store import record_path
+
+__all__ = ["CHECKS", "results_root_of"]
+
+_STAGES = {"final": ("final", ("train", "test")), "selection": ("select", ("train", "val"))}
+_CUTS = ("limit_train_batches", "limit_test_batches", "limit_val_batches", "overfit_batches", "fast_dev_run")
+_NAMED_WEIGHTS = ("hub", "embedded", "none")
+
+
+def check_place(case: Case) -> Iterator[Line]:
+    """The file lies where tables look for its record."""
+    record, root = case.record, results_root_of(case.path)
+    scored = f"its {record.correct.count} bits give the score, " if record.correct else ""
+    yield "pass", f"schema {record.schema}; {scored}its digests match its config"
+    if root is not None and case.path.absolute() != record_path(record, root):
+        home = record_path(record, root).relative_to(root).as_posix()
+        yield "fail", f"the file is a copy of {home}, or was moved from there: tables do not count it"
+    elif case.path.name != f"{record.run_id}.json":
+        yield "note", f"the file is not named after its run, {record.run_id}.json"
+
+
+def check_status(case: Case) -> Iterator[Line]:
+    """The run is complete, and its config does not cut it short."""
+    record, problems = case.record, []
+    asked = {key: get(record.config, f"trainer.{key}") for key in _CUTS}
+    cut = [f"trainer.{key} {value}" for key, value in asked.items() if _cuts(value)]
+    if record.status != "complete":
+        problems.append(f"{record.status}: {record.status_reason or 'trained, not tested'}; no table counts it")
+    elif cut:
+        problems.append(f"stated as complete, but its config cuts it short: {', '.join(cut)}")
+    epochs = get(record.config, "trainer.max_epochs")
+    if record.status in ("complete", "unscored") and isinstance(epochs, int) and record.epochs != epochs:
+        ran = plural(record.epochs, "epoch")
+        problems.append(f"stated as {record.status} after {ran}, and its config asks for {epochs}")
+    return verdicts(problems, f"complete: {plural(record.epochs, 'epoch')}")
+
+
+def _cuts(value: Any) -> bool:
+    """Return whether a `limit_*` leaves something out: 1.0 and null are all, 1 is one batch."""
+    return value is not None and value is not False and repr(value) not in ("1.0", "0.0", "0")
+
+
+def check_facts(case: Case) -> Iterator[Line]:
+    """The facts outside of the config are those of the config: digests do not cover the seed."""
+    record, config = case.record, case.record.config
+    source = str(get(config, "model.checkpoint"))
+    facts: list[tuple[str, Any, Any]] = [
+        ("seed", record.seed, config.get("seed_everything")),
+        ("task", record.task, get(config, "data.task")),
+        ("stage", record.stage, get(config, "data.stage") or "final"),
+        ("backbone", record.backbone, get(config, "model.backbone")),
+        ("precision", record.precision, get(config, "trainer.precision") or record.precision),
+        ("protocol", record.protocol, get(config, "data.protocol") or record.protocol),
+        ("checkpoint", record.checkpoint, source if source in _NAMED_WEIGHTS else Path(source).name),
+    ]
+    arguments = get(config, "model.method.init_args")
+    for key, value in arguments.items() if isinstance(arguments, Mapping) else ():
+        facts.append((f"method_args.{key}", record.method_args.get(key, value), value))
+    problems = [f"{key} is {ours!r}, but the config states {theirs!r}" for key, ours, theirs in facts if ours != theirs]
+    digest = record.setting_digest.removeprefix("sha256:")[:8]
+    start, _, end = record.run_id.partition("-seed")
+    if not start.startswith(f"{record.method}-") or not end.startswith(f"{record.seed}-{digest}-"):
+        own = f"its method is {record.method}, its seed {record.seed} and its setting {digest}"
+        problems.append(f"the run is named {record.run_id}, but {own}")
+    shipped = str(recipe(record.method).get("model.method.class_path", "")).split(".")[-1]
+    theirs = str(get(config, "model.method.class_path"))
+    if (shipped and theirs.split(".")[-1] != shipped) or _shipped_classes(configs_dir()).get(theirs, record.method) != (
+        record.method
+    ):
+        problems.append(f"the method is {record.method}, but the class in the config is {theirs}")
+    return verdicts(problems, f"{record.method}, seed {record.seed}: run id, facts and config agree")
+
+
+@cache
+def _shipped_classes(folder: Path) -> dict[str, str]:
+    """Return the class of each shipped method → the name of the method."""
+    names = sorted(path.stem for path in (folder / "method").glob("*.yaml"))
+    return {str(recipe(name).get("model.method.class_path")): name for name in names}
+
+
+def check_method_code(case: Case) -> Iterator[Line]:
+    """A method from outside of the package has its files stated; other sources are other cells."""
+    record, name = case.record, str(get(case.record.config, "model.method.class_path"))
+    ours = record.method_source or {}
+    if not name.startswith("svp_bench."):
+        files = some(f"{file} {short(digest)}" for file, digest in ours.items())
+        stated = f"its files are stated: {files}" if ours else "no commit names its code"
+        yield "note", f"the class {name} of the method is not part of svp-bench; {stated}"
+    setting = (record.setting_digest, record.config_digest)
+    runs = [one for one in case.family if (one.setting_digest, one.config_digest) == setting]
+    runs = [one for one in runs if (one.method_source or {}) != ours]
+    if runs:
+        pairs = {pair for one in runs for pair in {*ours.items()} ^ {*(one.method_source or {}).items()}}
+        files = ", ".join(sorted({file for file, _ in pairs}))
+        names = some(one.run_id for one in runs)
+        yield "note", f"{names} ran this setting with another source of the method ({files}): another cell"
+
+
+def check_selected_on(case: Case) -> Iterator[Line]:
+    """The recipe was not selected on a test split."""
+    if get(case.record.config, "selected_on") == "test":
+        yield "note", "the authors of the recipe selected its values on test splits (selected_on: test); tables mark it"
+
+
+def check_comparable(case: Case) -> Iterator[Line]:
+    """Nothing ran that tables cannot compare."""
+    record, callbacks = case.record, get(case.record.config, "trainer.callbacks")
+    for reason in record.not_comparable or ():
+        yield "fail", f"{reason}; tables leave the run out"
+    if record.external_classes:
+        names = some(record.external_classes)
+        yield "note", f"classes from outside of svp-bench, which no commit of it names, took part: {names}"
+    if callbacks:
+        listed = callbacks if isinstance(callbacks, list) else [callbacks]
+        names = ", ".join(str(one.get("class_path", one)) if isinstance(one, Mapping) else str(one) for one in listed)
+        yield "note", f"user callbacks were active: {names}"
+
+
+def check_protocol(case: Case) -> Iterator[Line]:
+    """The cards here are those of the run."""
+    yield from case.cards.lines
+
+
+def check_scores(case: Case) -> Iterator[Line]:
+    """Loss, accuracies and calibration error can be those of one model."""
+    card, metrics = case.cards.task, case.record.metrics
+    if metrics is not None:
+        problems = impossible_scores(metrics, (card.classes or None) if card is not None else None)
+        yield from verdicts(problems, "loss, accuracies and calibration error can be those of one model")
+
+
+def check_splits(case: Case) -> Iterator[Line]:
+    """The run read the splits of its stage and protocol, and scored nothing else."""
+    record, protocol, problems = case.record, case.cards.protocol, []
+    stage, roles = _STAGES[record.kind]
+    folds, fold, fold_seed = fold_of(record.config)
+    known = protocol is not None and record.stage in protocol.stages
+    allowed = (
+        protocol.splits(record.stage, folds if folds > 1 else None, fold, fold_seed) if known and protocol else None
+    )
+    if sorted(record.lists) != sorted(roles) or record.stage != stage:
+        stated = f"this one states stage {record.stage} and {split_text(record.lists)}"
+        problems.append(f"a {record.kind} record reads {' and '.join(roles)} in stage {stage}, {stated}")
+    elif allowed is not None and allowed != dict(record.lists):
+        problems.append(
+            f"the splits are {split_text(record.lists)}, and those of {record.protocol} are {split_text(allowed)}"
+        )
+    if record.kind == "final" and "val_seconds" in record.times:
+        problems.append("a split was scored during the training of a final run (times.val_seconds)")
+    for role, bits in (("test", record.correct), ("val", record.val_correct)):
+        if bits is not None and bits.list != record.lists.get(role):
+            problems.append(f"the bits are those of the split {bits.list!r}")
+    if record.val_correct is not None and record.metrics is not None:
+        ones = count_ones(record.val_correct.bits, record.val_correct.count)
+        if ones != record.metrics.correct:
+            problems.append(f"the bits of val have {ones} ones, and {record.metrics.correct} images are correct")
+    trained = f"the record states: trained on {record.lists.get('train')}"
+    if record.kind == "selection":
+        good = f"{trained}, selected on {record.lists.get('val')}, without a test split; tables never show it"
+    else:
+        scored = f"scored on {record.lists.get('test')} with the weights of epoch {record.epochs}"
+        good = f"{trained}, then {scored} (stage final has no split to select on)"
+    return verdicts(problems, good)
+
+
+def check_images(case: Case) -> Iterator[Line]:
+    """Images, classes and the digest of the scored split are those of the card and of other records."""
+    record, card = case.record, case.cards.task
+    metrics, correct = record.metrics, record.correct
+    if card is None or metrics is None:
+        return
+    name = record.lists.get("test" if record.kind == "final" else "val", "")
+    expected, problems, images = case.split_counts.get(name), [], plural(metrics.count, "image")
+    if record.data_variant not in ("card", *card.variants, "drawn"):
+        problems.append(f"the card has no data variant {record.data_variant!r}")
+    elif expected is not None and metrics.count != expected:
+        problems.append(f"{name} has {images}, and in the card {expected}")
+    scored = len(metrics.per_class.count) if metrics.per_class is not None else card.classes
+    if not card.as_found and scored != card.classes:
+        problems.append(f"scores of {plural(scored or 0, 'class')}, and the card has {card.classes}")
+    if metrics.top5 is not None and not _is_count(metrics.top5 * metrics.count / 100, metrics.count):
+        problems.append(f"top5 {metrics.top5} % of {images} is not a whole number of images")
+    key = (record.task, record.data_digest, record.stage)
+    for other in case.stored if correct is not None else ():
+        theirs = other.correct
+        same = correct and theirs and (other.task, other.data_digest, other.stage, theirs.list) == (*key, correct.list)
+        if same and correct and theirs and theirs.list_digest != correct.list_digest:
+            problems.append(f"{other.run_id} read the same splits, and has another digest of {correct.list}")
+    digest = f" ({short(correct.list_digest)})" if correct is not None else ""
+    classes = "classes as found" if card.as_found else plural(card.classes or 0, "class")
+    yield from verdicts(problems, f"{metrics.count} images of {name}{digest}, {classes}")
+
+
+def _is_count(number: float, count: int) -> bool:
+    """Return whether a number of images is whole; its percentage may have gone through float32."""
+    return abs(number - round(number)) <= max(1e-3, 1e-6 * count)
+
+
+def check_data(case: Case) -> Iterator[Line]:
+    """The images are those of the card."""
+    record, digest = case.record, short(case.record.data_digest)
+    if record.data_variant == "drawn":
+        yield "fail", "synthetic images, not the data set: the number says nothing about the task"
+        return
+    if record.data_status == "different":
+        yield "note", f"differs from the card: {'; '.join(record.data_notes) or 'no reason is given'}"
+    elif record.data_variant != "card":
+        yield "note", f"the record states the variant {record.data_variant} of the card, splits {digest}"
+    else:
+        yield "pass", f"the record states that the files are as in the card; splits {digest}"
+    if record.image_notes:
+        counted = (f"{note} ({count})" for note, count in sorted(record.image_notes.items()))
+        yield "note", f"images that were skipped or converted: {some(counted)}"
+    data = (record.task, record.stage, record.protocol, record.data_variant, "complete")
+    others = {
+        one.data_digest
+        for one in case.stored
+        if (one.task, one.stage, one.protocol, one.data_variant, one.status) == data
+    } - {record.data_digest}
+    if others:
+        yield "note", f"other runs of {record.task} read other splits ({some(sorted(map(short, others)))}): other cells"
+
+
+def check_weights(case: Case) -> Iterator[Line]:
+    """The weights before and after training are stated."""
+    record = case.record
+    if record.checkpoint_digest is None:
+        yield "note", "random weights: this run says nothing about transfer; tables keep it separate, unranked"
+    else:
+        stated = f"{record.backbone} from {record.checkpoint}, {short(record.checkpoint_digest)}"
+        yield "pass", f"the record states {stated}; there is no registry of known weights to compare with"
+    if record.status in ("complete", "unscored") and record.package_digest and record.weights_digest is None:
+        yield "fail", "weights_digest is missing, which svp-bench writes: the scored weights are unknown"
+    for event, lines in (record.checkpoint_load or {}).items():
+        yield "note", f"{event} while loading: {some(lines)}"
+    source = (record.backbone, record.checkpoint, "complete")
+    others = {one.checkpoint_digest for one in case.stored if (one.backbone, one.checkpoint, one.status) == source} - {
+        record.checkpoint_digest
+    }
+    if others:
+        yield "note", f"other runs state other weights from {record.checkpoint}: {some(sorted(map(short, others)))}"
+
+
+def check_budget(case: Case) -> Iterator[Line]:
+    """The run has at most the epochs of the config of its task, else of the protocol."""
+    record, protocol, key = case.record, case.cards.protocol, "trainer.max_epochs"
+    if protocol is None:
+        return
+    own = shipped_layer(f"{record.task}.yaml")  # a short split may have more epochs than the other tasks
+    source = f"configs/{record.task}.yaml" if key in own else protocol.name
+    allowed, used = own.get(key, dict(flat(protocol.training)).get(key)), get(record.config, key)
+    if not isinstance(allowed, int) or not isinstance(used, int):
+        yield "note", f"{source} or the config has no number of epochs"
+    elif used > allowed:
+        yield "fail", f"{plural(used, 'epoch')}, more than the {allowed} of {source}"
+    elif used < allowed:
+        yield "note", f"{plural(used, 'epoch')}, fewer than the {allowed} of {source}"
+    else:
+        yield "pass", f"{plural(used, 'epoch')}, as in {source}"
+
+
+def check_settings(case: Case) -> Iterator[Line]:
+    """The hyper-parameters are the shipped ones, or a search selected them."""
+    record, tuned = case.record, case.record.tuned
+    if not recipe(record.method):
+        yield "note", f"there is no recipe of the method {record.method} here to compare with"
+    found = departure_texts(departures(record, case.cards.protocol, tuned.keys if tuned else ()))
+    good = "as protocol card, task and recipe here" + (", except for the selected values" if tuned else "")
+    yield from verdicts([f"overrides of the shipped settings: {'; '.join(found)}"] if found else [], good, "note")
+
+
+def check_code(case: Case) -> Iterator[Line]:
+    """The code is that of a known commit."""
+    record = case.record
+    version = f"the record states svp-bench {record.package_version}"
+    if record.dirty:
+        yield "fail", f"{version}, commit {record.commit} with changes: cannot be rebuilt from a commit"
+    elif record.commit is None:
+        yield "note", f"{version}, installed: no commit is known"
+    elif record.dirty is None:
+        yield "note", f"{version}, commit {record.commit}; whether anything was changed is not known"
+    else:
+        yield "pass", f"{version}, commit {record.commit}, nothing changed"
+    if record.package_version != __version__:
+        yield "note", f"audited by svp-bench {__version__}, with its cards and recipes"
+
+
+def check_code_digest(case: Case) -> Iterator[Line]:
+    """The files of the package are those of the commit, and of other records of the same code."""
+    record = case.record
+    if record.package_digest is None or record.dirty:
+        return
+    ours, expected = short(record.package_digest), package_digest_at(record.commit) if record.commit else None
+    if expected is not None and expected != record.package_digest:
+        theirs = f"those of commit {record.commit} are {short(expected)}"
+        yield "fail", f"the files of the package were {ours}, and {theirs}: code was changed without git showing it"
+    others = {
+        one.package_digest: one.run_id
+        for one in case.stored
+        if (one.commit, one.package_version) == (record.commit, record.package_version) and not one.dirty
+    }
+    code = f"commit {record.commit}" if record.commit else f"version {record.package_version}, installed"
+    for digest, run_id in others.items():
+        if digest not in (None, record.package_digest):
+            yield (
+                "fail",
+                f"{run_id} states the same {code}, and other files of the package ({short(digest)}, here {ours})",
+            )
+
+
+def check_machine(case: Case) -> Iterator[Line]:
+    """Report the machine."""
+    record = case.record
+    versions = ", ".join(f"{name} {version}" for name, version in record.libraries.items())
+    many, cpu = f"{record.device_count} × " if record.device_count > 1 else "", f" ({record.cpu})" if record.cpu else ""
+    device = f"{many}{record.device}{cpu}, scan backend {record.scan_backend}, precision {record.precision}"
+    yield "note", f"{device}; {versions}"
+
+
+def results_root_of(path: Path) -> Path | None:
+    """Return the results folder of a file, None if it does not lie where a record belongs."""
+    absolute = path.absolute()
+    return absolute.parents[3] if len(absolute.parents) > 3 and absolute.parents[2].name == "records" else None
+
+
+CHECKS: tuple[tuple[str, Callable[[Case], Iterator[Line]]], ...] = (
+    ("schema", check_place),
+    ("status", check_status),
+    ("identity", check_facts),
+    ("identity", check_method_code),
+    ("identity", check_selected_on),
+    ("comparable", check_comparable),
+    ("protocol", check_protocol),
+    ("scores", check_scores),
+    ("splits", check_splits),
+    ("images", check_images),
+    ("data", check_data),
+    ("weights", check_weights),
+    ("weights", check_copied_weights),
+    ("budget", check_budget),
+    ("track", check_track),
+    ("selection", check_config),
+    ("selection", check_other_searches),
+    ("trials", check_trials),
+    ("trials", check_outside),
+    ("rule", check_rule),
+    ("grid", check_grid),
+    ("settings", check_settings),
+    ("seeds", check_seeds),
+    ("repeated", check_repeated),
+    ("alike", check_alike),
+    ("tested", check_tested),
+    ("code", check_code),
+    ("code", check_code_digest),
+    ("machine", check_machine),
+)
+"""Subject and check, in the order of the lines."""
