@@ -101,7 +101,7 @@ def test_the_audit_passes_a_nested_search_and_sees_edits(folded: tuple[Path, str
     paths = sorted(tmp_path.glob("results/records/demo/digits-5shot/linear-*.json"))
     final = next(path for path in paths if json.loads(path.read_text(encoding="utf-8"))["kind"] == "final")
     said = command("audit", str(final)).out
-    assert not re.search(r"fail +(choice|trials|rule)", said), said
+    assert not re.search(r"fail +(selection|trials|rule)", said), said
     assert "at the end of the grid" in said
     assert "methods differ in trials with a score" in said
     tuned = json.loads(final.read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def test_the_audit_passes_a_nested_search_and_sees_edits(folded: tuple[Path, str
     record.write_bytes(kept)
     other = path.with_name(path.name.replace(f"seed{tuned['seed']}", f"seed{1 - tuned['seed']}"))
     path.write_bytes(other.read_bytes())  # the choice of the other seed
-    assert re.search(r"fail +choice", command("audit", str(final)).out)
+    assert re.search(r"fail +selection", command("audit", str(final)).out)
 
 
 def test_a_choice_of_another_seed_is_refused(folded: tuple[Path, str], monkeypatch: Any) -> None:
