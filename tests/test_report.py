@@ -24,7 +24,7 @@ from svp_bench.core.errors import UnavailableError
 from svp_bench.records.published import load_published
 from svp_bench.records.record import Record
 from svp_bench.report import assets
-from svp_bench.report.curves import POINTS, Curve, read_curve, read_curves, thin
+from svp_bench.report.curves import POINTS, read_curve, read_curves, thin
 from svp_bench.report.figures import columns_of, figures_of, plain
 from svp_bench.report.model import ReportView, SectionView
 from svp_bench.report.page import json_in_html, render
@@ -62,7 +62,7 @@ def view(full: list[Record]) -> ReportView:
 @pytest.fixture(scope="module")
 def page(full: list[Record]) -> str:
     table = table_of(full, published=True)
-    return render(report_view([table], {}, {}), [table])
+    return render(report_view([table], {}, {}))
 
 
 class Scan(html.parser.HTMLParser):
@@ -115,12 +115,12 @@ def section_of(view: ReportView, track: str = "default", random_weights: bool = 
     return found
 
 
-def test_sections_are_told_apart_by_track_and_weights(view: ReportView) -> None:
+def test_sections_differ_by_track_and_weights(view: ReportView) -> None:
     (suite,) = view.suites
     kinds = [(section.table.track.kind, section.table.random) for section in suite.sections]
     assert kinds == [("default", False), ("searched", False), ("default", True)]
     assert [section.weights for section in suite.sections][-1] == "random weights"
-    assert {row.rank for row in section_of(view, random_weights=True).rows} == {None}
+    assert {row.table.rank for row in section_of(view, random_weights=True).rows} == {None}
     assert section_of(view, "searched").title == "vim_small_patch16_224, searched (default, K = 12)"
 
 
@@ -132,15 +132,15 @@ def test_a_row_holds_means_intervals_seeds_and_holes(view: ReportView) -> None:
     assert lora.task_mean.these is not None
     assert lora.task_mean.new is not None
     assert lora.task_mean.new[0] < lora.task_mean.these[0] < lora.task_mean.mean < lora.task_mean.these[1]
-    assert (adapter.rank, adapter.task_mean, adapter.missing) == (None, None, tuple(VTAB.tasks[-2:]))
+    assert (adapter.table.rank, adapter.task_mean, adapter.missing) == (None, None, tuple(VTAB.tasks[-2:]))
     assert adapter.groups["structured"] is None
     assert adapter.groups["natural"] is not None
     assert alone.task_mean is not None
-    assert (alone.task_mean.these, alone.seeds) == (None, (1, 1))
+    assert (alone.task_mean.these, alone.table.seeds) == (None, (1, 1))
     assert alone.task_mean.new is not None, "one seed a task is enough for the interval over tasks"
-    assert [hole.label for hole in section_of(view).holes] == ["adapter"]
+    assert [row.label for row in rows.values() if row.missing] == ["adapter"]
     notes = " ".join(section_of(view).notes)
-    assert "No interval over new seeds where a task has one seed only, for its variance is unknown: full." in notes
+    assert "No interval over new seeds where a task has one seed only" in notes
     assert "Several settings of svp stand in this ranking" in notes
 
 
@@ -149,9 +149,9 @@ def test_a_cell_by_brute_force(view: ReportView) -> None:
     scores = [run.top1 for run in cell.runs]
     assert [run.seed for run in cell.runs] == [0, 1, 2]
     assert cell.value.mean == pytest.approx(statistics.fmean(scores))
-    assert cell.std == pytest.approx(statistics.stdev(scores))
-    assert cell.images == load_task("vtab/dtd").counts["test"]
-    assert cell.binomial == one_standard_error(cell.value.mean, cell.images)
+    assert cell.table.std == pytest.approx(statistics.stdev(scores))
+    assert cell.table.images == load_task("vtab/dtd").counts["test"]
+    assert cell.binomial == one_standard_error(cell.value.mean, cell.table.images)
     expected = mean_of({"dtd": scores})
     assert cell.value.these == (expected.low, expected.high)
     records = [view.pool.records[run.record] for run in cell.runs]
@@ -161,12 +161,12 @@ def test_a_cell_by_brute_force(view: ReportView) -> None:
     assert [record.metrics.top1 for record in records if record.metrics] == scores
 
 
-def test_what_does_not_enter_is_listed(view: ReportView) -> None:
+def test_excluded_records_are_listed(view: ReportView) -> None:
     (suite,) = view.suites
-    assert suite.counts == {"failed": 1, "selection": 1, "superseded": 1, "truncated": 1}
-    failed = next(out for out in suite.out if out.why == "failed")
+    assert suite.excluded == {"failed": 1, "selection": 1, "superseded": 1, "truncated": 1}
+    failed = next(out for out in suite.table.left_out if out.why == "failed")
     assert failed.detail.startswith("loss is NaN")
-    assert view.pool.records[failed.record].status == "failed"
+    assert view.pool.records[view.pool.place(failed.record)].status == "failed"
 
 
 def test_every_record_is_in_the_pool_once_and_its_values_too(view: ReportView, full: list[Record]) -> None:
@@ -219,7 +219,7 @@ def test_a_row_without_times_has_no_point() -> None:
     assert len(section.parameters.points) == 1
 
 
-def test_a_row_with_holes_has_no_point(view: ReportView) -> None:
+def test_a_row_with_missing_results_has_no_point(view: ReportView) -> None:
     parameters = section_of(view).parameters
     assert parameters.missing == {"adapter": "is partial: 17 of 19 tasks"}
     on_front = [point.row.label for point in parameters.points if point.front]
@@ -243,14 +243,14 @@ def test_every_figure_is_valid_for_plotly(view: ReportView) -> None:
     assert json.dumps(figures, allow_nan=False)
 
 
-def test_a_hole_is_named_and_not_drawn_as_zero(view: ReportView) -> None:
+def test_a_missing_result_is_named_and_is_not_zero(view: ReportView) -> None:
     section = section_of(view)
     figure = figures_of(view.suites[0], view.level)[f"{section.id}-mean-all-tasks"]
-    bars, holes = figure["data"]
+    bars, missing = figure["data"]
     assert len(bars["x"]) == len(section.rows) - 1
     assert min(bars["x"]) > 1
-    assert holes["text"] == ["– results are missing"]
-    assert holes["y"] == [len(section.rows) - 1]
+    assert missing["text"] == ["– results are missing"]
+    assert missing["y"] == [len(section.rows) - 1]
 
 
 def test_every_seed_is_a_point(view: ReportView) -> None:
@@ -322,16 +322,16 @@ def test_the_same_records_give_the_same_bytes(
     assert again.replace('href="results/', 'href="../').replace('"root":"results"', '"root":".."').encode() == pages[1]
 
 
-def test_the_command_says_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reports_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "results", [scored(task, "svp", 0, number=n) for n, task in enumerate(FEW)], broken=True)
     outcome = run("report")
     lines = outcome.out.splitlines()
     assert lines[0] == (
         "VTAB-1k: 1 section, 1 row, 4 records, 1 left out, 0 learning curves, "
-        f"{len(view_of([], published=True).suites[0].quoted)} quoted methods"
+        f"{len(view_of([], published=True).suites[0].quoted)} published methods"
     )
-    assert re.fullmatch(r"Written: results/report/index\.html \(\d\.\d MiB, loads nothing from anywhere\)", lines[1])
+    assert re.fullmatch(r"Written: results/report/index\.html \(\d\.\d MiB, loads nothing\)", lines[1])
     page = Path("results/report/index.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;broken&amp;.json" in page
     assert "4/19" in page
@@ -425,7 +425,7 @@ def test_the_policy_names_the_scripts_of_the_page_and_no_others(page: str) -> No
 def test_text_of_a_record_stays_text(place: Callable[[Record], dict[str, Any]]) -> None:
     record = make_record("vtab/dtd")
     table = table_of([dataclasses.replace(record, **place(record))])
-    page = render(report_view([table], {}, {}), [table])
+    page = render(report_view([table], {}, {}))
     _nothing_escapes(page)
 
 
@@ -434,7 +434,7 @@ def test_a_row_label_stays_text() -> None:
                for n, (task, value) in enumerate([("vtab/dtd", HOSTILE), ("vtab/dtd", 1)])]  # fmt: skip
     table = table_of([named(record, n) for n, record in enumerate(records)])
     report = report_view([table], {}, {})
-    _nothing_escapes(render(report, [table]))
+    _nothing_escapes(render(report))
     drawn = [trace for figure in figures_of(report.suites[0], report.level).values() for trace in figure["data"]]
     read = json.dumps([{key: value for key, value in trace.items() if key != "meta"} for trace in drawn])
     assert "&lt;script" in read
@@ -445,9 +445,9 @@ def test_a_row_label_stays_text() -> None:
 def test_names_of_files_and_curves_stay_text() -> None:
     record = make_record("vtab/dtd")
     table = dataclasses.replace(table_of([record]))
-    curves = {(record.task, record.run_id): Curve({"train/loss": ((0, 1.0),)})}
+    curves = {(record.task, record.run_id): {"train/loss": ((0, 1.0),)}}
     report = report_view([table], {"vtab/dtd": HOSTILE}, curves, runs_root=HOSTILE)
-    _nothing_escapes(render(report, [table], root=".."))
+    _nothing_escapes(render(report, root=".."))
 
 
 def _nothing_escapes(page: str) -> None:
@@ -494,7 +494,7 @@ def test_the_leaderboard_in_numbers(page: str, view: ReportView) -> None:
             assert "incomplete" in text
             assert "17/19" in text
         else:
-            assert text.startswith(f"{row.rank} ")
+            assert text.startswith(f"{row.table.rank} ")
             assert f"{row.task_mean.mean:.2f}" in text
             assert row.task_mean.new is not None
             assert f"tasks {row.task_mean.new[0]:.2f}–{row.task_mean.new[1]:.2f}" in text
@@ -529,7 +529,7 @@ def test_the_size_for_1530_records(tmp_path: Path) -> None:
         load_table(load_suite(name), records, published=load_published(load_suite(name)))
         for name in ("vtab", "fgvc", "hta")
     ]
-    page = render(report_view(tables, {}, {}), tables)
+    page = render(report_view(tables, {}, {}))
     assert len(page.encode()) < 11 * 2**20
     assert {section.table.records for suite in report_view(tables, {}, {}).suites for section in suite.sections} == {
         19 * 45, 5 * 45, 10 * 45
@@ -605,9 +605,9 @@ def test_curves_are_read_and_thinned(tmp_path: Path) -> None:
     log(tmp_path, {"train/loss": points, "train/top1": [(0, 0.25), (31, 0.5)], "epoch": [(0, 0.0)]})
     curve = read_curve(tmp_path)
     assert curve is not None
-    assert set(curve.scalars) == {"train/loss", "train/top1"}
-    assert curve.scalars["train/top1"] == ((0, 25.0), (31, 50.0)), "in percent"
-    loss = curve.scalars["train/loss"]
+    assert set(curve) == {"train/loss", "train/top1"}
+    assert curve["train/top1"] == ((0, 25.0), (31, 50.0)), "in percent"
+    loss = curve["train/loss"]
     assert len(loss) == POINTS
     assert loss[-1] == (4990, pytest.approx(1 / 500))
     assert [step for step, _ in loss] == sorted(step for step, _ in loss)
@@ -635,10 +635,10 @@ def test_runs_without_event_files_have_no_curve(tmp_path: Path) -> None:
     (folder / "events.out.tfevents.0").write_bytes(b"\x18\x00\x00\x00 no event file")
     assert read_curves([record], tmp_path) == {}
     log(folder, {"train/loss": [(0, 2.0), (5, 1.0)]})
-    assert read_curves([record], tmp_path)[record.task, record.run_id].scalars["train/loss"] == ((0, 2.0), (5, 1.0))
+    assert read_curves([record], tmp_path)[record.task, record.run_id]["train/loss"] == ((0, 2.0), (5, 1.0))
 
 
-def test_curves_stand_in_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_has_learning_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shown = scored("vtab/dtd", "svp", 0, number=1)
     chosen = named(scored("vtab/dtd", "svp", 1, kind="selection", stage="select", number=2), 2)
@@ -648,7 +648,7 @@ def test_curves_stand_in_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     log(tmp_path / "logs" / chosen.task / chosen.run_id, {"val/top1": [(5, 0.5)]})
     run("report")
     text = Path("results/report/index.html").read_text(encoding="utf-8")
-    assert "There are none: no run of these records has TensorBoard files below <code>runs</code>" in text
+    assert "no TensorBoard files below <code>runs</code>" in text
     outcome = run("report", "--runs_root", "logs")
     assert "2 learning curves" in outcome.out
     text = Path("results/report/index.html").read_text(encoding="utf-8")

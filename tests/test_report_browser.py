@@ -41,7 +41,7 @@ class Reader:
     page: Any
     address: str
     requests: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
     def column(self, table: str, place: int) -> list[str]:
         """The first line of each cell of a column, as it is read."""
@@ -127,12 +127,12 @@ def open_page(browser: Any, url: str, **options: Any) -> Reader:
             route.abort()
 
     def hear(dialog: Any) -> None:
-        reader.complaints.append(dialog.message)
+        reader.errors.append(dialog.message)
         dialog.dismiss()
 
     context.route("**/*", see)
-    reader.page.on("console", lambda said: reader.complaints.append(f"{said.type}: {said.text}"))
-    reader.page.on("pageerror", lambda error: reader.complaints.append(str(error)))
+    reader.page.on("console", lambda said: reader.errors.append(f"{said.type}: {said.text}"))
+    reader.page.on("pageerror", lambda error: reader.errors.append(str(error)))
     reader.page.on("dialog", hear)
     reader.page.goto(url)
     if options.get("java_script_enabled", True):
@@ -152,7 +152,7 @@ def read(browser: Any, address: str) -> Iterator[Any]:
     yield start
     for reader in readers:
         reader.page.context.close()
-        assert (reader.complaints, reader.requests) == ([], [])
+        assert (reader.errors, reader.requests) == ([], [])
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +167,10 @@ def reader(desktop: Reader) -> Iterator[Reader]:
     """The page in a window of a desktop, open already; each test leaves the tables as they were."""
     yield desktop
     desktop.page.keyboard.press("Escape")
-    assert (desktop.complaints, desktop.requests) == ([], [])
+    assert (desktop.errors, desktop.requests) == ([], [])
 
 
-def test_it_opens_whole_without_a_request_or_a_complaint(read: Any, tmp_path: Path) -> None:
+def test_it_opens_without_a_request_or_an_error(read: Any, tmp_path: Path) -> None:
     reader: Reader = read()
     reader.image(tmp_path, "desktop")
     reader.page.click("#open-all")
@@ -198,12 +198,12 @@ def test_the_network_is_out_of_reach(read: Any) -> None:
         }"""
     )
     assert refused == [["connect-src", "img-src", "script-src-elem"], None]
-    policy = [text for text in reader.complaints if "Content Security Policy" in text]
+    policy = [text for text in reader.errors if "Content Security Policy" in text]
     assert len(policy) >= 3
-    reader.complaints.clear()
+    reader.errors.clear()
 
 
-def test_columns_sort_and_holes_stay_last(reader: Reader) -> None:
+def test_columns_sort_and_missing_results_stay_last(reader: Reader) -> None:
     head = reader.page.locator(f"{BOARD} thead th", has_text="Structured")
     ranks = [str(n) for n in range(1, 10)] + ["–"]
     assert reader.column(BOARD, 1) == ranks
@@ -211,9 +211,9 @@ def test_columns_sort_and_holes_stay_last(reader: Reader) -> None:
     for reverse in (True, False):
         head.click()
         reader.sorted(head, "descending" if reverse else "ascending")
-        *shown, hole = reader.column(BOARD, place)
+        *shown, missing = reader.column(BOARD, place)
         numbers = [float(text) for text in shown]
-        assert hole == "–"
+        assert missing == "–"
         assert numbers == sorted(numbers, reverse=reverse)
     head.click()
     reader.sorted(head, None)
@@ -390,8 +390,8 @@ LUMINANCE = """([front, back]) => {
 def test_text_has_contrast_in_both_themes(read: Any, tmp_path: Path, scheme: str) -> None:
     reader: Reader = read(color_scheme=scheme)
     pairs = [("body", "body"), (".hint", "body"), (".lead", "body"), (f"{BOARD} .interval", "body"), ("nav a", "body"),
-             (f"{BOARD} .number", "body"), (".note.warning", ".note.warning"), (".quoted .hole", ".quoted"),
-             ("#open-all", "#open-all"), (".badge", "body"), (f"{BOARD} td.hole", "body")]  # fmt: skip
+             (f"{BOARD} .number", "body"), (".note.warning", ".note.warning"), (".quoted .missing", ".quoted"),
+             ("#open-all", "#open-all"), (".badge", "body"), (f"{BOARD} td.missing", "body")]  # fmt: skip
     ratios = {pair: reader.page.evaluate(LUMINANCE, list(pair)) for pair in pairs}
     assert {pair: ratio for pair, ratio in ratios.items() if ratio < 4.5} == {}
     reader.page.locator("[data-figure]").first.scroll_into_view_if_needed()

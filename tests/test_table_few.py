@@ -64,7 +64,7 @@ def own(
 
 def pages(table: Table) -> dict[str, str]:
     """Return every rendering on one line; of the HTML page without its scripts."""
-    html = render(report_view([table], {}, {}), [table])
+    html = render(report_view([table], {}, {}))
     html = html[: html.index('<script type="application/json"')]
     texts = {
         "md": render_markdown(table),
@@ -221,7 +221,7 @@ def test_what_was_measured_is_shown(tmp_path: Path) -> None:
     html = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     shown = html[: html.index('<script type="application/json"')]
     assert "partial 2/19" in shown
-    assert "Nothing to draw" in shown
+    assert "No plot" in shown
     assert 'data-figure="vtab-1-mean' not in shown  # no chart of nothing
     assert ">50.00<" in shown
     assert "caltech101" not in shown.split('id="vtab-1-matrix"', 1)[1].split("</table>", 1)[0]
@@ -252,7 +252,7 @@ def test_text_from_outside_is_escaped_in_every_format() -> None:
     table = load_table(load_suite("vtab"), records)
     card = dataclasses.replace(table.suite, title=EVIL)
     table = dataclasses.replace(table, suite=card)
-    html = render(report_view([table], {}, {}), [table])
+    html = render(report_view([table], {}, {}))
     texts = {
         "md": render_markdown(table),
         "tex": render_latex(table),

@@ -41,7 +41,7 @@ def whole(method: str, right: int, seeds: int = 1, **fields: object) -> list[Rec
 
 def pages(table: Table) -> dict[str, str]:
     """Return every rendering on one line; of the HTML page without its scripts."""
-    html = render(report_view([table], {}, {}), [table])
+    html = render(report_view([table], {}, {}))
     html = html[: html.index('<script type="application/json"')]
     texts = {"md": render_markdown(table), "tex": render_latex(table), "out": render_terminal(table), "html": html}
     return {name: " ".join(text.split()) for name, text in texts.items()}

@@ -147,8 +147,8 @@ def _quoted_line(line: int, quoted: Sequence[QuotedView], column: str) -> dict[s
 def _quoted_text(view: QuotedView, score: str) -> str:
     lines = [
         f"published, not measured here: <b>{score}</b>",
-        plain(f"{view.method}, {view.backbone} ({view.pretrain})"),
-        plain(view.source),
+        plain(f"{view.row.method}, {view.row.backbone} ({view.row.pretrain})"),
+        plain(view.row.source),
     ]
     return "<br>".join(lines)
 
@@ -167,10 +167,10 @@ def _with_quoted(
 def group_figure(
     section: SectionView, values: Mapping[str, Value | None], column: str, quoted: Sequence[QuotedView], level: float
 ) -> Figure:
-    """Draw bars of a mean with the interval over new seeds; they begin at zero. A hole is named, not drawn."""
+    """Draw bars of a mean with the interval over new seeds; they begin at zero. Missing results are named."""
     rows = section.rows
     shown = [(line, row, value) for line, row in enumerate(rows) if (value := values[row.id]) is not None]
-    holes = [line for line, row in enumerate(rows) if values[row.id] is None]
+    missing = [line for line, row in enumerate(rows) if values[row.id] is None]
     data: list[dict[str, Any]] = [
         {
             "type": "bar",
@@ -191,14 +191,14 @@ def group_figure(
             "meta": {"titles": [f"{row.label}: {column}" for _, row, _ in shown]},
         }
     ]
-    if holes:
+    if missing:
         data.append(
             {
                 "type": "scatter",
                 "mode": "text",
-                "x": [1 for _ in holes],
-                "y": holes,
-                "text": ["– results are missing" for _ in holes],
+                "x": [1 for _ in missing],
+                "y": missing,
+                "text": ["– results are missing" for _ in missing],
                 "textposition": "middle right",
                 "textfont": {"color": "@muted"},
                 "hoverinfo": "skip",
@@ -236,7 +236,7 @@ def task_figure(section: SectionView, task: TaskView, quoted: Sequence[QuotedVie
             "hoverinfo": "text",
             "hovertext": [
                 f"{plain(row.label)}, mean of {len(cell.runs)}<br>{_between(cell.value, level)}"
-                f"<br>{plural(cell.images, 'test image')}: binomial standard error {cell.binomial:.2f}"
+                f"<br>{plural(cell.table.images, 'test image')}: binomial standard error {cell.binomial:.2f}"
                 for _, row, cell in cells
             ],
             "customdata": [list(cell.records) for _, _, cell in cells],

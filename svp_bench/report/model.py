@@ -1,16 +1,19 @@
-"""What the page shows, as plain frozen data without a word of HTML; `view` derives it."""
+"""The data of the page without HTML: objects of `tables` with their ids, styles, values and places of records."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+from svp_bench.records.published import PublishedRow, mean_names
 from svp_bench.records.record import Record
 from svp_bench.records.store import Problem
 from svp_bench.report.curves import Curve
-from svp_bench.tables.model import Section, track_of
+from svp_bench.stats.inference import one_standard_error
+from svp_bench.tables.model import Cell, Row, Section, Table, track_of
 from svp_bench.tasks.cards import SuiteCard
 
 __all__ = [
@@ -18,12 +21,9 @@ __all__ = [
     "Bounds",
     "CellView",
     "CurveRun",
-    "Curves",
-    "Hole",
-    "OutView",
     "Point",
-    "Pool",
     "QuotedView",
+    "RecordPool",
     "ReportView",
     "RowView",
     "Run",
@@ -40,13 +40,13 @@ Bounds = tuple[float, float]
 
 @dataclass(frozen=True)
 class Value:
-    """A mean in percent and its intervals; an interval is None where a cell has one seed only.
+    """A mean in percent and its intervals, None where they are unknown.
 
     Attributes:
         mean: The mean.
-        these: Interval of the mean over new seeds on these tasks.
-        new: Interval of the mean over new tasks; None also where it is not asked for.
-        images: Interval of the mean over new test images, for these runs.
+        these: Over new seeds on these tasks.
+        new: Over new tasks.
+        images: Over new test images, for these runs.
         partial: "3/8" for the mean over 3 of 8 tasks, else "".
     """
 
@@ -58,19 +58,12 @@ class Value:
 
     @property
     def shown(self) -> Bounds | None:
-        """What a whisker shows: the interval over new seeds, else that over test images."""
+        """The interval of a whisker: over new seeds, else over test images."""
         return self.these or self.images
 
 
-@dataclass(frozen=True)
-class Run:
-    """One seed of a cell.
-
-    Attributes:
-        seed: The seed.
-        top1: Its accuracy in percent.
-        record: Place of its record in the pool.
-    """
+class Run(NamedTuple):
+    """One seed of a cell: the seed, its accuracy in percent, and the place of its record in the pool."""
 
     seed: int
     top1: float
@@ -82,35 +75,29 @@ class CellView:
     """One task of a row.
 
     Attributes:
-        task: Full name.
-        value: Mean of the seeds; its interval is over new seeds.
-        std: Sample standard deviation over the seeds, None for one.
-        images: In the test list.
-        binomial: Standard error in points that the number of test images alone implies; see `one_standard_error`.
-        runs: Its seeds.
-        marks: "†" (data differ from the card), "‡" (another variant), "§" (a drawn stand-in), "‖" (seeds of several
-            commits, devices ...), or "".
-        variant: Of the data.
-        standing: "best" (better than every other row, beyond chance), "second", "tied" (not told from the highest,
-            where others are), or "".
-        verdict: "▲" or "▼" where it is told from the control's cell, or "".
+        table: The cell.
+        value: Mean of the seeds.
+        runs: One a seed.
+        standing: "best" (better than every other row, beyond chance), "second", "tied" (not distinguished from the
+            highest, where others are), or "".
+        verdict: "▲" or "▼" where it is distinguished from the cell of the control, or "".
     """
 
-    task: str
+    table: Cell
     value: Value
-    std: float | None
-    images: int
-    binomial: float
     runs: tuple[Run, ...]
-    marks: str
-    variant: str
-    standing: str = ""
-    verdict: str = ""
+    standing: str
+    verdict: str
 
     @property
     def records(self) -> tuple[int, ...]:
         """Places of its records in the pool."""
         return tuple(run.record for run in self.runs)
+
+    @property
+    def binomial(self) -> float:
+        """Standard error in points from the number of test images alone."""
+        return one_standard_error(self.table.mean, self.table.images)
 
 
 @dataclass(frozen=True)
@@ -118,40 +105,31 @@ class RowView:
     """One method with one setting.
 
     Attributes:
+        table: The row.
         id: Unique in the page.
-        label: Its name.
-        method: Registered name.
         style: Number of its colour and marker, the same for this label in the whole page.
-        rank: Or None.
-        cells: Task → cell; a hole has no entry.
-        apart: Cells on other data of tasks that have a cell.
+        cells: Task → cell; a missing result has no entry.
         missing: Tasks without a cell.
-        task_mean: Over all tasks, with all intervals; None if a result is missing.
-        present: Over the tasks that the row has; `task_mean`, if it has all.
+        task_mean: Over all tasks; None if a result is missing.
+        present: Over the tasks with a result.
         group_mean: Over the group means.
         groups: Group → mean of its tasks.
-        seeds: Smallest and largest number of seeds of a cell.
-        trainable: Trained parameters outside the head: smallest and largest of the runs.
-        trials: Settings tried for a cell, smallest and largest; None outside of searches.
-        departs: Does it depart from the shipped settings?
     """
 
+    table: Row
     id: str
-    label: str
-    method: str
     style: int
-    rank: int | None
     cells: Mapping[str, CellView]
-    apart: tuple[CellView, ...]
     missing: tuple[str, ...]
     task_mean: Value | None
     present: Value
     group_mean: Value | None
     groups: Mapping[str, Value | None]
-    seeds: tuple[int, int]
-    trainable: tuple[int, int]
-    trials: tuple[int, int] | None
-    departs: bool
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return self.table.label
 
     @property
     def records(self) -> tuple[int, ...]:
@@ -159,16 +137,8 @@ class RowView:
         return tuple(run.record for cell in self.cells.values() for run in cell.runs)
 
 
-@dataclass(frozen=True)
-class Point:
-    """A row in a trade-off.
-
-    Attributes:
-        row: The row.
-        x: Its cost.
-        value: Its mean over all tasks.
-        front: Is no other row both at least as good and at most as dear, and better in one of them?
-    """
+class Point(NamedTuple):
+    """A row in a trade-off: its cost, its mean over all tasks, and whether it is on the Pareto front."""
 
     row: RowView
     x: float
@@ -176,16 +146,8 @@ class Point:
     front: bool
 
 
-@dataclass(frozen=True)
-class Axis:
-    """A cost that accuracy is drawn over.
-
-    Attributes:
-        id: "parameters", "training" or "inference".
-        title: For the axis.
-        unit: Short, for the table.
-        note: How it is measured, in a sentence.
-    """
+class Axis(NamedTuple):
+    """A cost: id, title of the axis, short unit, and how it is measured."""
 
     id: str
     title: str
@@ -212,13 +174,13 @@ class TradeOff:
 
 @dataclass(frozen=True)
 class SetupView:
-    """What was measured on one kind of machine; times of different ones do not compare.
+    """Measurements on one kind of machine; times of different ones do not compare.
 
     Attributes:
         title: Device, processes, precision and scan backend.
         training: Accuracy over training time.
         inference: Accuracy over test time per image.
-        images_per_second: Label → training throughput, the mean over the runs that say it.
+        images_per_second: Label → training throughput, the mean over the runs.
         memory: Label → largest peak of device memory in MiB.
     """
 
@@ -230,100 +192,45 @@ class SetupView:
 
 
 @dataclass(frozen=True)
-class Hole:
-    """Tasks that a row lacks."""
-
-    label: str
-    tasks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class SectionView:
     """Rows that compare.
 
     Attributes:
+        table: The section.
         id: Unique in the page.
-        table: What it was made from.
         title: Backbone and track.
         weights: The checkpoint and the first digits of its digest, or "random weights".
-        notes: What has to be said of its numbers.
-        comparison_notes: What has to be said of the differences to the control.
-        rank_notes: Mean ranks, in words.
+        notes: Notes on its numbers.
+        comparison_notes: Notes on the differences to the control, and the mean ranks.
         rows: Ranked ones first.
         parameters: Accuracy over trained parameters.
-        setups: What was measured on which machine; the one with the most rows first.
-        holes: Of the rows.
+        setups: One a kind of machine; the one with the most rows first.
         majority: Task or name of a mean → accuracy of the majority class.
     """
 
-    id: str
     table: Section
+    id: str
     title: str
     weights: str
     notes: tuple[str, ...]
     comparison_notes: tuple[str, ...]
-    rank_notes: tuple[str, ...]
     rows: tuple[RowView, ...]
     parameters: TradeOff
     setups: tuple[SetupView, ...]
-    holes: tuple[Hole, ...]
     majority: Mapping[str, float]
 
-    @property
-    def cells(self) -> list[CellView]:
-        """All cells that are shown."""
-        return [cell for row in self.rows for cell in row.cells.values()]
 
+class QuotedView(NamedTuple):
+    """A published method: a row of it, column → accuracy as printed, parameters as printed, and their number."""
 
-@dataclass(frozen=True)
-class QuotedView:
-    """A method as another source reports it.
-
-    Attributes:
-        source: Short name.
-        backbone: As the source names it.
-        pretrain: What the backbone was pre-trained on.
-        method: As the source names it.
-        scores: Task id, group or mean → accuracy as printed.
-        parameters: As printed, with what the numbers count.
-        size: Number of parameters, or None.
-        citation: Where it stands.
-    """
-
-    source: str
-    backbone: str
-    pretrain: str
-    method: str
+    row: PublishedRow
     scores: Mapping[str, str]
     parameters: str
     size: float | None
-    citation: str
 
 
-@dataclass(frozen=True)
-class OutView:
-    """A record that does not enter.
-
-    Attributes:
-        why: One word or two.
-        detail: One line.
-        task: Full name.
-        method: Registered name.
-        seed: The seed.
-        record: Place in the pool.
-    """
-
-    why: str
-    detail: str
-    task: str
-    method: str
-    seed: int
-    record: int
-
-
-@dataclass(frozen=True)
-class TaskView:
-    """A task: its full name, its id in the suite, and its title."""
+class TaskView(NamedTuple):
+    """A task: its full name, its id in the suite, its title and its group."""
 
     name: str
     id: str
@@ -331,17 +238,8 @@ class TaskView:
     group: str
 
 
-@dataclass(frozen=True)
-class CurveRun:
-    """The learning curves of a run.
-
-    Attributes:
-        record: Place of its record in the pool.
-        section: Id of the section that holds it; "" for a run that is in no table.
-        label: Of its row; of a run in no table, its method and why.
-        style: Number of its colour.
-        curve: The curves.
-    """
+class CurveRun(NamedTuple):
+    """The learning curves of a run: place of its record, id of its section ("" outside of tables), label, style."""
 
     record: int
     section: str
@@ -351,83 +249,39 @@ class CurveRun:
 
 
 @dataclass(frozen=True)
-class Curves:
-    """Learning curves of a suite.
-
-    Attributes:
-        runs: Those with event files, in the order of the pool.
-        without: How many records have none.
-    """
-
-    runs: tuple[CurveRun, ...]
-    without: int
-
-
-@dataclass(frozen=True)
 class SuiteView:
     """A suite.
 
     Attributes:
-        id: Its name.
-        card: Its card.
+        table: Its table.
         tasks: In the order of the columns.
-        means: Names of both averages.
         sections: Pre-trained weights first.
-        out: Records that do not enter.
-        counts: Why they do not → how many.
-        problems: Files that are no records.
         quoted: Published numbers.
-        curves: Learning curves.
+        curves: Learning curves of the runs with event files, in the order of the pool.
+        without: Number of records without event files.
     """
 
-    id: str
-    card: SuiteCard
+    table: Table
     tasks: tuple[TaskView, ...]
-    means: tuple[str, str]
     sections: tuple[SectionView, ...]
-    out: tuple[OutView, ...]
-    counts: Mapping[str, int]
-    problems: tuple[Problem, ...]
     quoted: tuple[QuotedView, ...]
-    curves: Curves
+    curves: tuple[CurveRun, ...]
+    without: int
 
+    @property
+    def card(self) -> SuiteCard:
+        """Its card."""
+        return self.table.suite
 
-@dataclass
-class Pool:
-    """The records of a page, in the order of task and run, each value stored once.
+    @property
+    def means(self) -> tuple[str, str]:
+        """Names of both averages."""
+        return mean_names(self.card)
 
-    Attributes:
-        records: The records.
-    """
-
-    records: list[Record] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        unique = {(record.task, record.run_id): record for record in self.records}
-        self.records = [unique[key] for key in sorted(unique)]
-        self._place = {(record.task, record.run_id): place for place, record in enumerate(self.records)}
-
-    def place(self, record: Record) -> int:
-        """Return where `record` stands."""
-        return self._place[record.task, record.run_id]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return {"fields": names, "values": each value once, "records": a list of places of values a record}."""
-        facts = [_facts(record) for record in self.records]
-        fields = list(facts[0]) if facts else []
-        places: dict[str, int] = {}
-        values: list[Any] = []
-        rows = []
-        for fact in facts:
-            row = []
-            for name in fields:
-                key = json.dumps(fact[name], sort_keys=True)
-                if key not in places:
-                    places[key] = len(values)
-                    values.append(fact[name])
-                row.append(places[key])
-            rows.append(row)
-        return {"fields": fields, "values": values, "records": rows}
+    @property
+    def excluded(self) -> dict[str, int]:
+        """Why records do not enter → how many."""
+        return dict(sorted(Counter(out.why for out in self.table.left_out).items()))
 
 
 @dataclass(frozen=True)
@@ -436,71 +290,64 @@ class ReportView:
 
     Attributes:
         suites: Those with the most records on pre-trained weights first.
-        pool: All records that the page speaks of.
-        newest: When the newest of them was created, as in the record; None without records.
+        pool: All records of the page.
         level: Of the intervals.
         strays: Files and records that belong to no suite.
-        runs_root: Where event files were looked for.
+        runs_root: Folder of the event files.
     """
 
     suites: tuple[SuiteView, ...]
-    pool: Pool
-    newest: str | None
+    pool: RecordPool
     level: float
     strays: tuple[Problem, ...]
     runs_root: str
 
 
-def _facts(record: Record) -> dict[str, Any]:
-    """What the page says of a record: all but the config and the bits, which its file holds."""
-    metrics = record.metrics
-    scores = {} if metrics is None else {key: value for key, value in metrics.to_json().items() if key != "per_class"}
-    return {
-        "run_id": record.run_id,
-        "path": f"records/{record.task}/{record.run_id}.json",
-        "task": record.task,
-        "task_version": record.task_version,
-        "method": record.method,
-        "method_args": dict(sorted(record.method_args.items())),
-        "seed": record.seed,
-        "kind": record.kind,
-        "status": record.status,
-        "status_reason": record.status_reason,
-        "created": record.created,
-        "metrics": scores,
-        "track": track_of(record).words,
-        "backbone": record.backbone,
-        "checkpoint": record.checkpoint,
-        "checkpoint_digest": record.checkpoint_digest,
-        "protocol": f"{record.protocol} {record.protocol_version}",
-        "stage": record.stage,
-        "lists": dict(sorted(record.lists.items())),
-        "data_variant": record.data_variant,
-        "data_status": record.data_status,
-        "data_notes": list(record.data_notes),
-        "data_digest": record.data_digest,
-        "list_digest": None if record.correct is None else record.correct.list_digest,
-        "config_digest": record.config_digest,
-        "setting_digest": record.setting_digest,
-        "tuned": None if record.tuned is None else record.tuned.to_json(),
-        "package_version": record.package_version,
-        "commit": record.commit,
-        "dirty": record.dirty,
-        "libraries": dict(sorted(record.libraries.items())),
-        "scan_backend": record.scan_backend,
-        "scan_reason": record.scan_reason,
-        "device": record.device,
-        "device_count": record.device_count,
-        "precision": record.precision,
-        "parameters": {
-            "trainable": record.parameters.trainable,
-            "head": record.parameters.head,
-            "adapter": record.parameters.adapter,
-            "total": record.parameters.total,
-        },
-        "times": dict(sorted(record.times.items())),
-        "epochs": record.epochs,
-        "images_per_second": record.images_per_second,
-        "peak_memory_mib": record.peak_memory_mib,
-        "checkpoint_file": record.checkpoint_file,
-    }
+class RecordPool:
+    """The records of a page, in the order of task and run.
+
+    Attributes:
+        records: The records.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        unique = {(record.task, record.run_id): record for record in records}
+        self.records = [unique[key] for key in sorted(unique)]
+        self._place = {(record.task, record.run_id): place for place, record in enumerate(self.records)}
+
+    def place(self, record: Record) -> int:
+        """Return the place of a record."""
+        return self._place[record.task, record.run_id]
+
+    def path(self, place: int) -> str:
+        """Return the path of a record below the results root."""
+        return f"records/{self.records[place].task}/{self.records[place].run_id}.json"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return {"fields": names, "values": each value once, "records": a list of places of values a record}."""
+        facts = [self._facts(place) for place in range(len(self.records))]
+        fields = list(dict.fromkeys(name for fact in facts for name in fact))
+        places: dict[str, int] = {}
+        values: list[Any] = []
+        rows = []
+        for fact in facts:
+            row = []
+            for name in fields:
+                key = json.dumps(fact.get(name), sort_keys=True)
+                if key not in places:
+                    places[key] = len(values)
+                    values.append(fact.get(name))
+                row.append(places[key])
+            rows.append(row)
+        return {"fields": fields, "values": values, "records": rows}
+
+    def _facts(self, place: int) -> dict[str, Any]:
+        """Return the facts of a record without its config and bits, which its file has."""
+        record = self.records[place]
+        facts = {key: value for key, value in record.to_json().items() if key not in _IN_THE_FILE}
+        facts["metrics"] = {key: value for key, value in facts["metrics"].items() if key != "per_class"}
+        split = {} if record.correct is None else {"list_digest": record.correct.list_digest}
+        return {"run_id": record.run_id, "path": self.path(place), **facts, "track": track_of(record).words, **split}
+
+
+_IN_THE_FILE = ("schema", "config", "correct", "val_correct", "suite")

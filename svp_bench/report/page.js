@@ -44,7 +44,7 @@
     displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
   };
   const quoting = () => document.body.classList.contains("quoting");
-  const drawn = new Set();
+  const plotted = new Set();
 
   function figureOf(id) {
     const figure = data.figures[id];
@@ -77,8 +77,8 @@
     full.xaxis = { ...axis, ...full.xaxis };
     full.yaxis = { ...axis, ...full.yaxis };
     if (place.clientWidth > 0) full.width = place.clientWidth;
-    const first = !drawn.has(place);
-    drawn.add(place);
+    const first = !plotted.has(place);
+    plotted.add(place);
     Plotly.react(place, coloured(traces, colours), full, CONFIG);
     if (first) {
       place.on("plotly_click", (event) => {
@@ -89,7 +89,7 @@
     }
   }
 
-  // Plots are drawn when they come near the window, and the others when nothing else is to be done.
+  // Plot what comes near the window; printing plots the rest.
   const waiting = new Set($$("[data-figure]"));
   const near = new IntersectionObserver((entries) => {
     for (const entry of entries) {
@@ -110,7 +110,7 @@
     }
   }
   function redraw() {
-    for (const place of drawn) {
+    for (const place of plotted) {
       if (place.dataset.figure) draw(place);
       else place.dispatchEvent(new Event("again"));
     }
@@ -159,12 +159,14 @@
   const TITLES = {
     run_id: "Run", path: "Record", task: "Task", task_version: "Card version", method: "Method", method_args: "Arguments", seed: "Seed",
     kind: "Kind", status: "Status", status_reason: "Reason", created: "Created", metrics: "Metrics", track: "Track", backbone: "Backbone",
-    checkpoint: "Checkpoint", checkpoint_digest: "Digest of the weights", protocol: "Protocol", stage: "Stage", lists: "Lists",
-    data_variant: "Data variant", data_status: "Data", data_notes: "Data differ in", data_digest: "Digest of the lists read",
-    list_digest: "Digest of the test list", config_digest: "Digest of the config", setting_digest: "Digest of the setting", tuned: "Tuned values",
+    checkpoint: "Checkpoint", checkpoint_digest: "Digest of the weights", protocol: "Protocol", protocol_version: "Protocol version", stage: "Stage", lists: "Splits",
+    data_variant: "Data variant", data_status: "Data", data_notes: "Data differ in", data_digest: "Digest of the splits",
+    list_digest: "Digest of the test split", config_digest: "Digest of the config", setting_digest: "Digest of the setting", tuned: "Search",
     package_version: "svp-bench", commit: "Commit", dirty: "Uncommitted changes", libraries: "Libraries", scan_backend: "Scan backend",
-    scan_reason: "Chosen because", device: "Device", device_count: "Processes", precision: "Precision", parameters: "Parameters",
-    times: "Times", epochs: "Epochs", images_per_second: "Training images/s", peak_memory_mib: "Peak memory, MiB", checkpoint_file: "Checkpoint file",
+    scan_reason: "Reason for the backend", device: "Device", device_count: "Processes", precision: "Precision", parameters: "Parameters",
+    times: "Times", epochs: "Epochs", images_per_second: "Training images/s", peak_memory_mib: "Peak memory, MiB", checkpoint_file: "Checkpoint file", cpu: "Processor", threads: "CPU threads",
+    package_digest: "Digest of the package", weights_digest: "Digest of the final weights", checkpoint_load: "Changes while loading", card_digests: "Digests of the cards",
+    method_source: "Digests of the method files", image_notes: "Skipped or converted images", external_classes: "Classes from outside", not_comparable: "Not comparable because",
   };
 
   function words(value) {
@@ -200,7 +202,7 @@
     $("#record-dialog-title").textContent = title;
     const body = $("#record-dialog-body");
     const count = records.length === 1 ? "1 record" : `${records.length} records`;
-    body.replaceChildren(element("p", { className: "hint", textContent: `${count}. The whole record, with its config and one bit a test image, is the file behind the link.` }));
+    body.replaceChildren(element("p", { className: "hint", textContent: `${count}. The link opens the whole record, with its config and one bit a test image.` }));
     for (const record of records) {
       const summary = `${fact(record, "task")}, seed ${fact(record, "seed")}: ${percent(record)}`;
       const details = element("details", { className: "record", open: records.length === 1 }, element("summary", { textContent: summary }));
@@ -225,8 +227,8 @@
 
   // ---- tables
 
-  const holesLast = (compare) => (a, b) => (a === "" || b === "" ? (a === "" ? 1 : 0) - (b === "" ? 1 : 0) : compare(Number(a), Number(b)));
-  DataTable.type("score", { order: { asc: holesLast((a, b) => a - b), desc: holesLast((a, b) => b - a) }, className: "num" });
+  const missingLast = (compare) => (a, b) => (a === "" || b === "" ? (a === "" ? 1 : 0) - (b === "" ? 1 : 0) : compare(Number(a), Number(b)));
+  DataTable.type("score", { order: { asc: missingLast((a, b) => a - b), desc: missingLast((a, b) => b - a) }, className: "num" });
   DataTable.ext.errMode = "throw";
 
   function sortable(table) {

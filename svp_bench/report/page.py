@@ -1,4 +1,4 @@
-"""Puts the page together and writes it: one HTML file that loads nothing, whose bytes follow from the records alone."""
+"""Render and write the page: one HTML file that loads nothing; the same records give the same bytes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,13 @@ from markupsafe import Markup, escape
 
 from svp_bench._version import __version__
 from svp_bench.core.errors import UsageError, file_size, plural, printable, unknown_name
-from svp_bench.records.published import load_published, mean_names
-from svp_bench.records.record import CREATED, Record
+from svp_bench.records.published import load_published
+from svp_bench.records.record import CREATED
 from svp_bench.records.store import Problem, read_records, write_atomically
 from svp_bench.report import assets
 from svp_bench.report import figures as drawing
 from svp_bench.report.curves import POINTS, read_curves
-from svp_bench.report.model import (
-    Point,
-    ReportView,
-    RowView,
-    SectionView,
-    SuiteView,
-    TaskView,
-    TradeOff,
-)
+from svp_bench.report.model import Point, ReportView, RowView, SectionView, SuiteView, TaskView, TradeOff
 from svp_bench.report.view import report_view
 from svp_bench.stats.inference import FEWEST_PAIRS, FEWEST_SOURCES
 from svp_bench.tables.build import load_table, suites_of
@@ -43,6 +35,8 @@ from svp_bench.tables.notes import (
     MAJORITY,
     PLUMBING,
     interval,
+    marks,
+    one_line,
     p_value,
     percent,
     short_name,
@@ -51,11 +45,11 @@ from svp_bench.tables.notes import (
     span,
 )
 from svp_bench.tables.quoted import citations
-from svp_bench.tasks.cards import SuiteCard, list_suites, load_suite, load_task
+from svp_bench.tasks.cards import list_suites, load_suite, load_task
 
 __all__ = ["json_in_html", "render", "report_path", "run_report"]
 
-_PATHS = {  # of the markers in `figures.SHAPES`, for the small images beside names; 5 units from the middle
+_PATHS = {  # SVG of the markers in `figures.SHAPES`, next to names; 5 units from the middle
     "circle": "M5,0A5,5 0 1 1 -5,0A5,5 0 1 1 5,0Z",
     "square": "M-4.6,-4.6H4.6V4.6H-4.6Z",
     "diamond": "M0,-6L6,0L0,6L-6,0Z",
@@ -70,7 +64,7 @@ _PATHS = {  # of the markers in `figures.SHAPES`, for the small images beside na
 
 
 def json_in_html(value: Any) -> str:
-    r"""Return JSON that can stand in a <script>: `<`, `>`, `&`, U+2028 and U+2029 are \u escapes."""
+    r"""Return JSON for a <script>: `<`, `>`, `&`, U+2028 and U+2029 are \u escapes."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -78,7 +72,7 @@ def json_in_html(value: Any) -> str:
 
 
 def report_path(results_root: Path | str) -> Path:
-    """Return where the page goes if nothing else is said."""
+    """Return the default path of the page."""
     return Path(results_root) / "report" / "index.html"
 
 
@@ -91,19 +85,19 @@ def run_report(
     runs_root: Path | str = "runs",
     control: str | None = None,
 ) -> str:
-    """Do what `svp-bench report` does: read all records, write the page, and return the text to print.
+    """Read all records, write the page, and return the text to print.
 
     Args:
-        results_root: The folder that holds `records/`.
-        suites: Suites to show. None: those with records and, with `published`, with quoted numbers.
-        published: Show the quoted numbers from the start; they are in the page anyway, behind a switch.
-        output: Where to write; None: `report_path`.
-        runs_root: Folder of the runs, whose event files hold the learning curves.
+        results_root: The folder that contains `records/`.
+        suites: Suites to show. None: those with records and, with `published`, with published numbers.
+        published: Show the published numbers from the start; otherwise they are behind a switch in the page.
+        output: The page; None: `report_path`.
+        runs_root: Folder of the runs, whose event files contain the learning curves.
         control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
 
     Raises:
-        UsageError: If there is no folder `results_root`, a suite is unknown, no table has a row named `control`, or
-            `output` is a folder.
+        UsageError: If `results_root` is missing, a suite is unknown, no table has a row named `control`, or `output` is
+            a folder.
         RecordError: If the page cannot be written, or a file of published numbers is malformed.
     """
     target = report_path(results_root) if output is None else Path(output)
@@ -113,8 +107,8 @@ def run_report(
     given = None if suites is None else [load_suite(name) for name in suites]
     if not Path(results_root).is_dir():
         raise UsageError(
-            f"--results_root {results_root}: there is no such folder; give the one that holds records/ "
-            "(`svp-bench fit` makes it)"
+            f"--results_root {results_root}: there is no such folder; give the one that contains records/ "
+            "(`svp-bench fit` creates it)"
         )
     records, problems = read_records(results_root)
     cards = [load_suite(name) for name in suites_of(records)] if given is None else given
@@ -143,9 +137,9 @@ def run_report(
         strays=strays if suites is None else [],
         runs_root=Path(runs_root).as_posix(),
     )
-    text = render(report, tables, published=published, root=_link(Path(results_root), target.parent))
+    text = render(report, published=published, root=_link(Path(results_root), target.parent))
     write_atomically(target, text)
-    return _told(report, target, text)
+    return _summary(report, target, text)
 
 
 def _check_control(tables: Sequence[Table], control: str | None) -> None:
@@ -155,19 +149,20 @@ def _check_control(tables: Sequence[Table], control: str | None) -> None:
         raise unknown_name("method or row", control, names, where="--control")
 
 
-def _told(report: ReportView, target: Path, text: str) -> str:
+def _summary(report: ReportView, target: Path, text: str) -> str:
     lines = []
     for suite in report.suites:
         rows = sum(len(section.rows) for section in suite.sections)
         entered = sum(section.table.records for section in suite.sections)
         parts = [plural(len(suite.sections), "section"), plural(rows, "row"), plural(entered, "record")]
-        parts += [f"{len(suite.out) + len(suite.problems)} left out", plural(len(suite.curves.runs), "learning curve")]
-        parts += [plural(len(suite.quoted), "quoted method")]
+        excluded = len(suite.table.left_out) + len(suite.table.problems)
+        parts += [f"{excluded} left out", plural(len(suite.curves), "learning curve")]
+        parts += [plural(len(suite.quoted), "published method")]
         lines.append(f"{suite.card.title}: {', '.join(parts)}")
     if not report.suites:
         lines.append("There are no records yet, so the page is empty; `svp-bench fit --config FILE` writes a record.")
     length = file_size(len(text.encode("utf-8", errors="backslashreplace")))
-    lines.append(f"Written: {target} ({length}, loads nothing from anywhere)")
+    lines.append(f"Written: {target} ({length}, loads nothing)")
     return "\n".join([*map(printable, lines), ""])
 
 
@@ -184,21 +179,17 @@ def _link(results_root: Path, folder: Path) -> str:
         return results_root.resolve().as_uri()
 
 
-# ------------------------------------------------------------------------------------------------------------- render
-
-
-def render(report: ReportView, tables: Sequence[Table], *, published: bool = False, root: str = "..") -> str:
+def render(report: ReportView, *, published: bool = False, root: str = "..") -> str:
     """Return the page.
 
     Args:
-        report: What it shows.
-        tables: What `report` was derived from.
-        published: Show the quoted numbers from the start.
+        report: Its data.
+        published: Show the published numbers from the start.
         root: Address of the results root, relative to the page.
     """
     folder = files("svp_bench.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
-    environment.finalize = lambda value: printable(value) if type(value) is str else value  # not the page's own Markup
+    environment.finalize = lambda value: printable(value) if type(value) is str else value  # but no Markup
     environment.filters["short_name"] = short_name
     environment.filters["plural"] = plural
     environment.tests["measured"] = lambda task, section: any(task.name in row.cells for row in section.rows)
@@ -206,14 +197,15 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
     figures = {
         name: figure for suite in report.suites for name, figure in drawing.figures_of(suite, report.level).items()
     }
-    records = report.pool.records
+    pool = report.pool
+    newest = max((record.created for record in pool.records), default=None)
     script = (folder / "page.js").read_text(encoding="utf-8")
     scripts = [assets.plotly_js(), assets.datatables_js(), assets.in_script(script)]
     data = {
         "root": root,
         "figures": figures,
-        "pool": report.pool.to_json(),
-        "curves": {suite.id: _curve_data(suite) for suite in report.suites},
+        "pool": pool.to_json(),
+        "curves": {suite.card.name: _curve_data(suite) for suite in report.suites},
         "colours": drawing.COLOURS,
     }
     helpers: dict[str, Callable[..., Any]] = {
@@ -225,7 +217,7 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
         "place": lambda number, domain: f"{100 * (number - domain[0]) / (domain[1] - domain[0]):.2f}",
         "domain_of": _domain_of,
         "images_of": _images_of,
-        "drawn_means": lambda suite, section: [
+        "charted_means": lambda suite, section: [
             column
             for column in drawing.columns_of(suite, section)
             if f"{section.id}-mean-{drawing.slug(suite, column)}" in figures
@@ -239,18 +231,21 @@ def render(report: ReportView, tables: Sequence[Table], *, published: bool = Fal
         "point": _point,
         "places_of": _places_of,
         "quoted_columns": _quoted_columns,
-        "record_link": lambda place: f"{root}/{quote(_record_path(records[place]))}",
-        "run_id": lambda place: records[place].run_id,
+        "record_link": lambda place: f"{root}/{quote(pool.path(place))}",
+        "marks": marks,
+        "one_line": one_line,
     }
     text: str = environment.from_string((folder / "template.html.j2").read_text(encoding="utf-8")).render(
         **helpers,
         report=report,
         figures=figures,
-        citations={table.suite.name: list(citations(table).values()) for table in tables},
-        suite_titles=_titles([suite.card for suite in report.suites]),
-        newest=None if report.newest is None else _readable(report.newest),
+        pool=pool,
+        citations={suite.card.name: list(citations(suite.table).values()) for suite in report.suites},
+        suite_titles=", ".join(suite.card.title for suite in report.suites) or "No records yet",
+        newest=newest,
+        newest_text=newest and datetime.strptime(newest, CREATED).strftime("%Y-%m-%d, %H:%M UTC"),
         level=percent(report.level),
-        plumbing=PLUMBING,
+        random_weights=PLUMBING,
         majority=MAJORITY,
         star=IMAGES,
         fewest=FEWEST_PAIRS,
@@ -284,16 +279,8 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _breakable(label: str) -> Markup:
-    """A name that a narrow column may break where its words end."""
+    """Return a name that a narrow column may break where its words end."""
     return Markup(re.sub(r"([_=./,]+)", r"\1<wbr>", str(escape(printable(label)))))
-
-
-def _titles(cards: Sequence[SuiteCard]) -> str:
-    return ", ".join(card.title for card in cards) or "No records yet"
-
-
-def _readable(created: str) -> str:
-    return datetime.strptime(created, CREATED).strftime("%Y-%m-%d, %H:%M UTC")
 
 
 def _point(trade: TradeOff, row: RowView) -> Point | None:
@@ -301,7 +288,7 @@ def _point(trade: TradeOff, row: RowView) -> Point | None:
 
 
 def _domain_of(section: SectionView) -> tuple[int, int]:
-    """Whole percents around all means and intervals that the leaderboard draws."""
+    """Return whole percents around all means and intervals of the leaderboard."""
     values = [row.present for row in section.rows]
     ends = [end for value in values for pair in (value.shown, value.new) if pair for end in pair]
     ends += [value.mean for value in values]
@@ -309,34 +296,30 @@ def _domain_of(section: SectionView) -> tuple[int, int]:
 
 
 def _images_of(section: SectionView, task: TaskView) -> str:
-    """How many test images a task has in a section; "9–10" where its rows have different lists."""
-    counts = [row.cells[task.name].images for row in section.rows if task.name in row.cells]
+    """Return the number of test images of a task in a section; "9–10" where its rows have different splits."""
+    counts = [row.cells[task.name].table.images for row in section.rows if task.name in row.cells]
     low, high = min(counts, default=0), max(counts, default=0)
     return "" if not counts else f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
 def _places_of(suite: SuiteView, row: RowView, column: str) -> list[int]:
-    """Places of the records behind the mean `column` of a row."""
-    inside = {task.name for task in suite.tasks if column in (task.group, *mean_names(suite.card))}
+    """Return the places of the records behind the mean `column` of a row."""
+    inside = {task.name for task in suite.tasks if column in (task.group, *suite.means)}
     return [run.record for task, cell in row.cells.items() if task in inside for run in cell.runs]
 
 
 def _quoted_columns(suite: SuiteView) -> list[str]:
-    """The columns in which a quoted method has a number, in the order of the tables, others behind them."""
+    """Return the columns with a published number, in the order of the tables, others at the end."""
     known = [*suite.means, *suite.card.groups, *(task.id for task in suite.tasks)]
     used = {column for quote in suite.quoted for column in quote.scores}
     return [*(column for column in dict.fromkeys(known) if column in used), *sorted(used.difference(known))]
 
 
-def _record_path(record: Record) -> str:
-    return f"records/{record.task}/{record.run_id}.json"
-
-
 def _curve_data(suite: SuiteView) -> dict[str, Any]:
-    """The titles of the sections that have curves, and each run's record, section, label, style and curves."""
-    homes = {run.section for run in suite.curves.runs}
-    titles = {section.id: f"{section.title}, {section.weights}" for section in suite.sections if section.id in homes}
-    if "" in homes:
+    """Return the titles of the sections with curves, and record, section, label, style and curves of each run."""
+    used = {run.section for run in suite.curves}
+    titles = {section.id: f"{section.title}, {section.weights}" for section in suite.sections if section.id in used}
+    if "" in used:
         titles[""] = "not in the tables"
     runs = [
         {
@@ -346,9 +329,9 @@ def _curve_data(suite: SuiteView) -> dict[str, Any]:
             "style": run.style,
             "tags": {
                 tag: [[step for step, _ in points], [float(f"{value:.5g}") for _, value in points]]
-                for tag, points in sorted(run.curve.scalars.items())
+                for tag, points in sorted(run.curve.items())
             },
         }
-        for run in suite.curves.runs
+        for run in suite.curves
     ]
     return {"sections": titles, "runs": runs}
