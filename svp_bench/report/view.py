@@ -210,7 +210,7 @@ def _standings(section: Section, suite: SuiteCard, level: float) -> dict[tuple[s
     for task, known in zip(suite.tasks, of_tasks, strict=True):
         if known is None:
             continue
-        all_tied = len(known.tied) == sum(task in row.cells for row in section.rows)  # then a mark carries no information
+        all_tied = len(known.tied) == sum(task in row.cells for row in section.rows)  # then no mark helps
         tied = () if all_tied else known.tied
         for standing, labels in (("best", [known.best]), ("second", [known.second]), ("tied", tied)):
             found.update({(task, label): standing for label in labels if label is not None})
