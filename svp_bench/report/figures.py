@@ -45,11 +45,19 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8
 """Okabe and Ito's palette (2008) with a grey for its black, without its yellow, which vanishes on white."""
 
 _ON_COLOUR = ("#000000", "#000000", "#000000", "#FFFFFF", "#000000", "#000000", "#000000")
-SHAPES = (
-    *("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon", "star", "hexagon"),
-    "hourglass",
-)
-"""Ten, so that colour and shape together name seventy rows."""
+SHAPES = {
+    "circle": "M5,0A5,5 0 1 1 -5,0A5,5 0 1 1 5,0Z",
+    "square": "M-4.6,-4.6H4.6V4.6H-4.6Z",
+    "diamond": "M0,-6L6,0L0,6L-6,0Z",
+    "triangle-up": "M0,-6L5.8,4.4H-5.8Z",
+    "cross": "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
+    "triangle-down": "M0,6L5.8,-4.4H-5.8Z",
+    "pentagon": "M0,-5.8L5.6,-1.8L3.5,4.8H-3.5L-5.6,-1.8Z",
+    "star": "M0,-6.4L1.6,-2.1L6.1,-2L2.5,0.8L3.8,5.2L0,2.6L-3.8,5.2L-2.5,0.8L-6.1,-2L-1.6,-2.1Z",
+    "hexagon": "M0,-6L5.2,-3V3L0,6L-5.2,3V-3Z",
+    "hourglass": "M-5,-5H5L-5,5H5Z",
+}
+"""Marker → SVG path around the middle, for a row's name; ten, so that colour and shape distinguish seventy rows."""
 
 _LINE = 26  # pixels of a row in a plot of rows
 _TALL = 360  # pixels of a plot of accuracy over a cost
@@ -66,7 +74,7 @@ def _colour(row: RowView) -> str:
 
 
 def _shape(row: RowView) -> str:
-    return SHAPES[row.style % len(SHAPES)]
+    return [*SHAPES][row.style % len(SHAPES)]
 
 
 def _round(value: float) -> float:

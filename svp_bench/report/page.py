@@ -31,7 +31,6 @@ from svp_bench.stats.inference import FEWEST_PAIRS, FEWEST_SOURCES
 from svp_bench.tables.build import load_table, suites_of
 from svp_bench.tables.model import Table
 from svp_bench.tables.notes import (
-    IMAGES,
     MAJORITY,
     PLUMBING,
     interval,
@@ -48,19 +47,6 @@ from svp_bench.tables.quoted import citations
 from svp_bench.tasks.cards import list_suites, load_suite, load_task
 
 __all__ = ["json_in_html", "render", "report_path", "run_report"]
-
-_PATHS = {  # SVG of the markers in `figures.SHAPES`, next to names; 5 units from the middle
-    "circle": "M5,0A5,5 0 1 1 -5,0A5,5 0 1 1 5,0Z",
-    "square": "M-4.6,-4.6H4.6V4.6H-4.6Z",
-    "diamond": "M0,-6L6,0L0,6L-6,0Z",
-    "triangle-up": "M0,-6L5.8,4.4H-5.8Z",
-    "cross": "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
-    "triangle-down": "M0,6L5.8,-4.4H-5.8Z",
-    "pentagon": "M0,-5.8L5.6,-1.8L3.5,4.8H-3.5L-5.6,-1.8Z",
-    "star": "M0,-6.4L1.6,-2.1L6.1,-2L2.5,0.8L3.8,5.2L0,2.6L-3.8,5.2L-2.5,0.8L-6.1,-2L-1.6,-2.1Z",
-    "hexagon": "M0,-6L5.2,-3V3L0,6L-5.2,3V-3Z",
-    "hourglass": "M-5,-5H5L-5,5H5Z",
-}
 
 
 def json_in_html(value: Any) -> str:
@@ -122,14 +108,10 @@ def run_report(
     owners = {card.owner for card in cards}
     _check_control(tables, control)
     strays = [problem for problem in problems if _suite_of(problem) not in known]
-    strays += [
-        Problem(
-            f"records/{record.task}/{record.run_id}.json",
-            f"there is no suite {record.suite!r} here; --tasks_dir DIR adds cards",
-        )
-        for record in records
-        if record.suite not in known
-    ]
+    for record in records:
+        if record.suite not in known:
+            reason = f"there is no suite {record.suite!r} here; --tasks_dir DIR adds cards"
+            strays.append(Problem(f"records/{record.task}/{record.run_id}.json", reason))
     report = report_view(
         tables,
         titles={task: load_task(task).title for table in tables for task in table.suite.tasks},
@@ -213,7 +195,7 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         "columns_of": drawing.columns_of,
         "slug": drawing.slug,
         "colour": lambda style: drawing.COLOURS[style % len(drawing.COLOURS)],
-        "shape_path": lambda style: _PATHS[drawing.SHAPES[style % len(drawing.SHAPES)]],
+        "shape_path": lambda style: [*drawing.SHAPES.values()][style % len(drawing.SHAPES)],
         "place": lambda number, domain: f"{100 * (number - domain[0]) / (domain[1] - domain[0]):.2f}",
         "domain_of": _domain_of,
         "images_of": _images_of,
@@ -247,7 +229,6 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         level=percent(report.level),
         random_weights=PLUMBING,
         majority=MAJORITY,
-        star=IMAGES,
         fewest=FEWEST_PAIRS,
         fewest_sources=FEWEST_SOURCES,
         show_published=published,
@@ -321,17 +302,13 @@ def _curve_data(suite: SuiteView) -> dict[str, Any]:
     titles = {section.id: f"{section.title}, {section.weights}" for section in suite.sections if section.id in used}
     if "" in used:
         titles[""] = "not in the tables"
-    runs = [
-        {
-            "record": run.record,
-            "section": run.section,
-            "label": run.label,
-            "style": run.style,
-            "tags": {
-                tag: [[step for step, _ in points], [float(f"{value:.5g}") for _, value in points]]
-                for tag, points in sorted(run.curve.items())
-            },
+    runs = []
+    for run in suite.curves:
+        tags = {
+            tag: [[step for step, _ in points], [float(f"{value:.5g}") for _, value in points]]
+            for tag, points in sorted(run.curve.items())
         }
-        for run in suite.curves
-    ]
+        runs.append(
+            {"record": run.record, "section": run.section, "label": run.label, "style": run.style, "tags": tags}
+        )
     return {"sections": titles, "runs": runs}
