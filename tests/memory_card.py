@@ -1,39 +1,52 @@
-"""A card of any size, on a CPU: it counts the tensors that live and has no memory left above a limit."""
+"""A device of any size, simulated on a CPU: it counts the live tensors and raises CUDA's error above a limit."""
 
 from __future__ import annotations
 
-import pytest
-import torch
+import weakref
+from typing import Any
 
-from svp_bench.train import memory
-from svp_bench.train.memory import Counted, Room
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["Card"]
 
 
-class Card(Counted):
-    """Raises what CUDA's allocator raises once the tensors made under it take more than `limit` bytes.
+class Card(TorchDispatchMode):
+    """Raise what CUDA's allocator raises once the tensors created under it take more than `limit` bytes.
 
-    Inserted, it is what runs on the CPU measure.
+    Attributes:
+        live: Bytes now.
+        peak: The most bytes so far.
+        refused: Allocations that failed.
     """
 
-    def __init__(self, limit: float = 2.0**50, name: str = "a toy card") -> None:
+    def __init__(self, limit: float = 2.0**50) -> None:
         super().__init__()
         self.limit = limit
-        self.name = name
-        self.refused = 0
+        self.live = self.peak = self.refused = 0
+        self._known: set[int] = set()
 
-    def room(self) -> Room:
-        return Room(self.name, int(self.limit), int(self.limit - self.live))
-
-    def insert(self, patch: pytest.MonkeyPatch) -> None:
-        """Take the place of the machine's memory."""
-        patch.setattr(memory, "host_room", self.room)
-        patch.setattr(memory.HostGauge, "share", memory.CudaGauge.share)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for part in tree_leaves(out):
+            if isinstance(part, Tensor):
+                self._count(part.untyped_storage())
+        return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        size = 0 if storage._cdata in self._known else storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
         if size and self.live + size > self.limit:
             self.refused += 1
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU 0 has …")
-        super()._count(storage)
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size

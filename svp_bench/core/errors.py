@@ -23,6 +23,7 @@ __all__ = [
     "UsageError",
     "file_size",
     "nearest",
+    "one_line",
     "plural",
     "printable",
     "unknown_name",
@@ -86,6 +87,12 @@ def printable(text: object) -> str:
     'a\\x1b[31mb\\nc'
     """
     return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), str(text))
+
+
+def one_line(text: object) -> str:
+    """Return a text on one line, cut at 600 characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 600 else f"{line[:600]} …"
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:

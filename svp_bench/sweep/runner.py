@@ -19,7 +19,7 @@ from jsonargparse._util import import_object
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from svp_bench.config.compose import split_flags
-from svp_bench.core.errors import SvpBenchError, UsageError
+from svp_bench.core.errors import SvpBenchError, UsageError, one_line
 from svp_bench.data.folds import fold_positions
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, measured, open_source
@@ -31,7 +31,7 @@ from svp_bench.records.store import read_record
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.search import Plan, Search
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
-from svp_bench.train.parser import Resolved, one_line, resolve
+from svp_bench.train.parser import Resolved, resolve
 from svp_bench.train.resume import Claimed, find_run, held
 from svp_bench.train.run import run
 

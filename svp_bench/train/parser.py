@@ -27,7 +27,7 @@ from lightning.pytorch import profilers as lightning_profilers
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from svp_bench.config.compose import Composed, Flags, compose
-from svp_bench.core.errors import ConfigError, OutOfMemoryError, UsageError, unknown_name
+from svp_bench.core.errors import ConfigError, OutOfMemoryError, UsageError, one_line, unknown_name
 from svp_bench.data.module import VisionDataModule
 from svp_bench.methods import METHODS
 from svp_bench.methods.build import input_size
@@ -39,11 +39,11 @@ from svp_bench.records.record import Tuned
 from svp_bench.records.selection import context_of
 from svp_bench.tasks.cards import ProtocolCard, load_protocol, load_suite, load_task
 from svp_bench.train.logging import quiet
-from svp_bench.train.memory import is_out_of_memory
 from svp_bench.train.module import AdaptationModule
+from svp_bench.train.oom import is_out_of_memory
 from svp_bench.train.optim import warmup_notice
 
-__all__ = ["ConfigCLI", "Resolved", "make_importable", "one_line", "resolve"]
+__all__ = ["ConfigCLI", "Resolved", "make_importable", "resolve"]
 
 
 def _whole_numbers_first() -> None:
@@ -168,12 +168,6 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         raise ConfigError(_explain(message)) from None
-
-
-def one_line(message: str) -> str:
-    """Put a message on one line, cut at 600 characters."""
-    text = " ".join(message.split())
-    return text if len(text) <= 600 else f"{text[:600]} …"
 
 
 _WRONG_TYPE = re.compile(

@@ -33,9 +33,8 @@ from svp_bench.records.code import source_files
 from svp_bench.records.store import csv_text, write_atomically
 from svp_bench.tasks.cards import displayed_class_names, load_protocol, load_task
 from svp_bench.train.checkpoint import SAVED_KEY, About, Saved, wrong_part
-from svp_bench.train.memory import HostGauge, Shortage, is_out_of_memory
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.out_of_memory import explain_prediction
+from svp_bench.train.oom import AllocationFailure, explain_prediction, is_out_of_memory
 from svp_bench.train.parser import make_importable
 from svp_bench.train.resume import changed_sources, read_sources
 
@@ -220,7 +219,6 @@ def run_predict(
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{column}{rank}" for rank in range(1, top + 1) for column in ("class", "name", "p")]
     writer.writerow(["path", *columns, "error"])
-    gauge = HostGauge()
     errors: list[str] = []
     began = time.perf_counter()
     for start in range(0, len(images), batch_size):
@@ -228,7 +226,7 @@ def run_predict(
         read = [_read(path, view, depth) for path in part]
         arrays = [one for one in read if not isinstance(one, str)]
         rows: Iterator[list[str]] = iter(())
-        shortage: Shortage | None = None
+        failure: AllocationFailure | None = None
         try:
             if arrays:
                 with torch.inference_mode():
@@ -239,9 +237,9 @@ def run_predict(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            shortage = Shortage.told_by(error)
-        if shortage is not None:  # out of the clause, which keeps what it has caught
-            raise explain_prediction(module, gauge, len(arrays), "--batch_size", shortage)
+            failure = AllocationFailure.from_error(error)
+        if failure is not None:  # outside of the clause, which would keep the error and its tensors
+            raise explain_prediction(failure, module, len(arrays))
         for path, one in zip(part, read, strict=True):
             if isinstance(one, str):
                 errors.append(printable(f"{path}: {one}"))

@@ -42,6 +42,7 @@ from svp_bench.core.errors import (
     RecordError,
     SvpBenchError,
     UsageError,
+    one_line,
     plural,
 )
 from svp_bench.data.module import VisionDataModule
@@ -53,7 +54,7 @@ from svp_bench.records.record import Record
 from svp_bench.records.store import read_record, record_path
 from svp_bench.stats.inference import mcnemar, one_standard_error
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.parser import make_importable, one_line
+from svp_bench.train.parser import make_importable
 from svp_bench.train.provenance import cpu_name
 from svp_bench.train.resume import changed_sources
 from svp_bench.train.run import BenchCLI, run

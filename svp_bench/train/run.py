@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from svp_bench.config.compose import Flags
-from svp_bench.core.errors import ConfigError, RecordError, SvpBenchError, UsageError, plural
+from svp_bench.core.errors import ConfigError, RecordError, SvpBenchError, UsageError, one_line, plural
 from svp_bench.core.interrupts import INTERRUPTS, Preempted
 from svp_bench.core.resources import own_tasks_flags
 from svp_bench.core.terminal import has_width
@@ -43,11 +43,10 @@ from svp_bench.train.callbacks import EpochLines, Meter, RunProgressBar, SteadyT
 from svp_bench.train.checkpoint import About, Saved, weights_digest
 from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
 from svp_bench.train.logging import quiet
-from svp_bench.train.memory import Shortage, gauge_of, is_out_of_memory
 from svp_bench.train.metrics import describe
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.out_of_memory import Failed, explain
-from svp_bench.train.parser import ConfigCLI, make_importable, one_line
+from svp_bench.train.oom import AllocationFailure, explain_run, is_out_of_memory
+from svp_bench.train.parser import ConfigCLI, make_importable
 from svp_bench.train.provenance import changed_cards, commit_and_dirty, dirty_warning
 from svp_bench.train.record_writer import Recorder
 from svp_bench.train.resumable import check_resumable
@@ -335,41 +334,25 @@ class BenchCLI(ConfigCLI):
         return status, reason, True
 
     def within_memory(self, work: Callable[[], T]) -> T:
-        """Do what the trainer does; where memory does not suffice, measure what would fit, and say it.
+        """Run `work`; if memory runs out, measure how many images fit.
 
         Raises:
-            OutOfMemoryError: If it does not suffice.
+            OutOfMemoryError: If memory ran out.
         """
-        device = self.trainer.strategy.root_device
-        gauge = gauge_of(device)
         try:
             return work()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            shortage = Shortage.told_by(error)
-        # out of the clause, which keeps what it has caught, and so what the step had made
-        INTERRUPTS.waits = INTERRUPTS.waits or self.command == "fit"  # the end is near, as for any failure
-        self.meter.peak_mib = peak_memory_mib(device)  # of the run, not of what is measured now
-        stage, data = self.meter.failed_in, self.datamodule
+            failure = AllocationFailure.from_error(error)
+        # outside of the clause, which would keep the error and with it the tensors of the step
+        INTERRUPTS.waits = INTERRUPTS.waits or self.command == "fit"  # a signal must not prevent the record
+        self.meter.peak_mib = peak_memory_mib(self.trainer.strategy.root_device)  # before the probes move it
         evaluates = {RunningStage.VALIDATING: "val", RunningStage.SANITY_CHECKING: "val", RunningStage.TESTING: "test"}
+        stage = self.meter.failed_in
         role = evaluates.get(stage, "train") if stage else "train"
-        trains = self.command == "fit" and role != "test"
-        scores = None if self.config[self.command].get("no_test") or not trains else "test"
-        failed = Failed(
-            role=role,
-            trains=trains,
-            scores="val" if "val" in data.lists else scores,
-            method=self.settings.method,
-            model=self.model,
-            data=data,
-            trainer=self.trainer,
-            gauge=gauge,
-            resumes=self.command == "fit" and self.goes_on and (self.run_dir / CHECKPOINT).is_file(),
-        )
-        if failed.measures(shortage):
-            print("Out of memory: measuring what would fit", flush=True)
-        raise explain(failed, shortage)
+        resume = self.command == "fit" and self.goes_on and (self.run_dir / CHECKPOINT).is_file()
+        raise explain_run(failure, self.trainer, self.model, self.datamodule, role, resume)
 
     def _need_same_data(self, saved: Saved) -> None:
         """Refuse to go on with other images than those that the run began with."""
