@@ -228,7 +228,7 @@ def unbind_step(rounds: int, ours: float) -> dict[str, Any]:
     """SVP step of Vim-S with the unbind form both ways, extrapolated from two depths, beside our whole step."""
     import svp_bench.models.vim as vim
 
-    def in_vim(forward: Direction, backward: Direction, z: Tensor, *, remake: object, backend: str) -> Tensor:
+    def in_vim(forward: Direction, backward: Direction, z: Tensor, *, recompute: object, backend: str) -> Tensor:
         ys = []
         for d, back in ((forward, False), (backward, True)):
             u, delta, B, C = (

@@ -27,7 +27,8 @@ from torch import Tensor
 from pretraining.train import CHECKPOINT, SUMMARY
 from svp_bench.core.errors import CheckpointError, SvpBenchError, UsageError
 from svp_bench.methods.build import create_backbone
-from svp_bench.models.checkpoints import backbone_digest, load_checkpoint, load_pickle_safely
+from svp_bench.models.checkpoints import backbone_digest, load_checkpoint
+from svp_bench.models.weight_files import load_pickle_safely
 from svp_bench.records.store import read_json, write_atomically
 
 __all__ = ["better", "export", "main", "weights_of"]

@@ -148,9 +148,9 @@ class Pretraining(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; linear warm-up, then cosine, by step."""
         peak, last, warmup, total = self.recipe
-        spared = {f"model.{name}" for name in self.model.no_weight_decay()}
-        decay = [p for n, p in self.named_parameters() if p.ndim > 1 and n not in spared]
-        others = [p for n, p in self.named_parameters() if p.ndim <= 1 or n in spared]
+        excluded = {f"model.{name}" for name in self.model.no_weight_decay()}
+        decay = [p for n, p in self.named_parameters() if p.ndim > 1 and n not in excluded]
+        others = [p for n, p in self.named_parameters() if p.ndim <= 1 or n in excluded]
         groups = [{"params": decay, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=self.betas)
 

@@ -36,7 +36,8 @@ from pretraining import drawing
 from pretraining.images import contact_sheet, loss_curve
 from pretraining.module import PARTS, DrawnBatch, Pretraining
 from svp_bench.core.errors import NonFiniteLossError, SvpBenchError, UsageError
-from svp_bench.models.checkpoints import backbone_digest, load_pickle_safely
+from svp_bench.models.checkpoints import backbone_digest
+from svp_bench.models.weight_files import load_pickle_safely
 from svp_bench.records.store import write_atomically
 from svp_bench.train.logging import quiet
 from svp_bench.train.resume import AtomicCheckpointIO

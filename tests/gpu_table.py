@@ -49,7 +49,7 @@ from triton_table import (  # noqa: F401
 )
 
 from svp_bench.core.errors import UnavailableError
-from svp_bench.ops import Direction, Prompts, add_norm, bidirectional_conv, bidirectional_scan, choose
+from svp_bench.ops import Direction, PromptTerms, add_norm, bidirectional_conv, bidirectional_scan, choose
 
 DEVICE = os.environ.get("SVP_BENCH_TABLE_DEVICE", "cuda")
 REPETITIONS = int(os.environ.get("SVP_BENCH_REPETITIONS", "200"))
@@ -106,7 +106,7 @@ def test_repetitions_are_equal_to_the_last_bit(dtype: torch.dtype) -> None:
         ahead, back, convolved, around = rest[:6], rest[6:12], rest[12:16], rest[16:]
         u, u_b = bidirectional_conv(x, (convolved[0], convolved[1]), (convolved[2], convolved[3]), backend=ours)
         y = bidirectional_scan(Direction(u, *ahead), Direction(u_b, *back), z, backend=ours)  # type: ignore[call-arg]
-        prompts = Prompts([(around[3], around[4]), (around[5], around[6])], length // 2)
+        prompts = PromptTerms([(around[3], around[4]), (around[5], around[6])], length // 2)
         outs = [y, *add_norm(around[0], around[1], around[2], 1e-5, prompts, backend=ours)]
         return [*outs, *torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])]
 

@@ -23,7 +23,8 @@ from svp_bench.core.errors import CheckpointError, UsageError
 from svp_bench.methods.build import adapt
 from svp_bench.methods.linear import Linear
 from svp_bench.methods.svp import SVP
-from svp_bench.models.checkpoints import load_checkpoint, read_state, save_weights
+from svp_bench.models.checkpoints import load_checkpoint, save_weights
+from svp_bench.models.weight_files import read_weights
 
 
 def filled(**arguments: Any) -> State:
@@ -223,7 +224,7 @@ def test_safetensors_of_other_types_are_refused_by_name(dtype: str, size: int, t
 
 def test_safetensors_with_a_name_twice_and_with_nan(tmp_path: Path) -> None:
     twice = [("w", "F32", [1], bytes(4)), ("w", "F32", [1], bytes(4))]
-    assert "w stands in it twice" in refusal(nano(), safetensors_file(tmp_path / "a.safetensors", twice))
+    assert "w appears 2 times" in refusal(nano(), safetensors_file(tmp_path / "a.safetensors", twice))
     state = filled()
     state["layers.1.mixer.D"][3] = float("nan")
     save_file(state, tmp_path / "b.safetensors")
@@ -232,7 +233,7 @@ def test_safetensors_with_a_name_twice_and_with_nan(tmp_path: Path) -> None:
 
 def test_safetensors_are_known_by_their_content(tmp_path: Path) -> None:
     save_file(filled(), tmp_path / "a.bin")
-    assert read_state(tmp_path / "a.bin").keys() == filled().keys()
+    assert read_weights(tmp_path / "a.bin").tensors.keys() == filled().keys()
 
 
 # ------------------------------------------------------------------------------------------ names and containers
@@ -279,8 +280,8 @@ def test_two_spellings_of_a_name_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"model": filled(), "state_dict": filled()}, ["'model'", "'state_dict'", "save the right ones alone"]),
-        ({"weights": filled()}, ["'weights' is a dict", "weights lie under weights", "model_state_dict"]),
+        ({"model": filled(), "state_dict": filled()}, ["'model'", "'state_dict'", "save one of them"]),
+        ({"weights": filled()}, ["'weights' is a dict", "weights are under weights", "model_state_dict"]),
         ({f"encoder.{k}": v for k, v in without_head(filled()).items()}, ["names begin with encoder.", "module."]),
         ({"model": {}}, ["an empty dict under ['model']"]),
         ({"model": {"model": {"model": {"model": {"model": filled()}}}}}, ["is a dict"]),

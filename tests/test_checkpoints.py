@@ -31,7 +31,8 @@ from svp_bench.core.errors import CheckpointError, ConfigError, UsageError
 from svp_bench.methods.build import adapt, create_backbone
 from svp_bench.methods.svp import SVP
 from svp_bench.models import VisionMamba, checkpoints
-from svp_bench.models.checkpoints import backbone_digest, load_checkpoint, read_state, resolve_checkpoint
+from svp_bench.models.checkpoints import backbone_digest, load_checkpoint, resolve_checkpoint
+from svp_bench.models.weight_files import read_weights
 
 State = dict[str, Tensor]
 
@@ -371,7 +372,7 @@ def test_weights_of_something_else(tmp_path: Path) -> None:
     [
         ([1, 2], "holds list, not a state dict or a container of one"),
         ({}, "holds an empty dict, not a state dict or a container of one"),
-        ({"epoch": 3, "w": torch.ones(1)}, "is not a state dict: 'epoch' is a int"),
+        ({"epoch": 3, "w": torch.ones(1)}, "not a state dict: 'epoch' is a int"),
         (torch.ones(3), "holds Tensor, not a state dict"),
         (argparse.Namespace(lr=1), "holds Namespace, not a state dict"),
     ],
@@ -421,7 +422,7 @@ def test_pickled_code_is_refused_and_not_run(form: str, tmp_path: Path) -> None:
 def test_namespace_is_allowed_only_while_loading(tmp_path: Path) -> None:
     path = tmp_path / "vim.pth"
     torch.save(published(trained()), path)
-    read_state(path)
+    assert read_weights(path).tensors
     with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace"):
         torch.load(path, weights_only=True)
 
@@ -477,7 +478,7 @@ def test_damaged_files_give_one_line(data: st.DataObject, small_files: dict[str,
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     message, values = "", []
     try:
-        values = list(read_state(path).values())  # the damage may be in a number or a name
+        values = list(read_weights(path).tensors.values())  # the damage may be in a number or a name
     except CheckpointError as error:
         message = str(error)
     assert "\n" not in message
@@ -488,7 +489,7 @@ def test_damaged_files_give_one_line(data: st.DataObject, small_files: dict[str,
 def test_missing_files(tmp_path: Path) -> None:
     path = tmp_path / "nowhere.pth"
     text = refusal(nano(), path)
-    assert f"no checkpoint file '{path}'; give a path, or one of hub, embedded, none" in text
+    assert f"no checkpoint file '{path}': it does not exist; --model.checkpoint takes a path, hub, embedded or none" in text
     assert "is a folder" in refusal(nano(), tmp_path)
 
 
@@ -684,7 +685,7 @@ def test_a_hub_that_refuses_the_connection(hub_cache: Path, monkeypatch: pytest.
         taken.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        assert f"{endpoint} gave none (ConnectionRefusedError" in one_line_without_network()
+        assert f"{endpoint} failed (ConnectionRefusedError" in one_line_without_network()
 
 
 def test_a_machine_without_name_service(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -693,7 +694,7 @@ def test_a_machine_without_name_service(hub_cache: Path, monkeypatch: pytest.Mon
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(checkpoints.socket, "create_connection", unknown)
-    assert "https://huggingface.co gave none (gaierror" in one_line_without_network()
+    assert "https://huggingface.co failed (gaierror" in one_line_without_network()
 
 
 def test_a_hub_that_is_switched_off(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -703,5 +704,5 @@ def test_a_hub_that_is_switched_off(hub_cache: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_hub_without_the_file(hub_cache: Path, serve: Any) -> None:
     server = serve(None)
-    assert f"http://127.0.0.1:{server.port} gave none (" in one_line_without_network()
+    assert f"http://127.0.0.1:{server.port} failed (" in one_line_without_network()
     assert not list(hub_cache.rglob("*.pth"))

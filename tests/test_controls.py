@@ -72,7 +72,7 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def adapter_written_out(
-    monkeypatch: pytest.MonkeyPatch, *, stride: int, activation: str, scale: float, spared: int | None
+    monkeypatch: pytest.MonkeyPatch, *, stride: int, activation: str, scale: float, excluded: int | None
 ) -> Written:
     mixer = reference_vim.mixer
 
@@ -80,7 +80,7 @@ def adapter_written_out(
         tokens = list(mixer(state, prefix, hidden).unbind(1))
         part = f"adapter.{prefix.split('.')[1]}."
         for t, y in enumerate(tokens):
-            if t != spared and f"{part}up.bias" in state:
+            if t != excluded and f"{part}up.bias" in state:
                 h = ACTS[activation](y @ state[f"{part}down.weight"].T + state[f"{part}down.bias"])
                 tokens[t] = y + scale * (h @ state[f"{part}up.weight"].T + state[f"{part}up.bias"])
         return torch.stack(tokens, dim=1)
@@ -100,15 +100,15 @@ def test_the_adapter_is_its_formula(
     include_cls: bool, sizes: dict[str, Any], stride: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(Adapter(hidden_dim=5, scale=0.7, include_cls=include_cls), backend, **sizes)
-    spared = None if include_cls else model.cls_index
-    written = adapter_written_out(monkeypatch, stride=stride, activation="relu", scale=0.7, spared=spared)
+    excluded = None if include_cls else model.cls_index
+    written = adapter_written_out(monkeypatch, stride=stride, activation="relu", scale=0.7, excluded=excluded)
     assert_as_written_out(model, written)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_adapters_activations(activation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(Adapter(hidden_dim=5, activation=activation, scale=2.0))
-    written = adapter_written_out(monkeypatch, stride=16, activation=activation, scale=2.0, spared=None)
+    written = adapter_written_out(monkeypatch, stride=16, activation=activation, scale=2.0, excluded=None)
     assert_as_written_out(model, written)
 
 

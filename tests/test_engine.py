@@ -33,7 +33,7 @@ from svp_bench.methods.build import create_model, trained_parameters
 from svp_bench.models import TokenState, VisionMamba
 from svp_bench.ops import (
     Direction,
-    Prompts,
+    PromptTerms,
     add_norm,
     add_prompts,
     backend_statuses,
@@ -813,8 +813,8 @@ def test_tensors_elsewhere_and_of_other_shapes_are_refused() -> None:
         add_norm(h, torch.empty(2, 5, 32, device="meta"), weight, 1e-5, backend="cpu")
     for residual, scale, other in ((torch.randn(1, 5, 32), weight, h), (h, torch.ones(16), h), (h, weight, h[:1])):
         with pytest.raises(ValueError, match="must be"):
-            add_norm(h, residual, weight, 1e-5, Prompts([(scale, other)], 2), backend="cpu")
-    with pytest.raises(ValueError, match=r"spared must be a token of 0\.\.4, not -1"):
+            add_norm(h, residual, weight, 1e-5, PromptTerms([(scale, other)], 2), backend="cpu")
+    with pytest.raises(ValueError, match=r"excluded must be a token of 0\.\.4, not -1"):
         add_prompts(h, [(weight, h)], -1, backend="cpu")
     taps = torch.randn(32, 4), None
     for other in ((torch.randn(32, 2), None), (torch.randn(16, 4), None), (torch.randn(32, 4), torch.ones(1))):

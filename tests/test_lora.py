@@ -155,9 +155,9 @@ def test_an_update_in_place_has_the_right_gradients() -> None:
 def test_an_update_of_in_proj_keeps_no_convolved_input() -> None:
     """The memory of a linear probe: where x_proj is left alone, the scan convolves again instead of keeping u."""
     for targets in (["X"], ["in_proj", "out_proj"], ["dt_proj"], ["embed"]):
-        assert not any(mixer._keeps_u() for mixer in adapt(backbone(), LoRA(targets)).mixers)
+        assert not any(mixer._saves_u() for mixer in adapt(backbone(), LoRA(targets)).mixers)
     for targets in (["x_proj"], ["d"], ["X", "B"]):
-        assert all(mixer._keeps_u() for mixer in adapt(backbone(), LoRA(targets)).mixers)
+        assert all(mixer._saves_u() for mixer in adapt(backbone(), LoRA(targets)).mixers)
 
 
 # -------------------------------------------------------------------------------------------------------- counts

@@ -25,7 +25,7 @@ from svp_bench.methods import METHODS
 from svp_bench.methods.base import Method, build_method
 from svp_bench.methods.build import adapt, create_model, trained_parameters
 from svp_bench.models import TokenState, VisionMamba
-from svp_bench.models.vim import LINEAR_POINTS, TENSOR_POINTS
+from svp_bench.models.hooks import LINEAR_POINTS, TENSOR_POINTS
 from svp_bench.ops import backend_statuses
 
 BACKENDS = [status.name for status in backend_statuses() if status.available]

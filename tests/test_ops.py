@@ -16,7 +16,7 @@ import svp_bench
 from svp_bench.core.errors import UnavailableError, UsageError
 from svp_bench.ops import (
     Direction,
-    Remake,
+    Recompute,
     backend_statuses,
     bidirectional_conv,
     bidirectional_scan,
@@ -659,21 +659,21 @@ def test_what_can_be_made_again_is_not_kept(backend: str) -> None:
         calls += 1
         return bidirectional_conv(x, weights[0], weights[1], backend=backend)
 
-    def run(remake: bool) -> tuple[Tensor, Tensor, int]:
+    def run(recompute: bool) -> tuple[Tensor, Tensor, int]:
         kept: set[int] = set()
         u, u_b = convolve(x)
         ahead = Direction(u, others[0], A, others[1], others[2], D, bias)
         back = Direction(u_b, others[3], A, others[4], others[5], D, bias)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
             y = bidirectional_scan(
-                ahead, back, others[6], remake=Remake(convolve, (x,)) if remake else None, backend=backend
+                ahead, back, others[6], recompute=Recompute(convolve, (x,)) if recompute else None, backend=backend
             )
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
         return y, gradient, len(kept & {u.data_ptr(), u_b.data_ptr()})
 
-    y, gradient, kept = run(remake=False)
+    y, gradient, kept = run(recompute=False)
     assert (kept, calls) == (2, 1)
-    again, gradient_again, kept_again = run(remake=True)
+    again, gradient_again, kept_again = run(recompute=True)
     assert (kept_again, calls) == (0, 3)  # once forward, once back
     assert torch.equal(y, again)
     assert torch.equal(gradient, gradient_again)

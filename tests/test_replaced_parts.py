@@ -20,7 +20,8 @@ from svp_bench.methods import METHODS
 from svp_bench.methods.base import build_method
 from svp_bench.methods.build import adapt
 from svp_bench.models import VisionMamba
-from svp_bench.models.vim import DropPath, Mixer, RMSNorm
+from svp_bench.models.layers import RMSNorm
+from svp_bench.models.vim import DropPath, Mixer
 
 LINEARS = ("in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj")
 PARTS = (*LINEARS, "conv1d", "conv1d_b")

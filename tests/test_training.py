@@ -666,12 +666,12 @@ def test_weight_decay_spares_biases_vectors_and_the_backbones_list(place: Path, 
     assert type(optimizer) is torch.optim.AdamW
     names = {id(p): name for name, p in module.model.named_parameters()}
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    spared = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    excluded = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5, 0.0}
-    assert decayed | spared == set(names.values())
-    assert not decayed & spared
-    assert spared >= {"pos_embed", "cls_token", "norm_f.weight", "head.bias", "layers.0.mixer.A_log"}
-    assert spared >= {
+    assert decayed | excluded == set(names.values())
+    assert not decayed & excluded
+    assert excluded >= {"pos_embed", "cls_token", "norm_f.weight", "head.bias", "layers.0.mixer.A_log"}
+    assert excluded >= {
         "layers.0.mixer.A_b_log",
         "layers.0.mixer.D",
         "layers.1.mixer.conv1d.bias",

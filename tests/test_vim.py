@@ -22,7 +22,8 @@ from svp_bench.core.errors import ConfigError, UsageError
 from svp_bench.methods.build import adapt, create_backbone
 from svp_bench.methods.svp import SVP
 from svp_bench.models import VisionMamba
-from svp_bench.models.vim import LINEAR_POINTS, TENSOR_POINTS, Mixer
+from svp_bench.models.hooks import LINEAR_POINTS, TENSOR_POINTS
+from svp_bench.models.vim import Mixer
 from svp_bench.ops import backend_statuses
 
 BACKENDS = [status.name for status in backend_statuses() if status.available]
@@ -277,7 +278,7 @@ def test_the_classifier_surface() -> None:
     assert torch.equal(model(images), features)
     assert not any(name.startswith("head") for name in model.state_dict())
     model.reset_classifier(3, global_pool="token")
-    with pytest.raises(ValueError, match=r"Vim reads its class token \(global_pool='token'\); 'avg' is not offered"):
+    with pytest.raises(ValueError, match="global_pool 'avg' is not supported, only 'token'"):
         model.reset_classifier(3, global_pool="avg")
 
 
@@ -316,7 +317,7 @@ def test_dropping_the_last_branch_leaves_the_stream() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 64), (47, 48)])
 def test_images_of_another_size(height: int, width: int) -> None:
-    message = f"the model was built for 48×48 images, not {height}×{width}; create it with img_size="
+    message = f"the model takes 48×48 images, not {height}×{width}; create it with img_size="
     with pytest.raises(ValueError, match=message):
         nano()(torch.zeros(1, 3, height, width))
 

@@ -37,8 +37,8 @@ from svp_bench.methods.build import adapt
 from svp_bench.models.vim import VisionMamba
 from svp_bench.ops import (
     Direction,
-    Prompts,
-    Remake,
+    PromptTerms,
+    Recompute,
     add_norm,
     add_prompts,
     bidirectional_conv,
@@ -305,10 +305,10 @@ class Rows(NamedTuple):
     """What `add_norm` takes: tensors by name, and the token without prompts."""
 
     tensors: dict[str, Tensor | None]
-    spared: int | None
+    excluded: int | None
 
     @staticmethod
-    def drawn(width: int, terms: int, residual: bool, spared: int | None, dtype: torch.dtype) -> Rows:
+    def drawn(width: int, terms: int, residual: bool, excluded: int | None, dtype: torch.dtype) -> Rows:
         def row() -> Tensor:
             return torch.randn(2, 3, width).to(dtype)
 
@@ -316,14 +316,14 @@ class Rows(NamedTuple):
         tensors["residual"] = torch.randn(2, 3, width) if residual else None
         for k in range(terms):
             tensors |= {f"scale{k}": torch.randn(width), f"pre{k}": 3 * row()}
-        return Rows(tensors, spared)
+        return Rows(tensors, excluded)
 
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
         return with_grad(self.tensors, dtype)
 
-    def prompts(self, leaves: dict[str, Tensor | None]) -> Prompts | None:
+    def prompts(self, leaves: dict[str, Tensor | None]) -> PromptTerms | None:
         terms = [(leaves[f"scale{k}"], leaves[f"pre{k}"]) for k in range(8) if f"pre{k}" in leaves]
-        return Prompts(terms, self.spared) if terms else None  # type: ignore[arg-type]
+        return PromptTerms(terms, self.excluded) if terms else None  # type: ignore[arg-type]
 
     def ours(self, leaves: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
         assert leaves["hidden"] is not None
@@ -332,12 +332,12 @@ class Rows(NamedTuple):
         return add_norm(leaves["hidden"], leaves["residual"], leaves["weight"], 1e-5, prompts, backend="triton")
 
     def naive(self, leaves: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
-        """The formulas of the docstrings, token by token where one is spared."""
+        """The formulas of the docstrings, token by token where one is excluded."""
         total, weight = leaves["hidden"], leaves["weight"]
         assert total is not None
         assert weight is not None
-        prompted = torch.tensor([float(token != self.spared) for token in range(total.shape[1])])[:, None]
-        for scale, pre in (self.prompts(leaves) or Prompts([], None)).terms:
+        prompted = torch.tensor([float(token != self.excluded) for token in range(total.shape[1])])[:, None]
+        for scale, pre in (self.prompts(leaves) or PromptTerms([], None)).terms:
             total = total + prompted * scale * pre / (1 + torch.exp(-pre))
         if leaves["residual"] is not None:
             total = total + leaves["residual"]
@@ -346,13 +346,13 @@ class Rows(NamedTuple):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("width", "terms", "residual", "spared"),
+    ("width", "terms", "residual", "excluded"),
     [(1, 0, True, None), (33, 1, False, 2), (64, 2, True, 1), (7, 2, True, None), (600, 3, False, 0)],
 )
-def test_add_norm(width: int, terms: int, residual: bool, spared: int | None, dtype: torch.dtype) -> None:
+def test_add_norm(width: int, terms: int, residual: bool, excluded: int | None, dtype: torch.dtype) -> None:
     if terms == 3:  # PyTorch's operators then, which round each product
         dtype = torch.float32
-    rows = Rows.drawn(width, terms, residual, spared, dtype)
+    rows = Rows.drawn(width, terms, residual, excluded, dtype)
     given, exact = rows.leaves(), rows.leaves(torch.float64)
     outs, expected = rows.ours(given), rows.naive(exact)
     assert [o.dtype for o in outs] == [torch.float32, dtype]
@@ -373,11 +373,11 @@ def test_add_norm(width: int, terms: int, residual: bool, spared: int | None, dt
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("terms", "spared"), [(1, None), (2, 1), (3, 0)])
-def test_add_prompts(terms: int, spared: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("terms", "excluded"), [(1, None), (2, 1), (3, 0)])
+def test_add_prompts(terms: int, excluded: int | None, dtype: torch.dtype) -> None:
     if terms == 3:
         dtype = torch.float32
-    rows = Rows.drawn(33, terms, False, spared, dtype)
+    rows = Rows.drawn(33, terms, False, excluded, dtype)
     del rows.tensors["weight"]
     given = rows.leaves()
     exact = {**rows.leaves(torch.float64), "weight": torch.ones(33, dtype=torch.float64)}
@@ -477,7 +477,7 @@ def test_rows_checkpointed_and_compiled() -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), way
 
 
-def mixed(x: Tensor, parts: list[Tensor], remake: bool = False) -> Tensor:
+def mixed(x: Tensor, parts: list[Tensor], recompute: bool = False) -> Tensor:
     """Convolution and scan as the mixer chains them; `parts` are weights and rows of fixed inputs."""
 
     def convolve(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -486,8 +486,8 @@ def mixed(x: Tensor, parts: list[Tensor], remake: bool = False) -> Tensor:
     weight, A, D, bias, delta, B, C, z = parts
     u, u_b = convolve(x, weight)
     ahead, back = Direction(u, delta, A, B, C, D, bias), Direction(u_b, delta, A, C, B, D, bias)
-    again = Remake(torch.no_grad()(convolve), (x, weight)) if remake else None
-    return bidirectional_scan(ahead, back, z, remake=again, backend="triton")
+    again = Recompute(torch.no_grad()(convolve), (x, weight)) if recompute else None
+    return bidirectional_scan(ahead, back, z, recompute=again, backend="triton")
 
 
 def mixer_parts() -> tuple[Tensor, list[Tensor]]:
@@ -509,10 +509,10 @@ def test_made_again_checkpointed_compiled_and_under_autocast() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, run(mixed), strict=True)), "not deterministic"
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        mixed(x, parts, remake=True)
+        mixed(x, parts, recompute=True)
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, *parts)}, "the inputs and nothing else"
     ways = {
-        "made again": run(lambda x, p: mixed(x, p, remake=True)),
+        "made again": run(lambda x, p: mixed(x, p, recompute=True)),
         "checkpointed": run(lambda x, p: checkpoint(mixed, x, p, use_reentrant=False)),
         "compiled": run(torch.compile(mixed, backend="aot_eager")),
     }
@@ -533,7 +533,7 @@ def test_compiled_without_a_graph_break() -> None:
         weight, weight_b, *rest, z = parts
         u, u_b = convolve(x, weight, weight_b)
         directions = Direction(u, *rest[:4], None, None), Direction(u_b, *rest[4:], None, None)
-        again = Remake(torch.no_grad()(convolve), (x, weight, weight_b))
+        again = Recompute(torch.no_grad()(convolve), (x, weight, weight_b))
         return backend.scan(directions, (False, True), z, True, again)
 
     leaves = [torch.randn(2, 5, 4), torch.randn(4, 2), torch.randn(4, 2)]

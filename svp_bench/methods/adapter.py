@@ -75,9 +75,9 @@ class Adapter(Method):
         if not self._layers(model):
             raise ConfigError("adapter: a model of one block needs include_cls true; nothing would read the others")
         adapter = nn.ModuleDict()
-        spared = None if self.include_cls else model.cls_index
+        excluded = None if self.include_cls else model.cls_index
         for layer in self._layers(model):
-            part = adapter[str(layer)] = _Bottleneck(self, model.embed_dim, spared)
+            part = adapter[str(layer)] = _Bottleneck(self, model.embed_dim, excluded)
             model.points.on_linear(layer, "out_proj", part)
         model.adapter = adapter
 
@@ -88,7 +88,7 @@ class Adapter(Method):
 
 
 class _Bottleneck(nn.Module):
-    def __init__(self, adapter: Adapter, width: int, spared: int | None) -> None:
+    def __init__(self, adapter: Adapter, width: int, excluded: int | None) -> None:
         super().__init__()
         self.down = nn.Linear(width, adapter.hidden_dim)
         self.up = nn.Linear(adapter.hidden_dim, width)
@@ -96,10 +96,10 @@ class _Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
         self.activation = adapter.activation
         self.scale = adapter.scale
-        self.spared = spared
+        self.excluded = excluded
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         added: Tensor = self.up(ACTIVATIONS[self.activation](self.down(y)))
-        if self.spared is not None:
-            added = added * (torch.arange(y.shape[1], device=y.device) != self.spared).unsqueeze(-1)
+        if self.excluded is not None:
+            added = added * (torch.arange(y.shape[1], device=y.device) != self.excluded).unsqueeze(-1)
         return torch.add(y, added, alpha=self.scale)

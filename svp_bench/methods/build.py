@@ -13,12 +13,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import svp_bench.models.vim  # noqa: F401  registers the backbones with timm
 from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import Method, build_method
+from svp_bench.models import VisionMamba
 from svp_bench.models.checkpoints import Head, keeps_head, load_checkpoint, resolve_checkpoint
-from svp_bench.models.vim import VisionMamba
 
 __all__ = ["adapt", "create_backbone", "create_model", "input_size", "trained_parameters"]
 
@@ -143,7 +142,7 @@ def _check_promises(model: VisionMamba, method: Method, before: Tensor | None) -
     """Check that the hooks of a method take effect, its count and, if `before` is given, its identity at the start."""
     name = type(method).__name__
     for mixer in model.mixers:
-        mixer.check_points()
+        mixer.check_hooks()
     inside = set(model.modules())
     for hook in (hook for place in model.points.places() for hook in place):
         owner = getattr(hook, "__self__", hook)

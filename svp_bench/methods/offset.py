@@ -17,7 +17,7 @@ class Offset(Method):
     """A trained vector per block, added to every patch token of the block input: x + v_i.
 
     SVP (Yao et al., AAAI 2025, arXiv:2412.08947) with prompts that do not depend on the token: the same places, the
-    same spared class token. A control for what is gained by making prompts from the input. The vectors start at zero.
+    same excluded class token. A control for what is gained by making prompts from the input. The vectors start at zero.
 
     Trained parameters besides the head: |depths| · D.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method, chosen_blocks
 from svp_bench.models import TokenState, VisionMamba
-from svp_bench.ops import Prompts, add_prompts
+from svp_bench.ops import PromptTerms, add_prompts
 
 __all__ = ["SVP"]
 
@@ -149,11 +149,11 @@ class _Prompter(nn.Module):
             terms.append((self.beta[self.rows[layer]], self.inner[str(layer)](x)))
         return terms
 
-    def _drop(self, x: Tensor, terms: list[tuple[Tensor, Tensor]], spared: int | None) -> Tensor:
+    def _drop(self, x: Tensor, terms: list[tuple[Tensor, Tensor]], excluded: int | None) -> Tensor:
         """The tokens x with prompts of which dropout took a part."""
         prompts = torch.stack([scale * self.dropout(F.silu(pre)) for scale, pre in terms]).sum(dim=0).to(x.dtype)
-        if spared is not None:
-            prompts = prompts.index_fill(1, torch.tensor([spared], device=x.device), 0)
+        if excluded is not None:
+            prompts = prompts.index_fill(1, torch.tensor([excluded], device=x.device), 0)
         return x + prompts
 
     def _add(self, layer: int, x: Tensor, cross_source: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class _Prompter(nn.Module):
             before, cls, after = x[:, :middle], x[:, middle : middle + 1], x[:, middle + 1 :]
             prompted = self._add(layer, before, before)
             return state._replace(hidden=torch.cat([prompted, cls, self._add(layer, after, prompted)], dim=1))
-        terms, spared = self._terms(layer, x, x), None if self.include_cls else middle
+        terms, excluded = self._terms(layer, x, x), None if self.include_cls else middle
         if self.training and self.dropout.p > 0:
-            return state._replace(hidden=self._drop(x, terms, spared))
-        return state._replace(prompts=Prompts(terms, spared))  # the block adds them
+            return state._replace(hidden=self._drop(x, terms, excluded))
+        return state._replace(prompts=PromptTerms(terms, excluded))  # the block adds them

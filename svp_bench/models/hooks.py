@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from svp_bench.core.errors import ConfigError
-from svp_bench.ops import Prompts, add_prompts
+from svp_bench.ops import PromptTerms, add_prompts
 
-__all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "Points", "TokenState", "is_plain", "plain_parameter"]
+__all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "HookPoints", "TokenState", "is_plain", "plain_parameter"]
 
 LINEAR_POINTS = ("in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj")
 TENSOR_POINTS = (
@@ -45,7 +45,7 @@ class TokenState(NamedTuple):
     hidden: Tensor
     residual: Tensor | None
     cls_index: int
-    prompts: Prompts | None = None
+    prompts: PromptTerms | None = None
 
     def settled(self, scan_backend: str = "auto") -> TokenState:
         """Return the state with its prompts added to `hidden`."""
@@ -70,12 +70,12 @@ class TokenState(NamedTuple):
         return self._replace(hidden=hidden.to(self.hidden.dtype), prompts=None)
 
 
-TokenPoint = Callable[[int, TokenState], TokenState]
-LinearPoint = Callable[[Tensor, Tensor], Tensor]
-TensorPoint = Callable[[Tensor], Tensor]
+TokenHook = Callable[[int, TokenState], TokenState]
+LinearHook = Callable[[Tensor, Tensor], Tensor]
+TensorHook = Callable[[Tensor], Tensor]
 
 
-class Points:
+class HookPoints:
     """The places of the backbone where a method may act. All empty by default, at no cost.
 
     A hook is a module of the adapter, a method of one, or a function. A deep copy of the model gets hooks of its own:
@@ -97,12 +97,12 @@ class Points:
     def __init__(self, depth: int = 1) -> None:
         self.depth = depth
         self.scan_backend = "auto"
-        self.tokens: list[TokenPoint] = []
-        self.patch_embed: list[LinearPoint] = []
-        self.linear: dict[tuple[int, str], list[LinearPoint]] = defaultdict(list)
-        self.tensor: dict[tuple[int, str], list[TensorPoint]] = defaultdict(list)
+        self.tokens: list[TokenHook] = []
+        self.patch_embed: list[LinearHook] = []
+        self.linear: dict[tuple[int, str], list[LinearHook]] = defaultdict(list)
+        self.tensor: dict[tuple[int, str], list[TensorHook]] = defaultdict(list)
 
-    def on_tokens(self, point: TokenPoint) -> None:
+    def on_tokens(self, point: TokenHook) -> None:
         """Call `point` before each block.
 
         Raises:
@@ -110,11 +110,11 @@ class Points:
         """
         self.tokens.append(_checked(point))
 
-    def on_patch_embed(self, point: LinearPoint) -> None:
+    def on_patch_embed(self, point: LinearHook) -> None:
         """Call `point` after the patch embedding."""
         self.patch_embed.append(_checked(point))
 
-    def on_linear(self, layer: int, name: str, point: LinearPoint) -> None:
+    def on_linear(self, layer: int, name: str, point: LinearHook) -> None:
         """Call `point` after the projection `name` of block `layer`.
 
         Raises:
@@ -125,7 +125,7 @@ class Points:
             raise ValueError(f"no linear projection {name!r}; there are {', '.join(LINEAR_POINTS)}")
         self.linear[layer, name].append(_checked(point))
 
-    def on_tensor(self, layer: int, name: str, point: TensorPoint) -> None:
+    def on_tensor(self, layer: int, name: str, point: TensorHook) -> None:
         """Pass the tensor `name` of block `layer` through `point` before it is used.
 
         Raises:
@@ -152,7 +152,7 @@ class Points:
     def __bool__(self) -> bool:  # also without hooks it is there
         return True
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Points:
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookPoints:
         made = memo[id(self)] = type(self)(self.depth)
         made.scan_backend = self.scan_backend
         made.tokens = _copied(self.tokens, memo)

@@ -1,89 +1,37 @@
-"""Vision Mamba (Vim), readable from top to bottom, as a timm model.
+"""Vision Mamba (Vim) as a timm model, readable from top to bottom.
 
 Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", ICML 2024,
 arXiv:2401.09417. Parameter names and shapes are those of the published checkpoints (hustvl/Vim-*-midclstok): RMSNorm,
-absolute position embedding, class token in the middle, bidirectional mixer "v2" whose two directions are averaged.
+absolute position embedding, class token in the middle, bidirectional mixer "v2" that averages its two directions.
 
-Letters used for shapes: B batch, L length (patches + class token + whatever a method inserts), D width (embed_dim),
+Letters used for shapes: B batch, L length (patches, class token, tokens that a method inserts), D width (embed_dim),
 E = 2 D inner width, N state size, R = ceil(D / 16) rank of Δ, W convolution width, P patches.
 
-The backbone knows no method. It offers named points (`Points`) where one may act; each is empty by default.
-
-Kernels read the tensors of a part (projection, convolution, norm) while that part is plain (`is_plain`). A part that
-was replaced, or carries hooks, parametrizations or a pruning mask, is called as a module instead.
+The backbone knows no method: methods act at its hook points (`HookPoints`), empty by default. Kernels read the tensors
+of a part (projection, convolution, norm) while it is plain (`is_plain`); a replaced part, or one with hooks,
+parametrizations or a pruning mask, is called as a module.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, resample_abs_pos_embed, resample_patch_embed, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from svp_bench.core.errors import ConfigError, unknown_name
-from svp_bench.models.hooks import LINEAR_POINTS, TENSOR_POINTS, Points, TokenState, is_plain, not_plain
-from svp_bench.ops import (
-    Direction,
-    Remake,
-    add_norm,
-    bidirectional_conv,
-    bidirectional_scan,
-    is_tracing,
-    require,
-)
+from svp_bench.models.checkpoints import LoadReport, load_checkpoint
+from svp_bench.models.hooks import LINEAR_POINTS, HookPoints, TokenState, is_plain, not_plain
+from svp_bench.models.layers import PatchEmbed, RMSNorm, is_causal_conv, resize_positions
+from svp_bench.ops import Direction, Recompute, add_norm, bidirectional_conv, bidirectional_scan, is_tracing, require
 
-if TYPE_CHECKING:
-    from svp_bench.models.checkpoints import LoadReport
-
-__all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "Block", "Mixer", "Points", "RMSNorm", "TokenState", "VisionMamba"]
-
-NORM_EPS = 1e-5  # of the published checkpoints; timm's usual 1e-6 gives other numbers
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, eps 1e-5, computed in float32 (or wider)."""
-
-    def __init__(self, width: int, eps: float = NORM_EPS) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, D) → (…, D)."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-class PatchEmbed(nn.Module):
-    """Images to patch tokens by one strided convolution; with `stride` below `patch_size` the patches overlap."""
-
-    def __init__(self, img_size: tuple[int, int], patch_size: int, stride: int, in_chans: int, width: int) -> None:
-        super().__init__()
-        self.img_size = img_size
-        self.patch_size = (patch_size, patch_size)
-        self.stride = stride
-        self.grid_size = tuple((side - patch_size) // stride + 1 for side in img_size)
-        self.num_patches = math.prod(self.grid_size)
-        self.proj = nn.Conv2d(in_chans, width, patch_size, stride)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, P, D).
-
-        Raises:
-            ValueError: If the images are not of the size that the model was built for.
-        """
-        if tuple(images.shape[-2:]) != self.img_size:
-            given = "×".join(map(str, images.shape[-2:]))
-            wanted = "×".join(map(str, self.img_size))
-            raise ValueError(f"the model was built for {wanted} images, not {given}; create it with img_size={given}")
-        patches: Tensor = self.proj(images)
-        return patches.flatten(2).mT
+__all__ = ["Block", "Mixer", "VisionMamba"]
 
 
 class Mixer(nn.Module):
@@ -120,13 +68,13 @@ class Mixer(nn.Module):
             self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(inner)))
         self.out_proj = nn.Linear(inner, width, bias=False)
         self.layer = 0
-        self.points = Points()  # the model puts its own here
+        self.points = HookPoints()  # replaced by the model's
         self.scan_backend = "auto"
 
     def init_dt(self, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
-        """Give Δ its range: weights uniform ± R^-½, biases such that softplus(bias) is log-uniform in [1e-3, 0.1].
+        """Initialise dt_proj of both directions: weights uniform ± R^-½, softplus(bias) log-uniform in [1e-3, 0.1].
 
-        Both directions get it. (In the released code a later pass sets the backward bias to zero.)
+        In the released code a later pass sets the backward bias to zero.
         """
         for dt_proj in (self.dt_proj, self.dt_proj_b):
             nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
@@ -136,7 +84,7 @@ class Mixer(nn.Module):
                 dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
     def tensor(self, name: str) -> Tensor:
-        """Return the tensor `name` of `TENSOR_POINTS` as a kernel is to read it: what methods made of it."""
+        """Return the tensor `name` of `TENSOR_POINTS` as a kernel reads it, changed by its hooks."""
         if name in ("A", "A_b"):
             log: Tensor = getattr(self, f"{name}_log")
             value = -torch.exp(log.to(torch.promote_types(log.dtype, torch.float32)))
@@ -145,18 +93,18 @@ class Mixer(nn.Module):
             value = getattr(getattr(self, part) if part else self, leaf)
             if part.startswith("conv1d") and leaf == "weight":
                 value = value.squeeze(1)  # (E, 1, W) → (E, W)
-        for point in self.points.tensor.get((self.layer, name), ()):
-            value = point(value)
+        for hook in self.points.tensor.get((self.layer, name), ()):
+            value = hook(value)
         return value
 
     def bias(self, part: str) -> Tensor | None:
-        """Return the bias of a plain part as a kernel is to read it, or None if the part has none."""
+        """Return the bias of a plain part as a kernel reads it, or None."""
         if getattr(self, part).bias is None:
-            self.refuse_tensor_points(part, "bias")
+            self.refuse_tensor_hooks(part, "bias")
             return None
         return self.tensor(f"{part}.bias")
 
-    def refuse_tensor_points(self, part: str, *leaves: str) -> None:
+    def refuse_tensor_hooks(self, part: str, *leaves: str) -> None:
         """Check that no method changes a tensor of a part that reads its tensors itself.
 
         Raises:
@@ -166,39 +114,34 @@ class Mixer(nn.Module):
             if self.points.tensor.get((self.layer, f"{part}.{leaf}")):
                 raise not_plain(f"layers.{self.layer}.mixer.{part}.{leaf}", getattr(self, part))
 
-    def check_points(self) -> None:
-        """Check that all that methods change is read.
+    def check_hooks(self) -> None:
+        """Check that every tensor that a method changes is read.
 
         Raises:
             ConfigError: If a method changes a tensor of a part that is not plain.
         """
-        for part in LINEAR_POINTS:
-            if not is_plain(getattr(self, part), nn.Linear):
-                self.refuse_tensor_points(part, "weight", "bias")
-        for part in ("conv1d", "conv1d_b"):
-            if not _is_causal(getattr(self, part)):
-                self.refuse_tensor_points(part, "weight", "bias")
+        plain = {name: is_plain(getattr(self, name), nn.Linear) for name in LINEAR_POINTS}
+        plain |= {name: is_causal_conv(getattr(self, name)) for name in ("conv1d", "conv1d_b")}
+        for part in (name for name, known in plain.items() if not known):
+            self.refuse_tensor_hooks(part, "weight", "bias")
 
     def project(self, name: str, x: Tensor) -> Tensor:
-        """Apply the projection `name` of `LINEAR_POINTS` to x, and what methods add to it.
-
-        The bias of dt_proj is not added here if `bias_in_scan`.
-        """
+        """Apply the projection `name` of `LINEAR_POINTS` and its hooks to x; `bias_in_scan` leaves out the bias."""
         part = getattr(self, name)
-        points = self.points.linear.get((self.layer, name), ())
+        hooks = self.points.linear.get((self.layer, name), ())
         if is_plain(part, nn.Linear):
             y = F.linear(x, self.tensor(f"{name}.weight"), None if self.bias_in_scan(name) else self.bias(name))
         else:
-            self.refuse_tensor_points(name, "weight", "bias")
+            self.refuse_tensor_hooks(name, "weight", "bias")
             y = part(x)
-            if points:
-                y = y.clone()  # its hooks may have kept it, and points may change it in place
-        for point in points:
-            y = point(x, y)
+            if hooks:
+                y = y.clone()  # the module may hold its output, and hooks may change it in place
+        for hook in hooks:
+            y = hook(x, y)
         return y
 
     def bias_in_scan(self, name: str) -> bool:
-        """Whether the scan adds the bias of a projection: of dt_proj, if nothing else makes or sees its output."""
+        """Whether the scan adds the bias of a projection: that of a plain dt_proj without hooks."""
         return (
             name.startswith("dt_proj")
             and not self.points.linear.get((self.layer, name))
@@ -206,7 +149,7 @@ class Mixer(nn.Module):
         )
 
     def direction(self, suffix: str, u: Tensor) -> Direction:
-        """Return what the scan of one direction reads, from its convolved input u (B, L, E)."""
+        """Return the inputs of the scan of one direction from its convolved input u (B, L, E)."""
         A, dt_proj = self.tensor(f"A{suffix}"), f"dt_proj{suffix}"
         state = A.shape[-1]
         dt, B, C = self.project(f"x_proj{suffix}", u).split([self.dt_rank, state, state], dim=-1)
@@ -217,14 +160,14 @@ class Mixer(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, L, D) → (B, L, D)."""
         x, z = self.project("in_proj", hidden).chunk(2, dim=-1)
-        u, u_b, remake = self._convolve(x)
+        u, u_b, recompute = self._convolve(x)
         forward, backward = self.direction("", u), self.direction("_b", u_b)
-        y = bidirectional_scan(forward, backward, z, remake=remake, backend=self.scan_backend)
+        y = bidirectional_scan(forward, backward, z, recompute=recompute, backend=self.scan_backend)
         return self.project("out_proj", y)
 
-    def _convolve(self, x: Tensor) -> tuple[Tensor, Tensor, Remake | None]:
-        """Return SiLU of both convolutions of x, (B, L, E) each, and how to compute them again if that pays."""
-        both = _is_causal(self.conv1d) and _is_causal(self.conv1d_b)
+    def _convolve(self, x: Tensor) -> tuple[Tensor, Tensor, Recompute | None]:
+        """Return SiLU of both convolutions of x, (B, L, E) each, and how to recompute them unless autograd saves u."""
+        both = is_causal_conv(self.conv1d) and is_causal_conv(self.conv1d_b)
         if not both or self.conv1d.kernel_size != self.conv1d_b.kernel_size:
             return self._convolve_one("conv1d", x), self._convolve_one("conv1d_b", x.flip(1)).flip(1), None
         ahead = (self.tensor("conv1d.weight"), self.bias("conv1d"))
@@ -234,33 +177,27 @@ class Mixer(nn.Module):
             return bidirectional_conv(x, parts[:2], parts[2:], backend=self.scan_backend)  # type: ignore[arg-type]
 
         u, u_b = convolve(x, *ahead, *back)  # type: ignore[arg-type]
-        # where nothing else holds u for the backward pass, convolving again is cheaper than keeping it
-        remake = None if self._keeps_u() else Remake(torch.no_grad()(convolve), (x, *ahead, *back))
-        return u, u_b, remake
+        recompute = None if self._saves_u() else Recompute(torch.no_grad()(convolve), (x, *ahead, *back))
+        return u, u_b, recompute
 
     def _convolve_one(self, name: str, x: Tensor) -> Tensor:
-        """Return SiLU of one convolution of x (B, L, E), the first L steps of what it gives."""
+        """Return the first L steps of SiLU of one convolution of x (B, L, E)."""
         conv, length = getattr(self, name), x.shape[1]
-        if _is_causal(conv):
-            y = F.conv1d(
-                x.mT,
-                self.tensor(f"{name}.weight").unsqueeze(1),
-                self.bias(name),
-                padding=conv.padding,
-                groups=conv.groups,
-            )
+        if is_causal_conv(conv):
+            weight, bias = self.tensor(f"{name}.weight").unsqueeze(1), self.bias(name)
+            y = F.conv1d(x.mT, weight, bias, padding=conv.padding, groups=conv.groups)
         else:
-            self.refuse_tensor_points(name, "weight", "bias")
+            self.refuse_tensor_hooks(name, "weight", "bias")
             y = conv(x.mT)
         if y.shape[-1] < length:
             raise ConfigError(
                 f"layers.{self.layer}.mixer.{name}, a {type(conv).__name__}, gives {y.shape[-1]} steps for {length}; "
-                "what replaces the convolution must pad its input by kernel_size - 1"
+                "a replacement of the convolution must pad its input by kernel_size - 1"
             )
         return F.silu(y[..., :length]).mT
 
-    def _keeps_u(self) -> bool:
-        """Whether autograd keeps the convolved inputs anyway: a trained or changed x_proj needs them."""
+    def _saves_u(self) -> bool:
+        """Whether autograd saves the convolved inputs anyway, for a trained or changed x_proj."""
         linear, tensor = self.points.linear, self.points.tensor
         return any(
             not is_plain(part := getattr(self, name), nn.Linear)
@@ -271,33 +208,21 @@ class Mixer(nn.Module):
         )
 
 
-def _is_causal(conv: nn.Module) -> bool:
-    """Whether a part is the depth-wise causal convolution that kernels know."""
-    return (
-        is_plain(conv, nn.Conv1d)
-        and isinstance(conv, nn.Conv1d)
-        and conv.groups == conv.in_channels == conv.out_channels
-        and conv.padding == (conv.kernel_size[0] - 1,)
-        and conv.stride == conv.dilation == (1,)
-        and conv.padding_mode == "zeros"
-    )
-
-
 def _add_norm(norm: nn.Module, state: TokenState, backend: str) -> tuple[Tensor, Tensor]:
-    """Return the residual stream with the branch added, and what `norm` makes of it."""
+    """Return the residual stream with the branch added, and its norm."""
     hidden = state.hidden
     if is_plain(norm, RMSNorm):
         weight, eps = norm.weight, norm.eps
         return add_norm(hidden, state.residual, weight, eps, state.prompts, backend=backend)  # type: ignore[arg-type]
     stream = state.settled(backend).stream
-    taken = stream
-    if not isinstance(norm, RMSNorm):  # which takes any precision; others take that of their parameters
-        taken = stream.to(next((p.dtype for p in norm.parameters() if p.is_floating_point()), stream.dtype))
-    return stream, norm(taken).to(hidden.dtype)
+    dtype = stream.dtype
+    if not isinstance(norm, RMSNorm):  # other norms expect the precision of their parameters
+        dtype = next((p.dtype for p in norm.parameters() if p.is_floating_point()), dtype)
+    return stream, norm(stream.to(dtype)).to(hidden.dtype)
 
 
 class Block(nn.Module):
-    """Add, norm, mix: the branch of the block before is added first, and the own branch is returned apart."""
+    """Add the branch of the previous block to the stream, norm, mix; the own branch is returned separately."""
 
     def __init__(self, width: int, drop_path: float, **mixer: Any) -> None:
         super().__init__()
@@ -307,10 +232,7 @@ class Block(nn.Module):
         self.scan_backend = "auto"
 
     def forward(self, state: TokenState) -> TokenState:
-        """Tokens (B, L, D) → hidden: the mixer's output, residual: the stream.
-
-        The drop path acts on the branch of the block before; block 0 has none before it and does not call its own.
-        """
+        """(hidden, residual) → (mixer output, stream). The drop path acts on `hidden`, except in block 0."""
         backend, drop = self.scan_backend, self.drop_path
         idle = is_plain(drop, nn.Identity) or (is_plain(drop, DropPath) and not drop.training)
         if state.residual is not None and not idle:
@@ -323,30 +245,22 @@ class Block(nn.Module):
 def _check_pool(name: str) -> None:
     if name != "token":
         raise ValueError(
-            f"Vim reads its class token (global_pool='token'); {name!r} is not offered; forward_tokens gives all tokens"
+            f"global_pool {name!r} is not supported, only 'token' (the class token); forward_tokens gives all tokens"
         )
-
-
-def resize_positions(rows: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
-    """Resize a position embedding (1, P + 1, D) from one grid to another (bicubic), the class token's row apart."""
-    at, to = math.prod(old) // 2, math.prod(new) // 2
-    patches = torch.cat([rows[:, :at], rows[:, at + 1 :]], dim=1)
-    patches = resample_abs_pos_embed(patches, new_size=list(new), old_size=list(old), num_prefix_tokens=0)
-    return torch.cat([patches[:, :to], rows[:, at : at + 1], patches[:, to:]], dim=1)
 
 
 def _mixer_of(layer: int, block: nn.Module) -> Mixer:
     found = [module for module in block.modules() if isinstance(module, Mixer)]
     if len(found) != 1:
         raise ConfigError(
-            f"layers.{layer}, a {type(block).__name__}, holds {len(found)} Mixer modules and must hold one: methods "
-            "act on Vim's mixers; keep the mixer inside what replaces the block"
+            f"layers.{layer}, a {type(block).__name__}, holds {len(found)} Mixer modules and must hold one; keep the "
+            "mixer inside the module that replaces the block"
         )
     return found[0]
 
 
 class VisionMamba(nn.Module):
-    """Vision Mamba with the class token in the middle; timm's surface, the published parameter names.
+    """Vision Mamba with the class token in the middle, timm's interface and the published parameter names.
 
     Args:
         img_size: Height and width of the images, or one number for both.
@@ -360,19 +274,16 @@ class VisionMamba(nn.Module):
         d_conv: W.
         expand: E / D.
         drop_rate: Dropout before the head.
-        drop_path_rate: Of the last block; block i ≥ 1 gets the (i-1)-th of `depth` values from 0 to the rate, block 0
-            gets 0, and a last drop path with the full rate stands before the final norm (as released).
+        drop_path_rate: Block i ≥ 1 gets the (i-1)-th of `depth` values from 0 to this rate, block 0 gets 0, and the
+            drop path before the final norm the full rate (as released).
         scan_backend: "auto" or a name of `svp_bench.list_backends()`.
-        global_pool: "token", timm's name for reading the class token; there is no other pooling.
+        global_pool: "token" (timm's name for the class token); others raise ValueError.
 
     Attributes:
-        points: Where a method may act.
-        adapter: What a method trains, or None.
-        load_report: What loading the weights did in addition to copying, or None for random ones.
-        feature_info: A dict a block, as timm's `features_only` reads it.
-
-    Raises:
-        ValueError: If another pooling is asked for.
+        points: Hook points for methods.
+        adapter: Adapter parameters of the method, or None.
+        load_report: Report of `load_checkpoint`, or None for random weights.
+        feature_info: One dict per block, for timm's `features_only`.
     """
 
     def __init__(
@@ -404,7 +315,7 @@ class VisionMamba(nn.Module):
         self.cls_index = patches // 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, embed_dim))  # row cls_index is the class token's
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()  # also for a model on the meta device
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()  # "cpu" also for meta models
         mixer = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
         self.layers = nn.ModuleList(Block(embed_dim, rates[max(i - 1, 0)], **mixer) for i in range(depth))
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
@@ -415,31 +326,22 @@ class VisionMamba(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Identity()
         self.adapter: nn.Module | None = None
-        self.load_report: LoadReport | None = None  # of `load_checkpoint`
-        self.points = Points(depth)
+        self.load_report: LoadReport | None = None
+        self.points = HookPoints(depth)
         self.grad_checkpointing = False
         for layer, mix in enumerate(self.mixers):
             mix.layer, mix.points = layer, self.points
         self.set_scan_backend(scan_backend)
         self.init_weights()
-        self.reset_classifier(num_classes)  # last: the random backbone of a seed must not depend on the classes
+        self.reset_classifier(num_classes)  # last, so that a seed's random backbone is independent of the classes
 
     @property
     def mixers(self) -> list[Mixer]:
-        """The mixers, from the first block to the last, also of blocks that were wrapped.
-
-        Raises:
-            ConfigError: If a block does not hold exactly one.
-        """
+        """Return the mixer of each block, wrapped blocks included; ConfigError if a block does not hold one."""
         return [_mixer_of(layer, block) for layer, block in enumerate(self.layers)]
 
     def set_scan_backend(self, name: str) -> None:
-        """Use this scan backend from now on.
-
-        Raises:
-            UsageError: If there is none of that name.
-            UnavailableError: If it cannot run here.
-        """
+        """Set the scan backend; raise UsageError for an unknown name, UnavailableError if it cannot run here."""
         require(name)
         self.scan_backend = self.points.scan_backend = name
         for module in self.modules():
@@ -463,12 +365,12 @@ class VisionMamba(nn.Module):
         trunc_normal_(self.cls_token, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that take no weight decay besides biases and one-dimensional ones (Vim's list)."""
+        """Return the parameters without weight decay in addition to one-dimensional ones (Vim's list)."""
         logs = {name for name, _ in self.named_parameters() if name.endswith(("A_log", "A_b_log"))}
         return {"pos_embed", "cls_token", *logs}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's patterns of parameter names by depth, for layer-wise learning rates; the adapter comes last."""
+        """Return timm's patterns of parameter names by depth, for layer-wise learning rates."""
         return {
             "stem": r"^cls_token|pos_embed|patch_embed",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
@@ -479,13 +381,8 @@ class VisionMamba(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one, initialised as Vim does.
-
-        Raises:
-            ValueError: If another pooling than "token" is asked for: Vim reads its class token.
-        """
-        if global_pool is not None:
-            _check_pool(global_pool)
+        """Replace the head by a newly initialised one; ValueError for a pooling other than "token"."""
+        _check_pool("token" if global_pool is None else global_pool)
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
@@ -497,88 +394,75 @@ class VisionMamba(nn.Module):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Take images of another size, or patches of another, from now on (as timm's ViTs do).
+        """Change the image size or the patch size in place, as timm's ViTs do.
 
-        Positions are resized (bicubic) by their grid, the class token's row apart; so are the weights of the patches.
+        Position embeddings and patch weights are resized (bicubic); the row of the class token is copied.
 
         Args:
-            img_size: Height and width; as before if None.
-            patch_size: Side of a patch; as before if None. Not for overlapping patches.
+            img_size: Height and width; unchanged if None.
+            patch_size: Side of a patch; unchanged if None. Only without overlap.
 
         Raises:
-            ConfigError: If the model carries a method, or no patch fits.
+            ConfigError: If the model carries a method, or the patches do not fit.
         """
-        if self.adapter is not None or len(self.points):
-            raise ConfigError("set_input_size: this model carries a method that was built for its size; call it before")
-        old, embed = self.patch_embed, self.patch_embed.proj
+        self._refuse_method("set_input_size")
+        old = self.patch_embed
         size = old.img_size if img_size is None else to_2tuple(img_size)
-        side = old.patch_size if patch_size is None else to_2tuple(patch_size)
-        if side[0] != side[1] or (side != old.patch_size and old.stride != old.patch_size[0]):
-            raise ConfigError(
-                f"set_input_size: patch_size {patch_size} is not offered; patches are square, and those of this model "
-                f"({old.patch_size[0]}, a step of {old.stride}) can only change where they do not overlap"
-            )
-        stride = old.stride if side == old.patch_size else side[0]
-        new = PatchEmbed(size, side[0], stride, self.in_chans, self.embed_dim)
-        if new.num_patches < 1:
-            raise ConfigError(f"set_input_size: no patch of {side[0]} fits into {size[0]}×{size[1]}")
-        if side != old.patch_size:
+        new = old if patch_size is None else old.with_patch_size(to_2tuple(patch_size))
+        embed = PatchEmbed(size, new.patch_size[0], new.stride, self.in_chans, self.embed_dim)
+        embed.proj, grid = new.proj, embed.grid_size  # with its hooks and replacements
+        if min(grid) < 1:
+            raise ConfigError(f"set_input_size: {size[0]}×{size[1]} is smaller than a patch of {new.patch_size[0]}")
+        self.patch_embed = embed.train(old.training)
+        if grid != old.grid_size:
             with torch.no_grad():
-                new.proj.to(embed.weight)
-                new.proj.weight.copy_(resample_patch_embed(embed.weight, list(side)))
-                if embed.bias is None:
-                    new.proj.bias = None
-                elif new.proj.bias is not None:
-                    new.proj.bias.copy_(embed.bias)
-            new.proj.requires_grad_(embed.weight.requires_grad)
-        else:
-            new.proj = embed  # with its hooks, or what it was replaced by
-        self.patch_embed = new.train(old.training)
-        if new.grid_size != old.grid_size:
-            with torch.no_grad():
-                rows = resize_positions(self.pos_embed, old.grid_size, new.grid_size)
+                rows = resize_positions(self.pos_embed, old.grid_size, grid)
             self.pos_embed = nn.Parameter(rows, requires_grad=self.pos_embed.requires_grad)
-        self.cls_index = new.num_patches // 2
+        self.cls_index = embed.num_patches // 2
         for info in self.feature_info:
-            info["reduction"] = stride
+            info["reduction"] = embed.stride
+
+    def _refuse_method(self, function: str) -> None:
+        if self.adapter is not None or len(self.points):
+            raise ConfigError(f"{function}: this model already carries a method; call {function} before adapting it")
 
     def embed(self, images: Tensor) -> TokenState:
         """(B, 3, H, W) → the token sequence before block 0, class token in the middle, positions added."""
         tokens = self.patch_embed(images)
-        for point in self.points.patch_embed:
-            tokens = point(images, tokens)
+        for hook in self.points.patch_embed:
+            tokens = hook(images, tokens)
         cls = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         middle = self.cls_index
         sequence = torch.cat([tokens[:, :middle], cls, tokens[:, middle:]], dim=1)
         return TokenState(sequence + self.pos_embed, None, middle)
 
     def _layer(self, layer: int, block: nn.Module, state: TokenState) -> TokenState:
-        """What the methods do before a block, and the block."""
-        for point in self.points.tokens:
-            state = point(layer, state.settled(self.scan_backend))
+        """Apply the token hooks and a block."""
+        for hook in self.points.tokens:
+            state = hook(layer, state.settled(self.scan_backend))
         after: TokenState = block(state)
         return after
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep the input of each layer alone and compute the layer again in the backward pass (timm's name for it)."""
+        """Save only the input of each block and recompute the block in the backward pass."""
         self.grad_checkpointing = enable
 
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, int]:
-        """(B, 3, H, W) → all tokens after the final norm, (B, L, D), and the place of the class token."""
+        """(B, 3, H, W) → all tokens after the final norm, (B, L, D), and the index of the class token."""
         state = self.embed(images)
         for layer, block in enumerate(self.layers):
             state = self._run(layer, block, state)
         return self._final_norm(state), state.cls_index
 
     def _run(self, layer: int, block: nn.Module, state: TokenState) -> TokenState:
-        """Return the state after a block, which is computed again in the backward pass if that was asked for."""
+        """Return the state after a block, with gradient checkpointing if enabled."""
         if self.grad_checkpointing and torch.is_grad_enabled() and not is_tracing():
-            again: TokenState = checkpoint(self._layer, layer, block, state, use_reentrant=False)
-            return again
+            after: TokenState = checkpoint(self._layer, layer, block, state, use_reentrant=False)
+            return after
         return self._layer(layer, block, state)
 
     def _final_norm(self, state: TokenState) -> Tensor:
-        """(B, L, D), normed, of the state after a block."""
+        """Return the normed tokens (B, L, D) of the state after a block."""
         if state.residual is not None:
             state = state._replace(hidden=self.drop_path(state.hidden))
         return _add_norm(self.norm_f, state, self.scan_backend)[1]
@@ -599,22 +483,22 @@ class VisionMamba(nn.Module):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> Any:
-        """Return what `forward_features` returns, and the patch tokens after chosen blocks (timm's interface).
+        """Return the features of `forward_features`, and the patch tokens after some blocks (timm's interface).
 
         The tokens after a block are the residual stream with the block's branch added.
 
         Args:
             x: Normalised images (B, 3, H, W).
-            indices: The last n blocks, the blocks of these numbers, or all.
+            indices: The last n blocks, block numbers, or all.
             return_prefix_tokens: Return pairs of the patch tokens and the class token (B, 1, D).
             norm: Apply the final norm to the tokens of every block.
-            stop_early: Skip the blocks behind the last chosen one; needs `intermediates_only`.
+            stop_early: Skip the blocks after the last index; needs `intermediates_only`.
             output_fmt: NCHW for maps (B, D, rows, columns), NLC for tokens (B, P, D).
             intermediates_only: Return the list alone.
             output_dict: Return a dict of image_features, image_intermediates and image_intermediates_prefix.
 
         Raises:
-            ConfigError: If a method has inserted tokens, so that the others are no map; or if the format is unknown.
+            ConfigError: If a method has inserted tokens, or the format is unknown.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise unknown_name("output_fmt", str(output_fmt), ("NCHW", "NLC"), error=ConfigError)
@@ -629,8 +513,8 @@ class VisionMamba(nn.Module):
             tokens, at = self._final_norm(state) if norm else state.stream.to(state.hidden.dtype), state.cls_index
             if tokens.shape[1] != patches + 1:
                 raise ConfigError(
-                    f"the method of this model inserts tokens ({tokens.shape[1]} where the images give {patches + 1}), "
-                    "so they are not a map; take the intermediates of a model without it, or forward_tokens"
+                    f"the method of this model inserts tokens ({tokens.shape[1]}, not {patches + 1}), so they are not "
+                    "a map; use a model without it, or forward_tokens"
                 )
             spatial = torch.cat([tokens[:, :at], tokens[:, at + 1 :]], dim=1)
             taken.append(spatial.mT.unflatten(2, (rows, columns)).contiguous() if output_fmt == "NCHW" else spatial)
@@ -653,7 +537,7 @@ class VisionMamba(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> Any:
-        """Return the patch tokens after blocks n, or after the last n: an older name of `forward_intermediates`."""
+        """Return the patch tokens after blocks n, or after the last n (older timm name of `forward_intermediates`)."""
         return self.forward_intermediates(
             x,
             n,
@@ -666,23 +550,12 @@ class VisionMamba(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the blocks behind the last of `indices`, and the head; timm's `features_only` calls this.
-
-        Args:
-            indices: The last n blocks, or the blocks of these numbers.
-            prune_norm: Remove the final norm.
-            prune_head: Remove the head.
+        """Remove the blocks after the last of `indices`, and on request the final norm and the head, for timm.
 
         Returns:
-            The numbers of the chosen blocks.
-
-        Raises:
-            ConfigError: If the model carries a method.
+            The block numbers of `indices`.
         """
-        if self.adapter is not None or len(self.points):
-            raise ConfigError(
-                "prune_intermediate_layers: this model carries a method for all its blocks; call it before"
-            )
+        self._refuse_method("prune_intermediate_layers")
         chosen, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
         self.depth = self.points.depth = last + 1
@@ -705,87 +578,6 @@ class VisionMamba(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
-        """Load a published file; timm calls this for `pretrained=True`, and keeps a head of as many classes."""
-        from svp_bench.models.checkpoints import load_checkpoint
-
+        """Load a published file, with its head if it has as many classes (timm calls this for `pretrained=True`)."""
         cfg: Any = getattr(self, "pretrained_cfg", {})
         load_checkpoint(self, checkpoint_path, head="keep" if self.num_classes == cfg.get("num_classes") else "fresh")
-
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "paper_ids": "arXiv:2401.09417",
-        "origin_url": "https://github.com/hustvl/Vim",
-        **kwargs,
-    }
-
-
-def _hub(size: str, file: str) -> dict[str, Any]:
-    return _cfg(hf_hub_id=f"hustvl/Vim-{size}-midclstok", hf_hub_filename=file, custom_load="hf")
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "vim_tiny_patch16_224.in1k": _hub("tiny", "vim_t_midclstok_76p1acc.pth"),
-        "vim_tiny_patch16_stride8_224.in1k": _hub("tiny", "vim_t_midclstok_ft_78p3acc.pth"),
-        "vim_small_patch16_224.in1k": _hub("small", "vim_s_midclstok_80p5acc.pth"),
-        "vim_small_patch16_stride8_224.in1k": _hub("small", "vim_s_midclstok_ft_81p6acc.pth"),
-        "vim_base_patch16_224.in1k": _hub("base", "vim_b_midclstok_81p9acc.pth"),
-        "vim_nano_patch8_64": _cfg(input_size=(3, 64, 64), num_classes=10, origin_url="", paper_ids=""),
-    }
-)
-
-
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> VisionMamba:
-    features = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}  # as timm's ViTs
-    model: VisionMamba = build_model_with_cfg(
-        VisionMamba, variant, pretrained, feature_cfg=features, **{**defaults, **kwargs}
-    )
-    return model
-
-
-@register_model
-def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Vim-tiny: width 192, 6,955,008 parameters without head; 76.1 % on ImageNet-1K."""
-    return _create("vim_tiny_patch16_224", pretrained, {"embed_dim": 192}, kwargs)
-
-
-@register_model
-def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Vim-tiny with overlapping patches, 730 tokens; 78.3 % on ImageNet-1K."""
-    return _create("vim_tiny_patch16_stride8_224", pretrained, {"embed_dim": 192, "stride": 8}, kwargs)
-
-
-@register_model
-def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Vim-small: width 384, 25,411,584 parameters without head; 80.5 % on ImageNet-1K. SVP's backbone."""
-    return _create("vim_small_patch16_224", pretrained, {"embed_dim": 384}, kwargs)
-
-
-@register_model
-def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Vim-small with overlapping patches, 730 tokens; 81.6 % on ImageNet-1K."""
-    return _create("vim_small_patch16_stride8_224", pretrained, {"embed_dim": 384, "stride": 8}, kwargs)
-
-
-@register_model
-def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """Vim-base: width 768, 96,829,440 parameters without head; 81.9 % on ImageNet-1K."""
-    return _create("vim_base_patch16_224", pretrained, {"embed_dim": 768}, kwargs)
-
-
-@register_model
-def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """A small Vim for 64×64 images, demos and tests: width 64, depth 8, state size 8; 293,632 parameters."""
-    defaults = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 8, "d_state": 8, "num_classes": 10}
-    return _create("vim_nano_patch8_64", pretrained, defaults, kwargs)

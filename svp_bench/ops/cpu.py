@@ -19,7 +19,7 @@ from svp_bench.ops import reference
 from svp_bench.ops.threads import run_kernel
 
 if TYPE_CHECKING:
-    from svp_bench.ops.interface import Direction, Prompts, Remake
+    from svp_bench.ops.types import Direction, PromptTerms, Recompute
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -51,11 +51,11 @@ def scan(
     reverse: Sequence[bool],
     z: Tensor | None,
     softplus: bool,
-    remake: Remake | None = None,
+    recompute: Recompute | None = None,
 ) -> Tensor:
     """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
     flat = [tensor for direction in directions for tensor in direction]
-    y: Tensor = _Scan.apply(tuple(reverse), softplus, remake, z, *flat)
+    y: Tensor = _Scan.apply(tuple(reverse), softplus, recompute, z, *flat)
     return y
 
 
@@ -135,7 +135,7 @@ class _Scan(torch.autograd.Function):
         ctx: Any,
         reverse: tuple[bool, ...],
         softplus: bool,
-        remake: Remake | None,
+        recompute: Recompute | None,
         z: Tensor | None,
         *flat: Tensor | None,
     ) -> Tensor:
@@ -148,8 +148,13 @@ class _Scan(torch.autograd.Function):
             problem = _Problem(reverse, softplus, z, flat)
             saved = problem.forward(out, keep=any(ctx.needs_input_grad))
             out = problem.cut
-        ctx.settings = (reverse, softplus, remake.make if remake else None, len(remake.inputs) if remake else 0)
-        ctx.save_for_backward(z, *reference.forget(flat, remake), *saved)
+        ctx.settings = (
+            reverse,
+            softplus,
+            recompute.function if recompute else None,
+            len(recompute.inputs) if recompute else 0,
+        )
+        ctx.save_for_backward(z, *reference.forget(flat, recompute), *saved)
         return out.to(first.dtype)
 
     @staticmethod
@@ -378,21 +383,21 @@ def _fits(*tensors: Tensor | None) -> bool:
 
 
 def add_norm(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: Prompts | None = None
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: PromptTerms | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add a branch (and prompts) to the residual stream and norm it, in one pass; see reference.py."""
     terms = () if prompts is None else [t for term in prompts.terms for t in term]
     if not _fits(hidden, residual, weight, *terms):
         return reference.add_norm(hidden, residual, weight, eps, prompts)
-    spared = None if prompts is None else prompts.spared
-    result: tuple[Tensor, Tensor] = _AddNorm.apply(hidden, residual, weight, eps, spared, *terms)
+    excluded = None if prompts is None else prompts.excluded
+    result: tuple[Tensor, Tensor] = _AddNorm.apply(hidden, residual, weight, eps, excluded, *terms)
     return result
 
 
-def _terms(terms: Sequence[Tensor], length: int, spared: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _terms(terms: Sequence[Tensor], length: int, excluded: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The shared fields of the prompts, and those of each term."""
     own = [{"scale": s.contiguous(), "pre": p.contiguous()} for s, p in zip(terms[::2], terms[1::2], strict=True)]
-    return {"length": length, "spared": -1 if spared is None else spared, "terms": len(own)}, own
+    return {"length": length, "excluded": -1 if excluded is None else excluded, "terms": len(own)}, own
 
 
 def _with_gradients(own: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
@@ -420,19 +425,19 @@ class _AddNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor,
         eps: float,
-        spared: int | None,
+        excluded: int | None,
         *terms: Tensor,
     ) -> tuple[Tensor, Tensor]:
         from svp_bench.ops import cpu_kernels as kernels
 
         total, normed = torch.empty_like(hidden, **_DENSE), torch.empty_like(hidden, **_DENSE)
         scales = hidden.new_empty(hidden[..., 0].numel())
-        shared, own = _terms(terms, hidden.shape[1], spared)
+        shared, own = _terms(terms, hidden.shape[1], excluded)
         fields = {"hidden": hidden.contiguous(), "residual": None if residual is None else residual.contiguous()}
         fields |= {"total": total, "normed": normed, "scales": scales, "weight": weight.contiguous()}
         _run_rows("norm_forward", kernels.NORM, hidden, {**shared, **fields, "eps": hidden.new_full((1,), eps)}, own)
         ctx.save_for_backward(total, weight, scales, *terms)
-        ctx.spared = spared
+        ctx.excluded = excluded
         return total, normed
 
     @staticmethod
@@ -446,7 +451,7 @@ class _AddNorm(torch.autograd.Function):
         total, scales = total.contiguous(), scales.contiguous()  # a hook may have brought them back in another form
         dhidden = torch.empty_like(total)
         dweight = total.new_empty(-(-rows // kernels.ROWS), len(weight)) if need_weight else None
-        shared, own = _terms(terms, total.shape[1], ctx.spared)
+        shared, own = _terms(terms, total.shape[1], ctx.excluded)
         own = _with_gradients(own, rows)
         fields = {"total": total, "weight": weight.contiguous(), "scales": scales, "dnormed": dnormed.contiguous()}
         fields |= {"dtotal": None if dtotal is None else dtotal.contiguous(), "dhidden": dhidden, "dweight": dweight}
@@ -461,23 +466,23 @@ class _AddNorm(torch.autograd.Function):
         )
 
 
-def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], spared: int | None) -> Tensor:
-    """x + Σ scale ⊙ SiLU(pre) at every token but the spared one, in one pass; see reference.py."""
+def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None) -> Tensor:
+    """x + Σ scale ⊙ SiLU(pre) at every token but the excluded one, in one pass; see reference.py."""
     if not _fits(x, *(t for term in terms for t in term)):
-        return reference.add_prompts(x, terms, spared)
-    result: Tensor = _AddPrompts.apply(x, spared, *(t for term in terms for t in term))
+        return reference.add_prompts(x, terms, excluded)
+    result: Tensor = _AddPrompts.apply(x, excluded, *(t for term in terms for t in term))
     return result
 
 
 class _AddPrompts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spared: int | None, *terms: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, excluded: int | None, *terms: Tensor) -> Tensor:
         from svp_bench.ops import cpu_kernels as kernels
 
-        ctx.spared = spared
+        ctx.excluded = excluded
         ctx.save_for_backward(*terms)
         out = torch.empty_like(x, **_DENSE)
-        shared, own = _terms(terms, x.shape[1], spared)
+        shared, own = _terms(terms, x.shape[1], excluded)
         _run_rows("prompt_forward", kernels.PROMPT, x, {**shared, "x": x.contiguous(), "out": out}, own)
         return out
 
@@ -486,7 +491,7 @@ class _AddPrompts(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         from svp_bench.ops import cpu_kernels as kernels
 
-        shared, own = _terms(ctx.saved_tensors, dout.shape[1], ctx.spared)
+        shared, own = _terms(ctx.saved_tensors, dout.shape[1], ctx.excluded)
         own = _with_gradients(own, dout[..., 0].numel())
         _run_rows("prompt_backward", kernels.PROMPT, dout, {**shared, "dout": dout.contiguous()}, own)
         return (dout if ctx.needs_input_grad[0] else None, None, *_term_gradients(own, ctx.needs_input_grad[2:]))

@@ -709,11 +709,11 @@ def conv_backward(block):
 
 
 # The blocks of the row kernels: rows of D channels (a multiple of 16); a task is `ROWS` of them. After the shared
-# fields come those of the prompts, Σ scale ⊙ SiLU(pre), which are added at every token but the one at `spared`.
+# fields come those of the prompts, Σ scale ⊙ SiLU(pre), which are added at every token but the one at `excluded`.
 ROWS = 32
-NORM = ("counter", "tasks", "rows", "width", "length", "spared", "terms", "eps", "hidden", "residual", "weight")
+NORM = ("counter", "tasks", "rows", "width", "length", "excluded", "terms", "eps", "hidden", "residual", "weight")
 NORM += ("total", "normed", "scales", "dnormed", "dtotal", "dhidden", "dweight")
-PROMPT = ("counter", "tasks", "rows", "width", "length", "spared", "terms", "x", "out", "dout")
+PROMPT = ("counter", "tasks", "rows", "width", "length", "excluded", "terms", "x", "out", "dout")
 PROMPT_TERM = ("pre", "scale", "dpre", "dscale")
 _RW_ROWS, _RW_WIDTH, _RW_LENGTH, _RW_SPARED, _RW_TERMS = range(16, 56, 8)
 _NM_EPS, _NM_HIDDEN, _NM_RESIDUAL, _NM_WEIGHT, _NM_TOTAL, _NM_NORMED, _NM_SCALES = range(56, 112, 8)
@@ -796,21 +796,21 @@ def _clear_scales(first, terms, task, row):
 def prompt_forward(block):
     """out = x + prompts."""
     rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
-    length, spared, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
     x, out, first = load_int(block + _PR_X), load_int(block + _PR_OUT), block + _PR_FIRST
     while True:
         task = take(block + _COUNTER)
         if task >= tasks:
             break
         for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
-            there = terms if r % length != spared else 0
+            there = terms if r % length != excluded else 0
             _add_prompts(first, there, x + r * row, r * row, row, out + r * row)
 
 
 def prompt_backward(block):
     """Gradients of the terms. That of x is that of the output."""
     rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
-    length, spared, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
     dout, first = load_int(block + _PR_DOUT), block + _PR_FIRST
     while True:
         task = take(block + _COUNTER)
@@ -818,13 +818,13 @@ def prompt_backward(block):
             break
         _clear_scales(first, terms, task, row)
         for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
-            _back_prompts(first, terms, dout + r * row, r * row, row, task, r % length != spared)
+            _back_prompts(first, terms, dout + r * row, r * row, row, task, r % length != excluded)
 
 
 def norm_forward(block):
     """total = residual + hidden + prompts; normed = RMSNorm(total); keeps 1 / rms of each row."""
     rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
-    length, spared, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
     hidden, residual, first = load_int(block + _NM_HIDDEN), load_int(block + _NM_RESIDUAL), block + _NM_FIRST
     weight, total, normed = load_int(block + _NM_WEIGHT), load_int(block + _NM_TOTAL), load_int(block + _NM_NORMED)
     scales, eps, width = load_int(block + _NM_SCALES), load_float(load_int(block + _NM_EPS)), np.float32(row // 4)
@@ -837,7 +837,7 @@ def norm_forward(block):
         for r in range(task * ROWS, min(rows, (task + 1) * ROWS)):
             at = r * row
             source = hidden + at
-            if terms and r % length != spared:
+            if terms and r % length != excluded:
                 _add_prompts(first, terms, source, at, row, total + at)
                 source = total + at
             squares = splat(ZERO)
@@ -861,7 +861,7 @@ def norm_backward(block):
     That of the weight only if asked for.
     """
     rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
-    length, spared, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
     weight, total, scales = load_int(block + _NM_WEIGHT), load_int(block + _NM_TOTAL), load_int(block + _NM_SCALES)
     dnormed, dtotal = load_int(block + _NM_DNORMED), load_int(block + _NM_DTOTAL)
     dhidden, dweight = load_int(block + _NM_DHIDDEN), load_int(block + _NM_DWEIGHT)
@@ -893,7 +893,7 @@ def norm_backward(block):
                 if dtotal:
                     value = add(value, load(dtotal + at + c))
                 store(dhidden + at + c, value)
-            _back_prompts(first, terms, dhidden + at, at, row, task, r % length != spared)
+            _back_prompts(first, terms, dhidden + at, at, row, task, r % length != excluded)
     scratch_array[0] = ZERO  # see above: the array must live until here
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from torch import Tensor
 from svp_bench.core.errors import UnavailableError
 from svp_bench.ops import traceable
 from svp_bench.ops.backends import BACKENDS
+from svp_bench.ops.types import BackendChoice, Direction, PromptTerms, Recompute
 
 __all__ = [
-    "Choice",
+    "BackendChoice",
     "Direction",
-    "Prompts",
-    "Remake",
+    "PromptTerms",
+    "Recompute",
     "add_norm",
     "add_prompts",
     "bidirectional_conv",
@@ -35,60 +36,6 @@ __all__ = [
 ]
 
 
-class Choice(NamedTuple):
-    """A backend and why it was taken."""
-
-    name: str
-    reason: str
-
-
-class Direction(NamedTuple):
-    """What one direction of the scan reads, channels last.
-
-    Attributes:
-        u: Input after the convolution, (B, L, E).
-        delta: Step sizes before bias and softplus, (B, L, E).
-        A: State matrix, (E, N), negative.
-        B: Input matrix, (B, L, N).
-        C: Output matrix, (B, L, N).
-        D: Skip weight, (E,).
-        delta_bias: Added to `delta` before the softplus, (E,).
-    """
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    delta_bias: Tensor | None
-
-
-class Remake(NamedTuple):
-    """How to make the inputs of a scan again. What it takes is named apart, so that autograd saves it: whoever packs
-    saved tensors away (gradient checkpointing, offloading) sees it.
-
-    Attributes:
-        make: inputs → the `u` of all directions; builds no graph.
-        inputs: What it takes, the weights of the convolution among them: autograd then sees it if they change.
-    """
-
-    make: Callable[..., Sequence[Tensor]]
-    inputs: tuple[Tensor | None, ...]
-
-
-class Prompts(NamedTuple):
-    """Prompts that are still to be added: Σ scale ⊙ SiLU(pre).
-
-    Attributes:
-        terms: Pairs of a scale (D,) and what goes into SiLU, (B, L, D).
-        spared: The token that gets none, or None.
-    """
-
-    terms: Sequence[tuple[Tensor, Tensor]]
-    spared: int | None
-
-
 _LOADED: dict[str, ModuleType] = {}
 
 
@@ -98,25 +45,25 @@ def _module(name: str) -> ModuleType:
 
 
 @cache
-def _choose(name: str, device: str, dtype: torch.dtype) -> Choice:
+def _choose(name: str, device: str, dtype: torch.dtype) -> BackendChoice:
     if name != "auto":
         module = _module(name)
         reason = module.unavailable() or module.unsupported(device, dtype)
         if reason:
             raise UnavailableError(f"the scan backend {name!r} was asked for and cannot run here: {reason}")
-        return Choice(name, "asked for by name")
+        return BackendChoice(name, "asked for by name")
     skipped: list[str] = []
     for entry in BACKENDS:
         module = _module(entry.name)
         reason = module.unavailable() or module.unsupported(device, dtype)
         if reason is None:
             why = f"auto: the first that runs on {device} with {str(dtype).removeprefix('torch.')}"
-            return Choice(entry.name, "; ".join([why, *skipped]))
+            return BackendChoice(entry.name, "; ".join([why, *skipped]))
         skipped.append(f"{entry.name}: {reason}")
     raise UnavailableError("no scan backend can run here: " + "; ".join(skipped))
 
 
-def choose(backend: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
+def choose(backend: str, device: torch.device | str, dtype: torch.dtype) -> BackendChoice:
     """Return the backend that `backend` ("auto" or a name) stands for on this device and dtype, and the reason.
 
     While torch.export or torch.jit.trace records a model, plain operations stand in for `auto` and `reference`.
@@ -236,7 +183,7 @@ def bidirectional_scan(
     backward: Direction,
     z: Tensor,
     *,
-    remake: Remake | None = None,
+    recompute: Recompute | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Mean of a scan over the tokens and one over the tokens in reversed order, gated by SiLU(z) (Vim, Algorithm 1).
@@ -248,7 +195,7 @@ def bidirectional_scan(
         forward: What the forward scan reads.
         backward: What the backward scan reads.
         z: Gate, (B, L, E).
-        remake: How to compute both `u` again. If given, a backend need not keep them for the backward pass.
+        recompute: How to compute both `u` again. If given, a backend need not keep them for the backward pass.
         backend: "auto" or a name of `list_backends()`.
 
     Returns:
@@ -272,7 +219,7 @@ def bidirectional_scan(
             _check(name, getattr(direction, name), shape, letters)
     module = _backend(backend, z)
     with _no_autocast(z):
-        y: Tensor = module.scan((forward, backward), (False, True), z, True, remake)
+        y: Tensor = module.scan((forward, backward), (False, True), z, True, recompute)
     return y
 
 
@@ -344,7 +291,7 @@ def add_norm(
     residual: Tensor | None,
     weight: Tensor,
     eps: float,
-    prompts: Prompts | None = None,
+    prompts: PromptTerms | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -364,36 +311,36 @@ def add_norm(
     _check("residual", residual, tuple(hidden.shape), "that of hidden")
     _check("weight", weight, (hidden.shape[-1],), "(width,)")
     if prompts is not None:
-        _check_prompts(hidden, prompts.terms, prompts.spared)
+        _check_prompts(hidden, prompts.terms, prompts.excluded)
     result: tuple[Tensor, Tensor] = _function("add_norm", backend, hidden)(hidden, residual, weight, eps, prompts)
     return result
 
 
 def add_prompts(
-    x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], spared: int | None, *, backend: str = "auto"
+    x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None, *, backend: str = "auto"
 ) -> Tensor:
-    """x + Σ scale ⊙ SiLU(pre) at every token but the spared one, in one pass where the backend can.
+    """x + Σ scale ⊙ SiLU(pre) at every token but the excluded one, in one pass where the backend can.
 
     Args:
         x: (B, L, D).
         terms: Pairs of a scale (D,) and what goes into SiLU, (B, L, D).
-        spared: The token that stays as it is, or None.
+        excluded: The token that stays as it is, or None.
         backend: As for `add_norm`.
 
     Returns:
         (B, L, D) in the dtype of `x`.
     """
-    _check_prompts(x, terms, spared)
-    result: Tensor = _function("add_prompts", backend, x)(x, terms, spared)
+    _check_prompts(x, terms, excluded)
+    result: Tensor = _function("add_prompts", backend, x)(x, terms, excluded)
     return result
 
 
-def _check_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], spared: int | None) -> None:
+def _check_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None) -> None:
     for scale, pre in terms:
         _check("scale", scale, (x.shape[-1],), "(width,)")
         _check("pre", pre, tuple(x.shape), "that of the tokens")
-    if spared is not None and not 0 <= spared < x.shape[1]:
-        raise ValueError(f"spared must be a token of 0..{x.shape[1] - 1}, not {spared}")
+    if excluded is not None and not 0 <= excluded < x.shape[1]:
+        raise ValueError(f"excluded must be a token of 0..{x.shape[1] - 1}, not {excluded}")
 
 
 def _function(name: str, backend: str, like: Tensor) -> Any:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from svp_bench.ops.interface import Direction, Remake
+    from svp_bench.ops.types import Direction, Recompute
 
 __all__ = ["conv", "scan", "unavailable", "unsupported"]
 
@@ -67,7 +67,7 @@ def scan(
     reverse: Sequence[bool],
     z: Tensor | None,
     softplus: bool,
-    remake: Remake | None = None,  # its own kernel decides what it keeps
+    recompute: Recompute | None = None,  # its own kernel decides what it keeps
 ) -> Tensor:
     """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
     found = _functions()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from svp_bench.ops.interface import Direction, Prompts, Remake
+    from svp_bench.ops.types import Direction, PromptTerms, Recompute
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -44,7 +44,7 @@ def scan(
     reverse: Sequence[bool],
     z: Tensor | None,
     softplus: bool,
-    remake: Remake | None = None,
+    recompute: Recompute | None = None,
 ) -> Tensor:
     """Mean over the directions of their selective scans, gated by SiLU(z).
 
@@ -53,21 +53,21 @@ def scan(
         reverse: Whether each runs from the last token to the first.
         z: Gate (B, L, E), or None.
         softplus: Apply the softplus to delta + delta_bias.
-        remake: How to compute the `u` of all directions again; if given they are not kept for the backward pass.
+        recompute: How to compute the `u` of all directions again; if given they are not kept for the backward pass.
 
     Returns:
         (B, L, E) in the dtype of the first `u`.
     """
     flat = [tensor for direction in directions for tensor in direction]
-    y: Tensor = _Scan.apply(tuple(reverse), softplus, remake, z, *flat)
+    y: Tensor = _Scan.apply(tuple(reverse), softplus, recompute, z, *flat)
     return y
 
 
-def forget(flat: Sequence[Tensor | None], remake: Remake | None) -> list[Tensor | None]:
+def forget(flat: Sequence[Tensor | None], recompute: Recompute | None) -> list[Tensor | None]:
     """What to save: the fields of all directions, and last what each `u` is made from, if it is made again."""
-    if remake is None:
+    if recompute is None:
         return list(flat)
-    return [*(None if i % _FIELDS == 0 else t for i, t in enumerate(flat)), *remake.inputs]
+    return [*(None if i % _FIELDS == 0 else t for i, t in enumerate(flat)), *recompute.inputs]
 
 
 def recall(
@@ -175,7 +175,7 @@ class _Scan(torch.autograd.Function):
         ctx: Any,
         reverse: tuple[bool, ...],
         softplus: bool,
-        remake: Remake | None,
+        recompute: Recompute | None,
         z: Tensor | None,
         *flat: Tensor | None,
     ) -> Tensor:
@@ -202,8 +202,8 @@ class _Scan(torch.autograd.Function):
                 h = states[-1].clone()
             mean = inputs.mean(y)
             out[rows] = mean if z is None else mean * F.silu(z[rows].to(mean.dtype))
-        ctx.settings = (reverse, softplus, remake.make if remake else None)
-        ctx.save_for_backward(before, z, *forget(flat, remake))
+        ctx.settings = (reverse, softplus, recompute.function if recompute else None)
+        ctx.save_for_backward(before, z, *forget(flat, recompute))
         return out
 
     @staticmethod
@@ -394,7 +394,7 @@ class _Conv(torch.autograd.Function):
 
 
 def add_norm(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: Prompts | None = None
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: PromptTerms | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add a branch (and prompts) to the residual stream and norm it.
 
@@ -415,21 +415,21 @@ def add_norm(
     return total, F.rms_norm(total, weight.shape, weight.to(total.dtype), eps).to(hidden.dtype)
 
 
-def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], spared: int | None) -> Tensor:
-    """x + Σ scale ⊙ SiLU(pre) at every token but the spared one.
+def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None) -> Tensor:
+    """x + Σ scale ⊙ SiLU(pre) at every token but the excluded one.
 
     Args:
         x: (B, L, D).
         terms: Pairs of a scale (D,) and what goes into SiLU, (B, L, D).
-        spared: The token that stays as it is, or None.
+        excluded: The token that stays as it is, or None.
 
     Returns:
         (B, L, D) in the dtype of `x`.
     """
     prompts = sum(scale * F.silu(pre) for scale, pre in terms)
     assert isinstance(prompts, Tensor)
-    if spared is None:
+    if excluded is None:
         return x + prompts.to(x.dtype)
     prompted = torch.ones(x.shape[1], 1, dtype=x.dtype, device=x.device)
-    prompted[spared] = 0
+    prompted[excluded] = 0
     return torch.addcmul(x, prompts.to(x.dtype), prompted)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svp_bench.ops.backends import BACKENDS, backend_statuses
-from svp_bench.ops.interface import Direction, Prompts, add_norm, bidirectional_conv, bidirectional_scan
+from svp_bench.ops.interface import Direction, PromptTerms, add_norm, bidirectional_conv, bidirectional_scan
 
 __all__ = ["SelfTest", "self_test"]
 
@@ -92,7 +92,7 @@ def _run(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     gradients = torch.autograd.grad(y.square().sum(), [t for t in leaves if t is not None])
     branch, stream, weight = draw(batch, length, channels), draw(batch, length, channels), draw(channels)
     terms = [(draw(channels), draw(batch, length, channels)) for _ in range(2)]
-    total, normed = add_norm(branch, stream, weight, 1e-5, Prompts(terms, length // 2), backend=backend)
+    total, normed = add_norm(branch, stream, weight, 1e-5, PromptTerms(terms, length // 2), backend=backend)
     rows = [branch, stream, weight, *(t for term in terms for t in term)]
     slopes = torch.autograd.grad(total.square().sum() + normed.square().sum() + normed.sum(), rows)
     results = [u, u_b, y, total, normed]

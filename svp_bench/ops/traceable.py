@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from svp_bench.ops.interface import Direction, Remake
+    from svp_bench.ops.types import Direction, Recompute
 
 __all__ = ["conv", "scan"]
 
@@ -26,7 +26,7 @@ def scan(
     reverse: Sequence[bool],
     z: Tensor | None,
     softplus: bool,
-    remake: Remake | None = None,  # autograd keeps what it needs
+    recompute: Recompute | None = None,  # autograd keeps what it needs
 ) -> Tensor:
     """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
     outs = [_scan_one(direction, back, softplus) for direction, back in zip(directions, reverse, strict=True)]

@@ -22,7 +22,7 @@ from svp_bench.ops.triton_launch import DTYPES, power_of_two, rows, spread, writ
 from svp_bench.ops.triton_norm import add_norm, add_prompts
 
 if TYPE_CHECKING:
-    from svp_bench.ops.interface import Direction, Remake
+    from svp_bench.ops.types import Direction, Recompute
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -79,11 +79,11 @@ def scan(
     reverse: Sequence[bool],
     z: Tensor | None,
     softplus: bool,
-    remake: Remake | None = None,
+    recompute: Recompute | None = None,
 ) -> Tensor:
     """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
     flat = [tensor for direction in directions for tensor in direction]
-    y: Tensor = _Scan.apply(tuple(reverse), softplus, remake, z, *flat)
+    y: Tensor = _Scan.apply(tuple(reverse), softplus, recompute, z, *flat)
     return y
 
 
@@ -103,12 +103,12 @@ class _Scan(torch.autograd.Function):
         ctx: Any,
         reverse: tuple[bool, ...],
         softplus: bool,
-        remake: Remake | None,
+        recompute: Recompute | None,
         z: Tensor | None,
         *flat: Tensor | None,
     ) -> Tensor:
-        ctx.settings = (reverse, softplus, None if remake is None else remake.make)
-        ctx.save_for_backward(z, *reference.forget(flat, remake))
+        ctx.settings = (reverse, softplus, None if recompute is None else recompute.function)
+        ctx.save_for_backward(z, *reference.forget(flat, recompute))
         y: Tensor = torch.ops.svp_bench.triton_scan([z, *flat], reverse, softplus)
         return y
 
@@ -388,7 +388,7 @@ def _conv_arguments(
         shared[f"weight{k}"] = weight
         shared[f"weight{k}_row"] = 0 if weight is None else weight.stride(0)
         shared[f"bias{k}"] = None if bias is None else rows(bias)
-        shared[f"WAY{k}"] = -1 if k < count and reverse[k] else 1
+        shared[f"SIGN{k}"] = -1 if k < count and reverse[k] else 1
     shared["W"] = shared["weight0"].shape[-1]
     shares = batch * -(-length // sizes["BL"])
     return shared, shares * -(-channels // sizes["BE"]), shares

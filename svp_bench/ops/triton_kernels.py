@@ -977,7 +977,7 @@ def _convolved(
     e: tl.tensor,
     fits: tl.tensor,
     AWAY: tl.constexpr,
-    WAY: tl.constexpr,
+    SIGN: tl.constexpr,
     W: tl.constexpr,
     BL: tl.constexpr,
     BE: tl.constexpr,
@@ -988,7 +988,7 @@ def _convolved(
         total += _per_channel(bias, e, fits)
     for k in tl.static_range(W):
         tap = tl.load(weight + e * weight_row + k, mask=fits, other=0.0).to(tl.float32)[None, :]
-        total += tap * _at_distance(x, first, step, AWAY - WAY * (W - 1 - k), x_row, length, e, fits)
+        total += tap * _at_distance(x, first, step, AWAY - SIGN * (W - 1 - k), x_row, length, e, fits)
     return total
 
 
@@ -1007,12 +1007,12 @@ def _convolve(
     e: tl.tensor,
     fits: tl.tensor,
     SILU: tl.constexpr,
-    WAY: tl.constexpr,
+    SIGN: tl.constexpr,
     W: tl.constexpr,
     BL: tl.constexpr,
     BE: tl.constexpr,
 ) -> None:
-    y = _convolved(x, weight, bias, first, step, x_row, weight_row, length, e, fits, 0, WAY, W, BL, BE)
+    y = _convolved(x, weight, bias, first, step, x_row, weight_row, length, e, fits, 0, SIGN, W, BL, BE)
     if SILU:
         y *= _sigmoid(y)
     _put(out, first, step, channels, e, first + step < length, fits, y)
@@ -1035,8 +1035,8 @@ def conv_forward(
     channels: tl.tensor,
     SILU: tl.constexpr,
     K: tl.constexpr,
-    WAY0: tl.constexpr,  # 1, or -1 for a reversed direction
-    WAY1: tl.constexpr,
+    SIGN0: tl.constexpr,  # 1, or -1 for a reversed direction
+    SIGN1: tl.constexpr,
     W: tl.constexpr,
     BL: tl.constexpr,
     BE: tl.constexpr,
@@ -1066,7 +1066,7 @@ def conv_forward(
         e,
         fits,
         SILU,
-        WAY0,
+        SIGN0,
         W,
         BL,
         BE,
@@ -1086,7 +1086,7 @@ def conv_forward(
             e,
             fits,
             SILU,
-            WAY1,
+            SIGN1,
             W,
             BL,
             BE,
@@ -1113,7 +1113,7 @@ def _convolve_back(
     fits: tl.tensor,
     NEED_X: tl.constexpr,
     SILU: tl.constexpr,
-    WAY: tl.constexpr,
+    SIGN: tl.constexpr,
     W: tl.constexpr,
     BL: tl.constexpr,
     BE: tl.constexpr,
@@ -1121,9 +1121,11 @@ def _convolve_back(
     """Write the partial sums of one direction, and return dx with its share added."""
     AHEAD: tl.constexpr = W if NEED_X else 1
     for age in tl.static_range(AHEAD):  # the outputs that read these tokens
-        g = _at_distance(grad, first, step, WAY * age, grad_row, length, e, fits)
+        g = _at_distance(grad, first, step, SIGN * age, grad_row, length, e, fits)
         if SILU:
-            y = _convolved(x, weight, bias, first, step, x_row, weight_row, length, e, fits, WAY * age, WAY, W, BL, BE)
+            y = _convolved(
+                x, weight, bias, first, step, x_row, weight_row, length, e, fits, SIGN * age, SIGN, W, BL, BE
+            )
             _, slope = _silu_and_slope(y)
             g *= slope
         if NEED_X:
@@ -1134,7 +1136,7 @@ def _convolve_back(
                 tl.store(dbias + e, tl.sum(g, axis=0), mask=fits)
             if dweight is not None:
                 for k in tl.static_range(W):
-                    read = _at_distance(x, first, step, -WAY * (W - 1 - k), x_row, length, e, fits)
+                    read = _at_distance(x, first, step, -SIGN * (W - 1 - k), x_row, length, e, fits)
                     tl.store(dweight + k * channels + e, tl.sum(g * read, axis=0), mask=fits)
     return dx
 
@@ -1166,8 +1168,8 @@ def conv_backward(
     ASKED0: tl.constexpr,
     ASKED1: tl.constexpr,
     SILU: tl.constexpr,
-    WAY0: tl.constexpr,
-    WAY1: tl.constexpr,
+    SIGN0: tl.constexpr,
+    SIGN1: tl.constexpr,
     W: tl.constexpr,
     BL: tl.constexpr,
     BE: tl.constexpr,
@@ -1204,7 +1206,7 @@ def conv_backward(
             fits,
             NEED_X,
             SILU,
-            WAY0,
+            SIGN0,
             W,
             BL,
             BE,
@@ -1229,7 +1231,7 @@ def conv_backward(
             fits,
             NEED_X,
             SILU,
-            WAY1,
+            SIGN1,
             W,
             BL,
             BE,

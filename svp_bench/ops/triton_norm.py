@@ -13,7 +13,7 @@ from svp_bench.ops import reference, triton_launch
 from svp_bench.ops.triton_launch import DTYPES, power_of_two, spread, written
 
 if TYPE_CHECKING:
-    from svp_bench.ops.interface import Prompts
+    from svp_bench.ops.types import PromptTerms
 
 __all__ = ["add_norm", "add_prompts"]
 
@@ -32,24 +32,24 @@ def _fits(*tensors: Tensor | None) -> bool:
 
 
 def add_norm(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: Prompts | None = None
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: PromptTerms | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add a branch (and prompts) to the residual stream and norm it, in one pass; see reference.py."""
     terms = () if prompts is None else tuple(prompts.terms)
-    spared = None if prompts is None else prompts.spared
+    excluded = None if prompts is None else prompts.excluded
     if len(terms) > _TERMS or not _fits(hidden, residual, weight, *(t for term in terms for t in term)):
         return reference.add_norm(hidden, residual, weight, eps, prompts)
     if residual is not None and residual.dtype != torch.float32:
         return reference.add_norm(hidden, residual, weight, eps, prompts)
-    total, normed = _AddNorm.apply(hidden, residual, weight, eps, spared, *(t for term in terms for t in term))
+    total, normed = _AddNorm.apply(hidden, residual, weight, eps, excluded, *(t for term in terms for t in term))
     return total, normed
 
 
-def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], spared: int | None) -> Tensor:
-    """x + Σ scale ⊙ SiLU(pre) at every token but the spared one, in one pass; see reference.py."""
+def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None) -> Tensor:
+    """x + Σ scale ⊙ SiLU(pre) at every token but the excluded one, in one pass; see reference.py."""
     if len(terms) > _TERMS or not _fits(x, *(t for term in terms for t in term)):
-        return reference.add_prompts(x, terms, spared)
-    out: Tensor = _AddPrompts.apply(x, spared, *(t for term in terms for t in term))
+        return reference.add_prompts(x, terms, excluded)
+    out: Tensor = _AddPrompts.apply(x, excluded, *(t for term in terms for t in term))
     return out
 
 
@@ -63,33 +63,33 @@ class _AddNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor,
         eps: float,
-        spared: int | None,
+        excluded: int | None,
         *terms: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        total, normed = torch.ops.svp_bench.triton_norm(hidden, residual, weight, eps, terms, spared)
+        total, normed = torch.ops.svp_bench.triton_norm(hidden, residual, weight, eps, terms, excluded)
         ctx.save_for_backward(total, weight, *terms)
-        ctx.settings = (eps, spared, hidden.dtype)
+        ctx.settings = (eps, excluded, hidden.dtype)
         return total, normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, *terms = ctx.saved_tensors
-        eps, spared, dtype = ctx.settings
+        eps, excluded, dtype = ctx.settings
         wanted = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:]]
         dhidden, dresidual, dweight, *rest = _backward(
-            dtotal, dnormed, total, weight, eps, terms, spared, dtype, wanted
+            dtotal, dnormed, total, weight, eps, terms, excluded, dtype, wanted
         )
         return (dhidden, dresidual, dweight, None, None, *rest)
 
 
 class _AddPrompts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spared: int | None, *terms: Tensor) -> Tensor:
-        (out,) = torch.ops.svp_bench.triton_norm(x, None, None, 0.0, terms, spared)
+    def forward(ctx: Any, x: Tensor, excluded: int | None, *terms: Tensor) -> Tensor:
+        (out,) = torch.ops.svp_bench.triton_norm(x, None, None, 0.0, terms, excluded)
         ctx.save_for_backward(*terms)
-        ctx.spared = spared
+        ctx.excluded = excluded
         result: Tensor = out
         return result
 
@@ -97,7 +97,7 @@ class _AddPrompts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         wanted = [False, False, False, *ctx.needs_input_grad[2:]]
-        _, _, _, *rest = _backward(dout, None, None, None, 0.0, ctx.saved_tensors, ctx.spared, dout.dtype, wanted)
+        _, _, _, *rest = _backward(dout, None, None, None, 0.0, ctx.saved_tensors, ctx.excluded, dout.dtype, wanted)
         return (dout if ctx.needs_input_grad[0] else None, None, *rest)
 
 
@@ -108,7 +108,7 @@ def _backward(
     weight: Tensor | None,
     eps: float,
     terms: Sequence[Tensor],
-    spared: int | None,
+    excluded: int | None,
     dtype: torch.dtype,
     wanted: list[bool],
 ) -> list[Tensor | None]:
@@ -118,7 +118,7 @@ def _backward(
     if not any(asked):
         return [None for _ in asked]
     found = torch.ops.svp_bench.triton_norm_backward(
-        dtotal, dnormed, total, weight, eps, terms, -1 if spared is None else spared, dtype, asked
+        dtotal, dnormed, total, weight, eps, terms, -1 if excluded is None else excluded, dtype, asked
     )
     grads = spread(found, asked)
     if shared:
@@ -137,7 +137,7 @@ def _kinds(hidden: Tensor, weight: Tensor | None) -> list[torch.dtype]:
 @torch.library.custom_op(
     "svp_bench::triton_norm",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] terms, int? spared) -> Tensor[]",
+    schema="(Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] terms, int? excluded) -> Tensor[]",
 )
 def _norm_op(
     hidden: Tensor,
@@ -145,12 +145,12 @@ def _norm_op(
     weight: Tensor | None,
     eps: float,
     terms: Sequence[Tensor],
-    spared: int | None,
+    excluded: int | None,
 ) -> list[Tensor]:
     """`terms`: scale and pre of each."""
     kinds = _kinds(hidden, weight)
     found = [hidden.new_empty(hidden.shape, dtype=written(kind)) for kind in kinds]
-    forward(hidden, residual, weight, eps, terms, spared, found)
+    forward(hidden, residual, weight, eps, terms, excluded, found)
     return [out.to(kind) for out, kind in zip(found, kinds, strict=True)]
 
 
@@ -161,7 +161,7 @@ def _(
     weight: Tensor | None,
     eps: float,
     terms: Sequence[Tensor],
-    spared: int | None,
+    excluded: int | None,
 ) -> list[Tensor]:
     return [hidden.new_empty(hidden.shape, dtype=kind) for kind in _kinds(hidden, weight)]
 
@@ -170,7 +170,7 @@ def _(
     "svp_bench::triton_norm_backward",
     mutates_args=(),
     schema=(
-        "(Tensor? dtotal, Tensor? dnormed, Tensor? total, Tensor? weight, float eps, Tensor[] terms, int spared, "
+        "(Tensor? dtotal, Tensor? dnormed, Tensor? total, Tensor? weight, float eps, Tensor[] terms, int excluded, "
         "ScalarType dtype, bool[] wanted) -> Tensor[]"
     ),
 )
@@ -181,12 +181,12 @@ def _norm_backward_op(
     weight: Tensor | None,
     eps: float,
     terms: Sequence[Tensor],
-    spared: int,
+    excluded: int,
     dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """`wanted`: of hidden, residual, weight, then of each scale and pre."""
-    return backward(dtotal, dnormed, total, weight, eps, terms, spared, dtype, wanted)
+    return backward(dtotal, dnormed, total, weight, eps, terms, excluded, dtype, wanted)
 
 
 @_norm_backward_op.register_fake
@@ -197,7 +197,7 @@ def _(
     weight: Tensor | None,
     eps: float,
     terms: Sequence[Tensor],
-    spared: int,
+    excluded: int,
     dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
@@ -214,14 +214,14 @@ def _given(*tensors: Tensor | None) -> Tensor:
     return next(t for t in tensors if t is not None)
 
 
-def _shared(way: str, like: Tensor, terms: Sequence[Tensor], spared: int | None, eps: float) -> dict[str, Any]:
+def _shared(way: str, like: Tensor, terms: Sequence[Tensor], excluded: int | None, eps: float) -> dict[str, Any]:
     """The arguments that both kernels share."""
     width = like.shape[-1]
     block = power_of_two(width)
     arguments: dict[str, Any] = {
         "length": like.shape[1],
         "width": width,
-        "spared": -1 if spared is None else spared,
+        "excluded": -1 if excluded is None else excluded,
         "eps": eps,
         "BLOCK": block,
         "num_warps": max(1, block // NORM[way]),
@@ -243,14 +243,14 @@ def forward(
     weight: Tensor | None,
     eps: float,
     terms: Sequence[Tensor],
-    spared: int | None,
+    excluded: int | None,
     outs: Sequence[Tensor],
 ) -> None:
     """Launch the forward kernel; `outs` are the stream and the normed stream, or the prompted tokens alone."""
     own = {"hidden": _whole(hidden), "residual": _whole(residual), "weight": _whole(weight), "total": outs[0]}
     own["normed"] = None if weight is None else outs[1]
     rows = hidden.shape[0] * hidden.shape[1]
-    triton_launch.launch("norm_forward", rows, {**_shared("forward", hidden, terms, spared, eps), **own})
+    triton_launch.launch("norm_forward", rows, {**_shared("forward", hidden, terms, excluded, eps), **own})
 
 
 def backward(
@@ -260,7 +260,7 @@ def backward(
     weight: Tensor | None,
     eps: float,
     terms: Sequence[Tensor],
-    spared: int,
+    excluded: int,
     dtype: torch.dtype,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
@@ -282,7 +282,7 @@ def backward(
             kind = kinds[place]
             assert kind is not None
             own[name] = like.new_empty(like.shape, dtype=written(kind))
-    triton_launch.launch("norm_backward", programs, {**_shared("backward", like, terms, spared, eps), **own})
+    triton_launch.launch("norm_backward", programs, {**_shared("backward", like, terms, excluded, eps), **own})
     found = []
     for name, kind, want in zip(names, kinds, wanted, strict=False):
         if want:

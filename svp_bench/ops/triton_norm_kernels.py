@@ -36,7 +36,7 @@ def _prompt(
     return _read(scale, 0, width, e, mask) * x * _sigmoid(x)
 
 
-@triton.jit(do_not_specialize=["spared"])
+@triton.jit(do_not_specialize=["excluded"])
 def norm_forward(
     hidden: tl.tensor,  # all of (rows, width) without gaps
     residual: tl.tensor,
@@ -49,7 +49,7 @@ def norm_forward(
     normed: tl.tensor,
     length: tl.tensor,
     width: tl.tensor,
-    spared: tl.tensor,  # the token without prompts, or -1
+    excluded: tl.tensor,  # the token without prompts, or -1
     eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -62,7 +62,7 @@ def norm_forward(
         prompts = _prompt(scale0, pre0, row, width, e, mask)
         if pre1 is not None:
             prompts += _prompt(scale1, pre1, row, width, e, mask)
-        x += tl.where(row % length == spared, 0.0, prompts)
+        x += tl.where(row % length == excluded, 0.0, prompts)
     if residual is not None:
         x += _read(residual, row, width, e, mask)
     _write(total, row, width, e, mask, x)
@@ -90,7 +90,7 @@ def _prompt_back(
     return d * silu
 
 
-@triton.jit(do_not_specialize=["spared"])
+@triton.jit(do_not_specialize=["excluded"])
 def norm_backward(
     total: tl.tensor,  # all of (rows, width) without gaps
     weight: tl.tensor,
@@ -111,7 +111,7 @@ def norm_backward(
     each: tl.tensor,  # rows of a program
     length: tl.tensor,
     width: tl.tensor,
-    spared: tl.tensor,
+    excluded: tl.tensor,
     eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -141,7 +141,7 @@ def norm_backward(
         if dhidden is not None:
             _write(dhidden, row, width, e, fits, d)
         if pre0 is not None:
-            d = tl.where(row % length == spared, 0.0, d)
+            d = tl.where(row % length == excluded, 0.0, d)
             sum_scale0 += _prompt_back(d, scale0, pre0, dpre0, row, width, e, fits)
             if pre1 is not None:
                 sum_scale1 += _prompt_back(d, scale1, pre1, dpre1, row, width, e, fits)

@@ -17,7 +17,7 @@ from torch import Tensor
 from svp_bench.core.errors import CheckpointError
 from svp_bench.data.reading import show
 from svp_bench.data.transforms import INTERPOLATIONS, RESIZES
-from svp_bench.models.checkpoints import check_tensor, load_pickle_safely
+from svp_bench.models.weight_files import check_tensor, load_pickle_safely
 
 __all__ = ["SAVED_KEY", "About", "Saved", "check_tensors", "file_weights_digest", "weights_digest", "wrong_part"]
 

@@ -28,7 +28,7 @@ from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models import VisionMamba
 from svp_bench.models.checkpoints import backbone_digest
-from svp_bench.ops import Choice, choose
+from svp_bench.ops import BackendChoice, choose
 from svp_bench.records.defaults import clipped_warmup
 from svp_bench.train.checkpoint import SAVED_KEY, About
 from svp_bench.train.metrics import (
@@ -252,7 +252,7 @@ class AdaptationModule(LightningModule):
             logits = self.model(images)
         return logits
 
-    def scan_choice(self, device: torch.device, precision: str) -> Choice:
+    def scan_choice(self, device: torch.device, precision: str) -> BackendChoice:
         """Return the scan backend that runs on a device at a precision ("bf16-mixed", …), and why.
 
         Raises:
@@ -402,12 +402,12 @@ class AdaptationModule(LightningModule):
         Raises:
             ConfigError: If the cooldown leaves no epoch for the cosine.
         """
-        spared = self.model.no_weight_decay()
+        excluded = self.model.no_weight_decay()
         decay: list[torch.nn.Parameter] = []
         no_decay: list[torch.nn.Parameter] = []
         for name, parameter in trained_parameters(self.model).items():
             # tables of scales (groups or blocks × width) are two-dimensional and so take the decay, as in SVP's code
-            exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in spared
+            exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in excluded
             (no_decay if exempt else decay).append(parameter)
         groups = [
             {"params": decay, "weight_decay": self.weight_decay},

@@ -14,7 +14,7 @@ from svp_bench import __version__
 from svp_bench.core.errors import RecordError, SvpBenchError, plural
 from svp_bench.data.module import VisionDataModule
 from svp_bench.methods.build import trained_parameters
-from svp_bench.ops import Choice
+from svp_bench.ops import BackendChoice
 from svp_bench.records.code import package_digest
 from svp_bench.records.record import Correct, Metrics, Parameters, Record, timestamp
 from svp_bench.train.callbacks import Meter, peak_memory_mib
@@ -56,7 +56,7 @@ class Recorder:
     meter: Meter
     watch: RecipeWatch
 
-    def scan_choice(self) -> Choice:
+    def scan_choice(self) -> BackendChoice:
         """Return the scan backend that runs, and why.
 
         Raises:

@@ -29,7 +29,8 @@ from svp_bench.core.yaml import read_yaml
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.data.sources import inspect, open_source
-from svp_bench.models.checkpoints import backbone_digest, load_pickle_safely
+from svp_bench.models.checkpoints import backbone_digest
+from svp_bench.models.weight_files import load_pickle_safely
 from svp_bench.records.record import Record
 from svp_bench.records.store import read_record, write_atomically
 from svp_bench.train.checkpoint import Saved

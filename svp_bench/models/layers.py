@@ -1,0 +1,97 @@
+"""Layers of a vision backbone that are not specific to Vim.
+
+Letters used for shapes: B batch, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor, nn
+
+from svp_bench.core.errors import ConfigError
+from svp_bench.models.hooks import is_plain
+
+__all__ = ["PatchEmbed", "RMSNorm", "is_causal_conv", "resize_positions"]
+
+NORM_EPS = 1e-5  # of the published checkpoints; timm's usual 1e-6 gives other numbers
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, eps 1e-5, computed in float32 (or wider)."""
+
+    def __init__(self, width: int, eps: float = NORM_EPS) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) → (…, D)."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class PatchEmbed(nn.Module):
+    """Map images to patch tokens by a strided convolution; patches overlap if `stride` is below `patch_size`."""
+
+    def __init__(self, img_size: tuple[int, int], patch_size: int, stride: int, in_chans: int, width: int) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.patch_size = (patch_size, patch_size)
+        self.stride = stride
+        rows, columns = ((side - patch_size) // stride + 1 for side in img_size)
+        self.grid_size = (rows, columns)
+        self.num_patches = rows * columns
+        self.proj = nn.Conv2d(in_chans, width, patch_size, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, P, D); ValueError for images of another size."""
+        if tuple(images.shape[-2:]) != self.img_size:
+            given, expected = ("×".join(map(str, size)) for size in (images.shape[-2:], self.img_size))
+            raise ValueError(f"the model takes {expected} images, not {given}; create it with img_size={given}")
+        patches: Tensor = self.proj(images)
+        return patches.flatten(2).mT
+
+    def with_patch_size(self, size: tuple[int, int]) -> PatchEmbed:
+        """Return a copy with resized weights (bicubic) and patches of another size that do not overlap.
+
+        Raises:
+            ConfigError: If the patches of this layer overlap, or the new ones are not square.
+        """
+        if size == self.patch_size:
+            return self
+        if size[0] != size[1] or self.stride != self.patch_size[0]:
+            raise ConfigError(
+                f"patch_size {size} is not supported: patches are square, and those of this model "
+                f"({self.patch_size[0]}, stride {self.stride}) can only change if they do not overlap"
+            )
+        weight, bias = self.proj.weight, self.proj.bias
+        new = PatchEmbed(self.img_size, size[0], size[0], weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            new.proj.to(weight)
+            new.proj.weight.copy_(resample_patch_embed(weight, list(size)))
+            new.proj.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        new.proj.requires_grad_(weight.requires_grad)
+        return new
+
+
+def is_causal_conv(conv: nn.Module) -> bool:
+    """Whether a module is a plain depth-wise causal convolution, as the kernels compute it."""
+    return (
+        is_plain(conv, nn.Conv1d)
+        and isinstance(conv, nn.Conv1d)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.padding == (conv.kernel_size[0] - 1,)
+        and conv.stride == conv.dilation == (1,)
+        and conv.padding_mode == "zeros"
+    )
+
+
+def resize_positions(rows: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """Resize a position embedding (1, P + 1, D) to another grid (bicubic); copy the middle row (class token)."""
+    at, to = math.prod(old) // 2, math.prod(new) // 2
+    patches = torch.cat([rows[:, :at], rows[:, at + 1 :]], dim=1)
+    patches = resample_abs_pos_embed(patches, new_size=list(new), old_size=list(old), num_prefix_tokens=0)
+    return torch.cat([patches[:, :to], rows[:, at : at + 1], patches[:, to:]], dim=1)
