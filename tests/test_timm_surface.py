@@ -94,7 +94,7 @@ def test_global_pool() -> None:
     assert nano(global_pool="token").global_pool == "token"
     nano().reset_classifier(3, "token")
     for pool in ("avg", "", "map"):
-        with pytest.raises(ValueError, match=f"'{pool}'.*only 'token'.*forward_tokens gives all tokens"):
+        with pytest.raises(ValueError, match=rf"'{pool}'.*only 'token'.*forward_tokens gives all tokens"):
             nano(global_pool=pool)
         with pytest.raises(ValueError, match="only .token."):
             nano().reset_classifier(3, pool)
