@@ -489,7 +489,7 @@ def test_damaged_files_give_one_line(data: st.DataObject, small_files: dict[str,
 def test_missing_files(tmp_path: Path) -> None:
     path = tmp_path / "nowhere.pth"
     text = refusal(nano(), path)
-    assert f"no checkpoint file '{path}': it does not exist; --model.checkpoint takes a path, hub, embedded or none" in text
+    assert f"no checkpoint file '{path}': it does not exist; --model.checkpoint takes a path" in text
     assert "is a folder" in refusal(nano(), tmp_path)
 
 
