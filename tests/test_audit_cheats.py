@@ -207,7 +207,7 @@ def test_a_failed_trial_is_no_setting_that_was_tried(tmp_path: Path) -> None:
     tuned = dict(record_of(path).to_json()["tuned"])
     assert tuned["search"]["trials"] == 2
     edited(path, tuned__search__trials=3)
-    assert any("number of complete trials" in text for text in failures(path))
+    assert any("the trials of the selected config is 2" in text for text in failures(path))
 
 
 def record_of(path: Path) -> Record:

@@ -20,24 +20,6 @@ from svp_bench.records.selection import FOLD_KEYS, Choice, choice_path, read_cho
 from svp_bench.records.store import read_records
 from svp_bench.tasks.cards import ProtocolCard, TaskCard, load_protocol, load_suite, load_task
 
-__all__ = [
-    "Cards",
-    "Case",
-    "Finding",
-    "Line",
-    "RecordStore",
-    "Verdict",
-    "cell_of",
-    "family_of",
-    "fold_of",
-    "get",
-    "short",
-    "some",
-    "split_text",
-    "start_of",
-    "verdicts",
-]
-
 Verdict = Literal["pass", "note", "fail"]
 Line = tuple[Verdict, str]
 SHOWN = 6  # names in one line
@@ -144,44 +126,43 @@ class Case:
     @cached_property
     def cards(self) -> Cards:
         """The task and the protocol card, compared with those of the run."""
-        record = self.record
+        record, lines, known, protocol = self.record, list[Line](), None, None
+        name = f"{record.protocol} version {record.protocol_version}"
         try:
             task, suite_protocol = _task_card(record.task, tasks_dirs())
         except UsageError:
             text = f"there is no task card {record.task} here: no table has such a task (your own cards: --tasks_dir)"
             return Cards(None, None, (("fail", text),))
-        lines = []
         if task.version != record.task_version:
             text = f"run on version {record.task_version} of the task card, now {task.version}: tables leave it out"
-            lines.append(text)
-        lines += self._edited("task", task)
-        known = None if lines else task
-        failed: tuple[Line, ...] = tuple(("fail", line) for line in lines)
-        name = f"{record.protocol} version {record.protocol_version}"
-        try:
-            protocol = _protocol_card(record.protocol, tasks_dirs())
-        except UsageError:
-            text = f"{name}: there is no such card here, so its splits and budget were not checked"
-            return Cards(known, None, (*failed, ("note", text)))
-        if protocol.version != record.protocol_version:
-            text = f"{name}; the card here is version {protocol.version}, so splits and budget were not checked"
-            return Cards(known, None, (*failed, ("note", text)))
-        if problems := self._edited("protocol", protocol):
-            return Cards(known, None, (*failed, *(("fail", text) for text in problems)))
-        if record.protocol != suite_protocol:
-            line: Line = ("note", f"{name}, as the card here; the protocol of the suite is {suite_protocol}")
+            lines.append(("fail", text))
+        elif edited := self._edited("task", task):
+            lines.append(("fail", edited))
         else:
-            line = ("pass", f"{name}, as the card here")
-        return Cards(known, protocol, (*failed, line))
+            known = task
+        try:
+            card = _protocol_card(record.protocol, tasks_dirs())
+        except UsageError:
+            lines.append(("note", f"{name}: there is no such card here, so its splits and budget were not checked"))
+            return Cards(known, None, tuple(lines))
+        if card.version != record.protocol_version:
+            text = f"{name}; the card here is version {card.version}, so splits and budget were not checked"
+            lines.append(("note", text))
+        elif edited := self._edited("protocol", card):
+            lines.append(("fail", edited))
+        else:
+            protocol = card
+            own = "" if record.protocol == suite_protocol else f"; the protocol of the suite is {suite_protocol}"
+            lines.append(("note" if own else "pass", f"{name}, as the card here{own}"))
+        return Cards(known, protocol, tuple(lines))
 
-    def _edited(self, kind: str, card: TaskCard | ProtocolCard) -> list[str]:
+    def _edited(self, kind: str, card: TaskCard | ProtocolCard) -> str:
+        """Return how a card differs from the one of the run with the same version, or ""."""
         stated, here = (self.record.card_digests or {}).get(kind), card_digest(card)
-        if stated is None or stated == here or card.version != getattr(self.record, f"{kind}_version"):
-            return []
-        return [
-            f"the {kind} card {card.name} version {card.version} of the run ({short(stated)}) is not the one here "
-            f"({short(here)}): it was changed without a new version"
-        ]
+        if stated is None or stated == here:
+            return ""
+        digests = f"of the run ({short(stated)}) is not the one here ({short(here)})"
+        return f"the {kind} card {card.name} version {card.version} {digests}: it was changed without a new version"
 
     @cached_property
     def selected(self) -> tuple[Choice | None, str]:

@@ -28,8 +28,6 @@ from svp_bench.records.defaults import departure_texts, departures, recipe, ship
 from svp_bench.records.digests import flat
 from svp_bench.records.store import record_path
 
-__all__ = ["CHECKS", "results_root_of"]
-
 _STAGES = {"final": ("final", ("train", "test")), "selection": ("select", ("train", "val"))}
 _CUTS = ("limit_train_batches", "limit_test_batches", "limit_val_batches", "overfit_batches", "fast_dev_run")
 _NAMED_WEIGHTS = ("hub", "embedded", "none")
@@ -239,14 +237,6 @@ def check_data(case: Case) -> Iterator[Line]:
     if record.image_notes:
         counted = (f"{note} ({count})" for note, count in sorted(record.image_notes.items()))
         yield "note", f"images that were skipped or converted: {some(counted)}"
-    data = (record.task, record.stage, record.protocol, record.data_variant, "complete")
-    others = {
-        one.data_digest
-        for one in case.stored
-        if (one.task, one.stage, one.protocol, one.data_variant, one.status) == data
-    } - {record.data_digest}
-    if others:
-        yield "note", f"other runs of {record.task} read other splits ({some(sorted(map(short, others)))}): other cells"
 
 
 def check_weights(case: Case) -> Iterator[Line]:
@@ -336,15 +326,6 @@ def check_code_digest(case: Case) -> Iterator[Line]:
             )
 
 
-def check_machine(case: Case) -> Iterator[Line]:
-    """Report the machine."""
-    record = case.record
-    versions = ", ".join(f"{name} {version}" for name, version in record.libraries.items())
-    many, cpu = f"{record.device_count} × " if record.device_count > 1 else "", f" ({record.cpu})" if record.cpu else ""
-    device = f"{many}{record.device}{cpu}, scan backend {record.scan_backend}, precision {record.precision}"
-    yield "note", f"{device}; {versions}"
-
-
 def results_root_of(path: Path) -> Path | None:
     """Return the results folder of a file, None if it does not lie where a record belongs."""
     absolute = path.absolute()
@@ -380,6 +361,5 @@ CHECKS: tuple[tuple[str, Callable[[Case], Iterator[Line]]], ...] = (
     ("tested", check_tested),
     ("code", check_code),
     ("code", check_code_digest),
-    ("machine", check_machine),
 )
 """Subject and check, in the order of the lines."""

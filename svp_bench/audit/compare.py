@@ -11,8 +11,6 @@ from svp_bench.core.errors import plural
 from svp_bench.records.digests import cell_config, flat
 from svp_bench.records.record import Record
 
-__all__ = ["check_alike", "check_copied_weights", "check_repeated", "check_seeds", "check_tested"]
-
 
 def check_copied_weights(case: Case) -> Iterator[Line]:
     """No run of another seed, task or score ended with the same weights."""

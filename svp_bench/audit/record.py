@@ -51,8 +51,8 @@ class Audit:
 
     @property
     def notes(self) -> tuple[Finding, ...]:
-        """The notes, without that of the machine, which every record has."""
-        return tuple(found for found in self.findings if found.verdict == "note" and found.subject != "machine")
+        """The notes."""
+        return tuple(found for found in self.findings if found.verdict == "note")
 
 
 @dataclass(frozen=True)

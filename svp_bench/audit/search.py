@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime, timezone
 from math import isclose
 from typing import Any
@@ -21,16 +22,6 @@ from svp_bench.records.selection import (
     Trial,
     context_of,
 )
-
-__all__ = [
-    "check_config",
-    "check_grid",
-    "check_other_searches",
-    "check_outside",
-    "check_rule",
-    "check_track",
-    "check_trials",
-]
 
 
 def check_track(case: Case) -> Iterator[Line]:
@@ -51,39 +42,25 @@ def check_config(case: Case) -> Iterator[Line]:
     choice, where = case.selected
     if choice is not None:
         good = f"{where}, selected {choice.created}, before the run; the config has its values"
-        yield from verdicts(_config_problems(case, choice, where), good)
+        yield from verdicts(_config_problems(case, choice), good)
     elif where:
         yield "fail", where
 
 
-def _config_problems(case: Case, choice: Choice, where: str) -> Iterator[str]:
+def _config_problems(case: Case, choice: Choice) -> Iterator[str]:
     record, tuned = case.record, case.record.tuned
     assert tuned is not None
     assert tuned.search is not None
-    search, ours = tuned.search, dict(flat(record.config))
-    if choice.digest != search.choice:
-        yield f"{where} is not the file that the run was made with ({short(search.choice)})"
+    ours, expected = dict(flat(record.config)), choice.tuned()
+    assert expected.search is not None
     if choice.search_seed not in (None, record.seed):
         yield f"the selected config is that of seed {choice.search_seed}, and the run has seed {record.seed}"
-    stated: dict[str, tuple[Any, Any]] = {
-        "task": (choice.task, record.task),
-        "method": (choice.method, tuned.table.partition("/")[2]),
-        "declaration": (choice.search_digest, tuned.digest),
-        "weights": (short(choice.checkpoint_digest), short(record.checkpoint_digest)),
-        "split": (choice.selected_on, search.selected_on),
-        "budget": (choice.search.get("budget"), search.budget),
-        "sampler": (choice.search.get("sampler"), search.sampler),
-        "number of complete trials": (choice.completed, search.trials),
-        "keys": (sorted(choice.values), sorted(tuned.keys)),
-    }
-    if choice.version >= RULE_VERSION:
-        stated |= {
-            "number of trials": (len(choice.trials), search.tried),
-            "nesting": (choice.nested, search.nested),
-            "folds": (choice.folds, search.folds),
-            "ends of the grid": (list(choice.at_edge), list(search.at_edge or ())),
-            "ties": (choice.ties, search.ties),
-        }
+    stated = {"keys": (sorted(expected.keys), sorted(tuned.keys))}
+    stated |= {key: (getattr(expected, key), getattr(tuned, key)) for key in ("table", "digest")}
+    for field in fields(tuned.search):
+        stated[field.name] = getattr(expected.search, field.name), getattr(tuned.search, field.name)
+    for key in ("task", "checkpoint_digest"):
+        stated[key] = getattr(choice, key), getattr(record, key)
     for name, (theirs, mine) in stated.items():
         if theirs != mine:
             yield f"the {name} of the selected config is {theirs}, that of the record {mine}"
@@ -101,8 +78,6 @@ def _config_problems(case: Case, choice: Choice, where: str) -> Iterator[str]:
             began = record.run_id if start is None else f"{start:%Y-%m-%dT%H:%M:%S+00:00}"
             yield f"selected {choice.created}, after the run began ({began})"
     yield from _split_problems(case, choice)
-    if choice.version >= RULE_VERSION:
-        yield from _fold_problems(choice)
 
 
 def _context_problems(record: Record, choice: Choice, who: str) -> Iterator[str]:
@@ -113,39 +88,26 @@ def _context_problems(record: Record, choice: Choice, who: str) -> Iterator[str]
 
 
 def _split_problems(case: Case, choice: Choice) -> Iterator[str]:
-    """Yield where split and number of images of the selection are not those of the cards."""
-    protocol, counts = case.cards.protocol, case.split_counts
-    if protocol is None:
-        return
-    val, labelled = protocol.stages["select"]["val"], protocol.stages["final"]["train"]
-    scored, allowed = counts.get(labelled if choice.folds else val), val
-    if choice.folds:
-        allowed = f"{labelled} ({choice.folds} folds)"
-    if choice.selected_on != allowed:
-        yield f"selected on {choice.selected_on}, and {case.record.protocol} selects on {allowed}"
-    if scored is not None and choice.count != scored:
-        yield f"selected on {plural(choice.count, 'image')}, and the task card has {scored}"
-    small, in_val = choice.search.get("small_val", 0), counts.get(val, 0)
-    if choice.folds and choice.search["folds"] == "auto" and in_val >= small and val in counts:
-        yield (
-            f"selected in {choice.folds} folds, and val has {plural(in_val, 'image')}: the search declares folds below "
-            f"{small}"
-        )
-
-
-def _fold_problems(choice: Choice) -> Iterator[str]:
-    """Yield where the folds of a selected config are not those that the search declares."""
-    declared, small = choice.search["folds"], choice.search["small_val"]
-    allowed = {
-        "none": 0,
-        "leave_one_out": choice.count,
-        "auto": min(AUTO_FOLDS, choice.count) if choice.folds else 0,
-    }.get(declared, declared)
-    if allowed is not None and choice.folds != allowed:
-        yield f"selected in {choice.folds} folds of {plural(choice.count, 'image')}, and the search declares {declared}"
-    if declared == "auto" and not choice.folds and choice.count < small:
+    """Yield where splits, folds and number of images of the selection are not those of the cards and of the search."""
+    protocol, counts, folds = case.cards.protocol, case.split_counts, choice.folds
+    declared, small = choice.search.get("folds", "none"), choice.search.get("small_val", 0)
+    if protocol is not None:
+        val, labelled = protocol.stages["select"]["val"], protocol.stages["final"]["train"]
+        allowed = f"{labelled} ({folds} folds)" if folds else val
+        scored, in_val = counts.get(labelled if folds else val), counts.get(val)
+        if choice.selected_on != allowed:
+            yield f"selected on {choice.selected_on}, and {case.record.protocol} selects on {allowed}"
+        if scored is not None and choice.count != scored:
+            yield f"selected on {plural(choice.count, 'image')}, and the task card has {scored}"
+        if folds and declared == "auto" and in_val is not None and in_val >= small:
+            yield f"selected in {folds} folds, and val has {in_val} images: the search declares folds below {small}"
+    auto = min(AUTO_FOLDS, choice.count) if folds else 0
+    expected = {"none": 0, "leave_one_out": choice.count, "auto": auto}.get(declared, declared)
+    if expected is not None and folds != expected:
+        yield f"selected in {folds} folds of {plural(choice.count, 'image')}, and the search declares {declared}"
+    if declared == "auto" and not folds and choice.count < small:
         yield f"selected on {choice.count} images of val, fewer than {small}"
-    if choice.folds and choice.repeats != choice.search["repeats"]:
+    if folds and choice.repeats != choice.search["repeats"]:
         yield f"the images were divided {choice.repeats} times, not {choice.search['repeats']}"
 
 
