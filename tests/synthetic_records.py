@@ -1,4 +1,4 @@
-"""Records drawn for tests: complete and consistent, with made-up numbers."""
+"""Synthetic records for tests: complete and consistent, with made-up numbers."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def make_record(
     number: int = 0,
     **fields: Any,
 ) -> Record:
-    """Return a complete final record with `right` of `count` images classified rightly.
+    """Return a complete final record with `right` of `count` images classified correctly.
 
     Args:
         task: Full name.
         method: Its name; also set in the config.
         seed: The seed.
-        right: Images classified rightly.
+        right: Images classified correctly.
         count: Test images.
         changes: Dotted config key → value.
         tuned: The tuned table.
@@ -115,9 +115,9 @@ def make_record(
 
 
 def synthetic_record(task: str = "vtab/caltech101", method: str = "svp", **fields: Any) -> Record:
-    """Return a record of a run on a drawn stand-in; see `make_record`."""
+    """Return a record of a run on synthetic images; see `make_record`."""
     data = {"data_variant": "drawn", "data_status": "different", "data_digest": OTHER_LIST}
-    return make_record(task, method, **{**data, "data_notes": ["the images are drawn, not real"], **fields})
+    return make_record(task, method, **{**data, "data_notes": ["the images are synthetic, not real"], **fields})
 
 
 def unscored(record: Record, status: str = "unscored", reason: str | None = None) -> Record:

@@ -1,4 +1,4 @@
-"""Records drawn for the report: several methods, tasks, seeds and tracks, with holes, failures and a search."""
+"""Synthetic records for the report: methods, tasks, seeds and tracks, with missing results, failures and a search."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HOSTILE = f'{SCRIPT}</script><img src=x onerror="alert(1)">\u2028& "quotes"'
 def scored(
     task: str, method: str, seed: int, *, gain: float = 0.0, noise: float = 0.5, number: int = 0, **fields: Any
 ) -> Record:
-    """Return a complete record with a drawn accuracy, its own run id, and times that belong to its method."""
+    """Return a complete record with a random accuracy, its own run id, and times that belong to its method."""
     rng = random.Random(f"{task} {method} {seed} {gain}")
     card = load_task(task)
     base, parameters, train, test = METHODS[method]
@@ -64,7 +64,7 @@ def scored(
 
 
 def named(record: Record, number: int) -> Record:
-    """Give `record` a run id that says nothing of the time of drawing."""
+    """Give `record` a run id without the time of its creation."""
     return dataclasses.replace(
         record, run_id=f"{record.method}-20260131T120000Z-seed{record.seed}-{record.setting_digest[7:15]}-{number:08x}"
     )
@@ -77,7 +77,7 @@ def vtab(seeds: Sequence[int] = (0, 1, 2, 3, 4), tasks: Sequence[str] | None = N
     for method in METHODS:
         for task in names:
             if method == "adapter" and task in names[-2:]:
-                continue  # holes
+                continue  # missing results
             for seed in seeds[:1] if method == "full" else seeds:
                 number += 1
                 yield scored(task, method, seed, number=number)
@@ -116,6 +116,6 @@ def write(root: Path, records: Sequence[Record], broken: bool = False) -> Path:
     return root
 
 
-def stand_ins() -> list[Record]:
-    """Return records of the demo on drawn data."""
+def demo_records() -> list[Record]:
+    """Return records of the demo on synthetic data."""
     return [named(synthetic_record("demo/size", "linear", seed=seed, number=seed), 9100 + seed) for seed in (0, 1)]

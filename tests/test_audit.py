@@ -1,4 +1,4 @@
-"""`svp-bench audit`: what a record proves, and what it does not."""
+"""`svp-bench audit`: sound records pass, and edited ones fail."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def test_synthetic_images_fail(tmp_path: Path) -> None:
     assert any(text.startswith("data: synthetic images") for text in failures(path))
 
 
-def test_a_selection_record_passes_and_says_that_no_table_shows_it(tmp_path: Path) -> None:
+def test_a_selection_record_passes(tmp_path: Path) -> None:
     path = write_record(selection(1e-3, 60.0), tmp_path)
     assert failures(path) == []
     assert "without a test split; tables never show it" in lines(path)["splits"][0][1]
@@ -330,7 +330,7 @@ def test_a_copy_for_another_seed_is_seen_even_if_all_names_fit(tmp_path: Path) -
     assert failures(path) == [f"seeds: the same score, bits, loss and times as seed 0 ({first.run_id}): a copy"]
 
 
-def test_equal_bits_and_loss_of_two_seeds_are_a_note_whatever_the_times(tmp_path: Path) -> None:
+def test_equal_bits_and_loss_of_two_seeds_are_a_note(tmp_path: Path) -> None:
     first = record()
     write_record(first, tmp_path)
     second = dataclasses.replace(record(seed=1), metrics=first.metrics, correct=first.correct)
@@ -579,7 +579,7 @@ def raised(choice: Choice) -> Choice:
 
 
 def hidden(choice: Choice) -> Choice:
-    """Its losing last trial said to have failed before there was a record."""
+    """Return the selected config with its losing last trial stated as failed before it had a record."""
     last = dataclasses.replace(choice.trials[-1], status="failed: nan", scores=(), run_ids=("",), trainable=None)
     trials = (*choice.trials[:-1], last)
     _, error, reason = choose(trials, choice.count)

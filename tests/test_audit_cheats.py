@@ -1,4 +1,4 @@
-"""`svp-bench audit`: records that were edited, drawn again, copied, or made by other code than they state."""
+"""`svp-bench audit`: records that were edited, run again, copied, or made by other code than they state."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ def test_a_list_has_the_same_images_of_each_class_in_every_record(tmp_path: Path
     assert text.startswith(f"alike: {paths[1].stem} scored the same split")
 
 
-# ---- a seed drawn again
+# ---- a seed run again
 
 
-def test_one_seed_drawn_again_on_other_code_fails_while_others_count_from_the_old(tmp_path: Path) -> None:
+def test_one_seed_run_again_on_other_code_fails_while_others_count_from_the_old(tmp_path: Path) -> None:
     old = [write_record(record(5000 + seed, seed=seed), tmp_path) for seed in (0, 1)]
     again = write_record(record(5200, clock="13:00:00", commit="f" * 40), tmp_path)
     for path in (old[0], again):
@@ -248,7 +248,7 @@ def test_a_record_that_lost_the_digest_of_its_weights_fails(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["task", "protocol"])
-def test_a_card_of_the_same_version_says_the_same(tmp_path: Path, kind: str) -> None:
+def test_a_card_edited_without_a_new_version_fails(tmp_path: Path, kind: str) -> None:
     cards = {"task": card_digest(load_task(TASK)), "protocol": card_digest(load_protocol("vtab-final"))}
     path = write_record(record(card_digests=cards), tmp_path)
     assert failures(path) == []
@@ -258,7 +258,7 @@ def test_a_card_of_the_same_version_says_the_same(tmp_path: Path, kind: str) -> 
     assert "changed without a new version" in text
 
 
-def test_what_a_card_calls_itself_moves_no_digest() -> None:
+def test_titles_and_notes_of_a_card_change_no_digest() -> None:
     card = load_task(TASK)
     other = dataclasses.replace(card, title="Other", notes="other", licence="other", path=Path("elsewhere"))
     assert card_digest(other) == card_digest(card)
@@ -268,7 +268,7 @@ def test_what_a_card_calls_itself_moves_no_digest() -> None:
     assert card_digest(dataclasses.replace(protocol, image_size=7)) != card_digest(protocol)
 
 
-def test_what_a_record_cannot_describe_is_named(tmp_path: Path) -> None:
+def test_external_classes_and_conversions_are_notes(tmp_path: Path) -> None:
     stated: dict[str, Any] = {
         "external_classes": ["mine.Logger"],
         "checkpoint_load": {"resized": ["pos_embed 14x14 -> 4x16"]},
@@ -285,7 +285,7 @@ def test_what_a_record_cannot_describe_is_named(tmp_path: Path) -> None:
     assert failures(path) == ["comparable: weights were averaged; tables leave the run out"]
 
 
-def test_a_table_says_why_rows_of_one_setting_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_explains_why_rows_of_one_setting_are_separate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, digest in enumerate((LIST, OTHER_LIST)):
         write_record(record(5000 + seed, seed=seed, method_source={"mine.py": digest}), tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""`svp-bench audit` of a nested search in folds: whatever part of it is edited, dropped or run again is named."""
+"""`svp-bench audit` of a nested search in folds: edited, dropped and repeated parts fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report as data and as text: what it says, that it is the same for the same records, and that nothing escapes."""
+"""The report as data and as text: its content, equal bytes for equal records, and escaped text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from helpers import assert_error, command, run
 from synthetic_records import make_record
-from synthetic_report import HOSTILE, METHODS, SCRIPT, named, scored, stand_ins, vtab, write
+from synthetic_report import HOSTILE, METHODS, SCRIPT, named, scored, demo_records, vtab, write
 
 from svp_bench.core.errors import UnavailableError
 from svp_bench.records.published import load_published
@@ -124,7 +124,7 @@ def test_sections_differ_by_track_and_weights(view: ReportView) -> None:
     assert section_of(view, "searched").title == "vim_small_patch16_224, searched (default, K = 12)"
 
 
-def test_a_row_holds_means_intervals_seeds_and_holes(view: ReportView) -> None:
+def test_means_intervals_seeds_and_missing_results_of_a_row(view: ReportView) -> None:
     rows = {row.label: row for row in section_of(view).rows}
     assert set(rows) == {*METHODS, "svp (share_layers=1)", "svp (share_layers=4)"} - {"svp"}
     lora, adapter, alone = rows["lora"], rows["adapter"], rows["full"]
@@ -285,7 +285,7 @@ def test_published_numbers_are_open_stars_apart_from_ours(view: ReportView) -> N
 
 def test_a_suite_of_one_group_has_one_mean() -> None:
     card = dataclasses.replace(load_suite("demo"), groups={"structured": ("location", "count", "size")})
-    table = load_table(card, stand_ins())
+    table = load_table(card, demo_records())
     (suite,) = report_view([table], {}, {}).suites
     assert list(columns_of(suite, suite.sections[0])) == ["mean of 3 tasks"]
 
@@ -337,7 +337,7 @@ def test_the_command_reports_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "4/19" in page
 
 
-def test_without_records_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_without_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     line = assert_error(command("report"), 2)
     assert "--results_root results: there is no such folder" in line
@@ -435,8 +435,8 @@ def test_a_row_label_stays_text() -> None:
     table = table_of([named(record, n) for n, record in enumerate(records)])
     report = report_view([table], {}, {})
     _nothing_escapes(render(report))
-    drawn = [trace for figure in figures_of(report.suites[0], report.level).values() for trace in figure["data"]]
-    read = json.dumps([{key: value for key, value in trace.items() if key != "meta"} for trace in drawn])
+    traces = [trace for figure in figures_of(report.suites[0], report.level).values() for trace in figure["data"]]
+    read = json.dumps([{key: value for key, value in trace.items() if key != "meta"} for trace in traces])
     assert "&lt;script" in read
     assert "<script" not in read, "Plotly reads HTML in its texts"
     assert plain("<b>&") == "&lt;b&gt;&amp;"
@@ -506,9 +506,9 @@ def test_the_leaderboard_in_numbers(page: str, view: ReportView) -> None:
 def test_every_plot_has_words_and_a_table(page: str) -> None:
     scan = Scan(without_libraries(page))
     figures = data_of(page)["figures"]
-    drawn = [attributes for attributes in scan.all("div") if "data-figure" in attributes]
-    assert {attributes["data-figure"] for attributes in drawn} == set(figures)
-    assert all(attributes["role"] == "img" and "table" in (attributes["aria-label"] or "") for attributes in drawn)
+    plots = [attributes for attributes in scan.all("div") if "data-figure" in attributes]
+    assert {attributes["data-figure"] for attributes in plots} == set(figures)
+    assert all(attributes["role"] == "img" and "table" in (attributes["aria-label"] or "") for attributes in plots)
     identifiers = [attributes["id"] for _, attributes in scan.tags if attributes.get("id")]
     assert len(identifiers) == len(set(identifiers))
     for name in ("aria-labelledby",):
@@ -616,14 +616,14 @@ def test_curves_are_read_and_thinned(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 59, 60, 61, 119, 1000])
 def test_thinning_keeps_the_mean_and_the_end(count: int) -> None:
     points = [(n, float(n % 7)) for n in range(count)]
-    kept = thin(points)
-    assert len(kept) <= POINTS
+    thinned = thin(points)
+    assert len(thinned) <= POINTS
     if count <= POINTS:
-        assert kept == tuple(points)
+        assert thinned == tuple(points)
     else:
-        assert len(kept) == POINTS
-        assert kept[-1] == points[-1]
-        assert all(0 <= value <= 6 for _, value in kept)
+        assert len(thinned) == POINTS
+        assert thinned[-1] == points[-1]
+        assert all(0 <= value <= 6 for _, value in thinned)
 
 
 def test_runs_without_event_files_have_no_curve(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Reader:
             self.page.wait_for_timeout(20)
 
     def sorted(self, head: Any, direction: str | None) -> None:
-        """Wait until a column says that it is sorted so."""
+        """Wait until the `aria-sort` of a column is `direction`."""
         self.until(
             "([head, direction]) => head.getAttribute('aria-sort') === direction",
             arg=[head.element_handle(), direction],
@@ -115,7 +115,7 @@ def address(results: Path) -> Iterator[str]:
 
 
 def open_page(browser: Any, url: str, **options: Any) -> Reader:
-    """Open the page; what it asks for besides is refused and noted, as is what it complains of."""
+    """Open the page; refuse and record its further requests, and record its errors."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
     reader = Reader(context.new_page(), url)
 
@@ -131,7 +131,7 @@ def open_page(browser: Any, url: str, **options: Any) -> Reader:
         dialog.dismiss()
 
     context.route("**/*", see)
-    reader.page.on("console", lambda said: reader.errors.append(f"{said.type}: {said.text}"))
+    reader.page.on("console", lambda message: reader.errors.append(f"{message.type}: {message.text}"))
     reader.page.on("pageerror", lambda error: reader.errors.append(str(error)))
     reader.page.on("dialog", hear)
     reader.page.goto(url)
@@ -177,7 +177,7 @@ def test_it_opens_without_a_request_or_an_error(read: Any, tmp_path: Path) -> No
     assert reader.page.get_attribute("#open-all", "aria-pressed") == "true"
     assert reader.page.locator("main details:not([open])").count() == 0
     plots = reader.page.locator("[data-figure]")
-    for place in range(0, plots.count(), 8):  # plots are drawn when one comes to them
+    for place in range(0, plots.count(), 8):  # a plot appears when it is scrolled to
         plots.nth(place).scroll_into_view_if_needed()
         reader.until("place => document.querySelectorAll('[data-figure]')[place].querySelector('.main-svg')", arg=place)
     assert reader.overflow() <= 0

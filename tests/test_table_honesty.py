@@ -79,11 +79,11 @@ def test_departures_of_some_tasks_are_counted_and_searched_ones_spared() -> None
     assert f"linear departs from the shipped settings: {RATE}" not in text
 
 
-def test_a_method_without_a_recipe_is_said() -> None:
+def test_a_method_without_a_recipe_is_noted() -> None:
     assert "There is no shipped recipe to compare with: nonesuch." in pages(build(whole("nonesuch", 600)))["md"]
 
 
-def test_runs_of_other_machines_and_commits_are_said_and_marked() -> None:
+def test_runs_of_other_machines_and_commits_are_marked() -> None:
     records = whole("lora", 700, 3) + whole("linear", 600, 3)
     same = pages(build(records))
     for name, text in same.items():
@@ -131,10 +131,10 @@ ROWS = (("lora", 700), ("linear", 600))
 def test_an_incomplete_row_is_no_part_of_the_holm_family() -> None:
     complete = whole("lora", 700, 2) + whole("linear", 600, 2)
     partial = [record for record in whole("full", 900, 2) if record.task == "vtab/dtd"]
-    alone, beside = (build(records).sections[0].comparison for records in (complete, [*complete, *partial]))
+    alone, joint = (build(records).sections[0].comparison for records in (complete, [*complete, *partial]))
     assert alone is not None
-    assert beside is not None
-    found = {contrast.row: contrast for contrast in beside.contrasts}
+    assert joint is not None
+    found = {contrast.row: contrast for contrast in joint.contrasts}
     assert found["lora"].holm == alone.contrasts[0].holm == found["lora"].p
     assert found["full"].holm is None
     texts = pages(build([*complete, *partial]))
