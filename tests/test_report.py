@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from helpers import assert_error, command, run
 from synthetic_records import make_record
-from synthetic_report import HOSTILE, METHODS, SCRIPT, named, scored, demo_records, vtab, write
+from synthetic_report import HOSTILE, METHODS, SCRIPT, demo_records, named, scored, vtab, write
 
 from svp_bench.core.errors import UnavailableError
 from svp_bench.records.published import load_published
