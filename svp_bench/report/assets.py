@@ -1,7 +1,7 @@
-"""The JavaScript and CSS of others that the page carries inside itself, made fit for an inline script.
+"""Load the JavaScript and CSS libraries that the page includes, for inline scripts.
 
 Plotly.js (MIT) comes from the package plotly, DataTables with jQuery (MIT) from itables: both ship a bundle for
-offline use. Their notices stay in their texts; `NOTICES` is what the page shows of them.
+offline use. Their notices stay in their texts; the page also shows `NOTICES`.
 """
 
 from __future__ import annotations
@@ -10,25 +10,18 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from svp_bench.core.errors import UnavailableError
 
 __all__ = ["LICENCES", "NOTICES", "Notice", "datatables_css", "datatables_js", "in_script", "plotly_js", "script_hash"]
 
 
-@dataclass(frozen=True)
-class Notice:
-    """Whose work a part of the page is.
-
-    Attributes:
-        work: Its name.
-        holder: The copyright line.
-        licence: "MIT" or "ISC"; the page prints the texts.
-    """
+class Notice(NamedTuple):
+    """The author of a part of the page: its name, the copyright line, and "MIT" or "ISC"."""
 
     work: str
     holder: str
@@ -76,10 +69,10 @@ _DEFAULT = re.compile(r"(?:^|,)\s*([\w$]+)\s+as\s+default\s*(?:,|$)")
 
 
 def in_script(text: str) -> str:
-    r"""Return JavaScript that an inline <script> holds whole: no `</script`, and no `<!--` or `<script` either.
+    r"""Return JavaScript without `</script`, `<!--` and `<script`, for an inline <script>.
 
     The last two would switch the HTML parser into a state in which `</script>` no longer ends the script. In strings
-    and regular expressions, where they stand, `\x3C` means the same.
+    and regular expressions, where they occur, `\x3C` means the same.
     """
     return re.sub(r"<(?=!--|/?script)", r"\\x3C", text, flags=re.IGNORECASE)
 
@@ -92,9 +85,7 @@ def plotly_js() -> str:
 
 
 def datatables_js() -> str:
-    """Return DataTables with jQuery for an inline script; it defines `DataTable`.
-
-    The bundle of itables is a module, which an inline script cannot import: its export becomes a global.
+    """Return DataTables with jQuery for an inline script; it defines `DataTable` as a global, not as a module.
 
     Raises:
         UnavailableError: If the installed itables ships another kind of bundle.

@@ -168,8 +168,8 @@ def group_figure(
 ) -> Figure:
     """Return bars of a mean, from zero, with the interval over new seeds; missing results are named."""
     rows = section.rows
-    shown = [(line, row, value) for line, row in enumerate(rows) if (value := values[row.id]) is not None]
-    missing = [line for line, row in enumerate(rows) if values[row.id] is None]
+    shown = [(line, row, value) for line, row in enumerate(rows) if (value := values[row.label]) is not None]
+    missing = [line for line, row in enumerate(rows) if values[row.label] is None]
     bars = _with_records(
         _trace(
             [_round(value.mean) for _, _, value in shown],
@@ -340,14 +340,14 @@ def figures_of(suite: SuiteView, level: float) -> dict[str, Figure]:
 
 
 def columns_of(suite: SuiteView, section: SectionView) -> dict[str, dict[str, Value | None]]:
-    """Return name of a mean → row id → value; of a suite with a single group, the mean over the tasks only.
+    """Return name of a mean → label → value; of a suite with a single group, the mean over the tasks only.
 
     Groups that no row has complete are left out, and so is then the mean of the groups.
     """
-    groups = {group: {row.id: row.groups[group] for row in section.rows} for group in suite.card.groups}
+    groups = {group: {row.label: row.groups[group] for row in section.rows} for group in suite.card.groups}
     means = {
-        suite.means[0]: {row.id: row.task_mean for row in section.rows},
-        suite.means[1]: {row.id: row.group_mean for row in section.rows},
+        suite.means[0]: {row.label: row.task_mean for row in section.rows},
+        suite.means[1]: {row.label: row.group_mean for row in section.rows},
     }
     if len(groups) == 1:
         return {suite.means[0]: means[suite.means[0]]}

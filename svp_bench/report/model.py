@@ -106,7 +106,6 @@ class RowView:
 
     Attributes:
         table: The row.
-        id: Unique in the page.
         style: Number of its colour and marker, the same for this label in the whole page.
         cells: Task → cell; a missing result has no entry.
         missing: Tasks without a cell.
@@ -117,7 +116,6 @@ class RowView:
     """
 
     table: Row
-    id: str
     style: int
     cells: Mapping[str, CellView]
     missing: tuple[str, ...]

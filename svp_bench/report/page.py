@@ -265,7 +265,7 @@ def _breakable(label: str) -> Markup:
 
 
 def _point(trade: TradeOff, row: RowView) -> Point | None:
-    return next((point for point in trade.points if point.row.id == row.id), None)
+    return next((point for point in trade.points if point.row is row), None)
 
 
 def _domain_of(section: SectionView) -> tuple[int, int]:

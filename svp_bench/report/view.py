@@ -154,9 +154,9 @@ def _section(name: str, section: Section, table: Table, pool: RecordPool, styles
         return CellView(cell, value, runs, standings.get((task, row.label), ""), verdict)
 
     rows = []
-    for number, row in enumerate(section.rows, 1):
+    for row in section.rows:
         cells = {task: cell_view(row, task, row.cells[task]) for task in suite.tasks if task in row.cells}
-        rows.append(_row(f"{name}-{number}", row, suite, cells, styles[row.label]))
+        rows.append(_row(row, suite, cells, styles[row.label]))
     names = [*suite.tasks, *suite.groups, *mean_names(suite)]
     majority = zip(names, majority_scores(section, suite), strict=True)
     return SectionView(
@@ -217,12 +217,11 @@ def _standings(section: Section, suite: SuiteCard, level: float) -> dict[tuple[s
     return found
 
 
-def _row(name: str, row: Row, suite: SuiteCard, cells: Mapping[str, CellView], style: int) -> RowView:
+def _row(row: Row, suite: SuiteCard, cells: Mapping[str, CellView], style: int) -> RowView:
     known = row.intervals
     seeds, tasks, images = map(_bounds, (known.present, known.new_tasks, known.images))
     return RowView(
         table=row,
-        id=name,
         style=style,
         cells=cells,
         missing=tuple(task for task in suite.tasks if task not in row.cells),
@@ -260,14 +259,14 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 def _trade_off(name: str, axis: Axis, costs: Mapping[str, float], rows: Sequence[RowView], why: str) -> TradeOff:
     """Return the complete rows that have a cost."""
-    shown = [(row, costs[row.id], row.task_mean) for row in rows if row.id in costs and row.task_mean is not None]
+    shown = [(row, costs[row.label], row.task_mean) for row in rows if row.label in costs and row.task_mean is not None]
     on_front = front([(cost, value.mean) for _, cost, value in shown])
     missing = {}
     for row in rows:
         if row.missing:
             tasks = plural(len(row.cells) + len(row.missing), "task")
             missing[row.label] = f"is partial: {len(row.cells)} of {tasks}"
-        elif row.id not in costs:
+        elif row.label not in costs:
             missing[row.label] = why
     points = (Point(*entry, is_on) for entry, is_on in zip(shown, on_front, strict=True))
     return TradeOff(name, axis, tuple(points), missing)
@@ -280,7 +279,7 @@ def _mean(values: Iterable[float]) -> float:
 
 def _parameters(name: str, rows: Sequence[RowView]) -> TradeOff:
     costs = {
-        row.id: _mean(_mean(run.parameters.adapter for run in cell.records) for cell in row.table.cells.values())
+        row.label: _mean(_mean(run.parameters.adapter for run in cell.records) for cell in row.table.cells.values())
         for row in rows
     }
     return _trade_off(name, PARAMETERS, costs, rows, "")
@@ -309,7 +308,7 @@ def _measured(name: str, setup: tuple[str, int, str, str], rows: Sequence[RowVie
         for axis, time in times.items():
             timed = [[value for run in runs if (value := time(run)) is not None] for runs in cells]
             if all(timed):
-                costs[axis][row.id] = _mean(map(_mean, timed))
+                costs[axis][row.label] = _mean(map(_mean, timed))
         here = [run for runs in cells for run in runs]
         rates = [run.images_per_second for run in here if run.images_per_second is not None]
         peaks = [run.peak_memory_mib for run in here if run.peak_memory_mib is not None]
