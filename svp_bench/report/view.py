@@ -286,7 +286,7 @@ def _parameters(name: str, rows: Sequence[RowView]) -> TradeOff:
 
 
 def _setup(record: Record) -> tuple[str, int, str, str]:
-    return record.device, record.device_count, record.precision, record.scan_backend
+    return record.device, record.device_count, record.precision, record.scan_backend or ""
 
 
 def _setups(name: str, rows: Sequence[RowView]) -> tuple[SetupView, ...]:
@@ -318,8 +318,9 @@ def _measured(name: str, setup: tuple[str, int, str, str], rows: Sequence[RowVie
             memory[row.label] = max(peaks)
     device, count, precision, backend = setup
     why = "not all of its tasks were run on this machine"
+    title = f"{device}, {plural(count, 'process')}, precision {precision}"
     return SetupView(
-        title=f"{device}, {plural(count, 'process')}, precision {precision}, scan backend {backend}",
+        title=f"{title}, scan backend {backend}" if backend else title,
         training=_trade_off(f"{name}-training", TRAINING, costs["training"], rows, why),
         inference=_trade_off(f"{name}-inference", INFERENCE, costs["inference"], rows, why),
         images_per_second=throughput,
