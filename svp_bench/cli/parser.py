@@ -76,13 +76,15 @@ def run_function(function: Callable[..., int], subcommand: str, arguments: Seque
         options.error(f"unrecognized arguments: {' '.join(rest)}")
     positional, keywords = [], {}
     for name, parameter in parameters.items():
+        value = getattr(given, name, None)
+        if isinstance(value, list) and "list[" not in parameter.annotation:
+            value = tuple(value)
         if parameter.annotation == "CommandLine":
-            keywords[name] = CommandLine((subcommand, *arguments))
-        elif parameter.kind is parameter.POSITIONAL_ONLY:
-            value = getattr(given, name)
-            positional.append(tuple(value) if isinstance(value, list) else value)
+            value = CommandLine((subcommand, *arguments))
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            positional.append(value)
         elif parameter.kind is parameter.KEYWORD_ONLY:
-            keywords[name] = getattr(given, name)
+            keywords[name] = value
     return function(*positional, *rest, **keywords)
 
 
