@@ -90,9 +90,9 @@ def launch_arguments(kernel: str, channels: int, dtype: torch.dtype, target: int
     with caught(target) as launches:
         parameters = [weight(channels, WIDTH), weight(channels, WIDTH), weight(channels), weight(channels)]
         if kernel == "conv_forward":
-            backend._conv_forward([y, y], x, parameters, (False, True), True)
+            backend._launch_conv([y, y], x, parameters, (False, True), True)
         elif kernel == "conv_backward":
-            backend._conv_backward([y, y], x, parameters, (False, True), True, [True] * 5)
+            backend._launch_conv_backward([y, y], x, parameters, (False, True), True, [True] * 5)
         elif kernel.startswith("norm"):
             width = channels // 2
             branch, stream = rows(width, dtype), rows(width, torch.float32)
@@ -128,10 +128,10 @@ def odd_launches() -> list[Launch]:
         two.forward(y)
         for only in (0, 1, 3, 4, 5, 5 + 1, 7 + 2, 7 + 3):
             two.backward(y, tensors, [i == only for i in range(15)])
-        backend._conv_forward([y], y, [weight(channels, 3), None], (True,), False)
-        backend._conv_backward([y], y, [weight(channels, 3), None], (True,), False, [False, True, False])
+        backend._launch_conv([y], y, [weight(channels, 3), None], (True,), False)
+        backend._launch_conv_backward([y], y, [weight(channels, 3), None], (True,), False, [False, True, False])
         parameters = [weight(channels, 2), weight(channels, 2), None, weight(channels)]
-        backend._conv_backward([y, y], y, parameters, (True, False), True, [True, False, False, False, False])
+        backend._launch_conv_backward([y, y], y, parameters, (True, False), True, [True, False, False, False, False])
         stream, terms = rows(channels, torch.float32), [weight(channels), y]
         triton_norm.forward(y, None, weight(channels), 1e-5, [], None, [stream, y])
         triton_norm.forward(y, None, None, 0.0, terms, None, [y])

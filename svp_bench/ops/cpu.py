@@ -1,7 +1,8 @@
-"""The CPU backend: fused kernels, compiled on the user's machine by numba, no compiler needed.
+"""The CPU backend: fused kernels, compiled by numba on the user's machine; no compiler needed.
 
-The scan of both directions, softplus, skip and gate are one kernel forward and one backward; convolution and SiLU
-another pair. Nothing is flipped or transposed. The backward pass recomputes the states from one saved every 16 steps.
+One kernel forward and one backward for the scan of both directions with softplus, skip and gate; another pair for
+convolution and SiLU. Nothing is flipped or transposed. The backward pass recomputes the states from one saved every 16
+steps.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from svp_bench.ops import reference
+from svp_bench.ops.autograd import FIELDS, conv_function, scan_function
 from svp_bench.ops.threads import run_kernel
 
 if TYPE_CHECKING:
-    from svp_bench.ops.types import Direction, PromptTerms, Recompute
+    from svp_bench.ops.types import PromptTerms
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
-_FIELDS = 7
 _DENSE: Any = {"memory_format": torch.contiguous_format}
-_TASKS = 16  # at least as many tasks as this, so that many cores have work at batch 1; fixed, so that sums are too
+_TASKS = 16  # at least so many tasks, for many cores at batch 1; fixed, so that the order of sums is fixed
 
 
 def unavailable() -> str | None:
@@ -46,49 +48,24 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def scan(
-    directions: Sequence[Direction],
-    reverse: Sequence[bool],
-    z: Tensor | None,
-    softplus: bool,
-    recompute: Recompute | None = None,
-) -> Tensor:
-    """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
-    flat = [tensor for direction in directions for tensor in direction]
-    y: Tensor = _Scan.apply(tuple(reverse), softplus, recompute, z, *flat)
-    return y
-
-
 def _rows(tensor: Tensor, width: int) -> Tensor:
-    """(B, L, X) as float32 with neighbouring channels side by side, padded with zeros to `width`."""
+    """Return (B, L, X) as float32 with adjacent channels, padded with zeros to `width`."""
     tensor = tensor.detach().float()
     if tensor.shape[-1] != width:
-        tensor = torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
+        tensor = pad(tensor, (0, width - tensor.shape[-1]))
     return tensor if tensor.stride(-1) == 1 or not tensor.numel() else tensor.contiguous()
 
 
 def _table(tensor: Tensor, rows: int) -> Tensor:
-    """(E, X) as float32 without gaps, padded with zeros to `rows`."""
-    tensor = tensor.detach().float()
-    if len(tensor) != rows:
-        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, rows - len(tensor)))
-    return tensor.contiguous()
+    """Return (E, X) as contiguous float32, padded with zeros to `rows`."""
+    return pad(tensor.detach().float(), (0, 0, 0, rows - len(tensor))).contiguous()
 
 
 def _vector(tensor: Tensor | None, width: int, like: Tensor) -> Tensor:
-    """(E,) as float32, padded with zeros to `width`; zeros for None."""
-    if tensor is not None and len(tensor) == width:
-        return tensor.detach().float().contiguous()
-    out = like.new_zeros(width, dtype=torch.float32)
-    if tensor is not None:
-        out[: len(tensor)] = tensor.detach()
-    return out
-
-
-def _scan_fields() -> tuple[Sequence[str], Sequence[str]]:
-    from svp_bench.ops import cpu_kernels as kernels
-
-    return kernels.SHARED, kernels.DIRECTION
+    """Return (E,) as float32, padded with zeros to `width`; zeros for None."""
+    if tensor is None:
+        return like.new_zeros(width, dtype=torch.float32)
+    return pad(tensor.detach().float(), (0, width - len(tensor))).contiguous()
 
 
 def _up(count: int, multiple: int) -> int:
@@ -96,7 +73,7 @@ def _up(count: int, multiple: int) -> int:
 
 
 class _Block:
-    """The int64 block that a kernel reads, and the tensors it points into (which must outlive the call)."""
+    """The int64 block that a kernel reads, and the tensors whose addresses it holds."""
 
     def __init__(
         self,
@@ -113,7 +90,7 @@ class _Block:
 
     def _value(self, value: Tensor | int | bool | None) -> int:
         if isinstance(value, Tensor):
-            # a kernel reads whatever the address says: nothing but this may get there
+            # a kernel reads any address without checks
             if value.device.type != "cpu" or value.dtype != torch.float32 or (value.numel() and not value.data_ptr()):
                 raise ValueError(
                     f"the cpu backend takes tensors in the CPU's memory, not one on {value.device} "
@@ -129,67 +106,45 @@ class _Block:
         run_kernel(kernel(name), self.array.ctypes.data, tasks)
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        reverse: tuple[bool, ...],
-        softplus: bool,
-        recompute: Recompute | None,
-        z: Tensor | None,
-        *flat: Tensor | None,
-    ) -> Tensor:
-        first = flat[0]
-        assert first is not None
-        batch, length, channels = first.shape
-        out = first.new_empty(batch, length, channels, dtype=torch.float32)
-        saved: list[Tensor] = []
-        if out.numel():
-            problem = _Problem(reverse, softplus, z, flat)
-            saved = problem.forward(out, keep=any(ctx.needs_input_grad))
-            out = problem.cut
-        ctx.settings = (
-            reverse,
-            softplus,
-            recompute.function if recompute else None,
-            len(recompute.inputs) if recompute else 0,
-        )
-        ctx.save_for_backward(z, *reference.forget(flat, recompute), *saved)
-        return out.to(first.dtype)
+def _scan_forward(
+    tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    u = tensors[1]
+    assert u is not None
+    if not u.numel():
+        return torch.empty_like(u), []
+    return _Problem(tensors, reverse, softplus).forward(u.dtype, save)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reverse, softplus, make, inputs = ctx.settings
-        count = _FIELDS * len(reverse) + inputs  # of the fields, and what u is made from
-        kept = ctx.saved_tensors  # asked for once: gradient checkpointing allows no more
-        z, saved = kept[0], [states.contiguous() for states in kept[count + 1 :]]
-        flat: list[Any] = reference.recall(kept[1 : count + 1], len(reverse), make)
-        wanted = ctx.needs_input_grad[3:]
-        tensors = [z, *flat]
-        if not flat[0].numel():
-            return (
-                None,
-                None,
-                None,
-                *[torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)],
-            )
-        grads = _Problem(reverse, softplus, z, flat).backward(grad, saved, wanted)
-        out = [
-            g.to(t.dtype) if w and g is not None and t is not None else None
-            for g, t, w in zip(grads, tensors, wanted, strict=True)
-        ]
-        return (None, None, None, *out)
+
+def _scan_backward(
+    grad: Tensor,
+    tensors: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    reverse: Sequence[bool],
+    softplus: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    if grad.numel():
+        states = [state.contiguous() for state in saved]
+        grads = _Problem(tensors, reverse, softplus).backward(grad, states, wanted)
+    else:
+        grads = [None if t is None else torch.zeros_like(t) for t in tensors]
+    return [
+        g.to(t.dtype) if want and g is not None and t is not None else None
+        for g, t, want in zip(grads, tensors, wanted, strict=True)
+    ]
+
+
+scan = scan_function(_scan_forward, _scan_backward)
 
 
 class _Problem:
-    """One call's tensors in the kernels' layout."""
+    """The tensors of one scan in the layout of the kernels."""
 
-    def __init__(
-        self, reverse: Sequence[bool], softplus: bool, z: Tensor | None, flat: Sequence[Tensor | None]
-    ) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> None:
         from svp_bench.ops import cpu_kernels as kernels
 
+        z, *flat = tensors
         first, A_first = flat[0], flat[2]
         assert first is not None
         assert A_first is not None
@@ -201,7 +156,7 @@ class _Problem:
         self.groups = min(self.tiles, max(1, -(-_TASKS // self.batch)))
         self.chunks = _up(self.length, kernels.CHUNK) // kernels.CHUNK
         self.z = None if z is None else _rows(z, self.wide)
-        self.cut: Tensor
+        self.layout = (kernels.SHARED, kernels.DIRECTION)
         self.shared: dict[str, Any] = {
             "batch": self.batch,
             "length": self.length,
@@ -217,7 +172,7 @@ class _Problem:
         }
         self.directions: list[dict[str, Any]] = []
         for i, back in enumerate(reverse):
-            u, delta, A, B, C, D, bias = flat[i * _FIELDS : (i + 1) * _FIELDS]
+            u, delta, A, B, C, D, bias = flat[i * FIELDS : (i + 1) * FIELDS]
             assert A is not None
             fields: dict[str, Any] = {"reverse": back, "A": _table(A, self.wide), "A_row": 4 * self.states}
             for name, tensor, width in (
@@ -233,23 +188,21 @@ class _Problem:
             fields["bias"] = _vector(bias, self.wide, first)
             self.directions.append(fields)
 
-    def forward(self, out: Tensor, keep: bool) -> list[Tensor]:
-        if self.wide != self.channels:
-            out = out.new_empty(self.batch, self.length, self.wide)
+    def forward(self, dtype: torch.dtype, save: bool) -> tuple[Tensor, list[Tensor]]:
+        out = self.directions[0]["u"].new_empty(self.batch, self.length, self.wide)
         saved: list[Tensor] = []
-        if keep:
+        if save:
             shape = (self.batch, self.tiles, self.chunks, self.padded, self.wide // self.tiles)
             saved = [out.new_empty(shape) for _ in self.directions]
         tasks = self.batch * self.tiles
-        own = [{**fields, "saved": saved[i] if keep else None} for i, fields in enumerate(self.directions)]
-        _Block({**self.shared, "tasks": tasks, "out": out}, own, *_scan_fields()).run("scan_forward", tasks)
-        self.cut = out[..., : self.channels]
-        return saved
+        own = [{**fields, "saved": saved[i] if save else None} for i, fields in enumerate(self.directions)]
+        _Block({**self.shared, "tasks": tasks, "out": out}, own, *self.layout).run("scan_forward", tasks)
+        return out[..., : self.channels].to(dtype), saved
 
     def backward(self, grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
         dout = _rows(grad, self.wide)
         groups = self.groups
-        need_A = any(wanted[1 + i] for i in range(len(wanted) - 1) if i % _FIELDS in (2, 5))
+        need_A = any(wanted[1 + i] for i in range(len(wanted) - 1) if i % FIELDS in (2, 5))
         rows = (self.batch, self.length, self.wide)
         dz = dout.new_empty(rows) if wanted[0] else None
         own = []
@@ -263,10 +216,10 @@ class _Problem:
         tasks = self.batch * groups
         shared = {**self.shared, "tasks": tasks, "need_A": need_A, "dz": dz, "dout": dout}
         shared |= {"dout_batch": 4 * dout.stride(0), "dout_row": 4 * dout.stride(1)}
-        _Block(shared, own, *_scan_fields()).run("scan_backward", tasks)
+        _Block(shared, own, *self.layout).run("scan_backward", tasks)
         grads: list[Tensor | None] = [None if dz is None else dz[..., : self.channels]]
         for i, d in enumerate(own):
-            want = wanted[1 + i * _FIELDS : 1 + (i + 1) * _FIELDS]
+            want = wanted[1 + i * FIELDS : 1 + (i + 1) * FIELDS]
             for name in ("du", "ddelta"):
                 d[name] = d[name][..., : self.channels]
             dA = None
@@ -289,69 +242,54 @@ def _over_groups(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(dim=0)
 
 
-def conv(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
-) -> tuple[Tensor, ...]:
-    """Depth-wise causal convolution of the same input in each direction; see reference.py."""
-    out: tuple[Tensor, ...] = _Conv.apply(x, tuple(reverse), silu, *weights, *biases)
-    return out
+def _conv_forward(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
+    batch, length, channels = x.shape
+    block, wide, rows = _conv_block(x, reverse, silu, parameters)
+    outs = [x.new_empty(batch, length, wide, dtype=torch.float32) for _ in reverse]
+    own = [{**row, "out": out} for row, out in zip(rows, outs, strict=True)]
+    _run_conv("conv_forward", block, own, batch * wide, x.numel())
+    return [out[..., :channels].to(x.dtype) for out in outs]
 
 
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, reverse: tuple[bool, ...], silu: bool, *parameters: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        ctx.settings = (reverse, silu)
-        ctx.save_for_backward(x, *parameters)
-        batch, length, channels = x.shape
-        block, wide, rows = _conv_block(x, reverse, silu, parameters)
-        outs = [x.new_empty(batch, length, wide, dtype=torch.float32) for _ in reverse]
-        own = [{**row, "out": out} for row, out in zip(rows, outs, strict=True)]
-        _run_conv("conv_forward", block, own, batch * wide, x.numel())
-        results = tuple(out[..., :channels].to(x.dtype) for out in outs)
-        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        frozen = [r for i, r in enumerate(results) if not (need_x or need[i] or need[len(reverse) + i])]
-        ctx.mark_non_differentiable(*frozen)
-        return results
+def _conv_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    silu: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    batch, length, channels = x.shape
+    count, (need_x, *need) = len(reverse), wanted
+    block, wide, rows = _conv_block(x, reverse, silu, parameters)
+    empty = partial(x.new_empty if x.numel() else x.new_zeros, dtype=torch.float32)
+    dx = empty((batch, length, wide)) if need_x else None
+    own = []
+    for i, (row, grad) in enumerate(zip(rows, grads, strict=True)):
+        dout = _rows(grad, wide)
+        fields = {**row, "dout": dout, "dout_batch": 4 * dout.stride(0), "dout_row": 4 * dout.stride(1)}
+        fields["dweight"] = empty((batch, block["width"], wide)) if need[i] else None
+        fields["dbias"] = empty((batch, wide)) if need[count + i] else None
+        own.append(fields)
+    _run_conv("conv_backward", {**block, "dx": dx}, own, batch * wide, x.numel())
+    found: list[Tensor | None] = [None if dx is None else dx[..., :channels].to(x.dtype)]
+    for i, parameter in enumerate(parameters):
+        field = own[i % count]["dweight" if i < count else "dbias"]
+        if field is None or parameter is None:
+            found.append(None)
+            continue
+        total = field.sum(dim=0)
+        found.append((total.mT[:channels] if i < count else total[:channels]).to(parameter.dtype))
+    return found
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        reverse, silu = ctx.settings
-        x, *parameters = ctx.saved_tensors
-        batch, length, channels = x.shape
-        count = len(reverse)
-        block, wide, rows = _conv_block(x, reverse, silu, parameters)
-        width = parameters[0].shape[-1]
-        need_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        like = x.new_zeros if not x.numel() else x.new_empty
-        empty = partial(like, dtype=torch.float32)
-        dx = empty((batch, length, wide)) if need_x else None
-        own = []
-        for i, (row, grad) in enumerate(zip(rows, grads, strict=True)):
-            dout = _rows(grad, wide)
-            fields = {**row, "dout": dout, "dout_batch": 4 * dout.stride(0), "dout_row": 4 * dout.stride(1)}
-            fields["dweight"] = empty((batch, width, wide)) if wanted[i] else None
-            fields["dbias"] = empty((batch, wide)) if wanted[count + i] else None
-            own.append(fields)
-        _run_conv("conv_backward", {**block, "dx": dx}, own, batch * wide, x.numel())
-        out: list[Tensor | None] = [None if dx is None else dx[..., :channels].to(x.dtype), None, None]
-        for i, parameter in enumerate(parameters):
-            field = own[i % count]["dweight" if i < count else "dbias"]
-            if field is None:
-                out.append(None)
-                continue
-            total = field.sum(dim=0)
-            total = total.mT[:channels] if i < count else total[:channels]
-            out.append(total.to(parameter.dtype))
-        return tuple(out)
+
+conv = conv_function(_conv_forward, _conv_backward)
 
 
 def _conv_block(
     x: Tensor, reverse: Sequence[bool], silu: bool, parameters: Sequence[Tensor | None]
 ) -> tuple[dict[str, Any], int, list[dict[str, Any]]]:
-    """The shared fields, the padded channels, and the fields of each direction."""
+    """Return the shared fields, the padded channels, and the fields of each direction."""
     from svp_bench.ops import cpu_kernels as kernels
 
     wide = _up(x.shape[-1], kernels.TILE)
@@ -378,14 +316,14 @@ def _run_conv(name: str, shared: dict[str, Any], own: Sequence[dict[str, Any]], 
 
 
 def _fits(*tensors: Tensor | None) -> bool:
-    """Whether the row kernels can take these: float32 rows of whole vectors. Others use PyTorch's operators."""
+    """Whether the row kernels support these: float32 rows of whole vectors. Others use the reference."""
     return all(t is None or (t.dtype == torch.float32 and t.shape[-1] % 16 == 0 and t.numel() > 0) for t in tensors)
 
 
 def add_norm(
     hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: PromptTerms | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch (and prompts) to the residual stream and norm it, in one pass; see reference.py."""
+    """Add a branch and prompts to the residual stream and norm it, in one pass; see reference.py."""
     terms = () if prompts is None else [t for term in prompts.terms for t in term]
     if not _fits(hidden, residual, weight, *terms):
         return reference.add_norm(hidden, residual, weight, eps, prompts)
@@ -395,7 +333,7 @@ def add_norm(
 
 
 def _terms(terms: Sequence[Tensor], length: int, excluded: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The shared fields of the prompts, and those of each term."""
+    """Return the shared fields of the prompts, and those of each term."""
     own = [{"scale": s.contiguous(), "pre": p.contiguous()} for s, p in zip(terms[::2], terms[1::2], strict=True)]
     return {"length": length, "excluded": -1 if excluded is None else excluded, "terms": len(own)}, own
 
@@ -448,7 +386,7 @@ class _AddNorm(torch.autograd.Function):
         total, weight, scales, *terms = ctx.saved_tensors
         rows = len(scales)
         need_hidden, need_residual, need_weight = ctx.needs_input_grad[:3]
-        total, scales = total.contiguous(), scales.contiguous()  # a hook may have brought them back in another form
+        total, scales = total.contiguous(), scales.contiguous()  # a saved-tensor hook may change strides
         dhidden = torch.empty_like(total)
         dweight = total.new_empty(-(-rows // kernels.ROWS), len(weight)) if need_weight else None
         shared, own = _terms(terms, total.shape[1], ctx.excluded)
@@ -467,7 +405,7 @@ class _AddNorm(torch.autograd.Function):
 
 
 def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None) -> Tensor:
-    """x + Σ scale ⊙ SiLU(pre) at every token but the excluded one, in one pass; see reference.py."""
+    """Return x + Σ scale ⊙ SiLU(pre) at every token but the excluded one, in one pass; see reference.py."""
     if not _fits(x, *(t for term in terms for t in term)):
         return reference.add_prompts(x, terms, excluded)
     result: Tensor = _AddPrompts.apply(x, excluded, *(t for term in terms for t in term))

@@ -1,18 +1,16 @@
-"""The CPU kernels of the scan and the convolution, compiled by numba at the first call and kept on disk.
+"""CPU kernels of scan, convolution and norm, compiled by numba at the first call and cached on disk.
 
-Each kernel is one C function of one argument, the address of a block of int64: a task counter, sizes, and addresses of
-tensors. Threads that run it take tasks from the counter until none is left; what a task computes does not depend on
-who runs it, and all sums are added up in a fixed order, so reruns agree to the last bit.
+Each kernel is a C function of one argument, the address of a block of int64: a task counter, sizes, and addresses of
+tensors. Threads take tasks from the counter until none is left. A task's result does not depend on its thread, and all
+sums are added in a fixed order, so reruns are bit-equal.
 
 Layout: channels last, float32. A *tile* is 16 neighbouring channels: one cache line, one vector.
 Letters as in reference.py: B batch, L length, E channels (a multiple of 16), N states (padded to NP, a multiple of 8),
-K directions. Addresses are in bytes; strides are in bytes too.
+K directions. Addresses and strides are in bytes.
 
-Scratch memory is an array of which only the address is used. numba frees an array after its last use, so each kernel
-uses it once more at its end.
-
-Work is done on four vectors side by side (four states, or four steps), see simd.py. A reversed direction walks with
-negative strides. Steps that are missing in the last four of a pass are taken from its last step once more.
+Scratch memory is an array used by its address only. numba frees an array after its last use, so each kernel uses it
+once more at its end. Work is done on four vectors at a time (four states, or four steps), see simd.py. A reversed
+direction has negative strides. Missing steps in the last four of a pass repeat its last step.
 """
 
 # mypy: ignore-errors
@@ -54,13 +52,13 @@ from svp_bench.ops.simd import (
 
 TILE = LANES
 CHUNK = 16  # steps between two saved states
-BLOCK = 12  # tiles whose steps of a chunk wait in the second-level cache
+BLOCK = 12  # tiles whose steps of a chunk fit in the second-level cache
 _LINE = 4 * TILE  # bytes of a tile
 LN2 = np.float32(0.6931471805599453)
 LOG2E = np.float32(1.4426950408889634)
 ONE = np.float32(1.0)
 ZERO = np.float32(0.0)
-BOUND = np.float32(126.0)  # exponents of two up to here need no care
+BOUND = np.float32(126.0)  # exponents of two up to here need no bounds
 
 # A block begins with the shared fields; then come the fields of each direction.
 SHARED = ("counter", "tasks", "batch", "length", "channels", "states", "directions", "softplus", "groups", "chunks")
@@ -105,7 +103,7 @@ def _turn(A, A_row, states, padded, place):
 def _forward_states(decays):
     @njit
     def run(h, A, dts, B, B_step, C, C_step, y, y_step, steps):
-        """Four states through a chunk: h is read and written, C · h added to y."""
+        """Advance four states through a chunk: h is read and written, C · h added to y."""
         a0, a1, a2, a3 = load(A), load(A + _LINE), load(A + 2 * _LINE), load(A + 3 * _LINE)
         h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
         for _i in range(steps):
@@ -138,7 +136,7 @@ _forward_states_bounded = _forward_states(exp2_bounded_4)
 
 @njit
 def _turn_group(mine, start, stop, states, padded, As):
-    """`_turn` for each tile of a group; the largest of a tile follows its states."""
+    """Apply `_turn` to each tile of a group; the largest value of a tile follows its states."""
     A, A_row = load_int(mine + _A), load_int(mine + _A_ROW)
     for tile in range(start, stop):
         place = As + (tile - start) * (padded + 1) * _LINE
@@ -146,7 +144,7 @@ def _turn_group(mine, start, stop, states, padded, As):
 
 
 def scan_forward(block):
-    """y = mean over the directions of their scans, times SiLU(z); a task is one image × one tile.
+    """Compute y = SiLU(z) times the mean of the scans of all directions; a task is one image × one tile.
 
     `saved`, if not 0, receives the state before each chunk, (B, tiles, chunks, NP, 16).
     """
@@ -257,13 +255,13 @@ def scan_forward(block):
             store(out + t1 * row, y1)
             store(out + t2 * row, y2)
             store(out + t3 * row, y3)
-    scratch[0] = ZERO  # see above: the array must live until here
+    scratch[0] = ZERO  # keeps the array alive until here
 
 
 def _again_states(decays):
     @njit
     def run(h, decay, A, dts, B, B_step, C, C_step, y, steps):
-        """Four states through a chunk again: states and decays are kept, C · h is added to y if y is not 0."""
+        """Advance four states through a chunk; store states and decays, add C · h to y if y is not 0."""
         a0, a1, a2, a3 = load(A), load(A + _LINE), load(A + 2 * _LINE), load(A + 3 * _LINE)
         h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
         for _i in range(steps):
@@ -304,8 +302,8 @@ _again_states_bounded = _again_states(exp2_bounded_4)
 def _back_states(need_A):
     @njit
     def run(g, h, decay, A, dA, dts, B, B_step, C, C_step, for_B, for_C, steps):
-        """Four states back through a chunk. `dts` holds lines of Δ, Δ u, the gradient of y, and two sums over the
-        states, CHUNK of each."""
+        """Backward pass of four states through a chunk. `dts` holds CHUNK lines each of Δ, Δ u, the gradient of y, and
+        two sums over the states."""
         a0, a1, a2, a3 = load(A), load(A + _LINE), load(A + 2 * _LINE), load(A + 3 * _LINE)
         g0, g1, g2, g3 = load(g), load(g + _LINE), load(g + 2 * _LINE), load(g + 3 * _LINE)
         if need_A:
@@ -380,12 +378,11 @@ def _store_row_sums(row, sums, padded, i):
 
 
 def scan_backward(block):
-    """Gradients of `scan_forward`; a task is one image × one group of tiles.
+    """Compute the gradients of `scan_forward`; a task is one image × one group of tiles.
 
     dB and dC are summed over the channels of a group, (groups, B, L, NP); dA, (B, tiles, NP, 16), and dD, (B, E), over
-    the steps of a image. The caller adds up the rest. Chunk by chunk from the last, a block of tiles at a time: their
-    steps are read row by row, then the states of each tile are made again and walked back. Sums over channels stay
-    vectors until the chunk is done.
+    the steps of an image. The caller adds the rest. From the last chunk on, a block of tiles at a time: read the steps
+    row by row, recompute the states of each tile and iterate backwards. Sums over channels stay vectors in a chunk.
     """
     length = load_int(block + _LENGTH)
     channels = load_int(block + _CHANNELS)
@@ -539,7 +536,7 @@ def scan_backward(block):
                             store(ddelta + t * row + at, v)
                             if dz:
                                 v, place = load(line + 7 * part), dz_at + t * row + at
-                                # this direction's y waits in dz for the last one's
+                                # dz holds this direction's y until the last direction
                                 v = add(v, load(place)) if k > 0 else v
                                 store(place, mul(v, load(line + 6 * part)) if k == directions - 1 else v)
                             if need_A:
@@ -549,7 +546,7 @@ def scan_backward(block):
                     t = t_first + sign * i
                     _store_row_sums(dB + t * padded * 4, for_B, padded, i)
                     _store_row_sums(dC + t * padded * 4, for_C, padded, i)
-    scratch[0] = ZERO  # see above: the array must live until here
+    scratch[0] = ZERO  # keeps the array alive until here
 
 
 # The block of a convolution: shared fields, then those of each direction. Weights are (E, W).
@@ -582,7 +579,7 @@ def _taps_4(place, step, taps, width, v0, v1, v2, v3):
 
 
 def conv_forward(block):
-    """Depth-wise causal convolution (and SiLU) of one input in each direction; a task is one image × one tile.
+    """Compute the depth-wise causal convolution (and SiLU) in each direction; a task is one image × one tile.
 
     The tile is copied to a scratch place between zeros, so that no tap has to look where it reads.
     """
@@ -620,11 +617,11 @@ def conv_forward(block):
                     store(out + (t + 2) * row, v2)
                 if t + 3 < length:
                     store(out + (t + 3) * row, v3)
-    scratch[0] = ZERO  # see above: the array must live until here
+    scratch[0] = ZERO  # keeps the array alive until here
 
 
 def conv_backward(block):
-    """Gradients of `conv_forward`; those of weight, (B, W, E), and bias, (B, E), if asked for, for each image."""
+    """Compute the gradients of `conv_forward`; of weight, (B, W, E), and bias, (B, E), per image and if not 0."""
     length, channels = load_int(block + _CV_LENGTH), load_int(block + _CV_CHANNELS)
     directions, silu_after = load_int(block + _CV_DIRECTIONS), load_int(block + _CV_SILU)
     width, tasks, tiles = load_int(block + _CV_WIDTH), load_int(block + _TASKS), channels // TILE
@@ -705,7 +702,7 @@ def conv_backward(block):
                     store(place + 2 * row, v2)
                 if t + 3 < length:
                     store(place + 3 * row, v3)
-    scratch[0] = ZERO  # see above: the array must live until here
+    scratch[0] = ZERO  # keeps the array alive until here
 
 
 # The blocks of the row kernels: rows of D channels (a multiple of 16); a task is `ROWS` of them. After the shared
@@ -715,7 +712,7 @@ NORM = ("counter", "tasks", "rows", "width", "length", "excluded", "terms", "eps
 NORM += ("total", "normed", "scales", "dnormed", "dtotal", "dhidden", "dweight")
 PROMPT = ("counter", "tasks", "rows", "width", "length", "excluded", "terms", "x", "out", "dout")
 PROMPT_TERM = ("pre", "scale", "dpre", "dscale")
-_RW_ROWS, _RW_WIDTH, _RW_LENGTH, _RW_SPARED, _RW_TERMS = range(16, 56, 8)
+_RW_ROWS, _RW_WIDTH, _RW_LENGTH, _RW_EXCLUDED, _RW_TERMS = range(16, 56, 8)
 _NM_EPS, _NM_HIDDEN, _NM_RESIDUAL, _NM_WEIGHT, _NM_TOTAL, _NM_NORMED, _NM_SCALES = range(56, 112, 8)
 _NM_DNORMED, _NM_DTOTAL, _NM_DHIDDEN, _NM_DWEIGHT = range(112, 144, 8)
 _PR_X, _PR_OUT, _PR_DOUT = range(56, 80, 8)
@@ -725,7 +722,7 @@ _PR_PRE, _PR_SCALE, _PR_DPRE, _PR_DSCALE = range(0, 32, 8)
 
 @njit
 def _total(value, place):
-    """Sum over the lanes of a vector, through a scratch place."""
+    """Return the sum over the lanes of a vector, through scratch memory."""
     store(place, value)
     total = ZERO
     for j in range(LANES):
@@ -735,7 +732,7 @@ def _total(value, place):
 
 @njit
 def _add_prompts(first, terms, x, at, row, out):
-    """out = x + prompts, one row of `row` bytes; `at` is where the row begins in each `pre`."""
+    """Compute out = x + prompts for one row of `row` bytes; `at` is the offset of the row in each `pre`."""
     whole = row // (4 * _LINE) * 4 * _LINE
     for c in range(0, whole, 4 * _LINE):
         v0, v1 = load(x + c), load(x + c + _LINE)
@@ -757,7 +754,7 @@ def _add_prompts(first, terms, x, at, row, out):
 
 @njit
 def _back_prompts(first, terms, dout, at, row, task, prompted):
-    """Gradients of the terms for one row: of `pre`, and of `scale`, added to the row of this task, (tasks, D)."""
+    """Compute the gradients of `pre` for one row, and add those of `scale` to the row of this task, (tasks, D)."""
     whole = row // (4 * _LINE) * 4 * _LINE
     if not prompted:
         for k in range(terms):
@@ -794,9 +791,9 @@ def _clear_scales(first, terms, task, row):
 
 
 def prompt_forward(block):
-    """out = x + prompts."""
+    """Compute out = x + prompts."""
     rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
-    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_EXCLUDED), load_int(block + _RW_TERMS)
     x, out, first = load_int(block + _PR_X), load_int(block + _PR_OUT), block + _PR_FIRST
     while True:
         task = take(block + _COUNTER)
@@ -808,9 +805,9 @@ def prompt_forward(block):
 
 
 def prompt_backward(block):
-    """Gradients of the terms. That of x is that of the output."""
+    """Compute the gradients of the terms; the gradient of x equals that of the output."""
     rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
-    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_EXCLUDED), load_int(block + _RW_TERMS)
     dout, first = load_int(block + _PR_DOUT), block + _PR_FIRST
     while True:
         task = take(block + _COUNTER)
@@ -822,9 +819,9 @@ def prompt_backward(block):
 
 
 def norm_forward(block):
-    """total = residual + hidden + prompts; normed = RMSNorm(total); keeps 1 / rms of each row."""
+    """Compute total = residual + hidden + prompts and its RMSNorm; store 1 / rms of each row."""
     rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
-    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_EXCLUDED), load_int(block + _RW_TERMS)
     hidden, residual, first = load_int(block + _NM_HIDDEN), load_int(block + _NM_RESIDUAL), block + _NM_FIRST
     weight, total, normed = load_int(block + _NM_WEIGHT), load_int(block + _NM_TOTAL), load_int(block + _NM_NORMED)
     scales, eps, width = load_int(block + _NM_SCALES), load_float(load_int(block + _NM_EPS)), np.float32(row // 4)
@@ -852,16 +849,13 @@ def norm_forward(block):
             factor = splat(scale)
             for c in range(0, row, _LINE):
                 store(normed + at + c, mul(mul(load(total + at + c), factor), load(weight + c)))
-    scratch_array[0] = ZERO  # see above: the array must live until here
+    scratch_array[0] = ZERO  # keeps the array alive until here
 
 
 def norm_backward(block):
-    """Gradients of hidden (and residual: it is the same), of the terms, and of the weight for each task, (tasks, D).
-
-    That of the weight only if asked for.
-    """
+    """Compute the gradients of hidden (equal to residual's), of the terms, and, if not 0, of the weight, (tasks, D)."""
     rows, row, tasks = load_int(block + _RW_ROWS), load_int(block + _RW_WIDTH) * 4, load_int(block + _TASKS)
-    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_SPARED), load_int(block + _RW_TERMS)
+    length, excluded, terms = load_int(block + _RW_LENGTH), load_int(block + _RW_EXCLUDED), load_int(block + _RW_TERMS)
     weight, total, scales = load_int(block + _NM_WEIGHT), load_int(block + _NM_TOTAL), load_int(block + _NM_SCALES)
     dnormed, dtotal = load_int(block + _NM_DNORMED), load_int(block + _NM_DTOTAL)
     dhidden, dweight = load_int(block + _NM_DHIDDEN), load_int(block + _NM_DWEIGHT)
@@ -894,7 +888,7 @@ def norm_backward(block):
                     value = add(value, load(dtotal + at + c))
                 store(dhidden + at + c, value)
             _back_prompts(first, terms, dhidden + at, at, row, task, r % length != excluded)
-    scratch_array[0] = ZERO  # see above: the array must live until here
+    scratch_array[0] = ZERO  # keeps the array alive until here
 
 
 KERNEL = types.void(types.int64)

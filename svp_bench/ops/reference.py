@@ -1,36 +1,35 @@
-"""The reference backend: the recurrences in plain PyTorch, on any device, right rather than fast.
+"""The reference backend: the recurrences in plain PyTorch, on any device. Tests compare every other backend with it.
 
-Every other backend is tested against this file. It keeps no state for the backward pass but one per chunk of steps:
-states are recomputed there, so that what autograd holds stays of the size of the inputs. The batch is worked through in
-slices, so that chunks can be long (few states are kept) and yet small in memory.
+For the backward pass it saves one state per chunk of steps and recomputes the others, so autograd holds little more
+than the inputs. The batch is processed in slices, which allows long chunks in little memory.
 
 Letters: B batch, L length, E channels, N state size, K directions (1 or 2), T steps of a chunk, W width.
-Inside, tensors are time first, (L, B, K, E), with the reversed directions already flipped.
+Internal tensors are time first, (L, B, K, E), with reversed directions flipped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from svp_bench.ops.autograd import FIELDS, conv_function, scan_function
 
 if TYPE_CHECKING:
-    from svp_bench.ops.types import Direction, PromptTerms, Recompute
+    from svp_bench.ops.types import PromptTerms
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
 _CHUNK_BYTES = 8 * 2**20  # states of one chunk of steps; small enough for caches
-_CHUNK_STEPS = 64  # steps that a chunk should have: the batch is worked through in slices so small that they fit
-_FIELDS = 7  # tensors of a Direction
+_CHUNK_STEPS = 64  # steps per chunk; slices of the batch are small enough for them
 
 
 def unavailable() -> str | None:
-    """Return why this backend cannot run on this machine: it always can."""
+    """Return None: this backend always runs."""
     return None
 
 
@@ -39,52 +38,11 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point else f"it takes floating-point tensors, not {dtype}"
 
 
-def scan(
-    directions: Sequence[Direction],
-    reverse: Sequence[bool],
-    z: Tensor | None,
-    softplus: bool,
-    recompute: Recompute | None = None,
-) -> Tensor:
-    """Mean over the directions of their selective scans, gated by SiLU(z).
-
-    Args:
-        directions: K directions, each in the natural token order.
-        reverse: Whether each runs from the last token to the first.
-        z: Gate (B, L, E), or None.
-        softplus: Apply the softplus to delta + delta_bias.
-        recompute: How to compute the `u` of all directions again; if given they are not kept for the backward pass.
-
-    Returns:
-        (B, L, E) in the dtype of the first `u`.
-    """
-    flat = [tensor for direction in directions for tensor in direction]
-    y: Tensor = _Scan.apply(tuple(reverse), softplus, recompute, z, *flat)
-    return y
-
-
-def forget(flat: Sequence[Tensor | None], recompute: Recompute | None) -> list[Tensor | None]:
-    """What to save: the fields of all directions, and last what each `u` is made from, if it is made again."""
-    if recompute is None:
-        return list(flat)
-    return [*(None if i % _FIELDS == 0 else t for i, t in enumerate(flat)), *recompute.inputs]
-
-
-def recall(
-    saved: Sequence[Tensor | None], directions: int, make: Callable[..., Sequence[Tensor]] | None
-) -> list[Tensor | None]:
-    """The inverse of `forget`."""
-    full, inputs = list(saved[: _FIELDS * directions]), saved[_FIELDS * directions :]
-    if make is not None:
-        full[::_FIELDS] = [u.detach() for u in make(*inputs)]
-    return full
-
-
 class _Inputs:
-    """The directions side by side, time first, in the dtype of the accumulation."""
+    """Inputs of all directions, time first, in the dtype of the accumulation."""
 
-    def __init__(self, reverse: tuple[bool, ...], softplus: bool, flat: Sequence[Tensor | None], steps: int) -> None:
-        u, delta, A, B, C, D, bias = (list(flat[i::_FIELDS]) for i in range(_FIELDS))
+    def __init__(self, reverse: Sequence[bool], softplus: bool, flat: Sequence[Tensor | None], steps: int) -> None:
+        u, delta, A, B, C, D, bias = (list(flat[i::FIELDS]) for i in range(FIELDS))
         first = u[0]
         assert first is not None
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -119,7 +77,7 @@ class _Inputs:
         return [slice(start, min(start + self.chunk, length)) for start in range(0, length, self.chunk)]
 
     def states(self, part: slice, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Decay exp(Δ A) and state h of each step of a chunk, both (T, B, K, E, N), from the state before it."""
+        """Return decay exp(Δ A) and state h of each step of a chunk, both (T, B, K, E, N), from the state before it."""
         dt = self.dt[part]
         decay = torch.exp(dt.unsqueeze(-1) * self.A)
         states = (dt * self.u[part]).unsqueeze(-1) * self.B[part].unsqueeze(-2)
@@ -128,7 +86,7 @@ class _Inputs:
         return decay, states
 
     def output(self, part: slice, states: Tensor) -> Tensor:
-        """C · h + D u of each step of a chunk, (T, B, K, E)."""
+        """Return C · h + D u of each step of a chunk, (T, B, K, E)."""
         y = torch.matmul(states, self.C[part].unsqueeze(-1)).squeeze(-1)
         return y if self.D is None else y + self.D * self.u[part]
 
@@ -149,14 +107,14 @@ class _Inputs:
 
 
 def _plan(flat: Sequence[Tensor | None]) -> tuple[int, int]:
-    """Images of a slice of the batch, and steps of a chunk, such that `_CHUNK_STEPS` states of a slice fit."""
+    """Return images per slice and steps per chunk, such that the states of a chunk fit into `_CHUNK_BYTES`."""
     u, A = flat[0], flat[2]
     assert u is not None
     assert A is not None
     length = max(u.shape[1], 1)
-    state = max(1, len(flat) // _FIELDS * A.numel() * max(u.element_size(), 4))  # bytes, of one image
+    state = max(1, len(flat) // FIELDS * A.numel() * max(u.element_size(), 4))  # bytes, of one image
     images = max(1, min(len(u), _CHUNK_BYTES // (state * min(length, _CHUNK_STEPS))))
-    # one state a chunk is saved for the backward pass: not more than √L of them
+    # one state per chunk is saved: at most √L of them
     return images, max(math.isqrt(length) + 1, _CHUNK_BYTES // (state * images))
 
 
@@ -165,94 +123,82 @@ def _slices(batch: int, images: int) -> list[slice]:
 
 
 def _rows(flat: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
-    """A slice of the batch: of the activations, which have three axes; weights stay whole."""
+    """Return a slice of the batch: of activations (three axes); weights are not sliced."""
     return [t[rows] if t is not None and t.ndim == 3 else t for t in flat]
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        reverse: tuple[bool, ...],
-        softplus: bool,
-        recompute: Recompute | None,
-        z: Tensor | None,
-        *flat: Tensor | None,
-    ) -> Tensor:
-        u, A = flat[0], flat[2]
-        assert u is not None
-        assert A is not None
-        batch, length, channels = u.shape
-        images, steps = _plan(flat)
-        wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-        out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        # The state before each chunk but the first, which starts from zero. One tensor, allocated first: small ones,
-        # kept among large ones that go, would leave holes in the heap.
-        kept = max(0, -(-length // steps) - 1)
-        before = torch.empty(batch, kept, len(reverse), channels, A.shape[-1], dtype=wide, device=u.device)
-        for rows in _slices(batch, images):
-            inputs = _Inputs(reverse, softplus, _rows(flat, rows), steps)
-            h = inputs.zero_state()
-            y = torch.empty_like(inputs.u)
-            for number, part in enumerate(inputs.chunks()):
-                if number > 0:
-                    before[rows, number - 1] = h
-                _, states = inputs.states(part, h)
-                y[part] = inputs.output(part, states)
-                h = states[-1].clone()
-            mean = inputs.mean(y)
-            out[rows] = mean if z is None else mean * F.silu(z[rows].to(mean.dtype))
-        ctx.settings = (reverse, softplus, recompute.function if recompute else None)
-        ctx.save_for_backward(before, z, *forget(flat, recompute))
-        return out
+def _scan_forward(
+    tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    z, *flat = tensors
+    u, A = flat[0], flat[2]
+    assert u is not None
+    assert A is not None
+    batch, length, channels = u.shape
+    images, steps = _plan(flat)
+    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+    out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    # The state before each chunk but the first. One tensor, allocated first, so that the heap is not fragmented.
+    count = max(0, -(-length // steps) - 1) if save else 0
+    before = torch.empty(batch, count, len(reverse), channels, A.shape[-1], dtype=wide, device=u.device)
+    for rows in _slices(batch, images):
+        inputs = _Inputs(reverse, softplus, _rows(flat, rows), steps)
+        h = inputs.zero_state()
+        y = torch.empty_like(inputs.u)
+        for number, part in enumerate(inputs.chunks()):
+            if number > 0 and save:
+                before[rows, number - 1] = h
+            _, states = inputs.states(part, h)
+            y[part] = inputs.output(part, states)
+            h = states[-1].clone()
+        mean = inputs.mean(y)
+        out[rows] = mean if z is None else mean * F.silu(z[rows].to(mean.dtype))
+    return out, [before]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reverse, softplus, make = ctx.settings
-        before, z, *kept = ctx.saved_tensors
-        flat: list[Any] = recall(kept, len(reverse), make)
-        need_z = ctx.needs_input_grad[3]
-        wanted = ctx.needs_input_grad[4:]
-        need = [any(wanted[i::_FIELDS]) for i in range(_FIELDS)]
-        grad_z = torch.empty_like(z) if need_z else None
-        # Of activations, each slice writes its own part; of weights, the sum over the slices, rounded once at the end.
-        wide = torch.float64 if flat[0].dtype == torch.float64 else torch.float32
-        grads: list[Tensor | None] = [None] * len(flat)
-        for i, t in enumerate(flat):
-            if wanted[i]:
-                grads[i] = torch.empty_like(t) if t.ndim == 3 else torch.zeros_like(t, dtype=wide)
-        images, steps = _plan(flat)
-        for rows in _slices(len(grad), images):
-            inputs = _Inputs(reverse, softplus, _rows(flat, rows), steps)
-            dy_token = grad[rows].to(inputs.dtype) / len(reverse)
-            z_wide = None if z is None else z[rows].to(inputs.dtype)
-            y = torch.empty_like(inputs.u) if need_z else None
-            dy = inputs.over_time([dy_token if z_wide is None else dy_token * F.silu(z_wide)] * len(reverse))
-            starts = [inputs.zero_state(), *before[rows].unbind(dim=1)]
-            fields = _sweep_back(inputs, dy, starts, need, y)
-            if y is not None and z_wide is not None and grad_z is not None:
-                sigmoid = torch.sigmoid(z_wide)
-                grad_z[rows] = grad[rows] * inputs.mean(y) * sigmoid * (1 + z_wide * (1 - sigmoid))
-            for i, total in enumerate(grads):
-                direction, field = divmod(i, _FIELDS)
-                if total is not None and total.ndim == 3:
-                    total[rows] = inputs.natural(fields[field], direction)
-                elif total is not None:
-                    total += fields[field][direction]
-        return (
-            None,
-            None,
-            None,
-            grad_z,
-            *(None if g is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True)),
-        )
+
+def _scan_backward(
+    grad: Tensor,
+    tensors: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    reverse: Sequence[bool],
+    softplus: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    z, *flat = tensors
+    (before,), (need_z, *need_flat) = saved, wanted
+    need = [any(need_flat[i::FIELDS]) for i in range(FIELDS)]
+    grad_z = torch.empty_like(z) if need_z and z is not None else None
+    # Each slice writes its part of the gradients of activations; those of weights are summed, and rounded at the end.
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grads: list[Tensor | None] = [None] * len(flat)
+    for i, t in enumerate(flat):
+        if need_flat[i] and t is not None:
+            grads[i] = torch.empty_like(t) if t.ndim == 3 else torch.zeros_like(t, dtype=wide)
+    images, steps = _plan(flat)
+    for rows in _slices(len(grad), images):
+        inputs = _Inputs(reverse, softplus, _rows(flat, rows), steps)
+        dy_token = grad[rows].to(inputs.dtype) / len(reverse)
+        z_wide = None if z is None else z[rows].to(inputs.dtype)
+        y = torch.empty_like(inputs.u) if need_z else None
+        dy = inputs.over_time([dy_token if z_wide is None else dy_token * F.silu(z_wide)] * len(reverse))
+        starts = [inputs.zero_state(), *before[rows].unbind(dim=1)]
+        fields = _sweep_back(inputs, dy, starts, need, y)
+        if y is not None and z_wide is not None and grad_z is not None:
+            sigmoid = torch.sigmoid(z_wide)
+            grad_z[rows] = grad[rows] * inputs.mean(y) * sigmoid * (1 + z_wide * (1 - sigmoid))
+        for i, total in enumerate(grads):
+            direction, field = divmod(i, FIELDS)
+            if total is not None and total.ndim == 3:
+                total[rows] = inputs.natural(fields[field], direction)
+            elif total is not None:
+                total += fields[field][direction]
+    return [grad_z, *(g if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True))]
 
 
 def _sweep_back(
     inputs: _Inputs, dy: Tensor, before: Sequence[Tensor], need: list[bool], y: Tensor | None
 ) -> tuple[Any, ...]:
-    """Gradients of the seven fields, from the last chunk to the first; None where nobody asked.
+    """Return the gradients of the seven fields, computed from the last chunk to the first; None if not needed.
 
     Per step, with g the gradient of the state: gₜ = dyₜ Cₜ + decayₜ₊₁ ⊙ gₜ₊₁.
     """
@@ -295,29 +241,10 @@ def _sweep_back(
     return du, ddt if need_delta else None, dA, dB, dC, dD, dbias
 
 
-def conv(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
-) -> tuple[Tensor, ...]:
-    """Depth-wise causal convolution of the same input in each direction, with SiLU if `silu`.
-
-    Args:
-        x: (B, L, E).
-        weights: K weights (E, W).
-        biases: K biases (E,), or None.
-        reverse: Whether each direction runs from the last token to the first.
-        silu: Apply SiLU.
-
-    Returns:
-        K tensors (B, L, E).
-    """
-    out: tuple[Tensor, ...] = _Conv.apply(x, tuple(reverse), silu, *weights, *biases)
-    return out
-
-
 def _taps(weight: Tensor, length: int, reverse: bool) -> list[tuple[Tensor, slice, slice]]:
-    """For each tap its weight (E,), the steps that it writes and the steps that it reads."""
+    """Return for each tap its weight (E,), the steps that it writes and the steps that it reads."""
     taps = []
-    for back, tap in enumerate(weight.flip(-1).unbind(dim=-1)):  # back: how many steps before (after, if reversed)
+    for back, tap in enumerate(weight.flip(-1).unbind(dim=-1)):  # steps before (after, if reversed)
         if back < length:
             ahead, behind = slice(back, length), slice(0, length - back)
             taps.append((tap, behind, ahead) if reverse else (tap, ahead, behind))
@@ -331,79 +258,74 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> 
     return out
 
 
-class _Conv(torch.autograd.Function):
-    """Saves its input only; what SiLU needs is computed again in the backward pass."""
+def _conv_forward(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x_wide = x.to(wide)
+    outs = [_convolve(x_wide, *row) for row in _conv_rows(parameters, reverse, wide)]
+    return [(F.silu(out, inplace=True) if silu else out).to(x.dtype) for out in outs]
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, reverse: tuple[bool, ...], silu: bool, *parameters: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *parameters)
-        ctx.settings = (reverse, silu)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x_wide, outs = x.to(wide), []
-        for weight, bias, back in _Conv.each(parameters, reverse, wide):
-            out = _convolve(x_wide, weight, bias, back)
-            outs.append((F.silu(out, inplace=True) if silu else out).to(x.dtype))
-        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        count = len(reverse)
-        ctx.mark_non_differentiable(*[o for i, o in enumerate(outs) if not (need_x or need[i] or need[count + i])])
-        return tuple(outs)
 
-    @staticmethod
-    def each(
-        parameters: Sequence[Tensor | None], reverse: Sequence[bool], wide: torch.dtype
-    ) -> list[tuple[Tensor, Tensor | None, bool]]:
-        """Weight and bias of each direction in float32 or wider, and which way it runs."""
-        count, rows = len(reverse), []
-        for weight, bias, back in zip(parameters[:count], parameters[count:], reverse, strict=True):
-            assert weight is not None
-            rows.append((weight.to(wide), None if bias is None else bias.to(wide), back))
-        return rows
+def _conv_rows(
+    parameters: Sequence[Tensor | None], reverse: Sequence[bool], wide: torch.dtype
+) -> list[tuple[Tensor, Tensor | None, bool]]:
+    """Return weight and bias of each direction in float32 or wider, and whether it is reversed."""
+    count, rows = len(reverse), []
+    for weight, bias, back in zip(parameters[:count], parameters[count:], reverse, strict=True):
+        assert weight is not None
+        rows.append((weight.to(wide), None if bias is None else bias.to(wide), back))
+    return rows
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        reverse, silu = ctx.settings
-        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        count, wide = len(reverse), torch.promote_types(x.dtype, torch.float32)
-        x_wide = x.to(wide)
-        grad_x = torch.zeros_like(x_wide) if need_x else None  # of all directions, rounded once
-        grad_parameters: list[Tensor | None] = [None] * (2 * count)
-        for i, (weight, bias, back) in enumerate(_Conv.each(parameters, reverse, wide)):
-            if not (need_x or need[i] or need[count + i]):
-                continue
-            grad = grads[i].to(wide)
-            if silu:
-                before = _convolve(x_wide, weight, bias, back)
-                sigmoid = torch.sigmoid(before)
-                grad = grad * sigmoid * (1 + before * (1 - sigmoid))
-            taps = _taps(weight, x.shape[1], back)
-            if grad_x is not None:
-                for tap, write, read in taps:
-                    grad_x[:, read].addcmul_(grad[:, write], tap)
-            if need[i]:
-                grad_weight = torch.zeros_like(weight)
-                for age, (_, write, read) in enumerate(taps):
-                    grad_weight[:, -1 - age] = (grad[:, write] * x_wide[:, read]).sum(dim=(0, 1))
-                grad_parameters[i] = grad_weight.to(parameters[i].dtype)
-            if need[count + i]:
-                grad_parameters[count + i] = grad.sum(dim=(0, 1)).to(parameters[count + i].dtype)
-        return (None if grad_x is None else grad_x.to(x.dtype), None, None, *grad_parameters)
+
+def _conv_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    silu: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    need_x, *need = wanted
+    count, wide = len(reverse), torch.promote_types(x.dtype, torch.float32)
+    x_wide = x.to(wide)
+    grad_x = torch.zeros_like(x_wide) if need_x else None  # of all directions, rounded once
+    found: list[Tensor | None] = [None] * (2 * count)
+    for i, (weight, bias, back) in enumerate(_conv_rows(parameters, reverse, wide)):
+        if not (need_x or need[i] or need[count + i]):
+            continue
+        grad = grads[i].to(wide)
+        if silu:
+            before = _convolve(x_wide, weight, bias, back)
+            sigmoid = torch.sigmoid(before)
+            grad = grad * sigmoid * (1 + before * (1 - sigmoid))
+        taps = _taps(weight, x.shape[1], back)
+        if grad_x is not None:
+            for tap, write, read in taps:
+                grad_x[:, read].addcmul_(grad[:, write], tap)
+        if need[i]:
+            found[i] = grad_weight = torch.zeros_like(weight)
+            for age, (_, write, read) in enumerate(taps):
+                grad_weight[:, -1 - age] = (grad[:, write] * x_wide[:, read]).sum(dim=(0, 1))
+        if need[count + i]:
+            found[count + i] = grad.sum(dim=(0, 1))
+    found = [g if g is None or t is None else g.to(t.dtype) for g, t in zip(found, parameters, strict=True)]
+    return [None if grad_x is None else grad_x.to(x.dtype), *found]
+
+
+scan = scan_function(_scan_forward, _scan_backward)
+conv = conv_function(_conv_forward, _conv_backward)
 
 
 def add_norm(
     hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: PromptTerms | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch (and prompts) to the residual stream and norm it.
+    """Add a branch and prompts to the residual stream and norm it.
 
     Args:
         hidden: The branch, (B, L, D).
         residual: The stream, (B, L, D) in float32 or wider, or None.
         weight: Of the RMSNorm, (D,).
         eps: Of the RMSNorm.
-        prompts: What `add_prompts` is to add to the branch before, or None.
+        prompts: Added to the branch, or None.
 
     Returns:
         (stream, normed stream): the first in float32 or wider, the second in the dtype of `hidden`.
@@ -416,12 +338,12 @@ def add_norm(
 
 
 def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None) -> Tensor:
-    """x + Σ scale ⊙ SiLU(pre) at every token but the excluded one.
+    """Return x + Σ scale ⊙ SiLU(pre) at every token but the excluded one.
 
     Args:
         x: (B, L, D).
-        terms: Pairs of a scale (D,) and what goes into SiLU, (B, L, D).
-        excluded: The token that stays as it is, or None.
+        terms: Pairs of a scale (D,) and a pre-activation (B, L, D).
+        excluded: The unchanged token, or None.
 
     Returns:
         (B, L, D) in the dtype of `x`.

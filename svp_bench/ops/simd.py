@@ -1,8 +1,7 @@
-"""A vector of sixteen floats for numba, so that kernels say which operations run side by side instead of hoping for it.
+"""A vector type of sixteen floats for numba, with explicit operations.
 
-LLVM lowers a vector to what the processor has: one AVX-512 register, two AVX ones, four NEON ones. Functions that end
-in 4 do the same to four vectors, one operation after the other on all four: the operations of one vector wait for each
-other, and a processor sees only some sixty operations ahead, too few to find the next vector's by itself.
+LLVM lowers a vector to the registers of the processor: one AVX-512, two AVX or four NEON ones. Functions whose name
+ends in 4 interleave four vectors, so that dependent operations of one vector do not stall the processor.
 Addresses are integers in bytes.
 """
 
@@ -199,7 +198,7 @@ _LOG1P = (
 
 
 def _each(operation: Callable, *rows):
-    """One operation on vectors that stand next to each other in the code."""
+    """Apply one operation to each vector of a list."""
     return [operation(*arguments) for arguments in zip(*rows, strict=True)]
 
 
@@ -211,7 +210,7 @@ def _horner(builder, xs, coefficients):
 
 
 def _or_nan(builder, xs, values):
-    """The values, but NaN where x is one: integer arithmetic on the bits of a NaN can make a number of it."""
+    """Return the values, NaN where x is NaN: integer arithmetic on its bits may give a number."""
     odd = [builder.fcmp_unordered("uno", x, x) for x in xs]
     return [builder.select(o, x, value) for o, x, value in zip(odd, xs, values, strict=True)]
 
@@ -222,7 +221,7 @@ def _exp2(builder, xs, bounded=False):
         for sign, limit in ((">", _splat(-126.0)), ("<", _splat(126.0))):
             xs = [builder.select(builder.fcmp_ordered(sign, x, limit), x, limit) for x in xs]
         return _or_nan(builder, given, _exp2(builder, xs, bounded=True))
-    magic = _splat(12582912.0)  # 1.5 · 2²³: adding it rounds to an integer, which then stands in the low bits
+    magic = _splat(12582912.0)  # 1.5 · 2²³: adding it rounds to an integer in the low bits
     shifted = [builder.fadd(x, magic) for x in xs]
     rounded = [builder.fsub(x, magic) for x in shifted]
     fractions = _each(builder.fsub, xs, rounded)
@@ -263,7 +262,7 @@ def _tuple(context, builder, values):
 
 
 def _four(function: Callable) -> Callable:
-    """An intrinsic of four vectors; the function returns lists of four, which are joined to one tuple."""
+    """Return an intrinsic of four vectors; the function returns lists of four, joined to one tuple."""
 
     @intrinsic
     def operation(context, a, b, c, d):
@@ -334,7 +333,7 @@ def within(context, x, limit):
 
 @intrinsic
 def prefetch(context, address):
-    """Ask for the cache line at an address, which need not be a valid one."""
+    """Prefetch the cache line at an address, valid or not."""
 
     def build(context, builder, signature, arguments):
         byte = ir.IntType(8).as_pointer()
@@ -350,7 +349,7 @@ def prefetch(context, address):
 
 @intrinsic
 def store_sums(context, address, v0, v1, v2, v3, v4, v5, v6, v7):
-    """Write eight floats, each the sum over the lanes of one vector, always added up in the same order."""
+    """Write eight floats, each the sum over the lanes of one vector, added in a fixed order."""
 
     def build(context, builder, signature, arguments):
         place, *rows = arguments

@@ -1,46 +1,41 @@
-"""The Triton backend: fused kernels for CUDA, compiled by Triton at their first call, no compiler of the user's needed.
+"""The Triton backend: fused kernels for CUDA, compiled by Triton at the first call; no compiler needed.
 
-The scan of both directions, softplus, skip, gate and mean are one kernel forward and one backward, over tensors where
-they lie: nothing is flipped or transposed. Convolution and SiLU of both directions are another pair. The kernels stand
-in triton_kernels.py; here is what autograd, torch.compile and the launches need. They are operators of torch.library,
-so that a compiled or traced model keeps them whole.
+One kernel forward and one backward for the scan of both directions with softplus, skip, gate and mean; another pair for
+convolution and SiLU. Nothing is flipped or transposed. The kernels are in triton_kernels.py, and are operators of
+torch.library, so that compiled and traced models hold them as one node.
 
-With TRITON_INTERPRET=1 in the environment Triton interprets the kernels with NumPy on the CPU: slow, but the same text.
+TRITON_INTERPRET=1 in the environment lets Triton interpret the kernels with NumPy on the CPU, slowly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from svp_bench.ops import reference, triton_launch
+from svp_bench.ops import triton_launch
+from svp_bench.ops.autograd import FIELDS, conv_function, scan_function
 from svp_bench.ops.triton_launch import DTYPES, power_of_two, rows, spread, written
 from svp_bench.ops.triton_norm import add_norm, add_prompts
 
-if TYPE_CHECKING:
-    from svp_bench.ops.types import Direction, Recompute
-
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
-_FIELDS = 7
 _WEIGHTS = (2, 5, 6)  # of these: A, D and the bias
 _OLDEST = (8, 0)  # of the compute capabilities: before it, no bfloat16
 
-# Sizes of a program: steps of a tile, channels, warps. No sizes follow from a measurement yet: benchmarks/triton_aot.py
-# says how many registers each takes, and nothing may spill.
-SCAN_FORWARD = {"T": 4, "BE": 32, "num_warps": 1, "maxnreg": 192}  # left to itself, the compiler may spill to keep 168
+# Sizes of a program: steps of a tile, channels, warps. Selected so that no register spills (benchmarks/triton_aot.py),
+# not by time measurements.
+SCAN_FORWARD = {"T": 4, "BE": 32, "num_warps": 1, "maxnreg": 192}  # without maxnreg the compiler may spill
 SCAN_BACKWARD = {"T": 4, "BE": 32, "num_warps": 1}
-# The sums for weights take registers as well; and from sm_100 on, pairs of multiplications take pairs of registers.
+# For gradients of weights, and from sm_100 on, where paired multiplications take paired registers.
 SCAN_BACKWARD_WIDE = {"T": 4, "BE": 32, "num_warps": 2}
 _PAIRED = 10  # of the compute capability
 CONV = {"BL": 8, "BE": 128, "num_warps": 4}
-CONV_OF_WEIGHTS = {"num_warps": 8}  # where it has sums for weights
+CONV_OF_WEIGHTS = {"num_warps": 8}  # with gradients of weights
 _LANES = 4  # threads that share the states of a channel
-_STATES = 16  # for which the steps of a tile are meant
+_STATES = 16  # for T steps of a tile
 
 
 def unavailable() -> str | None:
@@ -74,85 +69,51 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def scan(
-    directions: Sequence[Direction],
+def _scan_forward(
+    tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    return torch.ops.svp_bench.triton_scan(tensors, reverse, softplus), []
+
+
+def _scan_backward(
+    grad: Tensor,
+    tensors: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
     reverse: Sequence[bool],
-    z: Tensor | None,
     softplus: bool,
-    recompute: Recompute | None = None,
-) -> Tensor:
-    """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
-    flat = [tensor for direction in directions for tensor in direction]
-    y: Tensor = _Scan.apply(tuple(reverse), softplus, recompute, z, *flat)
-    return y
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    grads = torch.ops.svp_bench.triton_scan_backward(grad, tensors, reverse, softplus, list(wanted))
+    return spread(grads, wanted)
 
 
-def conv(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
-) -> tuple[Tensor, ...]:
-    """Depth-wise causal convolution of the same input in each direction; see reference.py."""
-    out: tuple[Tensor, ...] = _Conv.apply(x, tuple(reverse), silu, *weights, *biases)
-    return out
+def _conv_forward(
+    x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
+) -> Sequence[Tensor]:
+    outs: Sequence[Tensor] = torch.ops.svp_bench.triton_conv(x, parameters, reverse, silu)
+    return outs
 
 
-class _Scan(torch.autograd.Function):
-    """Keeps its inputs and no states: the backward kernel runs the states again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        reverse: tuple[bool, ...],
-        softplus: bool,
-        recompute: Recompute | None,
-        z: Tensor | None,
-        *flat: Tensor | None,
-    ) -> Tensor:
-        ctx.settings = (reverse, softplus, None if recompute is None else recompute.function)
-        ctx.save_for_backward(z, *reference.forget(flat, recompute))
-        y: Tensor = torch.ops.svp_bench.triton_scan([z, *flat], reverse, softplus)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reverse, softplus, make = ctx.settings
-        z, *kept = ctx.saved_tensors
-        flat = reference.recall(kept, len(reverse), make)
-        wanted = list(ctx.needs_input_grad[3:])
-        grads = torch.ops.svp_bench.triton_scan_backward(grad, [z, *flat], reverse, softplus, wanted)
-        return (None, None, None, *spread(grads, wanted))
+def _conv_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    silu: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    return spread(torch.ops.svp_bench.triton_conv_backward(grads, x, parameters, reverse, silu, wanted), wanted)
 
 
-class _Conv(torch.autograd.Function):
-    """Keeps its input only; what SiLU needs is computed again in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, reverse: tuple[bool, ...], silu: bool, *parameters: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        ctx.settings = (reverse, silu)
-        ctx.save_for_backward(x, *parameters)
-        outs = torch.ops.svp_bench.triton_conv(x, parameters, reverse, silu)
-        need_x, need, count = ctx.needs_input_grad[0], ctx.needs_input_grad[3:], len(reverse)
-        ctx.mark_non_differentiable(*[o for i, o in enumerate(outs) if not (need_x or need[i] or need[count + i])])
-        return tuple(outs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        reverse, silu = ctx.settings
-        x, *parameters = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
-        found = torch.ops.svp_bench.triton_conv_backward(grads, x, parameters, reverse, silu, wanted)
-        dx, *rest = spread(found, wanted)
-        return (dx, None, None, *rest)
+scan = scan_function(_scan_forward, _scan_backward)
+conv = conv_function(_conv_forward, _conv_backward)
 
 
-# ---- the operators. Their inputs are lists, so that one operator serves one direction and two.
+# Operators. Their inputs are lists, for one direction or two.
 
 
 def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
-    """An empty tensor without gaps for each one wanted."""
+    """Return an empty contiguous tensor for each wanted gradient."""
     found = []
     for tensor, want in zip(tensors, wanted, strict=True):
         if want:
@@ -165,7 +126,7 @@ def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tens
     "svp_bench::triton_scan", mutates_args=(), schema="(Tensor?[] tensors, bool[] reverse, bool softplus) -> Tensor"
 )
 def _scan_op(tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> Tensor:
-    """`tensors`: z, then the seven fields of each direction."""
+    """Run the scan; `tensors` are z, then the seven fields of each direction."""
     problem = _Problem(tensors, reverse, softplus)
     out = problem.u.new_empty(problem.u.shape, dtype=written(problem.u.dtype))
     if out.numel():
@@ -188,7 +149,7 @@ def _(tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool)
 def _scan_backward_op(
     grad: Tensor, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, wanted: Sequence[bool]
 ) -> list[Tensor]:
-    """The gradients of the tensors that are wanted, in their order."""
+    """Return the wanted gradients, in the order of the tensors."""
     problem = _Problem(tensors, reverse, softplus)
     if not problem.u.numel():
         return [t.zero_() for t in _like(tensors, wanted)]
@@ -208,10 +169,10 @@ def _(
     schema="(Tensor x, Tensor?[] parameters, bool[] reverse, bool silu) -> Tensor[]",
 )
 def _conv_op(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
-    """`parameters`: the weights of all directions, then the biases."""
+    """Run the convolutions; `parameters` are the weights of all directions, then the biases."""
     outs = [x.new_empty(x.shape, dtype=written(x.dtype)) for _ in reverse]
     if x.numel():
-        _conv_forward(outs, x, parameters, reverse, silu)
+        _launch_conv(outs, x, parameters, reverse, silu)
     return [out.to(x.dtype) for out in outs]
 
 
@@ -233,10 +194,10 @@ def _conv_backward_op(
     silu: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of x and of the parameters that are wanted, in their order."""
+    """Return the wanted gradients of x and of the parameters, in their order."""
     if not x.numel():
         return [t.zero_() for t in _like([x, *parameters], wanted)]
-    return _conv_backward(grads, x, parameters, reverse, silu, wanted)
+    return _launch_conv_backward(grads, x, parameters, reverse, silu, wanted)
 
 
 @_conv_backward_op.register_fake
@@ -251,11 +212,8 @@ def _(
     return _like([x, *parameters], wanted)
 
 
-# ---- the launches
-
-
 class _Problem:
-    """The arguments that both kernels of a scan share."""
+    """Arguments of the scan kernels."""
 
     def __init__(self, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> None:
         z, *flat = tensors
@@ -284,7 +242,7 @@ class _Problem:
         }
         names = ("u", "delta", "A", "B", "C", "D", "bias")
         for k in range(2):
-            fields = flat[_FIELDS * k : _FIELDS * (k + 1)] if k < self.count else [None] * _FIELDS
+            fields = flat[FIELDS * k : FIELDS * (k + 1)] if k < self.count else [None] * FIELDS
             for name, tensor in zip(names, fields, strict=True):
                 own = None if tensor is None else rows(tensor)
                 self.shared[f"{name}{k}"] = own
@@ -295,13 +253,13 @@ class _Problem:
             self.shared[f"REVERSE{k}"] = k < self.count and reverse[k]
 
     def _sizes(self, sizes: dict[str, int]) -> tuple[dict[str, int], int]:
-        """The sizes of a program, and the programs of a image. Few channels or few steps need no large program."""
+        """Return the sizes of a program and the programs per image, smaller for few channels or steps."""
         block = min(sizes["BE"], power_of_two(self.channels))
         padded = self.shared["N1"] * self.shared["N2"]
         steps = max(1, sizes["T"] * _STATES // max(padded, _STATES))  # a thread holds its states of all steps of a tile
         own = {**sizes, "BE": block, "T": min(steps, power_of_two(self.length))}
-        # Where a thread holds one term of a sum over threads, a fused multiply-add would round the sum in each thread
-        # differently, and which thread's is kept is nowhere written.
+        # A fused multiply-add would round a sum over threads differently in each thread, and the thread that is read is
+        # unspecified.
         own["enable_fp_fusion"] = own == sizes and padded > _LANES
         return own, -(-self.channels // block)
 
@@ -309,7 +267,7 @@ class _Problem:
         sizes, blocks = self._sizes(SCAN_FORWARD)
         partial = None
         if self.count == 2:
-            # where several threads hold an entry, one would read what another has written over already
+            # if several threads hold an entry, one could read a value that another has overwritten
             alone = out.dtype == torch.float32 and sizes["T"] * sizes["BE"] >= 32 * sizes["num_warps"]
             partial = out if alone else torch.empty_like(out, dtype=torch.float32)
         triton_launch.launch(
@@ -317,7 +275,7 @@ class _Problem:
         )
 
     def backward(self, grad: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
-        weights = any(wanted[1 + _FIELDS * k + place] for k in range(self.count) for place in _WEIGHTS)
+        weights = any(wanted[1 + FIELDS * k + place] for k in range(self.count) for place in _WEIGHTS)
         wide = weights or triton_launch.capability(self.u) >= _PAIRED
         sizes, blocks = self._sizes(SCAN_BACKWARD_WIDE if wide else SCAN_BACKWARD)
         grad = rows(grad)
@@ -337,7 +295,7 @@ class _Problem:
         }
         names = ("du", "ddelta", "dA", "dB", "dC", "dD", "dbias")
         for k in range(2):
-            want = wanted[1 + _FIELDS * k : 1 + _FIELDS * (k + 1)] if k < self.count else [False] * _FIELDS
+            want = wanted[1 + FIELDS * k : 1 + FIELDS * (k + 1)] if k < self.count else [False] * FIELDS
             for name, asked in zip(names, want, strict=True):
                 shape = forms.get(name)
                 if not asked:
@@ -351,7 +309,7 @@ class _Problem:
         own["partial"] = empty(*self.u.shape) if two else None
         own["before"] = None
         if any(own[f"{name}{k}"] is not None for name in ("ddelta", "dA", "dbias") for k in range(2)):
-            # transient: one direction's states before each tile, the second direction's after the first's
+            # transient: the states before each tile, of one direction after the other
             own["before"] = empty(self.batch, blocks, tiles, shared["N1"] * shared["N2"] * sizes["BE"])
         own |= {"grad": grad, "grad_image": grad.stride(0), "grad_row": grad.stride(1)}
         triton_launch.launch("scan_backward", self.batch * blocks, {**shared, **sizes, **own})
@@ -375,7 +333,7 @@ def _dense(like: Tensor | None) -> dict[str, Any]:
 def _conv_arguments(
     x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
 ) -> tuple[dict[str, Any], int, int]:
-    """The arguments that both kernels of a convolution share, the programs, and those of one block of channels."""
+    """Return the arguments of the convolution kernels, the programs, and those per block of channels."""
     count = len(reverse)
     batch, length, channels = x.shape
     sizes = {**CONV, "BE": min(CONV["BE"], power_of_two(channels)), "BL": min(CONV["BL"], power_of_two(length))}
@@ -394,7 +352,7 @@ def _conv_arguments(
     return shared, shares * -(-channels // sizes["BE"]), shares
 
 
-def _conv_forward(
+def _launch_conv(
     outs: Sequence[Tensor], x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
 ) -> None:
     shared, programs, _ = _conv_arguments(x, parameters, reverse, silu)
@@ -402,7 +360,7 @@ def _conv_forward(
     triton_launch.launch("conv_forward", programs, {**shared, **own})
 
 
-def _conv_backward(
+def _launch_conv_backward(
     grads: Sequence[Tensor],
     x: Tensor,
     parameters: Sequence[Tensor | None],
@@ -423,7 +381,7 @@ def _conv_backward(
         own[f"dweight{k}"] = x.new_empty(shares, width, channels, dtype=torch.float32) if want_weight else None
         own[f"dbias{k}"] = x.new_empty(shares, channels, dtype=torch.float32) if want_bias else None
         own[f"ASKED{k}"] = want_weight or want_bias or (k < count and wanted[0])
-    # of weights: sums over threads, see `_sizes`
+    # sums over threads, see `_sizes`
     options = {**CONV_OF_WEIGHTS, "enable_fp_fusion": False} if any(wanted[1:]) else {}
     triton_launch.launch("conv_backward", programs, {**shared, **own, **options})
     found = [] if dx is None else [dx.to(x.dtype)]

@@ -1,20 +1,16 @@
-"""The kernels of the triton backend. Imported only where triton is; what each computes is told in reference.py.
+"""Kernels of the triton backend for scan and convolution; reference.py has the equations. Imports triton.
 
-A program takes one block of channels of one image through all of its steps, direction after direction. Tensors are
-read where they lie: a reversed direction counts its tokens from the end. Steps are worked through in tiles of T in the
-order of the scan; a tile's states are one block (T, N1, BE, N2), where state n is n1 · N2 + n2. Channels and N2 are its
-last axes because Triton spreads threads from the last axis on: so each thread holds all T steps of its channels, and
-"take row i" or "put row i" (a sum and a choice over the first axis, which the compiler folds away) move nothing.
-The recurrence itself is then one multiply-add after another, in the order of the formula, and the state before a step
-is simply there: no cancellation, whatever A is.
+A program computes one block of channels of one image, direction after direction. A reversed direction counts its
+tokens from the end. Steps are processed in tiles of T in the order of the scan; the states of a tile are one block
+(T, N1, BE, N2), state n = n1 · N2 + n2. Triton spreads threads from the last axis on, so each thread holds all T steps
+of its channels, and reading or replacing row i (a sum or a selection over the first axis) moves no data. The recurrence
+is one multiply-add after another, without cancellation.
 
-Were the compiler to see that states lie side by side in memory, it would hand four to a thread for that access, and
-carry them through shared memory to and from where they are needed; hence an index times `one`, which it cannot see.
+Addresses of states are multiplied by `one`, unknown to the compiler: if it saw that states are adjacent in memory, it
+would give four to a thread for the access and move them through shared memory.
 
-No atomics: what is summed over channels or images is written as one partial sum a program, and summed afterwards.
-
-A step past the end has Δ = 0: its decay is 1 and it adds 0, so the state passes through.
-An argument that may be None is a constant of the compilation: what it stands for is not compiled.
+No atomics: sums over channels or images are written as one partial sum per program, and added afterwards.
+A step past the end has Δ = 0, so the state passes through it. A None argument is a compile-time constant.
 """
 
 from __future__ import annotations
@@ -36,7 +32,7 @@ def _sigmoid(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _sigmoids(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """sigmoid(x) and sigmoid(-x). The second is not 1 minus the first, of which nothing right is left at x = 20."""
+    """Return sigmoid(x) and sigmoid(-x); 1 - sigmoid(x) has no correct digit left at x = 20."""
     small = tl.exp(-tl.abs(x))
     large = 1.0 / (1.0 + small)
     return tl.where(x >= 0, large, small * large), tl.where(x >= 0, small * large, large)
@@ -44,14 +40,14 @@ def _sigmoids(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def _silu_and_slope(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """SiLU(x) and its derivative."""
+    """Return SiLU(x) and its derivative."""
     sigmoid, rest = _sigmoids(x)
     return x * sigmoid, sigmoid * (1.0 + x * rest)
 
 
 @triton.jit
 def _softplus(x: tl.tensor) -> tl.tensor:
-    """Identity above 20. log(1 + e) = 2 artanh(e / (2 + e)), whose series keeps all digits where e is tiny."""
+    """Return softplus(x), x above 20. log(1 + e) = 2 artanh(e / (2 + e)): its series is accurate for tiny e."""
     small = tl.exp(-tl.abs(x))
     s = small / (2.0 + small)  # at most 1/3: the first term left out is below 2e-9
     q = s * s
@@ -62,7 +58,7 @@ def _softplus(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _row(tile: tl.tensor, i: tl.constexpr, T: tl.constexpr) -> tl.tensor:
-    """Row i of a tile, (1, …). Summed as integers: adding 0 is then nothing, where x + 0.0 might be -0.0 + 0.0."""
+    """Return row i of a tile, (1, …). Summed as integers, because -0.0 + 0.0 is 0.0."""
     index = tl.arange(0, T)[:, None, None, None]
     bits = tl.where(index == i, tile.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, axis=0, keep_dims=True).to(tl.float32, bitcast=True)
@@ -70,14 +66,14 @@ def _row(tile: tl.tensor, i: tl.constexpr, T: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _with_row(tile: tl.tensor, i: tl.constexpr, row: tl.tensor, T: tl.constexpr) -> tl.tensor:
-    """The tile with another row i."""
+    """Return the tile with another row i."""
     index = tl.arange(0, T)[:, None, None, None]
     return tl.where(index == i, row, tile)
 
 
 @triton.jit
 def _place(program: tl.tensor, channels: tl.tensor, BE: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """A program's image, its channels, and which of them exist. Programs: images × blocks of channels."""
+    """Return a program's image, its channels, and which of them exist. Programs: images × blocks of channels."""
     blocks = tl.cdiv(channels, BE)
     e = program % blocks * BE + tl.arange(0, BE)
     return (program // blocks).to(tl.int64), e, e < channels
@@ -87,7 +83,7 @@ def _place(program: tl.tensor, channels: tl.tensor, BE: tl.constexpr) -> tuple[t
 def _tokens(
     tile: tl.tensor, length: tl.tensor, T: tl.constexpr, REVERSE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The token of a tile's first step, those of its steps counted from it, and which of them exist."""
+    """Return the token of a tile's first step, the offsets of its steps, and which of them exist."""
     step = tl.arange(0, T)
     first = tile * T
     inside = step < length - first
@@ -99,7 +95,7 @@ def _tokens(
 
 @triton.jit
 def _at(pointer: tl.tensor, first: tl.tensor, stride: tl.tensor) -> tl.tensor:
-    """The row of a tile's first step: 64 bits once a tile, so that 32 do for what each thread counts from there."""
+    """Return the row of a tile's first step: 64 bits once per tile, so that offsets from it fit in 32."""
     return pointer + tl.cast(first, tl.int64) * stride
 
 
@@ -113,7 +109,7 @@ def _channels(
     inside: tl.tensor,
     fits: tl.tensor,
 ) -> tl.tensor:
-    """Rows of channels as float32, (T, BE); zeros outside."""
+    """Return rows of channels as float32, (T, BE); zeros outside."""
     where = step[:, None] * stride + e[None, :]
     return tl.load(_at(pointer, first, stride) + where, mask=inside[:, None] & fits[None, :], other=0.0).to(tl.float32)
 
@@ -153,7 +149,7 @@ def _states(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> tl.tensor:
-    """Rows of B or C as float32, (T, N1, BE, N2), the same for every channel; zeros outside."""
+    """Return rows of B or C as float32, (T, N1, BE, N2), the same for every channel; zeros outside."""
     n = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     where = step[:, None, None] * stride + n[None, :, :]
     mask = inside[:, None, None] & (n < states)[None, :, :]
@@ -172,7 +168,7 @@ def _matrix(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> tl.tensor:
-    """A as float32, (1, N1, BE, N2); zeros outside."""
+    """Return A as float32, (1, N1, BE, N2); zeros outside."""
     n = tl.arange(0, N1)[:, None, None] * N2 + tl.arange(0, N2)[None, None, :]
     mask = fits[None, :, None] & (n < states)
     rows = tl.load(pointer + e[None, :, None] * stride + n * one, mask=mask, other=0.0).to(tl.float32)
@@ -181,13 +177,13 @@ def _matrix(
 
 @triton.jit
 def _spread(tile: tl.tensor, T: tl.constexpr, BE: tl.constexpr, N2: tl.constexpr) -> tl.tensor:
-    """(T, BE) → (T, 1, BE, N2): what every state of a channel shares."""
+    """(T, BE) → (T, 1, BE, N2), the same for every state of a channel."""
     return tl.broadcast_to(tile[:, None, :, None], [T, 1, BE, N2])
 
 
 @triton.jit
 def _over_states(tile: tl.tensor) -> tl.tensor:
-    """(T, N1, BE, N2) → (T, BE), summed; first over what one thread holds."""
+    """(T, N1, BE, N2) → (T, BE), summed, first within a thread."""
     return tl.sum(tl.sum(tile, axis=1), axis=2)
 
 
@@ -299,7 +295,7 @@ def scan_forward(
     D1: tl.tensor,
     bias1: tl.tensor,
     z: tl.tensor,
-    out: tl.tensor,  # (B, L, E) without gaps, as is all that is written
+    out: tl.tensor,  # (B, L, E) contiguous, as all outputs
     partial: tl.tensor,  # (B, L, E) float32: the first direction's y; each program reads only what it wrote
     u0_image: tl.tensor,
     u0_row: tl.tensor,
@@ -324,7 +320,7 @@ def scan_forward(
     length: tl.tensor,
     channels: tl.tensor,
     states: tl.tensor,
-    one: tl.tensor,  # 1, which the compiler must not know
+    one: tl.tensor,  # 1, unknown to the compiler
     SOFTPLUS: tl.constexpr,
     K: tl.constexpr,
     REVERSE0: tl.constexpr,
@@ -334,7 +330,7 @@ def scan_forward(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> None:
-    """Mean over K directions of their scans, gated. Programs: images × blocks of channels."""
+    """Compute the gated mean of the scans of K directions. Programs: images × blocks of channels."""
     image, e, fits = _place(tl.program_id(0), channels, BE)
     out += image * length * channels
     if z is not None:
@@ -374,7 +370,7 @@ def scan_forward(
         N2,
     )
     if K == 2:
-        tl.debug_barrier()  # other threads of this program read what these wrote
+        tl.debug_barrier()  # other threads of this program read these values
         _forward_direction(
             u1 + image * u1_image,
             delta1 + image * delta1_image,
@@ -411,10 +407,7 @@ def scan_forward(
 
 @triton.jit
 def _spots(one: tl.tensor, BE: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Where a tile's states are kept, in two summands: (N1, BE, N2), as its threads hold them.
-
-    The second is a constant in each thread: added last, it is part of the access itself.
-    """
+    """Return the offsets of a tile's saved states, (N1, BE, N2), in two summands, the second constant in a thread."""
     c = tl.arange(0, BE)[None, None, :, None]
     spot = c * N2 + tl.arange(0, N2)[None, None, None, :] * one
     return spot, tl.arange(0, N1)[None, :, None, None] * (BE * N2)
@@ -465,7 +458,7 @@ def _ahead(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> None:
-    """The states once more: what follows from them alone (dC, dz, dD) and, if KEEP, the state before each tile."""
+    """Recompute the states; write dC, dz, dD and, if KEEP, the state before each tile."""
     OF_STATES: tl.constexpr = (dC is not None) or (dz is not None)
     image, e, fits = _place(program, channels, BE)
     rows = image * length * channels
@@ -572,7 +565,7 @@ def _back(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> None:
-    """The gradients that follow from those of the states, from the last tile to the first."""
+    """Compute the gradients of the states and the rest, from the last tile to the first."""
     NEED_DT: tl.constexpr = (ddelta is not None) or (dbias is not None)
     NEED_GATE: tl.constexpr = NEED_DT or (dA is not None)  # the gradient of Δ A
     image, e, fits = _place(program, channels, BE)
@@ -620,7 +613,7 @@ def _back(
                 h = _row(decay, i, T) * h + _row(drive, i, T)
         rows_C = _states(C, first, step, C_row, inside, states, T, BE, N1, N2)
         cotangents = _spread(dy, T, BE, N2)
-        # a step is finished before the next begins, so that few of its products are held at a time
+        # finish a step before the next, to hold few products at a time
         of_B = tl.zeros([T, N1, 1, N2], tl.float32)
         along = tl.zeros([T, 1, BE, 1], tl.float32)  # gradient of Δ u
         against = tl.zeros([T, 1, BE, 1], tl.float32)  # gradient of Δ, through the decay
@@ -681,7 +674,7 @@ def _put_states(
 
 @triton.jit
 def _shift(pointer: tl.tensor, by: tl.tensor) -> tl.tensor:
-    """None stays None."""
+    """Return None for None."""
     if pointer is not None:
         pointer += by
     return pointer
@@ -747,7 +740,7 @@ def scan_backward(
     length: tl.tensor,
     channels: tl.tensor,
     states: tl.tensor,
-    one: tl.tensor,  # 1, which the compiler must not know
+    one: tl.tensor,  # 1, unknown to the compiler
     SOFTPLUS: tl.constexpr,
     K: tl.constexpr,
     REVERSE0: tl.constexpr,
@@ -759,10 +752,9 @@ def scan_backward(
     N1: tl.constexpr,
     N2: tl.constexpr,
 ) -> None:
-    """Gradients of `scan_forward`; None is not computed. Programs as there.
+    """Compute the gradients of `scan_forward` that are not None. Programs as there.
 
-    The second and third numbers of a program are 0, which the compiler does not know. So each part works out its places
-    anew, and keeps none of them in registers while another part needs them all.
+    Program ids 1 and 2 are 0, unknown to the compiler: each part recomputes its addresses instead of holding registers.
     """
     GATE0: tl.constexpr = (ddelta0 is not None) or (dbias0 is not None) or (dA0 is not None)
     if GATE0 or (dC0 is not None) or (dz is not None and ASKED0) or (dD0 is not None):
@@ -810,7 +802,7 @@ def scan_backward(
             N1,
             N2,
         )
-        tl.debug_barrier()  # `before` is read by other threads; and `partial`, or `before` is written anew
+        tl.debug_barrier()  # other threads read `before`; `partial` or `before` is rewritten
     if GATE0 or (du0 is not None) or (dB0 is not None):
         _back(
             u0,
@@ -901,7 +893,7 @@ def scan_backward(
             N1,
             N2,
         )
-        tl.debug_barrier()  # `before` is read by other threads; and `partial`, or `before` is written anew
+        tl.debug_barrier()  # other threads read `before`; `partial` or `before` is rewritten
     if GATE1 or (du1 is not None) or (dB1 is not None):
         _back(
             u1,
@@ -959,7 +951,7 @@ def _at_distance(
     e: tl.tensor,
     fits: tl.tensor,
 ) -> tl.tensor:
-    """The rows `distance` tokens away, zeros outside."""
+    """Return the rows `distance` tokens away, zeros outside."""
     there = first + distance + step
     return _channels(pointer, first + distance, step, stride, e, (there >= 0) & (there < length), fits)
 
@@ -982,7 +974,7 @@ def _convolved(
     BL: tl.constexpr,
     BE: tl.constexpr,
 ) -> tl.tensor:
-    """What goes into SiLU, at the tokens AWAY from these: the tap of age a reads the token a steps before."""
+    """Return the input of SiLU at the tokens AWAY from these; the tap of age a reads the token a steps before."""
     total = tl.zeros([BL, BE], tl.float32)
     if bias is not None:
         total += _per_channel(bias, e, fits)
@@ -1023,7 +1015,7 @@ def conv_forward(
     x: tl.tensor,
     weight0: tl.tensor,
     bias0: tl.tensor,
-    out0: tl.tensor,  # (B, L, E) without gaps
+    out0: tl.tensor,  # (B, L, E) contiguous
     weight1: tl.tensor,
     bias1: tl.tensor,
     out1: tl.tensor,
@@ -1041,7 +1033,7 @@ def conv_forward(
     BL: tl.constexpr,
     BE: tl.constexpr,
 ) -> None:
-    """Depth-wise convolutions of one input. Programs: images × blocks of tokens × blocks of channels."""
+    """Compute depth-wise convolutions of one input. Programs: images × blocks of tokens × blocks of channels."""
     blocks = tl.cdiv(channels, BE)
     parts = tl.cdiv(length, BL)
     share = tl.program_id(0) // blocks
@@ -1118,7 +1110,7 @@ def _convolve_back(
     BL: tl.constexpr,
     BE: tl.constexpr,
 ) -> tl.tensor:
-    """Write the partial sums of one direction, and return dx with its share added."""
+    """Write the partial sums of one direction; return dx with its contribution added."""
     AHEAD: tl.constexpr = W if NEED_X else 1
     for age in tl.static_range(AHEAD):  # the outputs that read these tokens
         g = _at_distance(grad, first, step, SIGN * age, grad_row, length, e, fits)
@@ -1154,7 +1146,7 @@ def conv_backward(
     grad1: tl.tensor,
     dweight1: tl.tensor,
     dbias1: tl.tensor,
-    dx: tl.tensor,  # (B, L, E) without gaps, or None
+    dx: tl.tensor,  # (B, L, E) contiguous, or None
     x_image: tl.tensor,
     x_row: tl.tensor,
     weight0_row: tl.tensor,
@@ -1174,7 +1166,7 @@ def conv_backward(
     BL: tl.constexpr,
     BE: tl.constexpr,
 ) -> None:
-    """Gradients of `conv_forward`; None is not computed. Programs as there."""
+    """Compute the gradients of `conv_forward` that are not None. Programs as there."""
     blocks = tl.cdiv(channels, BE)
     parts = tl.cdiv(length, BL)
     share = (tl.program_id(0) // blocks).to(tl.int64)

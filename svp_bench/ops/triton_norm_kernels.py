@@ -1,9 +1,7 @@
-"""The kernels around a block, for triton_norm.py: prompts, the residual addition and the norm, one pass each way.
+"""Kernels of the triton backend around a block: prompts, residual addition and norm, one pass forward and backward.
 
-A program takes whole rows (tokens), so that the sums of a norm stay inside it. Nothing is kept of the forward pass but
-the stream: the backward kernel reads it anyway, and the norm's scale follows from it.
-
-As in triton_kernels.py: an argument that is None is compiled out, and sums over rows are partial sums of each program.
+A program takes whole rows (tokens), so the sums of a norm stay inside it. The backward pass recomputes the scale of the
+norm from the stream. As in triton_kernels.py, None arguments are compiled out, and sums over rows are partial sums.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ def _prompt(
 
 @triton.jit(do_not_specialize=["excluded"])
 def norm_forward(
-    hidden: tl.tensor,  # all of (rows, width) without gaps
+    hidden: tl.tensor,  # all tensors are (rows, width), contiguous
     residual: tl.tensor,
     scale0: tl.tensor,
     pre0: tl.tensor,
@@ -53,7 +51,7 @@ def norm_forward(
     eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """total = hidden + Σ scale ⊙ SiLU(pre) + residual; normed = its RMSNorm. One program a row."""
+    """Compute total = hidden + Σ scale ⊙ SiLU(pre) + residual and its RMSNorm. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
     mask = e < width
@@ -82,7 +80,7 @@ def _prompt_back(
     e: tl.tensor,
     mask: tl.tensor,
 ) -> tl.tensor:
-    """Write the gradient of `pre`, and return this row's share in that of `scale`."""
+    """Write the gradient of `pre`; return this row's contribution to that of `scale`."""
     x = _read(pre, row, width, e, mask)
     silu, slope = _silu_and_slope(x)
     if dpre is not None:
@@ -92,7 +90,7 @@ def _prompt_back(
 
 @triton.jit(do_not_specialize=["excluded"])
 def norm_backward(
-    total: tl.tensor,  # all of (rows, width) without gaps
+    total: tl.tensor,  # all tensors are (rows, width), contiguous
     weight: tl.tensor,
     dtotal: tl.tensor,
     dnormed: tl.tensor,
@@ -115,7 +113,7 @@ def norm_backward(
     eps: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Gradients of `norm_forward`; what is None is not computed, and a None of `dtotal` or `dnormed` is zero."""
+    """Compute the gradients of `norm_forward` that are not None; `dtotal` or `dnormed` None is zero."""
     program = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
     fits = e < width
