@@ -758,10 +758,10 @@ def test_the_switch_leaves_the_allocator_alone(value: str | None, monkeypatch: p
     told = memory.keep_freed_memory.__wrapped__()  # past the cache, which is of the process
     if value == "0":
         assert calls == []
-        assert told == "given back at once (SVP_BENCH_KEEP_MEMORY=0)"
+        assert told == "returned to the system (SVP_BENCH_KEEP_MEMORY=0)"
     else:
         assert {option for option, _ in calls} == {-1, -3}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        assert told.startswith("kept by the process")
+        assert told.startswith("cached by the process")
 
 
 # Tensors of 39 MB: glibc maps each freshly from the system, whatever it has learned from others, unless told to keep.

@@ -189,7 +189,7 @@ def one_scan() -> list[float]:
 def test_a_kernel_is_compiled_once_also_by_two_processes_at_once(tmp_path: Path) -> None:
     together = [start(FIRST_CALL, SVP_BENCH_CACHE=str(tmp_path / "cache")) for _ in range(2)]
     one, two = (end(process) for process in together)
-    assert re.search(r"Compiled the CPU kernel scan_forward in [\d.]+ s \(kept in ", one.err + two.err)
+    assert re.search(r"Compiled the CPU kernel scan_forward in [\d.]+ s \(cached in ", one.err + two.err)
     assert str(tmp_path / "cache") in one.err + two.err
     assert one.answer == two.answer == one_scan()
     after = end(start(FIRST_CALL, SVP_BENCH_CACHE=str(tmp_path / "cache")))
@@ -202,7 +202,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     """The folder would lie below a file: no rights of any user can make it."""
     (tmp_path / "file").write_text("")
     ended = end(start(FIRST_CALL, SVP_BENCH_CACHE=str(tmp_path / "file" / "below")))
-    assert re.search(r"Compiled the CPU kernel scan_forward in [\d.]+ s \(not kept: .+ cannot be written\)", ended.err)
+    assert re.search(r"CPU kernel scan_forward in [\d.]+ s \(not cached: .+ cannot be written\)", ended.err)
     assert ended.answer == one_scan()
 
 

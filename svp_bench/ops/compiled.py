@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels at their first call and keeps them in a folder of the user's."""
+"""Compile the CPU kernels at their first call and cache them in a folder of the user."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _alive: list[Any] = []  # compiled functions must not be collected
 
 
 def cache_folder() -> Path:
-    """Return where compiled kernels are kept: $SVP_BENCH_CACHE, else the user's cache folder."""
+    """Return the folder of compiled kernels: in $SVP_BENCH_CACHE, else in the user's cache folder."""
     given = os.environ.get("SVP_BENCH_CACHE")
     if given:
         return Path(given) / "kernels"
@@ -32,13 +32,13 @@ def cache_folder() -> Path:
 
 @cache
 def _source_digest() -> str:
-    """Kernels of another source must not be taken from the cache (numba itself looks at one file only)."""
+    """Return the digest of all kernel sources, the cache key; numba itself looks at one file only."""
     here = Path(__file__).parent
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in _SOURCES)).hexdigest()[:12]
 
 
 def kernel(name: str) -> int:
-    """Return the address of a kernel, compiled or read from the cache if this is its first call in the process."""
+    """Return the address of a kernel, at the first call compiled or read from the cache."""
     if name not in _addresses:
         with _lock:
             if name not in _addresses:
@@ -56,20 +56,19 @@ def _load(name: str) -> int:
     folder = cache_folder() / _source_digest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        keep = os.access(folder, os.W_OK)
+        cache_it = os.access(folder, os.W_OK)
     except OSError:
-        keep = False
+        cache_it = False
     before = numba.config.CACHE_DIR
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
-        numba.config.CACHE_DIR = str(folder)  # read when a function is declared; other users of numba keep theirs
-        function = numba.cfunc(cpu_kernels.KERNEL, cache=keep, error_model="numpy")(getattr(cpu_kernels, name))
+        numba.config.CACHE_DIR = str(folder)  # read when a function is declared; restored below
+        function = numba.cfunc(cpu_kernels.KERNEL, cache=cache_it, error_model="numpy")(getattr(cpu_kernels, name))
     finally:
         numba.config.CACHE_DIR = before
-    hit = bool(function.cache_hits)
-    if not hit:
-        where = f"kept in {folder}" if keep else f"not kept: {folder} cannot be written"
-        seconds = time.perf_counter() - began
+    if not function.cache_hits:
+        where = f"cached in {folder}" if cache_it else f"not cached: {folder} cannot be written"
+        seconds = time.perf_counter() - start
         sys.stderr.write(f"Compiled the CPU kernel {name} in {seconds:.1f} s ({where}).\n")
     _alive.append(function)
     address: int = function.address

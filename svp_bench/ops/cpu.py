@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from svp_bench.ops import reference
 from svp_bench.ops.autograd import FIELDS, conv_function, scan_function
+from svp_bench.ops.norm import norm_functions
 from svp_bench.ops.threads import run_kernel
-
-if TYPE_CHECKING:
-    from svp_bench.ops.types import PromptTerms
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -315,133 +311,80 @@ def _run_conv(name: str, shared: dict[str, Any], own: Sequence[dict[str, Any]], 
         _Block({**shared, "tasks": tasks}, own, kernels.CONV_SHARED, kernels.CONV_DIRECTION).run(name, tasks)
 
 
-def _fits(*tensors: Tensor | None) -> bool:
-    """Whether the row kernels support these: float32 rows of whole vectors. Others use the reference."""
+def _supported(*tensors: Tensor | None) -> bool:
+    """Whether the row kernels support these: float32 rows of whole vectors."""
     return all(t is None or (t.dtype == torch.float32 and t.shape[-1] % 16 == 0 and t.numel() > 0) for t in tensors)
 
 
-def add_norm(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float, prompts: PromptTerms | None = None
-) -> tuple[Tensor, Tensor]:
-    """Add a branch and prompts to the residual stream and norm it, in one pass; see reference.py."""
-    terms = () if prompts is None else [t for term in prompts.terms for t in term]
-    if not _fits(hidden, residual, weight, *terms):
-        return reference.add_norm(hidden, residual, weight, eps, prompts)
-    excluded = None if prompts is None else prompts.excluded
-    result: tuple[Tensor, Tensor] = _AddNorm.apply(hidden, residual, weight, eps, excluded, *terms)
-    return result
+def _norm_forward(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    terms: Sequence[Tensor],
+    excluded: int | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    own = _term_fields(terms)
+    out = torch.empty_like(hidden, **_DENSE)
+    if weight is None:
+        _run_rows("prompt_forward", hidden, {"x": hidden.contiguous(), "out": out}, own, excluded)
+        return [out], []
+    normed, scales = torch.empty_like(out), hidden.new_empty(hidden[..., 0].numel())
+    fields = {"hidden": hidden.contiguous(), "residual": None if residual is None else residual.contiguous()}
+    fields |= {"total": out, "normed": normed, "scales": scales, "weight": weight.contiguous()}
+    _run_rows("norm_forward", hidden, {**fields, "eps": hidden.new_full((1,), eps)}, own, excluded)
+    return [out, normed], [out, weight, scales]
 
 
-def _terms(terms: Sequence[Tensor], length: int, excluded: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the shared fields of the prompts, and those of each term."""
-    own = [{"scale": s.contiguous(), "pre": p.contiguous()} for s, p in zip(terms[::2], terms[1::2], strict=True)]
-    return {"length": length, "excluded": -1 if excluded is None else excluded, "terms": len(own)}, own
+def _norm_backward(
+    grads: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    terms: Sequence[Tensor],
+    eps: float,
+    excluded: int | None,
+    dtype: torch.dtype,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    from svp_bench.ops.cpu_kernels import ROWS
 
-
-def _with_gradients(own: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
-    from svp_bench.ops import cpu_kernels as kernels
-
-    tasks = -(-rows // kernels.ROWS)
-    return [
-        {**term, "dpre": torch.empty_like(term["pre"]), "dscale": term["pre"].new_empty(tasks, term["pre"].shape[-1])}
-        for term in own
-    ]
-
-
-def _term_gradients(own: Sequence[Mapping[str, Any]], wanted: Sequence[bool]) -> list[Tensor | None]:
-    grads: list[Tensor | None] = []
-    for i, term in enumerate(own):
-        grads += [term["dscale"].sum(dim=0) if wanted[2 * i] else None, term["dpre"] if wanted[2 * i + 1] else None]
-    return grads
-
-
-class _AddNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        eps: float,
-        excluded: int | None,
-        *terms: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        from svp_bench.ops import cpu_kernels as kernels
-
-        total, normed = torch.empty_like(hidden, **_DENSE), torch.empty_like(hidden, **_DENSE)
-        scales = hidden.new_empty(hidden[..., 0].numel())
-        shared, own = _terms(terms, hidden.shape[1], excluded)
-        fields = {"hidden": hidden.contiguous(), "residual": None if residual is None else residual.contiguous()}
-        fields |= {"total": total, "normed": normed, "scales": scales, "weight": weight.contiguous()}
-        _run_rows("norm_forward", kernels.NORM, hidden, {**shared, **fields, "eps": hidden.new_full((1,), eps)}, own)
-        ctx.save_for_backward(total, weight, scales, *terms)
-        ctx.excluded = excluded
-        return total, normed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-        from svp_bench.ops import cpu_kernels as kernels
-
-        total, weight, scales, *terms = ctx.saved_tensors
-        rows = len(scales)
-        need_hidden, need_residual, need_weight = ctx.needs_input_grad[:3]
-        total, scales = total.contiguous(), scales.contiguous()  # a saved-tensor hook may change strides
+    like = next(grad for grad in grads if grad is not None)
+    rows = [torch.zeros_like(like) if grad is None else grad.contiguous() for grad in grads]
+    tasks = -(-like[..., 0].numel() // ROWS)
+    own = _term_fields(terms)
+    for term in own:
+        pre = term["pre"]
+        term |= {"dpre": torch.empty_like(pre), "dscale": pre.new_empty(tasks, pre.shape[-1])}
+    dhidden, dweight = grads[0], None
+    if saved:
+        total, weight, scales = (t.contiguous() for t in saved)  # a saved-tensor hook may change strides
         dhidden = torch.empty_like(total)
-        dweight = total.new_empty(-(-rows // kernels.ROWS), len(weight)) if need_weight else None
-        shared, own = _terms(terms, total.shape[1], ctx.excluded)
-        own = _with_gradients(own, rows)
-        fields = {"total": total, "weight": weight.contiguous(), "scales": scales, "dnormed": dnormed.contiguous()}
-        fields |= {"dtotal": None if dtotal is None else dtotal.contiguous(), "dhidden": dhidden, "dweight": dweight}
-        _run_rows("norm_backward", kernels.NORM, total, {**shared, **fields}, own)
-        return (
-            dhidden if need_hidden else None,
-            dhidden if need_residual else None,
-            None if dweight is None else dweight.sum(dim=0),
-            None,
-            None,
-            *_term_gradients(own, ctx.needs_input_grad[5:]),
-        )
+        dweight = total.new_empty(tasks, len(weight)) if wanted[2] else None
+        fields = {"total": total, "weight": weight, "scales": scales, "dtotal": rows[0], "dnormed": rows[1]}
+        _run_rows("norm_backward", total, {**fields, "dhidden": dhidden, "dweight": dweight}, own, excluded)
+    else:
+        _run_rows("prompt_backward", like, {"dout": rows[0]}, own, excluded)
+    found = [dhidden if wanted[0] else None, dhidden if wanted[1] else None]
+    found += [None if dweight is None else dweight.sum(dim=0)]
+    for i, term in enumerate(own):
+        found += [term["dscale"].sum(dim=0) if wanted[3 + 2 * i] else None, term["dpre"] if wanted[4 + 2 * i] else None]
+    return found
 
 
-def add_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None) -> Tensor:
-    """Return x + Σ scale ⊙ SiLU(pre) at every token but the excluded one, in one pass; see reference.py."""
-    if not _fits(x, *(t for term in terms for t in term)):
-        return reference.add_prompts(x, terms, excluded)
-    result: Tensor = _AddPrompts.apply(x, excluded, *(t for term in terms for t in term))
-    return result
-
-
-class _AddPrompts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, excluded: int | None, *terms: Tensor) -> Tensor:
-        from svp_bench.ops import cpu_kernels as kernels
-
-        ctx.excluded = excluded
-        ctx.save_for_backward(*terms)
-        out = torch.empty_like(x, **_DENSE)
-        shared, own = _terms(terms, x.shape[1], excluded)
-        _run_rows("prompt_forward", kernels.PROMPT, x, {**shared, "x": x.contiguous(), "out": out}, own)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        from svp_bench.ops import cpu_kernels as kernels
-
-        shared, own = _terms(ctx.saved_tensors, dout.shape[1], ctx.excluded)
-        own = _with_gradients(own, dout[..., 0].numel())
-        _run_rows("prompt_backward", kernels.PROMPT, dout, {**shared, "dout": dout.contiguous()}, own)
-        return (dout if ctx.needs_input_grad[0] else None, None, *_term_gradients(own, ctx.needs_input_grad[2:]))
+def _term_fields(terms: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    return [{"scale": s.contiguous(), "pre": p.contiguous()} for s, p in zip(terms[::2], terms[1::2], strict=True)]
 
 
 def _run_rows(
-    name: str, layout: Sequence[str], like: Tensor, fields: Mapping[str, Any], own: Sequence[Mapping[str, Any]]
+    name: str, like: Tensor, fields: Mapping[str, Any], own: Sequence[Mapping[str, Any]], excluded: int | None
 ) -> None:
     """Run a kernel over the rows of a tensor (B, L, D)."""
     from svp_bench.ops import cpu_kernels as kernels
 
-    rows, width = like[..., 0].numel(), like.shape[-1]
-    tasks = -(-rows // kernels.ROWS)
-    block = _Block({**fields, "tasks": tasks, "rows": rows, "width": width}, own, layout, kernels.PROMPT_TERM)
-    block.run(name, tasks)
+    tasks = -(-like[..., 0].numel() // kernels.ROWS)
+    shared = {**fields, "tasks": tasks, "rows": like[..., 0].numel(), "width": like.shape[-1], "length": like.shape[1]}
+    shared |= {"terms": len(own), "excluded": -1 if excluded is None else excluded}
+    layout = kernels.NORM if name.startswith("norm") else kernels.PROMPT
+    _Block(shared, own, layout, kernels.PROMPT_TERM).run(name, tasks)
+
+
+add_norm, add_prompts = norm_functions(_supported, _norm_forward, _norm_backward)

@@ -1,11 +1,10 @@
-"""The front functions: argument checks, choice of a backend, and the layouts that callers know.
+"""Public operations: check arguments, select a backend, convert layouts.
 
 Letters: B batch, L length (tokens), E channels (mamba's `dim`), N state size, W convolution width.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from svp_bench.core.errors import UnavailableError
 from svp_bench.ops import traceable
-from svp_bench.ops.backends import BACKENDS
+from svp_bench.ops.backends import BACKENDS, backend_module
 from svp_bench.ops.types import BackendChoice, Direction, PromptTerms, Recompute
 
 __all__ = [
@@ -35,58 +34,44 @@ __all__ = [
     "selective_scan",
 ]
 
-
 _LOADED: dict[str, ModuleType] = {}
-
-
-@cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(BACKENDS.entry(name).target.split(":")[0])
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 @cache
 def _choose(name: str, device: str, dtype: torch.dtype) -> BackendChoice:
-    if name != "auto":
-        module = _module(name)
-        reason = module.unavailable() or module.unsupported(device, dtype)
-        if reason:
-            raise UnavailableError(f"the scan backend {name!r} was asked for and cannot run here: {reason}")
-        return BackendChoice(name, "asked for by name")
     skipped: list[str] = []
-    for entry in BACKENDS:
-        module = _module(entry.name)
+    for entry in BACKENDS if name == "auto" else [BACKENDS.entry(name)]:
+        module = backend_module(entry.name)
         reason = module.unavailable() or module.unsupported(device, dtype)
+        if reason is None and name != "auto":
+            return BackendChoice(name, "asked for by name")
         if reason is None:
             why = f"auto: the first that runs on {device} with {str(dtype).removeprefix('torch.')}"
             return BackendChoice(entry.name, "; ".join([why, *skipped]))
+        if name != "auto":
+            raise UnavailableError(f"the scan backend {name!r} was asked for and cannot run here: {reason}")
         skipped.append(f"{entry.name}: {reason}")
     raise UnavailableError("no scan backend can run here: " + "; ".join(skipped))
 
 
 def choose(backend: str, device: torch.device | str, dtype: torch.dtype) -> BackendChoice:
-    """Return the backend that `backend` ("auto" or a name) stands for on this device and dtype, and the reason.
-
-    While torch.export or torch.jit.trace records a model, plain operations stand in for `auto` and `reference`.
+    """Return the backend that runs for `backend` ("auto" or a name) on this device and dtype, and the reason.
 
     Raises:
-        UsageError: If no backend has that name; names the nearest.
+        UsageError: If the name is unknown; names the nearest.
         UnavailableError: If the backend asked for by name cannot run here; gives the reason.
     """
-    if backend != "auto":
-        BACKENDS.entry(backend)
     return _choose(backend, torch.device(device).type, dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _chosen(name: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that `choose` takes, its module loaded. torch.compile looking inside would break the graph."""
+    """Return the name of the backend of `choose`, its module loaded. torch.compile cannot trace the inside."""
     chosen = choose(name, device, dtype).name
     for needed in (chosen, "reference"):
-        _LOADED[needed] = _module(needed)
+        _LOADED[needed] = backend_module(needed)
     return chosen
-
-
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 def is_tracing() -> bool:
@@ -97,9 +82,9 @@ def is_tracing() -> bool:
 def _backend(name: str, like: Tensor) -> ModuleType:
     if is_tracing():
         if name in ("auto", "reference"):
-            _chosen("reference", like.device.type, like.dtype)  # its operations between the mixers are plain
+            _chosen("reference", like.device.type, like.dtype)  # for add_norm and add_prompts
             return traceable
-        if name != "triton":  # whose kernels are operators that a graph may hold
+        if name != "triton":  # its kernels are operators, which a graph can hold
             raise UnavailableError(
                 f"the scan backend {name!r} was asked for, and torch.export and torch.jit.trace cannot record it; "
                 "model.set_scan_backend('auto') takes plain operations while a model is recorded"
@@ -108,16 +93,26 @@ def _backend(name: str, like: Tensor) -> ModuleType:
 
 
 def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """The operations choose their own precision (float32 accumulation): autocast must not reach into them."""
+    """Disable autocast: the operations choose their own precision (float32 accumulation)."""
     kind = like.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
 
 
-def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], letters: str) -> None:
-    if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be {letters} = {shape}, not {tuple(tensor.shape)}")
+def _check(sizes: dict[str, int], *tensors: tuple[str, Tensor | None, str]) -> None:
+    """Check the shapes of (name, tensor, axes), e.g. ("A", A, "dim state"); ValueError if one differs."""
+    for name, tensor, axes in tensors:
+        letters = axes.split()
+        shape = tuple(sizes[axis] for axis in letters)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            label = f"({letters[0]},)" if len(letters) == 1 else f"({', '.join(letters)})"
+            raise ValueError(f"{name} must be {label} = {shape}, not {tuple(tensor.shape)}")
+
+
+def _check_axes(name: str, tensor: Tensor, axes: str) -> None:
+    if tensor.ndim != len(axes.split()):
+        raise ValueError(f"{name} must be ({', '.join(axes.split())}), not {tuple(tensor.shape)}")
 
 
 def selective_scan(
@@ -133,7 +128,7 @@ def selective_scan(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Selective scan of Mamba (Gu & Dao 2023, Algorithm 2), in mamba_ssm's layout.
+    """Compute the selective scan of Mamba (Gu & Dao 2023, Algorithm 2), in mamba_ssm's layout.
 
     With Δ = softplus(delta + delta_bias) and h₀ = 0, for each step t:
     hₜ = exp(Δₜ A) ⊙ hₜ₋₁ + Δₜ Bₜ uₜ,  yₜ = Cₜ · hₜ + D uₜ,  and the result is y ⊙ SiLU(z).
@@ -158,19 +153,12 @@ def selective_scan(
         UsageError: If the backend is unknown.
         UnavailableError: If the backend asked for cannot run here.
     """
-    if u.ndim != 3:
-        raise ValueError(f"u must be (batch, dim, length), not {tuple(u.shape)}")
-    if A.ndim != 2:
-        raise ValueError(f"A must be (dim, state), not {tuple(A.shape)}")
-    batch, dim, length = u.shape
-    state = A.shape[1]
-    _check("delta", delta, (batch, dim, length), "(batch, dim, length)")
-    _check("A", A, (dim, state), "(dim, state)")
-    _check("B", B, (batch, state, length), "(batch, state, length)")
-    _check("C", C, (batch, state, length), "(batch, state, length)")
-    _check("D", D, (dim,), "(dim,)")
-    _check("z", z, (batch, dim, length), "(batch, dim, length)")
-    _check("delta_bias", delta_bias, (dim,), "(dim,)")
+    tokens, states = "batch dim length", "batch state length"
+    _check_axes("u", u, tokens)
+    _check_axes("A", A, "dim state")
+    sizes = {"batch": u.shape[0], "dim": u.shape[1], "length": u.shape[2], "state": A.shape[1]}
+    _check(sizes, ("delta", delta, tokens), ("A", A, "dim state"), ("B", B, states), ("C", C, states))
+    _check(sizes, ("D", D, "dim"), ("z", z, tokens), ("delta_bias", delta_bias, "dim"))
     direction = Direction(u.mT, delta.mT, A, B.mT, C.mT, D, delta_bias)
     module = _backend(backend, u)
     with _no_autocast(u):
@@ -186,16 +174,16 @@ def bidirectional_scan(
     recompute: Recompute | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean of a scan over the tokens and one over the tokens in reversed order, gated by SiLU(z) (Vim, Algorithm 1).
+    """Compute the mean of a scan over the tokens and one in reversed order, gated by SiLU(z) (Vim, Algorithm 1).
 
-    `backward` is given in the natural token order as well: the scan runs from its last token to its first. Softplus is
-    applied to delta + delta_bias.
+    `backward` is in the natural token order too; its scan runs from the last token to the first. Softplus is applied to
+    delta + delta_bias.
 
     Args:
-        forward: What the forward scan reads.
-        backward: What the backward scan reads.
+        forward: Inputs of the forward scan.
+        backward: Inputs of the backward scan.
         z: Gate, (B, L, E).
-        recompute: How to compute both `u` again. If given, a backend need not keep them for the backward pass.
+        recompute: How to compute both `u` again; a backend need not save them then.
         backend: "auto" or a name of `list_backends()`.
 
     Returns:
@@ -204,19 +192,12 @@ def bidirectional_scan(
     Raises:
         ValueError: If a shape does not fit.
     """
-    batch, length, dim = z.shape
-    state = forward.A.shape[-1]
+    sizes = {"batch": z.shape[0], "length": z.shape[1], "dim": z.shape[2], "state": forward.A.shape[-1]}
+    tokens, states = "batch length dim", "batch length state"
     for direction in (forward, backward):
-        for name, shape, letters in (
-            ("u", (batch, length, dim), "(batch, length, dim)"),
-            ("delta", (batch, length, dim), "(batch, length, dim)"),
-            ("A", (dim, state), "(dim, state)"),
-            ("B", (batch, length, state), "(batch, length, state)"),
-            ("C", (batch, length, state), "(batch, length, state)"),
-            ("D", (dim,), "(dim,)"),
-            ("delta_bias", (dim,), "(dim,)"),
-        ):
-            _check(name, getattr(direction, name), shape, letters)
+        u, delta, A, B, C, D, bias = direction
+        _check(sizes, ("u", u, tokens), ("delta", delta, tokens), ("A", A, "dim state"), ("B", B, states))
+        _check(sizes, ("C", C, states), ("D", D, "dim"), ("delta_bias", bias, "dim"))
     module = _backend(backend, z)
     with _no_autocast(z):
         y: Tensor = module.scan((forward, backward), (False, True), z, True, recompute)
@@ -231,13 +212,13 @@ def causal_conv1d(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Depth-wise causal convolution, in causal-conv1d's layout.
+    """Compute the depth-wise causal convolution, in causal-conv1d's layout.
 
     Args:
         x: (B, E, L).
         weight: (E, W).
         bias: (E,) or None.
-        activation: "silu" (or its other name, "swish"), or None.
+        activation: "silu", its other name "swish", or None.
         backend: "auto" or a name of `list_backends()`.
 
     Returns:
@@ -248,10 +229,9 @@ def causal_conv1d(
     """
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation must be None, 'silu' or 'swish', not {activation!r}")
-    if x.ndim != 3:
-        raise ValueError(f"x must be (batch, dim, length), not {tuple(x.shape)}")
-    _check("weight", weight, (x.shape[1], weight.shape[-1]), "(dim, width)")
-    _check("bias", bias, (x.shape[1],), "(dim,)")
+    _check_axes("x", x, "batch dim length")
+    sizes = {"dim": x.shape[1], "width": weight.shape[-1]}
+    _check(sizes, ("weight", weight, "dim width"), ("bias", bias, "dim"))
     module = _backend(backend, x)
     with _no_autocast(x):
         (y,) = module.conv(x.mT, (weight,), (bias,), (False,), activation is not None)
@@ -266,7 +246,7 @@ def bidirectional_conv(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """SiLU of the causal convolution over the tokens, and of the one over the tokens in reversed order.
+    """Compute SiLU of the causal convolution over the tokens, and of the one in reversed order.
 
     Args:
         x: (B, L, E); may be a strided view.
@@ -277,9 +257,9 @@ def bidirectional_conv(
     Returns:
         Two tensors (B, L, E), both in the natural token order.
     """
+    sizes = {"dim": x.shape[-1], "width": forward[0].shape[-1]}
     for weight, bias in (forward, backward):
-        _check("weight", weight, (x.shape[-1], forward[0].shape[-1]), "(dim, width)")
-        _check("bias", bias, (x.shape[-1],), "(dim,)")
+        _check(sizes, ("weight", weight, "dim width"), ("bias", bias, "dim"))
     module = _backend(backend, x)
     with _no_autocast(x):
         u, u_b = module.conv(x, (forward[0], backward[0]), (forward[1], backward[1]), (False, True), True)
@@ -295,23 +275,23 @@ def add_norm(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Add a branch (and prompts) to the residual stream and norm it, in one pass where the backend can.
+    """Add a branch and prompts to the residual stream and norm it, in one pass where the backend can.
 
     Args:
         hidden: The branch, (B, L, D).
         residual: The stream, (B, L, D) in float32 or wider, or None.
         weight: Of the RMSNorm, (D,).
         eps: Of the RMSNorm.
-        prompts: What `add_prompts` would add to the branch, or None.
-        backend: "auto" or a name of `list_backends()`; those without a kernel of their own use PyTorch's operators.
+        prompts: Added to the branch as by `add_prompts`, or None.
+        backend: "auto" or a name of `list_backends()`; backends without a kernel use PyTorch's operators.
 
     Returns:
         (stream, normed stream): the first in float32 or wider, the second in the dtype of `hidden`.
     """
-    _check("residual", residual, tuple(hidden.shape), "that of hidden")
-    _check("weight", weight, (hidden.shape[-1],), "(width,)")
+    sizes = _token_sizes(hidden)
+    _check(sizes, ("residual", residual, "batch length width"), ("weight", weight, "width"))
     if prompts is not None:
-        _check_prompts(hidden, prompts.terms, prompts.excluded)
+        _check_prompts(sizes, *prompts)
     result: tuple[Tensor, Tensor] = _function("add_norm", backend, hidden)(hidden, residual, weight, eps, prompts)
     return result
 
@@ -319,28 +299,31 @@ def add_norm(
 def add_prompts(
     x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None, *, backend: str = "auto"
 ) -> Tensor:
-    """x + Σ scale ⊙ SiLU(pre) at every token but the excluded one, in one pass where the backend can.
+    """Return x + Σ scale ⊙ SiLU(pre) at every token but the excluded one, in one pass where the backend can.
 
     Args:
         x: (B, L, D).
-        terms: Pairs of a scale (D,) and what goes into SiLU, (B, L, D).
-        excluded: The token that stays as it is, or None.
+        terms: Pairs of a scale (D,) and a pre-activation (B, L, D).
+        excluded: The unchanged token, or None.
         backend: As for `add_norm`.
 
     Returns:
         (B, L, D) in the dtype of `x`.
     """
-    _check_prompts(x, terms, excluded)
+    _check_prompts(_token_sizes(x), terms, excluded)
     result: Tensor = _function("add_prompts", backend, x)(x, terms, excluded)
     return result
 
 
-def _check_prompts(x: Tensor, terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None) -> None:
+def _token_sizes(x: Tensor) -> dict[str, int]:
+    return {"batch": x.shape[0], "length": x.shape[1], "width": x.shape[2]}
+
+
+def _check_prompts(sizes: dict[str, int], terms: Sequence[tuple[Tensor, Tensor]], excluded: int | None) -> None:
     for scale, pre in terms:
-        _check("scale", scale, (x.shape[-1],), "(width,)")
-        _check("pre", pre, tuple(x.shape), "that of the tokens")
-    if excluded is not None and not 0 <= excluded < x.shape[1]:
-        raise ValueError(f"excluded must be a token of 0..{x.shape[1] - 1}, not {excluded}")
+        _check(sizes, ("scale", scale, "width"), ("pre", pre, "batch length width"))
+    if excluded is not None and not 0 <= excluded < sizes["length"]:
+        raise ValueError(f"excluded must be a token of 0..{sizes['length'] - 1}, not {excluded}")
 
 
 def _function(name: str, backend: str, like: Tensor) -> Any:

@@ -1,7 +1,7 @@
-"""The backend over the compiled CUDA packages: mamba-ssm's scan and causal-conv1d's convolution, as they are published.
+"""The backend of the compiled CUDA packages: mamba-ssm's scan and causal-conv1d's convolution.
 
-They know one direction and channels first; the flips and transposes that this costs are part of their price. This is
-not the fused path of Vim's own fork, which no package index carries.
+They compute one direction, channels first, so this backend flips and transposes. It is not the fused path of Vim's fork
+of mamba-ssm, which is in no package index.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["conv", "scan", "unavailable", "unsupported"]
 
 @cache
 def _functions() -> tuple[Callable[..., Any], Callable[..., Any]] | str:
-    """The two functions, or why they cannot be had."""
+    """Return the two functions, or why they are not available."""
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_cuda, selective_scan_fn
     except Exception as error:  # these packages import CUDA code at the top, which raises many kinds
@@ -32,7 +32,7 @@ def _functions() -> tuple[Callable[..., Any], Callable[..., Any]] | str:
         )
     if selective_scan_cuda is None:
         return (
-            "mamba_ssm is here without its Mamba-1 kernel, which 2.3 and later build only when asked: "
+            "mamba_ssm has no Mamba-1 kernel, which 2.3 and later build only on request: "
             "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation --force-reinstall --no-deps mamba-ssm"
         )
     try:
@@ -67,9 +67,9 @@ def scan(
     reverse: Sequence[bool],
     z: Tensor | None,
     softplus: bool,
-    recompute: Recompute | None = None,  # its own kernel decides what it keeps
+    recompute: Recompute | None = None,  # unused: its kernel decides what is saved
 ) -> Tensor:
-    """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
+    """Return the mean over the directions of their selective scans, gated by SiLU(z); see autograd.py."""
     found = _functions()
     assert not isinstance(found, str)
     total: Tensor | None = None
@@ -88,7 +88,7 @@ def scan(
 def conv(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
 ) -> tuple[Tensor, ...]:
-    """Depth-wise causal convolution of the same input in each direction; see reference.py."""
+    """Return the depth-wise causal convolution of the same input in each direction; see autograd.py."""
     found = _functions()
     assert not isinstance(found, str)
     outs = []

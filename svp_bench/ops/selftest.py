@@ -1,15 +1,14 @@
-"""A short comparison of every backend that can run here with the reference, for `svp-bench doctor`."""
+"""Compare every available backend with the reference on a small problem, for `svp-bench doctor`."""
 
 from __future__ import annotations
 
-import importlib
 import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from svp_bench.ops.backends import BACKENDS, backend_statuses
+from svp_bench.ops.backends import backend_module, backend_statuses
 from svp_bench.ops.interface import Direction, PromptTerms, add_norm, bidirectional_conv, bidirectional_scan
 
 __all__ = ["SelfTest", "self_test"]
@@ -42,21 +41,20 @@ class SelfTest(NamedTuple):
 
 def self_test() -> list[SelfTest]:
     """Run every available backend on a small problem, forward and backward, against the reference in float64."""
+    exact = _run("reference", "cpu", torch.float64)
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     results = []
-    for status in backend_statuses():
-        for device in ("cpu", "cuda"):
-            module = importlib.import_module(BACKENDS.entry(status.name).target.split(":")[0])
-            if status.available and module.unsupported(device, torch.float32) is None:
-                if device == "cuda" and not torch.cuda.is_available():
-                    continue
-                exact = _run("reference", "cpu", torch.float64)
-                times = []
-                for _ in range(2):
-                    began = time.perf_counter()
-                    found = _run(status.name, device, torch.float32)
-                    times.append(time.perf_counter() - began)
-                error = max(_error(a, b) for a, b in zip(found, exact, strict=True))
-                results.append(SelfTest(status.name, device, error, times[1], times[0]))
+    for name in (status.name for status in backend_statuses() if status.available):
+        for device in devices:
+            if backend_module(name).unsupported(device, torch.float32) is not None:
+                continue
+            times = []
+            for _ in range(2):
+                start = time.perf_counter()
+                found = _run(name, device, torch.float32)
+                times.append(time.perf_counter() - start)
+            error = max(_error(a, b) for a, b in zip(found, exact, strict=True))
+            results.append(SelfTest(name, device, error, times[1], times[0]))
     return results
 
 
@@ -66,7 +64,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def _run(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs and gradients of the operations that the model calls."""
+    """Return outputs and gradients of the operations of the model."""
     batch, length, channels, states, width = 2, 61, 48, 16, 4
     generator = torch.Generator().manual_seed(0)
 
@@ -76,11 +74,8 @@ def _run(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
 
     def direction(u: Tensor) -> Direction:
         A = (-torch.arange(1.0, states + 1).repeat(channels, 1)).to(device=device, dtype=dtype).requires_grad_()
-        delta, B, C = (
-            draw(batch, length, channels, shift=-3.0),
-            draw(batch, length, states),
-            draw(batch, length, states),
-        )
+        delta = draw(batch, length, channels, shift=-3.0)
+        B, C = draw(batch, length, states), draw(batch, length, states)
         return Direction(u, delta, A, B, C, draw(channels), draw(channels))
 
     x, z = draw(batch, length, channels), draw(batch, length, channels)

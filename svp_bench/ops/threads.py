@@ -1,8 +1,8 @@
-"""Run a C kernel on PyTorch's own threads.
+"""Run a C kernel on PyTorch's threads.
 
-PyTorch's Linux builds carry GNU OpenMP. Entering a parallel region of that very library runs our kernels on the threads
-that PyTorch's operators use, so there is one pool and no two pools that fight for the cores. Elsewhere the calling
-thread is joined by a pool of Python's (ctypes lets go of the interpreter's lock while a kernel runs).
+PyTorch's Linux builds carry GNU OpenMP. A parallel region of that library runs the kernels on the threads of PyTorch's
+operators, so that two pools do not compete for the cores. Elsewhere a Python thread pool joins the calling thread
+(ctypes releases the interpreter's lock).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @cache
 def _gomp() -> ctypes.CDLL | None:
-    """PyTorch's own GNU OpenMP, or None if it has none."""
+    """Return PyTorch's GNU OpenMP, or None."""
     if "OpenMP" not in torch.__config__.parallel_info():
         return None
     for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")):
@@ -34,7 +34,7 @@ def _gomp() -> ctypes.CDLL | None:
 
 
 @cache
-def _executor(process: int, threads: int) -> ThreadPoolExecutor:  # one a process: threads do not survive a fork
+def _executor(process: int, threads: int) -> ThreadPoolExecutor:  # one per process: threads do not survive a fork
     return ThreadPoolExecutor(threads, thread_name_prefix="svp-bench")
 
 
@@ -42,10 +42,10 @@ _alone = False
 
 
 def _after_fork() -> None:
-    """A forked process has the pool's books but not its threads: waiting for them would never end."""
+    """Use one thread in a forked process: it has no threads of the pool, and would wait for them forever."""
     global _alone
     _alone = True
-    torch.set_num_threads(1)  # PyTorch's operators would wait for them just so
+    torch.set_num_threads(1)  # for PyTorch's operators too
 
 
 if hasattr(os, "register_at_fork"):
@@ -53,19 +53,17 @@ if hasattr(os, "register_at_fork"):
 
 
 def pool_name() -> str:
-    """Return which threads run the kernels, for `svp-bench doctor`."""
+    """Return the name of the thread pool of the kernels, for `svp-bench doctor`."""
     return "PyTorch's OpenMP threads" if _gomp() is not None else "a thread pool of their own"
 
 
 def run_kernel(kernel: int, block: int, tasks: int) -> None:
-    """Run a kernel that takes its tasks from a counter in its block, on as many threads as PyTorch uses.
-
-    In a forked process it is one thread.
+    """Run a kernel that takes its tasks from a counter in its block, on PyTorch's number of threads.
 
     Args:
         kernel: Address of the C function, `void kernel(int64_t block)`.
         block: Its argument.
-        tasks: How many tasks there are; no more threads than that are used.
+        tasks: Number of tasks, the largest number of threads.
     """
     threads = 1 if _alone else min(torch.get_num_threads(), tasks)
     if threads <= 1:

@@ -1,8 +1,7 @@
-"""Scan and convolution in a form that torch.export and torch.jit.trace can record: any batch, no Python in the graph.
+"""Scan and convolution as plain tensor operations that torch.export and torch.jit.trace can record, for any batch.
 
-The reference implementation cuts the batch into slices and `cpu` passes addresses; a recording would hold for one batch
-size. Here all is tensor operations, differentiable by autograd. The scan runs over √L steps in √L chunks at once and
-then carries the state over the chunks, so that a graph stays short (about 8 √L operations a direction).
+The scan runs √L steps in √L chunks in parallel, then carries the state over the chunks: about 8 √L operations in the
+graph per direction.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ def scan(
     reverse: Sequence[bool],
     z: Tensor | None,
     softplus: bool,
-    recompute: Recompute | None = None,  # autograd keeps what it needs
+    recompute: Recompute | None = None,  # unused
 ) -> Tensor:
-    """Mean over the directions of their selective scans, gated by SiLU(z); see reference.py."""
+    """Return the mean over the directions of their selective scans, gated by SiLU(z); see autograd.py."""
     outs = [_scan_one(direction, back, softplus) for direction, back in zip(directions, reverse, strict=True)]
     mean = torch.stack(outs).mean(dim=0)
     return (mean if z is None else mean * F.silu(z.to(mean.dtype))).to(directions[0].u.dtype)
@@ -71,19 +70,14 @@ def _scan_one(direction: Direction, reverse: bool, softplus: bool) -> Tensor:
 def conv(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
 ) -> tuple[Tensor, ...]:
-    """Depth-wise causal convolution of the same input in each direction; see reference.py."""
+    """Return the depth-wise causal convolution of the same input in each direction; see autograd.py."""
     wide, length = torch.promote_types(x.dtype, torch.float32), int(x.shape[1])
     outs = []
     for weight, bias, back in zip(weights, biases, reverse, strict=True):
         row = (x.flip(1) if back else x).mT.to(wide)
         channels, width = map(int, weight.shape)
-        y = F.conv1d(
-            row,
-            weight.unsqueeze(1).to(wide),
-            None if bias is None else bias.to(wide),
-            padding=width - 1,
-            groups=channels,
-        )[..., :length].mT
+        taps, offset = weight.unsqueeze(1).to(wide), None if bias is None else bias.to(wide)
+        y = F.conv1d(row, taps, offset, padding=width - 1, groups=channels)[..., :length].mT
         y = F.silu(y) if silu else y
         outs.append((y.flip(1) if back else y).to(x.dtype))
     return tuple(outs)

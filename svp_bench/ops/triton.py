@@ -17,7 +17,7 @@ from torch import Tensor
 
 from svp_bench.ops import triton_launch
 from svp_bench.ops.autograd import FIELDS, conv_function, scan_function
-from svp_bench.ops.triton_launch import DTYPES, power_of_two, rows, spread, written
+from svp_bench.ops.triton_launch import DTYPES, operator, power_of_two, rows, spread, written
 from svp_bench.ops.triton_norm import add_norm, add_prompts
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
@@ -122,9 +122,6 @@ def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tens
     return found
 
 
-@torch.library.custom_op(
-    "svp_bench::triton_scan", mutates_args=(), schema="(Tensor?[] tensors, bool[] reverse, bool softplus) -> Tensor"
-)
 def _scan_op(tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> Tensor:
     """Run the scan; `tensors` are z, then the seven fields of each direction."""
     problem = _Problem(tensors, reverse, softplus)
@@ -134,18 +131,6 @@ def _scan_op(tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus
     return out.to(problem.u.dtype)
 
 
-@_scan_op.register_fake
-def _(tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> Tensor:
-    u = tensors[1]
-    assert u is not None
-    return u.new_empty(u.shape)
-
-
-@torch.library.custom_op(
-    "svp_bench::triton_scan_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor?[] tensors, bool[] reverse, bool softplus, bool[] wanted) -> Tensor[]",
-)
 def _scan_backward_op(
     grad: Tensor, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, wanted: Sequence[bool]
 ) -> list[Tensor]:
@@ -156,18 +141,6 @@ def _scan_backward_op(
     return problem.backward(grad, tensors, wanted)
 
 
-@_scan_backward_op.register_fake
-def _(
-    grad: Tensor, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, wanted: Sequence[bool]
-) -> list[Tensor]:
-    return _like(tensors, wanted)
-
-
-@torch.library.custom_op(
-    "svp_bench::triton_conv",
-    mutates_args=(),
-    schema="(Tensor x, Tensor?[] parameters, bool[] reverse, bool silu) -> Tensor[]",
-)
 def _conv_op(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
     """Run the convolutions; `parameters` are the weights of all directions, then the biases."""
     outs = [x.new_empty(x.shape, dtype=written(x.dtype)) for _ in reverse]
@@ -176,16 +149,6 @@ def _conv_op(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[b
     return [out.to(x.dtype) for out in outs]
 
 
-@_conv_op.register_fake
-def _(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
-    return [x.new_empty(x.shape) for _ in reverse]
-
-
-@torch.library.custom_op(
-    "svp_bench::triton_conv_backward",
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor x, Tensor?[] parameters, bool[] reverse, bool silu, bool[] wanted) -> Tensor[]",
-)
 def _conv_backward_op(
     grads: Sequence[Tensor],
     x: Tensor,
@@ -200,16 +163,27 @@ def _conv_backward_op(
     return _launch_conv_backward(grads, x, parameters, reverse, silu, wanted)
 
 
-@_conv_backward_op.register_fake
-def _(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    reverse: Sequence[bool],
-    silu: bool,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    return _like([x, *parameters], wanted)
+operator(
+    "triton_scan(Tensor?[] tensors, bool[] reverse, bool softplus) -> Tensor",
+    _scan_op,
+    lambda tensors, reverse, softplus: tensors[1].new_empty(tensors[1].shape),
+)
+operator(
+    "triton_scan_backward(Tensor grad, Tensor?[] tensors, bool[] reverse, bool softplus, bool[] wanted) -> Tensor[]",
+    _scan_backward_op,
+    lambda grad, tensors, reverse, softplus, wanted: _like(tensors, wanted),
+)
+operator(
+    "triton_conv(Tensor x, Tensor?[] parameters, bool[] reverse, bool silu) -> Tensor[]",
+    _conv_op,
+    lambda x, parameters, reverse, silu: [x.new_empty(x.shape) for _ in reverse],
+)
+operator(
+    "triton_conv_backward(Tensor[] grads, Tensor x, Tensor?[] parameters, bool[] reverse, bool silu, bool[] wanted)"
+    " -> Tensor[]",
+    _conv_backward_op,
+    lambda grads, x, parameters, reverse, silu, wanted: _like([x, *parameters], wanted),
+)
 
 
 class _Problem:
