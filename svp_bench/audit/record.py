@@ -49,11 +49,6 @@ class Audit:
         """The findings that fail."""
         return tuple(found for found in self.findings if found.verdict == "fail")
 
-    @property
-    def notes(self) -> tuple[Finding, ...]:
-        """The notes."""
-        return tuple(found for found in self.findings if found.verdict == "note")
-
 
 @dataclass(frozen=True)
 class Report:
@@ -119,14 +114,17 @@ def render(report: Report) -> str:
     for one in audits:
         lines.append(str(one.path))
         lines += [f"  {found.verdict}  {found.subject:<{width}}  {found.text}" for found in one.findings]
-        failed, noted = (", ".join(dict.fromkeys(f.subject for f in found)) for found in (one.failures, one.notes))
-        passed = f"passes; notes: {noted}" if noted else "passes"
-        lines += [f"  → fails: {failed}" if failed else f"  → {passed}", ""]
+        failed, noted = (_subjects(one, verdict) for verdict in ("fail", "note"))
+        lines += [f"  → fails: {failed}" if failed else f"  → passes; notes: {noted}" if noted else "  → passes", ""]
     good = sum(not one.failures for one in audits)
     lines.append(f"{plural(len(audits), 'record')}: {good} passed, {len(audits) - good} failed")
     if report.skipped:
         lines.append(f"{plural(report.skipped, 'JSON file')} skipped: not records")
     return "\n".join(map(printable, [*lines, _LIMITS])) + "\n"
+
+
+def _subjects(one: Audit, verdict: str) -> str:
+    return ", ".join(dict.fromkeys(found.subject for found in one.findings if found.verdict == verdict))
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -183,9 +181,8 @@ def _same_id(one: Audit, all_of_them: Sequence[Audit]) -> Iterator[Finding]:
         parts = ("task", "checkpoint", "checkpoint_digest", "method", "seed", "kind", "created")
         differing = [name for name in parts if getattr(record, name) != getattr(other.record, name)]
         text = f"{other.path} has the same run id, and is another run ({', '.join(differing) or 'other content'})"
-        if record.created > other.record.created:
-            yield Finding("fail", "run id", f"{text}: this one, the later, was written under the name of the other")
-        elif record.created == other.record.created:
-            yield Finding("fail", "run id", f"{text}: one of them was written under the name of the other")
-        else:
+        if record.created < other.record.created:
             yield Finding("note", "run id", f"{text}: the other one, the later, was written under the name of this one")
+            continue
+        later = "this one, the later," if record.created > other.record.created else "one of them"
+        yield Finding("fail", "run id", f"{text}: {later} was written under the name of the other")
