@@ -75,7 +75,7 @@ test-all: $(STAMP) ## the slow tests as well
 # processor. Restricted here: PyTorch, NumPy (older names too; it ignores unknown ones), numba, MKL, oneDNN, OpenBLAS.
 NARROW := ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
   NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL AVX512_SPR AVX2 FMA3 AVX512F AVX512_SKX" OPENBLAS_CORETYPE=Nehalem
-NARROW_TESTS := $(patsubst %,tests/test_%.py,data_drawn data_synthetic data_transforms lora method_matrix metrics ops \
+NARROW_TESTS := $(patsubst %,tests/test_%.py,data_synthetic data_synthetic_tasks data_transforms lora method_matrix metrics ops \
   power pretraining prompts stats vim)
 .PHONY: test-narrow
 test-narrow: $(STAMP) ## the tests of numbers with the instructions of an older processor (one minute)

@@ -77,7 +77,7 @@ def measure(
     source: Source, select: tuple[str, str], final: tuple[str, str], features: Callable[[Images], Table]
 ) -> dict[str, Any]:
     """Choose C on the first stage, report the second."""
-    known = {name: (features(source.lists[name]), source.lists[name].labels) for name in {*select, *final}}
+    known = {name: (features(source.splits[name]), source.splits[name].labels) for name in {*select, *final}}
     (train, val), (refit, test) = ([known[name] for name in names] for names in (select, final))
     on_val = {strength: accuracy(fitted(*train, strength), *val) for strength in STRENGTHS}
     chosen = max(STRENGTHS, key=lambda strength: (on_val[strength], -abs(math.log10(strength))))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from svp_bench.records.digests import config_digest, setting_digest
-from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, Tuned, new_run_id
+from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, SearchSummary, new_run_id
 
 WEIGHTS = "sha256:" + "ab" * 32
 LIST = "sha256:" + "cd" * 32
@@ -36,7 +36,7 @@ def make_record(
     right: int = 7,
     count: int = 10,
     changes: dict[str, Any] | None = None,
-    tuned: Tuned | None = None,
+    search: SearchSummary | None = None,
     number: int = 0,
     **fields: Any,
 ) -> Record:
@@ -49,7 +49,7 @@ def make_record(
         right: Images classified correctly.
         count: Test images.
         changes: Dotted config key → value.
-        tuned: The tuned table.
+        search: The search that selected values.
         number: Goes into the run id and, as minutes, into `created`.
         fields: Further fields of the record.
     """
@@ -63,7 +63,7 @@ def make_record(
         for folder in folders:
             node = node[folder]
         node[last] = value
-    digest = setting_digest(config, tuned)
+    digest = setting_digest(config, search)
     bits = np.arange(count) < right
     record = Record(
         schema=SCHEMA,
@@ -83,7 +83,7 @@ def make_record(
         protocol="vtab-final",
         protocol_version=1,
         stage="final",
-        lists={"train": "train800val200", "test": "test"},
+        splits={"train": "train800val200", "test": "test"},
         data_variant="card",
         data_status="as_card",
         data_notes=[],
@@ -92,7 +92,7 @@ def make_record(
         config=config,
         config_digest=config_digest(config),
         setting_digest=digest,
-        tuned=tuned,
+        search=search,
         package_version="0.1.0",
         commit="0123456789abcdef0123456789abcdef01234567",
         dirty=False,
@@ -116,7 +116,7 @@ def make_record(
 
 def synthetic_record(task: str = "vtab/caltech101", method: str = "svp", **fields: Any) -> Record:
     """Return a record of a run on synthetic images; see `make_record`."""
-    data = {"data_variant": "drawn", "data_status": "different", "data_digest": OTHER_LIST}
+    data = {"data_variant": "synthetic", "data_status": "different", "data_digest": OTHER_LIST}
     return make_record(task, method, **{**data, "data_notes": ["the images are synthetic, not real"], **fields})
 
 

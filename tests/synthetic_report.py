@@ -10,7 +10,7 @@ from typing import Any
 
 from synthetic_records import make_record, synthetic_record, unscored
 
-from svp_bench.records.record import Parameters, Record, Search, Tuned
+from svp_bench.records.record import Parameters, Record, SearchSummary
 from svp_bench.records.store import record_path
 from svp_bench.tasks.cards import load_suite, load_task
 
@@ -26,7 +26,9 @@ METHODS: Mapping[str, tuple[float, int, float, float]] = {
     "offset": (5.2, 37_000, 2.0, 1.01),
     "full": (7.3, 25_400_000, 3.1, 1.0),
 }
-SEARCH = Search("default", "grid", 12, 12, "val200", "sha256:" + "5e" * 32)
+SEARCH = SearchSummary(
+    "default", "grid", 12, 12, "val200", "sha256:" + "7a" * 32, "sha256:" + "5e" * 32, ("model.learning_rate",)
+)
 SCRIPT = "<script>alert('x')</script>"
 HOSTILE = f'{SCRIPT}</script><img src=x onerror="alert(1)">\u2028& "quotes"'
 
@@ -88,10 +90,9 @@ def vtab(seeds: Sequence[int] = (0, 1, 2, 3, 4), tasks: Sequence[str] | None = N
             yield scored(task, "svp", seed, gain=-0.6, number=number, changes=changes)
     for method in ("linear", "svp", "lora"):  # the searched track
         for task in names:
-            tuned = Tuned(f"vtab/{method}", "sha256:" + "7a" * 32, ("model.learning_rate",), SEARCH)
             for seed in seeds[:3]:
                 number += 1
-                yield scored(task, method, seed, gain=1.5, number=number, tuned=tuned)
+                yield scored(task, method, seed, gain=1.5, number=number, search=SEARCH)
     for method in ("linear", "svp"):  # random weights
         number += 1
         yield scored(names[0], method, 0, gain=-30, number=number, checkpoint="none", checkpoint_digest=None)

@@ -262,7 +262,7 @@ def task_names() -> set[str]:
         for card in (ROOT / "tasks" / suite).glob("*.yaml"):
             names.add(f"{suite}/{card.stem}")
             task = load_task(f"{suite}/{card.stem}")
-            if task.source != "drawn" and suite != "custom":  # those have common words as names
+            if task.source != "synthetic" and suite != "custom":  # those have common words as names
                 names.add(card.stem)
     return names
 

@@ -15,7 +15,7 @@ from synthetic_records import LIST, OTHER_LIST, WEIGHTS, make_record, synthetic_
 
 from svp_bench.audit.record import audit, render
 from svp_bench.records.digests import canonical_digest, cell_config, config_digest, setting_digest
-from svp_bench.records.record import Metrics, Record, Search, Tuned, new_run_id
+from svp_bench.records.record import Metrics, Record, SearchSummary, new_run_id
 from svp_bench.records.selection import Choice, Trial, choice_path, choose, context_of
 from svp_bench.records.store import write_atomically, write_record
 from svp_bench.tasks.cards import load_task
@@ -43,7 +43,7 @@ def record(right: int = 5000, changes: dict[str, Any] | None = None, clock: str 
     """A record as the default recipe makes it, of a run that began at `clock`."""
     settings = {**SVP, **RECIPE, **(changes or {})}
     shares = settings["model.method.init_args.share_layers"]
-    images = {"train800": 800}.get(fields.get("lists", {}).get("train"), 1000) * fields.get("epochs", 100)
+    images = {"train800": 800}.get(fields.get("splits", {}).get("train"), 1000) * fields.get("epochs", 100)
     fields.setdefault("images_per_second", images / 12.5)
     made = make_record(
         TASK,
@@ -67,7 +67,7 @@ def selection(rate: float, top1: float, seed: int = 0, **fields: Any) -> Record:
     facts: dict[str, Any] = {
         "kind": "selection",
         "stage": "select",
-        "lists": {"train": "train800", "val": "val200"},
+        "splits": {"train": "train800", "val": "val200"},
         "metrics": scored,
         "correct": None,
         "data_digest": OTHER_LIST,
@@ -117,7 +117,7 @@ def searched(
     path = choice_path(root, str(choice.search["name"]), choice.search_digest, choice.task, choice.method)
     write_atomically(path, choice.text())  # as it is, with what `write_choice` would refuse
     rate = list(tried)[chosen]
-    return write_record(record(5100, {RATE: rate, **(final or {})}, tuned=choice.tuned()), root)
+    return write_record(record(5100, {RATE: rate, **(final or {})}, search=choice.summary()), root)
 
 
 def lines(path: Path, root: Path | None = None) -> dict[str, list[tuple[str, str]]]:
@@ -235,8 +235,8 @@ def test_a_lone_record_is_audited_without_its_folder(tmp_path: Path) -> None:
         ({"dirty": True}, "code: .*0123456789abcdef.* with changes"),
         ({"task_version": 7}, "protocol: .*version 7 of the task card, now 1"),
         ({"epochs": 40}, "status: .*40 epochs.* asks for 100"),
-        ({"lists": {"train": "train800val200", "val": "val200"}}, "splits: a final record reads train and test"),
-        ({"lists": {"train": "train800", "test": "test"}}, "splits: .*train on train800, test on test, and"),
+        ({"splits": {"train": "train800val200", "val": "val200"}}, "splits: a final record reads train and test"),
+        ({"splits": {"train": "train800", "test": "test"}}, "splits: .*train on train800, test on test, and"),
         ({"times": {"train_seconds": 12.5, "val_seconds": 2.0}}, "splits: .*times.val_seconds"),
         ({"metrics": Metrics(500000 / IMAGES, 0.75, 5000, IMAGES, top5=99.0)}, "images: top5 99.0 % of"),
         ({"count": 6000}, f"images: test has 6000 images, .*{IMAGES}"),
@@ -351,7 +351,7 @@ def test_other_weights_under_one_name_are_a_note(tmp_path: Path) -> None:
         ({"metrics__top1": 99.0}, "'metrics.top1' is 99.0, but 5000 of 6084 are right"),
         ({"config__model__learning_rate": 0.5}, "'config_digest' does not belong to the config"),
         ({"surprise": 1}, "unknown record key 'surprise'"),
-        ({"schema": 2}, "'schema' is 2"),
+        ({"schema": 3}, "'schema' is 3"),
     ],
 )
 def test_a_record_that_breaks_the_schema_fails_in_one_line(
@@ -370,7 +370,7 @@ def test_two_digests_of_one_list_cannot_both_be_right(tmp_path: Path) -> None:
     path = write_record(record(), tmp_path)
     other = record(5001, seed=1)
     assert other.correct is not None
-    correct = dataclasses.replace(other.correct, list_digest=OTHER_LIST)
+    correct = dataclasses.replace(other.correct, split_digest=OTHER_LIST)
     write_record(dataclasses.replace(other, correct=correct), tmp_path)
     (text,) = failures(path)
     assert text.startswith(f"images: {other.run_id} ")
@@ -423,14 +423,9 @@ def test_any_value_in_a_config_leaves_all_lines(tmp_path: Path, key: str, junk: 
 
 @pytest.mark.parametrize("name", ["../../up", "/abs", "a\x00b", ""])
 def test_names_in_a_record_are_not_paths(tmp_path: Path, name: str) -> None:
-    search = Search(name or " ", "grid", 3, 3, "val200", LIST)
-    for tuned in (
-        Tuned(name or "vtab/", LIST, (RATE,), dataclasses.replace(search, name="rates")),
-        Tuned("vtab/svp", LIST, (RATE,), search),
-    ):
-        path = write_record(record(tuned=tuned), tmp_path)
-        assert any("does not name a selected config" in text for text in failures(path))
-        path.unlink()
+    search = SearchSummary(name or " ", "grid", 3, 3, "val200", LIST, LIST, (RATE,))
+    path = write_record(record(search=search), tmp_path)
+    assert any("cannot name a selected config" in text for text in failures(path))
 
 
 # ---- files and folders
@@ -636,7 +631,7 @@ def test_a_choice_that_was_removed_or_changed_afterwards_fails(tmp_path: Path) -
 def test_a_trial_that_read_the_test_list_fails(tmp_path: Path) -> None:
     path = searched(tmp_path)
     trial = next(file for file in (tmp_path / "records" / TASK).glob("*.json") if '"selection"' in file.read_text())
-    edited(trial, lists={"train": "train800", "test": "test"})
+    edited(trial, splits={"train": "train800", "test": "test"})
     assert any("read test images" in line for line in failures(path))
 
 

@@ -204,9 +204,8 @@ def test_a_failed_trial_is_no_setting_that_was_tried(tmp_path: Path) -> None:
     assert failures(path) == []
     assert "2 settings tried on val200" in found["track"][0][1]
     assert any(verdict == "note" and "1 of 3 trials failed: 2 settings" in text for verdict, text in found["trials"])
-    tuned = dict(record_of(path).to_json()["tuned"])
-    assert tuned["search"]["trials"] == 2
-    edited(path, tuned__search__trials=3)
+    assert record_of(path).to_json()["search"]["trials"] == 2
+    edited(path, search__trials=3)
     assert any("the trials of the selected config is 2" in text for text in failures(path))
 
 

@@ -48,7 +48,7 @@ def fold_record(rate: float, fold: int, *, number: int = 0, fold_seed: int = SEE
         count=100_000,
         kind="selection",
         stage="select",
-        lists=splits,
+        splits=splits,
         metrics=Metrics(100 * int(right.sum()) / PER_FOLD, 1.5 - RATES[rate], int(right.sum()), PER_FOLD),
         correct=None,
         data_digest=OTHER_LIST,
@@ -119,7 +119,7 @@ def nested_search(
     )
     path = choice_path(root, "rates", choice.search_digest, TASK, "svp", final_seed)
     write_atomically(path, choice.text())
-    return write_record(record(5100, dict(choice.values), tuned=choice.tuned(), seed=final_seed), root)
+    return write_record(record(5100, dict(choice.values), search=choice.summary(), seed=final_seed), root)
 
 
 def of_trial(number: int, **changes: Any) -> Callable[[Choice], Choice]:

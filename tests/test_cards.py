@@ -46,7 +46,7 @@ DIGITS = {
     "demo/digits-10shot": ({"train": 80, "val": 20, "trainval": 100, "test": 797}, {"per_class": 10, "margin": 2}),
     "demo/digits-5shot": ({"train": 40, "val": 10, "trainval": 50, "test": 797}, {"per_class": 5, "margin": 2}),
 }
-DRAWN = {"textures": 8, "location": 16, "orientation": 8, "count": 6, "size": 4}  # classes
+SYNTHETIC = {"textures": 8, "location": 16, "orientation": 8, "count": 6, "size": 4}  # classes
 
 
 # --- the shipped cards -----------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_the_shipped_suites_and_tasks_are_listed_in_table_order() -> None:
     assert {"demo", "vtab"} <= {*cards.list_suites()}
     assert cards.list_suites() == sorted(cards.list_suites())
     assert cards.list_tasks("vtab") == [f"vtab/{task}" for task in VTAB]
-    assert cards.list_tasks("demo") == [*DIGITS, *(f"demo/{kind}" for kind in DRAWN)]
+    assert cards.list_tasks("demo") == [*DIGITS, *(f"demo/{kind}" for kind in SYNTHETIC)]
     assert {*cards.list_parts()}.isdisjoint(cards.list_suites())
     assert cards.list_tasks() == [task for suite in cards.list_suites() for task in cards.list_tasks(suite)]
 
@@ -68,7 +68,7 @@ def test_vtab_card_states_the_sources_numbers(task: str) -> None:
     assert (card.name, card.suite, card.id, card.folder) == (f"vtab/{task}", "vtab", task, task)
     assert (card.group, card.classes) == (group, classes)
     assert card.counts == {"train800": 800, "val200": 200, "train800val200": 1000, "test": test}
-    assert card.reader == cards.ReaderSpec("lists", {})
+    assert card.reader == cards.ReaderSpec("split_files", {})
 
 
 def test_vtab_sums_and_groups() -> None:
@@ -96,18 +96,18 @@ def test_digits_cards(name: str) -> None:
     assert (card.counts, card.classes, card.reader) == (counts, 10, cards.ReaderSpec("digits", options))
 
 
-@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("kind", SYNTHETIC)
 def test_drawn_cards(kind: str) -> None:
     card = cards.load_task(f"demo/{kind}")
     assert card.counts == {"train": 240, "val": 60, "trainval": 300, "test": 1000}
-    assert card.classes == DRAWN[kind]
-    assert card.reader == cards.ReaderSpec("drawn", {"kind": kind, "seed": 0, "generator": 1})
-    assert (card.source, card.digest is not None) == ("drawn", True)
+    assert card.classes == SYNTHETIC[kind]
+    assert card.reader == cards.ReaderSpec("synthetic", {"kind": kind, "seed": 0, "generator": 1})
+    assert (card.source, card.digest is not None) == ("synthetic", True)
 
 
 def test_vtab_protocol() -> None:
     protocol = cards.load_protocol("vtab-final")
-    assert (protocol.image_size, protocol.resize, protocol.interpolation) == (224, "straight", "bicubic")
+    assert (protocol.image_size, protocol.resize, protocol.interpolation) == (224, "squash", "bicubic")
     assert (protocol.augmentation, protocol.normalisation) == ("none", "backbone")
     assert protocol.stages == {
         "select": {"train": "train800", "val": "val200"},
@@ -195,7 +195,7 @@ title: Toy
 table: toy
 folder: toy-data
 protocol: toy-final
-reader: {kind: lists}
+reader: {kind: split_files}
 groups:
   easy: [one, two]
   hard:
@@ -210,7 +210,7 @@ name: toy-final
 version: 1
 title: Toy
 image_size: 32
-resize: straight
+resize: squash
 interpolation: bicubic
 augmentation: none
 normalisation: backbone
@@ -334,7 +334,7 @@ WRONG = [
         "https://example.org/one",
         "example.org",
         8,
-        "source must be an address that begins with http:// or https://, drawn, or your own",
+        "source must be an address that begins with http:// or https://, synthetic, or your own",
     ),
     (ONE, "someone2020toy", "some one", 10, "citation must be a key of references.bib, not 'some one'"),
     (ONE, "digest: null", "digest: sha256:12", 11, "digest must be null or sha256:<64 hex digits>, not 'sha256:12'"),
@@ -379,7 +379,7 @@ WRONG = [
     (SUITE, "- [one, three]", "- [one, three]\n  - [two, one]", 14, "same_images holds lists of two or more tasks"),
     (PROTOCOL, "name: toy-final", "name: toy", 1, "name is 'toy', but a card in this place is called 'toy-final'"),
     (PROTOCOL, "bicubic", "bicubical", 6, "unknown interpolation 'bicubical'; did you mean 'bicubic'?"),
-    (PROTOCOL, "resize: straight", "resize: crop", 5, "unknown resize 'crop'; did you mean 'centre_crop'"),
+    (PROTOCOL, "resize: squash", "resize: crop", 5, "unknown resize 'crop'; did you mean 'centre_crop'"),
     (PROTOCOL, "val: val}", "val: val, test: test}", 10, "unknown key 'test' in select; allowed: train, val"),
     (PROTOCOL, "train: trainval, ", "", 11, "final lacks the key 'train'"),
     (PROTOCOL, "val: val}", "val: test}", 9, "val of stage 'select' is the test list 'test'; use a list without it"),
@@ -597,7 +597,7 @@ def a_part(toy: Path, **changes: str) -> str:
         "name": "half",
         "table": "half",
         "tasks_of": "toy",
-        "reader": "{kind: lists}",
+        "reader": "{kind: split_files}",
         "groups": f"{{all: [{task}]}}",
     }
     text += "\n" + "\n".join(f"{key}: {value}" for key, value in {**values, **changes}.items()) + "\n"

@@ -75,11 +75,11 @@ def test_a_light_command_imports_nothing_heavy(argv: list[str], words: list[str]
 
 
 def test_data_draw_is_light_and_draws(tmp_path: Path) -> None:
-    status, heavy, out = fresh("data", "draw", "vtab/svhn", "--root", "drawn", cwd=tmp_path)
+    status, heavy, out = fresh("data", "draw", "vtab/svhn", "--root", "synthetic", cwd=tmp_path)
     assert (status, heavy) == (0, [])
     assert "Wrote synthetic images for vtab/svhn" in out
-    assert (tmp_path / "drawn/svhn/DRAWN.txt").is_file()
-    assert command("data", "check", "vtab/svhn", "--root", str(tmp_path / "drawn")).status == 0
+    assert (tmp_path / "drawn/svhn/SYNTHETIC.txt").is_file()
+    assert command("data", "check", "vtab/svhn", "--root", str(tmp_path / "synthetic")).status == 0
 
 
 @pytest.mark.parametrize("way", [[str(SCRIPT)], [sys.executable, "-m", "svp_bench"]], ids=["script", "module"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import shutil
 import subprocess
@@ -19,13 +18,12 @@ from hypothesis import strategies as st
 
 from svp_bench.config import compose as module
 from svp_bench.config.compose import Composed, compose, find_config, split_flags
-from svp_bench.core.errors import ConfigError, UsageError
+from svp_bench.core.errors import UsageError
 from svp_bench.core.resources import configs_dir
 from svp_bench.methods import METHODS as REGISTRY
-from svp_bench.records.record import Tuned
 from svp_bench.tasks.cards import load_protocol, load_suite
 
-NO_TASKS = ("method", "tuned", "search")
+NO_TASKS = ("method", "search")
 SHIPPED = sorted(path for path in configs_dir().glob("*/*.yaml") if path.parent.name not in NO_TASKS)
 SHORT_LISTS = {
     "digits": 5,
@@ -79,13 +77,6 @@ def own_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(configs_dir(), copy)
     monkeypatch.setattr(module, "configs_dir", lambda: copy)
     return copy
-
-
-def tune(configs: Path, text: str, name: str = "vtab/svp") -> Path:
-    path = configs / "tuned" / f"{name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"selected_on: val200\nsearch: none\ntasks:\n{text}")
-    return path
 
 
 # ---- merging
@@ -146,8 +137,6 @@ def test_each_layer_stands_on_those_below(own_configs: Path, tmp_path: Path) -> 
     assert learning_rate("--config", task, "--method", recipe) == (3.0, line_of(Path(recipe), "learning_rate"))
     own = own_configs / "method" / "svp.yaml"
     assert learning_rate("--config", task) == (1e-3, line_of(own, "learning_rate"))
-    tuned = tune(own_configs, "  cifar: {model.learning_rate: 4.0}\n")
-    assert learning_rate("--config", task) == (4.0, f"{tuned}:4")
     assert learning_rate("--config", task, "--config", more) == (5.0, f"{more}:2")
     assert learning_rate("--config", task, "--config", more, "--config", most) == (6.0, f"{most}:2")
     assert learning_rate("--config", task, "--config", most, "--config", more) == (5.0, f"{more}:2")
@@ -167,12 +156,9 @@ def test_the_protocol_stands_between_base_and_task(own_configs: Path, tmp_path: 
     assert demo.origins["trainer.max_epochs"].endswith("demo-final.yaml: training")
 
 
-def test_the_last_task_counts_for_protocol_and_tuned_table(own_configs: Path, tmp_path: Path) -> None:
-    tune(own_configs, "  dtd: {model.learning_rate: 4.0}\n")
+def test_the_last_task_selects_the_protocol(tmp_path: Path) -> None:
     more = write(tmp_path / "more.yaml", data__task="vtab/dtd")
     given = ("--config", "configs/demo/count.yaml", "--config", more)
-    assert layers(*given).get("model.learning_rate") == 4.0
-    assert layers(*given, "--data.task=vtab/svhn").get("model.learning_rate") == 1e-3
     assert layers(*given).get("trainer.max_epochs") == EPOCHS["vtab"]
     assert layers(*given, "--data.task", "demo/size").get("trainer.max_epochs") == EPOCHS["demo"]
 
@@ -194,70 +180,6 @@ def test_a_recipe_that_changes_the_task_config_says_so(tmp_path: Path) -> None:
         "to keep it, pass --model.learning_rate or a second --config"
     )
     assert layers("--data.task", TASK, "--config", "configs/vtab/cifar.yaml").notices == []
-
-
-# ---- tuned tables
-
-
-def test_a_tuned_table_is_used_and_named(own_configs: Path) -> None:
-    path = tune(own_configs, "  cifar: {model.learning_rate: 4.0, model.method.init_args.hidden_dim: 5}\n")
-    composed = layers("--data.task", TASK)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    keys = ("model.learning_rate", "model.method.init_args.hidden_dim")
-    assert composed.tuned == Tuned("vtab/svp", f"sha256:{digest}", keys)
-    assert composed.get("model.method.init_args") == {
-        **method_file("svp")["model"]["method"]["init_args"],
-        "hidden_dim": 5,
-    }
-    for other in (
-        ("--data.task", "vtab/dtd"),
-        ("--data.task", TASK, "--method", "linear"),
-        ("--data.task", "demo/digits"),
-    ):
-        assert layers(*other).tuned is None
-
-
-def test_what_was_set_over_a_tuned_value_is_not_tuned(own_configs: Path, tmp_path: Path) -> None:
-    tune(own_configs, "  cifar: {model.learning_rate: 4.0, model.method.init_args.hidden_dim: 5}\n")
-
-    def keys(*argv: str) -> tuple[str, ...]:
-        tuned = layers("--data.task", TASK, *argv).tuned
-        assert tuned
-        return tuned.keys
-
-    assert keys("--model.learning_rate", "4.0") == ("model.method.init_args.hidden_dim",)
-    assert keys("--model.method.hidden_dim=6") == ("model.learning_rate",)
-    assert keys("--model.method.init_args.hidden_dim", "6") == ("model.learning_rate",)
-    empty = write(tmp_path / "empty.yaml", data__task=TASK)
-    more = write(tmp_path / "more.yaml", model__learning_rate=5.0)
-    assert keys("--config", empty, "--config", more) == ("model.method.init_args.hidden_dim",)
-
-
-def test_a_method_file_of_ones_own_is_not_tuned(own_configs: Path, tmp_path: Path) -> None:
-    tune(own_configs, "  cifar: {model.learning_rate: 4.0}\n")
-    mine = write(tmp_path / "svp.yaml", model__method={"class_path": "svp_bench.methods.svp.SVP"})
-    composed = layers("--data.task", TASK, "--method", mine)
-    assert composed.tuned is None
-    assert composed.get("model.learning_rate") is None
-
-
-def test_a_malformed_tuned_table_is_refused(own_configs: Path) -> None:
-    path = tune(own_configs, "  cifar: 3\n")
-    with pytest.raises(ConfigError, match=rf"^{path}:4: cifar must be a mapping"):
-        layers("--data.task", TASK)
-    path.write_text("tasks: {}\n")
-    with pytest.raises(ConfigError, match=rf"^{path}:1: .* lacks the key 'selected_on'"):
-        layers("--data.task", TASK)
-
-
-def test_an_unknown_key_of_a_tuned_table_is_refused(
-    own_configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tune(own_configs, "  cifar:\n    model.learning_rat: 4.0\n")
-    settle(tmp_path, monkeypatch)
-    assert f"{path}:5: unknown config key 'model.learning_rat'; did you mean 'model.learning_rate'?" in assert_error(
-        command(*small()), 2
-    )
 
 
 # ---- one method's values never reach another

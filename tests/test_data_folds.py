@@ -65,17 +65,17 @@ def test_the_data_module_holds_out_each_labelled_image_once() -> None:
     for fold in range(5):
         data = VisionDataModule(TASK, stage="select", folds=5, fold=fold, image_size=32)
         data.setup("fit")
-        assert set(data.lists) == {"train", "val"}
-        assert data.lists_read == ("trainval",)
+        assert set(data.splits) == {"train", "val"}
+        assert data.splits_read == ("trainval",)
         train, val = data._images("train"), data._images("val")
         assert (len(train), len(val)) == (40, 10)
         assert sorted(val.labels.tolist()) == list(range(10))
         assert not {*train.keys()} & {*val.keys()}
-        assert data.report.counts[data.lists["val"]] == 10
+        assert data.report.counts[data.splits["val"]] == 10
         held = val.keys()
         seen += [int(key.split()[-1]) for key in held]
         digests.add(data.report.digest)
-        assert val.digest == data.list_digest("val") != data.list_digest("train")
+        assert val.digest == data.split_digest("val") != data.split_digest("train")
     assert len(set(seen)) == len(seen) == 50
     assert len(digests) == 1  # all folds read the same split
 

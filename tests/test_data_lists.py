@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svp_bench.core.errors import DataError
-from svp_bench.data.split_files import ImageList, combined_digest, list_digest, read_list
+from svp_bench.data.split_files import ImageList, combined_digest, read_list, split_digest
 
 
 def read(tmp_path: Path, text: str | bytes, classes: int = 10) -> ImageList:
@@ -121,7 +121,7 @@ def test_whatever_the_blanks_and_ends_paths_labels_and_digest_are_the_same(
         clean = read(Path(folder), "".join(f"{path} {label}\n" for path, _, label, _ in lines))
     assert messy.paths == tuple(path for path, *_ in lines)
     assert messy.labels.tolist() == [label for _, _, label, _ in lines]
-    assert list_digest("train800", messy) == list_digest("train800", clean)
+    assert split_digest("train800", messy) == split_digest("train800", clean)
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -141,11 +141,11 @@ def test_any_bytes_are_read_or_refused_in_one_line(raw: bytes) -> None:
 def test_the_digest_sees_name_paths_labels_and_order(tmp_path: Path) -> None:
     first = read(tmp_path, "a 1\nb 2\n")
     digests = {
-        list_digest("train800", first),
-        list_digest("val200", first),
-        list_digest("train800", read(tmp_path, "b 2\na 1\n")),
-        list_digest("train800", read(tmp_path, "a 1\nb 3\n")),
-        list_digest("train800", read(tmp_path, "a 1\nc 2\n")),
+        split_digest("train800", first),
+        split_digest("val200", first),
+        split_digest("train800", read(tmp_path, "b 2\na 1\n")),
+        split_digest("train800", read(tmp_path, "a 1\nb 3\n")),
+        split_digest("train800", read(tmp_path, "a 1\nc 2\n")),
     }
     assert len(digests) == 5
 
@@ -154,7 +154,7 @@ def test_the_digest_is_the_documented_one(tmp_path: Path) -> None:
     # printf 'train800\na 1\nb 2\n' | sha256sum
     images = read(tmp_path, "a  1\r\n\r\nb\t2")
     expected = "sha256:7228e2552c139e598a4866978f208ea636c791163482979aafd476bd700cdf67"
-    assert list_digest("train800", images) == expected
+    assert split_digest("train800", images) == expected
 
 
 def test_the_combined_digest_does_not_depend_on_the_order_of_the_mapping() -> None:

@@ -18,9 +18,9 @@ from svp_bench.core.errors import ConfigError, DataError, UsageError
 from svp_bench.data import module as module_file
 from svp_bench.data.module import Batch, VisionDataModule
 from svp_bench.data.sources import FileImages
-from svp_bench.data.split_files import combined_digest, list_digest, read_list
+from svp_bench.data.split_files import combined_digest, read_list, split_digest
 from svp_bench.data.synthetic import draw_task
-from svp_bench.data.transforms import resize_straight
+from svp_bench.data.transforms import resize_squash
 from svp_bench.tasks.cards import load_task
 
 COUNTS = {"train800": 14, "val200": 5, "test": 11}
@@ -70,8 +70,8 @@ def test_all_that_the_card_says_is_known_at_once() -> None:
     data = VisionDataModule("vtab/caltech101")
     assert (data.num_classes, data.image_size, data.stage) == (102, 224, "final")
     assert (data.card.name, data.suite.name, data.protocol.name) == ("vtab/caltech101", "vtab", "vtab-final")
-    assert data.lists == {"train": "train800val200", "test": "test"}
-    assert VisionDataModule("vtab/caltech101", stage="select").lists == {"train": "train800", "val": "val200"}
+    assert data.splits == {"train": "train800val200", "test": "test"}
+    assert VisionDataModule("vtab/caltech101", stage="select").splits == {"train": "train800", "val": "val200"}
     assert (data.batch_size, data.eval_batch_size) == (32, 32)
     with pytest.raises(RuntimeError, match=r"call setup\(\) first"):
         data.report  # noqa: B018
@@ -122,7 +122,7 @@ def test_a_training_batch_is_the_decoded_images(root: Path) -> None:
         assert batch.images.shape == (len(batch.index), 3, SIZE, SIZE)
         assert batch.labels.tolist() == lines.labels[batch.index.numpy()].tolist()
         for image, index in zip(batch.images, batch.index.tolist(), strict=True):
-            assert np.array_equal(image.numpy(), resize_straight(images.load(index), SIZE))
+            assert np.array_equal(image.numpy(), resize_squash(images.load(index), SIZE))
     assert sorted(itertools.chain.from_iterable(batch.index.tolist() for batch in batches)) == list(range(19))
 
 
@@ -207,7 +207,7 @@ def test_stage_select_validates_on_val_in_order(root: Path) -> None:
     assert indices(val) == [[0, 1], [2, 3, 4]]
     labels = torch.cat([batch.labels for batch in val])
     assert labels.tolist() == read_list(root / "dtd" / "val200.txt", 47).labels.tolist()
-    assert data.test_list_digest is None
+    assert data.test_split_digest is None
 
 
 def test_validate_alone_decodes_only_val(root: Path) -> None:
@@ -334,16 +334,16 @@ def test_data_as_the_card_says_make_no_warning() -> None:
 
 
 def test_the_digest_of_the_test_list_is_that_of_its_lines(root: Path) -> None:
-    expected = list_digest("test", read_list(root / "dtd" / "test.txt", 47))
-    assert ready(root).test_list_digest == expected
+    expected = split_digest("test", read_list(root / "dtd" / "test.txt", 47))
+    assert ready(root).test_split_digest == expected
 
 
 def test_the_digest_of_a_run_is_that_of_the_lists_of_its_stage(own: Path) -> None:
     def digest(*names: str) -> str:
-        return combined_digest({name: list_digest(name, read_list(own / f"{name}.txt", 47)) for name in names})
+        return combined_digest({name: split_digest(name, read_list(own / f"{name}.txt", 47)) for name in names})
 
     final = ready(own.parent).report
-    assert (final.digest, final.variant) == (digest("train800val200", "test"), "drawn")
+    assert (final.digest, final.variant) == (digest("train800val200", "test"), "synthetic")
     assert ready(own.parent, stage="select").report.digest == digest("train800", "val200")
     (own / "val200.txt").unlink()
     assert ready(own.parent).report.digest == final.digest

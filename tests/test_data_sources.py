@@ -14,7 +14,7 @@ from PIL import Image
 from svp_bench.core.errors import CardError, DataError
 from svp_bench.data import sources
 from svp_bench.data.sources import FileImages, Source, in_threads, inspect, open_source
-from svp_bench.data.split_files import combined_digest, list_digest, read_list
+from svp_bench.data.split_files import combined_digest, read_list, split_digest
 from svp_bench.data.synthetic import draw_task
 from svp_bench.tasks.cards import ReaderSpec, TaskCard, load_suite, load_task
 
@@ -30,7 +30,7 @@ def small(card: TaskCard = DTD, **changes: object) -> TaskCard:
 @pytest.fixture
 def drawn(tmp_path: Path) -> Path:
     folder = draw_task(DTD, tmp_path, counts=COUNTS, size=16)
-    (folder / "DRAWN.txt").unlink()  # as if they were real
+    (folder / "SYNTHETIC.txt").unlink()  # as if they were real
     return folder
 
 
@@ -43,12 +43,12 @@ def images(folder: Path, name: str = "train800") -> FileImages:
 
 def test_the_reader_lists_offers_labels_digests_and_images(drawn: Path) -> None:
     source = open_source(DTD, drawn.parent)
-    assert list(source.lists) == list(DTD.counts)
+    assert list(source.splits) == list(DTD.counts)
     assert source.origin == str(drawn)
     train = source.get("train800")
     lines = read_list(drawn / "train800.txt", DTD.classes)
     assert train.labels.tolist() == lines.labels.tolist()
-    assert train.digest == list_digest("train800", lines)
+    assert train.digest == split_digest("train800", lines)
     assert source.digest == combined_digest({name: source.get(name).digest for name in DTD.counts})
     image = train.load(2)
     assert image.mode == "RGB"
@@ -81,13 +81,15 @@ def test_a_label_out_of_range_names_the_card(drawn: Path) -> None:
 
 
 def test_the_reader_lists_has_no_options() -> None:
-    card = replace(DTD, reader=ReaderSpec("lists", {"size": 3}))
-    with pytest.raises(CardError, match=r"dtd\.yaml:1: the reader 'lists' has no options, the card gives 'size'"):
+    card = replace(DTD, reader=ReaderSpec("split_files", {"size": 3}))
+    with pytest.raises(CardError, match=r"dtd\.yaml:1: the reader 'split_files' has no options, the card gives 'size'"):
         open_source(card)
 
 
 def test_an_unknown_reader_names_the_nearest() -> None:
-    with pytest.raises(CardError, match=r"dtd\.yaml:1: unknown reader 'list'; did you mean 'lists'"):
+    with pytest.raises(
+        CardError, match=r"dtd\.yaml:1: unknown reader 'list'; allowed: class_folders, digits, json_split, split_files"
+    ):
         open_source(replace(DTD, reader=ReaderSpec("list", {})))
 
 
@@ -147,7 +149,7 @@ def test_a_repeated_line_is_noted(drawn: Path) -> None:
 
 def test_the_digits_are_kept_apart_by_their_numbers() -> None:
     source = open_source(load_task("demo/digits"))
-    leaking = replace(source, lists={**source.lists, "test": source.get("val")})
+    leaking = replace(source, splits={**source.splits, "test": source.get("val")})
     stages = {"final": {"train": "trainval", "test": "test"}}
     with pytest.raises(DataError, match=r"the list 'val': 200 of its images are also in the list '(val|trainval)'"):
         leaking.checked(stages)
@@ -157,7 +159,7 @@ def test_an_empty_list_in_use_is_refused() -> None:
     card = load_task("demo/digits")
     source = open_source(card)
     none = sources.ArrayImages("val", np.zeros((1, 8, 8), np.uint8), np.zeros(1, np.int64), np.zeros(0, np.int64))
-    empty = replace(source, lists={**source.lists, "val": none})
+    empty = replace(source, splits={**source.splits, "val": none})
     with pytest.raises(DataError, match="scikit-learn's digits has no image for the list 'val'; get the data again"):
         inspect(card, empty, ["train", "val"])
     assert inspect(card, empty, ["trainval", "test"]).status == "different"  # it is not in use
@@ -281,7 +283,7 @@ def test_the_digest_is_over_the_lists_in_use_and_the_cards_over_all(drawn: Path)
     card = small(digest=open_source(small(), drawn.parent).digest)
     source = open_source(card, drawn.parent)
     used = ["train800val200", "test"]
-    whole, final = inspect(card, source, sorted(source.lists)), inspect(card, source, used)
+    whole, final = inspect(card, source, sorted(source.splits)), inspect(card, source, used)
     assert (whole.digest, whole.status) == (card.digest, "as_card")
     assert final.digest == combined_digest({name: source.get(name).digest for name in used}) != card.digest
     assert final.status == "as_card"
@@ -344,10 +346,10 @@ def test_a_missing_list_that_is_not_used_is_a_difference_one_that_is_used_stops(
 def test_drawn_images_never_pass_for_real_ones(tmp_path: Path) -> None:
     folder = draw_task(small(), tmp_path, counts=COUNTS, size=16)
     report = inspect(small(), open_source(small(), tmp_path), [])
-    assert (report.variant, report.status) == ("drawn", "different")
+    assert (report.variant, report.status) == ("synthetic", "different")
     assert report.notes == (f"the images in {folder} are drawn, not real",)
     other_counts = inspect(DTD, open_source(DTD, tmp_path), [])
-    assert other_counts.variant == "drawn"
+    assert other_counts.variant == "synthetic"
     assert "test has 5 images, the card says 1880" in other_counts.notes
 
 
@@ -479,7 +481,7 @@ def test_the_first_error_comes_through() -> None:
 def test_reading_and_drawing_import_no_torch() -> None:
     code = (
         "import sys, svp_bench.data\n"
-        "from svp_bench.data import draw_task, inspect, locate, open_source, read_list, resize_straight\n"
+        "from svp_bench.data import draw_task, inspect, locate, open_source, read_list, resize_squash\n"
         "from svp_bench.data import EvalBatchSampler, GlobalBatchSampler\n"
         "assert 'VisionDataModule' in dir(svp_bench.data)\n"
         "heavy = {'torch', 'lightning', 'sklearn', 'pandas', 'timm'} & set(sys.modules)\n"

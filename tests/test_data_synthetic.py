@@ -11,7 +11,7 @@ from svp_bench.core.errors import DataError, UsageError
 from svp_bench.data.sources import open_source
 from svp_bench.data.split_files import read_list
 from svp_bench.data.synthetic import draw_image, draw_task
-from svp_bench.data.transforms import resize_straight
+from svp_bench.data.transforms import resize_squash
 from svp_bench.tasks.cards import list_tasks, load_task
 
 CARD = load_task("vtab/dtd")
@@ -28,7 +28,7 @@ def test_the_folder_has_the_form_of_the_community_archive(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dtd"]  # nothing is left beside it
     full = {**COUNTS, "train800val200": 17}
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["DRAWN.txt", "images", *(f"{n}.txt" for n in full)]
+        ["SYNTHETIC.txt", "images", *(f"{n}.txt" for n in full)]
     )
     for name, count in full.items():
         text = (folder / f"{name}.txt").read_text()
@@ -87,7 +87,7 @@ def test_the_images_are_learnable(classes: int) -> None:
     def features(count: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.arange(count) % classes
         images = [Image.fromarray(draw_image(int(label), classes, rng, 32)) for label in labels]
-        return np.stack([resize_straight(image, 16).reshape(3, -1).mean(axis=1) for image in images]), labels
+        return np.stack([resize_squash(image, 16).reshape(3, -1).mean(axis=1) for image in images]), labels
 
     train, train_labels = features(100)
     test, test_labels = features(100)
@@ -101,7 +101,7 @@ def test_each_card_of_the_suite_can_be_drawn_and_read(tmp_path: Path, name: str)
     card = load_task(name)
     draw_task(card, tmp_path, counts={"train800": 2, "val200": 1, "test": 2}, size=8)
     source = open_source(card, tmp_path)
-    assert {name: len(images) for name, images in source.lists.items()} == {
+    assert {name: len(images) for name, images in source.splits.items()} == {
         "train800": 2,
         "val200": 1,
         "train800val200": 3,

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from svp_bench.core.errors import UsageError
-from svp_bench.data.transforms import INTERPOLATIONS, resize_straight, to_rgb
+from svp_bench.data.transforms import INTERPOLATIONS, resize_squash, to_rgb
 
 
 def gradient(width: int = 8, height: int = 6) -> Image.Image:
@@ -25,7 +25,7 @@ def reopened(image: Image.Image, kind: str, **options: object) -> Image.Image:
 @pytest.mark.parametrize("name", INTERPOLATIONS)
 def test_the_result_is_pillows_resize_as_channels_first_uint8(name: str) -> None:
     image = gradient(13, 7)
-    result = resize_straight(image, 5, name)
+    result = resize_squash(image, 5, name)
     assert result.shape == (3, 5, 5)
     assert result.dtype == np.uint8
     assert result.flags.c_contiguous
@@ -35,7 +35,7 @@ def test_the_result_is_pillows_resize_as_channels_first_uint8(name: str) -> None
 def test_both_sides_are_squeezed_nothing_is_cropped() -> None:
     image = Image.new("RGB", (100, 10))
     image.paste((255, 255, 255), (0, 0, 10, 10))  # the leftmost tenth, which a centre crop would lose
-    result = resize_straight(image, 50)
+    result = resize_squash(image, 50)
     assert result[0, :, 0].min() == 255
     assert result[0, :, -1].max() == 0
 
@@ -44,18 +44,18 @@ def test_shrinking_averages() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 254
     assert (
-        np.abs(resize_straight(Image.fromarray(stripes), 8).astype(int) - 127).max() <= 8
+        np.abs(resize_squash(Image.fromarray(stripes), 8).astype(int) - 127).max() <= 8
     )  # less at the edges; picking pixels would give 127
 
 
 def test_a_image_of_the_right_size_is_not_touched() -> None:
     image = gradient(6, 6)
-    assert np.array_equal(resize_straight(image, 6).transpose(1, 2, 0), np.asarray(image))
+    assert np.array_equal(resize_squash(image, 6).transpose(1, 2, 0), np.asarray(image))
 
 
 def test_an_unknown_interpolation_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown interpolation 'bicubik'; did you mean 'bicubic'"):
-        resize_straight(gradient(), 4, "bicubik")
+        resize_squash(gradient(), 4, "bicubik")
 
 
 def test_grey_palette_and_one_bit_keep_their_colours() -> None:

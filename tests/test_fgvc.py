@@ -20,7 +20,7 @@ from synthetic_records import make_record
 
 from svp_bench.core.errors import CardError, DataError, UnavailableError, UsageError
 from svp_bench.data import draw_task, inspect, open_source
-from svp_bench.data.sources import DRAWN_MARK, FileImages, Source
+from svp_bench.data.sources import SYNTHETIC_MARK, FileImages, Source
 from svp_bench.records.store import write_record
 from svp_bench.tasks.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
 
@@ -41,7 +41,7 @@ CUB = load_task("fgvc/cub")
 def draw(root: Path, card: TaskCard = CUB, *quirks: str, layout: str | None = None) -> Path:
     """Draw a task that does not say that it is drawn: its counts then decide what it is."""
     folder = draw_task(card, root, counts=COUNTS, size=12, layout=layout, quirks=quirks)
-    (folder / DRAWN_MARK).unlink()
+    (folder / SYNTHETIC_MARK).unlink()
     return folder
 
 
@@ -69,7 +69,7 @@ def images(source: Source, name: str) -> dict[str, int]:
 
 
 def verify(source: Source) -> None:
-    for of in source.lists.values():
+    for of in source.splits.values():
         of.verify()
 
 
@@ -113,13 +113,13 @@ def test_each_task_is_drawn_and_read_in_both_forms(tmp_path: Path, name: str) ->
     draw(tmp_path / "json", card)
     source = open_source(card, tmp_path / "json")
     verify(source)
-    assert {key: len(of) for key, of in source.lists.items()} == {**COUNTS, "trainval": 17}
+    assert {key: len(of) for key, of in source.splits.items()} == {**COUNTS, "trainval": 17}
     assert inspect(card, source, ["trainval", "test"]).variant == "card"
 
     draw(tmp_path / "native", card, layout="native")
     source = open_source(card, tmp_path / "native")
     verify(source)
-    counts = {key: len(of) for key, of in source.lists.items()}
+    counts = {key: len(of) for key, of in source.splits.items()}
     tenth = COUNTS if name == "fgvc/oxford_flowers" else {"train": 16, "val": 1, "test": 7}
     assert counts == {**tenth, "trainval": 17}
     report = inspect(card, source, ["trainval", "test"])
@@ -179,7 +179,7 @@ def test_upper_case_names_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["CUB_200_2011", "cub", "FGVC/CUB_200_2011", "FGVC/FGVC/cub"])
 @pytest.mark.parametrize("images", ["images", "Images", ""])
 def test_folders_and_image_roots_go_by_several_names(tmp_path: Path, place: str, images: str) -> None:
-    folder = draw(tmp_path / "drawn")
+    folder = draw(tmp_path / "synthetic")
     target = tmp_path / "root" / place
     target.parent.mkdir(parents=True)
     folder.rename(target)
@@ -374,7 +374,7 @@ def test_the_json_split_goes_before_the_own_files_and_is_never_called_official(t
         (folder / file.name).write_bytes(file.read_bytes())
     source = open_source(CUB, tmp_path / "json")
     assert (source.variant, len(source.get("val"))) == ("card", 5)
-    counts = {name: len(of) for name, of in source.lists.items()}
+    counts = {name: len(of) for name, of in source.splits.items()}
     card = replace(CUB, variants={"official": counts})  # even if it had its counts
     assert inspect(card, source, ["test"]).variant == "card"
     (folder / "val.json").unlink()  # a part of a split is no reason to take another
@@ -660,7 +660,7 @@ def test_wrong_cards_are_refused(tmp_path: Path, changes: dict[str, Any], messag
         ("fgvc/cub", {"layout": "jsn"}, "unknown layout 'jsn'; did you mean 'json'"),
         ("fgvc/cub", {"quirks": ["text_id"]}, "unknown quirk 'text_id'; did you mean 'text_ids'"),
         ("fgvc/cub", {"layout": "native", "quirks": ["text_ids"]}, "are of the JSON split, not of the layout 'native'"),
-        ("vtab/dtd", {"layout": "json"}, "vtab/dtd is read by 'lists'; only JSON splits have layouts and quirks"),
+        ("vtab/dtd", {"layout": "json"}, "vtab/dtd is read by 'split_files'; only JSON splits have layouts and quirks"),
     ],
 )
 def test_wrong_ways_to_draw_are_named(tmp_path: Path, task: str, arguments: dict[str, Any], message: str) -> None:
@@ -676,14 +676,14 @@ def test_a_run_from_drawing_to_the_table(tmp_path: Path, monkeypatch: pytest.Mon
     draw_task(CUB, tmp_path / "data", counts=COUNTS, size=16, quirks=["text_ids", "val_in_train"])
     outcome = run(*small(config="configs/fgvc/cub.yaml"))
     record = outcome.record
-    assert (record["task"], record["protocol"], record["lists"]) == (
+    assert (record["task"], record["protocol"], record["splits"]) == (
         "fgvc/cub",
         "fgvc-final",
         {"train": "trainval", "test": "test"},
     )
-    assert (record["data_variant"], record["data_status"], record["metrics"]["count"]) == ("drawn", "different", 7)
+    assert (record["data_variant"], record["data_status"], record["metrics"]["count"]) == ("synthetic", "different", 7)
     select = run(*small("--data.stage", "select", config="configs/fgvc/cub.yaml")).record
-    assert (select["kind"], select["lists"], select["metrics"]["count"]) == (
+    assert (select["kind"], select["splits"], select["metrics"]["count"]) == (
         "selection",
         {"train": "train", "val": "val"},
         5,
@@ -696,7 +696,7 @@ def test_a_run_from_drawing_to_the_table(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_whole_suite_is_tabled_with_its_published_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for number, (name, right) in enumerate(zip(NAMES, (5, 6, 7, 8, 9), strict=True)):
-        fields = {"protocol": "fgvc-final", "lists": {"train": "trainval", "test": "test"}}
+        fields = {"protocol": "fgvc-final", "splits": {"train": "trainval", "test": "test"}}
         write_record(make_record(name, right=right, number=number, **fields), "results")
     table = run("table", "--suite", "fgvc", "--published").out
     assert "5/5" in table

@@ -212,13 +212,13 @@ def test_json_splits(folder: Path, data: st.DataObject) -> None:
 
         def read() -> Any:
             source = open_source(card, root)
-            for images in source.lists.values():
+            for images in source.splits.values():
                 images.verify()
             return source
 
         source = accepted(read)
         if source is not None:
-            for images in source.lists.values():
+            for images in source.splits.values():
                 assert len(images.labels) == 0 or 0 <= images.labels.min() <= images.labels.max() < card.classes
     finally:
         path.write_bytes(original)
@@ -273,7 +273,7 @@ def test_images(folder: Path, data: st.DataObject) -> None:
 
     def read() -> list[Image.Image]:
         found = []
-        for images in open_source(card, root).lists.values():
+        for images in open_source(card, root).splits.values():
             images.verify()
             found += [images.load(index) for index in range(len(images.labels))]
         return found
@@ -323,7 +323,7 @@ def test_records(folder: Path, data: st.DataObject) -> None:
     records, problems = read_records(folder)  # one bad file never stops the others
     assert len(records) + len(problems) == 1
     if record is not None:
-        assert record.setting_digest == setting_digest(record.config, record.tuned)
+        assert record.setting_digest == setting_digest(record.config, record.search)
         if record.metrics is not None:
             assert 0 <= record.metrics.correct <= record.metrics.count
             assert record.metrics.top1 == pytest.approx(100 * record.metrics.correct / record.metrics.count, abs=0.01)

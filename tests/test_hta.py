@@ -16,7 +16,7 @@ from helpers import run, settle, small
 
 from svp_bench.core.errors import CardError, DataError, UnavailableError, UsageError
 from svp_bench.data import draw_task, inspect, open_source
-from svp_bench.data.sources import DRAWN_MARK, FileImages, Source
+from svp_bench.data.sources import SYNTHETIC_MARK, FileImages, Source
 from svp_bench.data.torchvision_sets import TORCHVISION_SETS
 from svp_bench.tasks.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
 
@@ -133,15 +133,15 @@ def test_class_names_stand_in_the_order_of_the_labels(task: str) -> None:
 def test_each_set_is_drawn_and_read(tmp_path: Path, name: str) -> None:
     card, _ = draw(tmp_path, name)
     source = open_source(card, tmp_path)
-    for of in source.lists.values():
+    for of in source.splits.values():
         of.verify()
         image = of.load(len(of) - 1)
         assert (image.mode, 0 <= of.labels.min() <= of.labels.max() < card.classes) == ("RGB", True)
         assert of.where(0)
-    lengths = {key: len(of) for key, of in source.lists.items()}
+    lengths = {key: len(of) for key, of in source.splits.items()}
     assert lengths == {**COUNTS, "refit": 60 if card.reader.options["refit"] == "trainval" else 48}
     report = inspect(card, source, ["refit", "test"])
-    assert (report.variant, report.status) == ("drawn", "different")
+    assert (report.variant, report.status) == ("synthetic", "different")
     assert open_source(card, tmp_path).digest == source.digest
 
 
@@ -165,7 +165,7 @@ def test_the_last_fifth_in_file_order_is_val(tmp_path: Path) -> None:
     card, folder = draw(tmp_path, "hta/cifar100")
     stored = pickle.loads((folder / "cifar-100-python" / "train").read_bytes())
     source = open_source(card, tmp_path)
-    labels = {name: of.labels.tolist() for name, of in source.lists.items()}
+    labels = {name: of.labels.tolist() for name, of in source.splits.items()}
     assert labels["train"] == stored["fine_labels"][:48]
     assert labels["val"] == stored["fine_labels"][48:]
     assert labels["refit"] == stored["fine_labels"]
@@ -222,7 +222,7 @@ def test_zero_is_labelled_zero_in_svhn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["cifar10", "HTA/cifar10", "FGVC/cifar10", ".", "HTA"])
 def test_torchvisions_root_may_be_the_tasks_folder_or_a_shared_one(tmp_path: Path, place: str) -> None:
-    card, folder = draw(tmp_path / "drawn", "hta/cifar10")
+    card, folder = draw(tmp_path / "synthetic", "hta/cifar10")
     target = tmp_path / "root" / place
     target.mkdir(parents=True, exist_ok=True)
     for child in folder.iterdir():
@@ -252,7 +252,7 @@ def test_a_missing_set_says_how_to_download_it(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize("name", ["hta/cifar10", "hta/svhn"])
 def test_files_without_the_known_checksum_are_refused_unless_marked_as_drawn(tmp_path: Path, name: str) -> None:
     card, folder = draw(tmp_path, name)
-    (folder / DRAWN_MARK).unlink()
+    (folder / SYNTHETIC_MARK).unlink()
     with pytest.raises(DataError, match=r"not found or corrupted.+; get it again with `python -c") as caught:
         open_source(card, tmp_path)
     assert "\n" not in str(caught.value)
@@ -447,12 +447,12 @@ def test_a_run_from_drawing_to_the_table(tmp_path: Path, monkeypatch: pytest.Mon
     settle(tmp_path, monkeypatch)
     draw_task(load_task("hta/svhn"), tmp_path / "data", counts={"train": 16, "val": 4, "test": 6}, size=16)
     record = run(*small(config="configs/hta/svhn.yaml")).record
-    assert (record["task"], record["protocol"], record["lists"]) == (
+    assert (record["task"], record["protocol"], record["splits"]) == (
         "hta/svhn",
         "hta-final",
         {"train": "refit", "test": "test"},
     )
-    assert (record["data_variant"], record["metrics"]["count"]) == ("drawn", 6)
+    assert (record["data_variant"], record["metrics"]["count"]) == ("synthetic", 6)
     assert record["config"]["model"]["label_smoothing"] == 0.1
     select = run(*small("--data.stage", "select", config="configs/hta/svhn.yaml")).record
     assert (select["kind"], select["metrics"]["count"]) == ("selection", 4)

@@ -41,7 +41,7 @@ def test_images_that_are_no_squares(place: Path) -> None:
     assert shown.status == 0
     for flags in (("--data.resize", "centre_crop"), ("--data.train_crop", "random_resized")):
         told = assert_error(command(*line(*flags, data__image_size="[32, 48]")), 2)
-        assert "makes squares, and the images are 32 x 48; use --data.resize straight" in told
+        assert "makes squares, and the images are 32 x 48; use --data.resize squash" in told
 
 
 def test_images_smaller_than_a_patch(place: Path) -> None:

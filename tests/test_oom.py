@@ -127,7 +127,7 @@ def test_images_at_once_are_those_of_the_largest_batch(
     parts = world * accumulate
     batch, count = parts * times, 2 * parts + more
     data = VisionDataModule("demo/count", batch_size=batch, eval_batch_size=batch, mixup=0.8 if mixed else None)
-    data.lists = {"train": "train", "val": "val"}
+    data.splits = {"train": "train", "val": "val"}
     data._source = SimpleNamespace(get=lambda _: range(count))  # type: ignore[assignment]
     data.drop_last = True
     data.trainer = SimpleNamespace(world_size=world, global_rank=0, accumulate_grad_batches=accumulate)  # type: ignore[assignment]

@@ -46,7 +46,7 @@ def paths(source: Source, name: str) -> list[str]:
 
 
 def lengths(source: Source) -> dict[str, int]:
-    return {name: len(images) for name, images in source.lists.items()}
+    return {name: len(images) for name, images in source.splits.items()}
 
 
 # --- the two layouts -------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_class_folders_are_split_in_fifths(tmp_path: Path) -> None:
     source = open_source(CARD, fill(tmp_path))
     assert source.class_names == ("cat", "dog")
     assert lengths(source) == {"train": 12, "val": 4, "trainval": 16, "test": 4}
-    for name in source.lists:
+    for name in source.splits:
         labels = source.get(name).labels.tolist()
         assert [path.startswith("dog/") for path in paths(source, name)] == [label == 1 for label in labels]
     assert paths(source, "trainval") == sorted(paths(source, "train") + paths(source, "val"))
@@ -106,7 +106,7 @@ def test_a_split_is_a_partition_and_one_more_image_moves_at_most_one_of_each_lis
     first = open_class_folders(CARD, None, root)  # type: ignore[arg-type]  # the suite's card says nothing to it
     parts = [set(paths(first, name)) for name in ("train", "val", "test")]
     assert sum(map(len, parts)) == len(set.union(*parts)) == sum(counts)
-    for name in first.lists:
+    for name in first.splits:
         assert np.bincount(first.get(name).labels, minlength=len(counts)).min() >= 1
     (root / "c0" / f"new {more}.jpg").write_text("new")
     second = open_class_folders(CARD, None, root)  # type: ignore[arg-type]

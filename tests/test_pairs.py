@@ -16,7 +16,7 @@ from scipy import stats
 from synthetic_records import LIST, OTHER_LIST, make_record
 
 from svp_bench.records.bits import unpack_bits
-from svp_bench.records.record import Correct, Metrics, Record, Search, Tuned
+from svp_bench.records.record import Correct, Metrics, Record, SearchSummary
 from svp_bench.records.store import write_record
 from svp_bench.tables.build import load_table
 from svp_bench.tables.pairwise import Pair, compare_pair, middle_p, render_pairs
@@ -28,13 +28,13 @@ SHARE = "model.method.init_args.share_layers"
 
 
 def scored(
-    task: str, method: str, seed: int, right: NDArray[np.bool_], list_digest: str = LIST, **fields: Any
+    task: str, method: str, seed: int, right: NDArray[np.bool_], split_digest: str = LIST, **fields: Any
 ) -> Record:
     """Return a record with these bits."""
     record = make_record(task, method, seed, **fields)
     correct, count = int(right.sum()), int(right.size)
     metrics = Metrics(top1=100 * correct / count, loss=0.5, correct=correct, count=count)
-    return dataclasses.replace(record, metrics=metrics, correct=Correct.of(right, "test", list_digest))
+    return dataclasses.replace(record, metrics=metrics, correct=Correct.of(right, "test", split_digest))
 
 
 def draw(methods: dict[str, float], seeds: int, tasks: list[str] = TASKS) -> list[Record]:
@@ -180,8 +180,8 @@ def test_rows_compare_within_each_section(tmp_path: Path) -> None:
 
 
 def test_rows_of_different_tracks_do_not_compare(tmp_path: Path) -> None:
-    tuned = Tuned("vtab/svp", LIST, ("model.learning_rate",), Search("default", "grid", 4, 4, "val200", LIST))
-    for record in (make_record(tuned=tuned), make_record(method="linear")):
+    search = SearchSummary("default", "grid", 4, 4, "val200", LIST, LIST, ("model.learning_rate",))
+    for record in (make_record(search=search), make_record(method="linear")):
         write_record(record, tmp_path)
     outcome = command("table", "--results_root", str(tmp_path), "--compare", "svp", "linear")
     assert "'svp' and 'linear' stand in no section together; rows compare under one protocol" in assert_error(

@@ -305,7 +305,7 @@ def test_a_replication_comes_back_and_is_never_overwritten(tmp_path: Path) -> No
         ("best_epoch", 0, "'best_epoch' is 0, and its epochs give 2"),
         ("final", 60.0, "'final' is 60.0, and its epochs give 55.0"),
         ("status", "unscored", "'status' must be one of complete, truncated"),
-        ("lists", {"train": "train800", "val": "val200"}, "'stage' and 'lists' are not those of a final run"),
+        ("splits", {"train": "train800", "val": "val200"}, "'stage' and 'splits' are not those of a final run"),
         ("epochs", 2, "a complete replication has a score for each epoch"),
         ("seed", "zero", "'seed' must be an integer"),
         ("config_digest", WEIGHTS, "'config_digest' does not belong to the config"),
@@ -402,7 +402,9 @@ def test_equal_files_give_equal_bytes_in_any_order(tmp_path: Path, monkeypatch: 
 def test_what_differs_is_kept_apart_and_the_newest_of_a_seed_counts(tmp_path: Path) -> None:
     write_replication(drawn(number=1), tmp_path)
     write_replication(drawn(curve=(80.0, 70.0, 60.0), number=2), tmp_path)  # the same cell and seed, newer
-    write_replication(drawn(number=3, data_variant="drawn", data_status="different", data_digest=OTHER_LIST), tmp_path)
+    write_replication(
+        drawn(number=3, data_variant="synthetic", data_status="different", data_digest=OTHER_LIST), tmp_path
+    )
     write_replication(drawn(number=4, changes={"model.learning_rate": 0.5}), tmp_path)  # another row
     write_replication(drawn(number=5, checkpoint="none", checkpoint_digest=None), tmp_path)  # another section
     write_replication(drawn(number=6, task_version=9), tmp_path)
@@ -418,7 +420,7 @@ def test_what_differs_is_kept_apart_and_the_newest_of_a_seed_counts(tmp_path: Pa
     assert "1 cell on other data than those shown: in the CSV file only, and in no mean." in page
     by_variant = {row["data_variant"]: row for row in rows(numbers) if row["row"] == "svp (learning_rate=0.001)"}
     assert float(by_variant["card"]["tax"]) == 20.0
-    assert float(by_variant["drawn"]["tax"]) == 5.0
+    assert float(by_variant["synthetic"]["tax"]) == 5.0
     assert {row["tax"] for row in rows(numbers) if row["scope"].startswith("mean") and row["row"] != "svp"} >= {
         "20.0000"
     }

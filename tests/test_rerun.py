@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from svp_bench.records.bits import pack_bits, unpack_bits
 from svp_bench.records.digests import config_digest, setting_digest
-from svp_bench.records.record import Record, Search, Tuned
+from svp_bench.records.record import Record, SearchSummary
 from svp_bench.records.store import read_record
 from svp_bench.train import run as cli
 
@@ -67,7 +67,7 @@ def with_config(key: str, value: Any) -> Callable[[Record], Record]:
         for folder in folders:
             node = node[folder]
         node[last] = value
-        digests = {"config_digest": config_digest(config), "setting_digest": setting_digest(config, record.tuned)}
+        digests = {"config_digest": config_digest(config), "setting_digest": setting_digest(config, record.search)}
         return dataclasses.replace(record, config=config, **digests)
 
     return change
@@ -129,7 +129,7 @@ def test_a_record_alone_gives_the_same_bits_from_another_folder(elsewhere: Path,
     was = json.loads(original.read_text(encoding="utf-8"))
     assert outcome.record_path.parts[:3] == ("results", "reruns", "records")
     assert outcome.folder.parts[:2] == ("runs", "reruns")
-    for key in ("seed", "metrics", "correct", "config_digest", "setting_digest", "data_digest", "lists", "tuned"):
+    for key in ("seed", "metrics", "correct", "config_digest", "setting_digest", "data_digest", "splits", "search"):
         assert made[key] == was[key], key
     assert made["seed"] == 3
     assert not (Path("results") / "records").exists()
@@ -158,19 +158,19 @@ def _one_more(record: Record) -> Any:
     return dataclasses.replace(record.metrics, correct=right, top1=100 * right / count, **nothing)
 
 
-def test_a_tuned_record_keeps_where_its_values_came_from(elsewhere: Path, data: str) -> None:
-    search = Search("default", "grid", 12, 12, "val200", "sha256:" + "1" * 64)
-    tuned = Tuned("vtab/svp", "sha256:" + "2" * 64, ("model.learning_rate",), search)
+def test_the_rerun_of_a_searched_record_keeps_the_search(elsewhere: Path, data: str) -> None:
+    digests = "sha256:" + "2" * 64, "sha256:" + "1" * 64
+    search = SearchSummary("default", "grid", 12, 12, "val200", *digests, ("model.learning_rate",))
 
     def change(record: Record) -> Record:
-        digest = setting_digest(record.config, tuned)
+        digest = setting_digest(record.config, search)
         run_id = record.run_id.replace(record.setting_digest[7:15], digest[7:15])
-        return dataclasses.replace(record, tuned=tuned, setting_digest=digest, run_id=run_id)
+        return dataclasses.replace(record, search=search, setting_digest=digest, run_id=run_id)
 
     record = read_record(changed(elsewhere, change))
     outcome = again(elsewhere, data)
     assert outcome.status == 0, outcome.out + outcome.err
-    assert read_record(outcome.record_path).tuned == tuned
+    assert read_record(outcome.record_path).search == search
     assert outcome.record["setting_digest"] == record.setting_digest
 
 
@@ -282,8 +282,8 @@ def untrained(outcome: Outcome, status: int) -> str:
 
 def test_missing_or_other_data(elsewhere: Path, data: str, tmp_path: Path) -> None:
     assert "no data of vtab/cifar" in untrained(command("rerun", str(elsewhere)), 1)
-    draw(tmp_path / "drawn", seed=7)
-    text = untrained(again(elsewhere, str(tmp_path / "drawn")), 1)
+    draw(tmp_path / "synthetic", seed=7)
+    text = untrained(again(elsewhere, str(tmp_path / "synthetic")), 1)
     assert f"has other lists of {TASK} (sha256:" in text
     assert "than the run read (sha256:" in text
     assert "--data.root DIR" in text

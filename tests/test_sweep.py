@@ -287,11 +287,10 @@ def test_a_choice_is_written_once(tmp_path: Path) -> None:
 
 
 def test_a_record_says_what_the_choice_was() -> None:
-    tuned = a_choice().tuned()
-    assert tuned.keys == (LR,)
-    assert tuned.search is not None
-    assert (tuned.search.budget, tuned.search.trials, tuned.search.selected_on) == (4, 2, "val200")
-    assert tuned.search.choice == a_choice().digest
+    search = a_choice().summary()
+    assert search.keys == (LR,)
+    assert (search.budget, search.trials, search.selected_on) == (4, 2, "val200")
+    assert search.selected_config == a_choice().digest
 
 
 PLAIN: list[dict[str, Any]] = json.loads(a_choice().text())["trials"]
@@ -461,8 +460,7 @@ def test_a_nested_search_makes_a_choice_for_each_seed(tmp_path: Path) -> None:
         assert (choice.folds, choice.repeats, choice.count) == (5, 1, LABELLED)
         assert [len(trial.run_ids) for trial in choice.trials] == [5, 5]
         assert choice.selected_on == "trainval (5 folds)"
-        search = choice.tuned().search
-        assert search is not None
+        search = choice.summary()
         assert (search.nested, search.folds, search.trials, search.tried) == (True, 5, 2, 2)
 
 

@@ -54,19 +54,19 @@ def test_a_nested_search_holds_out_each_labelled_image_for_each_seed(folded: tup
         data = record.config["data"]
         assert data["folds"] == 2
         assert data["fold_seed"] == record.seed
-        assert record.lists["val"] == f"trainval-fold{data['fold'] + 1}of2-seed{record.seed}-repeat0"
-        assert set(record.lists) == {"train", "val"}
+        assert record.splits["val"] == f"trainval-fold{data['fold'] + 1}of2-seed{record.seed}-repeat0"
+        assert set(record.splits) == {"train", "val"}
         assert record.metrics is not None
         assert record.metrics.count == 25
         assert record.correct is None  # no test image
         assert record.val_correct is not None
-        assert record.val_correct.list == record.lists["val"]
+        assert record.val_correct.split == record.splits["val"]
     assert len({record.data_digest for record in trials}) == 1
     finals = {(r.method, r.seed): r for r in records if r.kind == "final"}
     assert set(finals) == {(m, s) for m in ("linear", "lora") for s in (0, 1)}
     for (method, seed), record in finals.items():
-        assert record.tuned is not None
-        search = record.tuned.search
+        assert record.search is not None
+        search = record.search
         assert search is not None
         assert (search.nested, search.folds, search.tried) == (True, 2, 2)
         assert search.trials == (2 if method == "linear" else 1)
@@ -104,15 +104,15 @@ def test_the_audit_passes_a_nested_search_and_sees_edits(folded: tuple[Path, str
     assert not re.search(r"fail +(selection|trials|rule)", said), said
     assert "at the end of the grid" in said
     assert "methods differ in trials with a score" in said
-    tuned = json.loads(final.read_text(encoding="utf-8"))
-    (path,) = tmp_path.glob(f"results/choices/*/demo/digits-5shot/linear-seed{tuned['seed']}.json")
+    stored = json.loads(final.read_text(encoding="utf-8"))
+    (path,) = tmp_path.glob(f"results/choices/*/demo/digits-5shot/linear-seed{stored['seed']}.json")
     trial = json.loads(path.read_text(encoding="utf-8"))["trials"][0]["run_ids"][0]
     record = tmp_path / "results/records/demo/digits-5shot" / f"{trial}.json"
     kept = record.read_bytes()
     record.unlink()
     assert re.search(r"fail +trials", command("audit", str(final)).out)
     record.write_bytes(kept)
-    other = path.with_name(path.name.replace(f"seed{tuned['seed']}", f"seed{1 - tuned['seed']}"))
+    other = path.with_name(path.name.replace(f"seed{stored['seed']}", f"seed{1 - stored['seed']}"))
     path.write_bytes(other.read_bytes())  # the choice of the other seed
     assert re.search(r"fail +selection", command("audit", str(final)).out)
 

@@ -51,8 +51,8 @@ def facts(root: Path) -> list[dict[str, Any]]:
         data.pop("dirty")
         for key in ("runs_root", "results_root"):
             data["config"].pop(key, None)
-        if data["tuned"]:
-            data["tuned"]["search"].pop("choice")  # its digest is over the run ids and the time
+        if data["search"]:
+            data["search"].pop("selected_config")  # its digest is over the run ids and the time
         found.append(data)
     return sorted(found, key=lambda data: json.dumps(data, sort_keys=True))
 
@@ -130,17 +130,16 @@ def test_a_sweep_searches_freezes_and_tests_once(undisturbed: Path) -> None:
     )
     for record in records:
         if record.kind == "selection":
-            assert record.lists == {"train": "train", "val": "val"}
+            assert record.splits == {"train": "train", "val": "val"}
             assert not list((undisturbed / "runs" / record.task / record.run_id).glob("checkpoints"))
         else:
-            assert record.tuned is not None
-            assert record.tuned.search is not None
-            assert record.tuned.keys == ("model.learning_rate",)
-            assert (record.tuned.search.budget, record.tuned.search.trials) == (2, 2)
+            assert record.search is not None
+            assert record.search.keys == ("model.learning_rate",)
+            assert (record.search.budget, record.search.trials) == (2, 2)
             (choice,) = undisturbed.glob(f"results/choices/*/{record.task}/{record.method}.json")
             import hashlib
 
-            assert record.tuned.search.choice == "sha256:" + hashlib.sha256(choice.read_bytes()).hexdigest()
+            assert record.search.selected_config == "sha256:" + hashlib.sha256(choice.read_bytes()).hexdigest()
             assert (
                 record.config["model"]["learning_rate"]
                 == json.loads(choice.read_text())["trials"][json.loads(choice.read_text())["chosen"]]["values"][

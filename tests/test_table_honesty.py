@@ -12,7 +12,7 @@ from helpers import run
 from synthetic_records import make_record
 
 from svp_bench.records.defaults import departures
-from svp_bench.records.record import Record, Tuned
+from svp_bench.records.record import Record, SearchSummary
 from svp_bench.records.store import write_record
 from svp_bench.report.page import render
 from svp_bench.report.view import report_view
@@ -72,8 +72,8 @@ def test_a_clipped_warm_up_is_no_departure_and_another_one_is() -> None:
 def test_departures_of_some_tasks_are_counted_and_searched_ones_spared() -> None:
     records = whole("lora", 700)
     records[0] = make_record(records[0].task, "lora", 0, 700, 1000, changes={"trainer.max_epochs": 3})
-    tuned = Tuned("vtab/full", "sha256:" + "12" * 32, (RATE,))
-    records += whole("linear", 600, changes={RATE: 0.5}, tuned=tuned)
+    search = SearchSummary("default", "grid", 12, 12, "val200", "sha256:" + "12" * 32, "sha256:" + "12" * 32, (RATE,))
+    records += whole("linear", 600, changes={RATE: 0.5}, search=search)
     text = pages(build(records))["md"]
     assert "trainer.max_epochs 3, not 100" in text
     assert f"linear departs from the shipped settings: {RATE}" not in text

@@ -109,7 +109,7 @@ def test_the_caption_says_what_the_numbers_are() -> None:
     for part in (
         "VTAB-1k: top-1 accuracy in percent.",
         "Protocol vtab-final, version 1. Hyper-parameters are chosen on val200",
-        "Track default: no search and no tuned table is recorded.",
+        "Track default: no search is recorded.",
         r"Backbone vim\_small\_patch16\_224, hub (sha256:abababababab).",
         "2--3 seeds a task.",
         r"$\pm$ behind a mean: half its 95 \% interval for these tasks and new seeds (Welch--Satterthwaite).",

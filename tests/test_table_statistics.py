@@ -19,7 +19,7 @@ from helpers import assert_error, command, run
 from scipy import stats
 from synthetic_records import LIST, OTHER_LIST, make_record, synthetic_record
 
-from svp_bench.records.record import Record, Search, Tuned
+from svp_bench.records.record import Record, SearchSummary
 from svp_bench.records.store import write_record
 from svp_bench.tables.build import build_table, render_markdown, render_terminal, write_tables
 from svp_bench.tables.comparison import column_marks, sources_of
@@ -33,7 +33,7 @@ SMALL = SuiteCard(
     table="small",
     folder="small",
     protocol="vtab-final",
-    reader=ReaderSpec("lists", {}),
+    reader=ReaderSpec("split_files", {}),
     groups={
         "natural": ("caltech101", "dtd", "svhn"),
         "specialized": ("eurosat", "resisc45"),
@@ -451,21 +451,18 @@ def test_the_terminal_says_where_the_marks_are() -> None:
 
 def searched(task: str, method: str, right: int, budget: int = 12, trials: int = 12, **fields: Any) -> Record:
     digest = fields.pop("digest", DECLARATION)
-    search = Search("default", "grid", budget, trials, "val200", LIST)
-    tuned = Tuned(f"vtab/{method}", digest, (RATE,), search)
+    search = SearchSummary("default", "grid", budget, trials, "val200", digest, LIST, (RATE,))
     rate = 0.001 * (1 + len(task))
-    return make_record(task, method, right=right, count=1000, changes={RATE: rate}, tuned=tuned, **fields)
+    return make_record(task, method, right=right, count=1000, changes={RATE: rate}, search=search, **fields)
 
 
 def test_tracks_are_never_in_one_ranking() -> None:
-    table_made = Tuned("vtab/svp", LIST, (RATE,))
     records = [
         *(make_record(task, "svp", right=600, count=1000) for task in SMALL.tasks),
         *(make_record(task, "linear", right=500, count=1000) for task in SMALL.tasks),
         *(searched(task, "svp", 700) for task in SMALL.tasks),
         *(searched(task, "linear", 650) for task in SMALL.tasks),
         *(searched(task, "svp", 710, budget=24, digest=OTHER_LIST) for task in SMALL.tasks),
-        *(make_record(task, "svp", right=800, count=1000, tuned=table_made) for task in SMALL.tasks),
     ]
     random.Random(1).shuffle(records)
     table = build(records)
@@ -474,14 +471,12 @@ def test_tracks_are_never_in_one_ranking() -> None:
         "default": [("svp", 1, 60.0), ("linear", 2, 50.0)],
         "searched (default, K = 12)": [("svp", 1, 70.0), ("linear", 2, 65.0)],
         "searched (default, K = 24)": [("svp", 1, 71.0)],
-        "tuned (vtab/svp)": [("svp", 1, 80.0)],
     }
     page = render_markdown(table)
     for words in (
-        "Track default: no search and no tuned table is recorded.",
+        "Track default: no search is recorded.",
         "Track searched: default, K = 12 settings per method and task (grid), chosen on val200.",
         "Track searched: default, K = 24 settings per method and task (grid), chosen on val200.",
-        "Track tuned: values of the table vtab/svp, which records no search; its budget is unknown.",
     ):
         assert page.count(f"\n{words}\n") == 1
         assert words in " ".join(render_terminal(table).split())
@@ -656,7 +651,7 @@ def test_problems_and_older_runs_stay_listed(tmp_path: Path) -> None:
     edited = write_record(make_record("vtab/svhn", seed=3), tmp_path)
     edited.write_text(edited.read_text(encoding="utf-8").replace('"top1": 70.0', '"top1": 71.0'), encoding="utf-8")
     schema = write_record(make_record("vtab/svhn", seed=4), tmp_path)
-    schema.write_text(schema.read_text(encoding="utf-8").replace('"schema": 1', '"schema": 0'), encoding="utf-8")
+    schema.write_text(schema.read_text(encoding="utf-8").replace('"schema": 2', '"schema": 0'), encoding="utf-8")
     wrong = write_record(make_record("vtab/svhn", seed=5), tmp_path)
     wrong.write_text(
         wrong.read_text(encoding="utf-8").replace('"max_epochs": 100', '"max_epochs": 9'), encoding="utf-8"

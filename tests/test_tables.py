@@ -16,7 +16,7 @@ from synthetic_records import LIST, OTHER_LIST, WEIGHTS, make_record, synthetic_
 
 from svp_bench.core.errors import RecordError, UsageError
 from svp_bench.records.published import PublishedRow, load_published
-from svp_bench.records.record import Parameters, Record, Tuned
+from svp_bench.records.record import Parameters, Record, SearchSummary
 from svp_bench.records.store import Problem, write_record
 from svp_bench.tables.build import (
     HOLE,
@@ -40,7 +40,7 @@ SMALL = SuiteCard(
     table="small",
     folder="small",
     protocol="vtab-final",
-    reader=ReaderSpec("lists", {}),
+    reader=ReaderSpec("split_files", {}),
     groups={"natural": ("caltech101", "dtd", "svhn"), "specialized": ("eurosat",), "structured": ("dmlab", "kitti")},
     same_images=(),
     citation="zhai2019vtab",
@@ -266,23 +266,24 @@ def test_labels_that_look_alike_carry_their_digest() -> None:
     assert set(rows_of(build(records))) == {f"svp (share_layers=4) [{r.setting_digest[7:19]}]" for r in records}
 
 
-def test_tuned_values_do_not_split_a_row() -> None:
-    tuned = Tuned("vtab/svp", LIST, ("model.learning_rate",))
+def test_selected_values_do_not_split_a_row() -> None:
+    search = SearchSummary("default", "grid", 12, 12, "val200", LIST, LIST, ("model.learning_rate",))
     rates = (0.1, 0.01, 0.001, 0.3, 0.03, 0.003)
     records = [
-        make_record(task, changes={"model.learning_rate": rate, "model.num_classes": 10 + n}, tuned=tuned)
+        make_record(task, changes={"model.learning_rate": rate, "model.num_classes": 10 + n}, search=search)
         for n, (task, rate) in enumerate(zip(SMALL.tasks, rates, strict=True))
     ]
     table = build([*records, *all_tasks("svp")])
     assert [(section.track.title, row.label, len(row.cells)) for section in table.sections for row in section.rows] == [
         ("default", "svp", 6),
-        ("tuned (vtab/svp)", "svp", 6),
+        ("searched (default, K = 12)", "svp", 6),
     ]
 
 
 def test_configs_of_one_row_on_one_task_are_not_averaged() -> None:
-    tuned = Tuned("vtab/svp", LIST, ("model.learning_rate",))
-    table = build([make_record(changes={"model.learning_rate": x}, tuned=tuned, seed=int(x * 10)) for x in (0.1, 0.2)])
+    search = SearchSummary("default", "grid", 12, 12, "val200", LIST, LIST, ("model.learning_rate",))
+    rates = ({"model.learning_rate": x} for x in (0.1, 0.2))
+    table = build([make_record(changes=rate, search=search, seed=seed) for seed, rate in enumerate(rates)])
     (row,) = rows_of(table).values()
     assert [len(cell.seeds) for cell in (*row.cells.values(), *row.apart)] == [1, 1]
 
@@ -322,7 +323,7 @@ def test_data_variants_are_never_averaged(tmp_path: Path) -> None:
     assert (row["dtd"], row["svhn"], row["other_variants"]) == ("90.0000", "30.0000", "svhn=zip")
     assert "30.00‡" in texts["small.md"]
     assert "- ‡ Another variant of the data than the card's own: svhn (zip)." in texts["small.md"]
-    assert "- dtd, svp: also 50.00 (1 seed) on other data, variant archive (lists cdcd" in texts["small.md"]
+    assert "- dtd, svp: also 50.00 (1 seed) on other data, variant archive (splits cdcd" in texts["small.md"]
     lines = [line for line in read_csv(texts["small_long.csv"]) if line["task"] == "vtab/dtd"]
     assert [(line["data_variant"], line["mean"], line["status"]) for line in lines] == [
         ("card", "90.0000", "complete"),
@@ -345,7 +346,7 @@ def test_runs_on_other_lists_are_neither_averaged_nor_superseded(tmp_path: Path)
     assert (shown.data_digest, shown.seeds, round(shown.mean, 2)) == (OTHER_LIST, (0, 2, 3), 26.67)  # more seeds
     assert (apart.data_digest, apart.seeds, apart.mean) == (LIST, (0, 1), 80.0)
     line = (
-        "caltech101, svp: also 80.00 (2 seeds) on other data, variant card (lists cdcdcdcdcdcd); in the long CSV only."
+        "caltech101, svp: also 80.00 (2 seeds) on other data, variant card (splits cdcdcdcdcdcd); in the long CSV only."
     )
     texts = files(first, tmp_path)
     assert f"\n- {line}\n" in texts["small.md"]
@@ -365,7 +366,10 @@ def test_runs_on_other_lists_are_neither_averaged_nor_superseded(tmp_path: Path)
         ({"number": 2}, {"number": 1}),
         ({"number": 1, "data_status": "different"}, {"number": 2, "data_status": "different", "data_variant": "zip"}),
         ({"number": 1, "data_variant": "zip"}, {"number": 2, "data_status": "different"}),
-        ({"number": 1, "data_status": "different"}, {"number": 2, "data_status": "different", "data_variant": "drawn"}),
+        (
+            {"number": 1, "data_status": "different"},
+            {"number": 2, "data_status": "different", "data_variant": "synthetic"},
+        ),
     ],
     ids=["as-card", "newest", "card-before-variant", "status-before-variant", "stand-in-last"],
 )
@@ -383,13 +387,13 @@ def test_a_real_run_is_shown_before_newer_drawn_ones() -> None:
     (row,) = rows_of(table).values()
     assert (row.cells["vtab/dtd"].mean, row.drawn, table.left_out) == (60.0, False, ())
     page = render_markdown(table)
-    assert "- dtd, svp: also 100.00 (2 seeds) on a drawn stand-in (lists efefefefefef); in the long CSV only." in page
+    assert "- dtd, svp: also 100.00 (2 seeds) on a drawn stand-in (splits efefefefefef); in the long CSV only." in page
     assert "§" not in page
 
 
 def test_a_row_with_a_drawn_cell_is_marked_and_never_ranked(tmp_path: Path) -> None:
     stand_in = [synthetic_record("vtab/dtd", "full", right=990, count=1000), *all_tasks("full", 990)]
-    stand_in = [r for r in stand_in if r.task != "vtab/dtd" or r.data_variant == "drawn"]
+    stand_in = [r for r in stand_in if r.task != "vtab/dtd" or r.data_variant == "synthetic"]
     table = build([*stand_in, *all_tasks("svp", 700), *all_tasks("linear", 600)])
     assert {name: row.rank for name, row in rows_of(table).items()} == {"svp": 1, "linear": 2, "full": None}
     assert [row.label for row in table.sections[0].rows] == ["svp", "linear", "full"]
@@ -406,7 +410,7 @@ def test_a_row_with_a_drawn_cell_is_marked_and_never_ranked(tmp_path: Path) -> N
     assert "†" not in texts["small.md"]
     assert "‡" not in texts["small.md"]
     row = read_csv(texts["small.csv"])[-1]
-    assert (row["rank"], row["data_different"], row["other_variants"]) == ("", "dtd", "dtd=drawn")
+    assert (row["rank"], row["data_different"], row["other_variants"]) == ("", "dtd", "dtd=synthetic")
     assert "\n§ Drawn stand-in, not the data set" in render_terminal(table)
     wide = render_terminal(build([synthetic_record(task) for task in VTAB.tasks], VTAB))
     assert "caltech101" not in wide  # where the tasks do not fit, the means carry the mark
@@ -512,7 +516,7 @@ def test_what_stands_under_a_table() -> None:
         "- No interval over new seeds where a task behind the mean has one seed, or all seeds of all its "
         "tasks gave the same number: the variance is unknown (svp).\n" in page
     )
-    assert "\nTrack default: no search and no tuned table is recorded.\n" in page
+    assert "\nTrack default: no search is recorded.\n" in page
 
 
 def test_a_rule_of_another_protocol_version_is_not_quoted() -> None:

@@ -28,7 +28,7 @@ from svp_bench.core.errors import UsageError
 from svp_bench.data import module as data_module
 from svp_bench.data import sources
 from svp_bench.data.module import VisionDataModule
-from svp_bench.data.sources import DRAWN_MARK
+from svp_bench.data.sources import SYNTHETIC_MARK
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.bits import unpack_bits
 from svp_bench.records.digests import config_digest, setting_digest
@@ -80,11 +80,11 @@ def spied(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, note: Callable
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """SVP for two epochs in stage final, with what was called and when."""
-    seen = SimpleNamespace(lists=[], decoded=[], loaders=[], rates=[], norms=[])
+    seen = SimpleNamespace(splits=[], decoded=[], loaders=[], rates=[], norms=[])
     with pytest.MonkeyPatch.context() as patch:
         seen.place = settle(tmp_path_factory.mktemp("scored"), patch)
         with pytest.MonkeyPatch.context() as spies:  # undone before other tests of the module run
-            spied(spies, sources, "read_list", lambda path, *_, **__: seen.lists.append(path.name))
+            spied(spies, sources, "read_list", lambda path, *_, **__: seen.splits.append(path.name))
             spied(spies, sources.FileImages, "load", lambda images, index: seen.decoded.append((images.name, index)))
 
             def loader_made(data: VisionDataModule) -> None:
@@ -126,11 +126,11 @@ def test_the_record_says_what_was_run(scored: SimpleNamespace) -> None:
         "checkpoint_digest": None,
         "protocol": "vtab-final",
         "stage": "final",
-        "lists": {"train": "train800val200", "test": "test"},
-        "data_variant": "drawn",
+        "splits": {"train": "train800val200", "test": "test"},
+        "data_variant": "synthetic",
         "data_status": "different",
         "seed": 0,
-        "tuned": None,
+        "search": None,
         "package_version": svp_bench.__version__,
         "scan_backend": "reference",
         "device_count": 1,
@@ -167,7 +167,7 @@ def test_the_digests_of_lists_are_those_of_the_files(scored: SimpleNamespace) ->
         return "sha256:" + hashlib.sha256(f"{name}\n{text}".encode()).hexdigest()
 
     assert scored.record["correct"]["list"] == "test"
-    assert scored.record["correct"]["list_digest"] == digest("test")
+    assert scored.record["correct"]["split_digest"] == digest("test")
     names = sorted(["train800val200", "test"])
     together = "".join(f"{name} {digest(name)}\n" for name in names)
     assert scored.record["data_digest"] == "sha256:" + hashlib.sha256(together.encode()).hexdigest()
@@ -225,7 +225,7 @@ def test_the_test_list_waits_for_the_final_weights(scored: SimpleNamespace) -> N
 
 
 def test_every_list_and_image_is_read_once(scored: SimpleNamespace) -> None:
-    assert scored.lists.count("test.txt") == scored.lists.count("train800val200.txt") == 1
+    assert scored.splits.count("test.txt") == scored.splits.count("train800val200.txt") == 1
     assert sorted(scored.decoded) == sorted(
         [("test", i) for i in range(TESTED)] + [("train800val200", i) for i in range(TRAINED)]
     )
@@ -298,7 +298,7 @@ def test_the_checkpoint_holds_the_trained_part_and_what_it_belongs_to(scored: Si
         "input_attention": None,
         "ema_decay": None,
         "ema_evaluate": False,
-        "view": {"resize": "straight", "interpolation": "bicubic", "crop_ratio": 0.875},
+        "view": {"resize": "squash", "interpolation": "bicubic", "crop_ratio": 0.875},
         "class_names": displayed_class_names(load_task(TASK)),
     }
 
@@ -316,7 +316,7 @@ def test_stage_select_trains_on_train_and_scores_val(place: Path, monkeypatch: p
         "kind": "selection",
         "stage": "select",
         "status": "complete",
-        "lists": {"train": "train800", "val": "val200"},
+        "splits": {"train": "train800", "val": "val200"},
         "correct": None,
     }
     assert {key: record[key] for key in expected} == expected
@@ -773,7 +773,7 @@ def test_a_checkpoint_with_a_missing_or_foreign_weight_is_refused(place: Path) -
 
 
 def test_pretrained_weights_give_a_digest_and_a_ranked_section(place: Path) -> None:
-    next((place / "data").rglob(DRAWN_MARK)).unlink()  # real images, for all that anyone can tell: drawn are not ranked
+    next((place / "data").rglob(SYNTHETIC_MARK)).unlink()  # unmarked: synthetic images are not ranked
     model = timm.create_model(BACKBONE, num_classes=10)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, "weights.safetensors")
     outcome = run(*line("--method", "linear", model__checkpoint="weights.safetensors"))
@@ -827,7 +827,7 @@ def test_the_demo_configs_run(place: Path) -> None:
     assert record["backbone"] == "vim_nano_patch8_64"
     assert record["data_status"] == "as_card"
     assert record["metrics"]["count"] == 797
-    assert record["lists"] == {"train": "trainval", "test": "test"}
+    assert record["splits"] == {"train": "trainval", "test": "test"}
     assert record["task"] == "demo/digits-5shot"
 
 

@@ -167,17 +167,15 @@ class Case:
     @cached_property
     def selected(self) -> tuple[Choice | None, str]:
         """The selected config of a searched run and its place; or None and the reason, "" without a search."""
-        tuned = self.record.tuned
-        if tuned is None or tuned.search is None:
+        search = self.record.search
+        if search is None:
             return None, ""
         if self.store is None:
             return None, "the record lies in no results folder: give that of its selected config, --results_root R"
-        (suite, _, method), search = tuned.table.partition("/"), tuned.search
-        if not all(map(_NAME.fullmatch, (suite, method, search.name))):
-            text = f"{tuned.table!r} of the search {search.name!r} does not name a selected config: <suite>/<method>"
-            return None, text
+        if not _NAME.fullmatch(search.name):
+            return None, f"the search {search.name!r} cannot name a selected config"
         seed = self.record.seed if search.nested else None
-        path = choice_path(self.store.root, search.name, tuned.digest, self.record.task, method, seed)
+        path = choice_path(self.store.root, search.name, search.declaration, self.record.task, self.record.method, seed)
         where = path.relative_to(self.store.root).as_posix()
         if not path.is_file():
             return None, f"{where} is missing: the selection of the setting cannot be checked"

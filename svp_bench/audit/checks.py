@@ -83,7 +83,8 @@ def check_facts(case: Case) -> Iterator[Line]:
     for key, value in arguments.items() if isinstance(arguments, Mapping) else ():
         facts.append((f"method_args.{key}", record.method_args.get(key, value), value))
     problems = [f"{key} is {ours!r}, but the config states {theirs!r}" for key, ours, theirs in facts if ours != theirs]
-    digest = record.setting_digest.removeprefix("sha256:")[:8]
+    digests = {"setting_digest": record.setting_digest, **(record.migrated_from or {})}  # run ids are never renamed
+    digest = digests["setting_digest"].removeprefix("sha256:")[:8]
     start, _, end = record.run_id.partition("-seed")
     if not start.startswith(f"{record.method}-") or not end.startswith(f"{record.seed}-{digest}-"):
         own = f"its method is {record.method}, its seed {record.seed} and its setting {digest}"
@@ -164,27 +165,27 @@ def check_splits(case: Case) -> Iterator[Line]:
     allowed = (
         protocol.splits(record.stage, folds if folds > 1 else None, fold, fold_seed) if known and protocol else None
     )
-    if sorted(record.lists) != sorted(roles) or record.stage != stage:
-        stated = f"this one states stage {record.stage} and {split_text(record.lists)}"
+    if sorted(record.splits) != sorted(roles) or record.stage != stage:
+        stated = f"this one states stage {record.stage} and {split_text(record.splits)}"
         problems.append(f"a {record.kind} record reads {' and '.join(roles)} in stage {stage}, {stated}")
-    elif allowed is not None and allowed != dict(record.lists):
+    elif allowed is not None and allowed != dict(record.splits):
         problems.append(
-            f"the splits are {split_text(record.lists)}, and those of {record.protocol} are {split_text(allowed)}"
+            f"the splits are {split_text(record.splits)}, and those of {record.protocol} are {split_text(allowed)}"
         )
     if record.kind == "final" and "val_seconds" in record.times:
         problems.append("a split was scored during the training of a final run (times.val_seconds)")
     for role, bits in (("test", record.correct), ("val", record.val_correct)):
-        if bits is not None and bits.list != record.lists.get(role):
-            problems.append(f"the bits are those of the split {bits.list!r}")
+        if bits is not None and bits.split != record.splits.get(role):
+            problems.append(f"the bits are those of the split {bits.split!r}")
     if record.val_correct is not None and record.metrics is not None:
         ones = count_ones(record.val_correct.bits, record.val_correct.count)
         if ones != record.metrics.correct:
             problems.append(f"the bits of val have {ones} ones, and {record.metrics.correct} images are correct")
-    trained = f"the record states: trained on {record.lists.get('train')}"
+    trained = f"the record states: trained on {record.splits.get('train')}"
     if record.kind == "selection":
-        good = f"{trained}, selected on {record.lists.get('val')}, without a test split; tables never show it"
+        good = f"{trained}, selected on {record.splits.get('val')}, without a test split; tables never show it"
     else:
-        scored = f"scored on {record.lists.get('test')} with the weights of epoch {record.epochs}"
+        scored = f"scored on {record.splits.get('test')} with the weights of epoch {record.epochs}"
         good = f"{trained}, then {scored} (stage final has no split to select on)"
     return verdicts(problems, good)
 
@@ -195,9 +196,9 @@ def check_images(case: Case) -> Iterator[Line]:
     metrics, correct = record.metrics, record.correct
     if card is None or metrics is None:
         return
-    name = record.lists.get("test" if record.kind == "final" else "val", "")
+    name = record.splits.get("test" if record.kind == "final" else "val", "")
     expected, problems, images = case.split_counts.get(name), [], plural(metrics.count, "image")
-    if record.data_variant not in ("card", *card.variants, "drawn"):
+    if record.data_variant not in ("card", *card.variants, "synthetic"):
         problems.append(f"the card has no data variant {record.data_variant!r}")
     elif expected is not None and metrics.count != expected:
         problems.append(f"{name} has {images}, and in the card {expected}")
@@ -209,10 +210,12 @@ def check_images(case: Case) -> Iterator[Line]:
     key = (record.task, record.data_digest, record.stage)
     for other in case.stored if correct is not None else ():
         theirs = other.correct
-        same = correct and theirs and (other.task, other.data_digest, other.stage, theirs.list) == (*key, correct.list)
-        if same and correct and theirs and theirs.list_digest != correct.list_digest:
-            problems.append(f"{other.run_id} read the same splits, and has another digest of {correct.list}")
-    digest = f" ({short(correct.list_digest)})" if correct is not None else ""
+        same = (
+            correct and theirs and (other.task, other.data_digest, other.stage, theirs.split) == (*key, correct.split)
+        )
+        if same and correct and theirs and theirs.split_digest != correct.split_digest:
+            problems.append(f"{other.run_id} read the same splits, and has another digest of {correct.split}")
+    digest = f" ({short(correct.split_digest)})" if correct is not None else ""
     classes = "classes as found" if card.as_found else plural(card.classes or 0, "class")
     yield from verdicts(problems, f"{metrics.count} images of {name}{digest}, {classes}")
 
@@ -225,7 +228,7 @@ def _is_count(number: float, count: int) -> bool:
 def check_data(case: Case) -> Iterator[Line]:
     """The images are those of the card."""
     record, digest = case.record, short(case.record.data_digest)
-    if record.data_variant == "drawn":
+    if record.data_variant == "synthetic":
         yield "fail", "synthetic images, not the data set: the number says nothing about the task"
         return
     if record.data_status == "different":
@@ -279,11 +282,11 @@ def check_budget(case: Case) -> Iterator[Line]:
 
 def check_settings(case: Case) -> Iterator[Line]:
     """The hyper-parameters are the shipped ones, or a search selected them."""
-    record, tuned = case.record, case.record.tuned
+    record, search = case.record, case.record.search
     if not recipe(record.method):
         yield "note", f"there is no recipe of the method {record.method} here to compare with"
-    found = departure_texts(departures(record, case.cards.protocol, tuned.keys if tuned else ()))
-    good = "as protocol card, task and recipe here" + (", except for the selected values" if tuned else "")
+    found = departure_texts(departures(record, case.cards.protocol, search.keys if search else ()))
+    good = "as protocol card, task and recipe here" + (", except for the selected values" if search else "")
     yield from verdicts([f"overrides of the shipped settings: {'; '.join(found)}"] if found else [], good, "note")
 
 

@@ -22,7 +22,7 @@ def check_copied_weights(case: Case) -> Iterator[Line]:
             continue
         if (other.task, other.seed) != (record.task, record.seed):
             yield "fail", f"the same weights as {other.run_id} ({other.task}, seed {other.seed}): one is a copy"
-        elif record.correct and other.correct and record.correct.list_digest == other.correct.list_digest:
+        elif record.correct and other.correct and record.correct.split_digest == other.correct.split_digest:
             same_machine = _machine(other) == _machine(record)
             if same_machine and record.correct.bits != other.correct.bits:
                 yield "fail", f"the same weights and test images as {other.run_id}, with other images correct"
@@ -134,7 +134,7 @@ def check_alike(case: Case) -> Iterator[Line]:
             counts = f"{theirs.trainable} of {theirs.total} train, here {ours.trainable} of {ours.total}"
             problems.append(f"{other.run_id}, of the same cell, has other parameters: {counts}")
         classes = [one.metrics.per_class.count for one in (record, other) if one.metrics and one.metrics.per_class]
-        same_split = (other.task, other.data_digest, other.lists) == (record.task, record.data_digest, record.lists)
+        same_split = (other.task, other.data_digest, other.splits) == (record.task, record.data_digest, record.splits)
         if same_split and len({*classes}) > 1:
             problems.append(f"{other.run_id} scored the same split, with other numbers of images in its classes")
     if case.store is not None:
@@ -163,8 +163,8 @@ def check_tested(case: Case) -> Iterator[Line]:
 
 def _setting(record: Record) -> str:
     """Return the key of a tested setting; all seeds of a nested search are one."""
-    return record.setting_digest if record.tuned and record.tuned.nested else record.config_digest
+    return record.setting_digest if record.search and record.search.nested else record.config_digest
 
 
 def _track(record: Record) -> str | None:
-    return record.tuned.digest if record.tuned else None
+    return record.search.declaration if record.search else None

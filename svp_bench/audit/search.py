@@ -26,13 +26,12 @@ from svp_bench.records.selection import (
 
 def check_track(case: Case) -> Iterator[Line]:
     """Report the track: default settings, or a search."""
-    tuned, choice = case.record.tuned, case.selected[0]
-    if tuned is None or tuned.search is None:
+    search, choice = case.record.search, case.selected[0]
+    if search is None:
         yield "pass", "default: the record states no search"
         return
-    search = tuned.search
     tried = f"{search.sampler}, {plural(search.trials, 'setting')} tried on {search.selected_on}"
-    yield "note", f"searched ({search.name}, K = {search.budget}), {tried}; declaration {short(tuned.digest)}"
+    yield "note", f"searched ({search.name}, K = {search.budget}), {tried}; declaration {short(search.declaration)}"
     if choice is not None and not choice.nested:
         yield "note", "one search for all seeds: the interval over seeds leaves out the noise of the selection"
 
@@ -48,18 +47,13 @@ def check_config(case: Case) -> Iterator[Line]:
 
 
 def _config_problems(case: Case, choice: Choice) -> Iterator[str]:
-    record, tuned = case.record, case.record.tuned
-    assert tuned is not None
-    assert tuned.search is not None
-    ours, expected = dict(flat(record.config)), choice.tuned()
-    assert expected.search is not None
+    record, search = case.record, case.record.search
+    assert search is not None
+    ours, expected = dict(flat(record.config)), choice.summary()
     if choice.search_seed not in (None, record.seed):
         yield f"the selected config is that of seed {choice.search_seed}, and the run has seed {record.seed}"
-    stated = {"keys": (sorted(expected.keys), sorted(tuned.keys))}
-    stated |= {key: (getattr(expected, key), getattr(tuned, key)) for key in ("table", "digest")}
-    for field in fields(tuned.search):
-        stated[field.name] = getattr(expected.search, field.name), getattr(tuned.search, field.name)
-    for key in ("task", "checkpoint_digest"):
+    stated = {field.name: (getattr(expected, field.name), getattr(search, field.name)) for field in fields(search)}
+    for key in ("task", "method", "checkpoint_digest"):
         stated[key] = getattr(choice, key), getattr(record, key)
     for name, (theirs, mine) in stated.items():
         if theirs != mine:
@@ -144,8 +138,8 @@ def _trial_problems(choice: Choice, trial: Trial, found: Sequence[Record | None]
         if record is None:
             yield f"its record {run_id} is missing"
             continue
-        if record.kind != "selection" or "test" in record.lists or record.correct is not None:
-            yield f"{run_id} read test images ({record.kind}, {split_text(record.lists)})"
+        if record.kind != "selection" or "test" in record.splits or record.correct is not None:
+            yield f"{run_id} read test images ({record.kind}, {split_text(record.splits)})"
             continue
         if record.status != "complete" or record.metrics is None:
             yield f"{run_id} is {record.status}, and has no score"
@@ -154,7 +148,7 @@ def _trial_problems(choice: Choice, trial: Trial, found: Sequence[Record | None]
         if choice.folds:
             scored: Any = (fold_of(record.config), (choice.folds, place % parts, choice.search_seed or 0))
         else:
-            scored = ((fold_of(record.config), record.lists.get("val")), ((0, 0, 0), choice.selected_on))
+            scored = ((fold_of(record.config), record.splits.get("val")), ((0, 0, 0), choice.selected_on))
         stated: dict[str, tuple[Any, Any]] = {
             "top1": (record.metrics.top1, trial.scores[place]),
             "loss": (record.metrics.loss, trial.losses[place] if trial.losses else record.metrics.loss),

@@ -34,8 +34,8 @@ def _check(tasks: tuple[str, ...] = (), /, *, root: str | None = None) -> int:
             shipped = load_task(name)
             card = measured(shipped, folder)
             source = open_source(card, folder)
-            report = inspect(card, source, sorted(source.lists))
-            for images in source.lists.values():
+            report = inspect(card, source, sorted(source.splits))
+            for images in source.splits.values():
                 images.verify()
         except DataError as error:
             rows.append((name, "missing or broken", "", str(error)))

@@ -1,15 +1,14 @@
 """Layers of YAML → one config, before LightningCLI sees it; every key remembers where it came from.
 
 Lowest first: `configs/base.yaml`, the protocol card's training budget, the task config (the first `--config`), the
-method file, the tuned table of suite and method or a frozen choice (`--choice`), further `--config` files. The command
+method file, the selected config of a search (`--choice`), further `--config` files. The command
 line itself is applied by jsonargparse on top. No torch here.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from svp_bench.core.errors import ConfigError, UsageError, nearest, unknown_name
 from svp_bench.core.resources import configs_dir
 from svp_bench.core.yaml import Node, check_value, read_yaml
 from svp_bench.methods import METHODS
-from svp_bench.records.record import Tuned
+from svp_bench.records.record import SearchSummary
 from svp_bench.records.selection import Choice, read_choice
 from svp_bench.tasks.cards import list_tasks, load_protocol, load_suite, load_task
 
 __all__ = ["Composed", "Flags", "compose", "split_flags"]
 
 DEFAULT_METHOD = "svp"
-_NO_TASKS = ("method", "tuned", "recipes", "search")  # folders of configs/ that hold no task's config
+_NO_TASKS = ("method", "recipes", "search")  # folders of configs/ that hold no task's config
 _BACKBONE_KEYS = ("backbone", "checkpoint", "scan_backend")  # of a saved config's `model`, what is not its method's
 # The groups of a config. As a whole they would come past the layers, with a method but without its recipe.
 _GROUPS = {
@@ -66,16 +65,16 @@ class Composed:
         values: The nested config.
         origins: Dotted key of each leaf → "file:line" of the layer that set it.
         method: Name of the method, or of its file.
-        tuned: The tuned table or frozen choice used, with the keys it set, or None.
-        choice: The frozen choice used, or None.
+        choice: The selected config of a search, or None.
+        search: The search that selected some of the values, or None.
         notices: Lines for the user: what was overridden by what.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     method: str = ""
-    tuned: Tuned | None = None
     choice: Choice | None = None
+    search: SearchSummary | None = None
     notices: list[str] = field(default_factory=list)
 
     def get(self, key: str) -> Any:
@@ -265,20 +264,15 @@ def compose(flags: Flags) -> Composed:
         composed.merge(layer, origins, label)
         if flags.choice is not None:
             _apply_choice(composed, flags.choice, card.name, label)
-        elif name == label:  # a registered method: a file of one's own is no tuned one
-            _apply_tuned(composed, card.suite, card.id, label)
     for path, values, origins in further:
         if _method_class(values):
             raise UsageError(f"{path}: a second config names a method; use --method {path} instead of --config")
         composed.merge(values, origins)
-    if composed.tuned:
+    if composed.choice and flags.choice is not None:
         given = {key.replace("model.method.init_args.", "model.method.") for key in flags.values}
-        place = flags.choice or str(configs_dir() / "tuned")
-        kept = [k for k in composed.tuned.keys if composed.origins.get(k, "").startswith(place)]
-        over = [k for k in composed.tuned.keys if k not in kept or k.replace(".init_args.", ".") in given]
-        if composed.choice and over:
-            raise UsageError(f"{flags.choice} chose {over[0]}, which may not be set besides; leave it or --choice out")
-        composed.tuned = replace(composed.tuned, keys=tuple(k for k in composed.tuned.keys if k not in over))
+        for key in sorted(composed.choice.values):
+            if composed.origins.get(key) != flags.choice or key.replace(".init_args.", ".") in given:
+                raise UsageError(f"{flags.choice} selected {key}; it cannot be set as well: leave out one of the two")
     return composed
 
 
@@ -350,28 +344,6 @@ def _notice_overrides(
             )
 
 
-def _apply_tuned(composed: Composed, suite: str, task: str, method: str) -> None:
-    """Lay the tuned values of suite, method and task over the config, if there is a table.
-
-    A table is `configs/tuned/<suite>/<method>.yaml`: {selected_on, search, tasks: {task id: {dotted key: value}}}.
-    """
-    path = configs_dir() / "tuned" / suite / f"{method}.yaml"
-    if not path.is_file():
-        return
-    node = read_yaml(path, error=ConfigError)
-    tasks = node.keys(["selected_on", "search", "tasks"], [])["tasks"].mapping()
-    if task not in tasks:
-        return
-    entries = tasks[task].mapping()
-    for key, value in entries.items():
-        layer: Any = value.value
-        for part in reversed(key.split(".")):
-            layer = {part: layer}
-        composed.merge(layer, {key: f"{path}:{value.line}"})
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    composed.tuned = Tuned(f"{suite}/{method}", f"sha256:{digest}", tuple(sorted(entries)))
-
-
 def _apply_choice(composed: Composed, file: str, task: str, method: str) -> None:
     """Lay the values of a frozen choice over the config.
 
@@ -390,4 +362,4 @@ def _apply_choice(composed: Composed, file: str, task: str, method: str) -> None
         for part in reversed(key.split(".")):
             layer = {part: layer}
         composed.merge(layer, {key: file})
-    composed.tuned, composed.choice = choice.tuned(), choice
+    composed.choice, composed.search = choice, choice.summary()

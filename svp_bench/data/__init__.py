@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from svp_bench.data.split_files import ImageList as ImageList
     from svp_bench.data.split_files import read_list as read_list
     from svp_bench.data.synthetic import draw_task as draw_task
-    from svp_bench.data.transforms import resize_straight as resize_straight
+    from svp_bench.data.transforms import resize_squash as resize_squash
 
 _PUBLIC = {
     "READERS": "svp_bench.data.sources",
@@ -38,7 +38,7 @@ _PUBLIC = {
     "locate": "svp_bench.data.locate",
     "open_source": "svp_bench.data.sources",
     "read_list": "svp_bench.data.split_files",
-    "resize_straight": "svp_bench.data.transforms",
+    "resize_squash": "svp_bench.data.transforms",
 }
 
 __all__ = [
@@ -55,7 +55,7 @@ __all__ = [
     "locate",
     "open_source",
     "read_list",
-    "resize_straight",
+    "resize_squash",
 ]
 
 

@@ -116,4 +116,4 @@ def with_fold(
     held = fold_positions(images.keys(), images.labels, task, folds, fold, seed)
     rest = np.setdiff1d(np.arange(len(images)), held)
     parts = {names[0]: Subset(names[0], images, rest), names[1]: Subset(names[1], images, held)}
-    return replace(source, lists={**source.lists, **parts})
+    return replace(source, splits={**source.splits, **parts})

@@ -107,8 +107,8 @@ class VisionDataModule(LightningDataModule):
         seed: Seed of the order of the training images.
         drop_last: Leave a smaller last batch out of an epoch, unless it is the only one.
         image_size: Height and width of the images in pixels, or one number for both; by default the protocol's, else
-            the backbone's. Not a square: with `resize` straight and without crops.
-        resize: How a image is brought to that size: straight (both sides, the aspect ratio is lost) or centre_crop
+            the backbone's. Not a square: with `resize` squash and without crops.
+        resize: How a image is brought to that size: squash (both sides, the aspect ratio is lost) or centre_crop
             (shorter side to image_size / crop_ratio, then the square in the middle); by default the protocol's.
         interpolation: bicubic, bilinear or lanczos; by default the protocol's.
         crop_ratio: Share of the shorter side that centre_crop and the training crop `random` keep; 0.875 by default.
@@ -148,7 +148,7 @@ class VisionDataModule(LightningDataModule):
         class_names: What to call them, in the order of their labels; the data's own names, if any, after `setup`.
         image_size: Height and width of the images in pixels.
         lists: Role ("train", "val", "test") → name of the list that plays it in this stage.
-        lists_read: The source's lists that this stage reads: those of `lists`, or the one that folds divide.
+        splits_read: The source's lists that this stage reads: those of `lists`, or the one that folds divide.
 
     Raises:
         UsageError: If the task, protocol or stage is unknown, or the protocol reads lists that the task has not.
@@ -168,7 +168,7 @@ class VisionDataModule(LightningDataModule):
         seed: int = 0,
         drop_last: bool = False,
         image_size: int | tuple[int, int] | None = None,
-        resize: Literal["straight", "centre_crop"] | None = None,
+        resize: Literal["squash", "centre_crop"] | None = None,
         interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None,
         crop_ratio: float | None = None,
         train_crop: Literal["random", "random_resized"] | None = None,
@@ -197,13 +197,13 @@ class VisionDataModule(LightningDataModule):
             raise unknown_name("stage", stage, self.protocol.stages)
         self.stage = stage
         self.folds, self.fold, self.fold_seed = _folds(stage, folds, fold, fold_seed)
-        self.lists: Mapping[str, str] = self.protocol.splits(stage, self.folds, self.fold, self.fold_seed)
-        self.lists_read: tuple[str, ...] = tuple(self.lists.values())
+        self.splits: Mapping[str, str] = self.protocol.splits(stage, self.folds, self.fold, self.fold_seed)
+        self.splits_read: tuple[str, ...] = tuple(self.splits.values())
         if self.folds is not None:
-            self.lists_read = (self.protocol.stages["final"]["train"],)
-        for name in self.lists_read:
+            self.splits_read = (self.protocol.stages["final"]["train"],)
+        for name in self.splits_read:
             if name not in self.card.counts:
-                role = next((role for role, of in self.lists.items() if of == name), "the folds of stage 'select'")
+                role = next((role for role, of in self.splits.items() if of == name), "the folds of stage 'select'")
                 raise UsageError(
                     f"the protocol {self.protocol.name!r} reads the list {name!r} for {role}, "
                     f"which {self.card.name} lacks; it has: {', '.join(self.card.counts)}"
@@ -287,15 +287,15 @@ class VisionDataModule(LightningDataModule):
             warnings.filterwarnings("ignore", guess)
         if self._source is None:
             source = open_source(self.card, self._root, suite=self.suite, protocol=self.protocol)
-            report = inspect(self.card, source, list(self.lists_read))
+            report = inspect(self.card, source, list(self.splits_read))
             if self.folds is not None:
-                names = self.lists["train"], self.lists["val"]
+                names = self.splits["train"], self.splits["val"]
                 divided = self.card.name, self.folds, self.fold, self.fold_seed
-                source = with_fold(source, self.lists_read[0], names, *divided)
+                source = with_fold(source, self.splits_read[0], names, *divided)
                 parts = {name: len(source.get(name)) for name in names}
                 report = replace(report, counts={**report.counts, **parts})
             if stage == "fit":
-                self._check_batch_size(len(source.get(self.lists["train"])))
+                self._check_batch_size(len(source.get(self.splits["train"])))
             report = self._examine(source, report)
             if report.status == "different":
                 rank_zero_warn(
@@ -307,19 +307,19 @@ class VisionDataModule(LightningDataModule):
             self._source, self._report = source, report
         if stage == "fit":
             self._dataset("train")
-        if stage in ("fit", "validate") and "val" in self.lists:
+        if stage in ("fit", "validate") and "val" in self.splits:
             self._dataset("val")
 
     def _examine(self, source: Source, report: DataReport) -> DataReport:
         """Decode all images of this stage once: check, count and compare them; return the report with what it adds."""
-        names = [*dict.fromkeys(self.lists.values())]
+        names = [*dict.fromkeys(self.splits.values())]
         parts = self._parts_of_refit(source)
         found = {name: examined(source.get(name), rank_zero_info) for name in [*names, *parts]}
         need_readable([(source.get(name), found[name]) for name in names])
         if any(found[name].problems for name in parts):  # of a stage that this one does not need
             parts = []
         depth = Depth.of(*(_largest(found.values(), name) for name in ("largest_whole", "largest_real")))
-        for images in source.lists.values():
+        for images in source.splits.values():
             images.depth = depth
         self._content_digests = {name: content_digest(found[name]) for name in names}
         self.depth = depth
@@ -342,13 +342,13 @@ class VisionDataModule(LightningDataModule):
         """Return the names of train and val if the training split should hold both, and its files are others."""
         select, counts = self.protocol.stages.get("select", {}), self.card.counts
         parts = [select[role] for role in ("train", "val") if role in select]
-        refit = self.lists["train"]
+        refit = self.splits["train"]
         if (
             source.drawn
             or self.stage != "final"
             or len(parts) < 2
             or refit in parts
-            or not {*parts} <= source.lists.keys()
+            or not {*parts} <= source.splits.keys()
         ):
             return []
         if sum(counts.get(name, 0) for name in parts) != counts[refit] and not self.card.as_found:
@@ -369,14 +369,14 @@ class VisionDataModule(LightningDataModule):
             DataError: If own images are in two splits that must be apart, and `allow_overlap` is not set.
         """
         splits = {name: (source.get(name), one) for name, one in found.items()}
-        train = splits[self.lists["train"]]
+        train = splits[self.splits["train"]]
         notes = []
         # A card that pins the digest of the pixels describes these images, also those that it has twice.
         as_pinned = self.card.digest is not None and report.status == "as_card"
         for role in ("val", "test"):
-            if role not in self.lists:
+            if role not in self.splits:
                 continue
-            held = splits[self.lists[role]]
+            held = splits[self.splits[role]]
             if pairs := overlap(held, train):
                 self._image_notes[f"images of {held[0].name} that are also in {train[0].name}"] = len(pairs)
                 text = first_overlap(held, train, pairs)
@@ -400,7 +400,7 @@ class VisionDataModule(LightningDataModule):
         distinguished by their digest instead, and synthetic stand-ins are not compared.
         """
         report = self.report
-        if self.card.suite == "custom" or report.variant == "drawn" or self.folds is not None:
+        if self.card.suite == "custom" or report.variant == "synthetic" or self.folds is not None:
             return
         path = results_root / "content" / f"{self.card.name}.json"
         try:
@@ -432,11 +432,11 @@ class VisionDataModule(LightningDataModule):
         return self._report
 
     @property
-    def test_list_digest(self) -> str | None:
+    def test_split_digest(self) -> str | None:
         """Digest of the test list, after `setup`; None in a stage that does not test."""
-        return self.list_digest("test") if "test" in self.lists else None
+        return self.split_digest("test") if "test" in self.splits else None
 
-    def list_digest(self, role: str) -> str:
+    def split_digest(self, role: str) -> str:
         """Return the digest of the split that plays a role, after `setup`."""
         return self._images(role).digest
 
@@ -447,7 +447,7 @@ class VisionDataModule(LightningDataModule):
     def _images(self, role: str) -> Images:
         if self._source is None:
             raise RuntimeError("the data were not looked at yet; call setup() first")
-        return self._source.get(self.lists[role])
+        return self._source.get(self.splits[role])
 
     def _dataset(self, role: str) -> _Images:
         """Return the images of a role: decoded and kept, unless they are for test, cropped by chance or too many."""
@@ -492,7 +492,7 @@ class VisionDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the loader of val, or in stage "final" an empty list, which Lightning takes for no validation."""
-        if "val" not in self.lists:
+        if "val" not in self.splits:
             return []
         return self._evaluation_loader("val")
 
@@ -502,9 +502,9 @@ class VisionDataModule(LightningDataModule):
         Raises:
             UsageError: If it has none.
         """
-        if "val" not in self.lists:
+        if "val" not in self.splits:
             raise UsageError(
-                f"stage {self.stage!r} has no val list: {self.protocol.name} trains on all of {self.lists['train']!r}; "
+                f"stage {self.stage!r} has no val split: {self.protocol.name} trains on {self.splits['train']!r}; "
                 f"validate with --data.stage select"
             )
 
@@ -514,9 +514,9 @@ class VisionDataModule(LightningDataModule):
         Raises:
             UsageError: If this stage has no test list.
         """
-        if "test" not in self.lists:
+        if "test" not in self.splits:
             raise UsageError(
-                f"stage {self.stage!r} has no test list: hyper-parameters are chosen on {self.lists['val']!r}; "
+                f"stage {self.stage!r} has no test list: hyper-parameters are chosen on {self.splits['val']!r}; "
                 f"test with --data.stage final"
             )
         self._test_unlocked = True
@@ -610,7 +610,7 @@ class VisionDataModule(LightningDataModule):
             shared += " of two images, which mixup and cutmix need"
         if count < least:
             raise ConfigError(
-                f"{self.lists['train']} has {plural(count, 'image')}, fewer than {shared}; use fewer devices "
+                f"{self.splits['train']} has {plural(count, 'image')}, fewer than {shared}; use fewer devices "
                 f"or a smaller --trainer.accumulate_grad_batches"
             )
         if batch_size % parts == 0 and self._last(count, batch_size) >= least:

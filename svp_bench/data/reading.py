@@ -18,8 +18,8 @@ from svp_bench.data.split_files import MAX_SPLIT_BYTES
 from svp_bench.tasks.cards import TaskCard
 
 __all__ = [
-    "DRAWN_MARK",
     "LISTS",
+    "SYNTHETIC_MARK",
     "all_of",
     "any_of",
     "drawn_notes",
@@ -34,7 +34,7 @@ __all__ = [
     "whole_numbers",
 ]
 
-DRAWN_MARK = "DRAWN.txt"  # lies in task folders that hold drawn images, so that no number on them passes for real
+SYNTHETIC_MARK = "SYNTHETIC.txt"  # in task folders of synthetic images, to mark their numbers
 
 LISTS = ("train", "val", "trainval", "test", "refit")  # of the readers of published splits
 _REFITS = ("train", "trainval")
@@ -108,7 +108,7 @@ def list_names(card: TaskCard, options: Mapping[str, Any]) -> str:
 
 def drawn_notes(folder: Path) -> tuple[str, ...]:
     """Return the note about drawn images, if the folder has their mark."""
-    return (f"the images in {folder} are drawn, not real",) if (folder / DRAWN_MARK).exists() else ()
+    return (f"the images in {folder} are drawn, not real",) if (folder / SYNTHETIC_MARK).exists() else ()
 
 
 def all_of(names: Iterable[str]) -> Callable[[Path], bool]:

@@ -26,13 +26,13 @@ from svp_bench.core.registry import Registry
 from svp_bench.data.decode import Decoded, Depth, UnreadableImageError, convert, read_image
 from svp_bench.data.inspection import MISSING, Examined, load_examined, save_examined
 from svp_bench.data.locate import list_file, locate
-from svp_bench.data.reading import DRAWN_MARK, drawn_notes, reader_options
-from svp_bench.data.split_files import ImageList, combined_digest, list_digest, read_list
+from svp_bench.data.reading import SYNTHETIC_MARK, drawn_notes, reader_options
+from svp_bench.data.split_files import ImageList, combined_digest, read_list, split_digest
 from svp_bench.tasks.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
 
 __all__ = [
-    "DRAWN_MARK",
     "READERS",
+    "SYNTHETIC_MARK",
     "ArrayImages",
     "DataReport",
     "FileImages",
@@ -44,12 +44,14 @@ __all__ = [
     "inspect",
     "measured",
     "need_readable",
-    "open_lists",
     "open_source",
+    "open_split_files",
 ]
 
 READERS = Registry("reader")
-READERS.add("lists", "svp_bench.data.sources:open_lists", "a folder of image files and lists of `path label` lines")
+READERS.add(
+    "split_files", "svp_bench.data.sources:open_split_files", "image files and split files of `path label` lines"
+)
 READERS.add(
     "json_split",
     "svp_bench.data.json_split:open_json_split",
@@ -62,7 +64,7 @@ READERS.add(
     "svp_bench.data.class_folders:open_class_folders",
     "own images, a folder for each class",
 )
-READERS.add("drawn", "svp_bench.data.synthetic_tasks:open_drawn", "images drawn anew, the same on every machine")
+READERS.add("synthetic", "svp_bench.data.synthetic_tasks:open_synthetic", "synthetic images, the same on every machine")
 
 Note = Callable[[str], None]
 _WORTH_CACHING = 1000  # images of a split: to decode fewer takes a second or two
@@ -180,7 +182,7 @@ class Source:
 
     Attributes:
         origin: Where they are, for messages.
-        lists: Name → images, for the lists that are there.
+        splits: Name → images, for the splits that exist.
         notes: What sets these data apart from what the card means, beyond what their counts and digest show.
         drawn: Are they a drawn stand-in, not the data set?
         variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
@@ -189,7 +191,7 @@ class Source:
     """
 
     origin: str
-    lists: Mapping[str, Images]
+    splits: Mapping[str, Images]
     notes: tuple[str, ...] = ()
     drawn: bool = False
     variant: str | None = None
@@ -203,9 +205,9 @@ class Source:
             DataError: If it is not there.
         """
         try:
-            return self.lists[name]
+            return self.splits[name]
         except KeyError:
-            has = ", ".join(self.lists) or "none"
+            has = ", ".join(self.splits) or "none"
             raise DataError(
                 f"{self.origin} has no list {name!r} ({name}.txt); it has: {has}; get the data again, whole"
             ) from None
@@ -213,7 +215,7 @@ class Source:
     @property
     def digest(self) -> str:
         """One "sha256:…" over the digests of all lists: the number that a card pins."""
-        return combined_digest({name: images.digest for name, images in self.lists.items()})
+        return combined_digest({name: images.digest for name, images in self.splits.items()})
 
     def checked(self, stages: Mapping[str, Mapping[str, str]]) -> Source:
         """Refuse lists that leak into each other or contradict each other; note images that a list repeats.
@@ -228,7 +230,7 @@ class Source:
         Raises:
             DataError: If lists leak, or a image has two labels; names the first.
         """
-        keys = {name: images.keys() for name, images in self.lists.items()}
+        keys = {name: images.keys() for name, images in self.splits.items()}
         self._need_one_label(keys)
         pairs = [(roles["val"], roles["train"]) for roles in stages.values() if "val" in roles]
         for test in {roles["test"]: None for roles in stages.values() if "test" in roles}:
@@ -241,17 +243,17 @@ class Source:
             first: dict[str, int] = {}
             again = [key for index, key in enumerate(of) if first.setdefault(key, index) != index]
             if again:
-                where = self.lists[name].where(first[again[0]])
-                notes.append(f"{self.lists[name].listing} repeats {plural(len(again), 'image')}, the first is {where}")
+                where = self.splits[name].where(first[again[0]])
+                notes.append(f"{self.splits[name].listing} repeats {plural(len(again), 'image')}, the first is {where}")
         return replace(self, notes=(*self.notes, *notes)) if notes else self
 
     def _need_one_label(self, keys: Mapping[str, Sequence[str]]) -> None:
         seen: dict[str, tuple[int, str]] = {}
-        for name, images in self.lists.items():
+        for name, images in self.splits.items():
             for index, (key, label) in enumerate(zip(keys[name], images.labels.tolist(), strict=True)):
                 before, other = seen.setdefault(key, (label, name))
                 if before != label:
-                    elsewhere = "the same list" if other == name else self.lists[other].listing
+                    elsewhere = "the same list" if other == name else self.splits[other].listing
                     raise DataError(
                         f"{images.listing}: {images.where(index)} has label {label}, in {elsewhere} it has "
                         f"{before}; get the lists again"
@@ -261,7 +263,7 @@ class Source:
         listed = {*keys[other]}
         leaked = [index for index, key in enumerate(keys[apart]) if key in listed]
         if leaked:
-            images, into = self.lists[apart], self.lists[other]
+            images, into = self.splits[apart], self.splits[other]
             raise DataError(
                 f"{images.listing}: {len(leaked)} of its images are also in {into.listing}, which must not see "
                 f"them; the first is {images.where(leaked[0])}; get the lists again"
@@ -273,7 +275,7 @@ class DataReport:
     """How the data found compare with the card.
 
     Attributes:
-        variant: "card", the name of the card's variant whose counts they have, or "drawn" for a drawn stand-in.
+        variant: "card", the name of the card's variant whose counts they have, or "synthetic" for a drawn stand-in.
         status: "as_card" (also for a variant) or "different".
         notes: One line for each difference.
         digest: "sha256:…" over the lists that were named as used: what a record stores, so that a list which a stage
@@ -328,7 +330,7 @@ def measured(card: TaskCard, root: Path | None = None) -> TaskCard:
     source = open_source(card, root)
     if source.class_names is None:
         raise CardError(f"{card.path}:1: the reader {card.reader.kind!r} finds no classes; the card must say them")
-    counts = {name: len(images) for name, images in source.lists.items()}
+    counts = {name: len(images) for name, images in source.splits.items()}
     return replace(card, classes=len(source.class_names), counts=counts)
 
 
@@ -347,7 +349,7 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
     for name in lists:
         if not len(source.get(name)):
             raise DataError(f"{source.origin} has no image for the list {name!r}; get the data again, whole")
-    counts = {name: len(images) for name, images in source.lists.items()}
+    counts = {name: len(images) for name, images in source.splits.items()}
     notes = list(source.notes)
     missing = [name for name in card.counts if name not in counts]
     if missing:
@@ -375,14 +377,14 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
     if same_lists and card.digest is not None and source.digest != card.digest:
         notes.append(f"the digest is {source.digest}, the card says {card.digest}")
     if source.drawn:
-        variant = "drawn"
+        variant = "synthetic"
     return DataReport(variant, "different" if notes else "as_card", tuple(notes), digest, counts)
 
 
 # --- lists of image files ------------------------------------------------------------------------------------------
 
 
-def open_lists(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
+def open_split_files(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     """Read a folder in the form of `vtab-1k`: `<list>.txt` files beside the images that they name.
 
     Raises:
@@ -417,7 +419,7 @@ class FileImages(Images):
         self._listing = listing or str(list_file(folder, name))
         self.paths = images.paths
         self.labels = images.labels
-        self.digest = list_digest(name, images)
+        self.digest = split_digest(name, images)
 
     @property
     def listing(self) -> str:

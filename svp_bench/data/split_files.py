@@ -19,7 +19,7 @@ import numpy.typing as npt
 from svp_bench.core.atomic import read_regular
 from svp_bench.core.errors import DataError, plural
 
-__all__ = ["MAX_SPLIT_BYTES", "ImageList", "combined_digest", "list_digest", "plain_path", "read_list"]
+__all__ = ["MAX_SPLIT_BYTES", "ImageList", "combined_digest", "plain_path", "read_list", "split_digest"]
 
 MAX_SPLIT_BYTES = 256 * 2**20  # of a file that lists the images of a split: some ten million lines
 # Label of at most 18 digits: fits int64, and keeps `int` away from texts that it refuses for their length.
@@ -128,7 +128,7 @@ def plain_path(image: str, where: str) -> str:
     return str(posix)
 
 
-def list_digest(name: str, images: ImageList) -> str:
+def split_digest(name: str, images: ImageList) -> str:
     """Return "sha256:…" over the list's name and its lines, each normalised to `path label`.
 
     Line ends, blank lines, a byte-order mark and the kind and number of blanks before the label do not change it.

@@ -4,13 +4,13 @@ The forms: `vtab-1k` (lists of files), JSON splits, the own files of the data se
 archives that torchvision reads.
 
 The images are learnable: a class sets hue, direction and width of the stripes; noise, brightness, phase, size vary.
-Every folder carries a mark (`DRAWN.txt`), by which records and tables tell its numbers from real ones.
+Every folder carries a mark (`SYNTHETIC.txt`), by which records and tables tell its numbers from real ones.
 
     from pathlib import Path
     from svp_bench.tasks.cards import load_task
     from svp_bench.data import draw_task
 
-    draw_task(load_task("vtab/caltech101"), Path("drawn"), counts={"train800": 40, "val200": 10, "test": 30})
+    draw_task(load_task("vtab/caltech101"), Path("synthetic"), counts={"train800": 40, "val200": 10, "test": 30})
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from PIL import Image
 from svp_bench.core.errors import DataError, UsageError, unknown_name
 from svp_bench.data.locate import list_file
 from svp_bench.data.native import NATIVE_FORMS
-from svp_bench.data.reading import DRAWN_MARK, optional_import
+from svp_bench.data.reading import SYNTHETIC_MARK, optional_import
 from svp_bench.tasks.cards import TaskCard, class_names
 
 __all__ = ["DEFAULT_SIZE", "LAYOUTS", "QUIRKS", "draw_image", "draw_task"]
@@ -102,7 +102,7 @@ def draw_task(
             drawn.mkdir()
             _DRAWERS[card.reader.kind](card, drawn, wanted, size, seed, layout, quirks)
             mark = f"Drawn by svp-bench for {card.name} (seed {seed}): these images are not real data.\n"
-            _write(drawn / DRAWN_MARK, mark)
+            _write(drawn / SYNTHETIC_MARK, mark)
             if target.is_dir():
                 target.rmdir()
             os.replace(drawn, target)
@@ -404,7 +404,7 @@ def _save_all(folder: Path, paths: list[str], images: list[npt.NDArray[np.uint8]
 
 
 _DRAWERS: Mapping[str, Callable[..., None]] = {
-    "lists": _draw_lists,
+    "split_files": _draw_lists,
     "json_split": _draw_split,
     "torchvision": _draw_torchvision,
 }

@@ -25,7 +25,7 @@ from svp_bench.data.reading import reader_options
 from svp_bench.data.sources import ArrayImages, Source
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
-__all__ = ["KINDS", "SIZE", "VERSION", "Kind", "draw_numbered", "open_drawn"]
+__all__ = ["KINDS", "SIZE", "VERSION", "Kind", "draw_numbered", "open_synthetic"]
 
 VERSION = 1  # rises with every change of what is drawn
 SIZE = 64  # pixels a side
@@ -314,7 +314,7 @@ def draw_numbered(kind: str, seed: int, number: int) -> tuple[npt.NDArray[np.uin
     return canvas.finish(), label
 
 
-def open_drawn(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
+def open_synthetic(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     """Draw a task: its `train`, then `val`, then `test`, numbered through; `trainval` is the first two.
 
     Options: `kind` (of `KINDS`), `seed`, `generator` (must be `VERSION`: a card is for one generator). `root` is not
@@ -327,10 +327,10 @@ def open_drawn(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     where = f"{card.path}:1"
     for name in ("kind", "seed", "generator"):
         if name not in options:
-            raise CardError(f"{where}: the reader 'drawn' needs the option {name!r}")
+            raise CardError(f"{where}: the reader 'synthetic' needs the option {name!r}")
     kind, seed = str(options["kind"]), int(options["seed"])
     if kind not in KINDS:
-        raise unknown_name("kind of the reader 'drawn'", kind, KINDS, where=where, error=CardError)
+        raise unknown_name("kind of the reader 'synthetic'", kind, KINDS, where=where, error=CardError)
     if options["generator"] != VERSION:
         raise CardError(f"{where}: the card is for generator {options['generator']}, this is {VERSION}")
     names = KINDS[kind].classes
@@ -340,7 +340,7 @@ def open_drawn(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     for name in counts:
         if name not in ("train", "val", "trainval", "test"):
             allowed = ("train", "val", "trainval", "test")
-            raise unknown_name("list of the reader 'drawn'", name, allowed, where=where, error=CardError)
+            raise unknown_name("list of the reader 'synthetic'", name, allowed, where=where, error=CardError)
     train, val, test = (counts.get(name, 0) for name in ("train", "val", "test"))
     if counts.get("trainval", train + val) != train + val:
         raise CardError(f"{where}: trainval is train and val together, {train + val}, not {counts['trainval']}")

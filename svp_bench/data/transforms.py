@@ -17,14 +17,14 @@ __all__ = [
     "INTERPOLATIONS",
     "RESIZES",
     "View",
-    "resize_straight",
+    "resize_squash",
     "shorter_side",
     "sides",
     "to_array",
     "to_rgb",
 ]
 
-RESIZES = ("straight", "centre_crop")
+RESIZES = ("squash", "centre_crop")
 CROP_RATIO = 0.875  # of timm and torchvision: 224 of 256
 
 # All of Pillow's: they average over the covered area when they shrink (antialiasing), unlike plain tensor resizes.
@@ -49,7 +49,7 @@ def sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def resize_straight(
+def resize_squash(
     image: Image.Image, size: int | tuple[int, int], interpolation: str = "bicubic"
 ) -> npt.NDArray[np.uint8]:
     """Resize both sides, whatever the aspect ratio: no crop loses a part that the label speaks of.
@@ -88,7 +88,7 @@ class View:
 
     Attributes:
         size: Height and width of the result in pixels, or one number for both.
-        resize: `straight`: see `resize_straight`. `centre_crop`: the shorter side is resized to size / crop_ratio, the
+        resize: `squash`: see `resize_squash`. `centre_crop`: the shorter side is resized to size / crop_ratio, the
             aspect ratio kept, and the square in the middle is cut out (torchvision's Resize and CenterCrop).
         interpolation: A name of `INTERPOLATIONS`.
         crop_ratio: Share of the shorter side that a crop keeps.
@@ -99,7 +99,7 @@ class View:
     """
 
     size: int | tuple[int, int]
-    resize: str = "straight"
+    resize: str = "squash"
     interpolation: str = "bicubic"
     crop_ratio: float = CROP_RATIO
 
@@ -124,15 +124,13 @@ class View:
         """
         height, width = self.sides
         if height != width:
-            raise ConfigError(
-                f"{what} makes squares, and the images are {height} x {width}; use --data.resize straight"
-            )
+            raise ConfigError(f"{what} makes squares, and the images are {height} x {width}; use --data.resize squash")
         return height
 
     def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Return the image as uint8 (3, height, width)."""
-        if self.resize == "straight":
-            return resize_straight(image, self.size, self.interpolation)
+        if self.resize == "squash":
+            return resize_squash(image, self.size, self.interpolation)
         from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]  # slow to import
 
         mode = F.InterpolationMode(self.interpolation)

@@ -55,7 +55,7 @@ def departures(
     Args:
         record: The record.
         protocol: Its protocol card; None if that card is not at hand in the record's version.
-        searched: Keys that may differ, because a search or a tuned table set them.
+        searched: Keys that may differ, because a search selected them.
         epochs: Compare the number of epochs too.
     """
     layers: dict[str, Any] = dict(flat(protocol.training)) if protocol is not None else {}
@@ -112,7 +112,7 @@ def row_setting(record: Record) -> dict[str, Any]:
     here as the protocol's epochs; a run of such a task with the protocol's number is of another row. A record does not
     say whether its epochs came from that config or from whoever ran it.
     """
-    setting = setting_config(record.config, record.tuned)
+    setting = setting_config(record.config, record.search)
     own, used = shipped_layer(f"{record.task}.yaml").get(_EPOCHS), record.config.get("trainer", {}).get("max_epochs")
     usual = _epochs(record.protocol, tasks_dirs()) if own is not None else None
     if own is None or usual is None or "max_epochs" not in setting.get("trainer", {}) or not other(own, usual):

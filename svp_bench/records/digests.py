@@ -8,17 +8,15 @@ import json
 import math
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from svp_bench.core.errors import RecordError
 from svp_bench.tasks.cards import ProtocolCard, TaskCard
 
-if TYPE_CHECKING:
-    from svp_bench.records.record import Tuned
-
 __all__ = [
     "CELL_EXCLUDED",
     "SETTING_EXCLUDED",
+    "SelectedKeys",
     "canonical_digest",
     "card_digest",
     "cell_config",
@@ -87,6 +85,18 @@ SETTING_EXCLUDED: Mapping[str, str] = {
 """Config keys that are, further, not part of a table row."""
 
 
+class SelectedKeys(Protocol):
+    """The part of a `SearchSummary` that a setting depends on."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Dotted keys of the selected values."""
+
+    @property
+    def declaration(self) -> str:
+        """Digest of the search declaration."""
+
+
 def cell_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return `config` without the keys of `CELL_EXCLUDED`: without seed, paths, device and logging.
 
@@ -96,14 +106,14 @@ def cell_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return _without(config, CELL_EXCLUDED)
 
 
-def setting_config(config: Mapping[str, Any], tuned: Tuned | None = None) -> dict[str, Any]:
-    """Return `cell_config(config)` without the task and what a tuned table set for it: what a table row has in common.
+def setting_config(config: Mapping[str, Any], search: SelectedKeys | None = None) -> dict[str, Any]:
+    """Return `cell_config(config)` without the task and the values that a search selected: the common part of a row.
 
-    The digest of the tuned table takes the place of its values, as the key "tuned".
+    The digest of the search's declaration takes the place of the selected values, as the key "search".
     """
-    excluded = {*CELL_EXCLUDED, *SETTING_EXCLUDED, *(tuned.keys if tuned else ())}
+    excluded = {*CELL_EXCLUDED, *SETTING_EXCLUDED, *(search.keys if search else ())}
     setting = _without(config, excluded)
-    return {**setting, "tuned": tuned.digest} if tuned else setting
+    return {**setting, "search": search.declaration} if search else setting
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -115,9 +125,9 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return canonical_digest(cell_config(config))
 
 
-def setting_digest(config: Mapping[str, Any], tuned: Tuned | None = None) -> str:
-    """Return "sha256:..." of `setting_config(config, tuned)`; see `config_digest`."""
-    return canonical_digest(setting_config(config, tuned))
+def setting_digest(config: Mapping[str, Any], search: SelectedKeys | None = None) -> str:
+    """Return "sha256:..." of `setting_config(config, search)`; see `config_digest`."""
+    return canonical_digest(setting_config(config, search))
 
 
 def canonical_digest(value: Any) -> str:

@@ -22,9 +22,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from msgspec import Meta
 
 from svp_bench.core.errors import RecordError
+from svp_bench.core.validate import Count, Digest, Finite, Positive, Text
 from svp_bench.records.bits import pack_bits
 from svp_bench.records.digests import canonical_digest, plain
 
@@ -45,13 +48,12 @@ __all__ = [
     "Parameters",
     "PerClass",
     "Record",
-    "Search",
-    "Tuned",
+    "SearchSummary",
     "new_run_id",
     "timestamp",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 KINDS = ("final", "selection")
 STATUSES = ("complete", "unscored", "truncated", "failed", "interrupted")
 DATA_STATUSES = ("as_card", "different")
@@ -59,70 +61,59 @@ ENCODING = "base64+packbits"
 CREATED = "%Y-%m-%dT%H:%M:%S+00:00"
 METHOD = re.compile(r"[a-z][a-z0-9_]*")
 
+_RunId = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="a name of letters, digits, '-' and '_'")
+]
+_Task = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]*/[a-z0-9][a-z0-9_-]*$", description="'<suite>/<task>'")]
+_Kind = Annotated[str, Meta(pattern=rf"^({'|'.join(KINDS)})$", description=f"one of {', '.join(KINDS)}")]
+_Status = Annotated[str, Meta(pattern=rf"^({'|'.join(STATUSES)})$", description=f"one of {', '.join(STATUSES)}")]
+_DataStatus = Annotated[
+    str, Meta(pattern=rf"^({'|'.join(DATA_STATUSES)})$", description=f"one of {', '.join(DATA_STATUSES)}")
+]
+_Encoding = Annotated[str, Meta(pattern=rf"^{re.escape(ENCODING)}$", description=f"one of {ENCODING}")]
+_Method = Annotated[str, Meta(pattern=rf"^{METHOD.pattern}$", description="a method's name")]
+
 
 @dataclass(frozen=True)
-class Search:
-    """The search, on val, that chose a run's tuned values.
+class SearchSummary:
+    """The search, on val, that selected some values of a run.
 
     Attributes:
         name: Name of the search declaration, e.g. "default".
         sampler: "grid", "random" or "tpe".
-        budget: K: settings that each method might try on each task. The same for every method.
+        budget: K: settings that each method may try on each task, the same for every method.
         trials: Settings that were tried for this method and task, and have a score.
-        selected_on: The list that chose, e.g. "val200".
-        choice: Digest of the frozen choice, with its trials and the reason.
-        tried: Settings that were tried, with those that failed; like all below None (left out of the JSON) in records
-            of older searches.
-        nested: Whether each final seed has a search of its own, with its own training seed and folds, so that the
-            spread over the final seeds holds the noise of the choice; without folds, that of the training seed alone.
-        folds: Parts of the labelled images that were held out in turn; 0 if val chose.
-        at_edge: "model.learning_rate = 0.1 (largest tried)", for each axis that ends where the best setting lies.
-        ties: Settings with the best accuracy, the chosen one among them or not.
+        selected_on: The split that selected, e.g. "val200".
+        declaration: Digest of the search declaration.
+        selected_config: Digest of the file of the selected config, with its trials and the reason.
+        keys: Dotted config keys that were selected; their values may differ between the tasks of one table row.
+        tried: Settings that were tried, including those that failed. Like all below None (left out of the JSON) in
+            records of older searches.
+        nested: Whether each final seed has its own search, with its own training seed and folds, so the spread over
+            seeds includes the noise of the selection; without folds, that of the training seed only.
+        folds: Parts of the labelled images that were held out in turn; 0 if val selected.
+        at_edge: "model.learning_rate = 0.1 (largest tried)", for each axis that ends where the best setting is.
+        ties: Settings with the best accuracy, including the selected one if it is one of them.
     """
 
-    name: str
+    name: Text
     sampler: str
-    budget: int
-    trials: int
+    budget: Positive
+    trials: Positive
     selected_on: str
-    choice: str
-    tried: int | None = None
-    nested: bool | None = None
-    folds: int | None = None
-    at_edge: tuple[str, ...] | None = None
-    ties: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what is known as plain JSON values."""
-        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {key: plain(value, f"tuned.search.{key}") for key, value in known.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The tuned table that a run took values from.
-
-    Attributes:
-        table: The table's name, e.g. "vtab/svp".
-        digest: "sha256:..." of the table's file; of the search's declaration, if a search chose the values.
-        keys: Dotted config keys whose values came from it; they may differ between the tasks of one table row.
-        search: The search that chose them; None (left out of the JSON) for a table made otherwise.
-    """
-
-    table: str
-    digest: str
+    declaration: Digest
+    selected_config: Digest
     keys: tuple[str, ...]
-    search: Search | None = None
-
-    @property
-    def nested(self) -> bool:
-        """Whether each seed has a search of its own, so that the seeds of one cell may differ in the tuned values."""
-        return self.search is not None and bool(self.search.nested)
+    tried: Positive | None = None
+    nested: bool | None = None
+    folds: Count | None = None
+    at_edge: tuple[str, ...] | None = None
+    ties: Positive | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        data: dict[str, Any] = {"table": self.table, "digest": self.digest, "keys": list(self.keys)}
-        return {**data, "search": self.search.to_json()} if self.search else data
+        """Return the known values as plain JSON values."""
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: plain(value, f"search.{key}") for key, value in known.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -134,8 +125,8 @@ class PerClass:
         count: Images of the class; 0 if the list has none.
     """
 
-    correct: tuple[int, ...]
-    count: tuple[int, ...]
+    correct: tuple[Count, ...]
+    count: tuple[Count, ...]
 
 
 @dataclass(frozen=True)
@@ -156,14 +147,14 @@ class Metrics:
         per_class: Right and all images of each class.
     """
 
-    top1: float
-    loss: float
-    correct: int
-    count: int
-    top5: float | None = None
-    balanced_accuracy: float | None = None
-    nll: float | None = None
-    ece: float | None = None
+    top1: Finite
+    loss: Finite
+    correct: Count
+    count: Positive
+    top5: Finite | None = None
+    balanced_accuracy: Finite | None = None
+    nll: Finite | None = None
+    ece: Finite | None = None
     per_class: PerClass | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -186,20 +177,20 @@ class Correct:
         encoding: "base64+packbits": see `pack_bits`.
         count: Images in the list.
         bits: The packed bits.
-        list: Name of the list, e.g. "test".
-        list_digest: "sha256:..." of the list.
+        split: Name of the split, e.g. "test".
+        split_digest: "sha256:..." of the split.
     """
 
-    encoding: str
-    count: int
-    bits: str
-    list: str
-    list_digest: str
+    encoding: _Encoding
+    count: Positive
+    bits: Text
+    split: Text
+    split_digest: Digest
 
     @classmethod
-    def of(cls, right: NDArray[np.bool_], list_name: str, list_digest: str) -> Correct:
+    def of(cls, right: NDArray[np.bool_], list_name: str, split_digest: str) -> Correct:
         """Pack `right`, shape (images,), in the order of the list `list_name`."""
-        return cls(ENCODING, int(right.size), pack_bits(right), list_name, list_digest)
+        return cls(ENCODING, int(right.size), pack_bits(right), list_name, split_digest)
 
 
 @dataclass(frozen=True)
@@ -213,10 +204,10 @@ class Parameters:
         total: All of the model, frozen ones included.
     """
 
-    trainable: int
-    head: int
-    adapter: int
-    total: int
+    trainable: Count
+    head: Count
+    adapter: Count
+    total: Count
 
 
 @dataclass(frozen=True)
@@ -224,7 +215,7 @@ class Record:
     """One run. The field names are the JSON keys; digests are "sha256:" and 64 hexadecimal digits.
 
     Attributes:
-        schema: 1.
+        schema: 2.
         run_id: See `new_run_id`; also the name of the file.
         created: UTC, "2026-01-31T12:00:00+00:00" (`timestamp`).
         task: "vtab/caltech101".
@@ -243,8 +234,8 @@ class Record:
         protocol: Name of the protocol card.
         protocol_version: Its version.
         stage: "final" or "select".
-        lists: Role → list, e.g. {"train": "train800val200", "test": "test"}.
-        data_variant: "card", the name of a variant on the card, or "drawn" (a stand-in, not the data set).
+        splits: Role → split, e.g. {"train": "train800val200", "test": "test"}.
+        data_variant: "card", the name of a variant on the card, or "synthetic" (a stand-in, not the data set).
         data_status: "as_card", or "different" if count or digest differ from the card.
         data_notes: What differs, a line each.
         data_digest: Digest of the lists on disk that this stage reads; null if a run failed or was stopped before it
@@ -252,13 +243,13 @@ class Record:
         seed: The one seed of the run.
         config: The resolved config.
         config_digest: `config_digest(config)`.
-        setting_digest: `setting_digest(config, tuned)`.
-        tuned: The tuned table used, or null.
+        setting_digest: `setting_digest(config, search)`.
+        search: The search that selected some of the values, or null.
         package_version: Of svp-bench.
         commit: Commit of the checkout, or null.
         dirty: Were code, cards or configs changed since that commit? null if unknown.
         libraries: Name → version.
-        scan_backend: The backend of the selective scan that ran.
+        scan_backend: The backend of the selective scan that ran; null for a backbone without one.
         scan_reason: Why `auto` chose it, or null.
         device: The device's name.
         device_count: Processes that trained.
@@ -284,63 +275,66 @@ class Record:
         content_digests: Split → digest of the decoded pixels of its images.
         card_digests: `card_digest` of the run's "task" and "protocol" card.
         val_correct: Of a selection record: one bit a val image, which a search compares settings by.
+        migrated_from: Of a record that was written with an older schema: {"schema": "1", "config_digest": …,
+            "setting_digest": …}, its digests of that time. The run id holds the first digits of the latter.
     """
 
     schema: int
-    run_id: str
-    created: str
-    task: str
-    task_version: int
-    suite: str
-    kind: str
-    status: str
-    status_reason: str | None
-    method: str
+    run_id: _RunId
+    created: Text
+    task: _Task
+    task_version: Positive
+    suite: Text
+    kind: _Kind
+    status: _Status
+    status_reason: Text | None
+    method: _Method
     method_args: Mapping[str, Any]
-    backbone: str
-    checkpoint: str
-    checkpoint_digest: str | None
-    protocol: str
-    protocol_version: int
-    stage: str
-    lists: Mapping[str, str]
-    data_variant: str
-    data_status: str
+    backbone: Text
+    checkpoint: Text
+    checkpoint_digest: Digest | None
+    protocol: Text
+    protocol_version: Positive
+    stage: Text
+    splits: Mapping[str, str]
+    data_variant: Text
+    data_status: _DataStatus
     data_notes: Sequence[str]
-    data_digest: str | None
+    data_digest: Digest | None
     seed: int
     config: Mapping[str, Any]
-    config_digest: str
-    setting_digest: str
-    tuned: Tuned | None
-    package_version: str
-    commit: str | None
+    config_digest: Digest
+    setting_digest: Digest
+    search: SearchSummary | None
+    package_version: Text
+    commit: Text | None
     dirty: bool | None
     libraries: Mapping[str, str]
-    scan_backend: str
-    scan_reason: str | None
-    device: str
-    device_count: int
-    precision: str
+    scan_backend: Text | None
+    scan_reason: Text | None
+    device: Text
+    device_count: Positive
+    precision: Text
     metrics: Metrics | None
     correct: Correct | None
     parameters: Parameters
-    times: Mapping[str, float]
-    epochs: int
-    images_per_second: float | None
-    peak_memory_mib: float | None
-    checkpoint_file: str | None
-    weights_digest: str | None = None
+    times: Mapping[str, Finite]
+    epochs: Count
+    images_per_second: Finite | None
+    peak_memory_mib: Finite | None
+    checkpoint_file: Text | None
+    weights_digest: Digest | None = None
     checkpoint_load: Mapping[str, Sequence[str]] | None = None
-    method_source: Mapping[str, str] | None = None
-    package_digest: str | None = None
-    cpu: str | None = None
+    method_source: Mapping[str, Digest] | None = None
+    package_digest: Digest | None = None
+    cpu: Text | None = None
     external_classes: Sequence[str] | None = None
     not_comparable: Sequence[str] | None = None
-    image_notes: Mapping[str, int] | None = None
-    content_digests: Mapping[str, str] | None = None
-    card_digests: Mapping[str, str] | None = None
+    image_notes: Mapping[str, Positive] | None = None
+    content_digests: Mapping[str, Digest] | None = None
+    card_digests: Mapping[str, Digest] | None = None
     val_correct: Correct | None = None
+    migrated_from: Mapping[str, Text] | None = None
 
     @property
     def source_digest(self) -> str:
@@ -360,7 +354,7 @@ class Record:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            if isinstance(value, (Metrics, Tuned)):
+            if isinstance(value, (Metrics, SearchSummary)):
                 data[field.name] = value.to_json()
             elif isinstance(value, (Correct, Parameters)):
                 inner = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
@@ -372,18 +366,6 @@ class Record:
         if self.metrics is None:
             data["metrics"] = {}
         return data
-
-    @classmethod
-    def from_json(cls, data: Any, where: str = "record") -> Record:
-        """Check `data` against the schema and return the record.
-
-        Raises:
-            RecordError: On an unknown or missing key, a wrong type or value, another schema, or facts that contradict
-                each other. The text begins with `where` and names the key.
-        """
-        from svp_bench.records.schema import parse
-
-        return parse(data, where)
 
     def text(self) -> str:
         """Return the file's text."""

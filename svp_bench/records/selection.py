@@ -26,7 +26,7 @@ from typing import Any
 from svp_bench.core.errors import RecordError, UsageError, plural, unknown_name
 from svp_bench.records.bits import count_ones, unpack_bits
 from svp_bench.records.digests import canonical_digest, plain
-from svp_bench.records.record import Search, Tuned
+from svp_bench.records.record import SearchSummary
 from svp_bench.records.store import read_json, read_record, write_atomically
 from svp_bench.stats.inference import one_standard_error
 
@@ -205,26 +205,23 @@ class Choice:
         """Return "sha256:..." of the file's text."""
         return "sha256:" + hashlib.sha256(self.text().encode()).hexdigest()
 
-    def tuned(self) -> Tuned:
-        """Return what the record of a run with this choice says of it."""
+    def summary(self) -> SearchSummary:
+        """Return the summary for the record of a run with this selected config."""
         new = self.version >= RULE_VERSION
-        return Tuned(
-            table=f"{self.task.split('/')[0]}/{self.method}",
-            digest=self.search_digest,
+        return SearchSummary(
+            name=str(self.search["name"]),
+            sampler=str(self.search["sampler"]),
+            budget=int(self.search["budget"]),
+            trials=self.completed,
+            selected_on=self.selected_on,
+            declaration=self.search_digest,
+            selected_config=self.digest,
             keys=tuple(sorted(self.values)),
-            search=Search(
-                name=str(self.search["name"]),
-                sampler=str(self.search["sampler"]),
-                budget=int(self.search["budget"]),
-                trials=self.completed,
-                selected_on=self.selected_on,
-                choice=self.digest,
-                tried=len(self.trials) if new else None,
-                nested=self.nested if new else None,
-                folds=self.folds if new else None,
-                at_edge=self.at_edge if new else None,
-                ties=self.ties if new else None,
-            ),
+            tried=len(self.trials) if new else None,
+            nested=self.nested if new else None,
+            folds=self.folds if new else None,
+            at_edge=self.at_edge if new else None,
+            ties=self.ties if new else None,
         )
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Any
 from svp_bench.core.atomic import read_regular, replacing
 from svp_bench.core.errors import RecordError, printable
 from svp_bench.records.record import Record
+from svp_bench.records.schema import parse_record
 
 __all__ = [
     "Problem",
@@ -146,7 +147,7 @@ def continue_record(record: Record, results_root: Path | str) -> Path:
 
 def _checked_text(record: Record) -> str:
     text = record.text()
-    Record.from_json(json.loads(text), f"record of {record.task} ({record.run_id})")
+    parse_record(json.loads(text), f"record of {record.task} ({record.run_id})")
     return text
 
 
@@ -160,7 +161,7 @@ def read_record(path: Path | str) -> Record:
 
 
 def _read(path: Path, where: str) -> Record:
-    return Record.from_json(read_json(path, where), where)
+    return parse_record(read_json(path, where), where)
 
 
 def read_json(path: Path, where: str) -> Any:

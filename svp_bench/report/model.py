@@ -344,7 +344,7 @@ class RecordPool:
         record = self.records[place]
         facts = {key: value for key, value in record.to_json().items() if key not in _IN_THE_FILE}
         facts["metrics"] = {key: value for key, value in facts["metrics"].items() if key != "per_class"}
-        split = {} if record.correct is None else {"list_digest": record.correct.list_digest}
+        split = {} if record.correct is None else {"split_digest": record.correct.split_digest}
         return {"run_id": record.run_id, "path": self.path(place), **facts, "track": track_of(record).words, **split}
 
 

@@ -161,7 +161,7 @@
     kind: "Kind", status: "Status", status_reason: "Reason", created: "Created", metrics: "Metrics", track: "Track", backbone: "Backbone",
     checkpoint: "Checkpoint", checkpoint_digest: "Digest of the weights", protocol: "Protocol", protocol_version: "Protocol version", stage: "Stage", lists: "Splits",
     data_variant: "Data variant", data_status: "Data", data_notes: "Data differ in", data_digest: "Digest of the splits",
-    list_digest: "Digest of the test split", config_digest: "Digest of the config", setting_digest: "Digest of the setting", tuned: "Search",
+    split_digest: "Digest of the test split", config_digest: "Digest of the config", setting_digest: "Digest of the setting", search: "Search",
     package_version: "svp-bench", commit: "Commit", dirty: "Uncommitted changes", libraries: "Libraries", scan_backend: "Scan backend",
     scan_reason: "Reason for the backend", device: "Device", device_count: "Processes", precision: "Precision", parameters: "Parameters",
     times: "Times", epochs: "Epochs", images_per_second: "Training images/s", peak_memory_mib: "Peak memory, MiB", checkpoint_file: "Checkpoint file", cpu: "Processor", threads: "CPU threads",

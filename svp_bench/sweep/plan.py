@@ -360,7 +360,7 @@ class _Speed:
         for record in records:
             if record.status != "complete" or not record.epochs or "train_seconds" not in record.times:
                 continue
-            images = _images(record.task, record.lists.get("train"))
+            images = _images(record.task, record.splits.get("train"))
             if images:
                 seconds = record.times["train_seconds"] / (record.epochs * images)
                 self._train[record.backbone, record.method].append(seconds)

@@ -200,7 +200,7 @@ class Runner:
             module = VisionDataModule(**data)
             root = Path(data["root"]) if data.get("root") else None
             source = open_source(module.card, root, suite=module.suite)
-            self._data[key] = inspect(module.card, source, list(module.lists_read))
+            self._data[key] = inspect(module.card, source, list(module.splits_read))
         return self._data[key]
 
     def plan(self, search: Search, resolved: Resolved, seed: int = 0) -> Plan:
@@ -274,7 +274,7 @@ class Runner:
             def same(config: Mapping[str, Any]) -> bool:  # another sweep over these runs may have had other weights
                 return (
                     config.get("model", {}).get("checkpoint") == weights
-                    and setting_digest(config, resolved.tuned) == digest
+                    and setting_digest(config, resolved.search) == digest
                 )
 
             unfinished = find_run(folder, records, resolved.seed, same, resolved.sources)
@@ -316,7 +316,7 @@ class Runner:
             top1=metrics.top1 if metrics else None,
             count=metrics.count if metrics else None,
             trainable=record.parameters.trainable,
-            selected_on=record.lists.get("val" if selection else "test"),
+            selected_on=record.splits.get("val" if selection else "test"),
             loss=metrics.loss if metrics else None,
             right=record.val_correct.bits if record.val_correct else None,
             images=images,
@@ -331,7 +331,7 @@ class Runner:
         key = (resolved.task, *(data.get(name) for name in ("root", "protocol", "folds", "fold", "fold_seed")))
         if key not in self._folds:
             module = VisionDataModule(**data)
-            (name,) = module.lists_read
+            (name,) = module.splits_read
             images = open_source(module.card, Path(data["root"]) if data.get("root") else None).get(name)
             held = fold_positions(
                 images.keys(), images.labels, resolved.task, data["folds"], module.fold, module.fold_seed

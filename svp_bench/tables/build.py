@@ -174,7 +174,7 @@ def _cell_key(record: Record) -> tuple[str, str, str]:
 
     The seeds of a nested search are one cell, though each has the setting that its own search selected.
     """
-    nested = record.tuned is not None and record.tuned.nested
+    nested = record.search is not None and record.search.nested
     setting = record.setting_digest if nested else record.config_digest
     return record.data_variant, record.data_digest or "", setting + record.source_digest
 
@@ -269,7 +269,7 @@ def _departures(
     for task in suite.tasks:
         if task in cells:
             run = cells[task].records[0]
-            searched = run.tuned.keys if run.tuned is not None else ()
+            searched = run.search.keys if run.search is not None else ()
             for text in departure_texts(departures(run, protocol, searched, epochs=True)):
                 found[text].append(task)
     return {text: tuple(found[text]) for text in sorted(found)}

@@ -202,7 +202,7 @@ def shared_bits(ours: Cell, theirs: Cell) -> dict[int, tuple[NDArray[np.bool_], 
     found = {}
     for run in ours.records:
         mine, other = run.correct, others.get(run.seed)
-        if mine is None or other is None or (mine.list_digest, mine.count) != (other.list_digest, other.count):
+        if mine is None or other is None or (mine.split_digest, mine.count) != (other.split_digest, other.count):
             continue
         found[run.seed] = (unpack_bits(mine.bits, mine.count), unpack_bits(other.bits, other.count))
     return found

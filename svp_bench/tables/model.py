@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CARD",
-    "DRAWN",
     "PROVENANCE",
+    "SYNTHETIC",
     "Cell",
     "Comparison",
     "Contrast",
@@ -38,7 +38,7 @@ __all__ = [
 CARD = "card"
 """The data variant that follows the task card itself."""
 
-DRAWN = "drawn"
+SYNTHETIC = "synthetic"
 """The data variant of drawn images."""
 
 
@@ -47,13 +47,13 @@ class Track:
     """How the settings of a row's runs were come by. Rows of different tracks are never in one ranking.
 
     Attributes:
-        kind: "default" (the record names no search and no table), "searched" (by a declared search on val), or "tuned"
+        kind: "default" (the record names no search) or "searched" (by a declared search on val)
             (from a table of values that says no search).
         name: Of the search or the table; "" for the default track.
         budget: K of the search: settings that each method might try on each task; else 0.
         sampler: Of the search; else "".
         selected_on: The split that chose, e.g. "val200", or its folds; it may differ between tasks. Else "".
-        digest: Of the search's declaration, or of the table; else "".
+        digest: Of the search's declaration; else "".
     """
 
     kind: str
@@ -65,10 +65,8 @@ class Track:
 
     @property
     def title(self) -> str:
-        """Two or three words: "default", "searched (default, K = 12)", "tuned (vtab/svp)"."""
-        if self.kind == "searched":
-            return f"searched ({self.name}, K = {self.budget})"
-        return f"tuned ({self.name})" if self.kind == "tuned" else "default"
+        """Two or three words: "default" or "searched (default, K = 12)"."""
+        return f"searched ({self.name}, K = {self.budget})" if self.kind == "searched" else "default"
 
     @property
     def words(self) -> str:
@@ -79,21 +77,16 @@ class Track:
                 f"({self.sampler}), chosen on "
                 f"{self.selected_on}"
             )
-        if self.kind == "tuned":
-            return f"tuned: values of the table {self.name}, which records no search; its budget is unknown"
         # A record cannot prove when or why a value was fixed, so no track claims it; `Row.departures` shows what it can
-        return "default: no search and no tuned table is recorded"
+        return "default: no search is recorded"
 
 
 def track_of(record: Record) -> Track:
     """Return the track of a record."""
-    tuned = record.tuned
-    if tuned is None:
+    search = record.search
+    if search is None:
         return Track("default")
-    if tuned.search is None:
-        return Track("tuned", tuned.table, digest=tuned.digest)
-    search = tuned.search
-    return Track("searched", search.name, search.budget, search.sampler, search.selected_on, tuned.digest)
+    return Track("searched", search.name, search.budget, search.sampler, search.selected_on, search.declaration)
 
 
 PROVENANCE: Mapping[str, Callable[[Record], Hashable]] = {
@@ -114,7 +107,7 @@ class Cell:
     Attributes:
         task: Full name.
         task_version: Version of its card.
-        variant: Data variant: "card", a variant's name, or "drawn".
+        variant: Data variant: "card", a variant's name, or "synthetic".
         data_digest: Of the lists that the runs read.
         config_digest: Of the runs' config.
         mean: Mean accuracy in percent.
@@ -140,7 +133,7 @@ class Cell:
     @property
     def drawn(self) -> bool:
         """Are the data a drawn stand-in?"""
-        return self.variant == DRAWN
+        return self.variant == SYNTHETIC
 
     @property
     def mixed(self) -> tuple[str, ...]:
@@ -211,7 +204,7 @@ class Row:
         label: The name, with what tells its settings apart if there are several.
         setting_digest: `row_digest` of its records.
         cells: Task → the cell that is shown; a hole has no entry.
-        apart: Further cells, on other data (or with other tuned values) of tasks that have a cell; they stand in the
+        apart: Further cells, on other data (or another selected config) of tasks that have a cell; they are in the
             long CSV and in a line each below the table.
         groups: Group → mean of its tasks, None if one of them is a hole.
         task_mean: Mean over all tasks, or None.
@@ -219,7 +212,7 @@ class Row:
         intervals: Of these means.
         rank: 1 is best; None for incomplete rows, for rows with a drawn cell, and for random weights.
         departures: "model.learning_rate 0.123, not 0.001" → the tasks whose runs depart so from the shipped settings
-            (protocol card, task, recipe); what a search or a tuned table set is no departure.
+            (protocol card, task, recipe); values that a search selected are not departures.
         shipped: Is there a shipped recipe of the method to compare with?
     """
 
@@ -261,12 +254,7 @@ class Row:
     @property
     def trials(self) -> tuple[int, int] | None:
         """Smallest and largest number of settings that were tried for a cell; None outside the searched tracks."""
-        counts = [
-            run.tuned.search.trials
-            for cell in self.cells.values()
-            for run in cell.records
-            if run.tuned is not None and run.tuned.search is not None
-        ]
+        counts = [run.search.trials for cell in self.cells.values() for run in cell.records if run.search is not None]
         return (min(counts), max(counts)) if counts else None
 
 

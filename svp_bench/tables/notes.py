@@ -553,7 +553,7 @@ def choice_notes(section: Section) -> list[str]:
 def _search_notes(section: Section) -> list[str]:
     """Say whether intervals hold the noise of the choice, which trials failed, and which grids end at the best."""
     runs = [run for row in section.rows for cell in row.cells.values() for run in cell.records]
-    searches = [(run, run.tuned.search) for run in runs if run.tuned is not None and run.tuned.search is not None]
+    searches = [(run, run.search) for run in runs if run.search is not None]
     if not searches:
         return []
     notes = []
@@ -599,7 +599,7 @@ def data_notes(section: Section, suite: SuiteCard) -> list[str]:
             shown = row.cells[cell.task]
             same = (cell.variant, cell.data_digest) == (shown.variant, shown.data_digest)
             kind = "a drawn stand-in" if cell.drawn else f"other data, variant {cell.variant}"
-            where = "with another config" if same else f"on {kind} (lists {short_value(cell.data_digest)})"
+            where = "with another config" if same else f"on {kind} (splits {short_value(cell.data_digest)})"
             notes.append(
                 f"{short_name(cell.task)}, {row.label}: also {cell.mean:.2f} ({plural(len(cell.seeds), 'seed')}) "
                 f"{where}; in the long CSV only."

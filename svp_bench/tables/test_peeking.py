@@ -29,11 +29,12 @@ from svp_bench.core.errors import RecordError, plural, printable, unknown_name
 from svp_bench.records.defaults import row_digest
 from svp_bench.records.digests import plain
 from svp_bench.records.record import Record
+from svp_bench.records.schema import parse_record
 from svp_bench.records.store import Problem, read_json, write_atomically
 from svp_bench.stats.inference import FEWEST_SOURCES, Estimate, Tax, mean_over_new_tasks, tax, within
 from svp_bench.tables.comparison import sources_of
 from svp_bench.tables.labels import custom_data, custom_name, row_labels
-from svp_bench.tables.model import CARD, DRAWN, track_of
+from svp_bench.tables.model import CARD, SYNTHETIC, track_of
 from svp_bench.tables.notes import DIGITS, interval, percent, short_name, signed, span
 from svp_bench.tables.render_csv import csv_lines
 from svp_bench.tables.render_text import escape_markdown
@@ -134,10 +135,10 @@ class Replication:
                 raise RecordError(f"{where}: the key {key!r} is missing")
         if data["status"] not in STATUSES:
             raise RecordError(f"{where}: 'status' must be one of {', '.join(STATUSES)}, not {data['status']!r}")
-        run = Record.from_json(
+        run = parse_record(
             {
                 **{key: data[key] for key in shared if key in data},
-                "schema": 1,
+                "schema": 2,
                 "kind": "final",
                 "metrics": {},
                 "correct": None,
@@ -169,8 +170,8 @@ def _checked(replication: Replication, data: Mapping[str, Any], where: str) -> R
     for key in ("best_test", "best_epoch", "final"):
         if data[key] != getattr(replication, key):
             raise RecordError(f"{where}: {key!r} is {data[key]!r}, and its epochs give {getattr(replication, key)!r}")
-    if run.stage != "final" or set(run.lists) != {"train", "test"}:
-        raise RecordError(f"{where}: 'stage' and 'lists' are not those of a final run")
+    if run.stage != "final" or set(run.splits) != {"train", "test"}:
+        raise RecordError(f"{where}: 'stage' and 'splits' are not those of a final run")
     planned = run.config.get("trainer", {}).get("max_epochs")
     if replication.complete and (length != run.epochs or length != planned):
         raise RecordError(
@@ -268,7 +269,7 @@ class _Cell:
 
     @property
     def mark(self) -> str:
-        if self.first.data_variant == DRAWN:
+        if self.first.data_variant == SYNTHETIC:
             return "§"
         return ("†" if self.first.data_status == "different" else "") + ("‡" if self.first.data_variant != CARD else "")
 
@@ -440,7 +441,7 @@ def _row(suite: SuiteCard, label: str, replications: Iterable[Replication]) -> _
 
     def shown_first(cell: _Cell) -> tuple[Any, ...]:
         run = cell.first
-        odd = (run.data_variant == DRAWN, run.data_status == "different", run.data_variant != CARD)
+        odd = (run.data_variant == SYNTHETIC, run.data_status == "different", run.data_variant != CARD)
         return suite.tasks.index(cell.task), *odd, -len(cell.seeds), _cell_key(run)
 
     cells: dict[str, _Cell] = {}

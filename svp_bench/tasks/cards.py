@@ -48,7 +48,7 @@ class ReaderSpec:
     """How the images and lists of a task are read.
 
     Attributes:
-        kind: A name of the reader registry of `svp_bench.data`: "lists" (text files of "path label" lines),
+        kind: A name of the reader registry of `svp_bench.data`: "split_files" (text files of "path label" lines),
             "json_split", "torchvision" or "digits".
         options: Arguments of that reader, e.g. {"per_class": 5}; mostly empty.
     """
@@ -69,7 +69,7 @@ class TaskCard:
         classes: Number of classes; labels run from 0 to classes - 1. 0 if it is as found (`as_found`).
         counts: Name of each list → its number of images; empty if they are as found.
         folder: Folder of the task below the data root.
-        source: Address of the data set's home page, "drawn" if code draws its images, or "your own".
+        source: Address of the data set's home page, "synthetic" if code draws its images, or "your own".
         licence: Terms of the data in a few words.
         citation: Key in `references.bib`.
         digest: "sha256:<64 hex digits>" over all lists as first seen, or None while unseen. With the reader `lists`, of
@@ -182,7 +182,7 @@ class ProtocolCard:
         title: One line for people.
         image_size: Height and width of the model's input in pixels; None ("backbone" on the card) for the size that the
             backbone was trained with.
-        resize: "straight": both sides to `image_size`, the aspect ratio is not kept; "centre_crop": the shorter side to
+        resize: "squash": both sides to `image_size`, the aspect ratio is not kept; "centre_crop": the shorter side to
             `image_size` / 0.875, then the square in the middle.
         interpolation: "bicubic" (Pillow's, which averages when it shrinks).
         augmentation: "none".
@@ -442,7 +442,7 @@ def _stems(folder: Path) -> list[str]:
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # one component: no slash, no leading dot
-_SOURCE = re.compile(r"https?://\S+|drawn|your own")
+_SOURCE = re.compile(r"https?://\S+|synthetic|your own")
 _BACKBONE = "backbone"  # in the place of a protocol's image_size
 _FOUND = "found"  # in the place of classes and counts
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -450,7 +450,7 @@ _CITATION = re.compile(r"[A-Za-z][A-Za-z0-9:_.+-]*")
 
 # The only ones that the transforms know. A card that promised another would be a false statement about its numbers.
 _CHOICES = {
-    "resize": ["straight", "centre_crop"],
+    "resize": ["squash", "centre_crop"],
     "interpolation": ["bicubic"],
     "augmentation": ["none"],
     "normalisation": ["backbone"],
@@ -514,7 +514,7 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
         classes=0 if found else keys["classes"].positive(),
         counts=counts,
         folder=keys["folder"].text(_FILE, "a single folder name"),
-        source=keys["source"].text(_SOURCE, "an address that begins with http:// or https://, drawn, or your own"),
+        source=keys["source"].text(_SOURCE, "an address that begins with http:// or https://, synthetic, or your own"),
         licence=keys["licence"].text(),
         citation=keys["citation"].text(_CITATION, "a key of references.bib"),
         digest=None if keys["digest"].value is None else keys["digest"].text(_DIGEST, "null or sha256:<64 hex digits>"),

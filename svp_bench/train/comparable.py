@@ -348,7 +348,7 @@ _RECIPE = (
     *("warmup_start_factor", "warmup_learning_rate", "min_learning_rate", "whole_cosine", "schedule_interval"),
     *("cooldown_epochs", "label_smoothing", "frozen_mode", "ema_decay", "ema_evaluate"),
 )
-_DATA = ("batch_size", "seed", "drop_last", "repeats", "random_erasing", "mixing", "augment", "view", "lists", "stage")
+_DATA = ("batch_size", "seed", "drop_last", "repeats", "random_erasing", "mixing", "augment", "view", "splits", "stage")
 _TRAINER = ("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")
 
 

@@ -35,7 +35,7 @@ from svp_bench.ops import BACKENDS
 from svp_bench.records.code import class_paths, source_files
 from svp_bench.records.defaults import clipped_warmup
 from svp_bench.records.digests import card_digest, cell_config, config_digest, flat, setting_digest
-from svp_bench.records.record import Tuned
+from svp_bench.records.record import SearchSummary
 from svp_bench.records.selection import context_of
 from svp_bench.tasks.cards import ProtocolCard, load_protocol, load_suite, load_task
 from svp_bench.train.logging import quiet
@@ -82,7 +82,7 @@ class Resolved:
     Attributes:
         config: The resolved config.
         method: The method's name.
-        tuned: The tuned table or frozen choice it takes values from, or None.
+        search: The search that selected some of its values, or None.
         seed: The run's seed.
         results_root: Where records go.
         runs_root: Where logs and checkpoints go.
@@ -93,7 +93,7 @@ class Resolved:
 
     config: dict[str, Any]
     method: str
-    tuned: Tuned | None
+    search: SearchSummary | None
     seed: int
     results_root: Path
     runs_root: Path
@@ -114,7 +114,7 @@ class Resolved:
     @property
     def setting_digest(self) -> str:
         """Of the table row."""
-        return setting_digest(self.config, self.tuned)
+        return setting_digest(self.config, self.search)
 
 
 def make_importable(flags: Flags) -> None:
@@ -484,7 +484,7 @@ class ConfigCLI(LightningCLI):
         return Resolved(
             config=plain,
             method=_method_name(str(plain["model"]["method"]["class_path"])),
-            tuned=self.composed.tuned,
+            search=self.composed.search,
             seed=int(config.seed_everything),
             results_root=Path(config.results_root),
             runs_root=Path(config.runs_root),

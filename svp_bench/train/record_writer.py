@@ -16,7 +16,7 @@ from svp_bench.data.module import VisionDataModule
 from svp_bench.methods.build import trained_parameters
 from svp_bench.ops import BackendChoice
 from svp_bench.records.code import package_digest
-from svp_bench.records.record import Correct, Metrics, Parameters, Record, timestamp
+from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, timestamp
 from svp_bench.train.callbacks import Meter, peak_memory_mib
 from svp_bench.train.comparable import RecipeWatch, external_classes
 from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
@@ -104,20 +104,20 @@ class Recorder:
             SvpBenchError: If some image was not scored once.
         """
         evaluation = self._of_the_whole_list("test", self.model.tested)
-        digest = self.data.test_list_digest
+        digest = self.data.test_split_digest
         assert digest is not None
-        return evaluation.for_record(), Correct.of(evaluation.right, self.data.lists["test"], digest)
+        return evaluation.for_record(), Correct.of(evaluation.right, self.data.splits["test"], digest)
 
     def selection_scores(self) -> tuple[Metrics | None, Correct | None]:
         """Return the scores on val after the last epoch, and one bit an image, which a search compares settings by."""
         if self.model.validated is None:
             return None, None
         evaluation = self._of_the_whole_list("val", self.model.validated)
-        bits = Correct.of(evaluation.right, self.data.lists["val"], self.data.list_digest("val"))
+        bits = Correct.of(evaluation.right, self.data.splits["val"], self.data.split_digest("val"))
         return evaluation.for_record(), bits
 
     def _of_the_whole_list(self, role: str, evaluation: Evaluation | None) -> Evaluation:
-        expected = self.data.report.counts[self.data.lists[role]]
+        expected = self.data.report.counts[self.data.splits[role]]
         index = torch.empty(0) if evaluation is None else evaluation.scores.index
         if evaluation is None or not torch.equal(index, torch.arange(expected)):
             raise SvpBenchError(
@@ -157,7 +157,7 @@ class Recorder:
         peak = self.meter.peak_mib
         source = str(model.checkpoint)
         return Record(
-            schema=1,
+            schema=SCHEMA,
             run_id=self.run_id,
             created=timestamp(),
             task=data.card.name,
@@ -174,7 +174,7 @@ class Recorder:
             protocol=data.protocol.name,
             protocol_version=data.protocol.version,
             stage=data.stage,
-            lists=dict(data.lists),
+            splits=dict(data.splits),
             data_variant=data.report.variant if looked else "card",
             data_status=data.report.status if looked else "as_card",
             data_notes=list(data.report.notes) if looked else [],
@@ -183,7 +183,7 @@ class Recorder:
             config=resolved.config,
             config_digest=resolved.config_digest,
             setting_digest=resolved.setting_digest,
-            tuned=resolved.tuned,
+            search=resolved.search,
             package_version=__version__,
             commit=self.commit,
             dirty=self.dirty,

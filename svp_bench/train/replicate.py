@@ -156,7 +156,7 @@ class _ReplicationCLI(BenchCLI):
         done = Replication(dataclasses.replace(facts, times=times), curve.count, tuple(curve.top1))
         path = write_replication(done, self.config[self.command].results_root)
         print(
-            f"top-1 on {done.run.lists['test']} ({plural(done.count, 'image')}): {done.final:.2f} % after the "
+            f"top-1 on {done.run.splits['test']} ({plural(done.count, 'image')}): {done.final:.2f} % after the "
             "last epoch, "
             f"{done.best_test:.2f} % after the best (epoch {done.best_epoch} of {len(done.test_top1)})\n"
             f"Test-peek tax: picking the epoch on the test list claims {done.tax:.2f} points more\n"

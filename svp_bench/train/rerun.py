@@ -133,7 +133,7 @@ class _RerunCLI(BenchCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check settings and data against the record."""
-        self.composed.tuned = self.repeated.tuned  # its values are all in the config; where they came from is not
+        self.composed.search = self.repeated.search  # its values are all in the config; where they came from is not
         super().before_instantiate_classes()
         self._need_same_cell()
         data = VisionDataModule(**self.config[self.command].data.as_dict())
@@ -155,15 +155,15 @@ class _RerunCLI(BenchCLI):
 
     def _need_lists(self, data: VisionDataModule) -> None:
         record = self.repeated
-        if dict(data.lists) != dict(record.lists):
+        if dict(data.splits) != dict(record.splits):
             raise ConfigError(
-                f"the protocol {record.protocol} at hand (version {data.protocol.version}) reads {dict(data.lists)}, "
-                f"the record's (version {record.protocol_version}) {dict(record.lists)}; rerun it with the version "
+                f"the protocol {record.protocol} at hand (version {data.protocol.version}) reads {dict(data.splits)}, "
+                f"the record's (version {record.protocol_version}) {dict(record.splits)}; rerun it with the version "
                 f"that made it, {record.package_version}{_at(record.commit)}"
             )
         root = self.config[self.command].data.root
         source = open_source(data.card, Path(root) if root else None, suite=data.suite)
-        digest = inspect(data.card, source, list(data.lists_read)).digest
+        digest = inspect(data.card, source, list(data.splits_read)).digest
         if digest != record.data_digest:
             raise DataError(
                 f"{source.origin} has other lists of {record.task} ({_short(digest)}) than the run read "
@@ -278,7 +278,7 @@ def _compare(old: Record, new: Record) -> int:
         return 1
     role = "test" if old.kind == "final" else "val"
     before, after = old.metrics, new.metrics
-    name = old.lists[role]
+    name = old.splits[role]
     print(
         f"  record     top-1 {before.top1:.2f} % on {name} ({before.correct} of {before.count}), loss {before.loss!r}"
     )

@@ -206,7 +206,7 @@ class Start:
         data = self._data
         root = self._config["data"].get("root")
         source = open_source(data.card, Path(root) if root else None, suite=data.suite, protocol=data.protocol)
-        digest = inspect(data.card, source, list(data.lists_read)).digest
+        digest = inspect(data.card, source, list(data.splits_read)).digest
         return digest, data.card.version, data.protocol.name, data.protocol.version
 
     @staticmethod

@@ -149,7 +149,7 @@ class BenchCLI(ConfigCLI):
         self.changed_cards = changed_cards(self.settings.read) if self.commit else []
         self.dirty = True if self.changed_cards else self.dirty
         data = VisionDataModule(**config.data.as_dict())  # cheap: reads cards only
-        if data.card.reader.kind == "lists":
+        if data.card.reader.kind == "split_files":
             locate(data.card, data.suite, Path(config.data.root) if config.data.root else None)
         if self.command == "validate":
             data.require_val()
@@ -161,12 +161,12 @@ class BenchCLI(ConfigCLI):
             refuse_unwritable(self.run_dir, "--runs_root")
 
     def _name_run(self, config: Namespace, data: VisionDataModule) -> None:
-        digest, tuned = self.settings.setting_digest, self.settings.tuned
+        digest, search = self.settings.setting_digest, self.settings.search
         runs, records = Path(config.runs_root) / data.card.name, Path(config.results_root) / "records" / data.card.name
         resume = self.command == "fit" and bool(config.get("resume"))
 
-        def same_setting(other: Mapping[str, Any]) -> bool:  # tuned values are not part of the setting's digest
-            return setting_digest(other, tuned) == digest and config_digest(other) == self.settings.config_digest
+        def same_setting(other: Mapping[str, Any]) -> bool:  # selected values are not part of the setting's digest
+            return setting_digest(other, search) == digest and config_digest(other) == self.settings.config_digest
 
         start = Start(self.settings.config, data)
 
@@ -422,7 +422,7 @@ class BenchCLI(ConfigCLI):
     @rank_zero_only
     def _complete(self, old: Record, where: Path) -> None:
         metrics, correct = self.recorder.scores()
-        print(describe(metrics, old.lists["test"]))
+        print(describe(metrics, old.splits["test"]))
         if old.status != "unscored":
             same = "the same" if old.metrics and old.metrics.correct == metrics.correct else "another number"
             print(f"The record {where} has its score already ({same}); it is not changed.")
@@ -482,7 +482,7 @@ class BenchCLI(ConfigCLI):
         print(
             f"{self.run_id}\n"
             f"  task       {data.card.name} v{data.card.version}, stage {data.stage} "
-            f"({', '.join(f'{role} on {name}' for role, name in data.lists.items())})\n"
+            f"({', '.join(f'{role} on {name}' for role, name in data.splits.items())})\n"
             f"  backbone   {model.backbone_name}, {weights}, scan backend {choice.name} ({choice.reason})\n"
             f"{f'  loaded     {loaded}{chr(10)}' if loaded else ''}"
             f"  images     {height}x{width} pixels\n"
@@ -517,7 +517,7 @@ class BenchCLI(ConfigCLI):
         path = (continue_record if again else write_record)(record, self.config[self.command].results_root)
         role = "test" if record.kind == "final" else "val"
         if record.metrics is not None:
-            print(describe(record.metrics, record.lists[role]), flush=True)
+            print(describe(record.metrics, record.splits[role]), flush=True)
         print(f"Record ({status}): {path}", flush=True)
         if record.not_comparable:
             print(f"Not comparable, tables leave it out: {'; '.join(record.not_comparable)}", flush=True)

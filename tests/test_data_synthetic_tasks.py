@@ -19,7 +19,7 @@ from svp_bench.data.sources import Source, open_source
 from svp_bench.data.synthetic_tasks import KINDS, SIZE, draw_numbered
 from svp_bench.tasks.cards import ReaderSpec, load_suite, load_task
 
-TASKS = [name for name in load_suite("demo").tasks if load_task(name).reader.kind == "drawn"]
+TASKS = [name for name in load_suite("demo").tasks if load_task(name).reader.kind == "synthetic"]
 MANY = 96  # images of a kind that are measured
 
 
@@ -126,7 +126,7 @@ def opened(task: str = "demo/size", **changes: object) -> Source:
     card = load_task(task)
     options = {**card.reader.options, **changes.pop("options", {})}  # type: ignore[dict-item]
     options = {key: value for key, value in options.items() if value is not None}
-    return open_source(replace(card, reader=ReaderSpec("drawn", options), **changes), suite=load_suite("demo"))  # type: ignore[arg-type]
+    return open_source(replace(card, reader=ReaderSpec("synthetic", options), **changes), suite=load_suite("demo"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -134,16 +134,16 @@ def test_the_shipped_cards_are_true(task: str) -> None:
     source = open_source(load_task(task))
     card = load_task(task)
     assert source.digest == card.digest  # the same bytes on every machine
-    assert {name: len(images) for name, images in source.lists.items()} == dict(card.counts)
+    assert {name: len(images) for name, images in source.splits.items()} == dict(card.counts)
     assert source.class_names == KINDS[str(card.reader.options["kind"])].classes
-    for images in source.lists.values():
+    for images in source.splits.values():
         counts = np.bincount(images.labels, minlength=card.classes)
         assert counts.max() - counts.min() <= 2  # every class is there, in equal parts
 
 
 def test_lists_share_no_image_and_trainval_is_both() -> None:
     source = opened()
-    of = {name: [images.load(i).tobytes() for i in range(len(images))] for name, images in source.lists.items()}
+    of = {name: [images.load(i).tobytes() for i in range(len(images))] for name, images in source.splits.items()}
     assert of["trainval"] == of["train"] + of["val"]
     assert not set(of["trainval"]) & set(of["test"])
     assert source.get("test").where(0) == "image 300"
@@ -156,14 +156,14 @@ def test_another_seed_draws_other_images() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"options": {"kind": "sizes"}}, "unknown kind of the reader 'drawn' 'sizes'; did you mean 'size'"),
-        ({"options": {"kind": None}}, "the reader 'drawn' needs the option 'kind'"),
-        ({"options": {"seed": None}}, "the reader 'drawn' needs the option 'seed'"),
+        ({"options": {"kind": "sizes"}}, "unknown kind of the reader 'synthetic' 'sizes'; did you mean 'size'"),
+        ({"options": {"kind": None}}, "the reader 'synthetic' needs the option 'kind'"),
+        ({"options": {"seed": None}}, "the reader 'synthetic' needs the option 'seed'"),
         ({"options": {"generator": 2}}, "the card is for generator 2, this is 1"),
-        ({"options": {"seeds": 2}}, "unknown option of the reader 'drawn' 'seeds'; did you mean 'seed'"),
+        ({"options": {"seeds": 2}}, "unknown option of the reader 'synthetic' 'seeds'; did you mean 'seed'"),
         ({"options": {"seed": "zero"}}, "seed"),
         ({"classes": 5}, "'size' has 4 classes, the card says 5"),
-        ({"counts": {"train": 4, "tests": 4}}, "unknown list of the reader 'drawn' 'tests'; did you mean 'test'"),
+        ({"counts": {"train": 4, "tests": 4}}, "unknown list of the reader 'synthetic' 'tests'; did you mean 'test'"),
         ({"counts": {"train": 4, "val": 4, "trainval": 9}}, "trainval is train and val together, 8, not 9"),
     ],
 )
