@@ -214,7 +214,7 @@ def test_edited_bits_losses_and_files_are_seen(tmp_path: Path) -> None:
     path = nested_search(tmp_path / "file")
     (choice,) = (tmp_path / "file" / "choices").rglob("*.json")
     choice.write_text(choice.read_text(encoding="utf-8").replace("11:00:00", "10:59:00"), encoding="utf-8")
-    assert any("selection: the choice of" in text for text in failures(path))
+    assert any("the selected_config of the" in text for text in failures(path))
     path = nested_search(tmp_path / "score")
     edited(record_path_of(path, 3e-3), metrics__loss=0.8)
     assert any(": loss is " in text for text in failures(path))

@@ -133,7 +133,7 @@ def test_it_is_no_record_and_no_table_counts_it(both: SimpleNamespace, monkeypat
     assert problems == []
     copy = Path("results/records") / TASK / both.path.name
     copy.write_text(both.path.read_text(), encoding="utf-8")
-    reason = "is no record but a replication, its best epoch picked on the test list: no table of results takes it"
+    reason = "is not a record but a replication, with its best epoch chosen on test; tables refuse it"
     try:
         assert f"{copy.relative_to('results').as_posix()}: {reason}" in " ".join(run("table").out.split())
         (one,) = audit([copy]).audits
@@ -182,7 +182,7 @@ def test_no_other_module_knows_the_class_that_lends_the_test_list() -> None:
     naming = {path.name for path in package.rglob("*.py") if "_LendsTest" in path.read_text(encoding="utf-8")}
     assert naming == {"replicate.py"}
     callers = {path.name for path in package.rglob("*.py") if "train.replicate" in path.read_text(encoding="utf-8")}
-    assert callers == {"proof.py"}
+    assert callers == {"reproduce.py"}
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_errors_come_before_torch_and_help_says_what_it_does(place: Path) -> Non
     assert "no task" in assert_error(command("replicate"), 2)
     outcome = command("replicate", "--help")
     assert outcome.status == 0
-    assert "reads the test list after every epoch" in outcome.out
+    assert "reads the test split after every epoch" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_replication_comes_back_and_is_never_overwritten(tmp_path: Path) -> No
         ("status", "unscored", "'status' must be one of complete, truncated"),
         ("splits", {"train": "train800", "val": "val200"}, "'stage' and 'splits' are not those of a final run"),
         ("epochs", 2, "a complete replication has a score for each epoch"),
-        ("seed", "zero", "'seed' must be an integer"),
+        ("seed", "zero", "'seed' must be int"),
         ("config_digest", WEIGHTS, "'config_digest' does not belong to the config"),
     ],
 )

@@ -47,7 +47,7 @@ def from_schema_1(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif key == "tuned":
             new["search"] = _search(tuned)
         elif key in ("correct", "val_correct") and isinstance(value, Mapping):
-            renamed = {"list": "split", "split_digest": "split_digest"}
+            renamed = {"list": "split", "list_digest": "split_digest"}
             new[key] = {renamed.get(name, name): item for name, item in value.items()}
         elif key == "config" and isinstance(value, Mapping):
             new[key] = migrate_config(value)
