@@ -78,7 +78,7 @@ def test_data_draw_is_light_and_draws(tmp_path: Path) -> None:
     status, heavy, out = fresh("data", "draw", "vtab/svhn", "--root", "synthetic", cwd=tmp_path)
     assert (status, heavy) == (0, [])
     assert "Wrote synthetic images for vtab/svhn" in out
-    assert (tmp_path / "drawn/svhn/SYNTHETIC.txt").is_file()
+    assert (tmp_path / "synthetic/svhn/SYNTHETIC.txt").is_file()
     assert command("data", "check", "vtab/svhn", "--root", str(tmp_path / "synthetic")).status == 0
 
 

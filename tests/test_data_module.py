@@ -194,7 +194,7 @@ def test_stage_final_has_no_val_loader(root: Path) -> None:
     assert data.val_dataloader() == []
     with pytest.raises(
         UsageError,
-        match=r"stage 'final' has no val list: vtab-final trains on all of 'train800val200'; validate with",
+        match=r"stage 'final' has no val split: vtab-final trains on 'train800val200'; validate with",
     ):
         data.require_val()
 

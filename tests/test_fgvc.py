@@ -206,7 +206,7 @@ def test_no_data_names_all_places_and_what_to_get(tmp_path: Path) -> None:
 
 def test_images_in_none_of_the_roots(tmp_path: Path) -> None:
     folder = draw(tmp_path)
-    (folder / "images").rename(folder / "images")
+    (folder / "images").rename(folder / "photos")
     with pytest.raises(
         DataError, match=r"train\.json: its images are in none of .+/images, .+/Images, .+CUB_200_2011 "
     ):

@@ -113,7 +113,7 @@ def test_the_record_is_valid_and_in_its_place(scored: SimpleNamespace) -> None:
 def test_the_record_says_what_was_run(scored: SimpleNamespace) -> None:
     record, config = scored.record, scored.record["config"]
     expected = {
-        "schema": 1,
+        "schema": 2,
         "task": TASK,
         "suite": "vtab",
         "task_version": 1,
@@ -166,7 +166,7 @@ def test_the_digests_of_lists_are_those_of_the_files(scored: SimpleNamespace) ->
         text = (scored.place / "data/cifar" / f"{name}.txt").read_text()
         return "sha256:" + hashlib.sha256(f"{name}\n{text}".encode()).hexdigest()
 
-    assert scored.record["correct"]["list"] == "test"
+    assert scored.record["correct"]["split"] == "test"
     assert scored.record["correct"]["split_digest"] == digest("test")
     names = sorted(["train800val200", "test"])
     together = "".join(f"{name} {digest(name)}\n" for name in names)
@@ -338,7 +338,7 @@ def test_stage_select_trains_on_train_and_scores_val(place: Path, monkeypatch: p
     assert shown
     assert float(shown.group(1)) == pytest.approx(metrics["loss"])
     line_ = assert_error(command(*line("--ckpt_path", checkpoint, subcommand="validate")), 2)
-    assert "stage 'final' has no val list: vtab-final trains on all of 'train800val200'" in line_
+    assert "stage 'final' has no val split: vtab-final trains on 'train800val200'" in line_
 
 
 def test_a_selection_without_a_last_score_is_truncated(place: Path) -> None:
