@@ -26,6 +26,7 @@ from svp_bench.records.bits import count_ones
 from svp_bench.records.code import package_digest_at
 from svp_bench.records.defaults import departure_texts, departures, recipe, shipped_layer
 from svp_bench.records.digests import flat
+from svp_bench.records.record import Record
 from svp_bench.records.store import record_path
 
 _STAGES = {"final": ("final", ("train", "test")), "selection": ("select", ("train", "val"))}
@@ -207,17 +208,17 @@ def check_images(case: Case) -> Iterator[Line]:
         problems.append(f"scores of {plural(scored or 0, 'class')}, and the card has {card.classes}")
     if metrics.top5 is not None and not _is_count(metrics.top5 * metrics.count / 100, metrics.count):
         problems.append(f"top5 {metrics.top5} % of {images} is not a whole number of images")
-    key = (record.task, record.data_digest, record.stage)
     for other in case.stored if correct is not None else ():
-        theirs = other.correct
-        same = (
-            correct and theirs and (other.task, other.data_digest, other.stage, theirs.split) == (*key, correct.split)
-        )
-        if same and correct and theirs and theirs.split_digest != correct.split_digest:
+        same = _scored_split(other) == _scored_split(record)
+        if same and other.correct and correct and other.correct.split_digest != correct.split_digest:
             problems.append(f"{other.run_id} read the same splits, and has another digest of {correct.split}")
     digest = f" ({short(correct.split_digest)})" if correct is not None else ""
     classes = "classes as found" if card.as_found else plural(card.classes or 0, "class")
     yield from verdicts(problems, f"{metrics.count} images of {name}{digest}, {classes}")
+
+
+def _scored_split(record: Record) -> tuple[str, str, str, str | None]:
+    return record.task, record.data_digest, record.stage, record.correct and record.correct.split
 
 
 def _is_count(number: float, count: int) -> bool:

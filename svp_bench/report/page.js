@@ -159,14 +159,14 @@
   const TITLES = {
     run_id: "Run", path: "Record", task: "Task", task_version: "Card version", method: "Method", method_args: "Arguments", seed: "Seed",
     kind: "Kind", status: "Status", status_reason: "Reason", created: "Created", metrics: "Metrics", track: "Track", backbone: "Backbone",
-    checkpoint: "Checkpoint", checkpoint_digest: "Digest of the weights", protocol: "Protocol", protocol_version: "Protocol version", stage: "Stage", lists: "Splits",
+    checkpoint: "Checkpoint", checkpoint_digest: "Digest of the weights", protocol: "Protocol", protocol_version: "Protocol version", stage: "Stage", splits: "Splits",
     data_variant: "Data variant", data_status: "Data", data_notes: "Data differ in", data_digest: "Digest of the splits",
     split_digest: "Digest of the test split", config_digest: "Digest of the config", setting_digest: "Digest of the setting", search: "Search",
     package_version: "svp-bench", commit: "Commit", dirty: "Uncommitted changes", libraries: "Libraries", scan_backend: "Scan backend",
     scan_reason: "Reason for the backend", device: "Device", device_count: "Processes", precision: "Precision", parameters: "Parameters",
     times: "Times", epochs: "Epochs", images_per_second: "Training images/s", peak_memory_mib: "Peak memory, MiB", checkpoint_file: "Checkpoint file", cpu: "Processor", threads: "CPU threads",
     package_digest: "Digest of the package", weights_digest: "Digest of the final weights", checkpoint_load: "Changes while loading", card_digests: "Digests of the cards",
-    method_source: "Digests of the method files", image_notes: "Skipped or converted images", external_classes: "Classes from outside", not_comparable: "Not comparable because",
+    method_source: "Digests of the method files", image_notes: "Skipped or converted images", external_classes: "Classes from outside", not_comparable: "Not comparable because", migrated_from: "Digests before the migration",
   };
 
   function words(value) {
