@@ -334,7 +334,7 @@ def test_merging_where_there_is_nothing_to_fold_or_no_way() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"targets": "X"}, r"lora: targets must be a list such as \[X, out_proj\], not the text 'X'"),
+        ({"targets": "X"}, r"lora: targets must be a list such as \[embed, in_proj\], not the text 'X'"),
         ({"targets": ["x_prj"]}, r"unknown target of lora 'x_prj'; did you mean 'x_proj'\?"),
         ({"targets": ["X", 3]}, "unknown target of lora '3'"),
         ({"targets": []}, "lora: targets must be distinct, and at least one of embed, in_proj, X"),

@@ -20,7 +20,7 @@ from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_model, trained_parameters
 from svp_bench.methods.svp import SVP
-from svp_bench.methods.vpt import POSITIONS, VPTDeep, VPTShallow, prompt_places
+from svp_bench.methods.vpt import POSITIONS, VPTDeep, VPTShallow, prompt_positions
 from svp_bench.models import TokenState, VisionMamba
 
 
@@ -279,7 +279,7 @@ def test_vpt_on_other_grids(sizes: dict[str, Any], position: Any) -> None:
 )
 def test_where_prompts_stand(position: str, length: int, expected: str) -> None:
     """Five tokens a, b, C (the class token), d, e, and prompts 1, 2, …"""
-    places = prompt_places(position, length, 5, 2)
+    places = prompt_positions(position, length, 5, 2)
     tokens, prompts = list("edCba"), [str(k) for k in range(length, 0, -1)]
     written = "".join(prompts.pop() if k in places else tokens.pop() for k in range(5 + length))
     assert written == expected
@@ -291,7 +291,7 @@ def test_where_prompts_stand(position: str, length: int, expected: str) -> None:
     position=st.sampled_from(POSITIONS), length=st.integers(1, 40), tokens=st.integers(2, 30), at=st.floats(0, 0.999)
 )
 def test_prompts_never_collide_and_spread_evenly(position: str, length: int, tokens: int, at: float) -> None:
-    places = prompt_places(position, length, tokens, int(at * tokens))
+    places = prompt_positions(position, length, tokens, int(at * tokens))
     assert len(set(places)) == length
     assert places[0] >= 0
     assert places[-1] < tokens + length
@@ -340,7 +340,7 @@ def test_what_survives_of_an_older_prompt(position: Any, mode: Any) -> None:
     model.points.on_tokens(lambda _, state: states.append(state) or state)  # type: ignore[func-returns-value]
     model(reference_vim.make_images(2, 3, 48, 64))
     prompts = model.get_parameter("adapter.prompts")
-    places = prompt_places(position, 3, 13, 6)
+    places = prompt_positions(position, 3, 13, 6)
     others = [k for k in range(16) if k not in places]
     for layer in (1, 2):
         hidden, residual = states[layer].hidden, states[layer].residual

@@ -1,7 +1,7 @@
 """The adaptation methods by name. Importing this package imports no torch; `METHODS.get(name)` loads one.
 
-A method of your own needs no entry here: point `class_path` of a method file at it and pass the file to `--method`, or
-let your package offer the entry point `svp_bench.methods`.
+A custom method needs no entry here: name it as `class_path` in a method file and pass the file to `--method`, or
+declare the entry point `svp_bench.methods` in your package.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svp_bench.core.errors import ConfigError
-from svp_bench.methods.base import Method
+from svp_bench.methods.base import Method, check_setting
 from svp_bench.models import VisionMamba
 
 __all__ = ["ACTIVATIONS", "Adapter"]
@@ -27,24 +26,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Adapter(Method):
     """A sequential bottleneck on the output of each mixer: y + s · (U act(D y + d) + u).
 
-    The adapter of Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, arXiv:1902.00751, which
-    stands behind a sublayer and before its output is added to the residual stream; a Vim block has one sublayer, its
-    mixer. The last block has one too, for the class token: only that token is read behind the last mixer. U and u start
-    at zero.
+    Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, arXiv:1902.00751: after a sublayer and
+    before its output is added to the residual stream; a Vim block has one sublayer, its mixer. The last block has an
+    adapter too, for the class token. U and u start at zero.
 
-    SVP's inner prompt before block i ≥ 1 is a bottleneck in the same place, behind the mixer of block i - 1. It differs
-    in the activation (after U, not inside), in scales per channel, in leaving out the class token, in having one before
-    block 0 and none behind the last block: a control for what "prompting" adds to "adapting".
+    A control for SVP's inner prompt, which before block i ≥ 1 is a bottleneck at the same position. The prompt differs
+    in the activation (after U), in scales per channel, in excluding the class token, and in having one before block 0
+    and none after the last block.
 
-    Trained parameters besides the head, for depth L, width D, hidden width h: L (2 D h + h + D), and one block less
-    without the class token. On Vim-S at h = 64 that is 1,190,400; SVP's inner path at the same width has D more a block
-    (1,199,616), and no width comes nearer.
+    Trained parameters without the head, for depth L, width D, hidden width h: L (2 D h + h + D), with L - 1 blocks
+    without the class token. On Vim-S at h = 64: 1,190,400; SVP's inner path has D more per block (1,199,616).
 
     Args:
         hidden_dim: Width h of the bottleneck.
         activation: Inside the bottleneck.
-        scale: s, multiplies what is added.
-        include_cls: Adapt the class token too. Without it the last block has no adapter, which nothing would read.
+        scale: s, multiplies the update.
+        include_cls: Adapt the class token too. Without it the last block has no adapter.
     """
 
     identity_at_start = True
@@ -56,12 +53,9 @@ class Adapter(Method):
         scale: float = 0.1,
         include_cls: bool = True,
     ) -> None:
-        if hidden_dim < 1:
-            raise ConfigError(f"adapter: hidden_dim must be at least 1, not {hidden_dim}")
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f"adapter: activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-        if not 0 < scale < math.inf:
-            raise ConfigError(f"adapter: scale must be above 0, not {scale}")
+        check_setting("adapter", "hidden_dim", hidden_dim, 1)
+        check_setting("adapter", "activation", activation, [*ACTIVATIONS])
+        check_setting("adapter", "scale", scale, "positive")
         self.hidden_dim = hidden_dim
         self.activation = activation
         self.scale = scale
@@ -71,9 +65,9 @@ class Adapter(Method):
         return range(model.depth if self.include_cls else model.depth - 1)
 
     def attach(self, model: VisionMamba) -> None:
-        """Build `adapter.{layer}` and put it behind out_proj, the last step of the mixer."""
+        """Build `adapter.{layer}` and register it after out_proj, the last step of the mixer."""
         if not self._layers(model):
-            raise ConfigError("adapter: a model of one block needs include_cls true; nothing would read the others")
+            raise ConfigError("adapter: a model of one block needs include_cls true; its other tokens are not read")
         adapter = nn.ModuleDict()
         excluded = None if self.include_cls else model.cls_index
         for layer in self._layers(model):

@@ -1,8 +1,9 @@
-"""What a method is: what it adds to the backbone, what trains, and what it promises."""
+"""The base class of the methods, and checks of their settings."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,32 +12,32 @@ import torch
 from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.models import VisionMamba
 
-__all__ = ["Method", "chosen_blocks"]
+__all__ = ["Method", "check_names", "check_setting", "selected_blocks"]
 
 
 class Method:
-    """A way to adapt a backbone. Subclass it, state the promises, build the adapter in `attach`.
+    """Base class of the methods. Subclass it, declare the promises, build the adapter in `attach`.
 
-    The constructor's arguments are the method's settings: give each a type, a default and a line in the docstring, and
-    keep it as an attribute of the same name; configs, `--help` and records read them from there.
+    The constructor's arguments are the settings. Give each a type, a default and a line in the docstring, and store it
+    as an attribute of the same name; configs, `--help` and records read them.
 
     Attributes:
         identity_at_start: The adapted model equals the frozen backbone before the first step. `adapt` checks it.
-        mergeable: The trained part can be folded into the backbone's weights, at no cost when predicting: see `merge`.
+        mergeable: `merge` can fold the adapter parameters into the backbone's weights.
     """
 
     identity_at_start: ClassVar[bool]
     mergeable: ClassVar[bool] = False
 
     def attach(self, model: VisionMamba) -> None:
-        """Set `model.adapter` to a module with everything that the method adds, and register its points.
+        """Set `model.adapter` to a module with the adapter parameters, and register its hooks.
 
-        A hook is best a method of that module (``model.points.on_tokens(adapter.add)``): copies of the model then get
-        their own. A hook on tokens that only adds may change `state.hidden`, one summand of what the block reads; one
-        that scales, mixes or projects acts on the sum: ``state.with_stream(scale * state.stream)``.
+        Register methods of that module (``model.points.on_tokens(adapter.add)``), so that copies of the model get their
+        own. A token hook that only adds may change `state.hidden`, one summand of the block's input; one that scales,
+        mixes or projects acts on the sum: ``state.with_stream(scale * state.stream)``.
 
         Raises:
-            ConfigError: If the settings do not fit the model; says why.
+            ConfigError: If the settings do not fit the model.
         """
         raise ConfigError(f"the method {type(self).__name__} must define attach(model)")
 
@@ -45,14 +46,14 @@ class Method:
         return name.startswith(("adapter.", "head."))
 
     def adapter_parameters(self, model: VisionMamba) -> int:
-        """Return the number of trained parameters without the head, by the closed formula of the class docstring."""
+        """Return the number of trained parameters without the head, by the formula of the class docstring."""
         raise ConfigError(f"the method {type(self).__name__} must define adapter_parameters(model)")
 
     def merge(self, model: VisionMamba) -> None:
-        """Fold what was trained into the backbone's own weights, in place, and take the adapter and its points away.
+        """Fold the adapter parameters into the backbone's weights, in place, and remove the adapter and its hooks.
 
-        What is left is a plain backbone under the published names, at no cost when predicting, with the same logits up
-        to rounding. What was frozen stays frozen; the model may get another method.
+        The result is a plain backbone under the published names, with the same logits up to rounding. Frozen parameters
+        stay frozen; the model may get another method.
 
         Raises:
             ConfigError: If the method does not merge, or the model does not carry it.
@@ -70,18 +71,15 @@ class Method:
         model.method = None  # type: ignore[assignment]  # as `adapt` sets it
 
     def fold(self, model: VisionMamba) -> None:
-        """Write into the backbone's weights, in place, what the adapter adds to them; `merge` does the rest.
+        """Add the adapter to the backbone's weights, in place; a mergeable method with an adapter defines this.
 
-        A mergeable method with an adapter defines this. Called without gradients.
-
-        Raises:
-            ConfigError: If it does not.
+        `merge` calls it without gradients and removes the adapter.
         """
         if model.adapter is not None:
             raise ConfigError(f"the method {type(self).__name__} is declared mergeable and must define fold(model)")
 
     def settings(self) -> dict[str, Any]:
-        """Return the constructor's arguments as they were given."""
+        """Return the constructor's arguments."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def __repr__(self) -> str:
@@ -90,11 +88,7 @@ class Method:
 
 
 def build_method(cls: type[Method], name: str, settings: dict[str, Any]) -> Method:
-    """Make a method from its settings.
-
-    Raises:
-        ConfigError: If it has no such argument; names the nearest.
-    """
+    """Build a method from its settings; ConfigError for an unknown one, with the nearest."""
     allowed = list(inspect.signature(cls).parameters)
     for key in settings:
         if key not in allowed:
@@ -102,12 +96,49 @@ def build_method(cls: type[Method], name: str, settings: dict[str, Any]) -> Meth
     return cls(**settings)
 
 
-def chosen_blocks(method: str, depths: Sequence[int] | None, model: VisionMamba) -> list[int]:
-    """Return the blocks that a method acts on, in order; all of the model's if `depths` is None.
+def check_setting(method: str, name: str, value: object, allowed: Sequence[object] | int | str) -> None:
+    """Check a setting of a method.
+
+    Args:
+        method: The method, for the message.
+        name: The setting.
+        value: Its value.
+        allowed: The allowed values; or an integer, the minimum; or "positive", or "fraction" for [0, 1).
 
     Raises:
-        ConfigError: If they are not distinct blocks of the model, or none.
+        ConfigError: If the value is not allowed.
     """
+    number = value if isinstance(value, (int, float)) else math.nan
+    if isinstance(allowed, int):
+        valid, rule = number >= allowed, f"be at least {allowed}"
+    elif allowed == "positive":
+        valid, rule = 0 < number < math.inf, "be above 0"
+    elif allowed == "fraction":
+        valid, rule = 0 <= number < 1, "be in [0, 1)"
+    else:
+        valid, rule = value in allowed, f"be one of {', '.join(map(str, allowed))}"
+    if not valid:
+        shown = repr(value) if isinstance(value, str) else value
+        raise ConfigError(f"{method}: {name} must {rule}, not {shown}")
+
+
+def check_names(method: str, name: str, value: Sequence[str], allowed: Sequence[str], kind: str) -> None:
+    """Check a setting that is a list of distinct names, at least one; `kind` names an entry in the message.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if isinstance(value, str):
+        raise ConfigError(f"{method}: {name} must be a list such as [{', '.join(allowed[:2])}], not the text {value!r}")
+    for entry in value:
+        if entry not in allowed:
+            raise unknown_name(kind, str(entry), allowed, error=ConfigError)
+    if not value or len(set(value)) != len(value):
+        raise ConfigError(f"{method}: {name} must be distinct, and at least one of {', '.join(allowed)}")
+
+
+def selected_blocks(method: str, depths: Sequence[int] | None, model: VisionMamba) -> list[int]:
+    """Return the blocks of `depths` in order, all if None; ConfigError if they are not distinct blocks of the model."""
     blocks = list(range(model.depth)) if depths is None else sorted(depths)
     if not blocks or len(set(blocks)) != len(blocks) or not set(blocks) <= set(range(model.depth)):
         raise ConfigError(f"{method}: depths must be distinct blocks of 0..{model.depth - 1}, not {depths}")

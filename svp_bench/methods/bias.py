@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svp_bench.core.errors import ConfigError, unknown_name
-from svp_bench.methods.base import Method
+from svp_bench.methods.base import Method, check_names
 from svp_bench.models import VisionMamba
 from svp_bench.models.hooks import plain_parameter
 
@@ -21,15 +20,14 @@ class Bias(Method):
     """A trained difference on biases of the backbone: b + δ, with δ starting at zero.
 
     Ben Zaken et al., "BitFit", ACL 2022, arXiv:2106.10199; on Vim as in Yoshimura et al., "MambaPEFT", ICLR 2025,
-    arXiv:2411.03855, where it is the bias of dt_proj alone, in both directions. The difference is trained rather than
-    the bias, so that a decay of weights, if there is one, pulls to the pre-trained value and not to zero. These are all
-    biases that Vim has: its norms, in_proj, x_proj and out_proj have none.
+    arXiv:2411.03855, where it is the bias of dt_proj alone, in both directions. The difference is trained, so that
+    weight decay pulls to the pre-trained value. Vim has no other biases.
 
-    Trained parameters besides the head, for width D, inner width E, depth L: 2 E L for dt_proj, 2 E L for conv1d, D for
+    Trained parameters without the head, for width D, inner width E, depth L: 2 E L for dt_proj, 2 E L for conv1d, D for
     patch_embed.
 
     Args:
-        which: Layers whose biases are trained, of dt_proj, conv1d (both directions each) and patch_embed.
+        which: Layers with trained biases: dt_proj, conv1d (both directions each), patch_embed.
     """
 
     identity_at_start = True
@@ -37,15 +35,9 @@ class Bias(Method):
 
     def __init__(
         self,
-        which: Sequence[str] = ["dt_proj"],  # a list as in the method file, and never changed
+        which: Sequence[str] = ["dt_proj"],  # a list as in the method file; never modified
     ) -> None:
-        if isinstance(which, str):
-            raise ConfigError(f"bias: which must be a list such as [dt_proj, conv1d], not the text {which!r}")
-        for name in which:
-            if name not in BIASES:
-                raise unknown_name("layer with a bias", str(name), BIASES, error=ConfigError)
-        if not which or len(set(which)) != len(which):
-            raise ConfigError(f"bias: which must be distinct, and at least one of {', '.join(BIASES)}")
+        check_names("bias", "which", which, BIASES, "layer with a bias")
         self.which = list(which)
 
     def _mixer_names(self) -> list[str]:
@@ -91,7 +83,7 @@ class _OnBias(_Difference):
 
 
 class _OnPatches(_Difference):
-    """A bias of the patch embedding is the same as this on its output."""
+    """Adds the difference to the output of the patch embedding, which is equal to changing its bias."""
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         return tokens + self.bias.to(tokens.dtype)

@@ -13,7 +13,7 @@ __all__ = ["Full"]
 class Full(Method):
     """Every parameter of the backbone is trained.
 
-    Trained parameters besides the head, for width D, inner width E, N states, rank R, convolution width W, depth L,
+    Trained parameters without the head, for width D, inner width E, N states, rank R, convolution width W, depth L,
     P patches of side p: ``D + (P + 1) D + (3 p² + 1) D + D`` for class token, positions, patches and the last norm, and
     ``L (D + 3 D E + 2 (E N + E + E W + E + E (R + 2 N) + R E + E))`` for the blocks.
     """
@@ -25,7 +25,7 @@ class Full(Method):
         """Add nothing."""
 
     def trains(self, name: str) -> bool:
-        """Everything."""
+        """Whether it trains: always."""
         return True
 
     def adapter_parameters(self, model: VisionMamba) -> int:

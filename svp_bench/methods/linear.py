@@ -9,9 +9,9 @@ __all__ = ["Linear"]
 
 
 class Linear(Method):
-    """The backbone stays as it is; only the head is trained.
+    """Train the head alone.
 
-    Trained parameters besides the head: 0.
+    Trained parameters without the head: 0.
     """
 
     identity_at_start = True

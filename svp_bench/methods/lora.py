@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from svp_bench.core.errors import ConfigError, unknown_name
-from svp_bench.methods.base import Method
+from svp_bench.methods.base import Method, check_names, check_setting
 from svp_bench.models import VisionMamba
 from svp_bench.models.hooks import is_plain, plain_parameter
 from svp_bench.ops import is_tracing
@@ -31,42 +30,38 @@ class _Rows(NamedTuple):
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of the copies that there are: one, or one for each direction."""
+        """Return the suffixes of its copies: one, or one per direction."""
         return ("",) if self.projection in ("in_proj", "out_proj") else ("", "_b")
 
 
 class LoRA(Method):
     """A trained low-rank product added to frozen projections: W + s · up · down.
 
-    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685; on the parts of Vim as
-    in Yoshimura et al., "MambaPEFT: Exploring Parameter-Efficient Fine-Tuning for Mamba", ICLR 2025, arXiv:2411.03855,
-    whose names for the row slices ("partial LoRA") these are. `down` starts as `nn.Linear` does, `up` at zero; neither
-    has a bias. Several targets add up, also where they overlap.
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685; the targets
+    and row slices ("partial LoRA") are those of Yoshimura et al., "MambaPEFT: Exploring Parameter-Efficient Fine-Tuning
+    for Mamba", ICLR 2025, arXiv:2411.03855. `down` starts as `nn.Linear` does, `up` at zero; neither
+    has a bias. Overlapping targets add up.
 
-    Trained parameters besides the head, for rank r, width D, inner width E, N states, rank R of Δ, depth L, patches of
+    Trained parameters without the head, for rank r, width D, inner width E, N states, rank R of Δ, depth L, patches of
     p × p, by target::
 
         embed      r (3 p² + D)             the patch embedding: a convolution to r channels, then r → D
         in_proj    L r (D + 2 E)            both parts
         X, Z       L r (D + E)              its rows of the convolved part, its rows of the gate
-        x_proj     2 L r (E + R + 2 N)      both directions, as in all that follow but out_proj
+        x_proj     2 L r (E + R + 2 N)      both directions, as for d, B, C and dt_proj
         d          2 L r (E + R)            its rows of Δ
         B, C       2 L r (E + N)            its rows of B, its rows of C
         dt_proj    2 L r (R + E)
         out_proj   L r (E + D)
 
-    r may exceed the number of rows: MambaPEFT over-parameterises x_proj, its slices and dt_proj on purpose, with rank
-    64 on 16 to 56 rows.
-
-    embed, in_proj, X, Z and out_proj act on the outputs of the projection, which is where the dropout is. The others
-    act on the weight, as in MambaPEFT, and have none: their weights are so small that the product costs less than a
-    pass over the tokens.
+    r may exceed the number of rows, as in MambaPEFT. embed, in_proj, X, Z and out_proj act on the output of the
+    projection, with dropout. The others act on the weight, as in MambaPEFT, without dropout: their weights are small.
 
     Args:
-        targets: What gets an update; see above.
+        targets: Parts with an update; see above.
         rank: r, the same for all targets.
         scale: s, multiplies the product (and is not divided by the rank).
-        dropout: On the r channels, while training; see above.
+        dropout: On the r channels, while training.
     """
 
     identity_at_start = True
@@ -74,31 +69,22 @@ class LoRA(Method):
 
     def __init__(
         self,
-        targets: Sequence[str] = ["X"],  # a list as in the method file, and never changed
+        targets: Sequence[str] = ["X"],  # a list as in the method file; never modified
         rank: int = 64,
         scale: float = 0.1,
         dropout: float = 0.1,
     ) -> None:
-        if isinstance(targets, str):
-            raise ConfigError(f"lora: targets must be a list such as [X, out_proj], not the text {targets!r}")
-        for target in targets:
-            if target not in TARGETS:
-                raise unknown_name("target of lora", str(target), TARGETS, error=ConfigError)
-        if not targets or len(set(targets)) != len(targets):
-            raise ConfigError(f"lora: targets must be distinct, and at least one of {', '.join(TARGETS)}")
-        if rank < 1:
-            raise ConfigError(f"lora: rank must be at least 1, not {rank}")
-        if not 0 < scale < math.inf:
-            raise ConfigError(f"lora: scale must be above 0, not {scale}")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"lora: dropout must be in [0, 1), not {dropout}")
+        check_names("lora", "targets", targets, TARGETS, "target of lora")
+        check_setting("lora", "rank", rank, 1)
+        check_setting("lora", "scale", scale, "positive")
+        check_setting("lora", "dropout", dropout, "fraction")
         self.targets = list(targets)
         self.rank = rank
         self.scale = scale
         self.dropout = dropout
 
     def _rows(self, model: VisionMamba) -> dict[str, _Rows]:
-        """What each target but the patch embedding changes."""
+        """Return the rows of each target but the patch embedding."""
         mixer, width = model.mixers[0], model.embed_dim
         (inner, state), rank = mixer.A_log.shape, mixer.dt_rank
         rows = {
@@ -161,8 +147,7 @@ class LoRA(Method):
 class _AddProduct(torch.autograd.Function):
     """y[..., start:start + rows] += s · h upᵀ, in place.
 
-    For y (…, out), h (…, r), up (rows, r). Out of place, an update of half the rows of in_proj would copy all of its
-    output, which is the largest tensor of a block.
+    For y (…, out), h (…, r), up (rows, r). In place, because the output of in_proj is the largest tensor of a block.
     """
 
     @staticmethod
@@ -185,7 +170,7 @@ class _AddProduct(torch.autograd.Function):
 
 
 class _LowRank(nn.Module):
-    """The two factors for rows of the weight `name` of a mixer."""
+    """Factors for rows of the weight `name` of a mixer."""
 
     def __init__(self, place: _Rows, name: str, rank: int, scale: float) -> None:
         super().__init__()
@@ -197,7 +182,7 @@ class _LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def changed(self, weight: Tensor) -> Tensor:
-        """The weight (out, in) with s · up · down added to its rows."""
+        """Return the weight (out, in) with s · up · down added to its rows."""
         before, rows, after = weight.tensor_split([self.start, self.stop])
         down, up = plain_parameter(self, "down.weight"), plain_parameter(self, "up.weight")
         with torch.autocast(weight.device.type, enabled=False):  # rounded once, when the projection reads it
@@ -206,14 +191,14 @@ class _LowRank(nn.Module):
 
 
 class _OnWeight(_LowRank):
-    """Acts on the weight of a projection."""
+    """Update of the weight of a projection."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.changed(weight)
 
 
 class _OnOutput(_LowRank):
-    """Acts on the output of a projection."""
+    """Update of the output of a projection."""
 
     def __init__(self, place: _Rows, name: str, rank: int, scale: float, dropout: float) -> None:
         super().__init__(place, name, rank, scale)
@@ -229,19 +214,19 @@ class _OnOutput(_LowRank):
 
 
 class _OnPatches(nn.Module):
-    """Acts beside the patch embedding."""
+    """Update of the output of the patch embedding."""
 
     def __init__(self, model: VisionMamba, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         side, stride = model.patch_embed.patch_size[0], model.patch_embed.stride
         self.scale = scale
         self.down = nn.Conv2d(model.in_chans, rank, side, stride, bias=False)
-        self.up = nn.Linear(rank, model.embed_dim, bias=False)  # on tokens what a 1 × 1 convolution is on maps
+        self.up = nn.Linear(rank, model.embed_dim, bias=False)  # a 1 × 1 convolution on tokens
         nn.init.zeros_(self.up.weight)
         self.dropout = nn.Dropout(dropout)
 
     def changed(self, weight: Tensor) -> Tensor:
-        """The weight (D, 3, p, p) with s · up · down added."""
+        """Return the weight (D, 3, p, p) with s · up · down added."""
         down, up = plain_parameter(self, "down.weight"), plain_parameter(self, "up.weight")
         with torch.autocast(weight.device.type, enabled=False):
             product = up @ down.flatten(1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svp_bench.methods.base import Method, chosen_blocks
+from svp_bench.methods.base import Method, selected_blocks
 from svp_bench.models import TokenState, VisionMamba
 
 __all__ = ["Offset"]
@@ -16,10 +16,10 @@ __all__ = ["Offset"]
 class Offset(Method):
     """A trained vector per block, added to every patch token of the block input: x + v_i.
 
-    SVP (Yao et al., AAAI 2025, arXiv:2412.08947) with prompts that do not depend on the token: the same places, the
-    same excluded class token. A control for what is gained by making prompts from the input. The vectors start at zero.
+    A control for SVP (Yao et al., AAAI 2025, arXiv:2412.08947), with prompts that do not depend on the token: the same
+    positions, the same excluded class token. The vectors start at zero.
 
-    Trained parameters besides the head: |depths| · D.
+    Trained parameters without the head: |depths| · D.
 
     Args:
         include_cls: Add it to the class token too.
@@ -34,13 +34,13 @@ class Offset(Method):
 
     def attach(self, model: VisionMamba) -> None:
         """Build `adapter.offset`, a row for each block of `depths`, and add it before each of them."""
-        offsets = _Offsets(chosen_blocks("offset", self.depths, model), model.embed_dim, self.include_cls)
+        offsets = _Offsets(selected_blocks("offset", self.depths, model), model.embed_dim, self.include_cls)
         model.adapter = offsets
         model.points.on_tokens(offsets.add)
 
     def adapter_parameters(self, model: VisionMamba) -> int:
         """Return |depths| · D."""
-        return len(chosen_blocks("offset", self.depths, model)) * model.embed_dim
+        return len(selected_blocks("offset", self.depths, model)) * model.embed_dim
 
 
 class _Offsets(nn.Module):
@@ -55,6 +55,6 @@ class _Offsets(nn.Module):
             return state
         hidden = state.hidden
         added: Tensor = self.offset[self.rows[layer]].to(hidden.dtype)
-        if not self.include_cls:  # one row a token, zero for the class token; the same for all images
+        if not self.include_cls:  # zero for the class token
             added = added * (torch.arange(hidden.shape[1], device=hidden.device) != state.cls_index).unsqueeze(-1)
         return state._replace(hidden=hidden + added)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svp_bench.core.errors import ConfigError
-from svp_bench.methods.base import Method, chosen_blocks
+from svp_bench.methods.base import Method, check_setting, selected_blocks
 from svp_bench.models import TokenState, VisionMamba
 from svp_bench.ops import PromptTerms, add_prompts
 
@@ -18,7 +18,7 @@ __all__ = ["SVP"]
 
 
 class SVP(Method):
-    """Token-wise prompts before each block, made from the tokens themselves by two light paths.
+    """Token-wise prompts before each block, generated from the tokens themselves by two light paths.
 
     Yao et al., "Selective Visual Prompting in Vision Mamba", AAAI 2025, arXiv:2412.08947. Before block i every patch
     token x of the block input becomes::
@@ -26,17 +26,17 @@ class SVP(Method):
         x + α_g ⊙ SiLU(W_g x + b_g) + β_i ⊙ SiLU(U_i (D_i x + d_i) + u_i),   g = i // share_layers
 
     The first term is Cross-Prompting, shared by `share_layers` consecutive blocks; the second is Inner-Prompting, one
-    bottleneck a block (no activation inside it, as released). The class token gets no prompt. α and β start at zero.
+    bottleneck per block (no activation inside it, as released). The class token gets no prompt. α and β start at zero.
 
-    Trained parameters besides the head, for width D, hidden width h, |depths| prompted blocks in G groups::
+    Trained parameters without the head, for width D, hidden width h, |depths| prompted blocks in G groups::
 
         cross: G (D² + D) + G D          inner: |depths| (2 D h + h + D) + |depths| D
 
     i.e. ⌈24/s⌉ · 148,224 + 1,199,616 on Vim-S at h = 64.
 
-    Where this differs from the released code (zhoujiahuan1991/AAAI2025-SVP): there the tokens are changed in place and
-    the cross prompt of the k-th token after the class token is made from the already prompted k-th token before it;
-    the paper describes a prompt of each token from itself. `variant` offers both.
+    The released code (zhoujiahuan1991/AAAI2025-SVP) changes the tokens in place, so that the cross prompt of the k-th
+    token after the class token is generated from the already prompted k-th token before it; in the paper each token's
+    prompt is generated from that token. `variant` selects one.
 
     Args:
         share_layers: Blocks that share one cross generator; the last group may be shorter.
@@ -45,7 +45,7 @@ class SVP(Method):
             even number of patches.
         dropout: On each of the two prompts, while training.
         include_cls: Prompt the class token too (variant `paper` only).
-        paths: Which of the two terms are there.
+        paths: The terms to use.
         depths: Blocks that get a prompt; all if None.
     """
 
@@ -61,17 +61,11 @@ class SVP(Method):
         paths: Literal["both", "cross", "inner"] = "both",
         depths: Sequence[int] | None = None,
     ) -> None:
-        for name, value in (("share_layers", share_layers), ("hidden_dim", hidden_dim)):
-            if value < 1:
-                raise ConfigError(f"svp: {name} must be at least 1, not {value}")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"svp: dropout must be in [0, 1), not {dropout}")
-        for name, text, allowed in (
-            ("variant", variant, ("paper", "released")),
-            ("paths", paths, ("both", "cross", "inner")),
-        ):
-            if text not in allowed:
-                raise ConfigError(f"svp: {name} must be one of {', '.join(allowed)}, not {text!r}")
+        check_setting("svp", "share_layers", share_layers, 1)
+        check_setting("svp", "hidden_dim", hidden_dim, 1)
+        check_setting("svp", "dropout", dropout, "fraction")
+        check_setting("svp", "variant", variant, ("paper", "released"))
+        check_setting("svp", "paths", paths, ("both", "cross", "inner"))
         if include_cls and variant == "released":
             raise ConfigError("svp: include_cls needs variant paper; the released code never prompts the class token")
         self.share_layers = share_layers
@@ -90,13 +84,13 @@ class SVP(Method):
                 f"svp: variant released needs an even number of patches, and this model has {patches}: the released "
                 "code pairs the tokens before and after the class token; use variant paper"
             )
-        prompter = _Prompter(self, model, chosen_blocks("svp", self.depths, model))
+        prompter = _Prompter(self, model, selected_blocks("svp", self.depths, model))
         model.adapter = prompter
         model.points.on_tokens(prompter.prompt)
 
     def adapter_parameters(self, model: VisionMamba) -> int:
         """Return G (D² + 2 D) + |depths| (2 D h + h + 2 D), each term if its path is there."""
-        width, hidden, depths = model.embed_dim, self.hidden_dim, chosen_blocks("svp", self.depths, model)
+        width, hidden, depths = model.embed_dim, self.hidden_dim, selected_blocks("svp", self.depths, model)
         groups = len({i // self.share_layers for i in depths})
         cross = groups * (width * width + 2 * width) if self.paths != "inner" else 0
         inner = len(depths) * (2 * width * hidden + hidden + 2 * width) if self.paths != "cross" else 0
@@ -117,13 +111,13 @@ class _Inner(nn.Module):
 
 
 class _Prompter(nn.Module):
-    """The generators and scales of all blocks. Row r of `beta` belongs to the r-th prompted block, of `alpha` to the
-    r-th group that has a prompted block."""
+    """Generators and scales of all blocks. Row r of `beta` belongs to the r-th prompted block, of `alpha` to the r-th
+    group with a prompted block."""
 
     def __init__(self, svp: SVP, model: VisionMamba, depths: list[int]) -> None:
         super().__init__()
         width = model.embed_dim
-        self.points = model.points  # a plain object: it knows the scan backend
+        self.points = model.points  # a plain object; has the scan backend
         self.share_layers = svp.share_layers
         self.released = svp.variant == "released"
         self.include_cls = svp.include_cls
@@ -140,7 +134,7 @@ class _Prompter(nn.Module):
         self.dropout = nn.Dropout(svp.dropout)
 
     def _terms(self, layer: int, x: Tensor, cross_source: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Scale and pre-activation of each term for the tokens x (B, T, D); the cross term is made from its source."""
+        """Return scale and pre-activation of each term for tokens x (B, T, D), the cross term from `cross_source`."""
         terms: list[tuple[Tensor, Tensor]] = []
         group = layer // self.share_layers
         if self.cross is not None:
@@ -150,14 +144,14 @@ class _Prompter(nn.Module):
         return terms
 
     def _drop(self, x: Tensor, terms: list[tuple[Tensor, Tensor]], excluded: int | None) -> Tensor:
-        """The tokens x with prompts of which dropout took a part."""
+        """Return the tokens x with prompts after dropout."""
         prompts = torch.stack([scale * self.dropout(F.silu(pre)) for scale, pre in terms]).sum(dim=0).to(x.dtype)
         if excluded is not None:
             prompts = prompts.index_fill(1, torch.tensor([excluded], device=x.device), 0)
         return x + prompts
 
     def _add(self, layer: int, x: Tensor, cross_source: Tensor) -> Tensor:
-        """The tokens x with their prompts added."""
+        """Return the tokens x with their prompts added."""
         terms = self._terms(layer, x, cross_source)
         if self.training and self.dropout.p > 0:
             return self._drop(x, terms, None)

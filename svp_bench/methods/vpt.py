@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from svp_bench.core.errors import ConfigError
-from svp_bench.methods.base import Method
+from svp_bench.methods.base import Method, check_setting
 from svp_bench.models import TokenState, VisionMamba
 
 __all__ = ["VPTDeep", "VPTShallow"]
@@ -18,18 +17,18 @@ Position = Literal["prefix", "suffix", "both", "around_cls", "spread"]
 POSITIONS = ("prefix", "suffix", "both", "around_cls", "spread")
 
 
-def prompt_places(position: str, length: int, tokens: int, cls_index: int) -> list[int]:
-    """Return where the prompts stand in the longer sequence, in ascending order.
+def prompt_positions(position: str, length: int, tokens: int, cls_index: int) -> list[int]:
+    """Return the positions of the prompts in the longer sequence, in ascending order.
 
     Args:
         position: `prefix` before all tokens, `suffix` after them, `both` half and half (the larger half in front),
-            `around_cls` half and half beside the class token, `spread` evenly between the tokens.
+            `around_cls` half and half around the class token, `spread` evenly between the tokens.
         length: Number of prompts.
         tokens: Length of the sequence without prompts.
-        cls_index: Where the class token stands in it.
+        cls_index: Index of the class token in it.
     """
     first = (length + 1) // 2
-    before = {  # for each prompt, how many tokens stand before it
+    before = {  # tokens before each prompt
         "prefix": [0] * length,
         "suffix": [tokens] * length,
         "both": [0] * first + [tokens] * (length - first),
@@ -43,12 +42,9 @@ class _VPT(Method):
     identity_at_start = False
 
     def __init__(self, length: int, position: Position, dropout: float) -> None:
-        if length < 1:
-            raise ConfigError(f"vpt: length must be at least 1, not {length}")
-        if position not in POSITIONS:
-            raise ConfigError(f"vpt: position must be one of {', '.join(POSITIONS)}, not {position!r}")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"vpt: dropout must be in [0, 1), not {dropout}")
+        check_setting("vpt", "length", length, 1)
+        check_setting("vpt", "position", position, POSITIONS)
+        check_setting("vpt", "dropout", dropout, "fraction")
         self.length = length
         self.position = position
         self.dropout = dropout
@@ -60,17 +56,17 @@ class _VPT(Method):
 
 
 class VPTShallow(_VPT):
-    """Trained tokens inserted once, before block 0; from there on they flow like any token.
+    """Trained tokens inserted once, before block 0; then they are treated as all other tokens.
 
     Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv:2203.12119, section 3.2. The prompts get no position embedding
     and start uniform in ± √(6 / (3 p² + D)), p the patch size (their code's initialisation).
 
-    Trained parameters besides the head: length · D.
+    Trained parameters without the head: length · D.
 
     Args:
         length: Number of prompts.
-        position: Where they stand; see `prompt_places`. In Vim's flipped scan a prefix comes last and reaches no token
-            of the image, so the position is a setting to be chosen on val.
+        position: See `prompt_positions`. In Vim's reversed scan a prefix comes last and reaches no token of the image,
+            so select the position on val.
         dropout: On the prompts, while training.
     """
 
@@ -87,18 +83,18 @@ class VPTShallow(_VPT):
 
 
 class VPTDeep(_VPT):
-    """Trained tokens before block 0, whose places get new trained tokens before each later block.
+    """Trained tokens before block 0, replaced by new ones before each later block.
 
-    Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv:2203.12119, section 3.2, carried over to Vim. The block input
-    here is a pair: the last mixer's output and the residual stream. In mode `replace` the places of the prompts get
-    hidden = p_i and residual = 0, so that nothing of an older prompt survives, as in a ViT. In mode `accumulate` only
-    the hidden part is replaced and the older prompts live on in the residual stream.
+    Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv:2203.12119, section 3.2, for Vim, whose block
+    input is a pair: the last mixer's output and the residual stream. In mode `replace` the positions of the prompts get
+    hidden = p_i and residual = 0, so that nothing of an older prompt remains, as in a ViT. In mode `accumulate` only
+    the hidden part is replaced; older prompts remain in the residual stream.
 
-    Trained parameters besides the head: depth · length · D.
+    Trained parameters without the head: depth · length · D.
 
     Args:
         length: Number of prompts of each block.
-        position: Where they stand; see `prompt_places`.
+        position: See `prompt_positions`.
         mode: `replace` or `accumulate`, see above.
         dropout: On the prompts, while training.
     """
@@ -111,12 +107,11 @@ class VPTDeep(_VPT):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(length, position, dropout)
-        if mode not in ("replace", "accumulate"):
-            raise ConfigError(f"vpt: mode must be one of replace, accumulate, not {mode!r}")
+        check_setting("vpt", "mode", mode, ("replace", "accumulate"))
         self.mode = mode
 
     def attach(self, model: VisionMamba) -> None:
-        """Insert the prompts before block 0 and put new ones in their places before each later block."""
+        """Insert the prompts before block 0 and replace them before each later block."""
         self._attach(model, model.depth, accumulate=self.mode == "accumulate")
 
     def adapter_parameters(self, model: VisionMamba) -> int:
@@ -135,7 +130,7 @@ class _Prompts(nn.Module):
         self.prompts = nn.Parameter(torch.empty(layers, vpt.length, width).uniform_(-bound, bound))
         self.dropout = nn.Dropout(vpt.dropout)
         self.accumulate = accumulate
-        places = prompt_places(vpt.position, vpt.length, tokens, cls_index)
+        places = prompt_positions(vpt.position, vpt.length, tokens, cls_index)
         rest = sorted(set(range(tokens + vpt.length)) - set(places))
         self.cls_index = rest[cls_index]
         # order[k] is the row of [tokens, prompts] that becomes token k of the longer sequence
@@ -149,9 +144,8 @@ class _Prompts(nn.Module):
         if layer >= len(self.prompts):
             return state
         hidden, residual = state.hidden, state.residual
-        prompts = self.dropout(
-            self.prompts[layer].to(hidden.dtype).expand(hidden.shape[0], -1, -1)
-        )  # each image its own
+        prompts = self.prompts[layer].to(hidden.dtype).expand(hidden.shape[0], -1, -1)
+        prompts = self.dropout(prompts)  # independent for each image
         if layer == 0:
             longer = torch.cat([hidden, prompts], dim=1).index_select(1, self.order)
             return TokenState(longer, residual, self.cls_index)

@@ -1,4 +1,4 @@
-"""Where a method may act on a backbone, what flows between its blocks, and which of its parts a kernel may read.
+"""Hook points of a backbone, the state between its blocks, and checks for parts that a kernel may read.
 
 Letters used for shapes: B batch, L length (tokens), D width (embed_dim), P patches.
 """
@@ -31,15 +31,15 @@ TENSOR_POINTS = (
 
 
 class TokenState(NamedTuple):
-    """What flows from block to block.
+    """State between two blocks.
 
     Attributes:
         hidden: The block input, (B, L, D): the embedding before block 0, afterwards the previous mixer's output, not
             yet added to the residual stream.
         residual: The residual stream, (B, L, D), or None before block 0.
-        cls_index: Where the class token stands.
-        prompts: What is still to be added to `hidden`: the block does it in one pass with the residual stream. A point
-            may leave prompts here; no point finds any, since they are added before the next one is called.
+        cls_index: Index of the class token.
+        prompts: Prompts that the block adds to `hidden`, in one pass with the residual stream. A hook may set them;
+            they are added before the next hook is called.
     """
 
     hidden: Tensor
@@ -55,17 +55,17 @@ class TokenState(NamedTuple):
 
     @property
     def stream(self) -> Tensor:
-        """All that the next block norms and mixes: `hidden` + `residual`, (B, L, D), in float32 or wider.
+        """Return the input of the next block, `hidden` + `residual`, (B, L, D), in float32 or wider.
 
-        `hidden` is one summand of it. A hook that adds something may change `hidden` alone; a hook that scales, mixes
-        or projects the tokens acts on the sum: ``state.with_stream(scale * state.stream)``.
+        A hook that only adds may change `hidden` alone; a hook that scales, mixes or projects tokens acts on the sum:
+        ``state.with_stream(scale * state.stream)``.
         """
         state = self.settled()
         wide = torch.promote_types(state.hidden.dtype, torch.float32)
         return state.hidden.to(wide) if state.residual is None else state.residual + state.hidden
 
     def with_stream(self, stream: Tensor) -> TokenState:
-        """Return the state whose `stream` is the given one, (B, L, D): `hidden` takes the difference."""
+        """Return the state with the given `stream`, (B, L, D), by changing `hidden`."""
         hidden = stream if self.residual is None else stream - self.residual
         return self._replace(hidden=hidden.to(self.hidden.dtype), prompts=None)
 
@@ -76,22 +76,22 @@ TensorHook = Callable[[Tensor], Tensor]
 
 
 class HookPoints:
-    """The places of the backbone where a method may act. All empty by default, at no cost.
+    """Hook points of the backbone, empty by default.
 
-    A hook is a module of the adapter, a method of one, or a function. A deep copy of the model gets hooks of its own:
-    modules and methods follow their owner, and what a function has closed over is copied with it. A hook must not read
-    modules or trained tensors from global variables, which no copy can change.
+    A hook is a module of the adapter, a method of one, or a function. A deep copy of the model gets its own hooks:
+    modules and methods follow their owner, and the closure of a function is copied. A hook must not read modules or
+    trained tensors from global variables.
 
     Attributes:
         tokens: `f(layer, state) -> state`, called before each block in the order of registration. See
-            `TokenState.stream` for hooks that do more than add.
+            `TokenState.stream`.
         patch_embed: `f(images, y) -> y`, called after the patch embedding of images (B, 3, H, W), before class token
             and positions: may change its output y (B, P, D).
         linear: `f(x, y) -> y` by (layer, name of `LINEAR_POINTS`): may change the output y of a projection of x, bias
-            included. y is the hook's own: it may be changed in place.
+            included, also in place.
         tensor: `f(w) -> w` by (layer, name of `TENSOR_POINTS`): may change a tensor that a projection, the convolution
-            or the scan reads. Refused where the part that has the tensor is not plain, since the part reads it itself.
-        scan_backend: The model's choice, for methods whose own operations have backends.
+            or the scan reads. Refused if the part with the tensor is not plain.
+        scan_backend: The model's scan backend, for operations of methods.
     """
 
     def __init__(self, depth: int = 1) -> None:
@@ -102,20 +102,20 @@ class HookPoints:
         self.linear: dict[tuple[int, str], list[LinearHook]] = defaultdict(list)
         self.tensor: dict[tuple[int, str], list[TensorHook]] = defaultdict(list)
 
-    def on_tokens(self, point: TokenHook) -> None:
-        """Call `point` before each block.
+    def on_tokens(self, hook: TokenHook) -> None:
+        """Call `hook` before each block.
 
         Raises:
             ConfigError: If it reads a module or a trained tensor from a global variable (all `on_…` do).
         """
-        self.tokens.append(_checked(point))
+        self.tokens.append(_checked(hook))
 
-    def on_patch_embed(self, point: LinearHook) -> None:
-        """Call `point` after the patch embedding."""
-        self.patch_embed.append(_checked(point))
+    def on_patch_embed(self, hook: LinearHook) -> None:
+        """Call `hook` after the patch embedding."""
+        self.patch_embed.append(_checked(hook))
 
-    def on_linear(self, layer: int, name: str, point: LinearHook) -> None:
-        """Call `point` after the projection `name` of block `layer`.
+    def on_linear(self, layer: int, name: str, hook: LinearHook) -> None:
+        """Call `hook` after the projection `name` of block `layer`.
 
         Raises:
             ValueError: If there is no such projection.
@@ -123,10 +123,10 @@ class HookPoints:
         self._check_layer(layer)
         if name not in LINEAR_POINTS:
             raise ValueError(f"no linear projection {name!r}; there are {', '.join(LINEAR_POINTS)}")
-        self.linear[layer, name].append(_checked(point))
+        self.linear[layer, name].append(_checked(hook))
 
-    def on_tensor(self, layer: int, name: str, point: TensorHook) -> None:
-        """Pass the tensor `name` of block `layer` through `point` before it is used.
+    def on_tensor(self, layer: int, name: str, hook: TensorHook) -> None:
+        """Pass the tensor `name` of block `layer` through `hook` before it is used.
 
         Raises:
             ValueError: If there is no such tensor.
@@ -134,22 +134,22 @@ class HookPoints:
         self._check_layer(layer)
         if name not in TENSOR_POINTS:
             raise ValueError(f"no tensor {name!r}; there are {', '.join(TENSOR_POINTS)}")
-        self.tensor[layer, name].append(_checked(point))
+        self.tensor[layer, name].append(_checked(hook))
 
     def remove(self, owner: nn.Module) -> None:
-        """Take away the points that belong to `owner`: itself, its submodules, and methods of these."""
+        """Remove the hooks that belong to `owner`: itself, its submodules, and methods of these."""
         parts = {id(module) for module in owner.modules()}
-        for place in self.places():
-            place[:] = [point for point in place if id(getattr(point, "__self__", point)) not in parts]
+        for hooks in self.hook_lists():
+            hooks[:] = [hook for hook in hooks if id(getattr(hook, "__self__", hook)) not in parts]
 
-    def places(self) -> list[list[Any]]:
+    def hook_lists(self) -> list[list[Any]]:
         """Return the lists of hooks, not copied."""
         return [self.tokens, self.patch_embed, *self.linear.values(), *self.tensor.values()]
 
     def __len__(self) -> int:
-        return sum(map(len, self.places()))
+        return sum(map(len, self.hook_lists()))
 
-    def __bool__(self) -> bool:  # also without hooks it is there
+    def __bool__(self) -> bool:  # true without hooks too
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookPoints:
@@ -178,22 +178,22 @@ def _checked(hook: Any) -> Any:
                 code = function.__code__
                 raise ConfigError(
                     f"the hook {function.__qualname__} ({code.co_filename}:{code.co_firstlineno}) reads the global "
-                    f"{name!r}, a {type(value).__name__}: copies of the model would go on using that one; make it a "
-                    "method of the module that is model.adapter, and register that: points.on_tokens(adapter.add)"
+                    f"{name!r}, a {type(value).__name__}: copies of the model would still use that one; "
+                    "make it a method of model.adapter, and register that: points.on_tokens(adapter.add)"
                 )
     return hook
 
 
 @functools.lru_cache(maxsize=256)
 def _global_names(code: CodeType) -> tuple[str, ...]:
-    """Names of the global variables that a function reads, functions inside it included."""
+    """Return the names of the global variables that a function reads, functions inside it included."""
     names = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
     inner = [name for part in code.co_consts if isinstance(part, CodeType) for name in _global_names(part)]
     return tuple(dict.fromkeys([*names, *inner]))
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a deep copy that also copies what functions have closed over; `copy.deepcopy` shares that."""
+    """Return a deep copy, closures of functions included, which `copy.deepcopy` shares."""
     if id(value) in memo:
         return memo[id(value)]
     made: Any
@@ -218,17 +218,17 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     elif type(value) is dict:
         made = {key: _copied(part, memo) for key, part in value.items()}
     elif isinstance(value, ModuleType) or (isinstance(value, Tensor) and not value.is_leaf):
-        made = value  # nobody trains these, and they cannot be copied
+        made = value  # not trained, and not copyable
     else:
         made = copy.deepcopy(value, memo)
     return made
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does nothing but the forward of `kind`, so that a kernel may read its tensors instead.
+    """Whether calling a module only runs the forward of `kind`, so that a kernel may read its tensors instead.
 
-    Not so for subclasses and wrappers (PEFT, quantisation, parametrizations), hooks (of the module or of all modules;
-    pruning and the old weight_norm are forward pre-hooks), and a `forward` set on the instance.
+    False for subclasses and wrappers (PEFT, quantisation, parametrizations), modules with hooks (pruning and the old
+    weight_norm use forward pre-hooks), global module hooks, and a `forward` set on the instance.
     """
     return (
         type(module) is kind
@@ -251,7 +251,7 @@ def plain_parameter(root: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter `name` of a plain part of `root`, for methods that change or replace it.
 
     Raises:
-        ConfigError: If the part was replaced or carries a hook, so that its parameter is not what it computes with.
+        ConfigError: If the part was replaced or carries a hook, so it may not compute with that parameter.
     """
     owner, _, leaf = name.rpartition(".")
     part = root.get_submodule(owner)
@@ -262,12 +262,12 @@ def plain_parameter(root: nn.Module, name: str) -> nn.Parameter:
 
 
 def not_plain(name: str, part: nn.Module) -> ConfigError:
-    """Return the error for a part whose tensor a method wants to change, and that is not plain."""
+    """Return the error for a method that changes a tensor of a part that is not plain."""
     what = type(part).__name__
     reason = f"is a {what} with hooks" if type(part) in _KINDS else f"was replaced by a {what}"
     owner, _, leaf = name.rpartition(".")
     return ConfigError(
         f"a method changes {name}, but {owner} {reason} and does not read its {leaf} as the backbone would; undo that "
-        "(peft: merge_and_unload; pruning: prune.remove; parametrizations: remove_parametrizations), or take a method "
+        "(peft: merge_and_unload; pruning: prune.remove; parametrizations: remove_parametrizations), or use a method "
         "that acts on tokens or outputs"
     )

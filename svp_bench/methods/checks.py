@@ -1,0 +1,189 @@
+"""Check the promises of a method when it is attached: its hooks, its count, its identity, its copies."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svp_bench.core.errors import ConfigError
+from svp_bench.methods.base import Method
+from svp_bench.models import VisionMamba
+
+__all__ = [
+    "check_copies",
+    "check_identity",
+    "check_parameters",
+    "check_promises",
+    "declares_identity",
+    "probe_features",
+]
+
+# the name of a parameter after pruning, weight_norm or parametrizations
+_DERIVED = re.compile(r"(\.parametrizations)?\.(\w+?)(_orig|_g|_v|\.original[01]?)$")
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def declares_identity(method: Method) -> bool:
+    """Return `identity_at_start` of a method; ConfigError if it is not declared."""
+    declared = getattr(method, "identity_at_start", None)
+    if not isinstance(declared, bool):
+        raise ConfigError(f"the method {type(method).__name__} must declare identity_at_start = True or False")
+    return declared
+
+
+def check_parameters(model: VisionMamba, method: Method) -> None:
+    """Refuse to freeze trained parameters that are not the backbone's own.
+
+    The backbone's own are known by their names, or, inside a wrapper, by their shapes.
+
+    Raises:
+        ConfigError: If the method would freeze one; names it.
+    """
+    mixer, embed = model.mixers[0], model.patch_embed
+    inner, states = mixer.A_log.shape
+    width = model.embed_dim
+    sizes: dict[str, Any] = {"embed_dim": width, "d_state": states, "d_conv": mixer.d_conv, "expand": inner // width}
+    with torch.device("meta"):
+        fresh = VisionMamba(embed.img_size, embed.patch_size[0], embed.stride, model.in_chans, 0, depth=1, **sizes)
+    plain = {name: tuple(p.shape) for name, p in fresh.named_parameters()}
+    unclaimed = Counter(("layers" if name.startswith("layers.") else "", shape) for name, shape in plain.items())
+    left = {place: unclaimed.copy() for place in ["", *(f"layers.{i}" for i in range(len(model.layers)))]}
+    others: list[tuple[str, str, str, nn.Parameter]] = []
+    for name, parameter in model.named_parameters():
+        found = re.match(r"layers\.\d+", name)
+        place, kind = (found[0], "layers") if found else ("", "")
+        known = re.sub(r"^layers\.\d+", "layers.0", _DERIVED.sub(r".\2", name))
+        if known in plain:
+            left[place][kind, plain[known]] -= 1
+        elif not name.startswith("head."):
+            others.append((name, place, kind, parameter))
+    for name, place, kind, parameter in others:
+        key = kind, tuple(parameter.shape)
+        left[place][key] -= 1
+        if left[place][key] < 0 and parameter.requires_grad and not method.trains(name):
+            raise ConfigError(
+                f"{type(method).__name__} would freeze {name}, which is not a parameter of the backbone; attach the "
+                "method first and replace modules after, or accept the name in trains() of your method"
+            )
+
+
+def check_promises(model: VisionMamba, method: Method) -> None:
+    """Check that the hooks of an attached method take effect, and its parameter count.
+
+    Raises:
+        ConfigError: If a hook is not read or belongs to a module outside the model, or the count differs.
+    """
+    name, inside = type(method).__name__, set(model.modules())
+    for mixer in model.mixers:
+        mixer.check_hooks()
+    for hook in (hook for hooks in model.points.hook_lists() for hook in hooks):
+        owner = getattr(hook, "__self__", hook)
+        if isinstance(owner, nn.Module) and owner not in inside and any(True for _ in owner.parameters()):
+            raise ConfigError(
+                f"{name}: a hook belongs to a {type(owner).__name__} that is not in the model, so it would be neither "
+                "trained nor saved; put it into model.adapter"
+            )
+    for part in model.adapter.modules() if model.adapter is not None else ():
+        for key, value in vars(part).items():
+            if isinstance(value, FunctionType) and _closes_over(value, inside):
+                raise ConfigError(
+                    f"{name}: {key} of the adapter's {type(part).__name__} is a function that closes over a module of "
+                    "the model, which copies of the model would share; make it a method"
+                )
+    counted = sum(p.numel() for key, p in trained_parameters(model).items() if not key.startswith("head."))
+    if (claimed := method.adapter_parameters(model)) != counted:
+        raise ConfigError(
+            f"{name}: adapter_parameters() returns {claimed}, and {counted} parameters train outside the head; correct "
+            "the formula"
+        )
+
+
+def _closes_over(function: FunctionType, modules: set[nn.Module]) -> bool:
+    """Whether a function, or one that it closes over, holds one of the modules."""
+    held = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    return any(
+        part in modules
+        if isinstance(part, nn.Module)
+        else isinstance(part, FunctionType) and part is not function and _closes_over(part, modules)
+        for part in held
+    )
+
+
+def check_identity(model: VisionMamba, method: Method, before: Tensor | None) -> None:
+    """Compare the features of a random image with those before the method was attached, if given.
+
+    Raises:
+        ConfigError: If they differ by more than 1e-4 of the largest (2e-2 below float32).
+    """
+    after = None if before is None else probe_features(model)
+    if before is None or after is None:
+        return
+    change = float((after - before).abs().max() / before.abs().max()) if after.shape == before.shape else float("nan")
+    bound = 1e-4 if torch.finfo(model.cls_token.dtype).bits >= 32 else 2e-2
+    if not change <= bound:
+        raise ConfigError(
+            f"{type(method).__name__}: identity_at_start is declared, and the features of a random image change by "
+            f"{change:.2g} of the largest ({bound:g} is allowed); start at zero, or declare identity_at_start = False"
+        )
+
+
+def check_copies(model: VisionMamba, name: str) -> None:
+    """Check that the forward pass of a deep copy reads no trained parameter of the model itself.
+
+    Raises:
+        ConfigError: If it does; averages of weights and other copies would silently be wrong.
+    """
+    own = {id(p): key for key, p in trained_parameters(model).items()}
+    if torch.is_inference_mode_enabled() or model.cls_token.is_meta or model.cls_token.is_inference():
+        return
+    try:
+        copied = copy.deepcopy(model)
+    except Exception:  # whether the model can be copied is not checked here
+        return
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a hook may use random numbers
+        features = _features(copied)
+    queue, seen = [features.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if key := own.get(id(getattr(node, "variable", None))):
+            raise ConfigError(
+                f"{name}: a deep copy of the model still uses {key} of the original (hooks that read a class, a "
+                "global, an attribute of a function …, or sit on modules of the backbone); keep all that hooks read in "
+                "model.adapter and register a method of it: points.on_tokens(adapter.add)"
+            )
+        queue.extend(after for after, _ in node.next_functions)
+
+
+@torch.no_grad()
+def probe_features(model: VisionMamba) -> Tensor | None:
+    """Return the features of one random image (1, D) in float64, without dropout; None on the meta device."""
+    return None if model.cls_token.is_meta else _features(model)
+
+
+def _features(model: VisionMamba) -> Tensor:
+    weight = model.cls_token
+    noise = torch.randn(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    modes = [(module, module.training) for module in model.modules()]
+    backend = model.scan_backend
+    try:
+        model.eval()
+        if weight.device.type == "cpu":
+            model.set_scan_backend("reference")  # compiles no kernel for a single image
+        return model.forward_features(noise.to(weight)).double()
+    finally:
+        model.set_scan_backend(backend)
+        for module, mode in modes:
+            module.training = mode
