@@ -78,7 +78,7 @@ class RecordStore:
         return found
 
     @property
-    def choices(self) -> Path:
+    def selected_folder(self) -> Path:
         """The folder of selected configs."""
         return self.root / "choices"
 
@@ -86,7 +86,7 @@ class RecordStore:
     def selected_configs(self) -> Mapping[Path, Choice]:
         """Path → selected config, of all that are sound."""
         found = {}
-        for path in sorted(self.choices.rglob("*.json")):
+        for path in sorted(self.selected_folder.rglob("*.json")):
             with suppress(RecordError):
                 found[path] = read_choice(path)
         return found

@@ -217,8 +217,8 @@ def check_images(case: Case) -> Iterator[Line]:
     yield from verdicts(problems, f"{metrics.count} images of {name}{digest}, {classes}")
 
 
-def _scored_split(record: Record) -> tuple[str, str, str, str | None]:
-    return record.task, record.data_digest, record.stage, record.correct and record.correct.split
+def _scored_split(record: Record) -> tuple[str | None, ...]:
+    return record.task, record.data_digest, record.stage, record.correct.split if record.correct else None
 
 
 def _is_count(number: float, count: int) -> bool:
@@ -230,7 +230,7 @@ def check_data(case: Case) -> Iterator[Line]:
     """The images are those of the card."""
     record, digest = case.record, short(case.record.data_digest)
     if record.data_variant == "synthetic":
-        yield "fail", "synthetic images, not the data set: the number says nothing about the task"
+        yield "fail", "synthetic images, not the data set: the number carries no information about the task"
         return
     if record.data_status == "different":
         yield "note", f"differs from the card: {'; '.join(record.data_notes) or 'no reason is given'}"

@@ -26,114 +26,115 @@ from svp_bench.records.selection import (
 
 def check_track(case: Case) -> Iterator[Line]:
     """Report the track: default settings, or a search."""
-    search, choice = case.record.search, case.selected[0]
+    search, config = case.record.search, case.selected[0]
     if search is None:
         yield "pass", "default: the record states no search"
         return
     tried = f"{search.sampler}, {plural(search.trials, 'setting')} tried on {search.selected_on}"
     yield "note", f"searched ({search.name}, K = {search.budget}), {tried}; declaration {short(search.declaration)}"
-    if choice is not None and not choice.nested:
+    if config is not None and not config.nested:
         yield "note", "one search for all seeds: the interval over seeds leaves out the noise of the selection"
 
 
 def check_config(case: Case) -> Iterator[Line]:
     """The selected config is here, was written before the run, and is the one that the run and the search state."""
-    choice, where = case.selected
-    if choice is not None:
-        good = f"{where}, selected {choice.created}, before the run; the config has its values"
-        yield from verdicts(_config_problems(case, choice), good)
+    config, where = case.selected
+    if config is not None:
+        good = f"{where}, selected {config.created}, before the run; the config has its values"
+        yield from verdicts(_config_problems(case, config), good)
     elif where:
         yield "fail", where
 
 
-def _config_problems(case: Case, choice: Choice) -> Iterator[str]:
+def _config_problems(case: Case, config: Choice) -> Iterator[str]:
     record, search = case.record, case.record.search
     assert search is not None
-    ours, expected = dict(flat(record.config)), choice.summary()
-    if choice.search_seed not in (None, record.seed):
-        yield f"the selected config is that of seed {choice.search_seed}, and the run has seed {record.seed}"
+    ours, expected = dict(flat(record.config)), config.summary()
+    if config.search_seed not in (None, record.seed):
+        yield f"the selected config is that of seed {config.search_seed}, and the run has seed {record.seed}"
     stated = {field.name: (getattr(expected, field.name), getattr(search, field.name)) for field in fields(search)}
     for key in ("task", "method", "checkpoint_digest"):
-        stated[key] = getattr(choice, key), getattr(record, key)
+        stated[key] = getattr(config, key), getattr(record, key)
     for name, (theirs, mine) in stated.items():
         if theirs != mine:
             yield f"the {name} of the selected config is {theirs}, that of the record {mine}"
-    for key, value in choice.values.items():
+    for key, value in config.values.items():
         if differ(ours.get(key), value):
             yield f"{key} is {ours.get(key)}, and in the selected config {value}"
-    yield from _context_problems(record, choice, "the run")
+    yield from _context_problems(record, config, "the run")
     start = start_of(record)
     try:
-        selected = datetime.strptime(choice.created, CREATED).replace(tzinfo=timezone.utc)
+        selected = datetime.strptime(config.created, CREATED).replace(tzinfo=timezone.utc)
     except ValueError:
-        yield f"'created' of the selected config is {choice.created!r}, which is not a time"
+        yield f"'created' of the selected config is {config.created!r}, which is not a time"
     else:
         if start is None or selected > start:
             began = record.run_id if start is None else f"{start:%Y-%m-%dT%H:%M:%S+00:00}"
-            yield f"selected {choice.created}, after the run began ({began})"
-    yield from _split_problems(case, choice)
+            yield f"selected {config.created}, after the run began ({began})"
+    yield from _split_problems(case, config)
 
 
-def _context_problems(record: Record, choice: Choice, who: str) -> Iterator[str]:
-    ours = dict(flat(context_of(cell_config(record.config), list(choice.values), record.method_source)))
-    theirs = dict(flat(choice.context))
+def _context_problems(record: Record, config: Choice, who: str) -> Iterator[str]:
+    ours = dict(flat(context_of(cell_config(record.config), list(config.values), record.method_source)))
+    theirs = dict(flat(config.context))
     for key in sorted(key for key in {*ours, *theirs} if differ(ours.get(key), theirs.get(key)))[:1]:
         yield f"selected with {key} = {theirs.get(key)}, and {who} has {ours.get(key)}"
 
 
-def _split_problems(case: Case, choice: Choice) -> Iterator[str]:
+def _split_problems(case: Case, config: Choice) -> Iterator[str]:
     """Yield where splits, folds and number of images of the selection are not those of the cards and of the search."""
-    protocol, counts, folds = case.cards.protocol, case.split_counts, choice.folds
-    declared, small = choice.search.get("folds", "none"), choice.search.get("small_val", 0)
+    protocol, counts, folds = case.cards.protocol, case.split_counts, config.folds
+    new = config.version >= RULE_VERSION
+    declared, small = (config.search["folds"], config.search["small_val"]) if new else ("none", 0)
     if protocol is not None:
         val, labelled = protocol.stages["select"]["val"], protocol.stages["final"]["train"]
         allowed = f"{labelled} ({folds} folds)" if folds else val
         scored, in_val = counts.get(labelled if folds else val), counts.get(val)
-        if choice.selected_on != allowed:
-            yield f"selected on {choice.selected_on}, and {case.record.protocol} selects on {allowed}"
-        if scored is not None and choice.count != scored:
-            yield f"selected on {plural(choice.count, 'image')}, and the task card has {scored}"
+        if config.selected_on != allowed:
+            yield f"selected on {config.selected_on}, and {case.record.protocol} selects on {allowed}"
+        if scored is not None and config.count != scored:
+            yield f"selected on {plural(config.count, 'image')}, and the task card has {scored}"
         if folds and declared == "auto" and in_val is not None and in_val >= small:
             yield f"selected in {folds} folds, and val has {in_val} images: the search declares folds below {small}"
-    auto = min(AUTO_FOLDS, choice.count) if folds else 0
-    expected = {"none": 0, "leave_one_out": choice.count, "auto": auto}.get(declared, declared)
+    auto = min(AUTO_FOLDS, config.count) if folds else 0
+    expected = {"none": 0, "leave_one_out": config.count, "auto": auto}.get(declared, declared)
     if expected is not None and folds != expected:
-        yield f"selected in {folds} folds of {plural(choice.count, 'image')}, and the search declares {declared}"
-    if declared == "auto" and not folds and choice.count < small:
-        yield f"selected on {choice.count} images of val, fewer than {small}"
-    if folds and choice.repeats != choice.search["repeats"]:
-        yield f"the images were divided {choice.repeats} times, not {choice.search['repeats']}"
+        yield f"selected in {folds} folds of {plural(config.count, 'image')}, and the search declares {declared}"
+    if declared == "auto" and not folds and config.count < small:
+        yield f"selected on {config.count} images of val, fewer than {small}"
+    if folds and config.repeats != config.search["repeats"]:
+        yield f"the images were divided {config.repeats} times, not {config.search['repeats']}"
 
 
 def check_trials(case: Case) -> Iterator[Line]:
     """Each trial has selection records with the stated scores."""
-    choice, store = case.selected[0], case.store
-    if choice is None or store is None:
+    config, store = case.selected[0], case.store
+    if config is None or store is None:
         return
     problems: list[str] = []
-    for number, trial in enumerate(choice.trials, 1):
+    for number, trial in enumerate(config.trials, 1):
         found = [store.by_id.get(run_id) for run_id in trial.run_ids]
         if trial.status == "complete":
-            problems += [f"trial {number}: {text}" for text in _trial_problems(choice, trial, found)]
+            problems += [f"trial {number}: {text}" for text in _trial_problems(config, trial, found)]
             continue
         if all(record is not None and record.status == "complete" for record in found):
             problems.append(f"trial {number} is stated as failed ({trial.status}), but its records are complete")
         names = zip(trial.run_ids, found, strict=True)  # a run that ended before it had a record has no name
         problems += [f"trial {number}: its record {one} is missing" for one, record in names if one and record is None]
-    named = Counter(run_id for trial in choice.trials for run_id in trial.run_ids if run_id)
+    named = Counter(run_id for trial in config.trials for run_id in trial.run_ids if run_id)
     problems += [f"{plural(count, 'trial')} are one run, {run_id}" for run_id, count in named.items() if count > 1]
-    runs = sum(len(trial.run_ids) for trial in choice.trials if trial.status == "complete")
-    good = f"{runs} selection records have the stated scores, all on {choice.selected_on}; none states a test split"
+    runs = sum(len(trial.run_ids) for trial in config.trials if trial.status == "complete")
+    good = f"{runs} selection records have the stated scores, all on {config.selected_on}; none states a test split"
     yield from verdicts(problems, good)
-    if choice.completed < len(choice.trials):
-        text = f"{len(choice.trials) - choice.completed} of {plural(len(choice.trials), 'trial')} failed"
-        budget = choice.search["budget"]
-        yield "note", f"{text}: {plural(choice.completed, 'setting')} to select from, of a budget of {budget}"
+    if config.completed < len(config.trials):
+        text = f"{len(config.trials) - config.completed} of {plural(len(config.trials), 'trial')} failed"
+        budget = config.search["budget"]
+        yield "note", f"{text}: {plural(config.completed, 'setting')} to select from, of a budget of {budget}"
 
 
-def _trial_problems(choice: Choice, trial: Trial, found: Sequence[Record | None]) -> Iterable[str]:
-    parts = max(1, choice.folds * choice.repeats)
-    counts = trial.counts or (choice.count,) * len(found)
+def _trial_problems(config: Choice, trial: Trial, found: Sequence[Record | None]) -> Iterable[str]:
+    parts = max(1, config.folds * config.repeats)
+    counts = trial.counts or (config.count,) * len(found)
     for place, (run_id, record) in enumerate(zip(trial.run_ids, found, strict=True)):
         if record is None:
             yield f"its record {run_id} is missing"
@@ -145,20 +146,20 @@ def _trial_problems(choice: Choice, trial: Trial, found: Sequence[Record | None]
             yield f"{run_id} is {record.status}, and has no score"
             continue
         ours, bits = dict(flat(record.config)), record.val_correct.bits if record.val_correct else None
-        if choice.folds:
-            scored: Any = (fold_of(record.config), (choice.folds, place % parts, choice.search_seed or 0))
+        if config.folds:
+            scored: Any = (fold_of(record.config), (config.folds, place % parts, config.search_seed or 0))
         else:
-            scored = ((fold_of(record.config), record.splits.get("val")), ((0, 0, 0), choice.selected_on))
+            scored = ((fold_of(record.config), record.splits.get("val")), ((0, 0, 0), config.selected_on))
         stated: dict[str, tuple[Any, Any]] = {
             "top1": (record.metrics.top1, trial.scores[place]),
             "loss": (record.metrics.loss, trial.losses[place] if trial.losses else record.metrics.loss),
             "images": (record.metrics.count, counts[place]),
             "split": scored,
             "correct images": (bits, trial.right[place] if trial.right else bits),
-            "task": (record.task, choice.task),
-            "weights": (short(record.checkpoint_digest), short(choice.checkpoint_digest)),
-            "data": (short(record.data_digest), short(choice.data_digest)),
-            "seed": (record.seed, choice.seeds[place // parts]),
+            "task": (record.task, config.task),
+            "weights": (short(record.checkpoint_digest), short(config.checkpoint_digest)),
+            "data": (short(record.data_digest), short(config.data_digest)),
+            "seed": (record.seed, config.seeds[place // parts]),
             "trained parameters": (record.parameters.trainable, trial.trainable),
             **{key: (ours.get(key), value) for key, value in trial.values.items()},
         }
@@ -166,31 +167,31 @@ def _trial_problems(choice: Choice, trial: Trial, found: Sequence[Record | None]
             close = isinstance(mine, float) and isinstance(theirs, float) and isclose(mine, theirs, abs_tol=1e-9)
             if not close and differ(mine, theirs):
                 yield f"{run_id}: {name} is {str(mine)[:60]}, and in the selected config {str(theirs)[:60]}"
-        yield from _context_problems(record, choice, run_id)
+        yield from _context_problems(record, config, run_id)
 
 
 def check_outside(case: Case) -> Iterator[Line]:
     """The search counts all runs on val of its settings and seeds: a missing one is a second draw, or one that lost."""
-    choice, _ = case.selected
-    if choice is None or case.store is None:
+    config, _ = case.selected
+    if config is None or case.store is None:
         return
-    of_task = [one for one in case.store.selected_configs.values() if one.task == choice.task]
-    search = (choice.search_digest, choice.search_seed)
-    sound = [choice, *(one for one in of_task if (one.search_digest, one.search_seed) != search)]
+    of_task = [one for one in case.store.selected_configs.values() if one.task == config.task]
+    search = (config.search_digest, config.search_seed)
+    sound = [config, *(one for one in of_task if (one.search_digest, one.search_seed) != search)]
     named = {run_id for one in sound for trial in one.trials for run_id in trial.run_ids}
     hidden: list[str] = []
     extra: list[str] = []
     tested: list[str] = []
     for other in case.store.records:
-        if (other.task, other.method, other.status) != (choice.task, case.record.method, "complete"):
+        if (other.task, other.method, other.status) != (config.task, case.record.method, "complete"):
             continue
-        context = context_of(cell_config(other.config), list(choice.values), other.method_source)
-        if context != dict(choice.context):
+        context = context_of(cell_config(other.config), list(config.values), other.method_source)
+        if context != dict(config.context):
             continue
-        if other.kind == "final" and other.created < choice.created:
+        if other.kind == "final" and other.created < config.created:
             tested.append(other.run_id)
         elif other.kind == "selection" and other.run_id not in named:
-            (hidden if _belongs(choice, other) else extra).append(other.run_id)
+            (hidden if _belongs(config, other) else extra).append(other.run_id)
     for runs, event in ((extra, "scored on val outside of the search"), (tested, "tested before the search ended")):
         if runs:
             yield "note", f"further runs of this method, {event}: {len(runs)} ({some(runs)})"
@@ -198,23 +199,23 @@ def check_outside(case: Case) -> Iterator[Line]:
         yield "fail", f"runs of settings and seeds of the search that the selected config leaves out: {some(hidden)}"
 
 
-def _belongs(choice: Choice, record: Record) -> bool:
+def _belongs(config: Choice, record: Record) -> bool:
     """Return whether a run on val is of a setting, seed, split and time of the search."""
-    same = (record.checkpoint_digest, record.data_digest) == (choice.checkpoint_digest, choice.data_digest)
-    if not same or record.seed not in choice.seeds or record.created > choice.created:
+    same = (record.checkpoint_digest, record.data_digest) == (config.checkpoint_digest, config.data_digest)
+    if not same or record.seed not in config.seeds or record.created > config.created:
         return False
     folds, fold, seed = fold_of(record.config)
-    if choice.folds and (
-        (folds, seed) != (choice.folds, choice.search_seed or 0) or fold >= choice.folds * choice.repeats
+    if config.folds and (
+        (folds, seed) != (config.folds, config.search_seed or 0) or fold >= config.folds * config.repeats
     ):
         return False
-    if folds and not choice.folds:
+    if folds and not config.folds:
         return False
     ours = dict(flat(record.config))
-    if any(not any(differ(ours.get(key), value) for key, value in trial.values.items()) for trial in choice.trials):
+    if any(not any(differ(ours.get(key), value) for key, value in trial.values.items()) for trial in config.trials):
         return True
-    spaces = choice.search["spaces"]
-    space = spaces[choice.method] if choice.method in spaces else spaces[FALLBACK]
+    spaces = config.search["spaces"]
+    space = spaces[config.method] if config.method in spaces else spaces[FALLBACK]
     return all(_contains(declared, ours.get(key)) for key, declared in space.items())
 
 
@@ -228,15 +229,15 @@ def _contains(declared: Any, value: Any) -> bool:
 
 def check_rule(case: Case) -> Iterator[Line]:
     """Report the rule, which `read_choice` applies again, and ties that it breaks by the order."""
-    choice, _ = case.selected
-    if choice is None:
+    config, _ = case.selected
+    if config is None:
         return
-    rule = choice.search["rule"]
-    yield "pass", f"{rule}: trial {choice.chosen + 1} of {len(choice.trials)}; {choice.reason}"
-    chosen = choice.trials[choice.chosen]
-    ties = sum(trial.mean == chosen.mean for trial in choice.trials)
-    if choice.version < RULE_VERSION and ties > 1:
-        score = f"{chosen.mean:.2f} % of {plural(choice.count, 'image')}"
+    rule = config.search["rule"]
+    yield "pass", f"{rule}: trial {config.chosen + 1} of {len(config.trials)}; {config.reason}"
+    chosen = config.trials[config.chosen]
+    ties = sum(trial.mean == chosen.mean for trial in config.trials)
+    if config.version < RULE_VERSION and ties > 1:
+        score = f"{chosen.mean:.2f} % of {plural(config.count, 'image')}"
         yield (
             "note",
             f"{plural(ties, 'setting')} tie with {score}, and version 1 of the rule takes the first: the selection is "
@@ -246,26 +247,26 @@ def check_rule(case: Case) -> Iterator[Line]:
 
 def check_grid(case: Case) -> Iterator[Line]:
     """The best setting does not lie at an end of the grid."""
-    choice, _ = case.selected
-    if choice is not None and choice.at_edge:
-        yield "note", f"the best lies at the end of the grid: {some(choice.at_edge)}; values beyond may be better"
+    config, _ = case.selected
+    if config is not None and config.at_edge:
+        yield "note", f"the best lies at the end of the grid: {some(config.at_edge)}; values beyond may be better"
 
 
 def check_other_searches(case: Case) -> Iterator[Line]:
     """Report other searches of the task and method, and methods of this search with another number of trials."""
-    choice, where = case.selected
-    if choice is None or case.store is None:
+    config, where = case.selected
+    if config is None or case.store is None:
         return
     ours, folders, completed = where.split("/")[1], set(), dict[str, int]()
     for path, one in case.store.selected_configs.items():
-        folder = path.relative_to(case.store.choices).parts[0]
-        if one.task == choice.task and one.method == choice.method and folder != ours:
+        folder = path.relative_to(case.store.selected_folder).parts[0]
+        if one.task == config.task and one.method == config.method and folder != ours:
             folders.add(folder)
-        elif one.task == choice.task and one.method != choice.method and folder == ours:
+        elif one.task == config.task and one.method != config.method and folder == ours:
             completed[one.method] = min(completed.get(one.method, one.completed), one.completed)
     if folders:
         yield "note", f"other searches selected for this method and task too: {some(sorted(folders))}"
-    unequal = [f"{method} {count}" for method, count in completed.items() if count != choice.completed]
+    unequal = [f"{method} {count}" for method, count in completed.items() if count != config.completed]
     if unequal:
-        counts = f"{choice.method} {choice.completed}, {some(unequal)}"
+        counts = f"{config.method} {config.completed}, {some(unequal)}"
         yield "note", f"methods differ in trials with a score: {counts}"

@@ -1,8 +1,8 @@
 """Run a typed function as a subcommand: the signature gives the arguments, the docstring their help.
 
 Positional-only parameters are positional arguments, keyword-only ones are flags, and `*rest` takes the flags of `fit`.
-`bool` is a switch, `Literal` a choice, `list` a flag that may be repeated, `tuple` one with several values. `Annotated`
-adds a converter (a function of the text) or a name: `--flag` or the metavar.
+`bool` is a switch, `Literal` lists the values, `list` is a flag that may be repeated, `tuple` one with several values.
+`Annotated` adds a converter (a function of the text) or a name: `--flag` or the metavar.
 """
 
 from __future__ import annotations
