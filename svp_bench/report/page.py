@@ -18,18 +18,17 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from svp_bench._version import __version__
-from svp_bench.core.errors import UsageError, file_size, plural, printable, unknown_name
+from svp_bench.core.errors import UsageError, file_size, plural, printable
 from svp_bench.records.published import load_published
 from svp_bench.records.record import CREATED
-from svp_bench.records.store import Problem, read_records, write_atomically
+from svp_bench.records.store import read_records, write_atomically
 from svp_bench.report import assets
 from svp_bench.report import figures as drawing
 from svp_bench.report.curves import POINTS, read_curves
 from svp_bench.report.model import Point, ReportView, RowView, SectionView, SuiteView, TaskView, TradeOff
 from svp_bench.report.view import report_view
 from svp_bench.stats.inference import FEWEST_PAIRS, FEWEST_SOURCES
-from svp_bench.tables.build import load_table, suites_of
-from svp_bench.tables.model import Table
+from svp_bench.tables.build import check_control, load_table, outside_of_suites, suite_of, suites_of
 from svp_bench.tables.notes import (
     MAJORITY,
     PLUMBING,
@@ -44,7 +43,7 @@ from svp_bench.tables.notes import (
     span,
 )
 from svp_bench.tables.quoted import citations
-from svp_bench.tasks.cards import list_suites, load_suite, load_task
+from svp_bench.tasks.cards import load_suite, load_task
 
 __all__ = ["json_in_html", "render", "report_path", "run_report"]
 
@@ -89,7 +88,6 @@ def run_report(
     target = report_path(results_root) if output is None else Path(output)
     if target.is_dir():
         raise UsageError(f"--output {target} is a folder; give the name of the page, e.g. {target / 'index.html'}")
-    known = list_suites()
     given = None if suites is None else [load_suite(name) for name in suites]
     if not Path(results_root).is_dir():
         raise UsageError(
@@ -98,7 +96,7 @@ def run_report(
         )
     records, problems = read_records(results_root)
     cards = [load_suite(name) for name in suites_of(records)] if given is None else given
-    present = {record.suite for record in records} | {_suite_of(problem) for problem in problems}
+    present = {record.suite for record in records} | {suite_of(problem) for problem in problems}
     tables = []
     for card in cards:
         quoted = load_published(card)
@@ -106,29 +104,17 @@ def run_report(
             continue
         tables.append(load_table(card, records, problems, quoted, control))
     owners = {card.owner for card in cards}
-    _check_control(tables, control)
-    strays = [problem for problem in problems if _suite_of(problem) not in known]
-    for record in records:
-        if record.suite not in known:
-            reason = f"there is no suite {record.suite!r} here; --tasks_dir DIR adds cards"
-            strays.append(Problem(f"records/{record.task}/{record.run_id}.json", reason))
+    check_control(tables, control)
     report = report_view(
         tables,
         titles={task: load_task(task).title for table in tables for task in table.suite.tasks},
         curves=read_curves([record for record in records if record.suite in owners], runs_root),
-        strays=strays if suites is None else [],
+        strays=outside_of_suites(records, problems) if suites is None else [],
         runs_root=Path(runs_root).as_posix(),
     )
     text = render(report, published=published, root=_link(Path(results_root), target.parent))
     write_atomically(target, text)
     return _summary(report, target, text)
-
-
-def _check_control(tables: Sequence[Table], control: str | None) -> None:
-    rows = [row for table in tables for section in table.sections for row in section.rows]
-    names = {name for row in rows for name in (row.method, row.label)}
-    if control is not None and names and control not in names:
-        raise unknown_name("method or row", control, names, where="--control")
 
 
 def _summary(report: ReportView, target: Path, text: str) -> str:
@@ -146,11 +132,6 @@ def _summary(report: ReportView, target: Path, text: str) -> str:
     length = file_size(len(text.encode("utf-8", errors="backslashreplace")))
     lines.append(f"Written: {target} ({length}, loads nothing)")
     return "\n".join([*map(printable, lines), ""])
-
-
-def _suite_of(problem: Problem) -> str | None:
-    parts = problem.path.split("/")
-    return parts[1] if len(parts) > 2 else None
 
 
 def _link(results_root: Path, folder: Path) -> str:

@@ -55,12 +55,15 @@ __all__ = [
     "Table",
     "Track",
     "build_table",
+    "check_control",
     "load_table",
+    "outside_of_suites",
     "render_latex",
     "render_markdown",
     "render_terminal",
     "run_compare",
     "run_table",
+    "suite_of",
     "suites_of",
     "table_paths",
     "write_tables",
@@ -121,7 +124,7 @@ def build_table(
         left_out=tuple(sorted([*left_out, *superseded], key=lambda out: (out.why, out.record.task, out.record.run_id))),
         problems=tuple(
             sorted(
-                (problem for problem in problems if _suite_of(problem) == suite.owner), key=lambda problem: problem.path
+                (problem for problem in problems if suite_of(problem) == suite.owner), key=lambda problem: problem.path
             )
         ),
         published=tuple(published),
@@ -179,7 +182,7 @@ def _cell_key(record: Record) -> tuple[str, str, str]:
     return record.data_variant, record.data_digest or "", setting + record.source_digest
 
 
-def _suite_of(problem: Problem) -> str | None:
+def suite_of(problem: Problem) -> str | None:
     parts = problem.path.split("/")
     return parts[1] if len(parts) > 2 else None
 
@@ -426,14 +429,14 @@ def run_table(
     records, problems = read_records(results_root)
     cards = {name: load_suite(name) for name in (suites if suites is not None else suites_of(records))}
     quoted = {name: load_published(card) if published else [] for name, card in cards.items()}
-    present = {record.suite for record in records} | {_suite_of(problem) for problem in problems}
+    present = {record.suite for record in records} | {suite_of(problem) for problem in problems}
     tables: list[Table] = []
     for name, card in cards.items():
         old = any(path.exists() for path in table_paths(card, results_root))
         if suites is None and card.owner not in present and not quoted[name] and not old:
             continue
         tables.append(load_table(card, records, problems, quoted[name], control))
-    _check_control(tables, control)
+    check_control(tables, control)
     if not Path(results_root).is_dir() and not any(quoted.values()):
         return _no_records(results_root)  # a mistyped folder is not made; quoted numbers alone are a table
     parts: list[str] = []
@@ -441,15 +444,7 @@ def run_table(
         paths = write_tables(table, results_root)
         shown = render_terminal(table, all_columns=all_columns)
         parts.append(f"{shown}\nWritten: {', '.join(printable(path) for path in paths)}\n")
-    strays = [problem for problem in problems if _suite_of(problem) not in list_suites()]
-    strays += [
-        Problem(
-            f"records/{record.task}/{record.run_id}.json",
-            f"there is no suite {record.suite!r} here; --tasks_dir DIR adds cards",
-        )
-        for record in records
-        if record.suite not in list_suites()
-    ]
+    strays = outside_of_suites(records, problems)
     if strays:
         listed = (printable(f"  {stray.path}: {stray.reason}") for stray in strays)
         parts.append("\n".join(["Belong to no suite:", *listed, ""]))
@@ -491,7 +486,18 @@ def _no_records(results_root: Path | str) -> str:
     return f"There are no records in {folder} yet, so no table; `svp-bench fit --config FILE` writes a record.\n"
 
 
-def _check_control(tables: Sequence[Table], control: str | None) -> None:
+def outside_of_suites(records: Iterable[Record], problems: Iterable[Problem]) -> list[Problem]:
+    """Return the files and records that belong to no suite here."""
+    known = list_suites()
+    strays = [problem for problem in problems if suite_of(problem) not in known]
+    for record in records:
+        if record.suite not in known:
+            reason = f"there is no suite {record.suite!r} here; --tasks_dir DIR adds cards"
+            strays.append(Problem(f"records/{record.task}/{record.run_id}.json", reason))
+    return strays
+
+
+def check_control(tables: Sequence[Table], control: str | None) -> None:
     """Raise UsageError if a control was named and no table has such a row."""
     rows = [row for table in tables for section in table.sections for row in section.rows]
     names = {name for row in rows for name in (row.method, row.label)}
