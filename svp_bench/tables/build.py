@@ -183,6 +183,7 @@ def _cell_key(record: Record) -> tuple[str, str, str]:
 
 
 def suite_of(problem: Problem) -> str | None:
+    """Return the suite that the path of a file names, None if there is none."""
     parts = problem.path.split("/")
     return parts[1] if len(parts) > 2 else None
 
