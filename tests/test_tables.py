@@ -322,7 +322,7 @@ def test_data_variants_are_never_averaged(tmp_path: Path) -> None:
     (row,) = read_csv(texts["small.csv"])
     assert (row["dtd"], row["svhn"], row["other_variants"]) == ("90.0000", "30.0000", "svhn=zip")
     assert "30.00‡" in texts["small.md"]
-    assert "- ‡ Another variant of the data than the card's own: svhn (zip)." in texts["small.md"]
+    assert "- ‡ Another variant of the data than that of the card: svhn (zip)." in texts["small.md"]
     assert "- dtd, svp: also 50.00 (1 seed) on other data, variant archive (splits cdcd" in texts["small.md"]
     lines = [line for line in read_csv(texts["small_long.csv"]) if line["task"] == "vtab/dtd"]
     assert [(line["data_variant"], line["mean"], line["status"]) for line in lines] == [

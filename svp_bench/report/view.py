@@ -32,21 +32,17 @@ from svp_bench.report.model import (
 from svp_bench.tables.comparison import column_marks, images_of_cell, seeds_of_cell
 from svp_bench.tables.model import Cell, Row, Section, Table
 from svp_bench.tables.notes import (
-    STAND_IN,
     choice_notes,
     comparison_notes,
-    data_notes,
     departure_notes,
-    dirty_notes,
     majority_notes,
     majority_scores,
-    marks,
+    mark_notes,
     new_tasks_note,
     partial,
     partial_notes,
     provenance_notes,
     ranks_notes,
-    short_name,
     verdict_marks,
     weights,
 )
@@ -189,18 +185,7 @@ def _notes(section: Section, suite: SuiteCard) -> Iterator[str]:
     yield from choice_notes(section)
     yield from departure_notes(section)
     yield from provenance_notes(section)
-    if any("†" in marks(cell) for cell in cells):
-        yield "† The files on disk differ from the task card in count or digest; the records state how."
-    variants = sorted({f"{short_name(cell.task)} ({cell.variant})" for cell in cells if "‡" in marks(cell)})
-    if variants:
-        yield f"‡ Another variant of the data than that of the card: {', '.join(variants)}."
-    if any(cell.drawn for cell in cells):
-        yield STAND_IN
-    yield from data_notes(section, suite)
-    yield from dirty_notes(section)
-    shared = "; ".join(", ".join(group) for group in suite.same_images)
-    if shared:
-        yield f"Tasks that share their images, and count as one source: {shared}."
+    yield from mark_notes(section, suite)
 
 
 def _standings(section: Section, suite: SuiteCard, level: float) -> dict[tuple[str, str], str]:

@@ -47,6 +47,7 @@ __all__ = [
     "left_out_reasons",
     "majority_notes",
     "majority_scores",
+    "mark_notes",
     "marks",
     "named",
     "new_tasks_note",
@@ -300,15 +301,21 @@ def section_notes(section: Section, suite: SuiteCard, level: float) -> list[str]
         *departure_notes(section),
         *provenance_notes(section),
     ]
+    return notes + mark_notes(section, suite)
+
+
+def mark_notes(section: Section, suite: SuiteCard) -> list[str]:
+    """Return the notes on marked cells, the data, uncommitted changes and shared images."""
+    cells = [cell for row in section.rows for cell in row.cells.values()]
+    notes = []
     if any("†" in marks(cell) for cell in cells):
-        notes.append("† The files on disk differ from the task card in count or digest; the records say how.")
+        notes.append("† The files on disk differ from the task card in count or digest; the records state how.")
     variants = sorted({f"{short_name(cell.task)} ({cell.variant})" for cell in cells if "‡" in marks(cell)})
     if variants:
-        notes.append(f"‡ Another variant of the data than the card's own: {', '.join(variants)}.")
+        notes.append(f"‡ Another variant of the data than that of the card: {', '.join(variants)}.")
     if any(cell.drawn for cell in cells):
         notes.append(STAND_IN)
-    notes += data_notes(section, suite)
-    notes += dirty_notes(section)
+    notes += [*data_notes(section, suite), *dirty_notes(section)]
     shared = "; ".join(", ".join(group) for group in suite.same_images)
     if shared:
         notes.append(f"Tasks that share their images, and are not independent: {shared}.")
