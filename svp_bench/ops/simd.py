@@ -10,6 +10,7 @@ Addresses are integers in bytes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from itertools import chain
 
@@ -55,137 +56,103 @@ def _fma(builder, a, b, c):
     return builder.call(function, [a, b, c])
 
 
+def _operation(result, *kinds) -> Callable:
+    """Declare an intrinsic of these types from its code generator, a function of (builder, *values)."""
+
+    def declare(generate: Callable) -> Callable:
+        def definition(context, *types):
+            def build(context, builder, signature, values):
+                value = generate(builder, *values)
+                return context.get_dummy_value() if value is None else value
+
+            return result(*kinds), build
+
+        names = ["context", *[*inspect.signature(generate).parameters][1:]]
+        definition.__signature__ = inspect.Signature([inspect.Parameter(name, 1) for name in names])
+        definition.__name__, definition.__doc__ = generate.__name__, generate.__doc__
+        return intrinsic(definition)
+
+    return declare
+
+
 def _binary(name: str) -> Callable:
-    @intrinsic
-    def operation(context, a, b):
-        def build(context, builder, signature, arguments):
-            return getattr(builder, name)(*arguments)
+    def operation(builder, a, b):
+        return getattr(builder, name)(a, b)
 
-        return vector(vector, vector), build
-
-    return operation
+    return _operation(vector, vector, vector)(operation)
 
 
 add = _binary("fadd")
 sub = _binary("fsub")
 mul = _binary("fmul")
 div = _binary("fdiv")
-
-
-@intrinsic
-def fma(context, a, b, c):
-    """a * b + c, rounded once."""
-
-    def build(context, builder, signature, arguments):
-        return _fma(builder, *arguments)
-
-    return vector(vector, vector, vector), build
-
-
-@intrinsic
-def splat(context, value):
-    """Sixteen times the same float32."""
-
-    def build(context, builder, signature, arguments):
-        one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), arguments[0], _I32(0))
-        return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _splat_int(0))
-
-    return vector(types.float32), build
+fma = _operation(vector, vector, vector, vector)(_fma)  # a * b + c, rounded once
 
 
 def _pointer(builder, address, kind):
     return builder.inttoptr(address, kind.as_pointer())
 
 
-@intrinsic
-def load(context, address):
-    """Sixteen neighbouring floats."""
-
-    def build(context, builder, signature, arguments):
-        return builder.load(_pointer(builder, arguments[0], _VECTOR), align=4)
-
-    return vector(types.int64), build
+def _repeat(builder, value):
+    """Return a vector of sixteen times the same float32."""
+    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
+    return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _splat_int(0))
 
 
-@intrinsic
-def store(context, address, value):
-    """Write sixteen neighbouring floats."""
-
-    def build(context, builder, signature, arguments):
-        builder.store(arguments[1], _pointer(builder, arguments[0], _VECTOR), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, vector), build
+splat = _operation(vector, types.float32)(_repeat)
 
 
-@intrinsic
-def broadcast(context, address):
-    """Sixteen times the float at an address."""
-
-    def build(context, builder, signature, arguments):
-        value = builder.load(_pointer(builder, arguments[0], _F32), align=4)
-        one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
-        return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _splat_int(0))
-
-    return vector(types.int64), build
+@_operation(vector, types.int64)
+def load(builder, address):
+    """Return sixteen adjacent floats."""
+    return builder.load(_pointer(builder, address, _VECTOR), align=4)
 
 
-@intrinsic
-def gather(context, address, step):
-    """Sixteen floats that lie `step` bytes apart."""
-
-    def build(context, builder, signature, arguments):
-        address, step = arguments
-        value = ir.Constant(_VECTOR, ir.Undefined)
-        for i in range(LANES):
-            place = builder.add(address, builder.mul(step, ir.IntType(64)(i)))
-            one = builder.load(_pointer(builder, place, _F32), align=4)
-            value = builder.insert_element(value, one, _I32(i))
-        return value
-
-    return vector(types.int64, types.int64), build
+@_operation(types.void, types.int64, vector)
+def store(builder, address, value):
+    """Write sixteen adjacent floats."""
+    builder.store(value, _pointer(builder, address, _VECTOR), align=4)
 
 
-@intrinsic
-def load_float(context, address):
-    """One float."""
-
-    def build(context, builder, signature, arguments):
-        return builder.load(_pointer(builder, arguments[0], _F32), align=4)
-
-    return types.float32(types.int64), build
+@_operation(vector, types.int64)
+def broadcast(builder, address):
+    """Return a vector of sixteen times the float at an address."""
+    return _repeat(builder, builder.load(_pointer(builder, address, _F32), align=4))
 
 
-@intrinsic
-def store_float(context, address, value):
+@_operation(vector, types.int64, types.int64)
+def gather(builder, address, step):
+    """Return sixteen floats that are `step` bytes apart."""
+    value = ir.Constant(_VECTOR, ir.Undefined)
+    for i in range(LANES):
+        place = builder.add(address, builder.mul(step, ir.IntType(64)(i)))
+        one = builder.load(_pointer(builder, place, _F32), align=4)
+        value = builder.insert_element(value, one, _I32(i))
+    return value
+
+
+@_operation(types.float32, types.int64)
+def load_float(builder, address):
+    """Return one float."""
+    return builder.load(_pointer(builder, address, _F32), align=4)
+
+
+@_operation(types.void, types.int64, types.float32)
+def store_float(builder, address, value):
     """Write one float."""
-
-    def build(context, builder, signature, arguments):
-        builder.store(arguments[1], _pointer(builder, arguments[0], _F32), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), build
+    builder.store(value, _pointer(builder, address, _F32), align=4)
 
 
-@intrinsic
-def load_int(context, address):
-    """One int64."""
-
-    def build(context, builder, signature, arguments):
-        return builder.load(_pointer(builder, arguments[0], ir.IntType(64)), align=8)
-
-    return types.int64(types.int64), build
+@_operation(types.int64, types.int64)
+def load_int(builder, address):
+    """Return one int64."""
+    return builder.load(_pointer(builder, address, ir.IntType(64)), align=8)
 
 
-@intrinsic
-def take(context, address):
-    """Add one to the int64 at an address, atomically; return what it was."""
-
-    def build(context, builder, signature, arguments):
-        pointer = _pointer(builder, arguments[0], ir.IntType(64))
-        return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "monotonic")
-
-    return types.int64(types.int64), build
+@_operation(types.int64, types.int64)
+def take(builder, address):
+    """Add one to the int64 at an address, atomically; return the value before."""
+    return builder.atomic_rmw("add", _pointer(builder, address, ir.IntType(64)), ir.IntType(64)(1), "monotonic")
 
 
 # 2^f on [-1/2, 1/2]: minimax of degree 5 with p(0) = 1, relative error 9e-8
@@ -257,17 +224,14 @@ def _silu(builder, xs):
     return values, _each(builder.fmul, gates, rests)
 
 
-def _tuple(context, builder, values):
-    return context.make_tuple(builder, types.UniTuple(vector, len(values)), values)
-
-
 def _four(function: Callable) -> Callable:
     """Return an intrinsic of four vectors; the function returns lists of four, joined to one tuple."""
 
     @intrinsic
     def operation(context, a, b, c, d):
         def build(context, builder, signature, arguments):
-            return _tuple(context, builder, function(builder, list(arguments)))
+            values = function(builder, list(arguments))
+            return context.make_tuple(builder, types.UniTuple(vector, count), values)
 
         return types.UniTuple(vector, count)(vector, vector, vector, vector), build
 
@@ -285,92 +249,62 @@ silu_4 = _four(lambda builder, xs: _silu(builder, xs)[0])
 silu_slope_4 = _four(lambda builder, xs: [*chain(*_silu(builder, xs))])
 
 
-@intrinsic
-def silu(context, x):
-    """x σ(x)."""
-
-    def build(context, builder, signature, arguments):
-        return _silu(builder, list(arguments))[0][0]
-
-    return vector(vector), build
+@_operation(vector, vector)
+def silu(builder, x):
+    """Return x σ(x)."""
+    return _silu(builder, [x])[0][0]
 
 
-@intrinsic
-def silu_slope(context, x):
-    """The derivative of x σ(x)."""
-
-    def build(context, builder, signature, arguments):
-        return _silu(builder, list(arguments))[1][0]
-
-    return vector(vector), build
+@_operation(vector, vector)
+def silu_slope(builder, x):
+    """Return the derivative of x σ(x)."""
+    return _silu(builder, [x])[1][0]
 
 
-@intrinsic
-def larger(context, a, b):
-    """max(a, |b|) of each lane; a NaN in either wins."""
-
-    def build(context, builder, signature, arguments):
-        a, b = arguments
-        b = builder.select(builder.fcmp_ordered("<", b, _splat(0.0)), builder.fsub(_splat(0.0), b), b)
-        return _or_nan(builder, [a], [builder.select(builder.fcmp_ordered(">=", a, b), a, b)])[0]
-
-    return vector(vector, vector), build
+@_operation(vector, vector, vector)
+def larger(builder, a, b):
+    """Return max(a, |b|) of each lane, NaN if either is NaN."""
+    b = builder.select(builder.fcmp_ordered("<", b, _splat(0.0)), builder.fsub(_splat(0.0), b), b)
+    return _or_nan(builder, [a], [builder.select(builder.fcmp_ordered(">=", a, b), a, b)])[0]
 
 
-@intrinsic
-def within(context, x, limit):
-    """Whether every lane is at most a limit (not so if one is NaN)."""
-
-    def build(context, builder, signature, arguments):
-        x, limit = arguments
-        one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), limit, _I32(0))
-        limits = builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _splat_int(0))
-        bits = builder.bitcast(builder.fcmp_unordered(">", x, limits), ir.IntType(LANES))
-        return builder.icmp_unsigned("==", bits, ir.IntType(LANES)(0))
-
-    return types.boolean(vector, types.float32), build
+@_operation(types.boolean, vector, types.float32)
+def within(builder, x, limit):
+    """Return whether every lane is at most a limit (False with NaN)."""
+    bits = builder.bitcast(builder.fcmp_unordered(">", x, _repeat(builder, limit)), ir.IntType(LANES))
+    return builder.icmp_unsigned("==", bits, ir.IntType(LANES)(0))
 
 
-@intrinsic
-def prefetch(context, address):
+@_operation(types.void, types.int64)
+def prefetch(builder, address):
     """Prefetch the cache line at an address, valid or not."""
-
-    def build(context, builder, signature, arguments):
-        byte = ir.IntType(8).as_pointer()
-        function = builder.module.globals.get("llvm.prefetch.p0")
-        if function is None:
-            kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-            function = ir.Function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [_pointer(builder, arguments[0], ir.IntType(8)), _I32(0), _I32(3), _I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), build
+    byte = ir.IntType(8).as_pointer()
+    function = builder.module.globals.get("llvm.prefetch.p0")
+    if function is None:
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = ir.Function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [_pointer(builder, address, ir.IntType(8)), _I32(0), _I32(3), _I32(1)])
 
 
-@intrinsic
-def store_sums(context, address, v0, v1, v2, v3, v4, v5, v6, v7):
+@_operation(types.void, types.int64, *[vector] * 8)
+def store_sums(builder, address, v0, v1, v2, v3, v4, v5, v6, v7):
     """Write eight floats, each the sum over the lanes of one vector, added in a fixed order."""
-
-    def build(context, builder, signature, arguments):
-        place, *rows = arguments
-        # fold each vector to eight lanes, then merge pairs: blocks of 8, 4, 2 lanes of each vector, 1 at last
-        first = ir.Constant(ir.VectorType(_I32, 8), list(range(8)))
-        second = ir.Constant(ir.VectorType(_I32, 8), list(range(8, 16)))
-        rows = [builder.fadd(builder.shuffle_vector(v, v, first), builder.shuffle_vector(v, v, second)) for v in rows]
-        for width in (4, 2, 1):
-            one, two = [], []
-            for start in range(0, 8, 2 * width):
-                for source in (0, 8):
-                    one += [source + start + i for i in range(width)]
-                    two += [source + start + width + i for i in range(width)]
-            merged = []
-            half = len(rows) // 2
-            for a, b in zip(rows[:half], rows[half:], strict=True):
-                left = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, 8), one))
-                right = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, 8), two))
-                merged.append(builder.fadd(left, right))
-            rows = merged
-        builder.store(rows[0], _pointer(builder, place, ir.VectorType(_F32, 8)), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, *[vector] * 8), build
+    rows = [v0, v1, v2, v3, v4, v5, v6, v7]
+    # fold each vector to eight lanes, then merge pairs: blocks of 8, 4, 2 lanes of each vector, 1 at last
+    first = ir.Constant(ir.VectorType(_I32, 8), list(range(8)))
+    second = ir.Constant(ir.VectorType(_I32, 8), list(range(8, 16)))
+    rows = [builder.fadd(builder.shuffle_vector(v, v, first), builder.shuffle_vector(v, v, second)) for v in rows]
+    for width in (4, 2, 1):
+        one, two = [], []
+        for start in range(0, 8, 2 * width):
+            for source in (0, 8):
+                one += [source + start + i for i in range(width)]
+                two += [source + start + width + i for i in range(width)]
+        merged = []
+        half = len(rows) // 2
+        for a, b in zip(rows[:half], rows[half:], strict=True):
+            left = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, 8), one))
+            right = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, 8), two))
+            merged.append(builder.fadd(left, right))
+        rows = merged
+    builder.store(rows[0], _pointer(builder, address, ir.VectorType(_F32, 8)), align=4)
