@@ -15,7 +15,7 @@ import pytest
 from helpers import SMALL, arguments, assert_error, command, run, settle
 from PIL import Image
 
-from svp_bench.core.resources import OWN_TASKS, tasks_dir
+from svp_bench.core.resources import CUSTOM_TASKS, tasks_dir
 from svp_bench.records.digests import card_digest
 from svp_bench.tasks.cards import list_tasks, load_task
 
@@ -77,7 +77,7 @@ def test_every_command_reads_them(cards: Path) -> None:
     first = run(*fit("--data.task", "mine/flowers", *flag)).record
     assert first["task"] == "mine/flowers"
     assert set(first["card_digests"]) == {"task", "protocol"}
-    assert OWN_TASKS not in os.environ
+    assert CUSTOM_TASKS not in os.environ
     assert "mine/flowers" in run("tasks", *flag).out
     assert run("tasks", "mine/flowers", *flag).out == CARD
     assert re.search(r"mine/flowers +as_card", run("data", "check", "mine", "--root", "images", *flag).out)
@@ -95,11 +95,11 @@ def test_a_sweep_and_its_workers_read_them(cards: Path, monkeypatch: pytest.Monk
     small = ["--model.backbone", "vim_nano_patch8_64", "--data.image_size", "32", "--trainer.max_epochs", "1"]
     flags = [*small, "--model.checkpoint", "none", "--model.scan_backend", "reference", "--data.root", "images"]
     sweep = ["sweep", "--suite", "mine", "--methods", "linear", "--no_report", "--trainer.accelerator", "cpu", *flags]
-    monkeypatch.setenv(OWN_TASKS, str(cards))
+    monkeypatch.setenv(CUSTOM_TASKS, str(cards))
     done = run(*sweep)
     assert "1 run complete (1 new)" in done.out
-    assert os.environ[OWN_TASKS] == str(cards)
-    monkeypatch.delenv(OWN_TASKS)
+    assert os.environ[CUSTOM_TASKS] == str(cards)
+    monkeypatch.delenv(CUSTOM_TASKS)
     again = run(*sweep, "--tasks_dir", str(cards))
     assert "1 run complete (0 new)" in again.out
 
@@ -128,14 +128,14 @@ def test_a_card_outside_of_the_checkout_leaves_a_run_clean(cards: Path) -> None:
     from svp_bench.train.parser import resolve
     from svp_bench.train.provenance import changed_cards
 
-    os.environ[OWN_TASKS] = str(cards)
+    os.environ[CUSTOM_TASKS] = str(cards)
     try:
         resolved = resolve(split_flags(fit("--data.task", "mine/flowers")[1:]))
         assert load_task("mine/flowers").path in resolved.read
         assert changed_cards(resolved.read) == []
         assert resolved.card_digests["task"] == card_digest(load_task("mine/flowers"))
     finally:
-        del os.environ[OWN_TASKS]
+        del os.environ[CUSTOM_TASKS]
 
 
 def test_a_card_that_was_changed_without_a_new_version_fails_the_audit(cards: Path) -> None:
@@ -172,11 +172,11 @@ def test_a_folder_that_does_not_fit_is_one_line(cards: Path, change: object, exp
 def test_a_copy_of_the_shipped_cards_is_no_conflict(cards: Path) -> None:
     before = list_tasks()
     shutil.copytree(tasks_dir(), cards, dirs_exist_ok=True)
-    os.environ[OWN_TASKS] = str(cards)
+    os.environ[CUSTOM_TASKS] = str(cards)
     try:
         assert list_tasks() == [*before, "mine/flowers"]
     finally:
-        del os.environ[OWN_TASKS]
+        del os.environ[CUSTOM_TASKS]
 
 
 def test_the_flag_needs_its_value() -> None:

@@ -13,7 +13,7 @@ from svp_bench import __version__
 from svp_bench.cli.commands import HEAVY, SUBCOMMANDS
 from svp_bench.core.errors import SvpBenchError, UsageError, printable, unknown_name
 from svp_bench.core.interrupts import INTERRUPTS, Preempted, ignore_from_now_on
-from svp_bench.core.resources import OWN_TASKS
+from svp_bench.core.resources import CUSTOM_TASKS
 from svp_bench.core.terminal import readable_output
 
 __all__ = ["entry_point", "main"]
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 well, 1 failed, 2 wrong usage, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    before = os.environ.get(OWN_TASKS)
+    before = os.environ.get(CUSTOM_TASKS)
     try:
         status = _dispatch(_with_own_tasks(arguments))
         sys.stdout.flush()  # a closed pipe shows here, not when Python shuts down
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         if before is None:
-            os.environ.pop(OWN_TASKS, None)
+            os.environ.pop(CUSTOM_TASKS, None)
         else:
-            os.environ[OWN_TASKS] = before
+            os.environ[CUSTOM_TASKS] = before
 
 
 def _with_own_tasks(arguments: Sequence[str]) -> list[str]:
@@ -64,7 +64,7 @@ def _with_own_tasks(arguments: Sequence[str]) -> list[str]:
     Raises:
         UsageError: If the flag lacks its value, or no suite card lies where that of a given card belongs.
     """
-    folders = [name for name in os.environ.get(OWN_TASKS, "").split(os.pathsep) if name]
+    folders = [name for name in os.environ.get(CUSTOM_TASKS, "").split(os.pathsep) if name]
     rest: list[str] = []
     queue = list(arguments)
     while queue:
@@ -81,7 +81,7 @@ def _with_own_tasks(arguments: Sequence[str]) -> list[str]:
         else:
             rest.append(argument)
     if folders:
-        os.environ[OWN_TASKS] = os.pathsep.join(dict.fromkeys(folders))
+        os.environ[CUSTOM_TASKS] = os.pathsep.join(dict.fromkeys(folders))
     return rest
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from svp_bench.cli.parser import CommandLine, whole_number
 from svp_bench.core.errors import UsageError, unknown_name
-from svp_bench.core.resources import own_tasks_flags
+from svp_bench.core.resources import custom_tasks_flags
 from svp_bench.tasks.cards import list_tasks, load_suite, load_task
 
 __all__ = ["sweep", "tune"]
@@ -120,12 +120,12 @@ def sweep(
         results_root=results_root,
         runs_root=runs_root,
         flags=flags,
-        command=("svp-bench", *command_line, *own_tasks_flags()),
+        command=("svp-bench", *command_line, *custom_tasks_flags()),
     )
     if emit:
         from svp_bench.sweep.slurm import emit_slurm
 
-        script = emit_slurm(request, [*_without(("--emit",), command_line)[1:], *own_tasks_flags()])
+        script = emit_slurm(request, [*_without(("--emit",), command_line)[1:], *custom_tasks_flags()])
         print(f"Wrote {script}: {len(selected) * len(methods)} array elements. Check its head, then: sbatch {script}")
         return 0
     return run_sweep(request)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there (written aside, synced, renamed), and reads that never wait or go on for ever."""
+"""Write files atomically, and read only regular files, which neither block nor are endless."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ _KINDS = (
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Open an ordinary file for reading; links are followed.
-
-    A FIFO would wait for a writer, `/dev/zero` never ends, and opening a device may act on it.
+    """Open a regular file for reading; links are followed.
 
     Raises:
-        OSError: If it cannot be opened, or is a folder, FIFO, socket or device; `strerror` says which.
+        OSError: If it cannot be opened, or is a folder, FIFO, socket or device (see `strerror`).
     """
     _refuse_other_kinds(path, os.stat(path).st_mode)
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        _refuse_other_kinds(path, os.fstat(handle).st_mode)  # it may be another file by now
+        _refuse_other_kinds(path, os.fstat(handle).st_mode)  # it may have been replaced
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -46,7 +44,7 @@ def _refuse_other_kinds(path: Path | str, mode: int) -> None:
 
 
 def read_regular(path: Path | str, limit: int) -> bytes:
-    """Return the content of an ordinary file of at most `limit` bytes.
+    """Return the content of a regular file of at most `limit` bytes.
 
     Raises:
         OSError: As `open_regular`, or if the file is larger.
@@ -60,24 +58,24 @@ def read_regular(path: Path | str, limit: int) -> bytes:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file in the folder of `path`, which takes its place when the block ends well.
+    """Yield a temporary file in the folder of `path` and rename it to `path` at the end of the block.
 
-    Whenever the process or the machine dies, `path` is the old file or the new one. Folders are made as needed; the
-    file aside begins with a dot and goes if the block raises.
+    If the process or the machine dies, `path` is the old or the new file. Missing folders are created. The temporary
+    file begins with a dot and is removed if the block raises.
 
     Raises:
         OSError: If the folder or the file cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with aside.open("xb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 

@@ -1,7 +1,7 @@
-"""Errors are part of the interface: what was given, what is allowed, the nearest match, what to do next.
+"""Error classes, and helpers for their messages.
 
-Everything that a user can get wrong raises a subclass of `SvpBenchError` whose text is one line. The command line
-prints that line and exits with the class's `exit_status`; it never shows a stack trace for these.
+User errors are subclasses of `SvpBenchError` with a text of one line: the given value, the allowed ones, the nearest
+match, the next step. The command line prints it and exits with the `exit_status` of the class.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2
 
 
 class SvpBenchError(Exception):
-    """Base of all errors that svp-bench raises on purpose. `exit_status` is what the command line returns."""
+    """Base of the errors of svp-bench; `exit_status` is the exit status of the command line."""
 
     exit_status = 1
 
 
 class UsageError(SvpBenchError):
-    """The command was called wrongly: an unknown name, two flags that exclude each other, a missing argument."""
+    """Wrong usage of a command: an unknown name, exclusive flags, a missing argument."""
 
     exit_status = 2
 
 
 class ConfigError(UsageError):
-    """A config file or a `--key value` does not fit: unknown key, wrong type, wrong value."""
+    """A config file or flag is invalid: unknown key, wrong type, wrong value."""
 
 
 class CardError(SvpBenchError):
-    """A card in `tasks/` (or one of the user's) is malformed. The text begins with `file:line:`."""
+    """A card is malformed. The text begins with `file:line:`."""
 
 
 class DataError(SvpBenchError):
@@ -67,7 +67,7 @@ class RecordError(SvpBenchError):
 
 
 class UnavailableError(SvpBenchError):
-    """Something that was asked for by name cannot run here (a scan backend, an optional package); says why."""
+    """A requested part (a scan backend, an optional package) cannot run here; states the reason."""
 
 
 class NonFiniteLossError(SvpBenchError):
@@ -75,13 +75,11 @@ class NonFiniteLossError(SvpBenchError):
 
 
 class OutOfMemoryError(SvpBenchError):
-    """A step needs more memory than the device has left; says what would fit."""
+    """A training step needs more memory than the device has."""
 
 
 def printable(text: object) -> str:
-    r"""Return a name from a file, a folder or a config as one line that a terminal shows and does not obey.
-
-    Control characters, line ends and marks of the writing direction become Python's escapes; all other text stays.
+    r"""Return text from a file on one printable line: control characters become Python's escapes.
 
     >>> printable("a\x1b[31mb\nc")
     'a\\x1b[31mb\\nc'
@@ -108,7 +106,7 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 
 
 def file_size(count: float) -> str:
-    """Return a number of bytes for people: "600 B", "12.0 KiB", "9.5 MiB", "640 MiB", "21.9 GiB"."""
+    """Return a number of bytes as text: "600 B", "12.0 KiB", "9.5 MiB", "640 MiB", "21.9 GiB"."""
     units = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
     unit, size = next((one for one in units if count >= one[1]), units[-1])
     whole = unit == "B" or (unit == "MiB" and count >= 10 * size)
@@ -116,7 +114,7 @@ def file_size(count: float) -> str:
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
-    """Return the entry of `allowed` that looks most like `name` (case ignored), or None if nothing is close.
+    """Return the entry of `allowed` most similar to `name` (case ignored), or None if none is close.
 
     >>> nearest("caltech", ["vtab/caltech101", "vtab/dtd"])
     'vtab/caltech101'
@@ -145,18 +143,15 @@ def unknown_name(
     listing: str | None = None,
     error: type[SvpBenchError] = UsageError,
 ) -> SvpBenchError:
-    """Build the one error for a name that no registry knows.
+    """Build the error for an unknown name; the caller raises it.
 
     Args:
-        kind: What the name should be, as a word: "task", "method", "config key".
-        name: What was given.
+        kind: The kind of name: "task", "method", "config key".
+        name: The given name.
         allowed: All valid names.
-        where: Where the name came from, e.g. "configs/vtab/dtd.yaml:3".
+        where: Origin of the name, e.g. "configs/vtab/dtd.yaml:3".
         listing: The command that lists the valid names, e.g. "svp-bench tasks".
         error: The class to build.
-
-    Returns:
-        The error, to be raised by the caller.
     """
     names = sorted(allowed)
     text = f"{where}: unknown {kind} {name!r}" if where else f"unknown {kind} {name!r}"

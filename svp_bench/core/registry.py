@@ -1,7 +1,4 @@
-"""One small registry for everything that is chosen by name: name → (where the object lives, one line about it).
-
-Nothing is imported until `get` is called, so that listing methods or backends needs no torch.
-"""
+"""Registry of objects by name; an object is imported when `get` is called, so listing needs no torch."""
 
 from __future__ import annotations
 
@@ -36,12 +33,12 @@ class Entry:
 
 
 class Registry:
-    """Names of one kind, each with the place of its object.
+    """Names of one kind with the import path of each object.
 
     Args:
-        kind: What is registered, as a word for messages: "method".
+        kind: The kind as a word for messages, e.g. "method".
         listing: The command that lists the names, for messages.
-        entry_points: Name of the entry-point group through which other packages may add names, if any.
+        entry_points: Name of the entry-point group for other packages, if any.
     """
 
     def __init__(self, kind: str, *, listing: str | None = None, entry_points: str | None = None) -> None:
@@ -78,11 +75,7 @@ class Registry:
         return [entry.name for entry in self]
 
     def entry(self, name: str) -> Entry:
-        """Return the entry of `name`.
-
-        Raises:
-            UsageError: If there is none; names the nearest.
-        """
+        """Return the entry of `name`; UsageError with the nearest if there is none."""
         self._discover()
         try:
             return self._entries[name]
@@ -90,11 +83,7 @@ class Registry:
             raise unknown_name(self.kind, name, self._entries, listing=self.listing) from None
 
     def get(self, name: str) -> Any:
-        """Import and return the object of `name`.
-
-        Raises:
-            UsageError: If there is none; names the nearest.
-        """
+        """Import and return the object of `name`; UsageError with the nearest if there is none."""
         module, attribute = self.entry(name).target.split(":")
         return getattr(importlib.import_module(module), attribute)
 
@@ -106,5 +95,5 @@ class Registry:
             distribution = point.dist.name if point.dist else "another package"
             try:
                 self.add(point.name, point.value, f"(from {distribution})")
-            except ValueError as error:  # somebody else's mistake must not take down every command
+            except ValueError as error:  # an error in another package must not fail every command
                 warnings.warn(f"left out a {self.kind} of {distribution}: {error}", stacklevel=2)

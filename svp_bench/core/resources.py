@@ -1,4 +1,4 @@
-"""The one place that knows where the cards, configs and published numbers are: a checkout or an installed wheel."""
+"""Find the folders of cards, configs and published numbers, in a checkout or an installed wheel."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from pathlib import Path
 
 from svp_bench.core.errors import SvpBenchError, UsageError
 
-__all__ = ["OWN_TASKS", "checkout_root", "configs_dir", "own_tasks_flags", "published_dir", "tasks_dir", "tasks_dirs"]
+__all__ = [
+    "CUSTOM_TASKS",
+    "checkout_root",
+    "configs_dir",
+    "custom_tasks_flags",
+    "published_dir",
+    "tasks_dir",
+    "tasks_dirs",
+]
 
-OWN_TASKS = "SVP_BENCH_TASKS"
+CUSTOM_TASKS = "SVP_BENCH_TASKS"
 """The environment variable that names folders of further cards; `--tasks_dir DIR` sets it for one command."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -37,26 +45,22 @@ def tasks_dir() -> Path:
 
 
 def tasks_dirs() -> tuple[Path, ...]:
-    """Return all folders of cards: the shipped one, then those of the user's own.
-
-    Raises:
-        UsageError: If one of the user's is not a folder.
-    """
+    """Return all folders of cards, the shipped one first; UsageError if a custom one is not a folder."""
     shipped = tasks_dir()
-    given = [Path(name).expanduser() for name in os.environ.get(OWN_TASKS, "").split(os.pathsep) if name]
+    given = [Path(name).expanduser() for name in os.environ.get(CUSTOM_TASKS, "").split(os.pathsep) if name]
     for folder in given:
         if not folder.is_dir():
             raise UsageError(
-                f"{folder} is not a folder; --tasks_dir (or ${OWN_TASKS}) names one that holds suite cards "
+                f"{folder} is not a folder; --tasks_dir (or ${CUSTOM_TASKS}) names one that holds suite cards "
                 "(<suite>.yaml) and their tasks (<suite>/<task>.yaml)"
             )
-    own = {folder.resolve(): None for folder in given}
-    return (shipped, *(folder for folder in own if folder != shipped.resolve()))
+    custom = {folder.resolve(): None for folder in given}
+    return (shipped, *(folder for folder in custom if folder != shipped.resolve()))
 
 
-def own_tasks_flags() -> list[str]:
-    """Return the flags that tell another command of the user's own cards."""
-    folders = [name for name in os.environ.get(OWN_TASKS, "").split(os.pathsep) if name]
+def custom_tasks_flags() -> list[str]:
+    """Return the flags that pass the custom cards to another command."""
+    folders = [name for name in os.environ.get(CUSTOM_TASKS, "").split(os.pathsep) if name]
     return [part for name in folders for part in ("--tasks_dir", str(Path(name).expanduser().resolve()))]
 
 
@@ -66,5 +70,5 @@ def configs_dir() -> Path:
 
 
 def published_dir() -> Path:
-    """Return the folder of the numbers quoted from papers (CSV files, one citation in each row)."""
+    """Return the folder of published numbers (CSV files with a citation per row)."""
     return _find("published", "results/published")

@@ -1,4 +1,4 @@
-"""Output that any terminal can show: replacements for characters its encoding lacks, and a console of plain text."""
+"""Output for any terminal: replacements for characters that its encoding lacks, and a plain text console."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _ASCII = {
 
 
 def ascii_for(text: str) -> str:
-    """Return the text in ASCII: typographic signs by their usual replacement, all else as Python's escape."""
+    """Return the text in ASCII: typographic signs by usual replacements, others as Python's escapes."""
     return "".join(_ASCII.get(char) or char.encode("ascii", "backslashreplace").decode("ascii") for char in text)
 
 
@@ -54,15 +54,15 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 
 
 def readable_output() -> None:
-    """Let standard output and standard error replace what their encoding cannot express instead of raising."""
+    """Replace characters that the encoding of standard output or error lacks, instead of raising."""
     codecs.register_error(_HANDLER, _replace)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not what a test or a notebook puts there
+        if isinstance(stream, io.TextIOWrapper):  # tests and notebooks replace the streams
             stream.reconfigure(errors=_HANDLER)
 
 
 def has_width(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal that states its width; a progress bar of no width shows nothing."""
+    """Whether a stream is a terminal that states its width, as progress bars need."""
     try:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):
@@ -70,7 +70,7 @@ def has_width(stream: TextIO) -> bool:
 
 
 def plain_console() -> Console:
-    """Return a rich console that takes text as it is: "[/x]" in a path is no markup, ":x:" no emoji."""
+    """Return a rich console without markup and emoji, for text with brackets and colons."""
     from rich.console import Console
 
     return Console(highlight=False, markup=False, emoji=False)

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from svp_bench.config.compose import Flags
 from svp_bench.core.errors import ConfigError, RecordError, SvpBenchError, UsageError, one_line, plural
 from svp_bench.core.interrupts import INTERRUPTS, Preempted
-from svp_bench.core.resources import own_tasks_flags
+from svp_bench.core.resources import custom_tasks_flags
 from svp_bench.core.terminal import has_width
 from svp_bench.data.locate import locate
 from svp_bench.data.module import VisionDataModule
@@ -526,7 +526,7 @@ class BenchCLI(ConfigCLI):
         checkpoint = self.run_dir / CHECKPOINT
         if record.kind == "final" and status == "complete" and self.next_step:
             root = str(self.config[self.command].results_root)
-            places = [*(() if root == "results" else ("--results_root", root)), *own_tasks_flags()]
+            places = [*(() if root == "results" else ("--results_root", root)), *custom_tasks_flags()]
             print(" ".join([f"Next: {self.next_step}", *map(shlex.quote, places)]), flush=True)
         elif status == "unscored":
             print(f"Next: svp-bench test --config {self.run_dir / 'config.yaml'} --ckpt_path {checkpoint}", flush=True)
