@@ -43,6 +43,7 @@ from svp_bench.tables.notes import (
     partial_notes,
     provenance_notes,
     ranks_notes,
+    unknown_variance_notes,
     verdict_marks,
     weights,
 )
@@ -170,15 +171,7 @@ def _section(name: str, section: Section, table: Table, pool: RecordPool, styles
 
 
 def _notes(section: Section, suite: SuiteCard) -> Iterator[str]:
-    cells = [cell for row in section.rows for cell in row.cells.values()]
-    single = sorted({row.label for row in section.rows if row.seeds[0] == 1})
-    if single:
-        yield (
-            "No interval over new seeds where a task has one seed only, because its variance is unknown: "
-            f"{'; '.join(single)}. The interval over test images is shown instead: it is about these runs."
-        )
-    if any(cell.std == 0 for cell in cells):
-        yield "No interval over new seeds where all seeds gave the same number: their variance is unknown, not zero."
+    yield from unknown_variance_notes(section, suite)
     yield from partial_notes(section, suite)
     yield from majority_notes(section)
     yield from new_tasks_note(section, suite)
