@@ -425,7 +425,7 @@ def test_any_value_in_a_config_leaves_all_lines(tmp_path: Path, key: str, junk: 
 def test_names_in_a_record_are_not_paths(tmp_path: Path, name: str) -> None:
     search = SearchSummary(name or " ", "grid", 3, 3, "val200", LIST, LIST, (RATE,))
     path = write_record(record(search=search), tmp_path)
-    assert any("cannot name a selected config" in text for text in failures(path))
+    assert any("name of a selected config" in text for text in failures(path))
 
 
 # ---- files and folders

@@ -172,8 +172,9 @@ class Case:
             return None, ""
         if self.store is None:
             return None, "the record lies in no results folder: give that of its selected config, --results_root R"
-        if not _NAME.fullmatch(search.name):
-            return None, f"the search {search.name!r} cannot name a selected config"
+        for name in (search.name, self.record.method):
+            if not _NAME.fullmatch(name):
+                return None, f"{name!r} cannot be part of the name of a selected config"
         seed = self.record.seed if search.nested else None
         path = choice_path(self.store.root, search.name, search.declaration, self.record.task, self.record.method, seed)
         where = path.relative_to(self.store.root).as_posix()
@@ -244,10 +245,11 @@ def fold_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def split_text(splits: Mapping[str, str]) -> str:
     """Return "train on SPLIT, test on SPLIT"."""
-    order = [role for role in ("train", "val", "test") if role in splits]
-    return (
-        ", ".join(f"{role} on {splits[role]}" for role in (*order, *sorted(splits.keys() - set(order)))) or "no split"
-    )
+    return ", ".join(f"{role} on {split}" for role, split in sorted(splits.items(), key=_role)) or "no split"
+
+
+def _role(item: tuple[str, str]) -> int:
+    return {"train": 0, "val": 1, "test": 2}.get(item[0], 3)
 
 
 def short(digest: str | None) -> str:

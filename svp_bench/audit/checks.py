@@ -92,9 +92,8 @@ def check_facts(case: Case) -> Iterator[Line]:
         problems.append(f"the run is named {record.run_id}, but {own}")
     shipped = str(recipe(record.method).get("model.method.class_path", "")).split(".")[-1]
     theirs = str(get(config, "model.method.class_path"))
-    if (shipped and theirs.split(".")[-1] != shipped) or _shipped_classes(configs_dir()).get(theirs, record.method) != (
-        record.method
-    ):
+    owner = _shipped_classes(configs_dir()).get(theirs, record.method)
+    if (shipped and theirs.split(".")[-1] != shipped) or owner != record.method:
         problems.append(f"the method is {record.method}, but the class in the config is {theirs}")
     return verdicts(problems, f"{record.method}, seed {record.seed}: run id, facts and config agree")
 
@@ -115,8 +114,8 @@ def check_method_code(case: Case) -> Iterator[Line]:
         stated = f"its files are stated: {files}" if ours else "no commit names its code"
         yield "note", f"the class {name} of the method is not part of svp-bench; {stated}"
     setting = (record.setting_digest, record.config_digest)
-    runs = [one for one in case.family if (one.setting_digest, one.config_digest) == setting]
-    runs = [one for one in runs if (one.method_source or {}) != ours]
+    others = [one for one in case.family if (one.setting_digest, one.config_digest) == setting]
+    runs = [one for one in others if (one.method_source or {}) != ours]
     if runs:
         pairs = {pair for one in runs for pair in {*ours.items()} ^ {*(one.method_source or {}).items()}}
         files = ", ".join(sorted({file for file, _ in pairs}))
