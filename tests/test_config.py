@@ -175,10 +175,9 @@ def test_the_command_line_stands_on_all(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_recipe_that_changes_the_task_config_says_so(tmp_path: Path) -> None:
     task = write(tmp_path / "task.yaml", data__task=TASK, model__learning_rate=0.02, model__weight_decay=1e-4)
     (notice,) = layers("--config", task).notices
-    assert notice == (
-        f"model.learning_rate = 0.02 of {task}:4 gives way to the recipe of the method svp (0.001); "
-        "to keep it, pass --model.learning_rate or a second --config"
-    )
+    assert f"model.learning_rate = 0.02 of {task}:4" in notice
+    assert "method svp (0.001)" in notice
+    assert "--model.learning_rate" in notice
     assert layers("--data.task", TASK, "--config", "configs/vtab/cifar.yaml").notices == []
 
 
@@ -364,7 +363,7 @@ def test_a_method_that_cannot_be_imported_names_its_file(tmp_path: Path, monkeyp
     line = assert_error(command(*small("--method", file)), 2)
     assert f"{file}:3: model.method" in line
     assert "No module named 'nowhere_at_all'" in line
-    assert "beside the method file" in line
+    assert "next to the method file" in line
 
 
 def test_a_module_of_ones_own_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,10 +497,10 @@ def test_one_batch_is_one_batch_whatever_was_imported_before() -> None:
     """scikit-learn's types make typing spell Optional[Union[int, float]] the other way round."""
     code = (
         "import sklearn.linear_model\n"
-        "from svp_bench.config.compose import split_flags\n"
+        "from svp_bench.config.compose import compose, split_flags\n"
         "from svp_bench.train.parser import resolve\n"
         "given = ['--config', 'configs/demo/size.yaml', '--trainer.limit_train_batches', '1']\n"
-        "print(repr(resolve(split_flags([*given, '--trainer.limit_test_batches', '0.5'])).config['trainer']))"
+        "print(repr(resolve(compose(split_flags([*given, '--trainer.limit_test_batches', '0.5']))).config['trainer']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "'limit_train_batches': 1," in done.stdout

@@ -206,7 +206,7 @@ def test_torchrun_goes_on_with_the_run_that_was_stopped(place: Path, monkeypatch
     assert list(place.glob("runs/vtab/cifar/*")) == [run_folder]
     assert done.stdout.count("Record (complete)") == 1
     check_equal(place, alone(monkeypatch))
-    assert "Nothing to go on with" in by_torchrun("--resume").stdout
+    assert "Nothing to resume" in by_torchrun("--resume").stdout
 
 
 @pytest.mark.slow

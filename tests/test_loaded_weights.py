@@ -13,7 +13,7 @@ from helpers import BACKBONE, assert_error, command, run, settle, small
 from lightning.pytorch import LightningModule
 from test_own_images import fill
 
-from svp_bench.config.compose import split_flags
+from svp_bench.config.compose import compose, split_flags
 from svp_bench.records.store import read_record
 from svp_bench.sweep.jobs import Job
 from svp_bench.sweep.runner import Runner
@@ -184,7 +184,7 @@ def test_sweeps_with_other_weights_over_one_runs_folder_share_no_name(place: Pat
 
 
 def config_of(*argv: str) -> Mapping[str, Any]:
-    return resolve(split_flags(argv)).config
+    return resolve(compose(split_flags(argv))).config
 
 
 def test_own_images_take_the_backbones_size_unless_one_is_set(place: Path) -> None:

@@ -124,13 +124,13 @@ def test_a_cards_path_names_its_task(cards: Path) -> None:
 
 
 def test_a_card_outside_of_the_checkout_leaves_a_run_clean(cards: Path) -> None:
-    from svp_bench.config.compose import split_flags
+    from svp_bench.config.compose import compose, split_flags
     from svp_bench.train.parser import resolve
     from svp_bench.train.provenance import changed_cards
 
     os.environ[CUSTOM_TASKS] = str(cards)
     try:
-        resolved = resolve(split_flags(fit("--data.task", "mine/flowers")[1:]))
+        resolved = resolve(compose(split_flags(fit("--data.task", "mine/flowers")[1:])))
         assert load_task("mine/flowers").path in resolved.read
         assert changed_cards(resolved.read) == []
         assert resolved.card_digests["task"] == card_digest(load_task("mine/flowers"))

@@ -245,7 +245,7 @@ def test_another_processor_explains_a_difference_of_rounding(elsewhere: Path, da
     assert outcome.status == 0, outcome.out
     assert "differs    cpu: Another processor, AVX2 in the record, " in outcome.out
     assert f"{outcome.record['cpu']} here" in outcome.out
-    assert "Agrees: no image divides the two runs; the loss differs by 1e-06, of " in outcome.out
+    assert "Agrees: both runs classify the same images correctly; the loss differs by 1e-06" in outcome.out
 
 
 def test_a_loss_beyond_the_tolerance_does_not_agree_though_the_bits_do(elsewhere: Path, data: str) -> None:
@@ -284,7 +284,7 @@ def test_missing_or_other_data(elsewhere: Path, data: str, tmp_path: Path) -> No
     assert "no data of vtab/cifar" in untrained(command("rerun", str(elsewhere)), 1)
     draw(tmp_path / "synthetic", seed=7)
     text = untrained(again(elsewhere, str(tmp_path / "synthetic")), 1)
-    assert f"has other lists of {TASK} (sha256:" in text
+    assert f"has other splits of {TASK} (sha256:" in text
     assert "than the run read (sha256:" in text
     assert "--data.root DIR" in text
 
@@ -354,7 +354,7 @@ def test_a_version_that_resolves_the_config_otherwise_says_so(elsewhere: Path, d
 
     text = untrained(again(changed(elsewhere, older), data), 2)
     assert (
-        "svp-bench 0.1.0 makes another setting of the record's config (model.label_smoothing = 0.0, in the record"
+        "svp-bench 0.1.0 resolves the record's config to another setting (model.label_smoothing = 0.0, in the record"
         in text
     )
     assert f"rerun it with the version that made it, 0.1.0 (commit {COMMIT})" in text

@@ -117,7 +117,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert stopped.status == 0
     assert f"Stopped by {name}" in stopped.out
     assert f"after {plural(step, 'step')}" in stopped.out
-    assert "Go on: the same command with --resume" in stopped.out
+    assert "the same command and --resume" in stopped.out
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == handlers
     assert not list(Path("results").rglob("*.json"))
     again = run(*small(*FLAGS, "--resume"))
@@ -126,7 +126,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert steady(again.record) == whole.record
 
 
-EARLY = "Stopped by SIGUSR1 before training; nothing to save yet\nGo on: the same command with --resume\n"
+EARLY = "Stopped by SIGUSR1 before training; nothing to save yet\nContinue with the same command and --resume\n"
 
 
 def kill_at(patch: pytest.MonkeyPatch, target: Any, name: str, number: int) -> None:
@@ -145,7 +145,7 @@ def kill_at(patch: pytest.MonkeyPatch, target: Any, name: str, number: int) -> N
     ("target", "name"),
     [
         ("svp_bench.config.compose", "compose"),
-        ("svp_bench.train.parser.ConfigCLI", "parse_arguments"),
+        ("svp_bench.train.parser", "build_parser"),
         ("svp_bench.data.module", "open_source"),
         ("svp_bench.train.run", "check_writable"),
     ],
@@ -280,7 +280,7 @@ def test_a_run_that_another_process_has_just_finished_is_left_alone(
     monkeypatch.setattr(VisionDataModule, "setup", lambda *_: pytest.fail("the lists were read"))
     again = command(*small(*FLAGS, "--resume"))
     assert again.status == 0
-    assert f"Nothing to go on with: {first.folder.name} is complete" in again.out
+    assert f"Nothing to resume: {first.folder.name} is complete" in again.out
 
 
 def test_two_resumes_at_once_make_one_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,15 +291,15 @@ def test_two_resumes_at_once_make_one_run(place: Path, monkeypatch: pytest.Monke
     )
     second = [sys.executable, "-c", code, str(Path(__file__).parent), *small("--method", "linear", "--resume")]
     seen: list[Any] = []
-    real = cli.BenchCLI.instantiate_trainer
+    real = cli.TrainingRun.build
 
-    def instantiate_trainer(self: Any, **kwargs: Any) -> Any:
+    def build(self: Any) -> Any:
         assert not [*Path("runs").rglob("config.yaml")]
         seen.append(subprocess.run(second, capture_output=True, text=True, timeout=120))
-        return real(self, **kwargs)
+        return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli.BenchCLI, "instantiate_trainer", instantiate_trainer)
+        patch.setattr(cli.TrainingRun, "build", build)
         run(*small("--method", "linear", "--resume"))
     (done,) = seen
     assert done.returncode == 2, done.stderr
@@ -333,7 +333,7 @@ def test_other_data_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     lists = sorted(Path("data").rglob("train800val200.txt")) or sorted(Path("data").rglob("*train800val200*"))
     lines = lists[0].read_text().splitlines()
     lists[0].write_text("\n".join(lines[::-1]) + "\n")
-    assert "the run began with other lists of vtab/cifar" in assert_error(command(*small(*FLAGS, "--resume")), 2)
+    assert "the run began with other splits of vtab/cifar" in assert_error(command(*small(*FLAGS, "--resume")), 2)
 
 
 @pytest.mark.slow

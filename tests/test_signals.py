@@ -131,7 +131,7 @@ def test_a_signal_to_the_group_before_training(tmp_path: Path, delay: float) -> 
     text = signalled(run, "SIGTERM", 2)
     assert "Traceback" not in text, text
     assert run.returncode == 0, text
-    assert "Go on: the same command with --resume" in text
+    assert "the same command and --resume" in text
 
 
 KILLED = """

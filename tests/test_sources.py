@@ -172,13 +172,13 @@ def test_an_edited_method_is_another_cell_everywhere(place: Path) -> None:
 
 
 def test_a_changed_method_does_not_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svp_bench.train.run import BenchCLI
+    from svp_bench.train.run import TrainingRun
 
-    def stop(self: BenchCLI, *_: object) -> None:
+    def stop(self: TrainingRun, *_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(BenchCLI, "_train_and_test", stop)
+        patch.setattr(TrainingRun, "_train_and_test", stop)
         assert fit().status == 130
     (old,) = Path("results/records").rglob("*.json")
     edit()
@@ -217,17 +217,17 @@ def test_weights_that_were_put_in_the_place_of_the_final_ones_are_not_tested(pla
 
 
 def test_a_sweep_runs_an_edited_method_anew(place: Path) -> None:
-    from svp_bench.config.compose import split_flags
+    from svp_bench.config.compose import compose, split_flags
     from svp_bench.sweep.runner import Runner
     from svp_bench.train.parser import resolve
 
     made = line("--method", "probe.yaml", "--results_root", "results", "--runs_root", "runs")
     assert command(*made).status == 0
-    resolved = resolve(split_flags(made[1:]))
+    resolved = resolve(compose(split_flags(made[1:])))
     (old,) = Path("results/records").rglob("*.json")
     assert Runner()._same(read_record(old), resolved)
     edit()
-    assert not Runner()._same(read_record(old), resolve(split_flags(made[1:])))
+    assert not Runner()._same(read_record(old), resolve(compose(split_flags(made[1:]))))
 
 
 @pytest.mark.slow
@@ -262,7 +262,7 @@ def test_a_choice_is_that_of_the_source_that_was_searched(place: Path) -> None:
     assert command(*final).status == 0
     edit()
     text = assert_error(command(*final), 2)
-    assert "was chosen with method_source.strength.py = sha256:" in text
+    assert "was selected with method_source.strength.py = sha256:" in text
     assert "search again" in text
 
 

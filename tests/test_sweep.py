@@ -515,12 +515,12 @@ def test_a_choice_for_another_run_is_refused(tmp_path: Path) -> None:
     for arguments, said in (
         (
             ["fit", "--config", "configs/vtab/svhn.yaml", "--choice", path],
-            "was chosen for the task 'vtab/dtd', not for",
+            "was selected for the task 'vtab/dtd', not for",
         ),
-        ([*fit, "--method", "linear"], "was chosen for the method 'svp', not for 'linear'"),
-        ([*fit, "--model.learning_rate", "1"], "selected model.learning_rate; it cannot be set as well"),
-        ([*fit, "--trainer.max_epochs", "9"], "was chosen with"),
-        ([*fit, "--choice", path], "--choice was given 2 times"),
+        ([*fit, "--method", "linear"], "was selected for the method 'svp', not for 'linear'"),
+        ([*fit, "--model.learning_rate", "1"], "sets model.learning_rate"),
+        ([*fit, "--trainer.max_epochs", "9"], "was selected with"),
+        ([*fit, "--choice", path], "--choice was given twice"),
         (["fit", "--config", "configs/vtab/dtd.yaml", "--choice", "nowhere.json"], "no choice file 'nowhere.json'"),
     ):
         assert said in assert_error(command(*arguments), 2)

@@ -122,7 +122,7 @@ def test_a_choice_of_another_seed_is_refused(folded: tuple[Path, str], monkeypat
     monkeypatch.chdir(folder)
     (path,) = folder.glob("results/choices/*/demo/digits-5shot/linear-seed1.json")
     fit = ["fit", "--config", "configs/demo/digits-5shot.yaml", "--method", "linear", "--choice", str(path), *FLAGS]
-    assert "was chosen for --seed_everything 1, not 0" in assert_error(command(*fit), 2)
+    assert "was selected for --seed_everything 1, not 0" in assert_error(command(*fit), 2)
 
 
 @pytest.mark.slow

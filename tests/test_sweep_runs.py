@@ -18,7 +18,7 @@ import pytest
 from helpers import SWEEP_FLAGS as FLAGS
 from helpers import command, run, wait_for
 
-from svp_bench.config.compose import split_flags
+from svp_bench.config.compose import compose, split_flags
 from svp_bench.records.store import read_records
 from svp_bench.sweep import plan as sweep_run
 from svp_bench.sweep.jobs import Job
@@ -104,14 +104,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_setting_put_in_is_the_setting_parsed() -> None:
     common = ("--results_root", "r", "--runs_root", "u", "--model.backbone", "vim_nano_patch8_64")
-    base = resolve(split_flags(Job("vtab/dtd", "svp", 0, "select", common=common).arguments()))
+    base = resolve(compose(split_flags(Job("vtab/dtd", "svp", 0, "select", common=common).arguments())))
     for values in (
         {"model.learning_rate": 1, "model.weight_decay": 0.05},
         {"model.method.init_args.share_layers": 3, "model.method.init_args.paths": "cross"},
         {"data.batch_size": 16, "trainer.gradient_clip_val": 1.5, "model.method.init_args.include_cls": True},
     ):
         job = Job("vtab/dtd", "svp", 7, "select", values, common=common)
-        parsed = resolve(split_flags(job.arguments()))
+        parsed = resolve(compose(split_flags(job.arguments())))
         put = with_values(base, 7, values)
         assert put.config == parsed.config
         assert put.config_digest == parsed.config_digest

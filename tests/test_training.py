@@ -381,7 +381,7 @@ def test_a_run_without_test_is_completed_by_test(place: Path, monkeypatch: pytes
     [
         (["--trainer.limit_test_batches", "1"], "another trainer.limit_test_batches (None, here 1)"),
         (["--trainer.precision", "bf16-mixed"], "another trainer.precision (32-true, here bf16-mixed)"),
-        (["--data.root", "other"], "trained with other lists of vtab/cifar"),
+        (["--data.root", "other"], "trained with other splits of vtab/cifar"),
     ],
 )
 def test_a_record_is_completed_only_by_its_own_run(given: list[str], words: str, place: Path) -> None:

@@ -119,7 +119,7 @@ def _dispatch(arguments: list[str]) -> int:
             try:
                 return _run_training(subcommand, rest)
             except Preempted:
-                INTERRUPTS.say_stopped_early()
+                INTERRUPTS.print_stopped_early()
                 return 0
     if subcommand not in SUBCOMMANDS:
         raise unknown_name("command", subcommand, [*HEAVY, *SUBCOMMANDS], listing="svp-bench --help")
@@ -134,14 +134,18 @@ def _run_training(subcommand: str, rest: list[str]) -> int:
 
         print(training_help(subcommand))
         return 0
-    flags = split_flags(["--help" if flag == "--help=all" else flag for flag in rest])
-    if not flags.asks_help:
-        compose(flags)  # fails in a second, before torch is imported
+    if "--help=all" in rest:
+        from svp_bench.train.parser import build_parser
+
+        build_parser(subcommand).print_help()
+        return 0
+    composed = compose(split_flags(rest))  # fails in a second, before torch is imported
     if sys.stdout.isatty():
         print("Loading PyTorch, weights and images …", flush=True)
+    from svp_bench.train.parser import resolve
     from svp_bench.train.run import run
 
-    run(subcommand, flags)
+    run(resolve(composed, subcommand))
     return 0
 
 

@@ -60,15 +60,14 @@ def replicate(*arguments: str) -> int:
     """Measure the gain of picking the best epoch on the test split; tables refuse its output."""
     from svp_bench.config.compose import compose, split_flags
 
-    flags = split_flags(arguments)
-    if flags.asks_help:
+    if {"-h", "--help"} & {*arguments}:
         print(
-            "svp-bench replicate takes the flags of fit in stage final. It reads the test split after every epoch, as"
+            "svp-bench replicate takes the flags of `svp-bench fit` in stage final (see its --help). It reads the test"
         )
-        print("some papers do, and reports the best epoch next to the last. Tables refuse what it writes.\n")
-    else:
-        compose(flags)  # fails in a second, before torch is imported
+        print("split after every epoch, and reports the best epoch next to the last. Tables refuse its output.")
+        return 0
+    composed = compose(split_flags(arguments))  # fails in a second, before torch is imported
     from svp_bench.train.replicate import run_replication
 
-    run_replication(flags)
+    run_replication(composed)
     return 0

@@ -1,8 +1,8 @@
-"""Layers of YAML → one config, before LightningCLI sees it; every key remembers where it came from.
+"""Compose layers of YAML into one config before it is parsed; every key remembers the file and line that set it.
 
 Lowest first: `configs/base.yaml`, the protocol card's training budget, the task config (the first `--config`), the
-method file, the selected config of a search (`--choice`), further `--config` files. The command
-line itself is applied by jsonargparse on top. No torch here.
+method's file, the selected config of a search (`--choice`), further `--config` files. The command line itself is
+parsed on top. No torch here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from svp_bench.core.errors import ConfigError, UsageError, nearest, unknown_name
 from svp_bench.core.resources import configs_dir
@@ -18,31 +18,32 @@ from svp_bench.core.yaml import Node, check_value, read_yaml
 from svp_bench.methods import METHODS
 from svp_bench.records.record import SearchSummary
 from svp_bench.records.selection import Choice, read_choice
-from svp_bench.tasks.cards import list_tasks, load_protocol, load_suite, load_task
+from svp_bench.tasks.cards import TaskCard, list_tasks, load_protocol, load_suite, load_task
 
-__all__ = ["Composed", "Flags", "compose", "split_flags"]
+__all__ = ["Composed", "Flags", "compose", "find_config", "method_layer", "split_flags"]
 
 DEFAULT_METHOD = "svp"
 _NO_TASKS = ("method", "recipes", "search")  # folders of configs/ that hold no task's config
-_BACKBONE_KEYS = ("backbone", "checkpoint", "scan_backend")  # of a saved config's `model`, what is not its method's
-# The groups of a config. As a whole they would come past the layers, with a method but without its recipe.
+_BACKBONE_KEYS = ("backbone", "checkpoint", "scan_backend")  # keys of `model` that stay when the method is swapped
+# A group given as a whole would bypass the layers: a method without its recipe.
 _GROUPS = {
     "--model": "--model.learning_rate 1e-4",
     "--data": "--data.batch_size 16",
     "--trainer": "--trainer.max_epochs 10",
 }
+_ONCE = {"--method": "NAME", "--choice": "FILE"}
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What the command line says about layers, and the rest of it.
+    """A command line, split into its layers and the rest.
 
     Attributes:
         configs: The `--config` files, in order.
         method: `--method`: a name, or the path of a method file.
-        choice: `--choice`: the frozen choice of a search.
-        rest: All other arguments, untouched.
+        rest: All other arguments, unchanged.
         values: `--key value` pairs of the rest, as text.
+        choice: `--choice`: the selected config of a search.
     """
 
     configs: tuple[str, ...]
@@ -51,10 +52,17 @@ class Flags:
     values: Mapping[str, str]
     choice: str | None = None
 
-    @property
-    def asks_help(self) -> bool:
-        """Whether the command line asks for help, which needs no config."""
-        return "--help" in self.rest or "-h" in self.rest
+
+class Layer(NamedTuple):
+    """One YAML file: its nested values, and "file:line" by dotted key."""
+
+    path: Path
+    values: dict[str, Any]
+    origins: dict[str, str]
+
+    def get(self, key: str) -> Any:
+        """Return the value at a dotted key, or None."""
+        return _get(self.values, key)
 
 
 @dataclass
@@ -63,88 +71,107 @@ class Composed:
 
     Attributes:
         values: The nested config.
-        origins: Dotted key of each leaf → "file:line" of the layer that set it.
+        origins: "file:line" of the layer that set a leaf, by dotted key.
         method: Name of the method, or of its file.
         choice: The selected config of a search, or None.
         search: The search that selected some of the values, or None.
-        notices: Lines for the user: what was overridden by what.
+        notices: Lines for the user about values that another layer overrides.
+        flags: The command line.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     method: str = ""
-    choice: Choice | None = None
     search: SearchSummary | None = None
+    choice: Choice | None = None
     notices: list[str] = field(default_factory=list)
+    flags: Flags = Flags((), None, (), {})
 
     def get(self, key: str) -> Any:
         """Return the value at a dotted key, or None."""
-        node: Any = self.values
-        for part in key.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                return None
-            node = node[part]
-        return node
+        return _get(self.values, key)
 
-    def merge(self, layer: Mapping[str, Any], origin: Mapping[str, str], name: str = "") -> None:
-        """Lay `layer` over the config. A node with another `class_path` replaces the old one whole."""
-        self._merge(self.values, layer, origin, "")
-        if name:
-            self.method = name
+    def origin(self, key: str) -> str | None:
+        """Return "file:line" of the layer that set a key, or the first key below it; None if a flag or no layer did."""
 
-    def _merge(self, into: dict[str, Any], layer: Mapping[str, Any], origin: Mapping[str, str], prefix: str) -> None:
+        def full(name: str) -> str:  # init_args may be left out in a flag
+            return f"{name.replace('.init_args.', '.')}."
+
+        if any(full(given).startswith(full(key)) for given in self.flags.values):
+            return None
+        below = (where for name, where in self.origins.items() if name.startswith(f"{key}."))
+        return self.origins.get(key) or next(below, None)
+
+    def merge(self, layer: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+        """Merge a layer on top. A node with another `class_path` replaces the old one as a whole."""
+        self._merge(self.values, layer, origins, "")
+
+    def _merge(self, into: dict[str, Any], layer: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> None:
         for key, value in layer.items():
-            dotted = f"{prefix}{key}"
-            old = into.get(key)
-            replaced = "class_path" in value and _class_of(value) != _class_of(old) if isinstance(value, dict) else True
-            if isinstance(value, dict) and isinstance(old, dict) and not replaced:
+            dotted, old = f"{prefix}{key}", into.get(key)
+            if isinstance(value, dict) and isinstance(old, dict) and _same_class(value, old):
                 if value:
                     self.origins.pop(dotted, None)  # it was empty, and a leaf, until now
-                self._merge(old, value, origin, f"{dotted}.")
+                self._merge(old, value, origins, f"{dotted}.")
                 continue
             for gone in [k for k in self.origins if k == dotted or k.startswith(f"{dotted}.")]:
                 del self.origins[gone]
-            if isinstance(value, dict):
-                into[key] = {}
-                self._merge(into[key], value, origin, f"{dotted}.")
-                if not value:
-                    self.origins[dotted] = origin.get(dotted, "")
+            into[key] = {} if isinstance(value, dict) else value
+            if isinstance(value, dict) and value:
+                self._merge(into[key], value, origins, f"{dotted}.")
             else:
-                into[key] = value
-                self.origins[dotted] = origin.get(dotted, "")
+                self.origins[dotted] = origins.get(dotted, "")
 
 
-def _class_of(node: Any) -> str | None:
-    """The class that a node names; aliases of the package's own (`svp_bench.methods.SVP`) are left to jsonargparse."""
-    return node.get("class_path") if isinstance(node, dict) else None
+def _same_class(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    return "class_path" not in new or new["class_path"] == old.get("class_path")
+
+
+def _get(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(values, Mapping):
+            return None
+        values = values.get(part)
+    return values
+
+
+def _nested(key: str, value: Any) -> Any:
+    """Return {"a": {"b": value}} for the key "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def split_flags(argv: Sequence[str]) -> Flags:
-    """Take `--config` and `--method` out of a command line.
+    """Split a command line into its layers and the rest.
 
     Raises:
-        UsageError: If a flag lacks its value, `--method` is given twice, or `--model.method` tries to swap the method.
+        UsageError: If a flag lacks its value, one is given twice, or `--model.method` tries to swap the method.
     """
     configs: list[str] = []
-    methods: list[str] = []
-    choices: list[str] = []
+    once: dict[str, str] = {}
     rest: list[str] = []
     values: dict[str, str] = {}
     queue = list(argv)
     while queue:
         argument = queue.pop(0)
         name, equals, value = argument.partition("=")
-        if name in ("--config", "-c", "--method", "--choice"):
+        if name in ("--config", "-c", *_ONCE):
             if not equals:
                 if not queue or queue[0].startswith("--"):
-                    raise UsageError(f"{name} needs a value: {name} {'FILE' if name != '--method' else 'NAME'}")
+                    raise UsageError(f"{name} needs a value: {name} {_ONCE.get(name, 'FILE')}")
                 value = queue.pop(0)
-            {"--method": methods, "--choice": choices}.get(name, configs).append(value)
+            if name in once:
+                raise UsageError(f"{name} was given twice: {once[name]}, {value}; a run takes one")
+            if name in _ONCE:
+                once[name] = value
+            else:
+                configs.append(value)
             continue
         if name in _GROUPS:
             raise UsageError(f"{name} is set key by key, e.g. {_GROUPS[name]}")
         if name in ("--model.method", "--model.method.class_path"):
-            raise UsageError("the method is chosen with --method NAME (or FILE), which brings its recipe along")
+            raise UsageError("the method is set with --method NAME (or FILE), which brings its recipe along")
         rest.append(argument)
         if name.startswith("--"):
             if not equals and queue and not queue[0].startswith("--"):
@@ -152,12 +179,7 @@ def split_flags(argv: Sequence[str]) -> Flags:
                 rest.append(value)
             check_value(value, name, ConfigError)
             values[name[2:]] = value
-    if len(methods) > 1:
-        raise UsageError(f"one run has one method, and --method was given {len(methods)} times: {', '.join(methods)}")
-    if len(choices) > 1:
-        raise UsageError(f"one run has one choice, and --choice was given {len(choices)} times: {', '.join(choices)}")
-    choice = choices[0] if choices else None
-    return Flags(tuple(configs), methods[0] if methods else None, tuple(rest), values, choice)
+    return Flags(tuple(configs), once.get("--method"), tuple(rest), values, once.get("--choice"))
 
 
 def find_config(name: str) -> Path:
@@ -169,28 +191,25 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = configs_dir()
-    tail = name.removeprefix("./").removeprefix("configs/")
+    shipped, tail = configs_dir(), name.removeprefix("./").removeprefix("configs/")
     for candidate in (shipped / tail, shipped / f"{tail}.yaml"):
         if tail and not Path(tail).is_absolute() and ".." not in Path(tail).parts and candidate.is_file():
             return candidate
     tasks = [file for file in sorted(shipped.glob("*/*.yaml")) if file.parent.name not in _NO_TASKS]
     known = [file.relative_to(shipped).as_posix() for file in tasks]
-    form = "configs/{}" if path.suffix else "{}"
-    raise unknown_name("config file", name, [form.format(k if path.suffix else k[:-5]) for k in known])
+    raise unknown_name("config file", name, [f"configs/{k}" if path.suffix else k[:-5] for k in known])
 
 
-def _config_layer(name: str) -> tuple[Path, dict[str, Any], dict[str, str]]:
-    """Return path, values and origins of a `--config`; a task of the user's own needs no file next to its card."""
+def _config_layer(name: str) -> Layer:
+    """Return the layer of a `--config`; a task of the user's own needs no file next to its card."""
     task = name.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
     try:
-        path = find_config(name)
-    except UsageError:
-        if task.count("/") != 1 or task not in list_tasks():
+        return _load(find_config(name))
+    except UsageError as error:
+        if isinstance(error, ConfigError) or task.count("/") != 1 or task not in list_tasks():
             raise
         card = load_task(task)
-        return card.path, {"data": {"task": task}}, {"data.task": f"{card.path}:1"}
-    return (path, *_load(path))
+        return Layer(card.path, {"data": {"task": task}}, {"data.task": f"{card.path}:1"})
 
 
 def method_layer(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
@@ -201,21 +220,18 @@ def method_layer(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
         ConfigError: If the file names no method.
     """
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
+        path, label = Path(name), Path(name).stem
         if not path.is_file():
             raise UsageError(f"no method file {name!r}; --method takes a name (`svp-bench methods`) or a file")
-        label = path.stem
     else:
-        entry = METHODS.entry(name)
-        label = name
-        path = configs_dir() / "method" / f"{name}.yaml"
+        path, label = configs_dir() / "method" / f"{name}.yaml", name
+        target = METHODS.entry(name).target.replace(":", ".")
         if not path.is_file():  # a method that another package registered, without a recipe of its own
-            target = entry.target.replace(":", ".")
-            return {"model": {"method": {"class_path": target}}}, {"model.method.class_path": f"method {name}"}, label
-    values, origins = _load(path)
-    if not _method_class(values):
+            return _nested("model.method.class_path", target), {"model.method.class_path": f"method {name}"}, label
+    layer = _load(path)
+    if not layer.get("model.method.class_path"):
         raise ConfigError(f"{path}: a method file must set model.method.class_path")
-    return values, origins, label
+    return layer.values, layer.origins, label
 
 
 def compose(flags: Flags) -> Composed:
@@ -225,58 +241,62 @@ def compose(flags: Flags) -> Composed:
         UsageError: If a name or file is unknown.
         ConfigError: If a file is not a mapping, or no task is named anywhere.
     """
-    composed = Composed()
-    composed.merge(*_load(configs_dir() / "base.yaml"))
+    composed = Composed(flags=flags)
+    base = _load(configs_dir() / "base.yaml")
+    composed.merge(base.values, base.origins)
     files = [_config_layer(name) for name in flags.configs]
-    task_name = flags.values.get("data.task") or _last(files, ("data", "task"))
-    if not task_name:
-        for _, values, origins in files:
-            for key in values.get("data") or ():  # a mistyped key is the likelier reason
-                if nearest(str(key), ["task"]):
-                    place = origins.get(f"data.{key}", "the config")
-                    raise unknown_name("config key", f"data.{key}", ["data.task"], where=place, error=ConfigError)
-        raise UsageError("no task: give a config, e.g. --config configs/vtab/caltech101.yaml (`svp-bench tasks`)")
-    card = load_task(str(task_name))
-    suite = load_suite(card.suite)
-    protocol = load_protocol(
-        str(flags.values.get("data.protocol") or _last(files, ("data", "protocol")) or suite.protocol)
-    )
-    where = f"{protocol.path}: training"
-    composed.merge(dict(protocol.training), dict.fromkeys(_leaves(protocol.training), where))
-
-    task, further = files[:1], files[1:]
-    complete = bool(task and _method_class(task[0][1]))
-    for path, values, origins in task:
-        if complete and flags.method is not None:  # a saved config: its recipe is its method's
+    card = load_task(_task_name(flags, files))
+    protocol = load_protocol(str(_last(flags, files, "data.protocol") or load_suite(card.suite).protocol))
+    composed.merge(dict(protocol.training), dict.fromkeys(_leaves(protocol.training), f"{protocol.path}: training"))
+    task, further = files[0] if files else None, files[1:]
+    complete = task is not None and task.get("model.method.class_path") is not None  # a saved config
+    if task is not None:
+        values = task.values
+        if complete and flags.method is not None:  # a saved config's recipe belongs to its method
             values = {**values, "model": {k: v for k, v in values["model"].items() if k in _BACKBONE_KEYS}}
             composed.notices.append(
-                f"of {path} only task, trainer and backbone are kept; --method brings its own recipe"
+                f"only task, trainer and backbone of {task.path} are used; --method brings its own recipe"
             )
-        composed.merge(values, origins)
+        composed.merge(values, task.origins)
     if flags.method is None and complete:
         composed.method = "(as in the config)"
         if flags.choice is not None:
-            raise UsageError(f"--choice goes with a task's config and --method, not with a saved config ({task[0][0]})")
+            raise UsageError(
+                f"--choice goes with a task's config and --method, not with the saved config {flags.configs[0]}"
+            )
     else:
-        name = DEFAULT_METHOD if flags.method is None else flags.method
-        layer, origins, label = method_layer(name)
-        _notice_overrides(composed, layer, task, label)
-        composed.merge(layer, origins, label)
+        layer, origins, composed.method = method_layer(DEFAULT_METHOD if flags.method is None else flags.method)
+        if task is not None:
+            _notice_overrides(composed, layer, task)
+        composed.merge(layer, origins)
         if flags.choice is not None:
-            _apply_choice(composed, flags.choice, card.name, label)
-    for path, values, origins in further:
-        if _method_class(values):
-            raise UsageError(f"{path}: a second config names a method; use --method {path} instead of --config")
-        composed.merge(values, origins)
-    if composed.choice and flags.choice is not None:
-        given = {key.replace("model.method.init_args.", "model.method.") for key in flags.values}
-        for key in sorted(composed.choice.values):
-            if composed.origins.get(key) != flags.choice or key.replace(".init_args.", ".") in given:
-                raise UsageError(f"{flags.choice} selected {key}; it cannot be set as well: leave out one of the two")
+            _merge_choice(composed, flags.choice, card)
+    for one in further:
+        if one.get("model.method.class_path"):
+            raise UsageError(f"{one.path}: a second config names a method; use --method {one.path} instead")
+        composed.merge(one.values, one.origins)
+    _refuse_changed_choice(composed)
     return composed
 
 
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _task_name(flags: Flags, files: Sequence[Layer]) -> str:
+    if name := _last(flags, files, "data.task"):
+        return str(name)
+    for layer in files:
+        for key in layer.values.get("data") or ():  # a mistyped key is the likelier reason
+            if nearest(str(key), ["task"]):
+                place = layer.origins.get(f"data.{key}", "the config")
+                raise unknown_name("config key", f"data.{key}", ["data.task"], where=place, error=ConfigError)
+    raise UsageError("no task: give a config, e.g. --config configs/vtab/caltech101.yaml (`svp-bench tasks`)")
+
+
+def _last(flags: Flags, files: Sequence[Layer], key: str) -> Any:
+    """Return the value of a key that counts: the flag's, else that of the last file that has it."""
+    given = [value for layer in files if (value := layer.get(key)) is not None]
+    return flags.values.get(key) or (given[-1] if given else None)
+
+
+def _load(path: Path) -> Layer:
     node = read_yaml(path, error=ConfigError)
     if not isinstance(node.children, dict):
         raise ConfigError(f"{path}:1: a config is a mapping of keys, not {node.kind}")
@@ -286,10 +306,8 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     model = node.children.get("model")
     method = model.children.get("method") if model and isinstance(model.children, dict) else None
     if method and not isinstance(method.children, dict):
-        raise method.error(
-            f"model.method is a mapping of class_path and init_args, not {method.kind}; a name goes to --method"
-        )
-    return node.value, dict(_node_origins(node, ""))
+        raise method.error(f"model.method is a mapping of class_path and init_args, not {method.kind}; give --method")
+    return Layer(path, node.value, dict(_node_origins(node, "")))
 
 
 def _node_origins(node: Node, prefix: str) -> Iterator[tuple[str, str]]:
@@ -308,58 +326,39 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _method_class(values: Mapping[str, Any]) -> str | None:
-    model = values.get("model")
-    method = model.get("method") if isinstance(model, Mapping) else None
-    return _class_of(method)
-
-
-def _last(files: Sequence[tuple[Path, dict[str, Any], dict[str, str]]], keys: tuple[str, ...]) -> Any:
-    found = None
-    for _, values, _ in files:
-        node: Any = values
-        for key in keys:
-            node = node.get(key) if isinstance(node, Mapping) else None
-        found = found if node is None else node
-    return found
-
-
-def _notice_overrides(
-    composed: Composed,
-    layer: Mapping[str, Any],
-    task: Sequence[tuple[Path, dict[str, Any], dict[str, str]]],
-    label: str,
-) -> None:
-    """The method's recipe stands above the task config: say so where that changes a value."""
-    if not task:
-        return
-    _, values, origins = task[0]
-    for key in _leaves(layer):
-        ours = Composed(values=dict(layer)).get(key)
-        theirs = Composed(values=values).get(key)
-        if key in origins and not key.startswith("model.method") and theirs != ours:
+def _notice_overrides(composed: Composed, recipe: Mapping[str, Any], task: Layer) -> None:
+    """Note where the method's recipe, which lies above the task config, changes a value of it."""
+    for key in _leaves(recipe):
+        ours, theirs = _get(recipe, key), task.get(key)
+        if key in task.origins and not key.startswith("model.method") and theirs != ours:
             composed.notices.append(
-                f"{key} = {theirs} of {origins[key]} gives way to the recipe of the method {label} ({ours}); "
-                f"to keep it, pass --{key} or a second --config"
+                f"{key} = {theirs} of {task.origins[key]} is replaced by the recipe of the method {composed.method} "
+                f"({ours}); to set it, pass --{key} or a second --config"
             )
 
 
-def _apply_choice(composed: Composed, file: str, task: str, method: str) -> None:
-    """Lay the values of a frozen choice over the config.
+def _merge_choice(composed: Composed, file: str, card: TaskCard) -> None:
+    """Merge the values of a selected config.
 
     Raises:
-        UsageError: If there is no such file, or the choice is that of another task or method.
+        UsageError: If there is no such file, or it is of another task or method.
         RecordError: If the file is malformed.
     """
     if not Path(file).is_file():
         raise UsageError(f"no choice file {file!r}; `svp-bench tune` and `svp-bench sweep --search` write them")
     choice = read_choice(file)
-    for what, theirs, ours in (("task", choice.task, task), ("method", choice.method, method)):
+    for kind, theirs, ours in (("task", choice.task, card.name), ("method", choice.method, composed.method)):
         if theirs != ours:
-            raise UsageError(f"{file} was chosen for the {what} {theirs!r}, not for {ours!r}")
+            raise UsageError(f"{file} was selected for the {kind} {theirs!r}, not for {ours!r}")
     for key, value in choice.values.items():
-        layer: Any = value
-        for part in reversed(key.split(".")):
-            layer = {part: layer}
-        composed.merge(layer, {key: file})
-    composed.choice, composed.search = choice, choice.summary()
+        composed.merge(_nested(key, value), {key: file})
+    composed.search, composed.choice = choice.summary(), choice
+
+
+def _refuse_changed_choice(composed: Composed) -> None:
+    if composed.choice is None:
+        return
+    given = {key.replace("model.method.init_args.", "model.method.") for key in composed.flags.values}
+    for key in sorted(composed.choice.values):
+        if composed.origins.get(key) != composed.flags.choice or key.replace(".init_args.", ".") in given:
+            raise UsageError(f"{composed.flags.choice} sets {key}, which may not be set again; leave out one of them")

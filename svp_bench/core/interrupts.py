@@ -1,6 +1,7 @@
-"""Signals that ask a run to stop and to go on later: SIGTERM, and SIGUSR1, which clusters send before time is up.
+"""Signals that ask a run to stop and be resumed later: SIGTERM, SIGHUP, and SIGUSR1, which clusters send before time is
+up.
 
-No torch: they are taken before it is imported, so that a signal never finds a run unprepared.
+No torch: they are handled before it is imported, so that a signal never finds a run unprepared.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from typing import Any
 __all__ = ["INTERRUPTS", "Interrupts", "Preempted", "ignore_from_now_on"]
 
 
-class Preempted(BaseException):  # not an error, and nothing that a library may swallow with its errors
-    """Raised where a run stops because a signal asked for it; what there was to save is saved."""
+class Preempted(BaseException):  # not an Exception: a library must not swallow it with its errors
+    """Raised where a run stops because of a signal, after its state is saved."""
 
 
 class Interrupts:
     """The signals of this process.
 
     Attributes:
-        asked: The signal that came first, or None.
-        waits: Whether a signal is only noted, since something must not be cut in two; else it raises `Preempted`.
-        ends_process: Whether the process ends with the command: its last moments belong to no signal either.
+        asked: The first signal that came, or None.
+        waits: Whether a signal is only noted, because a step or a file must be finished; else it raises `Preempted`.
+        ends_process: Whether the process ends with the command, so that signals during its shutdown are ignored.
     """
 
     def __init__(self) -> None:
@@ -37,17 +38,18 @@ class Interrupts:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Take the signals while a command lasts. May be nested; behind the innermost block they are only noted.
+        """Handle the signals while a command lasts. May be nested.
 
         Raises:
-            Preempted: If one came before, and whoever ran then swallowed it.
+            Preempted: If a signal came before and its exception was swallowed.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         outermost = not self._old
-        if outermost:
-            self._old = {number: signal.getsignal(number) for number in _signals()}
+        if outermost:  # an ignored SIGHUP (nohup) stays ignored
+            handlers = {number: signal.getsignal(number) for number in _signals()}
+            self._old = {number: old for number, old in handlers.items() if old is not signal.SIG_IGN}
         self.take_again()
         try:
             if self.asked is not None and not self.waits:
@@ -62,7 +64,7 @@ class Interrupts:
                 self._old, self.asked, self.waits = {}, None, False
 
     def take_again(self) -> None:
-        """Take the signals back from a library that has taken them meanwhile."""
+        """Install the handlers again, after a library has replaced them."""
         for number in self._old:
             signal.signal(number, self._ask)
 
@@ -71,12 +73,12 @@ class Interrupts:
         if not self.waits:
             raise Preempted
 
-    def say_stopped_early(self) -> None:
-        """Say that there was nothing to save yet."""
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes of a run, one speaks
+    def print_stopped_early(self) -> None:
+        """Print that the run stopped before there was anything to save."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all processes of a run
             name = self.asked.name if self.asked else "a signal"
             sys.stdout.write(
-                f"Stopped by {name} before training; nothing to save yet\nGo on: the same command with --resume\n"
+                f"Stopped by {name} before training; nothing to save yet\nContinue with the same command and --resume\n"
             )
             sys.stdout.flush()
 
@@ -85,10 +87,11 @@ INTERRUPTS = Interrupts()
 
 
 def ignore_from_now_on() -> None:
-    """Let no signal make a process look killed that has done its work and is shutting down."""
+    """Ignore the signals, so that a process that has finished its work does not look killed while it shuts down."""
     for number in _signals():
         signal.signal(number, signal.SIG_IGN)
 
 
 def _signals() -> list[signal.Signals]:
-    return [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    names = ("SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first only
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]

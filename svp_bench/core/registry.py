@@ -12,9 +12,24 @@ from typing import Any
 
 from svp_bench.core.errors import unknown_name
 
-__all__ = ["Entry", "Registry"]
+__all__ = ["Entry", "Registry", "import_object"]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*[a-z0-9]")
+
+
+def import_object(path: str) -> Any:
+    """Import and return the object of a class path, "package.module.Class".
+
+    Raises:
+        ImportError: If there is no such module or object, or the path has no dot.
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ImportError(f"not a class path: {path!r}")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except AttributeError as error:
+        raise ImportError(str(error)) from None
 
 
 @dataclass(frozen=True)

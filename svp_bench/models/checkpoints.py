@@ -359,7 +359,7 @@ def resolve_checkpoint(source: str | Path | None, architecture: str) -> Path | N
     if path.is_file():
         return path
     if path.suffix == "" and path.parent == Path("."):
-        raise unknown_name("checkpoint", str(source), ["hub", "embedded", "none", "PATH"], error=CheckpointError)
+        raise unknown_name("checkpoint", str(source), ["hub", "embedded", "none", "PATH"])
     raise CheckpointError(f"no checkpoint file {str(source)!r}; --model.checkpoint is hub, embedded, none or PATH")
 
 

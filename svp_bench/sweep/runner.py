@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse._util import import_object
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from svp_bench.config.compose import split_flags
+from svp_bench.config.compose import compose, split_flags
 from svp_bench.core.errors import SvpBenchError, UsageError, one_line
+from svp_bench.core.registry import import_object
 from svp_bench.data.folds import fold_positions
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, measured, open_source
@@ -31,7 +31,7 @@ from svp_bench.records.store import read_record
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.search import Plan, Search
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
-from svp_bench.train.parser import Resolved, resolve
+from svp_bench.train.parser import ResolvedConfig, resolve
 from svp_bench.train.resume import Claimed, find_run, held
 from svp_bench.train.run import run
 
@@ -55,7 +55,7 @@ class _Epochs(Callback):
         self._report({"epoch": trainer.current_epoch + 1, "epochs": trainer.max_epochs})
 
 
-def with_values(resolved: Resolved, seed: int, values: Mapping[str, Any]) -> Resolved:
+def with_values(resolved: ResolvedConfig, seed: int, values: Mapping[str, Any]) -> ResolvedConfig:
     """Return a resolved config with another seed and other values, as parsing it anew would give it.
 
     A whole number becomes a fraction where the config has one, which is all that parsing changes in a plain value.
@@ -76,7 +76,7 @@ class Runner:
     """Runs jobs, one after the other, in this process."""
 
     def __init__(self) -> None:
-        self._resolved: dict[tuple[str, ...], Resolved] = {}
+        self._resolved: dict[tuple[str, ...], ResolvedConfig] = {}
         self._data: dict[tuple[Any, ...], DataReport] = {}
         self._trained: dict[tuple[str, str], int] = {}
         self._folds: dict[tuple[Any, ...], tuple[tuple[int, ...], str]] = {}
@@ -123,7 +123,7 @@ class Runner:
         copies += config["model"].get("ema_decay") is not None
         return 4 * (copies - 1) * self._trained[key]
 
-    def resolved(self, job: Job) -> Resolved:
+    def resolved(self, job: Job) -> ResolvedConfig:
         """Return the job's resolved config; parsed once for all seeds and values of a task and method."""
         seed = 0 if job.choice is None else job.seed  # a choice of a nested search is for one seed
         base = self._resolve(replace(job, seed=seed, values={}))
@@ -131,10 +131,10 @@ class Runner:
             return self._resolve(job)  # a key that only a full parse may judge
         return with_values(base, job.seed, job.values)
 
-    def _resolve(self, job: Job) -> Resolved:
+    def _resolve(self, job: Job) -> ResolvedConfig:
         arguments = tuple(job.arguments())
         if arguments not in self._resolved:
-            self._resolved[arguments] = resolve(split_flags(arguments))
+            self._resolved[arguments] = resolve(compose(split_flags(arguments)))
         return self._resolved[arguments]
 
     def look(self, job: Job) -> Outcome | None:
@@ -158,7 +158,7 @@ class Runner:
             return None
         return Outcome("failed", found=True, reason=failed.status_reason, run_id=failed.run_id)
 
-    def _records(self, resolved: Resolved) -> Iterator[tuple[Record, Path]]:
+    def _records(self, resolved: ResolvedConfig) -> Iterator[tuple[Record, Path]]:
         """Yield the records of a setting and seed, the oldest first. Unreadable ones are left to the tables."""
         folder = resolved.results_root / "records" / resolved.task
         digest = resolved.setting_digest.removeprefix("sha256:")[:8]
@@ -168,7 +168,7 @@ class Runner:
             except SvpBenchError:
                 continue
 
-    def _same(self, record: Record, resolved: Resolved) -> bool:
+    def _same(self, record: Record, resolved: ResolvedConfig) -> bool:
         """Whether a record is of the cell and seed of a config, on the data and weights that are here."""
         card = load_task(resolved.task)
         suite = load_suite(card.suite)
@@ -187,7 +187,7 @@ class Runner:
             and _weights_of(record) == self.weights(resolved)
         )
 
-    def report(self, resolved: Resolved) -> DataReport:
+    def report(self, resolved: ResolvedConfig) -> DataReport:
         """Return how the data on disk compare with the card.
 
         Raises:
@@ -203,7 +203,7 @@ class Runner:
             self._data[key] = inspect(module.card, source, list(module.splits_read))
         return self._data[key]
 
-    def plan(self, search: Search, resolved: Resolved, seed: int = 0) -> Plan:
+    def plan(self, search: Search, resolved: ResolvedConfig, seed: int = 0) -> Plan:
         """Return which runs make a trial of a search, by the numbers of images that are there.
 
         Args:
@@ -219,7 +219,7 @@ class Runner:
         stages, counts = load_protocol(protocol).stages, self.report(resolved).counts
         return search.plan(counts[stages["select"]["val"]], counts.get(stages["final"]["train"], 0), seed)
 
-    def weights(self, resolved: Resolved) -> Weights:
+    def weights(self, resolved: ResolvedConfig) -> Weights:
         """Return what a record would say of the weights that a run begins with, digest and changes at loading."""
         model, data = resolved.config["model"], resolved.config["data"]
         name, checkpoint, head = str(model["backbone"]), str(model["checkpoint"]), model.get("head")
@@ -283,12 +283,12 @@ class Runner:
             problem: Exception | None = None
             quiet = ["--trainer.enable_progress_bar", "false"]
             try:
-                run("fit", split_flags([*job.arguments(), *quiet, *resume]), [_Epochs(report)])
+                run(resolve(compose(split_flags([*job.arguments(), *quiet, *resume]))), [_Epochs(report)])
             except Exception as error:  # a job that fails, however, must not take the others with it
                 problem = error
             return self._ended(job, resolved, problem)
 
-    def _ended(self, job: Job, resolved: Resolved, problem: Exception | None) -> Outcome:
+    def _ended(self, job: Job, resolved: ResolvedConfig, problem: Exception | None) -> Outcome:
         ours = [(record, path) for record, path in self._records(resolved) if self._same(record, resolved)]
         ours.sort(key=lambda found: (found[0].status == "complete", found[0].run_id))
         if problem is not None:
@@ -305,7 +305,7 @@ class Runner:
             shutil.rmtree(resolved.runs_root / resolved.task / record.run_id / "checkpoints", ignore_errors=True)
         return self._outcome(record, path, resolved, found=False)
 
-    def _outcome(self, record: Record, path: Path, resolved: Resolved, *, found: bool) -> Outcome:
+    def _outcome(self, record: Record, path: Path, resolved: ResolvedConfig, *, found: bool) -> Outcome:
         metrics, selection = record.metrics, record.kind == "selection"
         images, divided = self._fold(resolved) if selection else (None, None)
         return Outcome(
@@ -323,7 +323,7 @@ class Runner:
             divided=divided,
         )
 
-    def _fold(self, resolved: Resolved) -> tuple[tuple[int, ...] | None, str | None]:
+    def _fold(self, resolved: ResolvedConfig) -> tuple[tuple[int, ...] | None, str | None]:
         """Return which images a trial holds out, as positions in the split that is divided, and that split's name."""
         data = resolved.config["data"]
         if data.get("folds") is None:
@@ -340,7 +340,7 @@ class Runner:
         return self._folds[key]
 
     @contextmanager
-    def _claim(self, job: Job, resolved: Resolved) -> Iterator[bool]:
+    def _claim(self, job: Job, resolved: ResolvedConfig) -> Iterator[bool]:
         """Hold a job: no two processes of any sweep over this runs folder run the same cell and seed at once."""
         what = [resolved.task, resolved.method, resolved.seed, cell_config(resolved.config), resolved.setting_digest]
         name = canonical_digest(what).removeprefix("sha256:")[:32]

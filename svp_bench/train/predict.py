@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from svp_bench.config.compose import Flags
 from svp_bench.core.errors import (
     CheckpointError,
     ConfigError,
@@ -108,7 +107,7 @@ def _method_class(about: About, path: Path, method_file: str | None) -> type[Met
             f"{path}: its method {about.method!r} is not registered here (`svp-bench methods`), and no config.yaml of "
             "the run next to the checkpoints names it; give the method's file with --method FILE"
         )
-    make_importable(Flags((), method_file, (), {}))
+    make_importable(method_file)
     module, _, name = about.method.rpartition(".")
     try:
         found = getattr(__import__(module, fromlist=[name]), name)

@@ -21,7 +21,7 @@ from svp_bench.train.callbacks import Meter, peak_memory_mib
 from svp_bench.train.comparable import RecipeWatch, external_classes
 from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.parser import Resolved
+from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.provenance import cpu_name, device_name, library_versions
 from svp_bench.train.resume import CHECKPOINT
 
@@ -47,7 +47,7 @@ class Recorder:
 
     run_id: str
     run_dir: Path
-    resolved: Resolved
+    resolved: ResolvedConfig
     commit: str | None
     dirty: bool | None
     model: AdaptationModule

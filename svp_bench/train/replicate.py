@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from svp_bench.config.compose import Flags
+from svp_bench.config.compose import Composed
 from svp_bench.core.errors import SvpBenchError, UsageError, plural
 from svp_bench.data.module import Batch, VisionDataModule
 from svp_bench.records.store import refuse_unwritable
 from svp_bench.tables.test_peeking import Replication, write_replication
 from svp_bench.train.metrics import Evaluation
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.run import BenchCLI, run
+from svp_bench.train.parser import ResolvedConfig, resolve
+from svp_bench.train.run import TrainingRun, run
 
 __all__ = ["run_replication"]
 
@@ -89,50 +87,47 @@ class _Curve(Callback):
                 logger.log_metrics(numbers, trainer.global_step)
 
 
-class _ReplicationCLI(BenchCLI):
+class _ReplicationRun(TrainingRun):
     """One replication."""
 
     module_type = _SaysTest
     data_type = _LendsTest
     saved_config = "replication.yaml"
-    goes_on = False
+    resumable = False
 
-    def __init__(self, subcommand: str, flags: Flags, watchers: Sequence[Callback] = ()) -> None:
+    def __init__(self, config: ResolvedConfig, watchers: Sequence[Callback] = ()) -> None:
         self.curve = _Curve()
-        super().__init__(subcommand, flags, [*watchers, self.curve])
+        super().__init__(config, [*watchers, self.curve])
 
-    def before_instantiate_classes(self) -> None:
-        """Refuse what a replication has not, then do as a fit does."""
-        config = self.config[self.command]
+    def prepare(self) -> None:
+        """Refuse flags that a replication does not have, then prepare as a fit does."""
+        arguments = self.config.arguments
         for flag, why in _NEVER.items():
-            if config.get(flag):
+            if arguments[flag]:
                 raise UsageError(f"replicate takes no --{flag}: {why}")
-        if config.data.stage != "final":
+        if arguments.data.stage != "final":
             raise UsageError(
-                f"replicate takes no --data.stage {config.data.stage}: it reads the test list, which stage final alone "
-                "has; settings are chosen on val with `svp-bench fit --data.stage select`"
+                f"replicate takes no --data.stage {arguments.data.stage}: it reads the test split, which stage final "
+                "alone has; settings are selected on val with `svp-bench fit --data.stage select`"
             )
-        super().before_instantiate_classes()
-        refuse_unwritable(Path(config.results_root) / "replications", "--results_root")
+        super().prepare()
+        refuse_unwritable(self.config.results_root / "replications", "--results_root")
 
-    def _name_run(self, config: Namespace, data: VisionDataModule) -> None:
-        super()._name_run(config, data)
-        self.run_dir = Path(config.runs_root) / "replications" / data.card.name / self.run_id
+    def name_run(self) -> None:
+        """Put the run's folder below runs/replications."""
+        super().name_run()
+        self.run_dir = self.config.runs_root / "replications" / self.data.card.name / self.run_id
 
-    def fit(self, model: AdaptationModule, datamodule: VisionDataModule, **kwargs: Any) -> None:
-        """Train, reading the test list after each epoch, and write what came out."""
-        if kwargs.get("ckpt_path"):
+    def fit(self) -> None:
+        """Train, reading the test split after each epoch, and write the result."""
+        if self.config.arguments.ckpt_path:
             raise UsageError("replicate trains from the start and takes no --ckpt_path")
-        self._need_chosen_weights(model)
-        self.recorder.scan_choice()
-        model.run_id = self.run_id
-        datamodule.trainer = self.trainer
-        datamodule.setup("fit")
-        with self._alone():
-            self._announce()
+        self.set_up()
+        with self.alone():
+            self.announce()
             self._warn()
-            self._save_config()
-            self.within_memory(lambda: self.trainer.fit(model, datamodule=datamodule))
+            self.save_config()
+            self.within_memory(lambda: self.trainer.fit(self.model, datamodule=self.data))
             self._write()
 
     @rank_zero_only
@@ -154,7 +149,7 @@ class _ReplicationCLI(BenchCLI):
         facts = self.recorder.record("unscored" if status == "complete" else status, reason, tested=False)
         times = {{"val_seconds": "test_seconds"}.get(name, name): value for name, value in facts.times.items()}
         done = Replication(dataclasses.replace(facts, times=times), curve.count, tuple(curve.top1))
-        path = write_replication(done, self.config[self.command].results_root)
+        path = write_replication(done, self.config.results_root)
         print(
             f"top-1 on {done.run.splits['test']} ({plural(done.count, 'image')}): {done.final:.2f} % after the "
             "last epoch, "
@@ -166,10 +161,10 @@ class _ReplicationCLI(BenchCLI):
         )
 
 
-def run_replication(flags: Flags) -> None:
+def run_replication(composed: Composed) -> None:
     """Run one replication.
 
     Raises:
-        SvpBenchError: For everything that a user can mend.
+        SvpBenchError: For everything that a user can fix.
     """
-    run("fit", flags, cli=_ReplicationCLI)
+    run(resolve(composed), run_type=_ReplicationRun)
