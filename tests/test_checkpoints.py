@@ -520,7 +520,7 @@ def test_sources_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     path.touch()
     assert resolve_checkpoint(str(path), "vim_nano_patch8_64") == path
-    with pytest.raises(CheckpointError, match=r"unknown checkpoint 'hubb'; did you mean 'hub'\?"):
+    with pytest.raises(UsageError, match=r"unknown checkpoint 'hubb'; did you mean 'hub'\?"):
         resolve_checkpoint("hubb", "vim_nano_patch8_64")
     with pytest.raises(
         CheckpointError, match=r"no checkpoint file '.*b\.pth'; --model\.checkpoint is hub, embedded, none or"

@@ -1,4 +1,4 @@
-"""`svp-bench replicate` reads the test list after every epoch, to measure what that gains; nothing else can."""
+"""`svp-bench replicate` reads the test split after every epoch, to measure what that gains; nothing else can."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_no_other_module_knows_the_class_that_lends_the_test_list() -> None:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--data.stage", "select"), "replicate takes no --data.stage select: it reads the test list"),
+        (("--data.stage", "select"), "replicate takes no --data.stage select"),
         (("--resume",), "replicate takes no --resume: a replication starts anew"),
         (("--no_test",), "replicate takes no --no_test: a replication is about nothing but the test list"),
         (("--ckpt_path", "x.ckpt"), "replicate trains from the start and takes no --ckpt_path"),
