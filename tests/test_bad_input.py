@@ -168,7 +168,7 @@ def fit(*extra: str, **values: str | None) -> list[str]:
         (fit("--model.betas", "[0.9, .inf]"), ["model.betas is a finite number, not inf"]),
         (fit("--data.rand_augment", "rand-mfoo"), ["--data.rand_augment 'rand-mfoo' is no RandAugment of timm's"]),
         (fit("--ckpt_path", "any.ckpt"), ["fit trains from the start and takes no --ckpt_path"]),
-        (fit(subcommand="validate"), ["stage 'final' has no val list", "validate with --data.stage select"]),
+        (fit(subcommand="validate"), ["stage 'final' has no val", "validate with --data.stage select"]),
         (fit(subcommand="validate", data__stage="select"), ["validate needs --ckpt_path runs/…/checkpoints/last.ckpt"]),
         (fit(subcommand="test"), ["test needs --ckpt_path runs/…/checkpoints/last.ckpt"]),
         (fit("--ckpt_path", "gone.ckpt", subcommand="test"), ["no checkpoint 'gone.ckpt'", "runs/"]),

@@ -61,10 +61,9 @@ def replicate(*arguments: str) -> int:
     from svp_bench.config.compose import compose, split_flags
 
     if {"-h", "--help"} & {*arguments}:
-        print(
-            "svp-bench replicate takes the flags of `svp-bench fit` in stage final (see its --help). It reads the test"
-        )
-        print("split after every epoch, and reports the best epoch next to the last. Tables refuse its output.")
+        print("svp-bench replicate takes the flags of `svp-bench fit` in stage final (see its --help).")
+        print("It reads the test split after every epoch, and reports the best epoch next to the last.")
+        print("Tables refuse its output.")
         return 0
     composed = compose(split_flags(arguments))  # fails in a second, before torch is imported
     from svp_bench.train.replicate import run_replication

@@ -68,6 +68,12 @@ class Interrupts:
         for number in self._old:
             signal.signal(number, self._ask)
 
+    def shield(self) -> None:
+        """Let no signal, ctrl-C included, interrupt what remains of a command."""
+        self.waits = True
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     def _ask(self, number: int, _: Any) -> None:
         self.asked = self.asked or signal.Signals(number)
         if not self.waits:

@@ -372,7 +372,7 @@ class TrainingRun:
             raise
         finally:
             if not preempted:
-                INTERRUPTS.waits = True  # no signal interrupts the writing of the record
+                INTERRUPTS.shield()  # no signal interrupts the writing of the record
                 self._finish(status, reason, tested)
 
     def _train_and_test(self, checkpoint: Path | None) -> tuple[str, str | None, bool]:
