@@ -1,16 +1,16 @@
-"""Images that code draws, with dense targets: a pure function of (seed, index).
+"""Synthetic images with dense targets: a pure function of (seed, index).
 
 Five families, each with one figure on a ground:
 
-- `strokes`: one to three pen strokes, each a curve whose curvature is drawn, starting on one another;
+- `strokes`: one to three connected pen strokes, each a curve of random curvature;
 - `contours`: a closed smooth curve in polar form, filled or as an outline;
-- `polygons`: a star-shaped polygon with unequal corners and a smaller one beside it, filled or as an outline;
+- `polygons`: a star-shaped polygon with unequal corners and a smaller one next to it, filled or as an outline;
 - `fractals`: the attractor of an iterated function system of three affine maps (Barnsley 1988; pre-training on such:
   Kataoka et al., "Pre-training without Natural Images", ACCV 2020, arXiv:2101.08515; our code and parameters);
 - `gratings`: a smooth region whose waves differ from those of the ground in direction or length, not in mean colour.
 
-Figure and ground have colours, waves and clouds of their own; then come blur and noise. A image holds one figure:
-there is nothing to count, and no two figures to compare. There are no digits, letters or fonts.
+Figure and ground have independent colours, waves and clouds; blur and noise are added. An image holds one figure, so
+that nothing can be counted or compared. There are no digits, letters or fonts.
 
 Coordinates: x to the right, y down, both in [-1, 1] over the image. Letters for shapes: B images, S = 64 pixels a
 side, G = 8 patches a side.
@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CENTRED", "FAMILIES", "GRID", "POSE", "SIZE", "VERSION", "Chance", "Drawn", "draw", "family_of"]
+__all__ = ["CENTRED", "FAMILIES", "GRID", "POSE", "SIZE", "VERSION", "Chance", "SyntheticBatch", "draw", "family_of"]
 
-VERSION = 1  # rises with every change of what is drawn, beyond rounding
+VERSION = 1  # increased by every change of the images, beyond rounding
 SIZE = 64
 GRID = 8
 CENTRED = 16
@@ -36,9 +36,8 @@ BLANKED_SHARE = 0.3  # of the patches, in half of the images
 
 FAMILIES: dict[str, float] = {"strokes": 0.40, "contours": 0.20, "polygons": 0.18, "fractals": 0.12, "gratings": 0.10}
 
-# What the figure's mask says about it, by its moments: so it is defined for every family, and changes smoothly with the
-# mask. Centre of mass; root mean square distance from it; anisotropy (a vector at twice the angle of the long axis);
-# the third-order moments, which turn once and three times with the figure and so tell its heavy side.
+# Moments of the figure's mask, defined for every family and smooth: centre of mass; root mean square distance from it;
+# anisotropy (a vector at twice the angle of the long axis); the third-order moments, at one and three times the angle.
 POSE = ("x", "y", "scale", "stretch_cos", "stretch_sin", "skew_cos", "skew_sin", "triple_cos", "triple_sin", "area")
 
 Floats = npt.NDArray[np.float32]
@@ -53,15 +52,15 @@ _ANGLES = 1024  # entries of a table over the full circle
 _SIGMAS = np.concatenate([[0.0], np.linspace(0.35, 1.3, 15)])  # of the blur, in pixels
 
 
-class Drawn(NamedTuple):
-    """A batch of drawn images and what is known about them.
+class SyntheticBatch(NamedTuple):
+    """A batch of synthetic images and their targets.
 
     Attributes:
         images: uint8 (B, 3, S, S).
-        mask: How much of each pixel the figure covers, clean of noise and blur: uint8 (B, S, S), 255 = all.
+        mask: Coverage of each pixel by the figure, without noise and blur: uint8 (B, S, S), 255 = all.
         centred: The same mask brought to a common centre and scale (not turned): uint8 (B, 16, 16). It spans 2.2 times
             the figure's `scale` on each side of the centre.
-        pose: What `POSE` names, each brought to about zero mean and unit spread and clipped at 3: float32 (B, 10).
+        pose: The entries of `POSE`, each scaled to about zero mean and unit spread and clipped at 3: float32 (B, 10).
         blanked: Patches that a training step hides: bool (B, G, G).
         family: Index in `FAMILIES`: int64 (B,).
     """
@@ -75,7 +74,7 @@ class Drawn(NamedTuple):
 
 
 def _mix(words: Words) -> Words:
-    """The finaliser of SplitMix64: every bit of the input reaches every bit of the output."""
+    """Apply the finaliser of SplitMix64."""
     words = words ^ (words >> np.uint64(30))
     words *= np.uint64(0xBF58476D1CE4E5B9)
     words ^= words >> np.uint64(27)
@@ -85,7 +84,7 @@ def _mix(words: Words) -> Words:
 
 
 class Chance:
-    """One stream of random numbers a image, by counting: the n-th number of image i depends on (seed, i, n) alone.
+    """Counter-based random numbers per image: the n-th number of image i depends on (seed, i, n) alone.
 
     Args:
         seed: Of the whole data set.
@@ -101,29 +100,29 @@ class Chance:
         return len(self._keys)
 
     def words(self, count: int) -> Words:
-        """The next `count` words of each image: uint64 (B, count)."""
+        """Return the next `count` words of each image: uint64 (B, count)."""
         steps = np.arange(self._used + 1, self._used + count + 1, dtype=np.uint64) * np.uint64(_GAMMA)
         self._used += count
         return _mix(self._keys[:, None] + steps)
 
     def uniform(self, low: float = 0.0, high: float = 1.0, shape: Sequence[int] = ()) -> Floats:
-        """Uniform in [low, high): (B, *shape)."""
+        """Return uniform numbers in [low, high): (B, *shape)."""
         words = self.words(math.prod(shape)).reshape(len(self), *shape)
         unit = (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
         return unit * np.float32(high - low) + np.float32(low)
 
     def normal(self, shape: Sequence[int] = ()) -> Floats:
-        """Standard normal, by Box and Muller: (B, *shape)."""
+        """Return standard normal numbers (Box and Muller): (B, *shape)."""
         radius = np.sqrt(-2 * np.log(1 - self.uniform(shape=shape)))
         normal: Floats = radius * np.cos(self.uniform(0, 2 * np.pi, shape))
         return normal
 
     def integers(self, low: int, high: int, shape: Sequence[int] = ()) -> npt.NDArray[np.int64]:
-        """Whole numbers in low..high, both included: (B, *shape)."""
+        """Return integers in low..high, both included: (B, *shape)."""
         return (self.uniform(shape=shape) * (high - low + 1)).astype(np.int64) + low
 
     def happens(self, share: float, shape: Sequence[int] = ()) -> npt.NDArray[np.bool_]:
-        """True in a share of the cases: (B, *shape)."""
+        """Return True in a share of the cases: (B, *shape)."""
         return self.uniform(shape=shape) < share
 
 
@@ -133,13 +132,12 @@ def family_of(seed: int, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.searchsorted(bounds, Chance(seed, index).uniform(), side="right").astype(np.int64)
 
 
-def draw(seed: int, index: Sequence[int] | npt.NDArray[np.int64]) -> Drawn:
+def draw(seed: int, index: Sequence[int] | npt.NDArray[np.int64]) -> SyntheticBatch:
     """Draw images.
 
     Args:
         seed: Of the data set, 0 or more.
-        index: Numbers of the images, 0 or more. Each image depends on its own number and the seed alone, whatever
-            is drawn beside it.
+        index: Numbers of the images, 0 or more. Each image depends on its number and the seed alone.
     """
     index = np.asarray(index, dtype=np.int64)
     family = family_of(seed, index)
@@ -151,17 +149,17 @@ def draw(seed: int, index: Sequence[int] | npt.NDArray[np.int64]) -> Drawn:
     blanked = np.empty((count, GRID, GRID), dtype=np.bool_)
     for number, name in enumerate(FAMILIES):
         (rows,) = np.nonzero(family == number)
-        # A handful at a time: what one pass works on stays in the second-level cache
+        # a few at a time, to fit in the second-level cache
         for start in range(0, len(rows), 8):
             some = rows[start : start + 8]
             chance = Chance(seed, index[some])
-            chance.words(1)  # which said the family
+            chance.words(1)  # used by `family_of`
             cover[some] = mask = _FIGURES[name](chance)
             images[some] = _paint(chance, mask, textured=name == "gratings")
             hidden = chance.uniform(shape=(GRID * GRID,)).argsort(axis=1) < round(BLANKED_SHARE * GRID * GRID)
             blanked[some] = (hidden & chance.happens(0.5)[:, None]).reshape(-1, GRID, GRID)
             pose[some], centred[some] = _describe(mask)
-    return Drawn(images, _to_bytes(cover), _to_bytes(centred), pose, blanked, family)
+    return SyntheticBatch(images, _to_bytes(cover), _to_bytes(centred), pose, blanked, family)
 
 
 def _each(left: Iterable[npt.NDArray[Any]], right: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -176,14 +174,14 @@ def _to_bytes(unit: Floats) -> Bytes:
     return (unit * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
-# --- figures: each returns the cover of every pixel, float32 (B, S, S) in [0, 1] -------------------------------------
+# figures: each returns the cover of every pixel, float32 (B, S, S) in [0, 1]
 
 
 def _place(chance: Chance) -> tuple[Floats, Floats, Floats]:
     """Draw the half size of a figure and a centre that keeps most of it inside: (B,) each."""
     half = chance.uniform(0.3, 0.95)
-    room = np.maximum(1.02 - half, 0.05)
-    return half, chance.uniform(-1, 1) * room, chance.uniform(-1, 1) * room
+    margin = np.maximum(1.02 - half, 0.05)
+    return half, chance.uniform(-1, 1) * margin, chance.uniform(-1, 1) * margin
 
 
 def _strokes(chance: Chance) -> Floats:
@@ -236,14 +234,14 @@ def _strokes(chance: Chance) -> Floats:
 def _ink(x: Floats, y: Floats, width: Floats, step: Floats) -> Floats:
     """Cover of pens of these widths at curve points (x, y) that are `step` apart (0: no ink): all (B, points).
 
-    The curve is spread by a Gaussian, which is a matrix product: along a straight piece the sum at distance d is
+    The curve is spread by a Gaussian, which is a matrix product: along a line the sum at distance d is
     exp(-d²/2σ²), so the distance can be read off it. Where curves meet, the sum is larger: ink runs together a little.
     """
     sigma = np.maximum(0.4 * width, 1.0 * _PIXEL)
     sharp = 1 / (math.sqrt(2) * sigma)
     across = np.exp(-np.square((x[:, :, None] - _AXIS) * sharp[:, :, None]))
     down = np.exp(-np.square((y[:, :, None] - _AXIS) * sharp[:, :, None]))
-    # at the pen's edge, d = width / 2, the weighted sum is 1 whatever the width
+    # at the pen's edge, d = width / 2, the weighted sum is 1 for every width
     edge = np.exp(np.square(width / 2 * sharp))
     across *= (step / (math.sqrt(2 * math.pi) * sigma) * edge)[:, :, None]
     field = _each(down.transpose(0, 2, 1), across)
@@ -399,7 +397,7 @@ _FIGURES: dict[str, Callable[[Chance], Floats]] = {
 }
 
 
-# --- paint -----------------------------------------------------------------------------------------------------------
+# paint
 
 
 def _blur_matrices() -> Floats:
@@ -429,9 +427,9 @@ def _wave(cycles: Floats, angle: Floats, phase: Floats, gain: Floats) -> Floats:
 def _colours(chance: Chance, textured: bool) -> tuple[Floats, Floats]:
     """Colours of ground and figure in [0, 1], (B, 3) each: apart in brightness, or (textured) the same."""
     light = chance.uniform(0.05, 0.95)
-    room = np.where(chance.happens(0.5), 1.0, -1.0) * chance.uniform(0.2, 0.9)
-    other = light + room
-    other = np.where((other < 0.02) | (other > 0.98), light - room, other)
+    margin = np.where(chance.happens(0.5), 1.0, -1.0) * chance.uniform(0.2, 0.9)
+    other = light + margin
+    other = np.where((other < 0.02) | (other > 0.98), light - margin, other)
     other = np.clip(other, 0.02, 0.98)
     # too near after clipping: go to the far end
     other = np.where(abs(other - light) < 0.2, np.where(light > 0.5, light - 0.4, light + 0.4), other)
@@ -496,10 +494,10 @@ def _paint(chance: Chance, cover: Floats, textured: bool) -> Bytes:
     return np.clip(image, 0, 255, out=image).astype(np.uint8)
 
 
-# --- targets ---------------------------------------------------------------------------------------------------------
+# targets
 
 _POWERS = np.stack([_AXIS.astype(np.float64) ** power for power in range(4)], axis=1)
-# about the mean and spread of each entry of POSE over drawn images
+# approximate mean and spread of each entry of POSE
 _POSE_MEAN = np.array([0.0, 0.0, 0.39, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -2.4])
 _POSE_SPREAD = np.array([0.27, 0.27, 0.14, 0.37, 0.37, 0.15, 0.15, 0.3, 0.3, 0.8])
 

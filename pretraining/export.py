@@ -1,11 +1,11 @@
-"""Make the shipped weights from finished pre-training runs.
+"""Create the shipped weights from finished pre-training runs.
 
     python -m pretraining.export runs/pretraining/seed-0 runs/pretraining/seed-1
 
-The rule, stated before any run: of the runs given, which may differ in their seed alone, the one with the lowest final
-held-out total is shipped. That is the loss on drawn images that no run has trained on; no evaluation task is asked.
-Writes the backbone (no heads) as safetensors under the published parameter names, and keeps log, loss curve and summary
-of every run beside this file in results/, with the contact sheet of the shipped one.
+Rule, fixed before the runs: of the given runs, which differ in their seed alone, the one with the lowest final held-out
+total is shipped. That is the loss on synthetic images that no run has trained on; no evaluation task is used. Writes
+the backbone (no heads) as safetensors under the published parameter names, and copies log, loss curve and summary of
+every run to results/ in this folder, with the contact sheet of the shipped one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from svp_bench.records.store import read_json, write_atomically
 __all__ = ["better", "export", "main", "weights_of"]
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("log.csv", "held_out.csv", "curve.png", SUMMARY)
+COPIED = ("log.csv", "held_out.csv", "curve.png", SUMMARY)
 MOST_BYTES = 4 * 1000**2
 
 
@@ -63,7 +63,7 @@ def weights_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def better(summaries: Sequence[dict[str, Any]]) -> int:
-    """Return which run is shipped: that of the lowest final held-out total; of equal ones the first.
+    """Return the index of the shipped run: the lowest final held-out total, the first of equal ones.
 
     Raises:
         UsageError: If they differ in more than the seed.
@@ -81,43 +81,43 @@ def export(folders: Sequence[Path], embedded: Path, results: Path) -> Path:
     Args:
         folders: Finished runs.
         embedded: Folder for `<backbone>.safetensors`.
-        results: Folder for what is kept of the runs, `shipped.json` among it.
+        results: Folder for the logs of the runs and `shipped.json`.
 
     Raises:
         UsageError: If a run is not finished, or they do not belong together.
         CheckpointError: If a checkpoint is damaged, or the file would be larger than 4 MB.
     """
     runs = [weights_of(folder) for folder in folders]
-    chosen = better([summary for _, summary in runs])
-    state, summary = runs[chosen]
+    selected = better([summary for _, summary in runs])
+    state, summary = runs[selected]
     backbone = summary["settings"]["backbone"]
     content = save(state, metadata={"weights": summary["weights"]})  # one entry: more have no fixed order
     if len(content) > MOST_BYTES:
         raise CheckpointError(f"{backbone} would take {len(content):,} bytes; at most {MOST_BYTES:,} may be shipped")
     path = embedded / f"{backbone}.safetensors"
     embedded.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
     try:
-        aside.write_bytes(content)
+        temporary.write_bytes(content)
         model = create_backbone(backbone, num_classes=1, checkpoint="none")
-        load_checkpoint(model, aside)  # strict: what is shipped can be loaded
+        load_checkpoint(model, temporary)  # strict
         if backbone_digest(model) != summary["weights"]:
             raise CheckpointError(f"{path}: the weights read back are not those written")
-        aside.replace(path)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     for folder, (_, one) in zip(folders, runs, strict=True):
-        kept = results / f"seed-{one['settings']['seed']}"
-        kept.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copyfile(folder / name, kept / name)
-    shutil.copyfile(folders[chosen] / "images.png", results / "images.png")
+        target = results / f"seed-{one['settings']['seed']}"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in COPIED:
+            shutil.copyfile(folder / name, target / name)
+    shutil.copyfile(folders[selected] / "images.png", results / "images.png")
     shipped = {
         "file": path.name,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "weights": summary["weights"],
-        "rule": "lowest final held-out total (drawn images, no evaluation task)",
+        "rule": "lowest final held-out total (synthetic images, no evaluation task)",
         "seed": summary["settings"]["seed"],
         "candidates": [
             {"seed": one["settings"]["seed"], "held_out_total": one["held_out"]["total"], "weights": one["weights"]}

@@ -1,4 +1,4 @@
-"""The images that a pre-training leaves behind: its loss curve, and a contact sheet of what it was shown."""
+"""Loss curve and contact sheet of a pre-training run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from pretraining.drawing import FAMILIES, SIZE, Drawn, draw, family_of
+from pretraining.drawing import FAMILIES, SIZE, SyntheticBatch, draw, family_of
 
 __all__ = ["contact_sheet", "loss_curve"]
 
@@ -22,18 +22,18 @@ def contact_sheet(seed: int, columns: int = 12) -> Image.Image:
     sheet = Image.new("RGB", (90 + columns * SIZE, len(FAMILIES) * 3 * SIZE), "white")
     pen = ImageDraw.Draw(sheet)
     for number, name in enumerate(FAMILIES):
-        drawn = draw(seed, np.nonzero(of == number)[0][:columns])
+        batch = draw(seed, np.nonzero(of == number)[0][:columns])
         top = number * 3 * SIZE
         for row, label in enumerate((name, "mask", "centred mask")):
             pen.text((4, top + row * SIZE + SIZE // 2 - 6), label, fill="black")
-            sheet.paste(Image.fromarray(_row(drawn, row)), (90, top + row * SIZE))
+            sheet.paste(Image.fromarray(_row(batch, row)), (90, top + row * SIZE))
     return sheet.quantize(256)  # half the bytes
 
 
-def _row(drawn: Drawn, which: int) -> npt.NDArray[np.uint8]:
+def _row(batch: SyntheticBatch, which: int) -> npt.NDArray[np.uint8]:
     if which == 0:
-        return np.concatenate(list(drawn.images.transpose(0, 2, 3, 1)), axis=1)
-    masks = drawn.mask if which == 1 else drawn.centred.repeat(4, axis=1).repeat(4, axis=2)
+        return np.concatenate(list(batch.images.transpose(0, 2, 3, 1)), axis=1)
+    masks = batch.mask if which == 1 else batch.centred.repeat(4, axis=1).repeat(4, axis=2)
     return np.stack([np.concatenate(list(masks), axis=1)] * 3, axis=2)
 
 
@@ -41,8 +41,8 @@ def loss_curve(curves: Mapping[str, Sequence[tuple[float, float]]], title: str) 
     """Return curves over views on a logarithmic axis; a name that begins with "held-out" gets dots.
 
     Args:
-        curves: Points (views, loss) by name; what is not positive is left out.
-        title: Stands above.
+        curves: Points (views, loss) by name; values that are not positive are left out.
+        title: Title above the curves.
     """
     width, height, left, right, top, bottom = 900, 480, 70, 190, 34, 40
     image = Image.new("RGB", (width, height), "white")

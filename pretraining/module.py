@@ -1,4 +1,4 @@
-"""The pre-training objective as a Lightning module: from a image with noise and holes to what was drawn."""
+"""The pre-training objective as a Lightning module: regress the figure from an image with noise and hidden patches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pretraining.drawing import CENTRED, GRID, POSE, SIZE
 from svp_bench.core.errors import ConfigError
 from svp_bench.methods.build import create_backbone
 
-__all__ = ["COARSE", "PARTS", "DrawnBatch", "Pretraining"]
+__all__ = ["COARSE", "PARTS", "Pretraining", "TensorBatch"]
 
 COARSE = 16
 PARTS = ("pose", "coarse", "patch", "centred", "spread")  # of the loss, in the order of the log
 
 
-class DrawnBatch(NamedTuple):
-    """Drawn images as tensors: the fields of `drawing.Drawn`, without the family."""
+class TensorBatch(NamedTuple):
+    """Tensors of a `drawing.SyntheticBatch`, without the family."""
 
     images: Tensor
     mask: Tensor
@@ -32,11 +32,11 @@ class DrawnBatch(NamedTuple):
 
 
 class Pretraining(LightningModule):
-    """Regresses what was drawn from the tokens of a Vim; the linear heads are thrown away afterwards.
+    """Regress the figure of an image from the tokens of a Vim, with linear heads that are discarded afterwards.
 
-    The class token says the figure's pose (squared error), its mask at 16×16 (binary cross entropy) and its mask at a
-    common centre and scale (binary cross entropy): a description that stays when the figure moves or grows. Each
-    patch token says the mask of its own patch, pixel by pixel. In half of the images 30 % of the patches are hidden.
+    The class token predicts the figure's pose (squared error), its mask at 16×16 and its mask at a common centre and
+    scale, invariant to position and size (binary cross entropy). Each patch token predicts the mask of its patch, pixel
+    by pixel. In half of the images 30 % of the patches are hidden.
 
     Args:
         backbone: timm name; it must take 64×64 images in patches of 8.
@@ -50,7 +50,7 @@ class Pretraining(LightningModule):
         coarse_weight: Of the mask at 16×16.
         patch_weight: Of the patches' masks.
         centred_weight: Of the centred mask.
-        spread_weight: Of a term that keeps the class token's features at zero mean, unit variance and uncorrelated over
+        spread_weight: Of a term for class token features of zero mean, unit variance and uncorrelated over
             a batch (the variance and covariance terms of VICReg, Bardes et al., ICLR 2022, arXiv:2105.04906).
         seed: Of the initial weights.
 
@@ -84,7 +84,7 @@ class Pretraining(LightningModule):
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
             self.model = create_backbone(backbone, num_classes=1, checkpoint="none")
-            self.model.reset_classifier(0)  # no head: ours read the tokens
+            self.model.reset_classifier(0)  # the heads below read the tokens
             patches = self.model.patch_embed
             if patches.img_size != (SIZE, SIZE) or patches.grid_size != (GRID, GRID):
                 raise ConfigError(f"{backbone} takes other images than {SIZE}×{SIZE} in {GRID}×{GRID} patches")
@@ -95,12 +95,12 @@ class Pretraining(LightningModule):
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1) * 255, persistent=False)
 
-    def parts(self, batch: DrawnBatch, hide: bool) -> dict[str, Tensor]:
+    def parts(self, batch: TensorBatch, hide: bool) -> dict[str, Tensor]:
         """Return the parts of the loss, unweighted, by name.
 
         Args:
-            batch: Drawn images.
-            hide: Whether the patches that the batch names are hidden (they take the mean colour).
+            batch: The images.
+            hide: Hide the patches in `batch.blanked` (mean colour).
         """
         images = (batch.images - self.get_buffer("mean")) / self.get_buffer("std")
         if hide:
@@ -129,24 +129,20 @@ class Pretraining(LightningModule):
         """Return the weighted sum of the parts."""
         return torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
 
-    def training_step(self, batch: DrawnBatch, batch_idx: int) -> dict[str, Tensor]:
-        """The loss of a batch, and its parts for the log.
-
-        Raises:
-            NonFiniteLossError: If it is NaN or infinite.
-        """
+    def training_step(self, batch: TensorBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Return the loss of a batch, and its parts for the log."""
         parts = self.parts(batch, hide=True)
         return {"loss": self.total(parts), **{name: value.detach() for name, value in parts.items()}}
 
     @torch.no_grad()
-    def held_out(self, batch: DrawnBatch) -> dict[str, Tensor]:
-        """The parts of the loss on whole images, and `total`: their weighted sum without `spread`, a regulariser."""
+    def held_out(self, batch: TensorBatch) -> dict[str, Tensor]:
+        """Return the parts of the loss on whole images, and `total`, their weighted sum without `spread`."""
         parts = self.parts(batch, hide=False)
         parts.pop("spread", None)
         return {"total": self.total(parts), **parts}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW; linear warm-up, then cosine, by step."""
+        """Return AdamW with linear warm-up, then cosine, by step."""
         peak, last, warmup, total = self.recipe
         excluded = {f"model.{name}" for name in self.model.no_weight_decay()}
         decay = [p for n, p in self.named_parameters() if p.ndim > 1 and n not in excluded]
@@ -165,7 +161,7 @@ class Pretraining(LightningModule):
 
 
 def spread_out(token: Tensor) -> Tensor:
-    """How far the features (B, D) of a batch are from zero mean, unit variance and no correlation."""
+    """Return the distance of features (B, D) from zero mean, unit variance and no correlation."""
     mean = token.mean(dim=0)
     centred = token - mean
     covariance = centred.T @ centred / (len(token) - 1)

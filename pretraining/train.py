@@ -1,10 +1,10 @@
-"""Pre-train the embedded Vim on drawn images.
+"""Pre-train the embedded Vim on synthetic images.
 
     python -m pretraining.train --seed 0 [--minutes 8] [--until VIEWS] [--folder FOLDER] [--KEY VALUE …]
 
-The same command goes on where an earlier call stopped, and does nothing once all views are seen. Everything random
-follows from (seed, number of the image), so a run in parts ends at the same weights, to the bit on a CPU with as many
-threads. See README.md in this folder.
+The same command resumes an earlier call, and does nothing once all views are seen. All randomness is a function of
+(seed, image number), so a run in parts ends at the same weights, bit-equal on a CPU with as many threads. See README.md
+in this folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 import svp_bench
 from pretraining import drawing
 from pretraining.images import contact_sheet, loss_curve
-from pretraining.module import PARTS, DrawnBatch, Pretraining
+from pretraining.module import PARTS, Pretraining, TensorBatch
 from svp_bench.core.errors import NonFiniteLossError, SvpBenchError, UsageError
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.models.weight_files import load_pickle_safely
@@ -42,14 +42,14 @@ from svp_bench.records.store import write_atomically
 from svp_bench.train.logging import quiet
 from svp_bench.train.resume import AtomicCheckpointIO
 
-__all__ = ["HELD_OUT_SEED", "DrawnData", "Keeper", "main", "parse", "train"]
+__all__ = ["HELD_OUT_SEED", "RunLog", "SyntheticData", "main", "parse", "train"]
 
 CONFIG = Path(__file__).with_name("config.yaml")
 HELD_OUT_SEED = 20_261_122  # of the validation images: no run may train on it
 CHECKPOINT = "last.ckpt"
 SUMMARY = "summary.json"
-# What decides the weights. The rest does not: folder, minutes, workers, device, and how often things are written
-_DECIDES = (
+# Settings that determine the weights; folder, minutes, workers, device and logging intervals do not
+_WEIGHT_SETTINGS = (
     *("seed", "backbone", "views", "batch_size", "warmup_views", "learning_rate", "min_learning_rate", "weight_decay"),
     *("betas", "gradient_clip", "pose_weight", "coarse_weight", "patch_weight", "centred_weight", "spread_weight"),
 )
@@ -59,18 +59,16 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     """Return the settings: config.yaml, then the command line.
 
     Raises:
-        UsageError: If a value does not make sense.
+        UsageError: If a value is not allowed.
     """
     parser = ArgumentParser(prog="python -m pretraining.train", default_config_files=[str(CONFIG)])
     parser.add_argument("--config", action="config", help="a further config file")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the images")
-    parser.add_argument(
-        "--folder", type=str, default=None, help="where to write; runs/pretraining/seed-SEED by default"
-    )
-    parser.add_argument("--minutes", type=float, default=None, help="stop after so long; the same command goes on")
-    parser.add_argument("--until", type=int, default=None, help="stop after so many views; learning rates stay as set")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw; one draws 2,000 images/s")
-    parser.add_argument("--threads", type=int, default=None, help="of PyTorch; as many as it likes by default")
+    parser.add_argument("--folder", type=str, default=None, help="output folder; runs/pretraining/seed-SEED by default")
+    parser.add_argument("--minutes", type=float, default=None, help="stop after this time; the same command resumes")
+    parser.add_argument("--until", type=int, default=None, help="stop after so many views; the schedule stays")
+    parser.add_argument("--workers", type=int, default=1, help="processes that generate images (2,000 images/s each)")
+    parser.add_argument("--threads", type=int, default=None, help="threads of PyTorch; its default if not given")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto")
     parser.add_argument("--backbone", type=str, help="timm name")
     for name in ("views", "batch_size", "warmup_views", "held_out", "held_out_every", "log_every", "save_every"):
@@ -98,15 +96,15 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     return settings
 
 
-def as_tensors(drawn: drawing.Drawn) -> DrawnBatch:
-    """Drawn images as tensors."""
-    return DrawnBatch(*(torch.from_numpy(np.ascontiguousarray(getattr(drawn, name))) for name in DrawnBatch._fields))
+def as_tensors(batch: drawing.SyntheticBatch) -> TensorBatch:
+    """Return a batch as tensors."""
+    return TensorBatch(*(torch.from_numpy(np.ascontiguousarray(getattr(batch, name))) for name in TensorBatch._fields))
 
 
-class DrawnStream(IterableDataset[DrawnBatch]):
-    """The batches from one step on; step n has the images n · batch_size … (n + 1) · batch_size - 1.
+class SyntheticStream(IterableDataset[TensorBatch]):
+    """Batches from one step on; step n has the images n · batch_size … (n + 1) · batch_size - 1.
 
-    Several workers take turns, so the order is the same for any number of them.
+    The order does not depend on the number of workers.
     """
 
     def __init__(self, seed: int, batch_size: int, first: int, steps: int) -> None:
@@ -115,7 +113,7 @@ class DrawnStream(IterableDataset[DrawnBatch]):
         self.first = first
         self.steps = steps
 
-    def __iter__(self) -> Iterator[DrawnBatch]:
+    def __iter__(self) -> Iterator[TensorBatch]:
         """Yield batch after batch."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -130,7 +128,7 @@ def _one_thread(worker: int) -> None:
     threadpool_limits(1)
 
 
-class DrawnData(LightningDataModule):
+class SyntheticData(LightningDataModule):
     """The stream of training images, from the trainer's step on."""
 
     def __init__(self, seed: int, batch_size: int, steps: int, workers: int) -> None:
@@ -138,11 +136,11 @@ class DrawnData(LightningDataModule):
         self.settings = (seed, batch_size, steps)
         self.workers = workers
 
-    def train_dataloader(self) -> DataLoader[DrawnBatch]:
-        """Return the loader; after a restart it begins where the checkpoint was written."""
+    def train_dataloader(self) -> DataLoader[TensorBatch]:
+        """Return the loader, from the trainer's current step on."""
         seed, batch_size, steps = self.settings
         first = self.trainer.global_step if self.trainer is not None else 0
-        stream = DrawnStream(seed, batch_size, first, steps)
+        stream = SyntheticStream(seed, batch_size, first, steps)
         return DataLoader(
             stream,
             batch_size=None,
@@ -153,12 +151,12 @@ class DrawnData(LightningDataModule):
         )
 
 
-class Keeper(Callback):
-    """Keeps the log, measures on the held-out images, writes checkpoints, and stops in time.
+class RunLog(Callback):
+    """Log, measure on the held-out images, write checkpoints, and stop in time.
 
     Args:
-        settings: Of the run.
-        began: When the call began (`time.monotonic`).
+        settings: Settings of the run.
+        began: Start of the call (`time.monotonic`).
     """
 
     def __init__(self, settings: Namespace, began: float) -> None:
@@ -168,18 +166,16 @@ class Keeper(Callback):
         self.steps = steps_of(settings)
         self.rows: list[dict[str, float]] = []  # the log: means over the views since the row before
         self.held_out: list[dict[str, float]] = []
-        self.earlier: list[dict[str, Any]] = []  # the calls before this one
+        self.earlier: list[dict[str, Any]] = []  # earlier calls
         self.started = 0.0
         self.step = self.first_step = 0
         self._sums: dict[str, float] = {}
         self._count = 0
         self._pending: list[dict[str, Tensor]] = []
-        self._images: list[DrawnBatch] = []
-
-    # --- what a checkpoint holds of it -------------------------------------------------------------------------------
+        self._images: list[TensorBatch] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The log so far, as plain data."""
+        """Return the log as plain data."""
         return {
             "setting": setting_digest(self.settings),
             "rows": self.rows,
@@ -190,21 +186,17 @@ class Keeper(Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the log of a checkpoint.
-
-        Raises:
-            UsageError: If that run had other settings.
-        """
+        """Continue the log of a checkpoint; UsageError if that run had other settings."""
         if state["setting"] != setting_digest(self.settings):
             raise UsageError(
-                f"{self.folder} holds a run with other settings (or drawn by another version); give another --folder, "
-                "or remove it"
+                f"{self.folder} holds a run with other settings (or another version of the images); give another "
+                "--folder, or remove it"
             )
         self.rows, self.held_out, self.earlier = state["rows"], state["held_out"], state["calls"]
         self._sums, self._count = state["sums"], state["count"]
 
     def call(self) -> dict[str, Any]:
-        """What this call did, and on what."""
+        """Return hardware, steps and time of this call."""
         gpu = torch.cuda.is_available() and self.settings.accelerator != "cpu"
         return {
             "device": torch.cuda.get_device_name() if gpu else _processor(),
@@ -215,10 +207,8 @@ class Keeper(Callback):
             "torch": str(torch.__version__),
         }
 
-    # --- in training -------------------------------------------------------------------------------------------------
-
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Draw the held-out images."""
+        """Generate the held-out images."""
         self.step = self.first_step = trainer.global_step
         count = self.settings.held_out
         for start in range(0, count, 256):
@@ -227,7 +217,7 @@ class Keeper(Callback):
         self.started = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log, measure, save and stop, each when it is due."""
+        """Log, measure, save and stop at their intervals."""
         step = self.step = trainer.global_step
         self._pending.append(outputs)
         last = step >= self.steps
@@ -238,7 +228,7 @@ class Keeper(Callback):
         minutes, until = self.settings.minutes, self.settings.until
         late = minutes is not None and time.monotonic() - self.began > 60 * minutes
         late = late or (until is not None and step * self.settings.batch_size >= until)
-        if last:  # before the checkpoint that says so: whoever finds that finds this
+        if last:  # before the last checkpoint, which implies it
             self._write_summary(pl_module)
         if last or late or self._due("save_every"):
             self._save(trainer)
@@ -250,7 +240,7 @@ class Keeper(Callback):
         return int(self.step) % every == 0
 
     def _collect(self) -> None:
-        """Add up what the steps returned; only here does a GPU have to be waited for."""
+        """Add up the outputs of the steps; only this waits for a GPU."""
         for outputs in self._pending:
             for name, value in outputs.items():
                 self._sums[name] = self._sums.get(name, 0.0) + float(value)
@@ -276,7 +266,7 @@ class Keeper(Callback):
         module.eval()
         sums: dict[str, float] = {}
         for batch in self._images:
-            moved = DrawnBatch(*(tensor.to(module.device) for tensor in batch))
+            moved = TensorBatch(*(tensor.to(module.device) for tensor in batch))
             for name, value in module.held_out(moved).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(batch.images)
         module.train()
@@ -288,8 +278,6 @@ class Keeper(Callback):
         self._collect()
         trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)  # with the optimizer
         self._write_log()
-
-    # --- what people look at -----------------------------------------------------------------------------------------
 
     def _write_log(self) -> None:
         """Write log.csv, held_out.csv and curve.png."""
@@ -303,13 +291,13 @@ class Keeper(Callback):
         _save_png(loss_curve(curves, f"{self.settings.backbone}, seed {self.settings.seed}"), self.folder / "curve.png")
 
     def _write_summary(self, module: Pretraining) -> None:
-        """Write summary.json: what the run was, what came out, how long it took and on what."""
+        """Write summary.json: settings, result, time and hardware."""
         calls = [*self.earlier, self.call()]
         summary = {
             "schema": "svp-bench/pretraining-1",
             "svp_bench": svp_bench.__version__,
             "drawing": drawing.VERSION,
-            "settings": deciding(self.settings),
+            "settings": weight_settings(self.settings),
             "setting_digest": setting_digest(self.settings),
             "views": self.step * self.settings.batch_size,
             "held_out_seed": HELD_OUT_SEED,
@@ -327,14 +315,14 @@ def steps_of(settings: Namespace) -> int:
     return max(1, int(settings.views) // int(settings.batch_size))
 
 
-def deciding(settings: Namespace) -> dict[str, Any]:
-    """Return the settings that decide the weights."""
-    return {name: list(settings[name]) if name == "betas" else settings[name] for name in _DECIDES}
+def weight_settings(settings: Namespace) -> dict[str, Any]:
+    """Return the settings that determine the weights."""
+    return {name: list(settings[name]) if name == "betas" else settings[name] for name in _WEIGHT_SETTINGS}
 
 
 def setting_digest(settings: Namespace) -> str:
-    """Return the digest of what decides the weights, the version of the drawing among it."""
-    text = json.dumps({**deciding(settings), "drawing": drawing.VERSION}, sort_keys=True)
+    """Return the digest of the settings that determine the weights, with the version of the drawing."""
+    text = json.dumps({**weight_settings(settings), "drawing": drawing.VERSION}, sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -349,9 +337,9 @@ def _csv(rows: Sequence[dict[str, float]]) -> str:
 
 def _save_png(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    image.save(aside, format="PNG")
-    aside.replace(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG")
+    temporary.replace(path)
 
 
 def _processor() -> str:
@@ -362,7 +350,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _trainer(settings: Namespace, keeper: Keeper) -> Trainer:
+def _trainer(settings: Namespace, run_log: RunLog) -> Trainer:
     return Trainer(
         accelerator=settings.accelerator,
         devices=1,
@@ -373,13 +361,13 @@ def _trainer(settings: Namespace, keeper: Keeper) -> Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[keeper],
+        callbacks=[run_log],
         plugins=[AtomicCheckpointIO()],
     )
 
 
 def train(settings: Namespace) -> bool:
-    """Train, or go on training, until all views are seen or the time is up; return whether all are seen.
+    """Train or resume until all views are seen or the time is up; return whether all are seen.
 
     Raises:
         UsageError: If the folder holds a run with other settings.
@@ -390,7 +378,7 @@ def train(settings: Namespace) -> bool:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder = Path(settings.folder)
-    keeper = Keeper(settings, began)
+    run_log = RunLog(settings, began)
     steps = steps_of(settings)
     module = Pretraining(
         settings.backbone,
@@ -406,26 +394,26 @@ def train(settings: Namespace) -> bool:
     path = folder / CHECKPOINT
     if path.is_file():
         saved = load_pickle_safely(path)
-        keeper.load_state_dict(saved["callbacks"]["Keeper"])  # refuses other settings before anything is built
+        run_log.load_state_dict(saved["callbacks"]["RunLog"])  # refuses other settings before anything is built
         if saved["global_step"] >= steps:
             print(f"{folder}: all {steps * settings.batch_size:,} views are seen")
             return True
     else:
         _save_png(contact_sheet(settings.seed), folder / "images.png")
-    trainer = _trainer(settings, keeper)
-    data = DrawnData(settings.seed, settings.batch_size, steps, settings.workers)
+    trainer = _trainer(settings, run_log)
+    data = SyntheticData(settings.seed, settings.batch_size, steps, settings.workers)
     trainer.fit(module, data, ckpt_path=path if path.is_file() else None)
     done = trainer.global_step >= steps
     views = trainer.global_step * settings.batch_size
     if done:
         print(f"{folder}: all {views:,} views are seen; next: python -m pretraining.export {folder} …")
     else:
-        print(f"{folder}: {views:,} of {steps * settings.batch_size:,} views are seen; the same command goes on")
+        print(f"{folder}: {views:,} of {steps * settings.batch_size:,} views are seen; the same command resumes")
     return done
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status: 0 when all views are seen, 3 when the time was up before."""
+    """Run the command; return its exit status: 0 if all views are seen, 3 if the time was up before."""
     try:
         with quiet():
             return 0 if train(parse(arguments)) else 3

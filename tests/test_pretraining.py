@@ -1,4 +1,4 @@
-"""The pre-training of the embedded weights: what is drawn, what is asked, going on, and what is shipped."""
+"""The pre-training of the embedded weights: synthetic images, objective, resuming, and the shipped weights."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def drawn() -> drawing.Drawn:
+def batch() -> drawing.SyntheticBatch:
     return drawing.draw(3, np.arange(COUNT))
 
 
-def rows_of(drawn: drawing.Drawn, family: str) -> Any:
-    return np.nonzero(drawn.family == list(drawing.FAMILIES).index(family))[0]
+def rows_of(batch: drawing.SyntheticBatch, family: str) -> Any:
+    return np.nonzero(batch.family == list(drawing.FAMILIES).index(family))[0]
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 7, 50])
-def test_a_image_depends_on_its_seed_and_number_alone(drawn: drawing.Drawn, size: int) -> None:
+def test_an_image_depends_on_its_seed_and_number_alone(batch: drawing.SyntheticBatch, size: int) -> None:
     for start in range(0, 100, size):
         rows = np.arange(start, min(start + size, 100))
         again = drawing.draw(3, rows[::-1])  # in another company, in another order
         for name, value in again._asdict().items():
-            assert np.array_equal(value[::-1], getattr(drawn, name)[rows]), name
+            assert np.array_equal(value[::-1], getattr(batch, name)[rows]), name
 
 
-def test_another_seed_or_number_gives_another_image(drawn: drawing.Drawn) -> None:
-    assert len({image.tobytes() for image in drawn.images}) == COUNT
+def test_another_seed_or_number_gives_another_image(batch: drawing.SyntheticBatch) -> None:
+    assert len({image.tobytes() for image in batch.images}) == COUNT
     other = drawing.draw(4, np.arange(50))
-    assert all(not np.array_equal(a, b) for a, b in zip(other.images, drawn.images, strict=False))
+    assert all(not np.array_equal(a, b) for a, b in zip(other.images, batch.images, strict=False))
 
 
-def test_shapes_and_types(drawn: drawing.Drawn) -> None:
+def test_shapes_and_types(batch: drawing.SyntheticBatch) -> None:
     side, grid, centred = drawing.SIZE, drawing.GRID, drawing.CENTRED
     expected = {
         "images": ((COUNT, 3, side, side), np.uint8),
@@ -67,7 +67,7 @@ def test_shapes_and_types(drawn: drawing.Drawn) -> None:
         "blanked": ((COUNT, grid, grid), np.bool_),
         "family": ((COUNT,), np.int64),
     }
-    assert {name: (value.shape, value.dtype.type) for name, value in drawn._asdict().items()} == expected
+    assert {name: (value.shape, value.dtype.type) for name, value in batch._asdict().items()} == expected
 
 
 def test_shares_of_the_families() -> None:
@@ -89,8 +89,8 @@ def test_random_numbers_are_uniform_and_independent() -> None:
     assert normal.std() == pytest.approx(1, abs=0.02)
 
 
-def test_hidden_patches(drawn: drawing.Drawn) -> None:
-    hidden = drawn.blanked.reshape(COUNT, -1).sum(axis=1)
+def test_hidden_patches(batch: drawing.SyntheticBatch) -> None:
+    hidden = batch.blanked.reshape(COUNT, -1).sum(axis=1)
     assert set(hidden.tolist()) == {0, round(0.3 * 64)}
     assert abs((hidden > 0).mean() - 0.5) < 0.1
 
@@ -99,12 +99,12 @@ def test_hidden_patches(drawn: drawing.Drawn) -> None:
 
 
 @pytest.mark.parametrize("family", [name for name in drawing.FAMILIES if name != "gratings"])
-def test_the_mask_is_where_the_figure_is(drawn: drawing.Drawn, family: str) -> None:
+def test_the_mask_is_where_the_figure_is(batch: drawing.SyntheticBatch, family: str) -> None:
     """Where the mask is full the brightness differs from that where it is empty, by more than noise and waves do."""
     apart = []
-    for row in rows_of(drawn, family):
-        light = drawn.images[row].mean(axis=0)
-        full, empty = drawn.mask[row] > 250, drawn.mask[row] == 0
+    for row in rows_of(batch, family):
+        light = batch.images[row].mean(axis=0)
+        full, empty = batch.mask[row] > 250, batch.mask[row] == 0
         if full.sum() >= 30:
             spread = np.sqrt((light[full].var() + light[empty].var()) / 2)
             apart.append(abs(light[full].mean() - light[empty].mean()) / max(spread, 1))
@@ -112,25 +112,25 @@ def test_the_mask_is_where_the_figure_is(drawn: drawing.Drawn, family: str) -> N
     assert np.mean(np.array(apart) > 0.8) > 0.9
     # and not where it would be if it were turned over
     wrong = [
-        abs(np.corrcoef(drawn.images[r].mean(axis=0).ravel(), drawn.mask[r].T.ravel())[0, 1])
-        < abs(np.corrcoef(drawn.images[r].mean(axis=0).ravel(), drawn.mask[r].ravel())[0, 1])
-        for r in rows_of(drawn, family)
+        abs(np.corrcoef(batch.images[r].mean(axis=0).ravel(), batch.mask[r].T.ravel())[0, 1])
+        < abs(np.corrcoef(batch.images[r].mean(axis=0).ravel(), batch.mask[r].ravel())[0, 1])
+        for r in rows_of(batch, family)
     ]
     assert np.mean(wrong) > 0.9
 
 
-def test_gratings_differ_in_their_waves_not_in_their_colour(drawn: drawing.Drawn) -> None:
-    for row in rows_of(drawn, "gratings"):
-        light = drawn.images[row].mean(axis=0)
-        full, empty = drawn.mask[row] > 250, drawn.mask[row] == 0
+def test_gratings_differ_in_their_waves_not_in_their_colour(batch: drawing.SyntheticBatch) -> None:
+    for row in rows_of(batch, "gratings"):
+        light = batch.images[row].mean(axis=0)
+        full, empty = batch.mask[row] > 250, batch.mask[row] == 0
         assert abs(light[full].mean() - light[empty].mean()) < 0.9 * light.std()
 
 
-def test_pose_by_moments_of_the_mask(drawn: drawing.Drawn) -> None:
+def test_pose_by_moments_of_the_mask(batch: drawing.SyntheticBatch) -> None:
     mean, spread = drawing._POSE_MEAN, drawing._POSE_SPREAD
     centres = (np.arange(64) + 0.5) / 32 - 1
     for row in range(80):
-        weight = drawn.mask[row].astype(np.float64).ravel()
+        weight = batch.mask[row].astype(np.float64).ravel()
         x, y = np.tile(centres, 64), np.repeat(centres, 64)
         z = (x - np.average(x, weights=weight)) + 1j * (y - np.average(y, weights=weight))
         size = np.sqrt(np.average(abs(z) ** 2, weights=weight))
@@ -142,7 +142,7 @@ def test_pose_by_moments_of_the_mask(drawn: drawing.Drawn) -> None:
         numbers.append(np.log(weight.mean() / 255 + 1e-3))
         expected = np.clip((np.array(numbers) - mean) / spread, -3, 3)
         # the masks were rounded to 255 steps
-        assert np.allclose(drawn.pose[row], expected, atol=0.05), drawing.POSE
+        assert np.allclose(batch.pose[row], expected, atol=0.05), drawing.POSE
 
 
 def test_pose_is_standardised() -> None:
@@ -252,7 +252,7 @@ def test_workers_change_nothing(whole: Path, tmp_path: Path) -> None:
 
 def test_time_is_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--minutes", "0") == 3
-    assert "16 of 64 views are seen; the same command goes on" in capsys.readouterr().out
+    assert "16 of 64 views are seen; the same command resumes" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_left_alone(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
