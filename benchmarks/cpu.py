@@ -225,7 +225,7 @@ def peer_times() -> dict[str, tuple[float, float]]:
 
 
 def unbind_step(rounds: int, ours: float) -> dict[str, Any]:
-    """SVP step of Vim-S with the unbind form both ways, extrapolated from two depths, beside our whole step."""
+    """SVP step of Vim-S with the unbind form both ways, extrapolated from two depths, next to our whole step."""
     import svp_bench.models.vim as vim
 
     def in_vim(forward: Direction, backward: Direction, z: Tensor, *, recompute: object, backend: str) -> Tensor:

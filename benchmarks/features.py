@@ -2,7 +2,7 @@
 
 A probe of frozen features that has converged, beside raw pixels that have: it asks what the features hold, where the
 suite's `linear`, trained by AdamW for as many epochs as every method, asks what the common recipe finds in them.
-Random weights are drawn once for each seed; the embedded ones are what they are.
+Random weights are sampled once per seed; the embedded ones are fixed.
 
     python benchmarks/features.py --suite demo --output results/reference/demo/features.json
 """

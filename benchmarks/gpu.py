@@ -1,10 +1,10 @@
-"""SVP's training step and forward, and the scan against its floor, on one CUDA device beside named peers.
+"""SVP's training step and forward, and the scan against its floor, on one CUDA device next to named baselines.
 
     python benchmarks/gpu.py [--peers PYTHON] [--fork FOLDER] [--minutes 8.5] [--output FILE.json]
     python benchmarks/gpu.py --only train small bf16 128      # these cells alone
     python benchmarks/gpu.py --dry_run                        # the same program on a CPU, tiny; measures no GPU
 
-Read benchmarks/README.md first: it says what is compared with what.
+benchmarks/README.md describes the comparison.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from gpu_report import MEASURED, against_floor, judged, ratios, report
-from gpu_worker import FUSED, told
+from gpu_worker import FUSED, one_line
 
 import svp_bench
 from svp_bench.core.atomic import replacing
@@ -128,10 +128,10 @@ class Worker:
         threading.Thread(target=read, daemon=True).start()
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Its answer; `error` says `not reached` if there is none in time, and the process is gone then."""
+        """Return its answer; `error` is `not reached` after the time limit, and the process is then ended."""
         if self.process is None or self.process.poll() is not None:
             if self.starts == 3:
-                return {"error": "failed", "reason": "its process ended three times; what it said stands above"}
+                return {"error": "failed", "reason": "its process ended three times; see its output above"}
             self.start()
         assert self.process is not None
         assert self.process.stdin is not None
@@ -146,7 +146,7 @@ class Worker:
             line = None
         if line is None:
             status = self.process.wait()
-            return {"error": "failed", "reason": f"its process ended (exit status {status}); what it said stands above"}
+            return {"error": "failed", "reason": f"its process ended (exit status {status}); see its output above"}
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--fork", type=Path, help=f"a folder with a mamba_ssm that has {FUSED}")
     parser.add_argument("--minutes", type=float, default=8.5, help="when to stop; what is left is named (8.5)")
     parser.add_argument("--only", nargs="+", default=[], help="words that a cell must have, as `train small bf16 128`")
-    parser.add_argument("--output", type=Path, help="where the JSON goes, and beside it the table as .txt")
+    parser.add_argument("--output", type=Path, help="JSON file; the table goes next to it as .txt")
     parser.add_argument("--dry_run", action="store_true", help="on the CPU, tiny; written only if --output is given")
     given = parser.parse_args()
     clock = Clock(given.minutes)
@@ -399,7 +399,7 @@ def main() -> None:
     except KeyboardInterrupt:
         interrupted = True
     except OSError as error:
-        raise stop(told(error)) from None
+        raise stop(one_line(error)) from None
     finally:
         for worker in started:
             worker.stop()

@@ -17,7 +17,7 @@ COMPILED = Path(__file__).parent / "results" / "triton_aot.json"
 MEASURED = "measured"
 BUILD = {
     "mamba_ssm": "make peers-gpu builds them, and make bench-gpu uses them then",
-    "fork": "benchmarks/README.md says what its folder must hold",
+    "fork": "benchmarks/README.md lists the files of its folder",
 }
 
 
@@ -115,7 +115,7 @@ def against_floor(cell: Mapping[str, Any], device: Mapping[str, Any]) -> dict[st
 
 
 def ratios(rows: Iterable[Mapping[str, Any]], ours: str) -> list[dict[str, Any]]:
-    """Ours over each peer, in every cell where both were measured; each says of whom and against whom."""
+    """Return the speed-up over each baseline in every cell where both were measured, with both names."""
     cells: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         if row["status"] == MEASURED:
@@ -213,10 +213,10 @@ def report(result: Mapping[str, Any]) -> str:
             if "error" in check:
                 lines.append(f"    {precision}: refused, {check['reason']}")
                 continue
-            said = "equal" if check["right"] else "REFUSED"
+            verdict = "equal" if check["right"] else "REFUSED"
             off = f"logits {check['logits']}, gradients {check['gradients']}, allowed {check['tolerance']}"
             off = re.sub(r"\d\.\d+(e-?\d+)?", lambda m: f"{float(m.group()):.1e}", off)
-            lines.append(f"    {precision} against the reference: {said} ({off}; {check['seconds']:.1f} s)")
+            lines.append(f"    {precision} against the reference: {verdict} ({off}; {check['seconds']:.1f} s)")
     lines += ["", f"{'SVP, frozen backbone; the forward has its prompts':<54}   images/s  ms/step  peak MiB   first s"]
     for row in result["rows"]:
         if not row["what"].startswith("scan_"):

@@ -1,7 +1,7 @@
 """The side of benchmarks/gpu.py that holds a model: a process for each set of packages, asked in lines of JSON.
 
 A fork of mamba_ssm and the package of that name cannot live in one process, and what one peer leaves in memory must not
-count as another's. Its answers go to the standard output it was started with; whatever libraries print goes elsewhere.
+count as another's. Its answers go to the standard output it was started with; output of libraries goes elsewhere.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ GROUPS = {
     "scan backward": r"^scan_backward|selective_scan_bwd|^_ScanBackward",
     "convolution": r"^conv_(forward|backward)|causal_conv1d|^_Conv(Backward)?$",
     "norms and prompts": r"^norm_|^prompts_|[lL]ayer_?[nN]orm|rms_?norm|^_(AddNorm|AddPrompts)",
-    # cuBLAS says gemm, cutlass, nvjet or xmma; the patch embedding is one product as well
+    # cuBLAS names: gemm, cutlass, nvjet or xmma; the patch embedding is one product as well
     "matrix products": r"gemm|gemv|cutlass|nvjet|xmma|splitK|convolve|^aten::(mm|addmm|bmm|mkldnn_convolution)$",
 }
 REST = "rest"
@@ -71,7 +71,7 @@ INTERFACE = "mamba_ssm.ops.selective_scan_interface"
 FUSED = "mamba_inner_fn_no_out_proj"
 
 
-def told(error: object) -> str:
+def one_line(error: object) -> str:
     """One line, without the folders of this machine."""
     text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
     return re.sub(r"(?<![\w.~:/])/(?:[^\s/'\"():,]+/)+", "…/", " ".join(text.split()))[:500]
@@ -180,21 +180,21 @@ class Bench:
             try:
                 self.inner = fused_function(fork)
             except Exception as error:  # a fork's imports raise what they like
-                self.inner = told(error)
+                self.inner = one_line(error)
         self.fork = fork
         self.cell: dict[str, Any] | None = None
         self.work: Callable[[str], object] | None = None
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Do what a request says; an answer has `ok`, or `error` and its `reason`."""
+        """Execute a request; an answer has `ok`, or `error` and its `reason`."""
         asked = dict(request)
         try:
             return {"ok": getattr(self, f"do_{asked.pop('do')}")(**asked)}
         except torch.OutOfMemoryError as error:
-            problem = {"error": "out of memory", "reason": told(error)}
-        except Exception as error:  # peers raise what they like; the other cells go on
-            problem = {"error": "failed", "reason": told(error)}
+            problem = {"error": "out of memory", "reason": one_line(error)}
+        except Exception as error:  # baselines raise any error; continue with the other cells
+            problem = {"error": "failed", "reason": one_line(error)}
         self.do_release()  # outside of the except: the traceback held the tensors
         return problem
 
@@ -210,7 +210,7 @@ class Bench:
 
     def do_hello(self) -> dict[str, Any]:
         """Which backends can run in this process, and the packages' versions."""
-        reasons = {s.name: None if s.reason is None else told(s.reason) for s in backend_statuses()}
+        reasons = {s.name: None if s.reason is None else one_line(s.reason) for s in backend_statuses()}
         if self.fork is not None:
             reasons["fork"] = self.inner if isinstance(self.inner, str) else None
         versions = {"torch": str(torch.__version__)}

@@ -1,7 +1,7 @@
 """Two floors for every table of small images: logistic regression on raw pixels, under the suite's own protocol.
 
 `pixels`: the grey or colour values of a image, standardised. `contrasts`: how far each pixel is from the median of
-its image, whatever the sign, at 16 × 16 or fewer: where a figure may be light on dark or dark on light, a linear
+its image, for any sign, at 16 × 16 or fewer: where a figure may be light on dark or dark on light, a linear
 reader of plain values is at chance for that reason alone. Both go to scikit-learn's logistic regression. Its C is
 chosen on `val` after fitting on `train`, of equal ones that nearest to 1, scikit-learn's default; the chosen one is
 refitted on the final stage's list, and `test` is read once. There is no seed in it: the solution is the minimum of a

@@ -1,6 +1,6 @@
 """What warm workers save: 40 tiny runs as one `svp-bench sweep`, and the same runs as 40 `svp-bench fit` processes.
 
-The overhead of a run is its share of the wall time less the seconds in which it trained and tested, as its record says.
+The overhead of a run is its share of the wall time less the seconds of training and testing in its record.
 Both ways run in turns of ten, so that a machine whose speed drifts treats them alike.
 
     python benchmarks/sweep.py --output benchmarks/results/sweep.json

@@ -1,9 +1,9 @@
-"""What the Triton kernels need of a GPU, without one: registers, spills, shared memory and instructions, as compiled.
+"""Compile the Triton kernels without a GPU and report registers, spills, shared memory and instructions.
 
-    python benchmarks/triton_aot.py            # all of it, into benchmarks/results/triton_aot.json
+    python benchmarks/triton_aot.py            # everything, into benchmarks/results/triton_aot.json
     python benchmarks/triton_aot.py --only sm_90 vim_small bfloat16 scan_forward
 
-The arguments are those that svp_bench/ops/triton.py would launch with, for both directions and every gradient.
+The arguments are those of svp_bench/ops/triton.py, for both directions and every gradient.
 Must run without TRITON_INTERPRET.
 """
 
@@ -141,7 +141,7 @@ def odd_launches() -> list[Launch]:
 
 
 def compiled(name: str, arguments: dict[str, Any], target: int) -> dict[str, int]:
-    """Compile as a launch would: None and constants are compiled in, 16-byte alignment is told."""
+    """Compile as a launch would: None and constants are compiled in, 16-byte alignment is declared."""
     function = triton_launch.kernel(name)
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -181,9 +181,9 @@ def usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told, listing = (disassembled(flag, file.name) for flag in ("-res-usage", "-sass"))
-    found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", told)
-    assert found is not None, told
+        usage_text, listing = (disassembled(flag, file.name) for flag in ("-res-usage", "-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", usage_text)
+    assert found is not None, usage_text
     registers, stack, local = map(int, found.groups())
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?(\w+)([^;]*)", listing, re.MULTILINE)
     code = [(int(place, 16), name, operands) for place, name, operands in lines]

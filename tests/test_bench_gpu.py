@@ -437,8 +437,8 @@ def test_times_are_read_from_a_trace() -> None:
     assert gpu_worker.operator_times(nested) == {"rest": 4, "matrix products": 26, "scan forward": 4}
 
 
-def test_folders_of_the_machine_are_not_told() -> None:
-    said = gpu_worker.told(ImportError("/home/someone/envs/x/lib/a.so: undefined symbol: f\nmore, see https://a.b/c/d"))
+def test_folders_of_the_machine_are_not_reported() -> None:
+    said = gpu_worker.one_line(ImportError("/home/someone/envs/x/lib/a.so: undefined symbol: f\nmore, see https://a.b/c/d"))
     assert said == "ImportError: …/a.so: undefined symbol: f more, see https://a.b/c/d"
 
 

@@ -6,25 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from svp_bench.ops.types import Direction, Recompute
+from svp_bench.ops.types import Direction, Flags, Recompute, Tensors
 
 __all__ = ["FIELDS", "conv_function", "scan_function"]
 
 FIELDS = 7  # tensors of a Direction
 
-Tensors = Sequence[Tensor | None]
-
 
 def scan_function(
-    run_forward: Callable[[Tensors, Sequence[bool], bool, bool], tuple[Tensor, Sequence[Tensor]]],
-    run_backward: Callable[[Tensor, Tensors, Sequence[Tensor], Sequence[bool], bool, Sequence[bool]], Tensors],
+    run_forward: Callable[[Tensors, Flags, bool, bool], tuple[Tensor, Sequence[Tensor]]],
+    run_backward: Callable[[Tensor, Tensors, Sequence[Tensor], Flags, bool, Flags], Tensors],
 ) -> Callable[..., Tensor]:
     """Build the `scan` of a backend.
 
@@ -64,7 +61,7 @@ def scan_function(
 
     def scan(
         directions: Sequence[Direction],
-        reverse: Sequence[bool],
+        reverse: Flags,
         z: Tensor | None,
         softplus: bool,
         recompute: Recompute | None = None,
@@ -89,8 +86,8 @@ def scan_function(
 
 
 def conv_function(
-    run_forward: Callable[[Tensor, Tensors, Sequence[bool], bool], Sequence[Tensor]],
-    run_backward: Callable[[Sequence[Tensor], Tensor, Tensors, Sequence[bool], bool, Sequence[bool]], Tensors],
+    run_forward: Callable[[Tensor, Tensors, Flags, bool], Sequence[Tensor]],
+    run_backward: Callable[[Sequence[Tensor], Tensor, Tensors, Flags, bool, Flags], Tensors],
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Build the `conv` of a backend. It saves its input only and recomputes the rest in the backward pass.
 
@@ -120,9 +117,7 @@ def conv_function(
             dx, *rest = run_backward(grads, x, parameters, reverse, silu, wanted)
             return (dx, None, None, *rest)
 
-    def conv(
-        x: Tensor, weights: Sequence[Tensor], biases: Tensors, reverse: Sequence[bool], silu: bool
-    ) -> tuple[Tensor, ...]:
+    def conv(x: Tensor, weights: Sequence[Tensor], biases: Tensors, reverse: Flags, silu: bool) -> tuple[Tensor, ...]:
         """Return the depth-wise causal convolution of the same input in each direction, with SiLU if `silu`.
 
         Args:

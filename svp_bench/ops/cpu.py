@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from svp_bench.ops.autograd import FIELDS, conv_function, scan_function
 from svp_bench.ops.norm import norm_functions
 from svp_bench.ops.threads import run_kernel
+from svp_bench.ops.types import Flags, Tensors
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -102,9 +103,7 @@ class _Block:
         run_kernel(kernel(name), self.array.ctypes.data, tasks)
 
 
-def _scan_forward(
-    tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, save: bool
-) -> tuple[Tensor, list[Tensor]]:
+def _scan_forward(tensors: Tensors, reverse: Flags, softplus: bool, save: bool) -> tuple[Tensor, list[Tensor]]:
     u = tensors[1]
     assert u is not None
     if not u.numel():
@@ -113,12 +112,7 @@ def _scan_forward(
 
 
 def _scan_backward(
-    grad: Tensor,
-    tensors: Sequence[Tensor | None],
-    saved: Sequence[Tensor],
-    reverse: Sequence[bool],
-    softplus: bool,
-    wanted: Sequence[bool],
+    grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], reverse: Flags, softplus: bool, wanted: Flags
 ) -> list[Tensor | None]:
     if grad.numel():
         states = [state.contiguous() for state in saved]
@@ -137,7 +131,7 @@ scan = scan_function(_scan_forward, _scan_backward)
 class _Problem:
     """The tensors of one scan in the layout of the kernels."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> None:
+    def __init__(self, tensors: Tensors, reverse: Flags, softplus: bool) -> None:
         from svp_bench.ops import cpu_kernels as kernels
 
         z, *flat = tensors
@@ -195,7 +189,7 @@ class _Problem:
         _Block({**self.shared, "tasks": tasks, "out": out}, own, *self.layout).run("scan_forward", tasks)
         return out[..., : self.channels].to(dtype), saved
 
-    def backward(self, grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    def backward(self, grad: Tensor, saved: Sequence[Tensor], wanted: Flags) -> list[Tensor | None]:
         dout = _rows(grad, self.wide)
         groups = self.groups
         need_A = any(wanted[1 + i] for i in range(len(wanted) - 1) if i % FIELDS in (2, 5))
@@ -238,7 +232,7 @@ def _over_groups(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(dim=0)
 
 
-def _conv_forward(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
+def _conv_forward(x: Tensor, parameters: Tensors, reverse: Flags, silu: bool) -> list[Tensor]:
     batch, length, channels = x.shape
     block, wide, rows = _conv_block(x, reverse, silu, parameters)
     outs = [x.new_empty(batch, length, wide, dtype=torch.float32) for _ in reverse]
@@ -248,12 +242,7 @@ def _conv_forward(x: Tensor, parameters: Sequence[Tensor | None], reverse: Seque
 
 
 def _conv_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    reverse: Sequence[bool],
-    silu: bool,
-    wanted: Sequence[bool],
+    grads: Sequence[Tensor], x: Tensor, parameters: Tensors, reverse: Flags, silu: bool, wanted: Flags
 ) -> list[Tensor | None]:
     batch, length, channels = x.shape
     count, (need_x, *need) = len(reverse), wanted
@@ -283,7 +272,7 @@ conv = conv_function(_conv_forward, _conv_backward)
 
 
 def _conv_block(
-    x: Tensor, reverse: Sequence[bool], silu: bool, parameters: Sequence[Tensor | None]
+    x: Tensor, reverse: Flags, silu: bool, parameters: Tensors
 ) -> tuple[dict[str, Any], int, list[dict[str, Any]]]:
     """Return the shared fields, the padded channels, and the fields of each direction."""
     from svp_bench.ops import cpu_kernels as kernels
@@ -337,13 +326,13 @@ def _norm_forward(
 
 
 def _norm_backward(
-    grads: Sequence[Tensor | None],
+    grads: Tensors,
     saved: Sequence[Tensor],
     terms: Sequence[Tensor],
     eps: float,
     excluded: int | None,
     dtype: torch.dtype,
-    wanted: Sequence[bool],
+    wanted: Flags,
 ) -> list[Tensor | None]:
     from svp_bench.ops.cpu_kernels import ROWS
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from svp_bench.ops.types import Direction, Recompute
+from svp_bench.ops.types import Direction, Flags, Recompute, Tensors
 
 __all__ = ["conv", "scan", "unavailable", "unsupported"]
 
@@ -64,7 +63,7 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
 
 def scan(
     directions: Sequence[Direction],
-    reverse: Sequence[bool],
+    reverse: Flags,
     z: Tensor | None,
     softplus: bool,
     recompute: Recompute | None = None,  # unused: its kernel decides what is saved
@@ -85,9 +84,7 @@ def scan(
     return mean if z is None else mean * F.silu(z)
 
 
-def conv(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
-) -> tuple[Tensor, ...]:
+def conv(x: Tensor, weights: Sequence[Tensor], biases: Tensors, reverse: Flags, silu: bool) -> tuple[Tensor, ...]:
     """Return the depth-wise causal convolution of the same input in each direction; see autograd.py."""
     found = _functions()
     assert not isinstance(found, str)

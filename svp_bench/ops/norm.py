@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from svp_bench.ops import reference
-
-if TYPE_CHECKING:
-    from svp_bench.ops.types import PromptTerms
+from svp_bench.ops.types import Flags, PromptTerms, Tensors
 
 __all__ = ["norm_functions"]
 
@@ -21,8 +19,8 @@ _Forward = Callable[
     tuple[Sequence[Tensor], Sequence[Tensor]],
 ]
 _Backward = Callable[
-    [Sequence[Tensor | None], Sequence[Tensor], Sequence[Tensor], float, int | None, torch.dtype, Sequence[bool]],
-    Sequence[Tensor | None],
+    [Tensors, Sequence[Tensor], Sequence[Tensor], float, int | None, torch.dtype, Flags],
+    Tensors,
 ]
 
 

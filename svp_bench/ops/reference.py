@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from svp_bench.ops.autograd import FIELDS, conv_function, scan_function
-
-if TYPE_CHECKING:
-    from svp_bench.ops.types import PromptTerms
+from svp_bench.ops.types import Flags, PromptTerms, Tensors
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -41,7 +39,7 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
 class _Inputs:
     """Inputs of all directions, time first, in the dtype of the accumulation."""
 
-    def __init__(self, reverse: Sequence[bool], softplus: bool, flat: Sequence[Tensor | None], steps: int) -> None:
+    def __init__(self, reverse: Flags, softplus: bool, flat: Tensors, steps: int) -> None:
         u, delta, A, B, C, D, bias = (list(flat[i::FIELDS]) for i in range(FIELDS))
         first = u[0]
         assert first is not None
@@ -58,14 +56,14 @@ class _Inputs:
         self.dt = F.softplus(self.raw) if softplus else self.raw  # (L, B, K, E)
         self.chunk = steps
 
-    def over_time(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def over_time(self, tensors: Tensors) -> Tensor:
         """(B, L, X) of each direction → (L, B, K, X), reversed directions flipped."""
         rows = [t.to(self.dtype) for t in tensors if t is not None]
         return torch.stack([t.flip(1) if r else t for t, r in zip(rows, self.reverse, strict=True)], dim=2).transpose(
             0, 1
         )
 
-    def per_channel(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def per_channel(self, tensors: Tensors) -> Tensor:
         """(E, …) of each direction → (K, E, …); zeros for a direction that has none."""
         one = next(t for t in tensors if t is not None)
         return torch.stack(
@@ -106,7 +104,7 @@ class _Inputs:
         return total / len(self.reverse)
 
 
-def _plan(flat: Sequence[Tensor | None]) -> tuple[int, int]:
+def _plan(flat: Tensors) -> tuple[int, int]:
     """Return images per slice and steps per chunk, such that the states of a chunk fit into `_CHUNK_BYTES`."""
     u, A = flat[0], flat[2]
     assert u is not None
@@ -122,14 +120,12 @@ def _slices(batch: int, images: int) -> list[slice]:
     return [slice(start, min(start + images, batch)) for start in range(0, batch, images)]
 
 
-def _rows(flat: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
+def _rows(flat: Tensors, rows: slice) -> list[Tensor | None]:
     """Return a slice of the batch: of activations (three axes); weights are not sliced."""
     return [t[rows] if t is not None and t.ndim == 3 else t for t in flat]
 
 
-def _scan_forward(
-    tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, save: bool
-) -> tuple[Tensor, list[Tensor]]:
+def _scan_forward(tensors: Tensors, reverse: Flags, softplus: bool, save: bool) -> tuple[Tensor, list[Tensor]]:
     z, *flat = tensors
     u, A = flat[0], flat[2]
     assert u is not None
@@ -157,12 +153,7 @@ def _scan_forward(
 
 
 def _scan_backward(
-    grad: Tensor,
-    tensors: Sequence[Tensor | None],
-    saved: Sequence[Tensor],
-    reverse: Sequence[bool],
-    softplus: bool,
-    wanted: Sequence[bool],
+    grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], reverse: Flags, softplus: bool, wanted: Flags
 ) -> list[Tensor | None]:
     z, *flat = tensors
     (before,), (need_z, *need_flat) = saved, wanted
@@ -258,16 +249,14 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> 
     return out
 
 
-def _conv_forward(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
+def _conv_forward(x: Tensor, parameters: Tensors, reverse: Flags, silu: bool) -> list[Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide = x.to(wide)
     outs = [_convolve(x_wide, *row) for row in _conv_rows(parameters, reverse, wide)]
     return [(F.silu(out, inplace=True) if silu else out).to(x.dtype) for out in outs]
 
 
-def _conv_rows(
-    parameters: Sequence[Tensor | None], reverse: Sequence[bool], wide: torch.dtype
-) -> list[tuple[Tensor, Tensor | None, bool]]:
+def _conv_rows(parameters: Tensors, reverse: Flags, wide: torch.dtype) -> list[tuple[Tensor, Tensor | None, bool]]:
     """Return weight and bias of each direction in float32 or wider, and whether it is reversed."""
     count, rows = len(reverse), []
     for weight, bias, back in zip(parameters[:count], parameters[count:], reverse, strict=True):
@@ -277,12 +266,7 @@ def _conv_rows(
 
 
 def _conv_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    reverse: Sequence[bool],
-    silu: bool,
-    wanted: Sequence[bool],
+    grads: Sequence[Tensor], x: Tensor, parameters: Tensors, reverse: Flags, silu: bool, wanted: Flags
 ) -> list[Tensor | None]:
     need_x, *need = wanted
     count, wide = len(reverse), torch.promote_types(x.dtype, torch.float32)

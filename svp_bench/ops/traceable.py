@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from svp_bench.ops.types import Direction, Recompute
+from svp_bench.ops.types import Direction, Flags, Recompute, Tensors
 
 __all__ = ["conv", "scan"]
 
 
 def scan(
     directions: Sequence[Direction],
-    reverse: Sequence[bool],
+    reverse: Flags,
     z: Tensor | None,
     softplus: bool,
     recompute: Recompute | None = None,  # unused
@@ -67,9 +65,7 @@ def _scan_one(direction: Direction, reverse: bool, softplus: bool) -> Tensor:
     return y.flip(1) if reverse else y
 
 
-def conv(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
-) -> tuple[Tensor, ...]:
+def conv(x: Tensor, weights: Sequence[Tensor], biases: Tensors, reverse: Flags, silu: bool) -> tuple[Tensor, ...]:
     """Return the depth-wise causal convolution of the same input in each direction; see autograd.py."""
     wide, length = torch.promote_types(x.dtype, torch.float32), int(x.shape[1])
     outs = []

@@ -19,6 +19,7 @@ from svp_bench.ops import triton_launch
 from svp_bench.ops.autograd import FIELDS, conv_function, scan_function
 from svp_bench.ops.triton_launch import DTYPES, operator, power_of_two, rows, spread, written
 from svp_bench.ops.triton_norm import add_norm, add_prompts
+from svp_bench.ops.types import Flags, Tensors
 
 __all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
@@ -69,38 +70,24 @@ def unsupported(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _scan_forward(
-    tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, save: bool
-) -> tuple[Tensor, list[Tensor]]:
+def _scan_forward(tensors: Tensors, reverse: Flags, softplus: bool, save: bool) -> tuple[Tensor, list[Tensor]]:
     return torch.ops.svp_bench.triton_scan(tensors, reverse, softplus), []
 
 
 def _scan_backward(
-    grad: Tensor,
-    tensors: Sequence[Tensor | None],
-    saved: Sequence[Tensor],
-    reverse: Sequence[bool],
-    softplus: bool,
-    wanted: Sequence[bool],
+    grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], reverse: Flags, softplus: bool, wanted: Flags
 ) -> list[Tensor | None]:
     grads = torch.ops.svp_bench.triton_scan_backward(grad, tensors, reverse, softplus, list(wanted))
     return spread(grads, wanted)
 
 
-def _conv_forward(
-    x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
-) -> Sequence[Tensor]:
+def _conv_forward(x: Tensor, parameters: Tensors, reverse: Flags, silu: bool) -> Sequence[Tensor]:
     outs: Sequence[Tensor] = torch.ops.svp_bench.triton_conv(x, parameters, reverse, silu)
     return outs
 
 
 def _conv_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    reverse: Sequence[bool],
-    silu: bool,
-    wanted: Sequence[bool],
+    grads: Sequence[Tensor], x: Tensor, parameters: Tensors, reverse: Flags, silu: bool, wanted: Flags
 ) -> list[Tensor | None]:
     return spread(torch.ops.svp_bench.triton_conv_backward(grads, x, parameters, reverse, silu, wanted), wanted)
 
@@ -112,7 +99,7 @@ conv = conv_function(_conv_forward, _conv_backward)
 # Operators. Their inputs are lists, for one direction or two.
 
 
-def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+def _like(tensors: Tensors, wanted: Flags) -> list[Tensor]:
     """Return an empty contiguous tensor for each wanted gradient."""
     found = []
     for tensor, want in zip(tensors, wanted, strict=True):
@@ -122,7 +109,7 @@ def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tens
     return found
 
 
-def _scan_op(tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> Tensor:
+def _scan_op(tensors: Tensors, reverse: Flags, softplus: bool) -> Tensor:
     """Run the scan; `tensors` are z, then the seven fields of each direction."""
     problem = _Problem(tensors, reverse, softplus)
     out = problem.u.new_empty(problem.u.shape, dtype=written(problem.u.dtype))
@@ -131,9 +118,7 @@ def _scan_op(tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus
     return out.to(problem.u.dtype)
 
 
-def _scan_backward_op(
-    grad: Tensor, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool, wanted: Sequence[bool]
-) -> list[Tensor]:
+def _scan_backward_op(grad: Tensor, tensors: Tensors, reverse: Flags, softplus: bool, wanted: Flags) -> list[Tensor]:
     """Return the wanted gradients, in the order of the tensors."""
     problem = _Problem(tensors, reverse, softplus)
     if not problem.u.numel():
@@ -141,7 +126,7 @@ def _scan_backward_op(
     return problem.backward(grad, tensors, wanted)
 
 
-def _conv_op(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool) -> list[Tensor]:
+def _conv_op(x: Tensor, parameters: Tensors, reverse: Flags, silu: bool) -> list[Tensor]:
     """Run the convolutions; `parameters` are the weights of all directions, then the biases."""
     outs = [x.new_empty(x.shape, dtype=written(x.dtype)) for _ in reverse]
     if x.numel():
@@ -150,12 +135,7 @@ def _conv_op(x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[b
 
 
 def _conv_backward_op(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    reverse: Sequence[bool],
-    silu: bool,
-    wanted: Sequence[bool],
+    grads: Sequence[Tensor], x: Tensor, parameters: Tensors, reverse: Flags, silu: bool, wanted: Flags
 ) -> list[Tensor]:
     """Return the wanted gradients of x and of the parameters, in their order."""
     if not x.numel():
@@ -189,7 +169,7 @@ operator(
 class _Problem:
     """Arguments of the scan kernels."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], reverse: Sequence[bool], softplus: bool) -> None:
+    def __init__(self, tensors: Tensors, reverse: Flags, softplus: bool) -> None:
         z, *flat = tensors
         u, A = flat[0], flat[2]
         assert u is not None
@@ -248,7 +228,7 @@ class _Problem:
             "scan_forward", self.batch * blocks, {**self.shared, **sizes, "out": out, "partial": partial}
         )
 
-    def backward(self, grad: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+    def backward(self, grad: Tensor, tensors: Tensors, wanted: Flags) -> list[Tensor]:
         weights = any(wanted[1 + FIELDS * k + place] for k in range(self.count) for place in _WEIGHTS)
         wide = weights or triton_launch.capability(self.u) >= _PAIRED
         sizes, blocks = self._sizes(SCAN_BACKWARD_WIDE if wide else SCAN_BACKWARD)
@@ -304,9 +284,7 @@ def _dense(like: Tensor | None) -> dict[str, Any]:
     return {"dtype": written(like.dtype), "memory_format": torch.contiguous_format}
 
 
-def _conv_arguments(
-    x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
-) -> tuple[dict[str, Any], int, int]:
+def _conv_arguments(x: Tensor, parameters: Tensors, reverse: Flags, silu: bool) -> tuple[dict[str, Any], int, int]:
     """Return the arguments of the convolution kernels, the programs, and those per block of channels."""
     count = len(reverse)
     batch, length, channels = x.shape
@@ -326,21 +304,14 @@ def _conv_arguments(
     return shared, shares * -(-channels // sizes["BE"]), shares
 
 
-def _launch_conv(
-    outs: Sequence[Tensor], x: Tensor, parameters: Sequence[Tensor | None], reverse: Sequence[bool], silu: bool
-) -> None:
+def _launch_conv(outs: Sequence[Tensor], x: Tensor, parameters: Tensors, reverse: Flags, silu: bool) -> None:
     shared, programs, _ = _conv_arguments(x, parameters, reverse, silu)
     own = {"out0": outs[0], "out1": outs[1] if len(outs) == 2 else None, "K": len(outs)}
     triton_launch.launch("conv_forward", programs, {**shared, **own})
 
 
 def _launch_conv_backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    reverse: Sequence[bool],
-    silu: bool,
-    wanted: Sequence[bool],
+    grads: Sequence[Tensor], x: Tensor, parameters: Tensors, reverse: Flags, silu: bool, wanted: Flags
 ) -> list[Tensor]:
     shared, programs, shares = _conv_arguments(x, parameters, reverse, silu)
     count, channels, width = len(reverse), x.shape[-1], shared["W"]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svp_bench.ops.types import Flags
+
 __all__ = ["DTYPES", "capability", "interpreted", "launch", "operator", "power_of_two", "rows", "spread", "written"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # supported by the kernels
@@ -71,7 +73,7 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def spread(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+def spread(found: Sequence[Tensor], wanted: Flags) -> list[Tensor | None]:
     """Return the found gradients at the wanted places, None at the others."""
     rest = iter(found)
     return [next(rest) if want else None for want in wanted]

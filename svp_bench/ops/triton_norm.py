@@ -11,6 +11,7 @@ from torch import Tensor
 from svp_bench.ops import triton_launch
 from svp_bench.ops.norm import norm_functions
 from svp_bench.ops.triton_launch import DTYPES, operator, power_of_two, spread, written
+from svp_bench.ops.types import Flags, Tensors
 
 __all__ = ["add_norm", "add_prompts"]
 
@@ -43,13 +44,13 @@ def _norm_forward(
 
 
 def _norm_backward(
-    grads: Sequence[Tensor | None],
+    grads: Tensors,
     saved: Sequence[Tensor],
     terms: Sequence[Tensor],
     eps: float,
     excluded: int | None,
     dtype: torch.dtype,
-    wanted: Sequence[bool],
+    wanted: Flags,
 ) -> list[Tensor | None]:
     total, weight = saved or (None, None)
     dtotal, dnormed = grads if saved else (grads[0], None)
@@ -101,7 +102,7 @@ def _norm_backward_shapes(
     terms: Sequence[Tensor],
     excluded: int,
     dtype: torch.dtype,
-    wanted: Sequence[bool],
+    wanted: Flags,
 ) -> list[Tensor]:
     like = _given(dtotal, dnormed)
     forms = [(like.shape, dtype), (like.shape, torch.float32)]
@@ -157,7 +158,7 @@ def backward(
     terms: Sequence[Tensor],
     excluded: int,
     dtype: torch.dtype,
-    wanted: Sequence[bool],
+    wanted: Flags,
 ) -> list[Tensor]:
     """Launch the backward kernel; return the wanted gradients, of hidden, residual, weight and terms."""
     like = _given(dtotal, dnormed)

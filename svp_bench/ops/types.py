@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BackendChoice", "Direction", "PromptTerms", "Recompute"]
+__all__ = ["BackendChoice", "Direction", "Flags", "PromptTerms", "Recompute", "Tensors"]
+
+Tensors = Sequence[Tensor | None]
+Flags = Sequence[bool]
 
 
 class BackendChoice(NamedTuple):
