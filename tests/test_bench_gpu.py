@@ -438,7 +438,9 @@ def test_times_are_read_from_a_trace() -> None:
 
 
 def test_folders_of_the_machine_are_not_reported() -> None:
-    said = gpu_worker.one_line(ImportError("/home/someone/envs/x/lib/a.so: undefined symbol: f\nmore, see https://a.b/c/d"))
+    said = gpu_worker.one_line(
+        ImportError("/home/someone/envs/x/lib/a.so: undefined symbol: f\nmore, see https://a.b/c/d")
+    )
     assert said == "ImportError: …/a.so: undefined symbol: f more, see https://a.b/c/d"
 
 
