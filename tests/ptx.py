@@ -5,7 +5,7 @@ memory, barriers, masks and alignment. All threads of all programs go through an
 on arrays. It is made to find what would go wrong on a GPU only. A kernel faults that
 
 - touches memory that belongs to no tensor it was given, or that is not aligned for the access;
-- reads shared memory that nobody wrote;
+- reads shared memory that was not written;
 - races: two threads touch one address, one of them writing, without a barrier between, or two programs do at all;
 - branches differently within a program (Triton's kernels do not), or uses an instruction that is not known here.
 
@@ -50,7 +50,7 @@ def _to_bfloat16(value: Array) -> Array:
 def _near(exact: Array, seed: Array, ulps: float) -> Array:
     """Return the float32 farthest from `exact` (float64) that a GPU may give, up or down by the bits of the input.
 
-    Half way between two values float64 itself rounds, and a sum could come to lie a hair outside the bound: so the
+    Halfway between two values float64 itself rounds, and a sum could come to lie a hair outside the bound: so the
     distance is taken once more, where it is exact, and what is too far goes one float32 back.
     """
     bits = np.ascontiguousarray(seed).view(np.uint32)
@@ -457,12 +457,12 @@ def _pack_step(instruction: _Instruction) -> Step:
         part = size // len(given)
         constant = [_immediate(text, f"b{8 * part}") is not None for text in given]
         readers = [(t, _reader(t, f"b{8 * part}") if c else None) for t, c in zip(given, constant, strict=True)]
-        nobody = np.full((1, 1), (1 << 8 * part) - 1, _RAW[part])  # NaN: the compiler leaves halves unset that it drops
+        unset = np.full((1, 1), (1 << 8 * part) - 1, _RAW[part])  # NaN: the compiler leaves halves unset that it drops
 
         def packed(state: _State) -> None:
             total = np.zeros((1, 1), _RAW[size])
             for i, (text, read) in enumerate(readers):
-                bits = read(state) if read else state.registers.get(text, nobody)
+                bits = read(state) if read else state.registers.get(text, unset)
                 total = total | (bits.astype(_RAW[size]) << _RAW[size](8 * part * i))
             _write(state, target, total, None)
 
@@ -636,7 +636,7 @@ def _watch_shared(
         state.watch.writes(spots, threads, state.epoch, state.threads, "shared memory")
         return
     if (state.watch.writer[spots] == 0).any():
-        raise Fault(f"shared memory that nobody wrote is read: {text}")
+        raise Fault(f"shared memory that was not written is read: {text}")
     state.watch.reads(spots, threads, state.epoch, state.threads, "shared memory")
 
 

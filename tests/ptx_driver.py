@@ -1,6 +1,6 @@
 """A driver for Triton without a GPU: kernels are compiled for one as ever, and run on the machine of ptx.py.
 
-`install()` makes it Triton's driver in this process, so that a launch goes all of Triton's way: arguments are
+`install()` makes it Triton's driver in this process, so that a launch runs all of Triton: arguments are
 specialised, the compiler is called, and what it made is executed on the CPU's tensors.
 """
 
@@ -79,10 +79,10 @@ def _launcher(kernel: CompiledKernel, driver: Driver) -> Callable[..., None]:
         given = list(rest[2:])  # after the two hooks
         assert (y, z) == (1, 1)
         assert len(given) == len(kinds)
-        kept = [value for value, kind in zip(given, kinds, strict=True) if kind != "constexpr"]
-        plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in kept]
+        passed = [value for value, kind in zip(given, kinds, strict=True) if kind != "constexpr"]
+        plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in passed]
         plain += [0] * (len(program.parameters) - len(plain))  # scratch, of which no kernel here asks for any
-        program.run(x, plain, _memory(kept), driver.checked, driver.counts)
+        program.run(x, plain, _memory(passed), driver.checked, driver.counts)
 
     return run
 
@@ -100,7 +100,7 @@ def install(capability: int = 90) -> Driver:
             kernel._run = _launcher(kernel, driver)
 
     CompiledKernel._init_handles = handles
-    # PTX is all that is needed: it is not assembled, and so kept apart from where kernels for a GPU are looked up
+    # PTX is all that is needed: it is not assembled, and so stored apart from where kernels for a GPU are looked up
     triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / "ptx")
     CUDABackend.make_cubin = lambda *given: b""
     triton_launch.capability = lambda tensor: capability // 10

@@ -201,7 +201,7 @@ def vpt(state: State, *, position: str, mode: str | None = None) -> BeforeBlock:
     return before_block
 
 
-def drawn(name: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
+def sample(name: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Values for the parameter of this name, the same on every machine; of trained rather than initial statistics.
 
     The embedding is small (0.02), so that an epsilon of the norm shows; scales that start at zero are not zero.
@@ -228,10 +228,10 @@ def drawn(name: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def fill(model: nn.Module) -> dict[str, Tensor]:
-    """Write drawn values into every parameter, in place, and return them in float64, apart from the model."""
+    """Write sampled values into every parameter, in place, and return them in float64, apart from the model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(drawn(name, parameter.shape))
+            parameter.copy_(sample(name, parameter.shape))
     return {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
 
 

@@ -153,7 +153,7 @@ def test_a_dry_run_is_not_written_among_the_results(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["--minutes", "1"], "sees no CUDA device; --dry_run goes through"),
         (["--dry_run", "--minutes", "-1"], "--minutes must be 0 or more, not -1"),
@@ -164,12 +164,12 @@ def test_a_dry_run_is_not_written_among_the_results(
         (["--dry_run", "--only", "train", "huge"], "no cell has all of: train huge"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_one_line(arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         command(monkeypatch, *arguments)
     text = str(stopped.value)
-    assert said in text
+    assert expected in text
     assert text.startswith("gpu.py: ")
     assert "\n" not in text  # a text is printed to the standard error, and the exit status is 1
 
@@ -223,8 +223,8 @@ def test_a_cell_out_of_memory_is_named_and_the_others_go_on(monkeypatch: pytest.
     )
     run.go()
     rows = list(run.rows.values())
-    said = {"cpu": "out of memory", "reference": "measured"}
-    assert [row["status"] for row in rows] == [said[name] for order in orders for name in order]
+    expected = {"cpu": "out of memory", "reference": "measured"}
+    assert [row["status"] for row in rows] == [expected[name] for order in orders for name in order]
     assert "2.00 GiB" in rows[0]["reason"]
     assert gpu.ratios(rows, "cpu") == []
     assert len(saved) == 2
@@ -286,8 +286,8 @@ def test_a_backend_that_cannot_be_compared_is_refused() -> None:
         "the comparison with the reference failed: TypeError: too few arguments",
     )
     far = {"ok": {"logits": "not finite", "gradients": 0.5, "tolerance": 0.1, "right": False, "seconds": 1.0}}
-    said = "in bf16 it is off from the reference by logits not finite, gradients 5.0e-01, more than 0.1"
-    assert one_row(Told(check=far))["reason"] == said
+    expected = "in bf16 it is off from the reference by logits not finite, gradients 5.0e-01, more than 0.1"
+    assert one_row(Told(check=far))["reason"] == expected
     row = one_row(Told(hello={"error": "failed", "reason": "its process ended"}))
     assert (row["status"], row["reason"]) == ("missing", "its process ended")
     assert one_row(Told(turn={"error": "failed", "reason": "RuntimeError: x"}))["status"] == "failed"
@@ -438,10 +438,10 @@ def test_times_are_read_from_a_trace() -> None:
 
 
 def test_folders_of_the_machine_are_not_reported() -> None:
-    said = gpu_worker.one_line(
+    expected = gpu_worker.one_line(
         ImportError("/home/someone/envs/x/lib/a.so: undefined symbol: f\nmore, see https://a.b/c/d")
     )
-    assert said == "ImportError: …/a.so: undefined symbol: f more, see https://a.b/c/d"
+    assert expected == "ImportError: …/a.so: undefined symbol: f more, see https://a.b/c/d"
 
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -461,8 +461,8 @@ def test_goals_are_met_or_not_and_say_against_whom() -> None:
         measured("triton", 0.001, 5000, **scan),
     ]
     goals = gpu.judged(rows, H100)
-    told = [(goal["state"], goal["value"]) for goal in goals]
-    assert told == [
+    found = [(goal["state"], goal["value"]) for goal in goals]
+    assert found == [
         ("not measured", None),
         ("met", pytest.approx(2.2)),
         ("not measured", None),

@@ -76,8 +76,8 @@ def test_weights_of_a_wide_grid_fit_a_square_model_and_back(tmp_path: Path) -> N
     wide = trained(img_size=(32, 128))
     save_weights(wide, tmp_path / "wide.safetensors")
     assert load_checkpoint(nano(img_size=64), tmp_path / "wide.safetensors").pos_embed_resized == ((2, 8), (4, 4))
-    beside = saved({"model": wide.state_dict(), "pos_embed_grid": [2, 8]}, tmp_path / "wide.pth")
-    assert load_checkpoint(nano(img_size=(32, 128)), beside).pos_embed_resized is None
+    next_to_it = saved({"model": wide.state_dict(), "pos_embed_grid": [2, 8]}, tmp_path / "wide.pth")
+    assert load_checkpoint(nano(img_size=(32, 128)), next_to_it).pos_embed_resized is None
 
 
 @pytest.mark.parametrize("stated", ["4x5", "x", "4", [2], [2, 8, 1], [2.0, 8.0], [-2, -8], "0x16", 16, "2x8\n", {}])
@@ -284,6 +284,7 @@ def test_two_spellings_of_a_name_are_refused(tmp_path: Path) -> None:
         ({"weights": filled()}, ["'weights' is a dict", "weights are under weights", "model_state_dict"]),
         ({f"encoder.{k}": v for k, v in without_head(filled()).items()}, ["names begin with encoder.", "module."]),
         ({"model": {}}, ["an empty dict under ['model']"]),
+        ({"epoch": 3, "w": torch.ones(1)}, ["not a state dict: 'epoch' is a int"]),
         ({"model": {"model": {"model": {"model": {"model": filled()}}}}}, ["is a dict"]),
         ({3: torch.ones(1)}, ["the name 3 is a int"]),
         ({("a", 1): torch.ones(1)}, ["the name ('a', 1) is a tuple"]),
@@ -335,6 +336,8 @@ def test_weights_with_an_adapter_are_not_saved_as_a_backbone(tmp_path: Path) -> 
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
         (b"<!doctype html><title>404</title>", "HTML"),
         (b"hello", "neither torch.save nor safetensors"),
+        (b"\x89PNG\r\n\x1a\n", "neither torch.save nor safetensors"),
+        (b"PK\x03\x04", "not a checkpoint"),
     ],
 )
 def test_junk_and_pickled_code_are_told_apart(content: bytes, words: str, tmp_path: Path) -> None:
@@ -398,13 +401,13 @@ def test_a_load_is_exact_or_changes_nothing(mutations: list[Any], data: st.DataO
         return
     model = nano()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    told = ""
+    text = ""
     try:
         report = load_checkpoint(model, tmp_path / "vim.pth")
     except CheckpointError as error:
-        told = str(error)
-    if told:
-        assert told.isprintable()
+        text = str(error)
+    if text:
+        assert text.isprintable()
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         return
     assert report.resized == ()
@@ -417,7 +420,7 @@ def test_a_load_is_exact_or_changes_nothing(mutations: list[Any], data: st.DataO
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(0, 40), size=st.tuples(st.integers(16, 80), st.integers(16, 80)))
 def test_any_number_of_rows_fits_or_is_refused(rows: int, size: tuple[int, int], tmp_path: Path) -> None:
-    state = {**_STATE, "pos_embed": reference_vim.drawn("pos_embed", torch.Size([1, rows, 32]))}
+    state = {**_STATE, "pos_embed": reference_vim.sample("pos_embed", torch.Size([1, rows, 32]))}
     path = saved(state, tmp_path / "vim.pth")
     model = nano(img_size=size)
     if rows - 1 in (1, 4, 9, 16, 25, 36):

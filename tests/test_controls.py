@@ -32,7 +32,7 @@ Written = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
 def adapted(method: Method, backend: str = "auto", **arguments: Any) -> Any:
-    """A Vim with every parameter drawn: also those that start at zero."""
+    """A Vim with every parameter random, also those that start at zero."""
     model = adapt(VisionMamba(**{**SIZES, **arguments}, scan_backend=backend).eval(), method)
     reference_vim.fill(model)
     return model
@@ -193,7 +193,7 @@ def bias_written_out(stride: int) -> Written:
 @pytest.mark.parametrize("which", [*([name] for name in BIASES), list(BIASES)], ids=str)
 def test_bias_tuning_is_its_formula(which: list[str], sizes: dict[str, Any], stride: int, backend: str) -> None:
     model = adapted(Bias(which), backend, **sizes)
-    if "patch_embed" in which:  # large enough to be seen beside the patches
+    if "patch_embed" in which:  # large enough to be seen next to the patches
         with torch.no_grad():
             model.get_parameter("adapter.patch_embed.bias").mul_(3)
     assert_as_written_out(model, bias_written_out(stride))

@@ -60,7 +60,7 @@ def readme_method() -> type[Method]:
 
 
 class Adding(Method):
-    """A vector added before each block, registered as `how` says."""
+    """A vector added before each block, registered by `how`."""
 
     identity_at_start = True
 
@@ -111,7 +111,7 @@ def assert_independent(model: VisionMamba, make: Callable[[VisionMamba], nn.Modu
         assert torch.equal(copied(images()), before)
         for name, parameter in model.named_parameters():
             if name.startswith("adapter."):
-                parameter.copy_(reference_vim.drawn(name, parameter.shape) + 0.1)
+                parameter.copy_(reference_vim.sample(name, parameter.shape) + 0.1)
         changed = model(images())
         assert relative_error(changed, before) > 1e-4
         assert torch.equal(copied(images()), before)

@@ -1,4 +1,4 @@
-"""Through the commands: what a run says and records of its weights, and that it never takes over another's name."""
+"""Through the commands: messages and records about weights, and names of runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def weights(path: Path, seed: int = 0, **arguments: Any) -> Path:
-    """Save weights of the small backbone, drawn from a seed."""
+    """Save weights of the small backbone, sampled from a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         torch.save(timm.create_model(BACKBONE, **{"num_classes": 100, **arguments}).state_dict(), path)
@@ -79,14 +79,14 @@ def test_a_kept_head_is_printed_recorded_and_another_cell(place: Path) -> None:
 @pytest.mark.parametrize("head", ["keep", "kept"])
 def test_a_head_that_cannot_be_kept_is_one_line(place: Path, head: str) -> None:
     path = weights(Path("seven.pth"), num_classes=7)
-    told = assert_error(command(*begun("--model.head", head, checkpoint=path)), 1 if head == "keep" else 2)
+    text = assert_error(command(*begun("--model.head", head, checkpoint=path)), 1 if head == "keep" else 2)
     if head == "keep":
-        assert "seven.pth: the file has a head of 7 classes (width 16), the model has a head of 100 classes" in told
+        assert "seven.pth: the file has a head of 7 classes (width 16), the model has a head of 100 classes" in text
         assert "takes the head of a file" in assert_error(command(*begun("--model.head", head, checkpoint="none")), 2)
         both = begun("--model.head", head, "--model.head_hidden", "4", checkpoint=path)
         assert "model.head_hidden" in assert_error(command(*both), 2)
     else:
-        assert "model.head" in told
+        assert "model.head" in text
     assert not list(Path().rglob("*.json"))
 
 

@@ -47,7 +47,7 @@ def backbone(backend: str = "auto", **arguments: Any) -> VisionMamba:
 
 
 def lora(targets: list[str], backend: str = "auto", sizes: dict[str, Any] | None = None, **arguments: Any) -> Any:
-    """A drawn backbone with LoRA, every factor drawn too: up is not zero."""
+    """A random backbone with LoRA, all factors random."""
     model = adapt(backbone(backend, **(sizes or {})), LoRA(targets, **arguments))
     reference_vim.fill(model)
     return model
@@ -179,7 +179,7 @@ def test_an_update_of_in_proj_keeps_no_convolved_input() -> None:
     ],
 )
 def test_counts_are_those_of_mambapeft(target: str, rank: int, count: int, thousands: int) -> None:
-    """Vim-S. The thousands that the paper prints hold a head besides: the same 8,500 to 8,635 in every row."""
+    """Vim-S. The thousands that the paper prints include a head: the same 8,500 to 8,635 in every row."""
     with torch.device("meta"):
         model = create_model("vim_small_patch16_224", num_classes=10, method="lora", targets=[target], rank=rank)
     assert sum(p.numel() for n, p in trained_parameters(model).items() if n.startswith("adapter.")) == count
@@ -227,11 +227,11 @@ def test_dropout_is_where_the_product_acts_on_an_output(target: str) -> None:
     still = model(images)
     assert torch.equal(model(images), still)
     model.adapter.train()
-    drawn = [model(images) for _ in range(2)]
+    outputs = [model(images) for _ in range(2)]
     if target in ON_OUTPUT:
-        assert relative_error(drawn[0], drawn[1]) > 1e-4
+        assert relative_error(outputs[0], outputs[1]) > 1e-4
     else:
-        assert all(torch.equal(logits, still) for logits in drawn)
+        assert all(torch.equal(logits, still) for logits in outputs)
 
 
 # ----------------------------------------------------------------------------------------------------- precision

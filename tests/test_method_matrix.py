@@ -142,7 +142,7 @@ def test_the_trained_part_is_saved_and_loaded_alone(name: str, arguments: dict[s
     model = adapt(backbone(backend), made)
     with torch.no_grad():
         for n, parameter in trained_parameters(model).items():
-            parameter.copy_(1.1 * reference_vim.drawn(n, parameter.shape))
+            parameter.copy_(1.1 * reference_vim.sample(n, parameter.shape))
     trained = set(trained_parameters(model))
     part = {n: value.clone() for n, value in model.state_dict().items() if n in trained}
     fresh = adapt(backbone(backend), method(name, arguments))
@@ -160,7 +160,7 @@ def test_a_copy_is_independent(name: str, arguments: dict[str, Any]) -> None:
     before = model(images())
     with torch.no_grad():
         for n, parameter in trained_parameters(model).items():
-            parameter.copy_(1.1 * reference_vim.drawn(n, parameter.shape))
+            parameter.copy_(1.1 * reference_vim.sample(n, parameter.shape))
     assert torch.equal(copied(images()), before)
     copied.load_state_dict(model.state_dict())
     assert torch.equal(copied(images()), model(images()))
@@ -245,7 +245,7 @@ def test_every_tensor_point_reaches_the_output(name: str, layer: int, backend: s
     scale = torch.zeros((), requires_grad=True)
 
     def point(w: Tensor) -> Tensor:
-        return w + 0.5 * scale * reference_vim.drawn("noise", w.shape)
+        return w + 0.5 * scale * reference_vim.sample("noise", w.shape)
 
     model.points.on_tensor(layer, name, point)
     assert_reaches(plain, model, scale)

@@ -40,13 +40,13 @@ def test_images_that_are_no_squares(place: Path) -> None:
     shown = run("predict", "--ckpt", str(outcome.folder / "checkpoints/last.ckpt"), "--images", "data/cifar/images")
     assert shown.status == 0
     for flags in (("--data.resize", "centre_crop"), ("--data.train_crop", "random_resized")):
-        told = assert_error(command(*line(*flags, data__image_size="[32, 48]")), 2)
-        assert "makes squares, and the images are 32 x 48; use --data.resize squash" in told
+        text = assert_error(command(*line(*flags, data__image_size="[32, 48]")), 2)
+        assert "makes squares, and the images are 32 x 48; use --data.resize squash" in text
 
 
 def test_images_smaller_than_a_patch(place: Path) -> None:
-    told = assert_error(command(*line(data__image_size="7")), 2)
-    assert f"data.image_size 7 is smaller than a patch of {BACKBONE} (8 pixels)" in told
+    text = assert_error(command(*line(data__image_size="7")), 2)
+    assert f"data.image_size 7 is smaller than a patch of {BACKBONE} (8 pixels)" in text
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16", "LA"])

@@ -40,7 +40,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def needs(backend: str, dtype: torch.dtype) -> None:
-    """Skip where a backend says that it does not take this dtype."""
+    """Skip where a backend does not support this dtype."""
     try:
         choose(backend, torch.get_default_device(), dtype)
     except UnavailableError as reason:
@@ -475,8 +475,8 @@ def saved_bytes(call: Callable[[], object]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = call()  # held while counting, so that no storage is freed and its address used again
-    assert kept is not None
+        saved = call()  # held while counting, so that no storage is freed and its address used again
+    assert saved is not None
     return sum(storages.values())
 
 
@@ -485,28 +485,28 @@ def test_saved_tensors_are_of_the_size_of_the_inputs(backend: str) -> None:
     size = sum(t.numel() * t.element_size() for t in inputs.values() if t is not None)
     states = 2 * 197 * 64 * 16 * 4
     assert states > 4 * size  # else the assertion below would prove nothing
-    kept = saved_bytes(lambda: selective_scan(**inputs, delta_softplus=True, backend=backend))  # type: ignore[arg-type]
-    assert size <= kept + inputs["u"].nbytes  # type: ignore[union-attr]
-    assert kept < 1.5 * size
+    saved = saved_bytes(lambda: selective_scan(**inputs, delta_softplus=True, backend=backend))  # type: ignore[arg-type]
+    assert size <= saved + inputs["u"].nbytes  # type: ignore[union-attr]
+    assert saved < 1.5 * size
     x, weight, bias = (
         torch.randn(2, 64, 197, requires_grad=True),
         torch.randn(64, 4, requires_grad=True),
         torch.randn(64),
     )
-    kept = saved_bytes(lambda: causal_conv1d(x, weight, bias, "silu", backend=backend))
-    assert kept < 1.1 * x.nbytes
+    saved = saved_bytes(lambda: causal_conv1d(x, weight, bias, "silu", backend=backend))
+    assert saved < 1.1 * x.nbytes
 
 
 def test_a_long_scan_in_chunks_saves_one_state_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = with_grad(draw(197, state=16, dim=64))
     one_state = 64 * 16 * 4  # of a image
 
-    def kept() -> int:
+    def saved() -> int:
         return saved_bytes(lambda: selective_scan(**inputs, delta_softplus=True, backend="reference"))  # type: ignore[arg-type]
 
-    whole = kept()
+    whole = saved()
     monkeypatch.setattr(reference_backend, "_CHUNK_BYTES", 50 * one_state)
-    assert kept() - whole == 2 * 3 * one_state  # two images, each in four chunks in place of one
+    assert saved() - whole == 2 * 3 * one_state  # two images, each in four chunks in place of one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -660,19 +660,19 @@ def test_what_can_be_made_again_is_not_kept(backend: str) -> None:
         return bidirectional_conv(x, weights[0], weights[1], backend=backend)
 
     def run(recompute: bool) -> tuple[Tensor, Tensor, int]:
-        kept: set[int] = set()
+        saved: set[int] = set()
         u, u_b = convolve(x)
         ahead = Direction(u, others[0], A, others[1], others[2], D, bias)
         back = Direction(u_b, others[3], A, others[4], others[5], D, bias)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.data_ptr()) or t, lambda t: t):
             y = bidirectional_scan(
                 ahead, back, others[6], recompute=Recompute(convolve, (x,)) if recompute else None, backend=backend
             )
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
-        return y, gradient, len(kept & {u.data_ptr(), u_b.data_ptr()})
+        return y, gradient, len(saved & {u.data_ptr(), u_b.data_ptr()})
 
-    y, gradient, kept = run(recompute=False)
-    assert (kept, calls) == (2, 1)
+    y, gradient, saved = run(recompute=False)
+    assert (saved, calls) == (2, 1)
     again, gradient_again, kept_again = run(recompute=True)
     assert (kept_again, calls) == (0, 3)  # once forward, once back
     assert torch.equal(y, again)

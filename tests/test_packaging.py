@@ -272,7 +272,7 @@ class Make:
         )
 
     def program(self, path: str, version: tuple[int, int] = (3, 11), pip_status: int = 0) -> str:
-        """Write a stand-in for Python (or for a script of the environment) and return its path."""
+        """Write a substitute for Python (or for a script of the environment) and return its path."""
         file = self.folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(

@@ -25,7 +25,7 @@ from svp_bench.models import TokenState, VisionMamba
 
 
 def adapted(method: Method, **arguments: Any) -> VisionMamba:
-    """A Vim of 12 patches, every parameter drawn: α and β too."""
+    """A Vim of 12 patches, every parameter random, α and β too."""
     sizes: dict[str, Any] = {"img_size": (48, 64), "embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 5}
     return adapt(VisionMamba(**{**sizes, **arguments}).eval(), method)
 
@@ -371,7 +371,7 @@ def test_a_prefix_reaches_the_image_by_the_forward_scan_only() -> None:
         images = reference_vim.make_images(1, 3, 48, 64)
         before = model(images)
         with torch.no_grad():
-            model.get_parameter("adapter.prompts").add_(reference_vim.drawn("prompts", (3, 2, 32)))
+            model.get_parameter("adapter.prompts").add_(reference_vim.sample("prompts", (3, 2, 32)))
         assert (relative_error(model(images), before) > 1e-6) == changes
 
 
@@ -397,11 +397,11 @@ def test_vpts_dropout_is_drawn_for_each_image() -> None:
     model = adapted(VPTShallow(4, "suffix", dropout=0.5)).train()
     state = TokenState(torch.zeros(3, 13, 32), None, 6)
     prompts = model.points.tokens[0](0, state).settled().hidden[:, 13:]
-    kept = model.get_parameter("adapter.prompts")[0] * 2
-    assert ((prompts == 0) | (prompts == kept)).all()
+    expected = model.get_parameter("adapter.prompts")[0] * 2
+    assert ((prompts == 0) | (prompts == expected)).all()
     assert not torch.equal(prompts[0], prompts[1])
     model.eval()
-    assert torch.equal(model.points.tokens[0](0, state).settled().hidden[:, 13:], (kept / 2).expand(3, 4, 32))
+    assert torch.equal(model.points.tokens[0](0, state).settled().hidden[:, 13:], (expected / 2).expand(3, 4, 32))
 
 
 @pytest.mark.parametrize(

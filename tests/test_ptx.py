@@ -1,6 +1,6 @@
 """The compiled kernels, executed: what the compiler made of them for three kinds of GPU, on the machine of ptx.py.
 
-And that machine itself: that it computes what PTX says, and that it faults where a GPU would go wrong.
+And that machine itself: that it computes as PTX specifies, and faults where a GPU would fail.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ driver.checked = False
 triton_aot.BATCH, triton_aot.LENGTH, channels = 1, 64, 64
 launch = triton_launch.launch
 
-def drawn(value):
+def sample(value):
     if not isinstance(value, torch.Tensor):
         return value
     storage = torch.randn(value.untyped_storage().nbytes() // value.element_size()).to(value.dtype)
@@ -152,7 +152,7 @@ def drawn(value):
 for kernel in ("scan_forward", "scan_backward_of_activations"):
     name, arguments = triton_aot.launch_arguments(kernel, channels, torch.bfloat16, 90)
     driver.counts = counts = Counts()
-    launch(name, channels // arguments["BE"], {key: drawn(value) for key, value in arguments.items()})
+    launch(name, channels // arguments["BE"], {key: sample(value) for key, value in arguments.items()})
     elements = triton_aot.LENGTH * channels
     print(json.dumps({
         "kernel": kernel,
@@ -167,7 +167,7 @@ for kernel in ("scan_forward", "scan_backward_of_activations"):
 @needs_triton
 @pytest.mark.slow
 def test_what_the_scan_costs() -> None:
-    """Counted as executed, an element of both directions: what docs/gpu.md's floors are about. No way to be slow
+    """Counted as executed, an element of both directions: what docs/gpu.md's floors are about. No reason to be slow
     unseen: a layout that loses coalescing, or an expression that the compiler no longer folds away, shows here."""
     done = run(["-c", COSTS])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -260,7 +260,7 @@ def test_integers(a: int, b: int) -> None:
 def test_fields(a: int, start: int, count: int) -> None:
     bits = (a >> start) & ((1 << count) - 1)
     assert computed("bfe.u32 %r30, %r3, %r4, %r5;", a, start, count) == bits
-    width = min(count, 32 - start)  # past the register's end, its own sign goes on
+    width = min(count, 32 - start)  # past the register's end, its sign is repeated
     sign = bits >> (width - 1) & 1
     assert computed("bfe.s32 %r30, %r3, %r4, %r5;", a, start, count) == (bits - (sign << width)) % 2**32
 
@@ -356,11 +356,11 @@ def test_races() -> None:
 
 def test_wrong_addresses() -> None:
     memory = torch.zeros(64, dtype=torch.int32)
-    for body, says in (
+    for body, message in (
         ("st.global.b32 [%rd3+4], %r1;", "an address outside all tensors"),
         ("st.global.b32 [%rd3+2], %r1;", "misaligned access of 4 bytes"),
         ("ld.global.v2.b32 {%r3, %r4}, [%rd3];", "misaligned access of 8 bytes"),
-        ("mov.b32 %r5, global_smem; ld.shared.b32 %r6, [%r5];", "shared memory that nobody wrote"),
+        ("mov.b32 %r5, global_smem; ld.shared.b32 %r6, [%r5];", "shared memory that was not written"),
         ("mov.b32 %r5, global_smem; ld.shared.b32 %r6, [%r5+1024];", "outside shared memory"),
         ("add.s32 %r5, %r9, 1;", "%r9 is read, and was never set"),
         ("setp.lt.u32 %p1, %r1, 32; @%p1 ld.global.b32 %r3, [%rd3];", "loaded by some threads only, and was never set"),
@@ -368,7 +368,7 @@ def test_wrong_addresses() -> None:
         ("wgmma.fence.sync.aligned;", "an instruction that this machine does not know: wgmma"),
         ("vote.sync.any.pred %p1, %p2, -1;", "does not know"),
     ):
-        with pytest.raises(Fault, match=re.escape(says)):
+        with pytest.raises(Fault, match=re.escape(message)):
             execute(body, memory)
     whole = torch.zeros(128, dtype=torch.int32)
     execute("st.global.b32 [%rd3], %r1;", whole, given=whole[:64])

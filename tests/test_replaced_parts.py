@@ -1,4 +1,4 @@
-"""Parts of the backbone that a user or a library replaced or hooked: they run as modules, or a line says why not."""
+"""Parts of the backbone that a user or a library replaced or hooked: modules, or an error with the reason."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Wrapper(nn.Module):
         self.down = nn.Linear(base.in_features, 2, bias=False)
         self.up = nn.Linear(2, base.out_features, bias=False)
         with torch.no_grad():
-            self.down.weight.copy_(reference_vim.drawn("down", self.down.weight.shape))
-            self.up.weight.copy_(0.3 * reference_vim.drawn("up", self.up.weight.shape))
+            self.down.weight.copy_(reference_vim.sample("down", self.down.weight.shape))
+            self.up.weight.copy_(0.3 * reference_vim.sample("up", self.up.weight.shape))
 
     @property
     def weight(self) -> Tensor:  # as peft's layers have one
@@ -71,7 +71,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
         self.load_state_dict(base.state_dict())
-        self.extra = nn.Parameter(reference_vim.drawn("extra", (base.out_features,)))
+        self.extra = nn.Parameter(reference_vim.sample("extra", (base.out_features,)))
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.extra
@@ -136,15 +136,15 @@ def test_a_plain_linear_with_another_bias_is_read_whole(name: str) -> None:
     old = model.mixers[0].get_submodule(name)
     assert isinstance(old, nn.Linear)
     new = nn.Linear(old.in_features, old.out_features, bias=old.bias is None)
-    bias = 0.3 * reference_vim.drawn("b", (old.out_features,)) if old.bias is None else None
+    bias = 0.3 * reference_vim.sample("b", (old.out_features,)) if old.bias is None else None
     with torch.no_grad():
         new.weight.copy_(old.weight)
         if bias is not None:
             new.bias.copy_(bias)
     setattr(model.mixers[0], name, new)
-    twin = backbone()
-    setattr(twin.mixers[0], name, nn.Sequential(new))
-    assert relative_error(model(images()), twin(images())) <= 1e-5
+    reference = backbone()
+    setattr(reference.mixers[0], name, nn.Sequential(new))
+    assert relative_error(model(images()), reference(images())) <= 1e-5
     assert relative_error(model(images()), backbone()(images())) > 1e-4
 
 
@@ -305,9 +305,9 @@ def test_a_convolution_of_another_kind_is_called(change: dict[str, Any], same: b
         if new.bias is not None and old.bias is not None:
             new.bias.copy_(old.bias)
     model.mixers[1].conv1d = new
-    twin = backbone()
-    twin.mixers[1].conv1d = nn.Sequential(new)  # type: ignore[assignment]
-    assert relative_error(model(images()), twin(images())) <= 1e-5
+    reference = backbone()
+    reference.mixers[1].conv1d = nn.Sequential(new)  # type: ignore[assignment]
+    assert relative_error(model(images()), reference(images())) <= 1e-5
     assert (relative_error(model(images()), backbone()(images())) <= 1e-6) == same
 
 
@@ -383,7 +383,7 @@ def test_a_block_without_a_mixer_is_named() -> None:
         adapt(model, build_method(METHODS.get("linear"), "linear", {}))
 
 
-# --------------------------------------------------------------------------------- methods beside replaced parts
+# --------------------------------------------------------------------------------- methods with replaced parts
 
 
 @pytest.mark.parametrize(

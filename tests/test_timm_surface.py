@@ -105,14 +105,14 @@ def test_set_input_size(size: int | tuple[int, int]) -> None:
     model = nano()
     model.set_input_size(size)
     rows, columns = (size, size) if isinstance(size, int) else size
-    twin = nano(img_size=(rows, columns))
-    state = twin.state_dict() | {k: v for k, v in model.state_dict().items() if k != "pos_embed"}
-    assert model.pos_embed.shape == twin.pos_embed.shape
-    assert model.cls_index == twin.cls_index
+    fresh = nano(img_size=(rows, columns))
+    state = fresh.state_dict() | {k: v for k, v in model.state_dict().items() if k != "pos_embed"}
+    assert model.pos_embed.shape == fresh.pos_embed.shape
+    assert model.cls_index == fresh.cls_index
     old = nano().pos_embed
-    assert torch.equal(model.pos_embed[:, model.cls_index], old[:, 32])  # the class token's row is nobody's neighbour
-    twin.load_state_dict(state | {"pos_embed": model.pos_embed})
-    assert relative_error(model(images(rows, columns)), twin(images(rows, columns))) <= 1e-6
+    assert torch.equal(model.pos_embed[:, model.cls_index], old[:, 32])  # the class token's row is not interpolated
+    fresh.load_state_dict(state | {"pos_embed": model.pos_embed})
+    assert relative_error(model(images(rows, columns)), fresh(images(rows, columns))) <= 1e-6
     if size == (64, 64):
         assert torch.equal(model(images()), nano()(images()))
     with pytest.raises(ValueError, match=f"takes {rows}×{columns}"):

@@ -359,20 +359,20 @@ def test_a_copy_of_an_adapted_model_is_its_own(method: str, how: Any) -> None:
     reference_vim.fill(model)
     images = reference_vim.make_images(2, 3, 64, 64)
     before = model(images)
-    twin = how(model)
-    assert torch.equal(twin(images), before)
-    assert {n for n, p in twin.named_parameters() if p.requires_grad} == {
+    copied = how(model)
+    assert torch.equal(copied(images), before)
+    assert {n for n, p in copied.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
     with torch.no_grad():
-        for name, parameter in twin.named_parameters():
+        for name, parameter in copied.named_parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * reference_vim.drawn(f"{name}+", parameter.shape))
-    changed = twin(images)
+                parameter.add_(0.1 * reference_vim.sample(f"{name}+", parameter.shape))
+    changed = copied(images)
     assert relative_error(changed, before) > 1e-3  # the copy's own adapter is at its points
     assert torch.equal(model(images), before)
     with pytest.raises(ConfigError, match="carries a method already"):
-        adapt(twin, SVP())
+        adapt(copied, SVP())
 
 
 def test_points_are_checked_by_name() -> None:
@@ -495,18 +495,18 @@ def test_features_differ_between_tokens_and_images() -> None:
 
 @pytest.mark.parametrize("method", ["svp", "vpt_deep", "full"])
 def test_gradient_checkpointing_changes_memory_alone(method: str) -> None:
-    """The same logits and gradients to the bit, also with dropout; what is kept between is the input of each layer."""
+    """The same logits and gradients to the bit, also with dropout; only the input of each layer is saved."""
     arguments = {"dropout": 0.3} if method != "full" else {}
     model = svp_bench.create_model("vim_nano_patch8_64", num_classes=3, method=method, **arguments).train()
     images = torch.randn(2, 3, 64, 64)
     found = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
-        kept = 0
+        saved = 0
 
         def count(tensor: Tensor) -> Tensor:
-            nonlocal kept
-            kept += tensor.numel()
+            nonlocal saved
+            saved += tensor.numel()
             return tensor
 
         torch.manual_seed(0)
@@ -515,9 +515,9 @@ def test_gradient_checkpointing_changes_memory_alone(method: str) -> None:
             logits = model(images)
         logits.square().sum().backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        found.append((logits.detach(), gradients, kept))
-    (plain, before, kept), (again, after, kept_again) = found
+        found.append((logits.detach(), gradients, saved))
+    (plain, before, saved), (again, after, saved_again) = found
     assert torch.equal(plain, again)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert kept_again < kept / 5
+    assert saved_again < saved / 5

@@ -23,13 +23,13 @@ class Tolerance(NamedTuple):
 
 # The ops against a naive float64 recurrence on the same (already rounded) inputs.
 OPS = {
-    # 53 bits, up to 200 steps: 1e-14 is usual; the rest is room for another order of summation.
+    # 53 bits, up to 200 steps: 1e-14 is usual; the rest allows another order of summation.
     torch.float64: Tolerance(1e-12, 1e-12),
     # Unit roundoff 6e-8. A state passes through up to 197 multiplications, which costs some tens of units; gradients of
     # A, D and the bias sum over batch and length on top of that.
     torch.float32: Tolerance(2e-6, 5e-6),
     # Everything between is float32, so what is left is one rounding to 8 bits: at most 2^-8 of the largest entry, and
-    # there is no room for another.
+    # another order is not allowed.
     torch.bfloat16: Tolerance(2**-8, 2**-8),
 }
 

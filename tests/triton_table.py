@@ -308,7 +308,7 @@ class Rows(NamedTuple):
     excluded: int | None
 
     @staticmethod
-    def drawn(width: int, terms: int, residual: bool, excluded: int | None, dtype: torch.dtype) -> Rows:
+    def sample(width: int, terms: int, residual: bool, excluded: int | None, dtype: torch.dtype) -> Rows:
         def row() -> Tensor:
             return torch.randn(2, 3, width).to(dtype)
 
@@ -352,7 +352,7 @@ class Rows(NamedTuple):
 def test_add_norm(width: int, terms: int, residual: bool, excluded: int | None, dtype: torch.dtype) -> None:
     if terms == 3:  # PyTorch's operators then, which round each product
         dtype = torch.float32
-    rows = Rows.drawn(width, terms, residual, excluded, dtype)
+    rows = Rows.sample(width, terms, residual, excluded, dtype)
     given, exact = rows.leaves(), rows.leaves(torch.float64)
     outs, expected = rows.ours(given), rows.naive(exact)
     assert [o.dtype for o in outs] == [torch.float32, dtype]
@@ -377,7 +377,7 @@ def test_add_norm(width: int, terms: int, residual: bool, excluded: int | None, 
 def test_add_prompts(terms: int, excluded: int | None, dtype: torch.dtype) -> None:
     if terms == 3:
         dtype = torch.float32
-    rows = Rows.drawn(33, terms, False, excluded, dtype)
+    rows = Rows.sample(33, terms, False, excluded, dtype)
     del rows.tensors["weight"]
     given = rows.leaves()
     exact = {**rows.leaves(torch.float64), "weight": torch.ones(33, dtype=torch.float64)}
@@ -396,7 +396,7 @@ def test_add_prompts(terms: int, excluded: int | None, dtype: torch.dtype) -> No
 
 def test_each_gradient_of_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also from one output alone; and a pass of several rows a program adds up its sums."""
-    rows = Rows.drawn(9, 2, True, 1, torch.float32)
+    rows = Rows.sample(9, 2, True, 1, torch.float32)
     launches: list[dict[str, Any]] = []
     launch = triton_launch.launch
 
@@ -430,7 +430,7 @@ def test_each_gradient_of_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_spared_token_takes_nothing_from_a_broken_prompt() -> None:
-    rows = Rows.drawn(4, 1, True, 1, torch.float32)
+    rows = Rows.sample(4, 1, True, 1, torch.float32)
     pre = rows.tensors["pre0"]
     assert pre is not None
     pre[:, 1] = torch.nan
@@ -450,7 +450,7 @@ def test_rows_that_kernels_do_not_take() -> None:
 
 
 def test_rows_checkpointed_and_compiled() -> None:
-    rows = Rows.drawn(9, 2, True, 1, torch.float32)
+    rows = Rows.sample(9, 2, True, 1, torch.float32)
 
     def run(call: Any) -> list[Tensor]:
         leaves = rows.leaves()
@@ -469,12 +469,12 @@ def test_rows_checkpointed_and_compiled() -> None:
         return total, triton_norm.add_prompts(normed, [(scale, pre)], None)
 
     plain = run(inner)
-    for way, found in {
+    for kind, found in {
         "again": run(inner),
         "checkpointed": run(lambda leaves: checkpoint(inner, leaves, use_reentrant=False)),
         "compiled": run(torch.compile(inner, backend="aot_eager", fullgraph=True)),
     }.items():
-        assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), way
+        assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), kind
 
 
 def mixed(x: Tensor, parts: list[Tensor], recompute: bool = False) -> Tensor:
@@ -507,19 +507,19 @@ def test_made_again_checkpointed_compiled_and_under_autocast() -> None:
 
     plain = run(mixed)
     assert all(torch.equal(a, b) for a, b in zip(plain, run(mixed), strict=True)), "not deterministic"
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         mixed(x, parts, recompute=True)
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, *parts)}, "the inputs and nothing else"
-    ways = {
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, *parts)}, "the inputs and nothing else"
+    kinds = {
         "made again": run(lambda x, p: mixed(x, p, recompute=True)),
         "checkpointed": run(lambda x, p: checkpoint(mixed, x, p, use_reentrant=False)),
         "compiled": run(torch.compile(mixed, backend="aot_eager")),
     }
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
-        ways["under autocast"] = run(mixed)
-    for way, found in ways.items():
-        assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), way
+        kinds["under autocast"] = run(mixed)
+    for kind, found in kinds.items():
+        assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)), kind
 
 
 @pytest.mark.slow
