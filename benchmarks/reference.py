@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from svp_bench.core.atomic import replacing
-from svp_bench.records.selection import read_choice
+from svp_bench.records.selection import read_selected_config
 from svp_bench.records.store import read_records
 from svp_bench.stats.inference import Estimate, mean_of, paired
 from svp_bench.tables.build import load_table
@@ -89,11 +89,11 @@ class Reference:
         self.embedded = section(self.suite, self.roots[0])
         self.random = section(self.suite, self.roots[1])
         self.ties = {
-            (number, choice.task, choice.method)
+            (number, selected.task, selected.method)
             for number, root in enumerate(self.roots)
-            for choice in map(read_choice, sorted((root / "choices").rglob("*.json")))
-            if choice.count < FEW
-            and sum(trial.mean == choice.trials[choice.chosen].mean for trial in choice.trials) > 1
+            for selected in map(read_selected_config, sorted((root / "selected_configs").rglob("*.json")))
+            if selected.count < FEW
+            and sum(trial.mean == selected.trials[selected.chosen].mean for trial in selected.trials) > 1
         }
         self.floors, self.features = (
             json.loads((self.roots[0] / name).read_text(encoding="utf-8"))["tasks"]
@@ -105,7 +105,7 @@ class Reference:
         return next(row for row in (part or self.embedded).rows if row.method == method)
 
     def main_table(self) -> str:
-        """Methods × tasks, the best mean first; then the controls. † marks choices by a tie on fewer than 50 images."""
+        """Methods × tasks, the best mean first; then the controls. † marks ties on fewer than 50 images."""
         sources = self.embedded.rows
         ordered = sorted(sources, key=lambda row: -(row.task_mean or 0.0))
         rows = [self._line(row, row.method, 0) for row in ordered]
@@ -220,13 +220,13 @@ class Reference:
             counts: dict[str, Counter[str]] = {}
             ties: Counter[str] = Counter()
             edges: Counter[str] = Counter()
-            for path in sorted((root / "choices").rglob("*.json")):
-                choice = read_choice(path)
-                chosen, method = choice.trials[choice.chosen], choice.method
+            for path in sorted((root / "selected_configs").rglob("*.json")):
+                selected = read_selected_config(path)
+                chosen, method = selected.trials[selected.chosen], selected.method
                 text = ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in chosen.values.items())
                 counts.setdefault(method, Counter())[text] += 1
-                ties[method] += sum(trial.mean == chosen.mean for trial in choice.trials) > 1
-                rates = [trial.values[RATE] for trial in choice.trials]
+                ties[method] += sum(trial.mean == chosen.mean for trial in selected.trials) > 1
+                rates = [trial.values[RATE] for trial in selected.trials]
                 edges[method] += chosen.values[RATE] in (min(rates), max(rates))
             for method, of in counts.items():
                 often = sorted(of.items(), key=lambda item: (-item[1], item[0]))

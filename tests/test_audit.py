@@ -16,7 +16,7 @@ from synthetic_records import LIST, OTHER_LIST, WEIGHTS, make_record, synthetic_
 from svp_bench.audit.record import audit, render
 from svp_bench.records.digests import canonical_digest, cell_config, config_digest, setting_digest
 from svp_bench.records.record import Metrics, Record, SearchSummary, new_run_id
-from svp_bench.records.selection import Choice, Trial, choice_path, choose, context_of
+from svp_bench.records.selection import SelectedConfig, Trial, choose, context_of, selected_config_path
 from svp_bench.records.store import write_atomically, write_record
 from svp_bench.tasks.cards import load_task
 
@@ -81,11 +81,11 @@ def searched(
     trials: dict[float, float] | None = None,
     chosen: int = 1,
     created: str = f"{DAY}T11:00:00+00:00",
-    twist: Callable[[Choice], Choice] = lambda choice: choice,
+    twist: Callable[[SelectedConfig], SelectedConfig] = lambda selected: selected,
     final: dict[str, Any] | None = None,
     records: bool = True,
 ) -> Path:
-    """A search on val among learning rates, its choice, and the run with it; return that run's record."""
+    """A search on val among learning rates, its selected config, and the run with it; return that run's record."""
     tried = trials or {1e-3: 60.0, 3e-3: 75.0, 1e-2: 20.0}
     runs = [selection(rate, top1) for rate, top1 in tried.items()]
     for run in runs if records else ():
@@ -97,7 +97,7 @@ def searched(
         for run, (rate, top1) in zip(runs, tried.items(), strict=True)
     )
     _, error, reason = choose(listed, 200)
-    choice = Choice(
+    selected = SelectedConfig(
         task=TASK,
         method="svp",
         search=declared,
@@ -113,11 +113,13 @@ def searched(
         reason=reason,
         created=created,
     )
-    choice = twist(choice)
-    path = choice_path(root, str(choice.search["name"]), choice.search_digest, choice.task, choice.method)
-    write_atomically(path, choice.text())  # as it is, with what `write_choice` would refuse
+    selected = twist(selected)
+    path = selected_config_path(
+        root, str(selected.search["name"]), selected.search_digest, selected.task, selected.method
+    )
+    write_atomically(path, selected.text())  # as it is, with what `write_selected_config` would refuse
     rate = list(tried)[chosen]
-    return write_record(record(5100, {RATE: rate, **(final or {})}, search=choice.summary()), root)
+    return write_record(record(5100, {RATE: rate, **(final or {})}, search=selected.summary()), root)
 
 
 def lines(path: Path, root: Path | None = None) -> dict[str, list[tuple[str, str]]]:
@@ -455,7 +457,7 @@ def test_json_that_is_no_record_is_left_out_of_a_folder_and_counted(tmp_path: Pa
     assert report.skipped == 2
     assert "5 records: 4 passed, 1 failed\n2 JSON files skipped: not records\n" in render(report)
     assert "contains no record (other JSON files: 1)" in assert_error(
-        command("audit", str(tmp_path / "deep" / "results" / "choices")), 2
+        command("audit", str(tmp_path / "deep" / "results" / "selected_configs")), 2
     )
 
 
@@ -470,8 +472,8 @@ def test_wrong_use_is_one_line(tmp_path: Path) -> None:
 
 def test_files_of_other_kinds_are_called_what_they_are(tmp_path: Path) -> None:
     searched(tmp_path)
-    (choice,) = (tmp_path / "choices").rglob("*.json")
-    (text,) = failures(choice)
+    (selected,) = (tmp_path / "selected_configs").rglob("*.json")
+    (text,) = failures(selected)
     assert "not a record but the selected config of a search" in text
 
 
@@ -541,45 +543,45 @@ def test_a_searched_run_passes_with_its_selected_config_and_trials(tmp_path: Pat
     assert command("audit", str(tmp_path)).status == 0
 
 
-def replaced(**changes: Any) -> Callable[[Choice], Choice]:
-    return lambda choice: dataclasses.replace(choice, **changes)
+def replaced(**changes: Any) -> Callable[[SelectedConfig], SelectedConfig]:
+    return lambda selected: dataclasses.replace(selected, **changes)
 
 
-def with_trial(number: int, **changes: Any) -> Callable[[Choice], Choice]:
-    def twist(choice: Choice) -> Choice:
-        trials = list(choice.trials)
+def with_trial(number: int, **changes: Any) -> Callable[[SelectedConfig], SelectedConfig]:
+    def twist(selected: SelectedConfig) -> SelectedConfig:
+        trials = list(selected.trials)
         trials[number] = dataclasses.replace(trials[number], **changes)
-        return dataclasses.replace(choice, trials=tuple(trials))
+        return dataclasses.replace(selected, trials=tuple(trials))
 
     return twist
 
 
-def with_search(**changes: Any) -> Callable[[Choice], Choice]:
-    def twist(choice: Choice) -> Choice:
-        search = {**choice.search, **changes}
-        return dataclasses.replace(choice, search=search, search_digest=canonical_digest(search))
+def with_search(**changes: Any) -> Callable[[SelectedConfig], SelectedConfig]:
+    def twist(selected: SelectedConfig) -> SelectedConfig:
+        search = {**selected.search, **changes}
+        return dataclasses.replace(selected, search=search, search_digest=canonical_digest(search))
 
     return twist
 
 
-def dropped(choice: Choice) -> Choice:
+def dropped(selected: SelectedConfig) -> SelectedConfig:
     """Without its last trial."""
-    return dataclasses.replace(choice, trials=choice.trials[:-1])
+    return dataclasses.replace(selected, trials=selected.trials[:-1])
 
 
-def raised(choice: Choice) -> Choice:
+def raised(selected: SelectedConfig) -> SelectedConfig:
     """Another score than the record of the trial has, with all that follows from it."""
-    choice = with_trial(1, scores=(76.0,))(choice)
-    _, error, reason = choose(choice.trials, choice.count)
-    return dataclasses.replace(choice, standard_error=error, reason=reason)
+    selected = with_trial(1, scores=(76.0,))(selected)
+    _, error, reason = choose(selected.trials, selected.count)
+    return dataclasses.replace(selected, standard_error=error, reason=reason)
 
 
-def hidden(choice: Choice) -> Choice:
+def hidden(selected: SelectedConfig) -> SelectedConfig:
     """Return the selected config with its losing last trial stated as failed before it had a record."""
-    last = dataclasses.replace(choice.trials[-1], status="failed: nan", scores=(), run_ids=("",), trainable=None)
-    trials = (*choice.trials[:-1], last)
-    _, error, reason = choose(trials, choice.count)
-    return dataclasses.replace(choice, trials=trials, standard_error=error, reason=reason)
+    last = dataclasses.replace(selected.trials[-1], status="failed: nan", scores=(), run_ids=("",), trainable=None)
+    trials = (*selected.trials[:-1], last)
+    _, error, reason = choose(trials, selected.count)
+    return dataclasses.replace(selected, trials=trials, standard_error=error, reason=reason)
 
 
 @pytest.mark.parametrize(
@@ -619,7 +621,7 @@ def test_a_search_that_is_not_what_it_claims_fails(tmp_path: Path, options: dict
 
 def test_a_choice_that_was_removed_or_changed_afterwards_fails(tmp_path: Path) -> None:
     path = searched(tmp_path)
-    (file,) = (tmp_path / "choices").rglob("*.json")
+    (file,) = (tmp_path / "selected_configs").rglob("*.json")
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace("T11:00:00+", "T10:59:59+"), encoding="utf-8")
     assert any("the selected_config of the" in line for line in failures(path))
@@ -648,8 +650,8 @@ def test_what_was_tried_outside_of_the_search_is_a_note(tmp_path: Path) -> None:
     path = searched(tmp_path)
     write_record(selection(0.05, 70.0), tmp_path)
     write_record(record(5003, {RATE: 0.05}, "09:00:00"), tmp_path)
-    other = next((tmp_path / "choices").rglob("*.json"))
-    elsewhere = tmp_path / "choices" / "again-12345678" / TASK / "svp.json"
+    other = next((tmp_path / "selected_configs").rglob("*.json"))
+    elsewhere = tmp_path / "selected_configs" / "again-12345678" / TASK / "svp.json"
     elsewhere.parent.mkdir(parents=True)
     elsewhere.write_text(other.read_text(), encoding="utf-8")
     found = lines(path)

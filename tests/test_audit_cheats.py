@@ -17,7 +17,7 @@ from svp_bench.audit.record import audit
 from svp_bench.audit.scores import impossible_scores
 from svp_bench.records.digests import card_digest
 from svp_bench.records.record import Metrics, Parameters, PerClass, Record
-from svp_bench.records.selection import Choice, choose
+from svp_bench.records.selection import SelectedConfig, choose
 from svp_bench.records.store import write_record
 from svp_bench.tasks.cards import load_protocol, load_task
 
@@ -170,10 +170,10 @@ def test_a_copy_of_a_record_is_a_note(tmp_path: Path) -> None:
 
 
 def test_two_trials_are_not_one_run(tmp_path: Path) -> None:
-    def twist(choice: Choice) -> Choice:
-        trials = list(choice.trials)
+    def twist(selected: SelectedConfig) -> SelectedConfig:
+        trials = list(selected.trials)
         trials[2] = dataclasses.replace(trials[2], run_ids=trials[0].run_ids)
-        return dataclasses.replace(choice, trials=tuple(trials))
+        return dataclasses.replace(selected, trials=tuple(trials))
 
     path = searched(tmp_path, twist=twist)
     assert any(text.startswith("trials: 2 trials are one run, svp-") for text in failures(path))
@@ -189,10 +189,10 @@ def test_a_method_that_was_edited_after_its_search_was_not_searched(tmp_path: Pa
 # ---- trials that failed
 
 
-def failing(choice: Choice) -> Choice:
-    trials = (*choice.trials[:-1], dataclasses.replace(choice.trials[-1], status="failed: nan", scores=()))
-    _, error, reason = choose(trials, choice.count)
-    return dataclasses.replace(choice, trials=trials, standard_error=error, reason=reason)
+def failing(selected: SelectedConfig) -> SelectedConfig:
+    trials = (*selected.trials[:-1], dataclasses.replace(selected.trials[-1], status="failed: nan", scores=()))
+    _, error, reason = choose(trials, selected.count)
+    return dataclasses.replace(selected, trials=trials, standard_error=error, reason=reason)
 
 
 def test_a_failed_trial_is_no_setting_that_was_tried(tmp_path: Path) -> None:

@@ -14,7 +14,15 @@ from test_audit import DAY, RATE, TASK, edited, failures, record
 
 from svp_bench.records.digests import canonical_digest, cell_config
 from svp_bench.records.record import Correct, Metrics, Record
-from svp_bench.records.selection import FOLD_KEYS, Choice, Trial, choice_path, context_of, decide, edges
+from svp_bench.records.selection import (
+    FOLD_KEYS,
+    SelectedConfig,
+    Trial,
+    context_of,
+    decide,
+    edges,
+    selected_config_path,
+)
 from svp_bench.records.store import record_path, write_atomically, write_record
 from svp_bench.tasks.cards import load_protocol
 
@@ -71,31 +79,34 @@ def trial_of(rate: float, runs: list[Record]) -> Trial:
     )
 
 
-def decided(choice: Choice) -> Choice:
-    """Return `choice` with what its rule makes of its trials, as a careful cheater would write it."""
-    found = decide(choice.trials, choice.count, choice.search["rule"], choice.images)
+def decided(selected: SelectedConfig) -> SelectedConfig:
+    """Return `selected config` with what its rule makes of its trials, as a careful cheater would write it."""
+    found = decide(selected.trials, selected.count, selected.search["rule"], selected.images)
     return dataclasses.replace(
-        choice,
-        search_digest=canonical_digest(choice.search),
+        selected,
+        search_digest=canonical_digest(selected.search),
         chosen=found.chosen,
         standard_error=found.standard_error,
         reason=found.reason,
         ties=found.ties,
-        at_edge=edges(choice.trials, found),
+        at_edge=edges(selected.trials, found),
     )
 
 
 def nested_search(
-    root: Path, twist: Callable[[Choice], Choice] = lambda choice: choice, final_seed: int = SEED, **declared: Any
+    root: Path,
+    twist: Callable[[SelectedConfig], SelectedConfig] = lambda selected: selected,
+    final_seed: int = SEED,
+    **declared: Any,
 ) -> Path:
-    """Write a search in folds for seed 1, its choice and the final run; return the record of that run."""
+    """Write a search in folds for seed 1, its selected config and the final run; return the record of that run."""
     runs = {rate: [fold_record(rate, fold) for fold in range(FOLDS)] for rate in RATES}
     for one in (run for folds in runs.values() for run in folds):
         write_record(one, root)
     search = {**DECLARED, **declared}
-    choice = twist(
+    selected = twist(
         decided(
-            Choice(
+            SelectedConfig(
                 task=TASK,
                 method="svp",
                 search=search,
@@ -117,18 +128,18 @@ def nested_search(
             )
         )
     )
-    path = choice_path(root, "rates", choice.search_digest, TASK, "svp", final_seed)
-    write_atomically(path, choice.text())
-    return write_record(record(5100, dict(choice.values), search=choice.summary(), seed=final_seed), root)
+    path = selected_config_path(root, "rates", selected.search_digest, TASK, "svp", final_seed)
+    write_atomically(path, selected.text())
+    return write_record(record(5100, dict(selected.values), search=selected.summary(), seed=final_seed), root)
 
 
-def of_trial(number: int, **changes: Any) -> Callable[[Choice], Choice]:
+def of_trial(number: int, **changes: Any) -> Callable[[SelectedConfig], SelectedConfig]:
     """Return an edit of one trial, after which the rule is applied again."""
 
-    def twist(choice: Choice) -> Choice:
-        trials = list(choice.trials)
+    def twist(selected: SelectedConfig) -> SelectedConfig:
+        trials = list(selected.trials)
         trials[number] = dataclasses.replace(trials[number], **changes)
-        return decided(dataclasses.replace(choice, trials=tuple(trials)))
+        return decided(dataclasses.replace(selected, trials=tuple(trials)))
 
     return twist
 
@@ -144,7 +155,7 @@ def record_path_of(final: Path, rate: float, fold: int = 0) -> Path:
     return path
 
 
-def one_fold_less(choice: Choice) -> Choice:
+def one_fold_less(selected: SelectedConfig) -> SelectedConfig:
     cut = tuple(
         dataclasses.replace(
             trial,
@@ -154,10 +165,10 @@ def one_fold_less(choice: Choice) -> Choice:
             right=(trial.right or ())[:-1],
             counts=(trial.counts or ())[:-1],
         )
-        for trial in choice.trials
+        for trial in selected.trials
     )
-    parts = {"folds": FOLDS - 1, "images": choice.images[:-1], "count": choice.count - PER_FOLD}
-    return decided(dataclasses.replace(choice, trials=cut, selected_on="train800val200 (4 folds)", **parts))
+    parts = {"folds": FOLDS - 1, "images": selected.images[:-1], "count": selected.count - PER_FOLD}
+    return decided(dataclasses.replace(selected, trials=cut, selected_on="train800val200 (4 folds)", **parts))
 
 
 @pytest.mark.parametrize("declared", [FOLDS, "auto"])
@@ -174,7 +185,7 @@ def test_folds_where_val_is_large_are_seen(tmp_path: Path) -> None:
 
 
 def test_a_dropped_trial_is_seen(tmp_path: Path) -> None:
-    path = nested_search(tmp_path, lambda choice: decided(dataclasses.replace(choice, trials=choice.trials[:-1])))
+    path = nested_search(tmp_path, lambda selected: decided(dataclasses.replace(selected, trials=selected.trials[:-1])))
     assert any("declared grid" in text for text in failures(path))
 
 
@@ -212,8 +223,8 @@ def test_edited_bits_losses_and_files_are_seen(tmp_path: Path) -> None:
     path = nested_search(tmp_path / "loss", of_trial(0, losses=(0.4,) * FOLDS))
     assert any(": loss is " in text for text in failures(path))
     path = nested_search(tmp_path / "file")
-    (choice,) = (tmp_path / "file" / "choices").rglob("*.json")
-    choice.write_text(choice.read_text(encoding="utf-8").replace("11:00:00", "10:59:00"), encoding="utf-8")
+    (selected,) = (tmp_path / "file" / "selected_configs").rglob("*.json")
+    selected.write_text(selected.read_text(encoding="utf-8").replace("11:00:00", "10:59:00"), encoding="utf-8")
     assert any("the selected_config of the" in text for text in failures(path))
     path = nested_search(tmp_path / "score")
     edited(record_path_of(path, 3e-3), metrics__loss=0.8)

@@ -106,7 +106,7 @@ def test_help_is_short_and_offers_what_is_accepted() -> None:
     text = command("fit", "--help", "--config", "configs/vtab/dtd.yaml").out
     assert len(text.splitlines()) < 150
     flags = re.findall(r"^  --([\w.]+)", text, re.MULTILINE)
-    own = ["config", "method", "choice", "resume", "no_test"]
+    own = ["config", "method", "selected_config", "resume", "no_test"]
     assert flags[: len(own)] == own
     assert not {"model.num_classes", "model.image_size", "model.seed", "data.seed", "model", "data"} & {*flags}
     every = {f"model.{name}" for name in inspect.signature(AdaptationModule).parameters}

@@ -82,7 +82,7 @@ def test_a_run_refuses_other_kinds_of_files(make: Make, file: str, place: Path) 
 
 
 @pytest.mark.parametrize("make", KINDS)
-@pytest.mark.parametrize("flag", ["--config", "--method", "--choice", "--model.checkpoint"])
+@pytest.mark.parametrize("flag", ["--config", "--method", "--selected_config", "--model.checkpoint"])
 def test_a_flag_refuses_other_kinds_of_files(make: Make, flag: str, place: Path) -> None:
     make(place / "odd.yaml")
     outcome = command(*small(flag, "odd.yaml", **{"model__checkpoint": None} if flag == "--model.checkpoint" else {}))

@@ -105,7 +105,7 @@ def test_test_images_set_a_floor(tmp_path: Path) -> None:
     sources += [[task] for task in TASKS if not any(task in source for source in sources)]
     errors = np.sqrt(shares / 1000)  # those of tasks that share their test images add up
     floor = 1.959964 * 100 * math.sqrt(sum(sum(errors[task] for task in source) ** 2 for source in sources)) / 19
-    assert f"The choice of test images alone leaves ± {floor:.2f} points (95 %)" in " ".join(text.split())
+    assert f"The sampling of test images alone leaves ± {floor:.2f} points (95 %)" in " ".join(text.split())
     assert "test images" not in run("power", "--results_root", root, "--effect", "1").out
 
 

@@ -71,7 +71,7 @@ def test_every_cell_is_there_and_of_one_kind(folder: str, methods: set[str], che
 
 def test_every_method_had_the_same_budget_and_every_choice_holds() -> None:
     for folder in ("demo", "demo-random"):
-        paths = sorted((REFERENCE / folder / "choices").rglob("*.json"))
+        paths = sorted((REFERENCE / folder / "selected_configs").rglob("*.json"))
         assert {len(json.loads(path.read_text(encoding="utf-8"))["trials"]) for path in paths} == {6}
         run("audit", str(REFERENCE / folder / "records" / "demo"))
 

@@ -381,7 +381,7 @@ def test_a_method_of_somebody_else_runs_where_its_module_is(elsewhere: Path, dat
         (("--seed_everything", "1"), "rerun takes no --seed_everything"),
         (("--resume",), "rerun takes no --resume"),
         (("--no_test",), "rerun takes no --no_test"),
-        (("--method", "full"), "rerun takes no --config, --method or --choice"),
+        (("--method", "full"), "rerun takes no --config, --method or --selected_config"),
         (("other.json",), "rerun takes one record"),
     ],
 )

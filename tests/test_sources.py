@@ -248,13 +248,13 @@ def test_a_choice_is_that_of_the_source_that_was_searched(place: Path) -> None:
     flags += ["--data.image_size", "32", "--data.root", "data", "--trainer.max_epochs", "1", "--method", "probe.yaml"]
     done = command("tune", "--task", "vtab/cifar", "--search", "search.yaml", "--trainer.accelerator", "cpu", *flags)
     assert done.status == 0, done.out + done.err
-    (choice,) = Path("results/choices").rglob("*.json")
+    (selected,) = Path("results/selected_configs").rglob("*.json")
     final = [
         "fit",
         "--config",
         "configs/vtab/cifar.yaml",
-        "--choice",
-        str(choice),
+        "--selected_config",
+        str(selected),
         "--trainer.accelerator",
         "cpu",
         *flags,

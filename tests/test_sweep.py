@@ -1,4 +1,4 @@
-"""Sweeps without training: declarations, samplers, the rule, frozen choices, and the order of things under any fate."""
+"""Sweeps without training: declarations, samplers, the rule, selected configs, and every order of events."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from svp_bench.records.bits import pack_bits
 from svp_bench.records.digests import canonical_digest
 from svp_bench.records.selection import (
     FOLD_KEYS,
-    Choice,
+    SelectedConfig,
     Trial,
-    choice_path,
     choose,
     decide,
     edges,
-    read_choice,
-    write_choice,
+    read_selected_config,
+    selected_config_path,
+    write_selected_config,
 )
 from svp_bench.stats.inference import one_standard_error
 from svp_bench.sweep.jobs import Job, Outcome
@@ -241,7 +241,7 @@ def test_what_is_chosen_is_never_worse_than_one_standard_error(scores: list[int 
         assert all(t.mean is not None and t.mean < best - error for t in cheaper)
 
 
-# ---- frozen choices
+# ---- selected configs
 
 DECLARED: dict[str, Any] = {
     "name": "small",
@@ -254,8 +254,8 @@ DECLARED: dict[str, Any] = {
 }
 
 
-def a_choice(**changes: Any) -> Choice:
-    choice = Choice(
+def a_selected_config(**changes: Any) -> SelectedConfig:
+    selected = SelectedConfig(
         task="vtab/dtd",
         method="svp",
         search=DECLARED,
@@ -271,40 +271,40 @@ def a_choice(**changes: Any) -> Choice:
         reason=choose([trial(50.0), trial(60.0)], 200)[2],
         created="2026-01-31T12:00:00+00:00",
     )
-    return dataclasses.replace(choice, **changes)
+    return dataclasses.replace(selected, **changes)
 
 
 def test_a_choice_is_written_once(tmp_path: Path) -> None:
-    path = write_choice(a_choice(), tmp_path)
-    assert path == choice_path(tmp_path, "small", a_choice().search_digest, "vtab/dtd", "svp")
-    assert read_choice(path) == a_choice()
+    path = write_selected_config(a_selected_config(), tmp_path)
+    assert path == selected_config_path(tmp_path, "small", a_selected_config().search_digest, "vtab/dtd", "svp")
+    assert read_selected_config(path) == a_selected_config()
     before = path.read_bytes()
-    assert write_choice(a_choice(created="2026-02-01T12:00:00+00:00"), tmp_path) == path  # the same: whoever was first
-    with pytest.raises(RecordError, match="holds another choice already, and a choice is never overwritten"):
-        write_choice(a_choice(context={"trainer": {"max_epochs": 4}}), tmp_path)
+    assert write_selected_config(a_selected_config(created="2026-02-01T12:00:00+00:00"), tmp_path) == path  # the same
+    with pytest.raises(RecordError, match="holds another selected config already"):
+        write_selected_config(a_selected_config(context={"trainer": {"max_epochs": 4}}), tmp_path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 def test_a_record_says_what_the_choice_was() -> None:
-    search = a_choice().summary()
+    search = a_selected_config().summary()
     assert search.keys == (LR,)
     assert (search.budget, search.trials, search.selected_on) == (4, 2, "val200")
-    assert search.selected_config == a_choice().digest
+    assert search.selected_config == a_selected_config().digest
 
 
-PLAIN: list[dict[str, Any]] = json.loads(a_choice().text())["trials"]
+PLAIN: list[dict[str, Any]] = json.loads(a_selected_config().text())["trials"]
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema": "svp-bench/choice-9"}, "is no frozen choice"),
+        ({"schema": "svp-bench/choice-9"}, "is no selected config"),
         ({"schema": "svp-bench/choice-2"}, "the key 'search_seed' is missing"),
         ({"search": {**DECLARED, "rule_version": 2}}, "'search.rule_version' does not fit the schema"),
         ({"chosen": 2}, "'chosen' is 2, and there are 2 trials"),
         ({"chosen": None}, "'chosen' must be int"),
-        ({"reasons": "x"}, r"unknown key of a choice 'reasons'; did you mean 'reason'\?"),
+        ({"reasons": "x"}, r"unknown key of a selected config 'reasons'; did you mean 'reason'\?"),
         ({"trials": [{}]}, r"the key 'trials\[0\].values' is missing"),
         ({"trials": []}, "'chosen' is 1"),
         ({"search": {"name": "x", "version": 1, "sampler": "grid"}}, "'search' lacks 'budget'"),
@@ -327,14 +327,14 @@ PLAIN: list[dict[str, Any]] = json.loads(a_choice().text())["trials"]
     ],
 )
 def test_an_edited_choice_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    path = tmp_path / "choice.json"
-    path.write_text(json.dumps({**json.loads(a_choice().text()), **change}), encoding="utf-8")
+    path = tmp_path / "selected config.json"
+    path.write_text(json.dumps({**json.loads(a_selected_config().text()), **change}), encoding="utf-8")
     with pytest.raises(RecordError, match=said) as caught:
-        read_choice(path)
+        read_selected_config(path)
     assert "\n" not in str(caught.value)
 
 
-# ---- choices of version 2: image by image
+# ---- selected configs of version 2: image by image
 
 
 def votes(*right: str, loss: float = 1.0, trainable: int = 10, **values: Any) -> Trial:
@@ -418,32 +418,32 @@ def test_a_larger_value_that_failed_was_tried_and_zero_is_no_end() -> None:
 
 
 def of_the_fate(folder: Path, text: str, plan: Plan, seeds: tuple[int, ...] = (0,)) -> tuple[Search, list[Path]]:
-    """A search that fate ran; its declaration and its choice files."""
+    """A search that fate ran; its declaration and its selected config files."""
     search = load_search(str(declare(folder, text=text)))
     sweep = Sweep(cells(1, plan)[:1], seeds, (), folder, search=search)
     sweep.run(Fate(random.Random(0), 2, 0, 0, 0), Watcher())
     assert sweep.blocked == []
-    return search, sorted((folder / "choices").rglob("*.json"))
+    return search, sorted((folder / "selected_configs").rglob("*.json"))
 
 
 def test_a_nested_search_makes_a_choice_for_each_seed(tmp_path: Path) -> None:
     _, paths = of_the_fate(tmp_path, "folds: 5\n", Plan(folds=5, repeats=1), (0, 7))
     assert [path.name for path in paths] == ["linear-seed0.json", "linear-seed7.json"]
     for path, seed in zip(paths, (0, 7), strict=True):
-        choice = read_choice(path)
-        assert (choice.search_seed, choice.seeds, choice.nested) == (seed, (seed,), True)
-        assert (choice.folds, choice.repeats, choice.count) == (5, 1, LABELLED)
-        assert [len(trial.run_ids) for trial in choice.trials] == [5, 5]
-        assert choice.selected_on == "trainval (5 folds)"
-        search = choice.summary()
+        selected = read_selected_config(path)
+        assert (selected.search_seed, selected.seeds, selected.nested) == (seed, (seed,), True)
+        assert (selected.folds, selected.repeats, selected.count) == (5, 1, LABELLED)
+        assert [len(trial.run_ids) for trial in selected.trials] == [5, 5]
+        assert selected.selected_on == "trainval (5 folds)"
+        search = selected.summary()
         assert (search.nested, search.folds, search.trials, search.tried) == (True, 5, 2, 2)
 
 
 def test_a_search_for_all_seeds_repeats_its_folds(tmp_path: Path) -> None:
     search, paths = of_the_fate(tmp_path, "nested: false\nfolds: 3\n", Plan(folds=3, repeats=2), (0, 7))
-    choice = read_choice(*paths)
-    assert (search.repeats, choice.search_seed, choice.repeats) == (2, None, 2)
-    assert [len(trial.run_ids) for trial in choice.trials] == [6, 6]
+    selected = read_selected_config(*paths)
+    assert (search.repeats, selected.search_seed, selected.repeats) == (2, None, 2)
+    assert [len(trial.run_ids) for trial in selected.trials] == [6, 6]
 
 
 @pytest.mark.parametrize(
@@ -455,7 +455,7 @@ def test_a_search_for_all_seeds_repeats_its_folds(tmp_path: Path) -> None:
         ({"images": [[0]]}, "'images' has not one entry for each fold and repeat"),
         ({"search_seed": None}, "'search_seed' is that of a nested search"),
         ({"search_seed": "x"}, "'search_seed' must be a seed or null"),
-        ({"schema": "svp-bench/choice-1"}, "unknown key of a choice"),
+        ({"schema": "svp-bench/choice-1"}, "unknown key of a selected config"),
         ({"folds": 4}, "'images' has not one entry"),
     ],
 )
@@ -466,7 +466,7 @@ def test_an_edited_choice_of_version_2_is_one_line(tmp_path: Path, change: dict[
         change = {"chosen": 1 - data["chosen"]}
     path.write_text(json.dumps({**data, **change}), encoding="utf-8")
     with pytest.raises(RecordError, match=said) as caught:
-        read_choice(path)
+        read_selected_config(path)
     assert "\n" not in str(caught.value)
 
 
@@ -484,7 +484,7 @@ def test_an_edited_trial_of_version_2_is_one_line(tmp_path: Path) -> None:
         edited = {**data, "trials": [{**first, **change}, data["trials"][1]]}
         path.write_text(json.dumps(edited), encoding="utf-8")
         with pytest.raises(RecordError, match=said):
-            read_choice(path)
+            read_selected_config(path)
 
 
 def test_an_impossible_setting_fails_its_trial_and_the_search_goes_on(tmp_path: Path) -> None:
@@ -496,32 +496,35 @@ def test_an_impossible_setting_fails_its_trial_and_the_search_goes_on(tmp_path: 
                 return Outcome("failed", reason="rank is at most 64", refused=True)
             return super().outcome(job)
 
-    from svp_bench.sweep.plan import choice_notes
+    from svp_bench.sweep.plan import selection_notes
 
     search = load_search(str(declare(tmp_path)))
     sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search, retries=0)
     sweep.run(Picky(random.Random(0), 1, 0, 0, 0), Watcher())
     assert sweep.blocked == []
-    choice = read_choice(next((tmp_path / "choices").rglob("*.json")))
-    assert [trial.status for trial in choice.trials] == ["complete", "rank is at most 64"]
-    assert (len(choice.trials), choice.completed) == (2, 1)
+    selected = read_selected_config(next((tmp_path / "selected_configs").rglob("*.json")))
+    assert [trial.status for trial in selected.trials] == ["complete", "rank is at most 64"]
+    assert (len(selected.trials), selected.completed) == (2, 1)
     assert [ended.job.stage for ended in sweep.done].count("final") == 1
-    assert any("linear 1 of 2" in line for line in choice_notes(sweep))
+    assert any("linear 1 of 2" in line for line in selection_notes(sweep))
 
 
 def test_a_choice_for_another_run_is_refused(tmp_path: Path) -> None:
-    path = str(write_choice(a_choice(), tmp_path))
-    fit = ["fit", "--config", "configs/vtab/dtd.yaml", "--choice", path]
+    path = str(write_selected_config(a_selected_config(), tmp_path))
+    fit = ["fit", "--config", "configs/vtab/dtd.yaml", "--selected_config", path]
     for arguments, said in (
         (
-            ["fit", "--config", "configs/vtab/svhn.yaml", "--choice", path],
+            ["fit", "--config", "configs/vtab/svhn.yaml", "--selected_config", path],
             "was selected for the task 'vtab/dtd', not for",
         ),
         ([*fit, "--method", "linear"], "was selected for the method 'svp', not for 'linear'"),
         ([*fit, "--model.learning_rate", "1"], "sets model.learning_rate"),
         ([*fit, "--trainer.max_epochs", "9"], "was selected with"),
-        ([*fit, "--choice", path], "--choice was given twice"),
-        (["fit", "--config", "configs/vtab/dtd.yaml", "--choice", "nowhere.json"], "no choice file 'nowhere.json'"),
+        ([*fit, "--selected_config", path], "--selected_config was given twice"),
+        (
+            ["fit", "--config", "configs/vtab/dtd.yaml", "--selected_config", "nowhere.json"],
+            "no file 'nowhere.json'",
+        ),
     ):
         assert said in assert_error(command(*arguments), 2)
 
@@ -563,7 +566,7 @@ class Fate(Pool):
         return [Done(job, self.outcome(job))]
 
     def outcome(self, job: Job) -> Outcome:
-        fixed = random.Random(dataclasses.replace(job, choice=None).key)  # what a run gives follows from it alone
+        fixed = random.Random(dataclasses.replace(job, selected=None).key)  # what a run gives follows from it alone
         if fixed.random() < self.fails:
             return Outcome("failed", reason="the loss became nan", run_id="r")
         folds, fold, _ = (int(job.values.get(key, 0)) for key in FOLD_KEYS)
@@ -618,14 +621,14 @@ def test_the_outcome_does_not_depend_on_the_way(
         sweep = Sweep(cells(plan=plan), (0, 1, 2), ("--x",), folder / name, search=search)
         sweep.run(pool, Watcher())
         assert len({job.key for job in pool.ran}) == len(pool.ran)  # nothing is run twice
-        choices = {}
+        selected_configs = {}
         for path in sorted((folder / name).rglob("*.json")):
-            choice = read_choice(path)
-            choices[path.relative_to(folder / name)] = dataclasses.replace(choice, created="")
-        done = sorted(json.dumps({**ended.job.to_json(), "choice": None}) for ended in sweep.done)
-        ends.append((choices, done, sorted(cell.task + cell.label for cell in sweep.blocked)))
+            selected = read_selected_config(path)
+            selected_configs[path.relative_to(folder / name)] = dataclasses.replace(selected, created="")
+        done = sorted(json.dumps({**ended.job.to_json(), "selected": None}) for ended in sweep.done)
+        ends.append((selected_configs, done, sorted(cell.task + cell.label for cell in sweep.blocked)))
         finals = [job for job in pool.ran if job.stage == "final"]
-        assert all(job.choice is not None and Path(job.choice).is_file() for job in finals)
+        assert all(job.selected is not None and Path(job.selected).is_file() for job in finals)
         assert sweep.left == 0
     monkey.undo()
     assert ends[0] == ends[1]
@@ -652,7 +655,7 @@ def test_a_process_that_always_dies_is_given_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["failed", "died"])
 def test_a_setting_does_not_lose_for_what_is_not_its_doing(how: str, tmp_path: Path) -> None:
-    """A trial that failed before it trained, or was killed, leaves no record: its cell waits, no choice is frozen."""
+    """A trial that failed before it trained, or was killed, leaves no record: its cell waits, nothing is selected."""
 
     class Broken(Fate):
         def outcome(self, job: Job) -> Outcome:
@@ -691,7 +694,7 @@ def test_an_edited_choice_blocks_its_cell(tmp_path: Path) -> None:
     path.write_text(json.dumps({**data, "chosen": 1 - data["chosen"]}), encoding="utf-8")
     blocked = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).blocked
     assert "by its rule trial" in (blocked[0].blocked or "")
-    assert "a frozen choice is not edited" in (blocked[0].blocked or "")
+    assert "a selected config is not edited" in (blocked[0].blocked or "")
 
 
 def test_jobs_survive_json() -> None:

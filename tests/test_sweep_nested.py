@@ -70,7 +70,7 @@ def test_a_nested_search_holds_out_each_labelled_image_for_each_seed(folded: tup
         assert search is not None
         assert (search.nested, search.folds, search.tried) == (True, 2, 2)
         assert search.trials == (2 if method == "linear" else 1)
-        (path,) = folder.glob(f"results/choices/*/demo/digits-5shot/{method}-seed{seed}.json")
+        (path,) = folder.glob(f"results/selected_configs/*/demo/digits-5shot/{method}-seed{seed}.json")
         chosen = json.loads(path.read_text(encoding="utf-8"))
         assert chosen["search_seed"] == seed
         assert sorted(image for part in chosen["images"] for image in part) == list(range(50))
@@ -84,7 +84,7 @@ def test_the_table_averages_the_seeds_of_a_nested_search(folded: tuple[Path, str
     folder, _ = folded
     monkeypatch.chdir(folder)
     table = run("table", "--suite", "demo").out
-    assert "hold the noise of the choice" in " ".join(table.split())
+    assert "include the noise of the selection" in " ".join(table.split())
     assert "Trials of a task that failed: lora up to 1" in " ".join(table.split())
     lines = (folder / "results" / "tables" / "demo_long.csv").read_text(encoding="utf-8").splitlines()
     assert len([line for line in lines if "digits-5shot" in line]) >= 2
@@ -105,7 +105,7 @@ def test_the_audit_passes_a_nested_search_and_sees_edits(folded: tuple[Path, str
     assert "at the end of the grid" in said
     assert "methods differ in trials with a score" in said
     stored = json.loads(final.read_text(encoding="utf-8"))
-    (path,) = tmp_path.glob(f"results/choices/*/demo/digits-5shot/linear-seed{stored['seed']}.json")
+    (path,) = tmp_path.glob(f"results/selected_configs/*/demo/digits-5shot/linear-seed{stored['seed']}.json")
     trial = json.loads(path.read_text(encoding="utf-8"))["trials"][0]["run_ids"][0]
     record = tmp_path / "results/records/demo/digits-5shot" / f"{trial}.json"
     kept = record.read_bytes()
@@ -113,15 +113,24 @@ def test_the_audit_passes_a_nested_search_and_sees_edits(folded: tuple[Path, str
     assert re.search(r"fail +trials", command("audit", str(final)).out)
     record.write_bytes(kept)
     other = path.with_name(path.name.replace(f"seed{stored['seed']}", f"seed{1 - stored['seed']}"))
-    path.write_bytes(other.read_bytes())  # the choice of the other seed
+    path.write_bytes(other.read_bytes())  # the selected config of the other seed
     assert re.search(r"fail +selection", command("audit", str(final)).out)
 
 
 def test_a_choice_of_another_seed_is_refused(folded: tuple[Path, str], monkeypatch: Any) -> None:
     folder, _ = folded
     monkeypatch.chdir(folder)
-    (path,) = folder.glob("results/choices/*/demo/digits-5shot/linear-seed1.json")
-    fit = ["fit", "--config", "configs/demo/digits-5shot.yaml", "--method", "linear", "--choice", str(path), *FLAGS]
+    (path,) = folder.glob("results/selected_configs/*/demo/digits-5shot/linear-seed1.json")
+    fit = [
+        "fit",
+        "--config",
+        "configs/demo/digits-5shot.yaml",
+        "--method",
+        "linear",
+        "--selected_config",
+        str(path),
+        *FLAGS,
+    ]
     assert "was selected for --seed_everything 1, not 0" in assert_error(command(*fit), 2)
 
 

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 from helpers import assert_error, command, wait_for
 
-from svp_bench.core.errors import UnavailableError, UsageError
+from svp_bench.core.errors import UsageError
 from svp_bench.records.store import read_records
 from svp_bench.sweep.ray_pool import _Actor, _Setup, share_out
-from svp_bench.sweep.ray_tune import make_tuner
 
 FLAGS = [
     *("--model.backbone", "vim_nano_patch8_64", "--model.checkpoint", "none", "--data.image_size", "32"),
@@ -241,53 +240,3 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert sweep.returncode in (1, 2), out
     assert "cannot reach the Ray cluster 127.0.0.1:1" in out
     assert "Traceback" not in out
-
-
-# ---- searches
-
-
-TUNE = """
-import sys
-import ray
-from svp_bench.sweep.ray_tune import make_tuner
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-results = make_tuner("demo/digits-5shot", "linear", "two.yaml", flags=sys.argv[1:]).fit()
-print("tried", sorted(result.config["model.learning_rate"] for result in results), results.num_errors)
-"""
-TWO = """
-name: two
-version: 1
-sampler: grid
-budget: 2
-folds: 2
-spaces:
-  default:
-    model.learning_rate: [1.0e-3, 1.0e-2]
-"""
-
-
-@pytest.mark.slow
-def test_ray_tune_may_run_the_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray.tune", exc_type=ImportError)
-    (tmp_path / "two.yaml").write_text(TWO)
-    done = subprocess.run(
-        [sys.executable, "-c", TUNE, *FLAGS],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "tried [0.001, 0.01] 0" in done.stdout
-    monkeypatch.chdir(tmp_path)
-    frozen = command("tune", "--task", "demo/digits-5shot", "--method", "linear", "--search", "two.yaml", *FLAGS)
-    assert frozen.status == 0, frozen.err
-    assert "4 runs complete (0 new)" in frozen.out  # two settings in two folds
-    assert list(tmp_path.glob("results/choices/two-*/demo/digits-5shot/linear-seed0.json"))
-
-
-def test_without_ray_tune_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UnavailableError, match=r"pip install 'svp-bench\[tune\]'"):
-        make_tuner("demo/digits-5shot")

@@ -136,13 +136,13 @@ def test_a_sweep_searches_freezes_and_tests_once(undisturbed: Path) -> None:
             assert record.search is not None
             assert record.search.keys == ("model.learning_rate",)
             assert (record.search.budget, record.search.trials) == (2, 2)
-            (choice,) = undisturbed.glob(f"results/choices/*/{record.task}/{record.method}.json")
+            (selected,) = undisturbed.glob(f"results/selected_configs/*/{record.task}/{record.method}.json")
             import hashlib
 
-            assert record.search.selected_config == "sha256:" + hashlib.sha256(choice.read_bytes()).hexdigest()
+            assert record.search.selected_config == "sha256:" + hashlib.sha256(selected.read_bytes()).hexdigest()
             assert (
                 record.config["model"]["learning_rate"]
-                == json.loads(choice.read_text())["trials"][json.loads(choice.read_text())["chosen"]]["values"][
+                == json.loads(selected.read_text())["trials"][json.loads(selected.read_text())["chosen"]]["values"][
                     "model.learning_rate"
                 ]
             )
@@ -165,10 +165,18 @@ def test_a_second_sweep_finds_all_of_it(undisturbed: Path, monkeypatch: pytest.M
 def test_a_sweeps_run_is_the_run_that_fit_makes(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (choice,) = undisturbed.glob("results/choices/*/demo/digits-5shot/offset.json")
+    (selected,) = undisturbed.glob("results/selected_configs/*/demo/digits-5shot/offset.json")
     monkeypatch.chdir(tmp_path)
     made = run(
-        *("fit", "--config", "configs/demo/digits-5shot.yaml", "--method", "offset", "--choice", str(choice)),
+        *(
+            "fit",
+            "--config",
+            "configs/demo/digits-5shot.yaml",
+            "--method",
+            "offset",
+            "--selected_config",
+            str(selected),
+        ),
         *("--seed_everything", "1", *FLAGS, "--trainer.enable_progress_bar", "false"),
     )
     records, _ = read_records(undisturbed / "results")
@@ -217,8 +225,8 @@ def test_tune_freezes_one_choice() -> None:
     Path("search.yaml").write_text(SEARCH, encoding="utf-8")
     tuned = run("tune", "--task", "demo/digits-5shot", "--method", "linear", "--search", "search.yaml", *FLAGS)
     assert "demo/digits-5shot, linear: chose learning_rate =" in tuned.out
-    (choice,) = Path("results").glob("choices/*/demo/digits-5shot/linear.json")
-    assert str(choice) in tuned.out
+    (selected,) = Path("results").glob("selected_configs/*/demo/digits-5shot/linear.json")
+    assert str(selected) in tuned.out
     assert {record.kind for record in read_records("results")[0]} == {"selection"}
 
 
@@ -337,5 +345,5 @@ def test_the_elements_of_a_slurm_array_make_the_same_records(undisturbed: Path, 
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert len(list(tmp_path.glob("results/choices/*/*/*/*.json"))) == element + 1
+        assert len(list(tmp_path.glob("results/selected_configs/*/*/*/*.json"))) == element + 1
     assert facts(tmp_path / "results") == facts(undisturbed / "results")

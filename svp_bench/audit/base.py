@@ -16,7 +16,7 @@ from svp_bench.core.errors import RecordError, UsageError
 from svp_bench.core.resources import tasks_dirs
 from svp_bench.records.digests import card_digest
 from svp_bench.records.record import Record
-from svp_bench.records.selection import FOLD_KEYS, Choice, choice_path, read_choice
+from svp_bench.records.selection import FOLD_KEYS, SelectedConfig, read_selected_config, selected_config_path
 from svp_bench.records.store import read_records
 from svp_bench.tasks.cards import ProtocolCard, TaskCard, load_protocol, load_suite, load_task
 
@@ -80,15 +80,15 @@ class RecordStore:
     @property
     def selected_folder(self) -> Path:
         """The folder of selected configs."""
-        return self.root / "choices"
+        return self.root / "selected_configs"
 
     @cached_property
-    def selected_configs(self) -> Mapping[Path, Choice]:
+    def selected_configs(self) -> Mapping[Path, SelectedConfig]:
         """Path → selected config, of all that are sound."""
         found = {}
         for path in sorted(self.selected_folder.rglob("*.json")):
             with suppress(RecordError):
-                found[path] = read_choice(path)
+                found[path] = read_selected_config(path)
         return found
 
 
@@ -165,7 +165,7 @@ class Case:
         return f"the {kind} card {card.name} version {card.version} {digests}: it was changed without a new version"
 
     @cached_property
-    def selected(self) -> tuple[Choice | None, str]:
+    def selected(self) -> tuple[SelectedConfig | None, str]:
         """The selected config of a searched run and its place; or None and the reason, "" without a search."""
         search = self.record.search
         if search is None:
@@ -176,12 +176,14 @@ class Case:
             if not _NAME.fullmatch(name):
                 return None, f"{name!r} cannot be part of the name of a selected config"
         seed = self.record.seed if search.nested else None
-        path = choice_path(self.store.root, search.name, search.declaration, self.record.task, self.record.method, seed)
+        path = selected_config_path(
+            self.store.root, search.name, search.declaration, self.record.task, self.record.method, seed
+        )
         where = path.relative_to(self.store.root).as_posix()
         if not path.is_file():
             return None, f"{where} is missing: the selection of the setting cannot be checked"
         try:
-            return self.store.selected_configs.get(path) or read_choice(path), where
+            return self.store.selected_configs.get(path) or read_selected_config(path), where
         except RecordError as error:
             return None, str(error).replace(str(path), where)
 

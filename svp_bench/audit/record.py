@@ -23,7 +23,7 @@ from svp_bench.records.store import read_json, read_record
 
 __all__ = ["Audit", "Finding", "Report", "audit", "render"]
 
-_NO_RECORDS = ("choices", "replications", "tables")  # folders of a results folder with other JSON files
+_NO_RECORDS = ("selected_configs", "replications", "tables")  # folders of a results folder with other JSON files
 _LIMITS = (
     "An audit compares the files with each other and with the cards here. No record can prove that no run was deleted, "
     "that numbers, digests, times and commit were not invented, or when a value was fixed."

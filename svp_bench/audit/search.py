@@ -18,7 +18,7 @@ from svp_bench.records.selection import (
     AUTO_FOLDS,
     FALLBACK,
     RULE_VERSION,
-    Choice,
+    SelectedConfig,
     Trial,
     context_of,
 )
@@ -46,7 +46,7 @@ def check_config(case: Case) -> Iterator[Line]:
         yield "fail", where
 
 
-def _config_problems(case: Case, config: Choice) -> Iterator[str]:
+def _config_problems(case: Case, config: SelectedConfig) -> Iterator[str]:
     record, search = case.record, case.record.search
     assert search is not None
     ours, expected = dict(flat(record.config)), config.summary()
@@ -64,24 +64,24 @@ def _config_problems(case: Case, config: Choice) -> Iterator[str]:
     yield from _context_problems(record, config, "the run")
     start = start_of(record)
     try:
-        selected = datetime.strptime(config.created, CREATED).replace(tzinfo=timezone.utc)
+        written = datetime.strptime(config.created, CREATED).replace(tzinfo=timezone.utc)
     except ValueError:
         yield f"'created' of the selected config is {config.created!r}, which is not a time"
     else:
-        if start is None or selected > start:
+        if start is None or written > start:
             began = record.run_id if start is None else f"{start:%Y-%m-%dT%H:%M:%S+00:00}"
             yield f"selected {config.created}, after the run began ({began})"
     yield from _split_problems(case, config)
 
 
-def _context_problems(record: Record, config: Choice, who: str) -> Iterator[str]:
+def _context_problems(record: Record, config: SelectedConfig, who: str) -> Iterator[str]:
     ours = dict(flat(context_of(cell_config(record.config), list(config.values), record.method_source)))
     theirs = dict(flat(config.context))
     for key in sorted(key for key in {*ours, *theirs} if differ(ours.get(key), theirs.get(key)))[:1]:
         yield f"selected with {key} = {theirs.get(key)}, and {who} has {ours.get(key)}"
 
 
-def _split_problems(case: Case, config: Choice) -> Iterator[str]:
+def _split_problems(case: Case, config: SelectedConfig) -> Iterator[str]:
     """Yield where splits, folds and number of images of the selection are not those of the cards and of the search."""
     protocol, counts, folds = case.cards.protocol, case.split_counts, config.folds
     new = config.version >= RULE_VERSION
@@ -132,7 +132,7 @@ def check_trials(case: Case) -> Iterator[Line]:
         yield "note", f"{text}: {plural(config.completed, 'setting')} to select from, of a budget of {budget}"
 
 
-def _trial_problems(config: Choice, trial: Trial, found: Sequence[Record | None]) -> Iterable[str]:
+def _trial_problems(config: SelectedConfig, trial: Trial, found: Sequence[Record | None]) -> Iterable[str]:
     parts = max(1, config.folds * config.repeats)
     counts = trial.counts or (config.count,) * len(found)
     for place, (run_id, record) in enumerate(zip(trial.run_ids, found, strict=True)):
@@ -199,7 +199,7 @@ def check_outside(case: Case) -> Iterator[Line]:
         yield "fail", f"runs of settings and seeds of the search that the selected config leaves out: {some(hidden)}"
 
 
-def _belongs(config: Choice, record: Record) -> bool:
+def _belongs(config: SelectedConfig, record: Record) -> bool:
     """Return whether a run on val is of a setting, seed, split and time of the search."""
     same = (record.checkpoint_digest, record.data_digest) == (config.checkpoint_digest, config.data_digest)
     if not same or record.seed not in config.seeds or record.created > config.created:
@@ -228,7 +228,7 @@ def _contains(declared: Any, value: Any) -> bool:
 
 
 def check_rule(case: Case) -> Iterator[Line]:
-    """Report the rule, which `read_choice` applies again, and ties that it breaks by the order."""
+    """Report the rule, which `read_selected_config` applies again, and ties that it breaks by the order."""
     config, _ = case.selected
     if config is None:
         return

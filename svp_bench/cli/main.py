@@ -18,6 +18,7 @@ from svp_bench.core.terminal import readable_output
 
 __all__ = ["entry_point", "main"]
 
+_RENAMED_FLAGS = {"--selected_config": "--selected_config"}  # accepted with a notice
 _TASK_FLAGS = ("--data.task", "--task", "--tasks")
 
 
@@ -54,6 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.pop(CUSTOM_TASKS, None)
         else:
             os.environ[CUSTOM_TASKS] = before
+
+
+def _current_name(argument: str) -> str:
+    """Return an argument with the current name of its flag; an old name prints a notice."""
+    name, equals, value = argument.partition("=")
+    if name not in _RENAMED_FLAGS:
+        return argument
+    print(f"svp-bench: {name} is now called {_RENAMED_FLAGS[name]}", file=sys.stderr)
+    return f"{_RENAMED_FLAGS[name]}{equals}{value}"
 
 
 def _with_own_tasks(arguments: Sequence[str]) -> list[str]:

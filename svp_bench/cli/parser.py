@@ -21,7 +21,7 @@ __all__ = ["CommandLine", "Parser", "print_table", "run_action", "run_function",
 CommandLine = NewType("CommandLine", tuple[str, ...])
 """Type of a parameter that receives the subcommand and its arguments as typed."""
 
-_OF_FIT = ("--config", "--method", "--choice", "--no_test", "--resume", "--seed_everything")
+_OF_FIT = ("--config", "--method", "--selected_config", "--no_test", "--resume", "--seed_everything")
 _ARGUMENT = re.compile(r"^    \*?(\w+): (.+?)(?=^    \*?\w|\Z)", re.MULTILINE | re.DOTALL)
 
 

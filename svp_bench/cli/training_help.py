@@ -20,7 +20,7 @@ _OWN = {
     "fit": (
         ("--config FILE", "a task's config; further ones lie over it. Needed, unless --data.task is given"),
         ("--method NAME", "a method of `svp-bench methods`, or the path of a method file (default: svp)"),
-        ("--choice FILE", "take the settings that a search has chosen (default: none)"),
+        ("--selected_config FILE", "take the settings that a search has chosen (default: none)"),
         ("--resume", "continue the last unfinished run of this setting and seed (default: begin a new one)"),
         ("--no_test", "train only; the record is unscored (default: test once)"),
     ),

@@ -1,8 +1,8 @@
 """Compose layers of YAML into one config before it is parsed; every key remembers the file and line that set it.
 
 Lowest first: `configs/base.yaml`, the protocol card's training budget, the task config (the first `--config`), the
-method's file, the selected config of a search (`--choice`), further `--config` files. The command line itself is
-parsed on top. No torch here.
+method's file, the selected config of a search (`--selected_config`), further `--config` files. The command line
+is parsed on top. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from svp_bench.core.resources import configs_dir
 from svp_bench.core.yaml import Node, check_value, read_yaml
 from svp_bench.methods import METHODS
 from svp_bench.records.record import SearchSummary
-from svp_bench.records.selection import Choice, read_choice
+from svp_bench.records.selection import SelectedConfig, read_selected_config
 from svp_bench.tasks.cards import TaskCard, list_tasks, load_protocol, load_suite, load_task
 
 __all__ = ["Composed", "Flags", "compose", "find_config", "method_layer", "split_flags"]
@@ -31,7 +31,7 @@ _GROUPS = {
     "--data": "--data.batch_size 16",
     "--trainer": "--trainer.max_epochs 10",
 }
-_ONCE = {"--method": "NAME", "--choice": "FILE"}
+_ONCE = {"--method": "NAME", "--selected_config": "FILE"}
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Flags:
         method: `--method`: a name, or the path of a method file.
         rest: All other arguments, unchanged.
         values: `--key value` pairs of the rest, as text.
-        choice: `--choice`: the selected config of a search.
+        selected config: `--selected_config`: the selected config of a search.
     """
 
     configs: tuple[str, ...]
     method: str | None
     rest: tuple[str, ...]
     values: Mapping[str, str]
-    choice: str | None = None
+    selected_config: str | None = None
 
 
 class Layer(NamedTuple):
@@ -73,7 +73,7 @@ class Composed:
         values: The nested config.
         origins: "file:line" of the layer that set a leaf, by dotted key.
         method: Name of the method, or of its file.
-        choice: The selected config of a search, or None.
+        selected: The selected config of a search, or None.
         search: The search that selected some of the values, or None.
         notices: Lines for the user about values that another layer overrides.
         flags: The command line.
@@ -83,7 +83,7 @@ class Composed:
     origins: dict[str, str] = field(default_factory=dict)
     method: str = ""
     search: SearchSummary | None = None
-    choice: Choice | None = None
+    selected: SelectedConfig | None = None
     notices: list[str] = field(default_factory=list)
     flags: Flags = Flags((), None, (), {})
 
@@ -179,7 +179,7 @@ def split_flags(argv: Sequence[str]) -> Flags:
                 rest.append(value)
             check_value(value, name, ConfigError)
             values[name[2:]] = value
-    return Flags(tuple(configs), once.get("--method"), tuple(rest), values, once.get("--choice"))
+    return Flags(tuple(configs), once.get("--method"), tuple(rest), values, once.get("--selected_config"))
 
 
 def find_config(name: str) -> Path:
@@ -260,17 +260,17 @@ def compose(flags: Flags) -> Composed:
         composed.merge(values, task.origins)
     if flags.method is None and complete:
         composed.method = "(as in the config)"
-        if flags.choice is not None:
+        if flags.selected_config is not None:
             raise UsageError(
-                f"--choice goes with a task's config and --method, not with the saved config {flags.configs[0]}"
+                f"--selected_config needs a task's config and --method, not the saved config {flags.configs[0]}"
             )
     else:
         layer, origins, composed.method = method_layer(DEFAULT_METHOD if flags.method is None else flags.method)
         if task is not None:
             _notice_overrides(composed, layer, task)
         composed.merge(layer, origins)
-        if flags.choice is not None:
-            _merge_choice(composed, flags.choice, card)
+        if flags.selected_config is not None:
+            _merge_choice(composed, flags.selected_config, card)
     for one in further:
         if one.get("model.method.class_path"):
             raise UsageError(f"{one.path}: a second config names a method; use --method {one.path} instead")
@@ -345,20 +345,20 @@ def _merge_choice(composed: Composed, file: str, card: TaskCard) -> None:
         RecordError: If the file is malformed.
     """
     if not Path(file).is_file():
-        raise UsageError(f"no choice file {file!r}; `svp-bench tune` and `svp-bench sweep --search` write them")
-    choice = read_choice(file)
-    for kind, theirs, ours in (("task", choice.task, card.name), ("method", choice.method, composed.method)):
+        raise UsageError(f"no file {file!r}; `svp-bench tune` and `svp-bench sweep --search` write selected configs")
+    selected = read_selected_config(file)
+    for kind, theirs, ours in (("task", selected.task, card.name), ("method", selected.method, composed.method)):
         if theirs != ours:
             raise UsageError(f"{file} was selected for the {kind} {theirs!r}, not for {ours!r}")
-    for key, value in choice.values.items():
+    for key, value in selected.values.items():
         composed.merge(_nested(key, value), {key: file})
-    composed.search, composed.choice = choice.summary(), choice
+    composed.search, composed.selected = selected.summary(), selected
 
 
 def _refuse_changed_choice(composed: Composed) -> None:
-    if composed.choice is None:
+    if composed.selected is None:
         return
     given = {key.replace("model.method.init_args.", "model.method.") for key in composed.flags.values}
-    for key in sorted(composed.choice.values):
-        if composed.origins.get(key) != composed.flags.choice or key.replace(".init_args.", ".") in given:
-            raise UsageError(f"{composed.flags.choice} sets {key}, which may not be set again; leave out one of them")
+    for key in sorted(composed.selected.values):
+        if composed.origins.get(key) != composed.flags.selected_config or key.replace(".init_args.", ".") in given:
+            raise UsageError(f"{composed.flags.selected_config} sets {key}, which may not be set again; leave out one")

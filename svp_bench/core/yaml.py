@@ -110,7 +110,7 @@ class Node:
             raise self.error(f"{self.label} must be a whole number of at least 1, not {self.kind}")
         return self.value
 
-    def choice(self, allowed: Iterable[str], kind: str) -> str:
+    def one_of(self, allowed: Iterable[str], kind: str) -> str:
         """Return a text that is one of `allowed`."""
         allowed = list(allowed)
         text = self.prose()

@@ -1,13 +1,13 @@
-"""Frozen choices: what a search on val chose for one task and method, with every trial and the reason.
+"""Frozen selected configs: what a search on val chose for one task and method, with every trial and the reason.
 
-A choice is a JSON file, written once and never overwritten:
-`<results root>/choices/<search>-<8 digits of its digest>/<suite>/<task>/<method>.json`, of a nested search
-`<method>-seed<N>.json` for each seed of the final runs. `svp-bench fit --choice FILE` lays its values over the config,
-in the place of a tuned table, and the record of that run names the file's digest. The search reads val (or folds of the
-labelled images) alone; the run that tests reads the choice alone: neither sees what the other may not.
+A selected config is a JSON file, written once and never overwritten:
+`<results root>/selected_configs/<search>-<8 digits of its digest>/<suite>/<task>/<method>.json`, of a nested search
+`<method>-seed<N>.json` for each seed of the final runs. `svp-bench fit --selected_config FILE` lays its values over the
+config, and the record of that run holds the file's digest. The search reads val (or folds of the labelled images) only;
+the run that tests reads the selected config only.
 
 Version 2 of the rules (`RULE_VERSION`) compares trials image by image and breaks ties by the val loss; its files are of
-the schema `choice-2`. Files of version 1 stay readable and are checked by the rules that made them.
+the schema `selected config-2`. Files of version 1 stay readable and are checked by the rules that made them.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ __all__ = [
     "RULES",
     "RULE_VERSION",
     "SCHEMAS",
-    "Choice",
     "Decision",
+    "SelectedConfig",
     "Trial",
-    "check_choice",
-    "choice_path",
+    "check_selected_config",
     "choose",
     "context_of",
     "decide",
     "edges",
     "grid_settings",
-    "read_choice",
+    "read_selected_config",
+    "selected_config_path",
     "trial_problems",
-    "write_choice",
+    "write_selected_config",
 ]
 
 SCHEMAS = {1: "svp-bench/choice-1", 2: "svp-bench/choice-2"}  # by the version of the rules
@@ -117,7 +117,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectedConfig:
     """What a search chose.
 
     Attributes:
@@ -192,7 +192,7 @@ class Choice:
 
     def text(self) -> str:
         """Return the file's text."""
-        data = {"schema": SCHEMAS[min(self.version, RULE_VERSION)], **plain(dataclasses.asdict(self), "choice")}
+        data = {"schema": SCHEMAS[min(self.version, RULE_VERSION)], **plain(dataclasses.asdict(self), "selected")}
         if self.version < RULE_VERSION:  # the bytes, and so the digest, of an older file
             data = {key: value for key, value in data.items() if key not in _NEW}
             data["trials"] = [
@@ -225,15 +225,15 @@ class Choice:
         )
 
     @classmethod
-    def from_json(cls, data: Any, where: str) -> Choice:
-        """Check `data` and return the choice.
+    def from_json(cls, data: Any, where: str) -> SelectedConfig:
+        """Check `data` and return the selected config.
 
         Raises:
             RecordError: If it does not follow the schema; names the key.
         """
         if not isinstance(data, Mapping) or data.get("schema") not in SCHEMAS.values():
             known = " or ".join(map(repr, SCHEMAS.values()))
-            raise RecordError(f"{where}: is no frozen choice of a search (its schema is not {known})")
+            raise RecordError(f"{where}: is no selected config of a search (its schema is not {known})")
         old = data["schema"] == SCHEMAS[1]
         names = [field.name for field in dataclasses.fields(cls) if not (old and field.name in _NEW)]
         _check_keys(data, ["schema", *names], where, "")
@@ -267,30 +267,30 @@ class Choice:
         taken = {**{name: data[name] for name in names}, "trials": trials}
         if not old:
             taken |= {"images": tuple(map(tuple, data["images"])), "at_edge": tuple(data["at_edge"])}
-        choice = cls(**taken)
-        for problem in check_choice(choice):
+        selected = cls(**taken)
+        for problem in check_selected_config(selected):
             raise RecordError(f"{where}: {problem}")
-        return choice
+        return selected
 
 
-def check_choice(choice: Choice) -> list[str]:
-    """Return what in a choice contradicts itself, a line each: digest, trials, space, budget, rule.
+def check_selected_config(selected: SelectedConfig) -> list[str]:
+    """Return what in a selected config contradicts itself, a line each: digest, trials, space, budget, rule.
 
     What it cannot see is whether the trials were run as it says: that is in their records.
     """
     problems = []
-    search, trials = choice.search, choice.trials
-    if canonical_digest(search) != choice.search_digest:
+    search, trials = selected.search, selected.trials
+    if canonical_digest(search) != selected.search_digest:
         problems.append("'search_digest' is not that of the declaration in 'search'")
     spaces = search["spaces"]
-    space = spaces.get(choice.method, spaces.get(FALLBACK))
+    space = spaces.get(selected.method, spaces.get(FALLBACK))
     if not isinstance(space, Mapping):
-        return [*problems, f"the search declares no space for the method {choice.method!r}"]
-    new = choice.version >= RULE_VERSION
+        return [*problems, f"the search declares no space for the method {selected.method!r}"]
+    new = selected.version >= RULE_VERSION
     if new:
-        problems += _fold_problems(choice)
-    runs = len(choice.seeds) * max(1, choice.folds * choice.repeats)
-    of_folds = f" in {choice.folds} folds × {choice.repeats}" if choice.folds else ""
+        problems += _fold_problems(selected)
+    runs = len(selected.seeds) * max(1, selected.folds * selected.repeats)
+    of_folds = f" in {selected.folds} folds × {selected.repeats}" if selected.folds else ""
     for number, trial in enumerate(trials):
         what = f"trial {number + 1}"
         if set(trial.values) != set(space):
@@ -298,17 +298,17 @@ def check_choice(choice: Choice) -> list[str]:
         if len(trial.run_ids) != runs:
             problems.append(
                 f"{what} has {plural(len(trial.run_ids), 'run')}, and the search has "
-                f"{plural(len(choice.seeds), 'seed')}{of_folds}"
+                f"{plural(len(selected.seeds), 'seed')}{of_folds}"
             )
         if len(trial.scores) != (len(trial.run_ids) if trial.status == "complete" else 0):
             problems.append(f"{what} is {trial.status!r} and has {plural(len(trial.scores), 'score')}")
         elif new:
-            problems += [f"{what}: {text}" for text in _run_problems(choice, trial)]
+            problems += [f"{what}: {text}" for text in _run_problems(selected, trial)]
             continue
         for score in trial.scores:
-            right = score * choice.count / 100
-            if not 0 <= right <= choice.count + 1e-3 or abs(right - round(right)) > 1e-3:
-                problems.append(f"{what}: {score} % of {plural(choice.count, 'image')} is no whole number of images")
+            right = score * selected.count / 100
+            if not 0 <= right <= selected.count + 1e-3 or abs(right - round(right)) > 1e-3:
+                problems.append(f"{what}: {score} % of {plural(selected.count, 'image')} is no whole number of images")
     if problems:
         return problems
     settings = [dict(trial.values) for trial in trials]
@@ -327,41 +327,41 @@ def check_choice(choice: Choice) -> list[str]:
         problems.append("no trial has a score on val")
     else:
         if new:
-            decision = decide(trials, choice.count, search["rule"], choice.images)
+            decision = decide(trials, selected.count, search["rule"], selected.images)
             chosen, error, reason = decision.chosen, decision.standard_error, decision.reason
-            if decision.ties != choice.ties or edges(trials, decision) != choice.at_edge:
+            if decision.ties != selected.ties or edges(trials, decision) != selected.at_edge:
                 problems.append("'ties' or 'at_edge' is not what the trials give")
         else:
-            chosen, error, reason = choose(trials, choice.count, search["rule"])
-        if chosen != choice.chosen:
-            problems.append(f"'chosen' is trial {choice.chosen + 1}, and by its rule trial {chosen + 1} wins")
-        elif abs(error - choice.standard_error) > 1e-9 or reason != choice.reason:
+            chosen, error, reason = choose(trials, selected.count, search["rule"])
+        if chosen != selected.chosen:
+            problems.append(f"'chosen' is trial {selected.chosen + 1}, and by its rule trial {chosen + 1} wins")
+        elif abs(error - selected.standard_error) > 1e-9 or reason != selected.reason:
             problems.append("'standard_error' or 'reason' is not what the trials give")
     return problems
 
 
-def _fold_problems(choice: Choice) -> list[str]:
-    """Return what is wrong with the folds of a choice of version 2, a line each."""
+def _fold_problems(selected: SelectedConfig) -> list[str]:
+    """Return what is wrong with the folds of a selected config of version 2, a line each."""
     problems = []
-    if choice.nested != (choice.search_seed is not None):
+    if selected.nested != (selected.search_seed is not None):
         problems.append("'search_seed' is that of a nested search, and only of one")
-    if (choice.folds > 0) != (choice.repeats > 0) or len(choice.images) != choice.folds * choice.repeats:
+    if (selected.folds > 0) != (selected.repeats > 0) or len(selected.images) != selected.folds * selected.repeats:
         return [*problems, "'images' has not one entry for each fold and repeat"]
-    for repeat in range(choice.repeats):
-        parts = choice.images[repeat * choice.folds : (repeat + 1) * choice.folds]
-        if sorted(itertools.chain(*parts)) != list(range(choice.count)):
+    for repeat in range(selected.repeats):
+        parts = selected.images[repeat * selected.folds : (repeat + 1) * selected.folds]
+        if sorted(itertools.chain(*parts)) != list(range(selected.count)):
             problems.append(
-                f"the folds of repeat {repeat} do not hold each of the {plural(choice.count, 'image')} once"
+                f"the folds of repeat {repeat} do not hold each of the {plural(selected.count, 'image')} once"
             )
     return problems
 
 
-def _run_problems(choice: Choice, trial: Trial) -> list[str]:
+def _run_problems(selected: SelectedConfig, trial: Trial) -> list[str]:
     """Return where the runs of a trial of version 2 contradict each other, a line each."""
     if trial.status != "complete":
         return ["has no score, and has bits or losses"] if trial.right or trial.losses or trial.counts else []
-    of_each_seed = [len(part) for part in choice.images] or [choice.count]
-    if list(trial.counts or ()) != of_each_seed * len(choice.seeds):
+    of_each_seed = [len(part) for part in selected.images] or [selected.count]
+    if list(trial.counts or ()) != of_each_seed * len(selected.seeds):
         return ["'counts' are not the images of its folds"]
     if len(trial.right or ()) != len(trial.scores) or len(trial.losses or ()) != len(trial.scores):
         return ["'right' and 'losses' have not one entry for each run"]
@@ -394,13 +394,13 @@ def _inside(setting: Mapping[str, Any], space: Mapping[str, Any]) -> bool:
     return True
 
 
-def trial_problems(choice: Choice, results_root: Path | str) -> list[str]:
-    """Return where the records of a choice's trials do not say what it says: missing, of another kind or score."""
+def trial_problems(selected: SelectedConfig, results_root: Path | str) -> list[str]:
+    """Return the trials whose records are missing or contradict the selected config, a line each."""
     problems = []
-    for number, trial in enumerate(choice.trials):
+    for number, trial in enumerate(selected.trials):
         bits = trial.right or [None] * len(trial.scores)
         for run_id, score, right in zip(trial.run_ids, trial.scores, bits, strict=False):
-            path = Path(results_root) / "records" / choice.task / f"{run_id}.json"
+            path = Path(results_root) / "records" / selected.task / f"{run_id}.json"
             try:
                 record = read_record(path)
             except RecordError as error:
@@ -566,7 +566,7 @@ def _is_number(value: Any) -> bool:
 
 
 def choose(trials: Sequence[Trial], count: int, rule: str = RULES[0]) -> tuple[int, float, str]:
-    """Choose among finished trials by version 1 of a rule, which files of the schema choice-1 were made by.
+    """Choose among finished trials by version 1 of a rule, which files of the schema selected config-1 were made by.
 
     `one_standard_error`: within one standard error of the best, the default or the cheapest setting wins. The standard
     error is that of the best score on a val list of `count` images (binomial; about 3 points at 200 images).
@@ -582,7 +582,7 @@ def choose(trials: Sequence[Trial], count: int, rule: str = RULES[0]) -> tuple[i
         rule: Of `RULES`.
 
     Returns:
-        Index of the choice, the standard error in points, and the reason in a line.
+        Index of the selected config, the standard error in points, and the reason in a line.
 
     Raises:
         UsageError: If no trial has a score.
@@ -623,7 +623,7 @@ def choose(trials: Sequence[Trial], count: int, rule: str = RULES[0]) -> tuple[i
 def _check_keys(data: Mapping[str, Any], names: Sequence[str], where: str, inside: str) -> None:
     for key in data:
         if key not in names:
-            raise unknown_name("key of a choice", f"{inside}{key}", names, where=where, error=RecordError)
+            raise unknown_name("key of a selected config", f"{inside}{key}", names, where=where, error=RecordError)
     for name in names:
         if name not in data:
             raise RecordError(f"{where}: the key {inside + name!r} is missing")
@@ -673,58 +673,58 @@ def _trial(data: Any, inside: str, where: str, old: bool) -> Trial:
     )
 
 
-def choice_path(
+def selected_config_path(
     results_root: Path | str, search: str, search_digest: str, task: str, method: str, seed: int | None = None
 ) -> Path:
-    """Return where the choice of a search for one task and method (of a nested search, and final seed) belongs."""
+    """Return the path of the selected config of a search for one task, method and, if nested, final seed."""
     folder = f"{search}-{search_digest.removeprefix('sha256:')[:8]}"
     name = method if seed is None else f"{method}-seed{seed}"
-    return Path(results_root) / "choices" / folder / task / f"{name}.json"
+    return Path(results_root) / "selected_configs" / folder / task / f"{name}.json"
 
 
-def write_choice(choice: Choice, results_root: Path | str) -> Path:
-    """Write a new choice and return its path. One that is there already stays as it is, if it chose the same.
+def write_selected_config(selected: SelectedConfig, results_root: Path | str) -> Path:
+    """Write a new selected config and return its path. One that is there already stays as it is, if it chose the same.
 
     Raises:
-        RecordError: If another choice stands there already, or the folder cannot be written.
+        RecordError: If another selected config stands there already, or the folder cannot be written.
     """
-    of = str(choice.search["name"]), choice.search_digest, choice.task, choice.method
-    path = choice_path(results_root, *of, choice.search_seed)
-    Choice.from_json(json.loads(choice.text()), str(path))
+    of = str(selected.search["name"]), selected.search_digest, selected.task, selected.method
+    path = selected_config_path(results_root, *of, selected.search_seed)
+    SelectedConfig.from_json(json.loads(selected.text()), str(path))
     aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.new")
-    write_atomically(aside, choice.text())
+    write_atomically(aside, selected.text())
     try:
         os.link(aside, path)  # fails if somebody was faster, where a rename would replace what they chose
     except FileExistsError:
-        old = read_choice(path)
+        old = read_selected_config(path)
         same = ("context", "values", "search_digest", "checkpoint_digest", "data_digest")
-        if any(getattr(old, name) != getattr(choice, name) for name in same):
+        if any(getattr(old, name) != getattr(selected, name) for name in same):
             raise RecordError(
-                f"{path} holds another choice already, and a choice is never overwritten; search into another folder "
+                f"{path} holds another selected config already, and is never overwritten; search into another folder "
                 "with --results_root DIR"
             ) from None
     except OSError:  # a file system without hard links
         if path.exists():
-            raise RecordError(f"{path} exists already, and a choice is never overwritten") from None
+            raise RecordError(f"{path} exists already, and a selected config is never overwritten") from None
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     return path
 
 
-def read_choice(path: Path | str) -> Choice:
-    """Read one choice, strictly.
+def read_selected_config(path: Path | str) -> SelectedConfig:
+    """Read one selected config, strictly.
 
     Raises:
         RecordError: If the file is unreadable or does not follow the schema; names the file and the key.
     """
-    return Choice.from_json(read_json(Path(path), str(path)), str(path))
+    return SelectedConfig.from_json(read_json(Path(path), str(path)), str(path))
 
 
 def context_of(
     config: Mapping[str, Any], keys: Sequence[str], sources: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Return what the trials of a search and the run with its choice have in common.
+    """Return what the trials of a search and the run with its selected config have in common.
 
     Args:
         config: A cell's config (`digests.cell_config`); which fold it holds out, if any, is left aside.

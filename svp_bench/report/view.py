@@ -32,7 +32,6 @@ from svp_bench.report.model import (
 from svp_bench.tables.comparison import column_marks, images_of_cell, seeds_of_cell
 from svp_bench.tables.model import Cell, Row, Section, Table
 from svp_bench.tables.notes import (
-    choice_notes,
     comparison_notes,
     departure_notes,
     majority_notes,
@@ -43,6 +42,7 @@ from svp_bench.tables.notes import (
     partial_notes,
     provenance_notes,
     ranks_notes,
+    selection_notes,
     unknown_variance_notes,
     verdict_marks,
     weights,
@@ -175,7 +175,7 @@ def _notes(section: Section, suite: SuiteCard) -> Iterator[str]:
     yield from partial_notes(section, suite)
     yield from majority_notes(section)
     yield from new_tasks_note(section, suite)
-    yield from choice_notes(section)
+    yield from selection_notes(section)
     yield from departure_notes(section)
     yield from provenance_notes(section)
     yield from mark_notes(section, suite)

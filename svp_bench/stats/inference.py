@@ -523,7 +523,7 @@ def mcnemar(bits_a: NDArray[np.bool_] | Sequence[bool], bits_b: NDArray[np.bool_
 
 
 def accuracy_over_images(accuracy_percent: float, count: int, level: float = 0.95) -> Estimate:
-    """Estimate an accuracy in percent and its noise from the choice of test images: Wilson's score interval.
+    """Estimate an accuracy in percent and its sampling error over test images: Wilson's score interval.
 
     Of runs that were tested once on `count` images. It lies within 0 and 100 and has a width at 0 and 100 too. It is
     about these weights and other test images; other seeds it does not see. A mean over seeds on the same images may be

@@ -206,7 +206,7 @@ def image_floor(
     level: float = 0.95,
     sources: Sequence[Sequence[str]] | None = None,
 ) -> float:
-    """Return the half-width, in points, that the choice of test images alone leaves to a difference of suite means.
+    """Return the half-width, in points, that the sampling of test images alone leaves to a difference of suite means.
 
     z · 100 · sqrt(Σ_g (Σ_{t in g} w_t sqrt(q_t / n_t))²) with q_t the share of the n_t test images that exactly one of
     two runs has right and z the normal quantile. q_t / n_t is an upper bound of the variance (q_t - (p_a - p_b)²) / n_t

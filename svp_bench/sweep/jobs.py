@@ -22,7 +22,7 @@ class Job:
         seed: Its seed.
         stage: "select" (a trial of a search) or "final".
         values: Dotted config key → value, of a trial.
-        choice: Path of the frozen choice, of a searched final run.
+        selected config: Path of the selected config, of a searched final run.
         common: Flags that all jobs of the sweep share.
     """
 
@@ -31,7 +31,7 @@ class Job:
     seed: int
     stage: str
     values: Mapping[str, Any] = field(default_factory=dict)
-    choice: str | None = None
+    selected: str | None = None
     common: tuple[str, ...] = ()
 
     @property
@@ -48,8 +48,8 @@ class Job:
     def arguments(self) -> list[str]:
         """Return the arguments of `svp-bench fit`."""
         given = ["--config", f"configs/{self.task}.yaml", *self.common, "--method", self.method]
-        if self.choice is not None:
-            given += ["--choice", self.choice]
+        if self.selected is not None:
+            given += ["--selected_config", self.selected]
         given += ["--seed_everything", str(self.seed), "--data.stage", self.stage]
         for key, value in self.values.items():
             given += [f"--{key}", _text(value)]
@@ -63,7 +63,7 @@ class Job:
             "seed": self.seed,
             "stage": self.stage,
             "values": dict(self.values),
-            "choice": self.choice,
+            "selected": self.selected,
             "common": list(self.common),
         }
 

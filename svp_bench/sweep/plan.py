@@ -20,7 +20,7 @@ from svp_bench.core.errors import SvpBenchError, UsageError, file_size, plural, 
 from svp_bench.core.terminal import plain_console
 from svp_bench.data.sources import measured
 from svp_bench.records.record import Record
-from svp_bench.records.selection import read_choice
+from svp_bench.records.selection import read_selected_config
 from svp_bench.records.store import check_writable, read_records, refuse_unwritable
 from svp_bench.report.page import run_report
 from svp_bench.sweep.jobs import Job, common_arguments
@@ -63,9 +63,9 @@ class Request:
         shard: (i, n): only every n-th cell, from the i-th on.
         dry_run: Say what would be run, and run nothing.
         retry_failed: Run again what failed earlier.
-        only_search: Stop at the choices.
+        only_search: Stop at the selected configs.
         report: Write tables and the report at the end.
-        results_root: Where records, choices and tables go.
+        results_root: Where records, selected configs and tables go.
         runs_root: Where logs and checkpoints go.
         flags: All other flags, which go to every run.
         command: The command line, for messages.
@@ -138,7 +138,7 @@ def run_sweep(request: Request) -> int:
         with View(console, pool.what) as view:
             sweep.run(pool, view, asked.soft)
     status = conclude(console, sweep, request.command, asked)
-    for line in choice_notes(sweep):
+    for line in selection_notes(sweep):
         console.print(line, soft_wrap=True, markup=False)
     if status is not None:
         return status
@@ -154,8 +154,8 @@ def run_sweep(request: Request) -> int:
 
 def _common(request: Request) -> tuple[str, ...]:
     flags = request.flags
-    if flags.method is not None or flags.choice is not None:
-        raise UsageError("a sweep takes --methods NAME,NAME, and finds its own choices")
+    if flags.method is not None or flags.selected_config is not None:
+        raise UsageError("a sweep takes --methods NAME,NAME, and finds its own selected configs")
     for key in flags.values:
         if key in _NOT_HERE:
             hint = {"seed_everything": "--seeds 0,1,2", "data.task": "--tasks"}.get(key)
@@ -258,30 +258,30 @@ def _print_search(console: Console, search: Search, cells: Sequence[Cell], reque
         )
 
 
-def choice_notes(sweep: Sweep) -> list[str]:
-    """Return what a reader of the choices of a sweep must know, a line each: ends of the grid, unequal completion."""
-    choices = []
+def selection_notes(sweep: Sweep) -> list[str]:
+    """Return notes on the selected configs of a sweep, a line each: ends of the grid, unequal completion."""
+    selected_configs = []
     for cell in sweep.cells:
-        if cell.choice is not None and Path(cell.choice).is_file():
-            choices.append(read_choice(cell.choice))
-    if not choices:
+        if cell.selected is not None and Path(cell.selected).is_file():
+            selected_configs.append(read_selected_config(cell.selected))
+    if not selected_configs:
         return []
     lines = []
     at_edge: dict[str, dict[str, None]] = defaultdict(dict)
-    for choice in choices:
-        for text in choice.at_edge:
-            at_edge[f"{choice.method}: {text}"][choice.task] = None
+    for selected in selected_configs:
+        for text in selected.at_edge:
+            at_edge[f"{selected.method}: {text}"][selected.task] = None
     lines += [
         f"At the end of the grid, so that a wider one might do better: {text} ({', '.join(tasks)})"
         for text, tasks in at_edge.items()
     ]
-    lost = [choice for choice in choices if choice.completed < len(choice.trials)]
+    lost = [selected for selected in selected_configs if selected.completed < len(selected.trials)]
     if lost:
         counts: dict[str, None] = {}
-        for choice in lost:
-            seed = "" if choice.search_seed is None else f", seed {choice.search_seed}"
-            counts[f"{choice.method} {choice.completed} of {len(choice.trials)} ({choice.task}{seed})"] = None
-        others = sorted({choice.completed for choice in choices if choice not in lost})
+        for selected in lost:
+            seed = "" if selected.search_seed is None else f", seed {selected.search_seed}"
+            counts[f"{selected.method} {selected.completed} of {len(selected.trials)} ({selected.task}{seed})"] = None
+        others = sorted({selected.completed for selected in selected_configs if selected not in lost})
         rest = f"; the others completed all of {' or '.join(map(str, others))}" if others else ""
         lines.append(f"Not every method has as many trials with a score: {', '.join(counts)}{rest}")
     return lines

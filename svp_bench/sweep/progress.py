@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svp_bench.core.errors import plural, printable
-from svp_bench.records.selection import FOLD_KEYS, Choice
+from svp_bench.records.selection import FOLD_KEYS, SelectedConfig
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.local_pool import Progress
 from svp_bench.sweep.scheduler import Cell, Sweep, Watcher
@@ -105,11 +105,11 @@ class View(Watcher):
         self._forget(job)
         self._say(f"{job.name}: {outcome.reason or outcome.status}; it goes on from its last checkpoint")
 
-    def chose(self, cell: Cell, choice: Choice, path: Path) -> None:
+    def chose(self, cell: Cell, selected: SelectedConfig, path: Path) -> None:
         """Say what, and why."""
-        setting = ", ".join(f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in choice.values.items())
-        seed = "" if choice.search_seed is None else f", seed {choice.search_seed}"
-        self._say(f"{cell.task}, {cell.label}{seed}: chose {setting}: {choice.reason} ({path})")
+        setting = ", ".join(f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in selected.values.items())
+        seed = "" if selected.search_seed is None else f", seed {selected.search_seed}"
+        self._say(f"{cell.task}, {cell.label}{seed}: chose {setting}: {selected.reason} ({path})")
 
     def _forget(self, job: Job) -> None:
         self._since.pop(job.key, None)

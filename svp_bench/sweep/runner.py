@@ -125,7 +125,7 @@ class Runner:
 
     def resolved(self, job: Job) -> ResolvedConfig:
         """Return the job's resolved config; parsed once for all seeds and values of a task and method."""
-        seed = 0 if job.choice is None else job.seed  # a choice of a nested search is for one seed
+        seed = 0 if job.selected is None else job.seed  # a selected config of a nested search is for one seed
         base = self._resolve(replace(job, seed=seed, values={}))
         if any(key not in _keys(base.config) or key in _DECISIVE for key in job.values):
             return self._resolve(job)  # a key that only a full parse may judge

@@ -1,8 +1,8 @@
 """The sweep itself: which jobs are due, what follows from their outcomes, and when it is over.
 
 Search and test are two phases, kept apart by construction: a trial is a run of stage select, which has no test list;
-the choice among trials is frozen to disk; a final run reads that file and nothing else of the search. In a nested
-search each seed of the final runs has a search, and a choice, of its own.
+the selected config is written to disk; a final run reads that file and nothing else of the search. In a nested search
+each seed of the final runs has its own search and selected config.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from svp_bench.core.errors import RecordError, SvpBenchError
 from svp_bench.records.digests import cell_config
 from svp_bench.records.record import timestamp
 from svp_bench.records.selection import (
-    Choice,
+    SelectedConfig,
     Trial,
-    choice_path,
     context_of,
     decide,
     edges,
-    read_choice,
+    read_selected_config,
+    selected_config_path,
     trial_problems,
-    write_choice,
+    write_selected_config,
 )
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.local_pool import Pool, Progress
@@ -42,7 +42,7 @@ class _Try:
     """One setting of a search, on its way."""
 
     values: dict[str, Any]
-    jobs: list[str] = field(default_factory=list)  # keys, in the order of the choice file
+    jobs: list[str] = field(default_factory=list)  # keys, in the order of the selected config file
     outcomes: dict[str, Outcome] = field(default_factory=dict)  # by key
 
     @property
@@ -72,10 +72,10 @@ class Cell:
     Attributes:
         task: Full name.
         method: `--method`: a name or a file.
-        label: The method's name in choices.
+        label: The method's name in selected configs.
         values: Fixed config values of the cell's runs, where there is no search.
         default: Values of the searched keys in the method's recipe; empty without a search.
-        context: What all its runs share (`choices.context_of`), of a search.
+        context: What all its runs share (`selected configs.context_of`), of a search.
         checkpoint_digest: Of the backbone's weights, of a search; None for random ones.
         data_digest: Of the lists that trials read.
         plan: Which runs make a trial, of a search.
@@ -94,7 +94,7 @@ class Cell:
     seed: int | None = None
     sampler: Sampler | None = None
     tries: list[_Try] = field(default_factory=list)
-    choice: str | None = None
+    selected: str | None = None
     blocked: str | None = None
 
 
@@ -121,7 +121,7 @@ class Watcher:
     def retried(self, job: Job, outcome: Outcome) -> None:
         """A job whose process died is run again, from its last checkpoint."""
 
-    def chose(self, cell: Cell, choice: Choice, path: Path) -> None:
+    def chose(self, cell: Cell, selected: SelectedConfig, path: Path) -> None:
         """A search is over."""
 
     def tick(self, sweep: Sweep) -> None:
@@ -135,11 +135,11 @@ class Sweep:
         cells: Tasks and methods; with a nested search each of them becomes one for each seed.
         seeds: Of the final runs.
         common: Flags that all jobs share.
-        results_root: Where records and choices are.
+        results_root: Where records and selected configs are.
         search: The declaration, or None for the default track.
         retry_failed: Run again what failed in an earlier sweep.
         retries: How often a job is run again whose process died.
-        only_search: Stop at the choices.
+        only_search: Stop at the selected configs.
     """
 
     def __init__(
@@ -189,22 +189,24 @@ class Sweep:
         if cell.blocked is not None:
             return
         of = self.search.name, self.search.digest, cell.task, cell.label
-        path = choice_path(self.results_root, *of, cell.seed)
+        path = selected_config_path(self.results_root, *of, cell.seed)
         if path.is_file():
             try:
-                choice = read_choice(path)
+                selected = read_selected_config(path)
             except RecordError as error:
-                cell.blocked = f"{error}; a frozen choice is not edited: take the file away to search again"
+                cell.blocked = f"{error}; a selected config is not edited: take the file away to search again"
                 return
-            other = [name for name in ("context", "checkpoint_digest") if getattr(choice, name) != getattr(cell, name)]
-            if other or choice.data_digest != cell.data_digest:
+            other = [
+                name for name in ("context", "checkpoint_digest") if getattr(selected, name) != getattr(cell, name)
+            ]
+            if other or selected.data_digest != cell.data_digest:
                 what = {"context": "setting", "checkpoint_digest": "weights"}.get(other[0]) if other else "data"
                 cell.blocked = f"{path} was chosen on other {what}; take those, or another folder with --results_root"
                 return
-            for problem in trial_problems(choice, self.results_root):
+            for problem in trial_problems(selected, self.results_root):
                 cell.blocked = f"{path} is not what its trials' records say: {problem}"
                 return
-            cell.choice = str(path)
+            cell.selected = str(path)
             self._refit(cell)
             return
         of_seed = "" if not cell.seed else f", seed {cell.seed}"
@@ -215,7 +217,7 @@ class Sweep:
         if self.only_search:
             return
         for seed in self.seeds if cell.seed is None else (cell.seed,):
-            self._add(cell, None, Job(cell.task, cell.method, seed, "final", cell.values, cell.choice, self.common))
+            self._add(cell, None, Job(cell.task, cell.method, seed, "final", cell.values, cell.selected, self.common))
 
     def _ask(self, cell: Cell) -> bool:
         """Make the next trials of a search due; return whether there are any."""
@@ -311,7 +313,7 @@ class Sweep:
         assert count is not None
         assert selected_on is not None
         decision = decide(trials, count, self.search.rule, images)
-        choice = Choice(
+        selected = SelectedConfig(
             task=cell.task,
             method=cell.label,
             search=self.search.declaration(),
@@ -334,12 +336,12 @@ class Sweep:
             at_edge=edges(trials, decision),
         )
         try:
-            path = write_choice(choice, self.results_root)
+            path = write_selected_config(selected, self.results_root)
         except SvpBenchError as problem:
             cell.blocked = str(problem)
             return
-        cell.choice = str(path)
-        watcher.chose(cell, choice, path)
+        cell.selected = str(path)
+        watcher.chose(cell, selected, path)
         self._refit(cell)
 
     # --- what is known -----------------------------------------------------------------------------------------------
@@ -358,7 +360,9 @@ class Sweep:
     @property
     def to_come(self) -> int:
         """Final runs that follow once a search is over."""
-        waiting = [cell for cell in self.cells if cell.sampler is not None and cell.choice is None and not cell.blocked]
+        waiting = [
+            cell for cell in self.cells if cell.sampler is not None and cell.selected is None and not cell.blocked
+        ]
         return 0 if self.only_search else sum(1 if cell.seed is not None else len(self.seeds) for cell in waiting)
 
 

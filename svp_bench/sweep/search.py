@@ -77,7 +77,7 @@ class Plan:
     fold_seed: int = 0
 
     def runs(self) -> list[tuple[int, dict[str, int]]]:
-        """Return (training seed, config values that say the fold) of each run, in the order of a choice file."""
+        """Return (training seed, config values of the fold) of each run, in the order of the trial's run ids."""
         if not self.folds:
             return [(seed, {}) for seed in self.seeds]
         divided = [
@@ -200,8 +200,8 @@ def load_search(name: str) -> Search:
         ["name", "version", "sampler", "budget", "spaces"],
         ["seeds", "rule", "notes", "folds", "repeats", "small_val", "nested"],
     )
-    rule = keys["rule"].choice(RULES, "rule") if "rule" in keys else RULES[0]
-    sampler = keys["sampler"].choice(SAMPLERS, "sampler")
+    rule = keys["rule"].one_of(RULES, "rule") if "rule" in keys else RULES[0]
+    sampler = keys["sampler"].one_of(SAMPLERS, "sampler")
     seeds = tuple(_seed(item) for item in keys["seeds"].sequence()) if "seeds" in keys else ()
     if len(set(seeds)) != len(seeds):
         raise keys["seeds"].error("a seed stands twice in seeds")

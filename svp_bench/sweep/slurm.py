@@ -17,8 +17,8 @@ __all__ = ["emit_slurm"]
 def emit_slurm(request: Request, arguments: Sequence[str]) -> Path:
     """Write a Slurm job array whose elements share the cells of a sweep; return the script's path.
 
-    Each element runs the same command on its own share. Records, choices and claims in the shared folders keep the
-    elements apart, and a preempted element (SIGUSR1 comes two minutes before the end) is queued again and goes on.
+    Each element runs the same command on its own share. Records, selected configs and claims in the shared folders
+    separate the elements. A preempted element (SIGUSR1 comes two minutes before the end) is queued again and resumes.
 
     Args:
         request: The sweep.

@@ -31,7 +31,6 @@ __all__ = [
     "Whisker",
     "above",
     "averaged_tasks",
-    "choice_notes",
     "column_estimates",
     "columns",
     "comparison_notes",
@@ -61,6 +60,7 @@ __all__ = [
     "ranks_notes",
     "scores",
     "section_notes",
+    "selection_notes",
     "short_name",
     "shown_columns",
     "shown_scores",
@@ -297,7 +297,7 @@ def section_notes(section: Section, suite: SuiteCard, level: float) -> list[str]
         *interval_notes(section, suite, level),
         *partial_notes(section, suite),
         *majority_notes(section),
-        *choice_notes(section),
+        *selection_notes(section),
         *departure_notes(section),
         *provenance_notes(section),
     ]
@@ -534,7 +534,7 @@ def ranks_notes(section: Section, level: float) -> list[str]:
     ]
 
 
-def choice_notes(section: Section) -> list[str]:
+def selection_notes(section: Section) -> list[str]:
     """Say where numbers of this table must not be used to choose, and where budgets were not used up."""
     several = sorted(
         method
@@ -552,13 +552,13 @@ def choice_notes(section: Section) -> list[str]:
         listed = ", ".join(f"{label} {span(*trials)}" for label, trials in tried.items())
         notes.append(
             f"Settings tried per task, as the records state, of at most K = {section.track.budget}: {listed}. Whether "
-            "a declaration holds no more, `svp-bench audit` compares with the frozen choice; a table does not."
+            "a declaration holds no more, `svp-bench audit` compares with the selected config; a table does not."
         )
     return [*notes, *_search_notes(section)]
 
 
 def _search_notes(section: Section) -> list[str]:
-    """Say whether intervals hold the noise of the choice, which trials failed, and which grids end at the best."""
+    """Return notes on the noise of the selection, failed trials, and grids that end at the best setting."""
     runs = [run for row in section.rows for cell in row.cells.values() for run in cell.records]
     searches = [(run, run.search) for run in runs if run.search is not None]
     if not searches:
@@ -567,9 +567,11 @@ def _search_notes(section: Section) -> list[str]:
     if all(search.nested for _, search in searches):
         fixed = sorted({short_name(run.task) for run, search in searches if not search.folds})
         but = f"; of {', '.join(fixed)} only as far as it comes from training, since val is one split" if fixed else ""
-        notes.append(f"Each seed has a search of its own: intervals for new seeds hold the noise of the choice{but}.")
+        notes.append(
+            f"Each seed has a search of its own: intervals for new seeds include the noise of the selection{but}."
+        )
     else:
-        notes.append("One search chose for all seeds: intervals for new seeds do not hold the noise of the choice.")
+        notes.append("One search for all seeds: intervals for new seeds leave out the noise of the selection.")
     failed: dict[str, int] = defaultdict(int)
     at_edge: dict[str, set[str]] = defaultdict(set)
     for run, search in searches:

@@ -190,7 +190,7 @@ def run_power(
 
 
 def _floor(suite: SuiteCard, section: Section, method: str | None, control: str | None, level: float) -> float | None:
-    """What the choice of test images alone leaves to the difference of two rows' suite means; None if unknown."""
+    """Return the half-width that sampling test images alone leaves to the difference of two rows; None if unknown."""
     if method is None or control is None:
         return None
     first, second = find_row(section.rows, method), find_row(section.rows, control)
@@ -264,7 +264,7 @@ def _text(suite: SuiteCard, section: Section, noise: Noise, plan: Plan, effect: 
         ),
     ]
     if floor is not None:
-        lines += wrap([f"The choice of test images alone leaves ± {floor:.2f} points ({level}), whatever the seeds."])
+        lines += wrap([f"The sampling of test images alone leaves ± {floor:.2f} points ({level}), whatever the seeds."])
     return "\n".join(map(printable, lines)) + "\n"
 
 

@@ -333,7 +333,7 @@ def load_suite(name: str, root: Path | None = None) -> SuiteCard:
     card, owner = read_yaml(home / f"{name}.yaml"), name
     of = card.children.get("tasks_of") if isinstance(card.children, dict) else None
     if of is not None:
-        owner = of.choice(suites, "tasks_of")
+        owner = of.one_of(suites, "tasks_of")
         if name in suites:
             raise of.error(f"a part of the suite {owner!r} has no task cards of its own; remove {home / name}")
         home = _home(root, "suite", f"{owner}.yaml", owner)
@@ -479,7 +479,7 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
     name = f"{card.path.parent.name}/{card.path.stem}"
     _fits_place(keys["name"], name)
 
-    group = keys["group"].choice(suite.groups, "group")
+    group = keys["group"].one_of(suite.groups, "group")
     if card.path.stem not in suite.groups[group]:
         listed = next(other for other, tasks in suite.groups.items() if card.path.stem in tasks)
         raise keys["group"].error(f"group is {group!r}, but {suite.path.name} lists the task under {listed!r}")
@@ -552,7 +552,7 @@ def _suite(card: Node, cards: list[str], protocols: list[str], owner: str) -> Su
     seen: set[str] = set()
     if "same_images" in keys:
         for together in keys["same_images"].sequence():
-            tasks_together = tuple(task.choice(members, "task") for task in together.sequence())
+            tasks_together = tuple(task.one_of(members, "task") for task in together.sequence())
             if len(tasks_together) < 2 or len({*tasks_together} - seen) < len(tasks_together):
                 raise together.error("same_images holds lists of two or more tasks, each task at most once")
             seen |= {*tasks_together}
@@ -563,7 +563,7 @@ def _suite(card: Node, cards: list[str], protocols: list[str], owner: str) -> Su
         title=keys["title"].text(),
         table=keys["table"].text(_ID, "a file stem of a-z, 0-9, _ and -"),
         folder=keys["folder"].text(_FILE, "a single folder name"),
-        protocol=keys["protocol"].choice(protocols, "protocol"),
+        protocol=keys["protocol"].one_of(protocols, "protocol"),
         reader=_reader(keys["reader"]),
         groups=groups,
         same_images=tuple(same),
@@ -595,7 +595,7 @@ def _protocol(card: Node) -> ProtocolCard:
         version=keys["version"].positive(),
         title=keys["title"].text(),
         image_size=None if keys["image_size"].value == _BACKBONE else keys["image_size"].positive(),
-        **{key: keys[key].choice(allowed, key) for key, allowed in _CHOICES.items()},
+        **{key: keys[key].one_of(allowed, key) for key, allowed in _CHOICES.items()},
         stages=stages,
         training={section: {k: v.value for k, v in body.mapping().items()} for section, body in training.items()},
         selection=keys["selection"].prose(),

@@ -64,7 +64,7 @@ def _expected_warnings() -> Iterator[None]:
             r".*in eval mode at the start of training.*",  # frozen parts are
             r".*`LambdaLR`.*lr_scheduler.step.*",
             r".*The dirpath has changed.*",
-            r".*functools.lru_cache.*",  # torch.compile, of choices that do not change
+            r".*functools.lru_cache.*",  # torch.compile, of selected configs that do not change
         ):
             warnings.filterwarnings("ignore", pattern)
         try:

@@ -434,22 +434,22 @@ def _need_context_of_choice(composed: Composed, config: Mapping[str, Any], sourc
     Raises:
         UsageError: If the seed or another value differs.
     """
-    choice, file = composed.choice, composed.flags.choice
-    if choice is None:
+    selected, file = composed.selected, composed.flags.selected_config
+    if selected is None:
         return
     seed = config.get("seed_everything")
-    if choice.search_seed not in (None, seed):
+    if selected.search_seed not in (None, seed):
         raise UsageError(
-            f"{file} was selected for --seed_everything {choice.search_seed}, not {seed}: each seed of a nested search "
-            "has a selected config of its own"
+            f"{file} was selected for --seed_everything {selected.search_seed}, not {seed}: "
+            "in a nested search each seed has its own"
         )
-    ours = dict(flat(context_of(cell_config(config), list(choice.values), sources)))
-    theirs = dict(flat(choice.context))
+    ours = dict(flat(context_of(cell_config(config), list(selected.values), sources)))
+    theirs = dict(flat(selected.context))
     other = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if other:
         raise UsageError(
             f"{file} was selected with {other[0]} = {theirs.get(other[0])}, not {ours.get(other[0])}; search again for "
-            "this setting, or leave --choice out"
+            "this setting, or leave --selected_config out"
         )
 
 

@@ -152,7 +152,7 @@ class Recorder:
         elif data.stage == "select" and status == "complete":
             metrics, val_correct = self.selection_scores()
         looked = data._report is not None
-        choice = self.scan_choice()
+        selected = self.scan_choice()
         saved = self.run_dir / CHECKPOINT
         peak = self.meter.peak_mib
         source = str(model.checkpoint)
@@ -188,8 +188,8 @@ class Recorder:
             commit=self.commit,
             dirty=self.dirty,
             libraries=library_versions(),
-            scan_backend=choice.name,
-            scan_reason=choice.reason,
+            scan_backend=selected.name,
+            scan_reason=selected.reason,
             device=device_name(self.trainer.strategy.root_device),
             device_count=self.trainer.world_size,
             precision=str(self.trainer.precision),

@@ -208,8 +208,8 @@ def _differing_code(record: Record, now: TrainingRun) -> list[str]:
 def _need_free(further: Sequence[str]) -> None:
     """Refuse flags that would make it another run."""
     flags = split_flags(further)
-    if flags.configs or flags.method or flags.choice:
-        raise UsageError("rerun takes no --config, --method or --choice: the record has all settings of the run")
+    if flags.configs or flags.method or flags.selected_config:
+        raise UsageError("rerun takes no --config, --method or --selected_config: the record has all settings")
     stray = [word for word in further if not word.startswith("--") and word not in flags.values.values()]
     if stray:
         raise UsageError(f"rerun takes one record, not also {stray[0]!r}; give the record first, then the flags")

@@ -340,12 +340,12 @@ class TrainingRun:
 
     def check_weights(self) -> None:
         """Refuse a selected config whose values were selected with other weights."""
-        choice, checkpoint = self.config.composed.choice, self.model.checkpoint
+        selected, checkpoint = self.config.composed.selected, self.model.checkpoint
         digest = None if checkpoint == "none" else self.model.backbone_digest
-        if choice is not None and choice.checkpoint_digest != digest:
+        if selected is not None and selected.checkpoint_digest != digest:
             raise UsageError(
-                f"{self.config.composed.flags.choice} was selected with other weights than those of --model.checkpoint "
-                f"{checkpoint}; search again for these, or leave --choice out"
+                f"{self.config.composed.flags.selected_config} was selected with other weights than "
+                f"{checkpoint}; search again for these, or leave --selected_config out"
             )
 
     def _fit(self, checkpoint: Path | None) -> None:
@@ -527,7 +527,7 @@ class TrainingRun:
         """Print the header of a run."""
         model, data = self.model, self.data
         counts = self.recorder.parameters()
-        choice = self.recorder.scan_choice()
+        selected = self.recorder.scan_choice()
         weights = "random weights" if model.checkpoint == "none" else f"weights {model.checkpoint}"
         height, width = sides(data.image_size)
         loaded = model.load_report.describe() if model.load_report else None
@@ -535,7 +535,7 @@ class TrainingRun:
             f"{self.run_id}\n"
             f"  task       {data.card.name} v{data.card.version}, stage {data.stage} "
             f"({', '.join(f'{role} on {name}' for role, name in data.splits.items())})\n"
-            f"  backbone   {model.backbone_name}, {weights}, scan backend {choice.name} ({choice.reason})\n"
+            f"  backbone   {model.backbone_name}, {weights}, scan backend {selected.name} ({selected.reason})\n"
             f"{f'  loaded     {loaded}{chr(10)}' if loaded else ''}"
             f"  images     {height}x{width} pixels\n"
             f"  method     {self.config.method}: {counts.adapter:,} parameters + {counts.head:,} of the head train, "
