@@ -18,7 +18,7 @@ from svp_bench.core.terminal import readable_output
 
 __all__ = ["entry_point", "main"]
 
-_RENAMED_FLAGS = {"--selected_config": "--selected_config"}  # accepted with a notice
+_RENAMED_FLAGS = {"--choice": "--selected_config"}  # accepted with a notice
 _TASK_FLAGS = ("--data.task", "--task", "--tasks")
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 well, 1 failed, 2 wrong usage, 130 interrupted.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [_current_name(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     before = os.environ.get(CUSTOM_TASKS)
     try:
         status = _dispatch(_with_own_tasks(arguments))
