@@ -31,7 +31,7 @@ from svp_bench.stats.inference import FEWEST_PAIRS, FEWEST_SOURCES
 from svp_bench.tables.build import check_control, load_table, outside_of_suites, suite_of, suites_of
 from svp_bench.tables.notes import (
     MAJORITY,
-    PLUMBING,
+    RANDOM_WEIGHTS,
     interval,
     marks,
     one_line,
@@ -208,7 +208,7 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         newest=newest,
         newest_text=newest and datetime.strptime(newest, CREATED).strftime("%Y-%m-%d, %H:%M UTC"),
         level=percent(report.level),
-        random_weights=PLUMBING,
+        random_weights=RANDOM_WEIGHTS,
         majority=MAJORITY,
         fewest=FEWEST_PAIRS,
         fewest_sources=FEWEST_SOURCES,

@@ -25,8 +25,8 @@ __all__ = [
     "IMAGES",
     "MAJORITY",
     "NOT_COMPARABLE",
-    "PLUMBING",
     "QUOTED",
+    "RANDOM_WEIGHTS",
     "STAND_IN",
     "Whisker",
     "above",
@@ -88,7 +88,7 @@ QUOTED = "published, not measured here"
 _SHOWN = 6  # departures of a row that a note lists
 DIGITS = 4
 """Decimals in CSV files; two means that agree in them share a rank."""
-PLUMBING = "The backbone has random weights: these rows show plumbing, not science, and are not ranked."
+RANDOM_WEIGHTS = "The backbone has random weights: these rows show plumbing, not science, and are not ranked."
 STAND_IN = "§ Drawn stand-in, not the data set: rows with such a cell are not ranked."
 
 

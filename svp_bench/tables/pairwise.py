@@ -27,7 +27,7 @@ from svp_bench.tables.comparison import contrast, find_row, shared_bits, shared_
 from svp_bench.tables.model import Contrast, Row, Section, Table
 from svp_bench.tables.notes import (
     HOLE,
-    PLUMBING,
+    RANDOM_WEIGHTS,
     columns,
     heading,
     interval,
@@ -195,7 +195,7 @@ def render_pairs(found: Sequence[tuple[SuiteCard, Pair]], level: float) -> str:
 def _text(suite: SuiteCard, pair: Pair, level: float) -> str:
     lines = [f"{suite.title}: {pair.first.label} minus {pair.second.label}, in points", heading(pair.section), ""]
     if pair.section.random:
-        lines.append(PLUMBING)
+        lines.append(RANDOM_WEIGHTS)
     if pair.whole is None:
         lines.append("They share no task on the same images with a seed in common: nothing can be compared.")
         return "\n".join(lines) + "\n"

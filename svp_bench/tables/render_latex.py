@@ -17,7 +17,7 @@ from svp_bench.tables.notes import (
     HOLE,
     IMAGES,
     MAJORITY,
-    PLUMBING,
+    RANDOM_WEIGHTS,
     STAND_IN,
     Whisker,
     averaged_tasks,
@@ -125,7 +125,7 @@ def _caption(table: Table, section: Section, allowed: Sequence[Marks | None]) ->
         f"{span(min(seeds), max(seeds))} seed{'' if max(seeds) == 1 else 's'} a task.",
     ]
     if section.random:
-        parts.append(PLUMBING)
+        parts.append(RANDOM_WEIGHTS)
     shown = [whisker for row in section.rows for whisker in _whiskers(section, row, table.suite) if whisker is not None]
     if any(not whisker.images for whisker in shown):
         parts.append(f"± behind a mean: half its {level} interval for these tasks and new seeds (Welch–Satterthwaite).")

@@ -13,8 +13,8 @@ from svp_bench.tables.model import Row, Section, Table
 from svp_bench.tables.notes import (
     HOLE,
     MAJORITY,
-    PLUMBING,
     QUOTED,
+    RANDOM_WEIGHTS,
     STAND_IN,
     Whisker,
     above,
@@ -219,7 +219,7 @@ def render_markdown(table: Table) -> str:
     for section in table.sections:
         lines += ["", f"## {escape_markdown(heading(section))}", "", escape_markdown(above(section)), ""]
         if section.random:
-            lines += [f"**{PLUMBING}**", ""]
+            lines += [f"**{RANDOM_WEIGHTS}**", ""]
         lines += [*_markdown_grid(_grid(section, suite, _PAGE), left=2), ""]
         lines += _bullets(section_notes(section, suite, table.level))
         lines += _markdown_statistics(section, suite, table.level)
@@ -312,7 +312,7 @@ def render_terminal(table: Table, *, all_columns: bool = False) -> str:
         layout, fitting = next((one for one in drawn if max(map(len, one[1])) <= _WIDTH), drawn[-1])
         lines += fitting
         if section.random:
-            lines.append(PLUMBING)
+            lines.append(RANDOM_WEIGHTS)
         shown = {mark for row in section.rows for cell in row.cells.values() for mark in marks(cell)}
         if "†" in shown:
             lines.append("† The files on disk differ from the task card.")
