@@ -25,7 +25,7 @@ BEGIN, END = "<!-- begin: demo board -->", "<!-- end: demo board -->"
 
 
 def board(records: list[Record]) -> str:
-    """Return what the demo prints of its records: those of seed 0 with its own settings, the newest of each cell."""
+    """Return the records of the demo: seed 0 with its settings, the newest of each cell."""
     tasks = load_suite(SUITE).tasks
     scores: dict[str, dict[str, tuple[float, int]]] = defaultdict(dict)
     for record in sorted(records, key=lambda record: record.created):

@@ -1,7 +1,6 @@
-"""The same logistic regression as raw_pixels.py, on what the network makes of a image: with and without pre-training.
+"""Logistic regression as in raw_pixels.py on the features of the network, with and without pre-training.
 
-A probe of frozen features that has converged, beside raw pixels that have: it asks what the features hold, where the
-suite's `linear`, trained by AdamW for as many epochs as every method, asks what the common recipe finds in them.
+The probe is trained to convergence; the suite's `linear` is trained by AdamW for as many epochs as every method.
 Random weights are sampled once per seed; the embedded ones are fixed.
 
     python benchmarks/features.py --suite demo --output results/reference/demo/features.json

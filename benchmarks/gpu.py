@@ -317,7 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", help="a Python that has mamba-ssm and causal-conv1d (`make peers-gpu` makes one)")
     parser.add_argument("--fork", type=Path, help=f"a folder with a mamba_ssm that has {FUSED}")
-    parser.add_argument("--minutes", type=float, default=8.5, help="when to stop; what is left is named (8.5)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit; the rest is listed (8.5)")
     parser.add_argument("--only", nargs="+", default=[], help="words that a cell must have, as `train small bf16 128`")
     parser.add_argument("--output", type=Path, help="JSON file; the table goes next to it as .txt")
     parser.add_argument("--dry_run", action="store_true", help="on the CPU, tiny; written only if --output is given")

@@ -32,7 +32,7 @@ class Work(NamedTuple):
 
 
 def scan_work(kind: str, itemsize: int, states: int, tile: int, block: int) -> tuple[Work, Work]:
-    """What an element of the two-way scan costs: as our kernels do it, and what no way of doing it avoids.
+    """Cost of an element of the bidirectional scan: of our kernels, and the lower bound.
 
     `kind` is forward or backward (frozen weights). Softplus, SiLU and sigmoid are an exp2 and a reciprocal each. B, C
     and weights are left out: a fiftieth of the rest. Our kernels keep no state for the backward pass, but one every
@@ -87,7 +87,7 @@ def lanes_of(kind: str, count: str, target: str) -> float | None:
 
 
 def scan_time(row: Mapping[str, Any]) -> tuple[float, str]:
-    """Seconds of a scan, and whose: of its kernels, or of its calls where the profiler sees no kernels.
+    """Return the seconds of a scan and their source: its kernels, or its calls if the profiler sees no kernels.
 
     A call takes Python about as long as the GPU; in a model that time is hidden.
     """

@@ -1,6 +1,6 @@
 """The side of benchmarks/gpu.py that holds a model: a process for each set of packages, asked in lines of JSON.
 
-A fork of mamba_ssm and the package of that name cannot live in one process, and what one peer leaves in memory must not
+A fork of mamba_ssm and the package of that name cannot live in one process, and memory of one baseline must not
 count as another's. Its answers go to the standard output it was started with; output of libraries goes elsewhere.
 """
 
@@ -122,7 +122,7 @@ def fused_function(fork: Path) -> Callable[..., Tensor]:
     The fork's `mamba_ssm/__init__.py` is not run: it imports language models, which want a `transformers` of then.
 
     Raises:
-        Exception: Of any kind: what a fork imports is its own.
+        Exception: Of any kind, from the imports of a fork.
     """
     if not (fork / "mamba_ssm" / "ops" / "selective_scan_interface.py").is_file():
         raise FileNotFoundError("there is no mamba_ssm/ops/selective_scan_interface.py in the folder of --fork")
@@ -179,7 +179,7 @@ class Bench:
         if fork is not None:
             try:
                 self.inner = fused_function(fork)
-            except Exception as error:  # a fork's imports raise what they like
+            except Exception as error:  # imports of a fork raise any error
                 self.inner = one_line(error)
         self.fork = fork
         self.cell: dict[str, Any] | None = None
@@ -206,7 +206,7 @@ class Bench:
             return False
         return True
 
-    # ---- what can be asked
+    # ---- requests
 
     def do_hello(self) -> dict[str, Any]:
         """Which backends can run in this process, and the packages' versions."""
@@ -311,7 +311,7 @@ class Bench:
         return {"kernel_seconds": total / 1e6 / steps, "kernel_share": shares}
 
     def do_release(self) -> None:
-        """Give the device back what the cell holds."""
+        """Free the memory of the cell."""
         self.cell = self.work = None
         for model in self.models.values():
             model.zero_grad(set_to_none=True)
@@ -321,7 +321,7 @@ class Bench:
     # ---- how
 
     def _about_fork(self, fork: Path) -> dict[str, Any]:
-        """What was taken for it, and whose kernels its function calls."""
+        """Return the module used, and the package of its kernels."""
         about: dict[str, Any] = {"folder": fork.name}
         interface = fork / "mamba_ssm" / "ops" / "selective_scan_interface.py"
         if interface.is_file():

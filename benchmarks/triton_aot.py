@@ -74,14 +74,14 @@ def weight(*shape: int) -> Tensor:
 
 
 def direction(channels: int, dtype: torch.dtype, states: int = STATES) -> list[Tensor | None]:
-    """The seven fields of one direction; B and C are columns of what x_proj gives, as in the mixer."""
+    """The seven fields of one direction; B and C are columns of the output of x_proj, as in the mixer."""
     B, C = (rows(states, dtype, channels // 32 + 2 * states) for _ in range(2))
     y = rows(channels, dtype)
     return [y, y, weight(channels, states), B, C, weight(channels), weight(channels)]
 
 
 def launch_arguments(kernel: str, channels: int, dtype: torch.dtype, target: int) -> Launch:
-    """The name of the kernel and what it would be launched with.
+    """Return the name of the kernel and its launch arguments.
 
     `…_of_activations` are the backward kernels as a frozen backbone asks for them: no gradients of weights, but those
     of both scales of SVP's prompts.
@@ -115,7 +115,7 @@ def launch_arguments(kernel: str, channels: int, dtype: torch.dtype, target: int
 
 
 def odd_launches() -> list[Launch]:
-    """One direction, what is optional left out, single gradients, few states: what a compiler has to see as well."""
+    """Return launches with one direction, without optional arguments, with single gradients and few states."""
     dtype, channels = torch.float16, 33
     y, few = rows(channels, dtype), direction(channels, dtype, states=3)
     few[5] = few[6] = None
@@ -176,7 +176,7 @@ def compiled(name: str, arguments: dict[str, Any], target: int) -> dict[str, int
 def usage(cubin: bytes) -> dict[str, int]:
     """Registers and spilled bytes of a thread, and how many instructions a step of the kernel's loops takes.
 
-    Each loop is counted once, and what stands outside of loops is not; of a kernel without loops, all is counted.
+    Each loop is counted once, code outside of loops is not; a kernel without loops is counted as a whole.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

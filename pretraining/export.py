@@ -58,7 +58,7 @@ def weights_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model.reset_classifier(0)
     model.load_state_dict(state)
     if backbone_digest(model) != summary["weights"]:
-        raise CheckpointError(f"{folder}: {CHECKPOINT} is not what {SUMMARY} describes; train it anew")
+        raise CheckpointError(f"{folder}: {CHECKPOINT} does not match {SUMMARY}; train it again")
     return state, summary
 
 
