@@ -39,8 +39,8 @@ from svp_bench.core.errors import NonFiniteLossError, SvpBenchError, UsageError
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.models.weight_files import load_pickle_safely
 from svp_bench.records.store import write_atomically
+from svp_bench.train.checkpoint import AtomicCheckpointIO
 from svp_bench.train.logging import quiet
-from svp_bench.train.resume import AtomicCheckpointIO
 
 __all__ = ["HELD_OUT_SEED", "RunLog", "SyntheticData", "main", "parse", "train"]
 

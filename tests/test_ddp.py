@@ -18,7 +18,7 @@ from helpers import small as line
 
 from svp_bench.core.errors import UsageError
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.resume import agreed_name
+from svp_bench.train.processes import agreed_name
 
 # 17 images in batches of 6: the last of an epoch has 5, which two processes share unevenly; so are the 9 of test.
 FLAGS = {"data__batch_size": "6", "trainer__max_epochs": "2", "trainer__accelerator": "cpu"}
@@ -127,7 +127,7 @@ ASKING = """
 import sys
 from contextlib import ExitStack
 from svp_bench.core.errors import UsageError
-from svp_bench.train.resume import agreed_name
+from svp_bench.train.processes import agreed_name
 
 def decide():
     print("decided", end=" ")

@@ -41,7 +41,6 @@ from svp_bench.records.digests import config_digest, setting_digest
 from svp_bench.tasks.cards import load_task
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.optim import EMA, Schedule, hidden_head, make_optimizer, mix, simam, soft_targets
-from svp_bench.train.predict import load_run
 
 RECIPES = configs_dir() / "recipes"
 SIZE = 16
@@ -805,7 +804,7 @@ def test_a_run_of_a_recipe_is_repeatable_saved_and_predicts(place: Path) -> None
         assert all(torch.equal(saved[part][name], again[part][name]) for name in saved[part])
     assert {f"model.{name}" for name in saved["ema"]} == set(saved["state_dict"])
     assert not torch.equal(saved["ema"]["head.1.weight"], saved["state_dict"]["model.head.1.weight"])
-    module, _ = load_run(first.folder / "checkpoints" / "last.ckpt")
+    module = AdaptationModule.load_from_checkpoint(first.folder / "checkpoints" / "last.ckpt")
     assert torch.equal(module.model.head[1].weight, saved["state_dict"]["model.head.1.weight"])
     make_image(width=300, height=200).save("image.png")
     out = run("predict", "--ckpt", str(first.folder / "checkpoints" / "last.ckpt"), "--images", "image.png").out
@@ -845,7 +844,7 @@ def test_averaged_weights_are_evaluated_where_asked_and_survive_the_checkpoint(p
     average = ["--model.ema_decay", "0.5", "--model.learning_rate", "0.1", "--no_test"]
     outcome = run(*small(*average, "--model.ema_evaluate", "true", "--method", "linear"))
     path = outcome.folder / "checkpoints" / "last.ckpt"
-    module, _ = load_run(path)
+    module = AdaptationModule.load_from_checkpoint(path)
     saved = torch.load(path, weights_only=True)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():

@@ -28,10 +28,10 @@ from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.train import resume
 from svp_bench.train import run as cli
-from svp_bench.train.checkpoint import Saved
+from svp_bench.train.checkpoint import AtomicCheckpointIO, Checkpoint
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.resumable import check_resumable
-from svp_bench.train.resume import AtomicCheckpointIO, claim_run, find_run, is_first_process, locked
+from svp_bench.train.processes import is_first_process
+from svp_bench.train.resume import check_resumable, claim_run, find_run, locked
 
 CHANGING = {"run_id", "created", "times", "images_per_second", "peak_memory_mib", "checkpoint_file"}
 CHANGING |= {"data_notes"}  # they name the folder
@@ -248,7 +248,7 @@ def test_within_an_epoch_a_step_stays_as_many_batches(place: Path, monkeypatch: 
         at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert command(*small("--data.drop_last", "true", *flags, "2")).status == 0
     told = assert_error(command(*small("--data.drop_last", "true", *flags, "1", "--resume")), 2)
-    assert "counts 2 batches for a step: go on with --trainer.accumulate_grad_batches 2, not 1" in told
+    assert "counts 2 batches for a step: continue with --trainer.accumulate_grad_batches 2, not 1" in told
     run(*small("--data.drop_last", "true", *flags, "2", "--resume"))
 
 
@@ -361,7 +361,7 @@ class Unfinished(NamedTuple):
 
     folder: Path
     checkpoint: Path
-    checked: tuple[Saved, Any, Any, Any]
+    checked: tuple[Checkpoint, Any, Any, Any]
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +387,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unfinished]
         yield Unfinished(folder, checkpoint, tuple(checked))
 
 
-def damaged(saved: Saved, place: list[Any], value: Any) -> Saved:
+def damaged(saved: Checkpoint, place: list[Any], value: Any) -> Checkpoint:
     """Return a copy with another value at a place; `MISSING` takes it out."""
     content = copy.deepcopy(saved.content)
     node: Any = content
@@ -425,7 +425,11 @@ MOMENTS = ["optimizer_states", 0, "state"]
         (["loops", "fit_loop", "epoch_progress", "current", "ready"], 1.5, "current.ready is 1.5, expected a whole"),
         (["callbacks"], {}, r"callbacks\.\w+ is missing, expected a mapping"),
         (["callbacks"], 3, "callbacks is 3, expected a mapping"),
-        (["callbacks", "Stopper", "batches"], "x", r"callbacks\.Stopper\.batches is 'x', expected a whole number"),
+        (
+            ["callbacks", "PreemptionHandler", "batches"],
+            "x",
+            r"callbacks\.PreemptionHandler\.batches is 'x', expected a whole number",
+        ),
         (["callbacks", "Meter"], {}, r"callbacks\.Meter\.\w+ is missing"),
     ],
 )
@@ -464,20 +468,20 @@ def test_no_damage_goes_unnoticed_or_makes_a_traceback(unfinished: Unfinished, d
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"svp_bench": 3}, "svp_bench is 3, expected what svp-bench says about the run"),
-        ({"svp_bench": {}}, "svp_bench.task is missing, expected a text"),
-        ({"svp_bench.image_size": "big"}, "svp_bench.image_size is 'big', expected height and width"),
-        ({"svp_bench.image_size": [32]}, "svp_bench.image_size is [32], expected height and width"),
-        ({"svp_bench.view": 3}, "svp_bench.view is 3, expected resize, crop_ratio, interpolation and depth"),
+        ({"svp_bench": 3}, "svp_bench is 3, expected"),
+        ({"svp_bench": {}}, "'task' is missing"),
+        ({"svp_bench.image_size": "big"}, "'image_size' must be array, not 'big'"),
+        ({"svp_bench.image_size": [32]}, "'image_size' must be array of length 2"),
+        ({"svp_bench.view": 3}, "'view' must be object"),
         ({"svp_bench.view": {"resize": "x"}}, "svp_bench.view is {'resize': 'x'}, expected resize"),
-        ({"svp_bench.num_classes": True}, "svp_bench.num_classes is True, expected a whole number of 1"),
+        ({"svp_bench.num_classes": True}, "'num_classes' must be int, not True"),
         ({"svp_bench.num_classes": 7}, "expected 7 names"),
-        ({"svp_bench.method_args": [1]}, "svp_bench.method_args is [1], expected a mapping of names"),
+        ({"svp_bench.method_args": [1]}, "'method_args' must be object, not [1]"),
         ({"svp_bench.method_args": {"hidden_dim": "x"}}, "{'hidden_dim': 'x'}, expected settings of svp ("),
         ({"svp_bench.method_args": {"width": 1}}, "{'width': 1}, expected settings of svp (unknown argument"),
-        ({"svp_bench.stage": "test"}, "svp_bench.stage is 'test', expected final or select"),
-        ({"svp_bench.init_seed": -1}, "svp_bench.init_seed is -1, expected a whole number of 0 or above"),
-        ({"svp_bench.ema_decay": 2.0}, "svp_bench.ema_decay is 2.0, expected a number between 0 and 1"),
+        ({"svp_bench.stage": "test"}, "'stage' must be one of final, select, not 'test'"),
+        ({"svp_bench.init_seed": -1}, "'init_seed' must be int >= 0, not -1"),
+        ({"svp_bench.ema_decay": 2.0}, "'ema_decay' must be float < 1.0, not 2.0"),
         ({"svp_bench.ema_decay": 0.5}, "ema is missing, expected tensors by name"),
         ({"state_dict": 5}, "state_dict is 5, expected tensors by name"),
         ({"state_dict": {"a": 5}}, "state_dict is {'a': 5}, expected tensors by name"),
@@ -506,7 +510,7 @@ def test_what_is_no_checkpoint_of_ours_is_one_line(unfinished: Unfinished, tmp_p
     torch.save(content, tmp_path / "odd.ckpt")
     image = str(next((unfinished.folder / "data").rglob("*.jpg")))
     told = assert_error(command("predict", "--ckpt", str(tmp_path / "odd.ckpt"), "--images", image), 1)
-    assert f"{tmp_path / 'odd.ckpt'}: no svp-bench checkpoint; weights of a backbone alone go to" in told
+    assert f"{tmp_path / 'odd.ckpt'}: not a checkpoint of svp-bench; weights of a backbone alone go to" in told
 
 
 def test_a_gutted_or_truncated_checkpoint_stops_a_run_that_goes_on(
@@ -519,8 +523,8 @@ def test_a_gutted_or_truncated_checkpoint_stops_a_run_that_goes_on(
         for content, words in (
             ({**saved, "optimizer_states": []}, "optimizer_states is [], expected a list of 1"),
             ({**saved, "global_step": "x"}, "global_step is 'x', expected a whole number"),
-            ({"state_dict": {}}, "no svp-bench checkpoint"),
-            ([1], "no svp-bench checkpoint"),
+            ({"state_dict": {}}, "not a checkpoint of svp-bench"),
+            ([1], "not a checkpoint of svp-bench"),
             (None, "truncated or not a checkpoint"),
         ):
             if content is None:
@@ -536,7 +540,7 @@ def test_a_gutted_or_truncated_checkpoint_stops_a_run_that_goes_on(
 
 def test_a_checkpoint_is_read_once(unfinished: Unfinished, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(unfinished.folder)
-    monkeypatch.setattr("svp_bench.train.resume.load_pickle_safely", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("svp_bench.train.checkpoint.load_pickle_safely", lambda path: pytest.fail("read again"))
     before = unfinished.checkpoint.read_bytes()
     outcome = run(*small(*FLAGS, "--resume"))
     assert outcome.record["epochs"] == EPOCHS

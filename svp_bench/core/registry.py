@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from svp_bench.core.errors import unknown_name
 
-__all__ = ["Entry", "Registry", "import_object"]
+__all__ = ["Entry", "Registry", "import_object", "make_importable"]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*[a-z0-9]")
 
@@ -30,6 +32,17 @@ def import_object(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except AttributeError as error:
         raise ImportError(str(error)) from None
+
+
+def make_importable(*files: str | None) -> None:
+    """Append the folders of method and config files and the working directory to the import path.
+
+    They come last, so that no file there hides an installed package.
+    """
+    given = [Path(name) for name in files if name]
+    for folder in [*(path.parent for path in given if path.is_file()), Path()]:
+        if (place := str(folder.resolve())) not in sys.path:
+            sys.path.append(place)
 
 
 @dataclass(frozen=True)

@@ -1,114 +1,175 @@
-"""A checkpoint of ours, read once and checked: what it says about its run, and that its parts are what they should be.
-
-A file from elsewhere, or a damaged one, is refused in one line here; nobody behind this looks at unchecked keys.
-"""
+"""Checkpoints of runs: write them atomically, read them once, validate their metadata and tensors."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from msgspec import Meta
 from torch import Tensor
 
-from svp_bench.core.errors import CheckpointError
+from svp_bench.core.atomic import replacing
+from svp_bench.core.errors import CheckpointError, ConfigError, SvpBenchError, UsageError, printable
+from svp_bench.core.registry import import_object, make_importable
+from svp_bench.core.validate import Positive, Text, convert
+from svp_bench.core.yaml import read_yaml
 from svp_bench.data.reading import show
 from svp_bench.data.transforms import INTERPOLATIONS, RESIZES
+from svp_bench.methods import METHODS
+from svp_bench.methods.base import Method, build_method
 from svp_bench.models.weight_files import check_tensor, load_pickle_safely
+from svp_bench.records.code import source_files
+from svp_bench.train.provenance import changed_sources, read_sources
 
-__all__ = ["SAVED_KEY", "About", "Saved", "check_tensors", "file_weights_digest", "weights_digest", "wrong_part"]
+__all__ = [
+    "CHECKPOINT",
+    "METADATA_KEY",
+    "AtomicCheckpointIO",
+    "Checkpoint",
+    "CheckpointMetadata",
+    "check_tensors",
+    "file_weights_digest",
+    "weights_digest",
+    "wrong_part",
+]
 
-SAVED_KEY = "svp_bench"  # our key in a Lightning checkpoint
-_UNREADABLE = "; get the file again, or give another"  # the end of what `load_pickle_safely` says of a damaged file
+CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run's folder
+METADATA_KEY = "svp_bench"  # our key in a Lightning checkpoint
+_UNREADABLE = "; get the file again, or give another"  # how `load_pickle_safely` ends its message on a damaged file
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write each checkpoint into a new file and rename it: a killed process leaves the old or the new checkpoint.
+
+    Lightning's own writes into the system's temporary folder; moving a file between file systems is not atomic.
+
+    Attributes:
+        known: A checkpoint that was read already; Lightning gets it instead of reading the file again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: Checkpoint | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            SvpBenchError: If the folder cannot be written or the disk is full; the old file is still there.
+        """
+        path = Path(path)
+        try:
+            for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+                left.unlink(missing_ok=True)
+            with replacing(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch makes a full disk a RuntimeError
+            reason = str(error).strip().splitlines()[0]
+            raise SvpBenchError(
+                f"cannot write the checkpoint {path} ({reason}); an older one, if there is one, is untouched: "
+                "free some space, then continue with --resume"
+            ) from None
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return a checkpoint, read with the restricted unpickler, onto the CPU."""
+        known, self.known = self.known, None
+        content: dict[str, Any] = (
+            known.content if known is not None and known.path == Path(path) else load_pickle_safely(Path(path))
+        )
+        return content
 
 
 @dataclass(frozen=True)
-class About:
-    """What a checkpoint says about its run. Older ones say nothing of what may be None.
+class CheckpointMetadata:
+    """Facts of the run that wrote a checkpoint. Older checkpoints lack those with a default.
 
     Attributes:
         task: Full name of the task.
         protocol: Name of the protocol card.
         stage: final or select.
-        run_id: The run's name.
-        data_digest: "sha256:…" of the lists that the run reads.
         backbone: timm name of the backbone.
         backbone_digest: "sha256:…" of its weights.
-        checkpoint: Where these came from.
-        init_seed: Of the random initial weights.
+        checkpoint: Their source.
+        init_seed: Seed of the random initial weights.
         method: "module.Class" of the method.
         method_args: Its settings.
-        num_classes: Classes.
+        num_classes: Number of classes.
         image_size: Height and width of the images.
+        run_id: The run's name.
+        data_digest: "sha256:…" of the splits that the run reads.
         head_hidden: Width of the head's first layer, if it has two.
-        head_digest: "sha256:…" of the head that the run began with, if that was the checkpoint's.
+        head_digest: "sha256:…" of the initial head, if it came from the checkpoint.
         pos_embed_grid: Rows and columns of patches.
-        input_attention: On the normalised image.
-        ema_decay: Of the averaged weights, if there are any.
+        input_attention: Attention on the normalised image.
+        ema_decay: Decay of the averaged weights, if there are any.
         ema_evaluate: Whether these are evaluated.
-        view: How an image is brought to its size: resize, crop_ratio and interpolation; and the depth of deep images.
-        class_names: What the classes are called.
+        view: How an image is resized: resize, crop_ratio and interpolation; and the depth of deep images.
+        class_names: Names of the classes.
     """
 
-    task: str
-    protocol: str
-    stage: str
-    run_id: str | None
-    data_digest: str | None
-    backbone: str
-    backbone_digest: str
-    checkpoint: str
-    init_seed: int
-    method: str
+    task: Text
+    protocol: Text
+    stage: Literal["final", "select"]
+    backbone: Text
+    backbone_digest: Text
+    checkpoint: Text
+    init_seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    method: Text
     method_args: Mapping[str, Any]
-    num_classes: int
-    image_size: tuple[int, int]
-    head_hidden: int | None
-    head_digest: str | None
-    pos_embed_grid: tuple[int, int] | None
-    input_attention: str | None
-    ema_decay: float | None
-    ema_evaluate: bool | None
-    view: Mapping[str, Any] | None
-    class_names: tuple[str, ...] | None
+    num_classes: Positive
+    image_size: tuple[Positive, Positive]
+    run_id: Text | None = None
+    data_digest: Text | None = None
+    head_hidden: Positive | None = None
+    head_digest: Text | None = None
+    pos_embed_grid: tuple[Positive, Positive] | None = None
+    input_attention: Text | None = None
+    ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    ema_evaluate: bool | None = None
+    view: Mapping[str, Any] | None = None
+    class_names: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, value: object, where: str, remedy: str | None = None) -> About:
-        """Check what a checkpoint says.
+    def of(cls, value: object, where: str, remedy: str | None = None) -> CheckpointMetadata:
+        """Validate the metadata of a checkpoint.
 
         Args:
-            value: The part `SAVED_KEY` of a checkpoint.
-            where: What it is of, for messages.
+            value: The part `METADATA_KEY` of a checkpoint.
+            where: The file, for messages.
             remedy: What to do if it is damaged.
 
         Raises:
             CheckpointError: If a part is missing or of another kind.
         """
         if not isinstance(value, Mapping):
-            raise wrong_part(where, SAVED_KEY, value, "what svp-bench says about the run", remedy)
-        found: dict[str, Any] = {}
-        for field in fields(cls):
-            what, fits = _PARTS[field.name]
-            part = value.get(field.name)
-            if not (fits(part) or (part is None and field.name in _OPTIONAL)):
-                raise wrong_part(where, f"{SAVED_KEY}.{field.name}", part, what, remedy)
-            found[field.name] = tuple(part) if isinstance(part, (list, tuple)) else part
-        names, classes = found["class_names"], found["num_classes"]
-        if names is not None and len(names) != classes:
-            raise wrong_part(where, f"{SAVED_KEY}.class_names", names, f"{classes} names", remedy)
-        return cls(**found)
+            raise wrong_part(where, METADATA_KEY, value, "the metadata of the run", remedy)
+        known = {field.name: value[field.name] for field in fields(cls) if value.get(field.name) is not None}
+        try:
+            found = convert(known, cls, f"{where}: damaged, or not written by svp-bench", CheckpointError, "metadata")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{f'; {remedy}' if remedy else _UNREADABLE}") from None
+        names = found.class_names
+        if names is not None and len(names) != found.num_classes:
+            raise wrong_part(where, f"{METADATA_KEY}.class_names", names, f"{found.num_classes} names", remedy)
+        if found.view is not None and not _is_view(found.view):
+            expected = "resize, crop_ratio, interpolation and depth"
+            raise wrong_part(where, f"{METADATA_KEY}.view", found.view, expected, remedy)
+        return found
 
 
 def wrong_part(where: str, part: str, value: object, expected: str, remedy: str | None = None) -> CheckpointError:
-    """Return the error for a part of a checkpoint that is missing or of another kind.
+    """Return the error for a part of a checkpoint that is missing (None) or of another kind.
 
     Args:
         where: The file.
         part: Name of the part.
-        value: What it is; None if it is missing.
+        value: Its value.
         expected: What it should be.
         remedy: What to do; to get the file again, by default.
     """
@@ -119,95 +180,59 @@ def wrong_part(where: str, part: str, value: object, expected: str, remedy: str 
     )
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_number(value: object, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_plain_mapping(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-
-
-_MOST_BITS = 64
-
-
-def _is_view(value: object) -> bool:
-    if not isinstance(value, Mapping) or not {*value} <= {"resize", "interpolation", "crop_ratio", "depth"}:
-        return False
-    depth = value.get("depth", [None, None])
-    if not isinstance(depth, (list, tuple)) or len(depth) != 2:
-        return False
-    if any(bits is not None and not (_is_number(bits) and bits <= _MOST_BITS) for bits in depth):
-        return False
-    ratio = value.get("crop_ratio", 1.0)
+def _is_view(value: Mapping[str, Any]) -> bool:
+    depth, ratio = value.get("depth", [None, None]), value.get("crop_ratio", 1.0)
     return (
-        value.get("resize") in RESIZES
+        {*value} <= {"resize", "interpolation", "crop_ratio", "depth"}
+        and isinstance(depth, (list, tuple))
+        and len(depth) == 2
+        and all(bits is None or (_is_count(bits) and bits <= 64) for bits in depth)
+        and value.get("resize") in RESIZES
         and value.get("interpolation") in INTERPOLATIONS
         and isinstance(ratio, (int, float))
         and 0 < ratio <= 1
     )
 
 
-def _is_pair(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(side, 1) for side in value)
-
-
-_TEXT = ("a text", _is_text)
-_PARTS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("task", "protocol", "run_id", "data_digest", "backbone", "backbone_digest"), _TEXT),
-    **dict.fromkeys(("checkpoint", "method", "input_attention", "head_digest"), _TEXT),
-    "stage": ("final or select", lambda value: value in ("final", "select")),
-    "init_seed": ("a whole number of 0 or above", lambda value: _is_number(value) and value < 2**63),
-    "method_args": ("a mapping of names", _is_plain_mapping),
-    "num_classes": ("a whole number of 1 or above", lambda value: _is_number(value, 1)),
-    "image_size": ("height and width", _is_pair),
-    "pos_embed_grid": ("rows and columns", _is_pair),
-    "head_hidden": ("a whole number of 1 or above", lambda value: _is_number(value, 1)),
-    "ema_decay": ("a number between 0 and 1", lambda value: isinstance(value, float) and 0 < value < 1),
-    "ema_evaluate": ("true or false", lambda value: isinstance(value, bool)),
-    "view": ("resize, crop_ratio, interpolation and depth", _is_view),
-    "class_names": (
-        "a list of names",
-        lambda value: isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value),
-    ),
-}
-_OPTIONAL = {"run_id", "data_digest", "head_hidden", "input_attention", "ema_decay", "ema_evaluate", "view"}
-_OPTIONAL |= {"class_names", "head_digest", "pos_embed_grid"}
-
-
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint of ours.
+class Checkpoint:
+    """A validated checkpoint of a run.
 
     Attributes:
         path: The file.
-        content: All of it, as Lightning takes it.
-        about: What it says about its run.
+        content: Its content, as Lightning takes it.
+        metadata: Facts of its run.
         epoch: The epoch that it was written in, from 0.
-        global_step: Optimizer steps behind it.
+        global_step: Optimizer steps so far.
     """
 
     path: Path
     content: dict[str, Any]
-    about: About
+    metadata: CheckpointMetadata
     epoch: int
     global_step: int
 
     @classmethod
-    def read(cls, path: str | Path, remedy: str | None = None) -> Saved:
-        """Read and check a checkpoint; no code of the file is run.
+    def read(cls, path: str | Path, remedy: str | None = None) -> Checkpoint:
+        """Read and validate a checkpoint; no code of the file is run.
 
         Args:
             path: The file.
             remedy: What to do if it is damaged; to get it again, by default.
 
         Raises:
-            CheckpointError: If it is missing, unreadable, not ours, or a part is missing or of another kind.
+            UsageError: If there is no such file.
+            CheckpointError: If it is unreadable, of another program, or a part is missing or of another kind.
         """
         path = Path(path)
+        if not path.is_file():
+            inside = path / CHECKPOINT
+            hint = f"give {inside}" if inside.is_file() else "they are in runs/<task>/<run>/checkpoints/"
+            raise UsageError(f"no checkpoint {str(path)!r}; {hint}")
         try:
             content = load_pickle_safely(path)
         except CheckpointError as error:
@@ -215,22 +240,71 @@ class Saved:
             if remedy is None or reason == str(error):
                 raise
             raise CheckpointError(f"{reason}; {remedy}") from None
-        if not isinstance(content, dict) or SAVED_KEY not in content:
-            what_next = remedy or "weights of a backbone alone go to --model.checkpoint PATH"
-            raise CheckpointError(f"{path}: no svp-bench checkpoint; {what_next}")
-        about = About.of(content[SAVED_KEY], str(path), remedy)
+        if not isinstance(content, dict) or METADATA_KEY not in content:
+            hint = remedy or "weights of a backbone alone go to --model.checkpoint PATH"
+            raise CheckpointError(f"{path}: not a checkpoint of svp-bench; {hint}")
+        metadata = CheckpointMetadata.of(content[METADATA_KEY], str(path), remedy)
         for key in ("epoch", "global_step"):
-            if not _is_number(content.get(key)):
+            if not _is_count(content.get(key)):
                 raise wrong_part(str(path), key, content.get(key), "a whole number of 0 or above", remedy)
-        for key in ("state_dict", *(["ema"] if about.ema_decay is not None else [])):
+        for key in ("state_dict", *(["ema"] if metadata.ema_decay is not None else [])):
             if not _is_state_dict(content.get(key)):
                 raise wrong_part(str(path), key, content.get(key), "tensors by name", remedy)
             check_tensors(content[key], str(path), key, remedy)
-        return cls(path, content, about, content["epoch"], content["global_step"])
+        return cls(path, content, metadata, content["epoch"], content["global_step"])
+
+    def build_method(self, method_file: str | None = None) -> Method:
+        """Build the run's method with its settings.
+
+        Args:
+            method_file: The file of a custom method, if its class lies next to it.
+
+        Raises:
+            UsageError: If its class is neither registered here nor importable.
+            CheckpointError: If it refuses its settings.
+        """
+        about, path = self.metadata, self.path
+        names = {entry.target.replace(":", "."): entry.name for entry in METHODS}
+        found = METHODS.get(names[about.method]) if about.method in names else self._custom_method(method_file)
+        name = names.get(about.method, found.__name__)
+        try:
+            return build_method(found, name, dict(about.method_args))
+        except (TypeError, ValueError, ConfigError) as error:
+            expected = f"settings of {name} ({error})"
+            raise wrong_part(str(path), f"{METADATA_KEY}.method_args", dict(about.method_args), expected) from None
+
+    def _custom_method(self, method_file: str | None) -> type[Method]:
+        class_path, path = self.metadata.method, self.path
+        folder = path.resolve().parent.parent
+        if method_file is None and class_path != _named_in_config(folder / "config.yaml"):
+            raise UsageError(
+                f"{path}: its method {class_path!r} is not registered here (`svp-bench methods`), and no config.yaml "
+                "of the run next to the checkpoints names it; give the method's file with --method FILE"
+            )
+        make_importable(method_file)
+        try:
+            found = import_object(class_path)
+        except Exception as error:  # the user's module may raise anything
+            raise UsageError(
+                f"{path}: its method {class_path!r} cannot be imported ({type(error).__name__}: {error}); run in the "
+                "folder of its file, or give the method's file next to it with --method FILE"
+            ) from None
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise UsageError(f"{path}: {class_path!r} is not a class of a method")
+        if edited := changed_sources(read_sources(folder), source_files([class_path])):
+            sys.stderr.write(f"Note: changed since the run: {printable(edited)}; the current code is used.\n")
+        return found
+
+
+def _named_in_config(path: Path) -> str | None:
+    try:
+        return str(read_yaml(path, error=ConfigError).value["model"]["method"]["class_path"])
+    except (ConfigError, KeyError, TypeError):
+        return None
 
 
 def check_tensors(tensors: Mapping[str, Tensor], where: str, part: str, remedy: str | None = None) -> None:
-    """Check that tensors of a checkpoint are weights (`check_tensor`).
+    """Check that tensors of a checkpoint can be weights (`check_tensor`).
 
     Args:
         tensors: By name.
@@ -275,4 +349,4 @@ def file_weights_digest(path: str | Path) -> str:
     Raises:
         CheckpointError: If the file is missing, unreadable, or not a checkpoint of a run.
     """
-    return weights_digest(Saved.read(path).content)
+    return weights_digest(Checkpoint.read(path).content)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from svp_bench.core.errors import UsageError
 from svp_bench.data.module import VisionDataModule
 from svp_bench.methods.build import trained_parameters
-from svp_bench.train.checkpoint import Saved, weights_digest
+from svp_bench.train.checkpoint import Checkpoint, weights_digest
 from svp_bench.train.module import AdaptationModule
 
 __all__ = ["RecipeWatch", "external_classes", "refuse_hidden_changes"]
@@ -268,7 +268,7 @@ class RecipeWatch(Callback):
             self._note(f"frozen weights were changed{', and put back before the test' if kept else ''}")
         if not self._settings or self.checkpoint is None or not trainer.is_global_zero or not self.checkpoint.is_file():
             return
-        saved = Saved.read(self.checkpoint)
+        saved = Checkpoint.read(self.checkpoint)
         if weights_digest(saved.content) != self.scored:
             self._note("the weights were changed after the last checkpoint, which was written again with them")
             parts = {part: {name: v.detach().cpu() for name, v in state.items()} for part, state in weights.items()}

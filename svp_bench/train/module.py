@@ -30,7 +30,7 @@ from svp_bench.models import VisionMamba
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.ops import BackendChoice, choose
 from svp_bench.records.defaults import clipped_warmup
-from svp_bench.train.checkpoint import SAVED_KEY, About
+from svp_bench.train.checkpoint import METADATA_KEY, Checkpoint, CheckpointMetadata
 from svp_bench.train.metrics import (
     Evaluation,
     ImageScores,
@@ -464,7 +464,7 @@ class AdaptationModule(LightningModule):
                 checkpoint[part] = {k: v for k, v in checkpoint[part].items() if k in trained}
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         view = data.view
-        checkpoint[SAVED_KEY] = {
+        checkpoint[METADATA_KEY] = {
             **self.identity(),
             "task": data.card.name,
             "protocol": data.protocol.name,
@@ -541,15 +541,36 @@ class AdaptationModule(LightningModule):
             CheckpointError: If the file is not an svp-bench checkpoint, is damaged, or the backbone's weights differ.
             UsageError: If there is no such file, its method is not known here, or another argument is given.
         """
-        from svp_bench.train.predict import load_run
-
         if given := sorted(key for key, value in others.items() if value is not None):
             raise UsageError(
                 "load_from_checkpoint takes checkpoint_path, map_location, checkpoint and method_file, not "
                 f"{given[0]}: the checkpoint says what the module was; for other settings use svp-bench fit"
             )
-        module = load_run(checkpoint_path, checkpoint, method_file)[0]
+        module = cls.from_checkpoint(Checkpoint.read(checkpoint_path), checkpoint, method_file)
         return module if map_location is None else module.to(map_location)
+
+    @classmethod
+    def from_checkpoint(
+        cls, saved: Checkpoint, checkpoint: str | None = None, method_file: str | None = None
+    ) -> AdaptationModule:
+        """Rebuild the module of a run from its checkpoint, in eval mode; arguments as of `load_from_checkpoint`."""
+        about = saved.metadata
+        module = cls(
+            method=saved.build_method(method_file),
+            backbone=about.backbone,
+            checkpoint=checkpoint or about.checkpoint,
+            num_classes=about.num_classes,
+            image_size=about.image_size,
+            seed=about.init_seed,
+            head_hidden=about.head_hidden,
+            input_attention=about.input_attention,  # type: ignore[arg-type]  # checked there
+            ema_decay=about.ema_decay,
+            ema_evaluate=about.ema_evaluate,
+            head="keep" if about.head_digest else None,
+        )
+        module.on_load_checkpoint(saved.content)
+        module.load_state_dict(saved.content["state_dict"], strict=False)  # strictness is on_load_checkpoint's
+        return module.eval()
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Check that the file is of this backbone and method, and holds exactly the trained part.
@@ -557,9 +578,9 @@ class AdaptationModule(LightningModule):
         Raises:
             CheckpointError: If not; says what differs.
         """
-        if SAVED_KEY not in checkpoint:
+        if METADATA_KEY not in checkpoint:
             raise CheckpointError("the file is no svp-bench checkpoint; backbone weights go to --model.checkpoint PATH")
-        about, ours = About.of(checkpoint[SAVED_KEY], "the checkpoint"), self.identity()
+        about, ours = CheckpointMetadata.of(checkpoint[METADATA_KEY], "the checkpoint"), self.identity()
         theirs = {**dataclasses.asdict(about), "image_size": list(about.image_size)}
         keys = ("backbone", "backbone_digest", "method", "method_args", "num_classes", "image_size")
         for key in (*keys, "head_hidden", "head_digest", "input_attention", "ema_decay"):

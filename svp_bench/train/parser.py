@@ -6,7 +6,6 @@ import inspect
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +26,7 @@ from lightning.pytorch import profilers as lightning_profilers
 
 from svp_bench.config.compose import Composed
 from svp_bench.core.errors import ConfigError, UsageError, nearest, one_line, unknown_name
-from svp_bench.core.registry import import_object
+from svp_bench.core.registry import import_object, make_importable
 from svp_bench.data.module import VisionDataModule
 from svp_bench.methods import METHODS
 from svp_bench.methods.build import input_size
@@ -42,7 +41,7 @@ from svp_bench.train.logging import quiet
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.optim import warmup_notice
 
-__all__ = ["ResolvedConfig", "build_parser", "make_importable", "resolve"]
+__all__ = ["ResolvedConfig", "build_parser", "resolve"]
 
 _DERIVED = {
     "model.num_classes": "it follows from the task's card",
@@ -142,17 +141,6 @@ class ResolvedConfig:
         found = re.match(r"(?:--)?((?:model|data|trainer)\.[\w.]+) ", text)
         where = self.composed.origin(found[1]) if found else None
         return f"{where}: {text}" if where else text
-
-
-def make_importable(*files: str | None) -> None:
-    """Append the folders of method and config files and the working directory to the import path.
-
-    They come last, so that no file there hides an installed package.
-    """
-    given = [Path(name) for name in files if name]
-    for folder in [*(path.parent for path in given if path.is_file()), Path()]:
-        if (place := str(folder.resolve())) not in sys.path:
-            sys.path.append(place)
 
 
 @cache

@@ -15,122 +15,22 @@ import torch
 
 from svp_bench.core.errors import (
     CheckpointError,
-    ConfigError,
     RecordError,
     SvpBenchError,
     UsageError,
     plural,
     printable,
 )
-from svp_bench.core.yaml import read_yaml
 from svp_bench.data.class_folders import other_kind
 from svp_bench.data.decode import Depth, UnreadableImageError, read_image
 from svp_bench.data.transforms import View
-from svp_bench.methods import METHODS
-from svp_bench.methods.base import Method, build_method
-from svp_bench.records.code import source_files
 from svp_bench.records.store import csv_text, write_atomically
 from svp_bench.tasks.cards import displayed_class_names, load_protocol, load_task
-from svp_bench.train.checkpoint import SAVED_KEY, About, Saved, wrong_part
+from svp_bench.train.checkpoint import Checkpoint
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.oom import AllocationFailure, explain_prediction, is_out_of_memory
-from svp_bench.train.parser import make_importable
-from svp_bench.train.resume import changed_sources, read_sources
 
-__all__ = ["find_images", "load_run", "run_predict"]
-
-
-def load_run(
-    path: str | Path, checkpoint: str | None = None, method_file: str | None = None
-) -> tuple[AdaptationModule, About]:
-    """Rebuild the model of a run from its checkpoint, in eval mode.
-
-    Args:
-        path: `runs/…/checkpoints/last.ckpt`.
-        checkpoint: Where the backbone's weights are now, if not where the run had them.
-        method_file: The file of the run's own method, if its class lies next to it.
-
-    Returns:
-        The module, and what the checkpoint says about itself.
-
-    Raises:
-        CheckpointError: If the file is no svp-bench checkpoint, is damaged, or the backbone's weights are other ones.
-        UsageError: If there is no such file, or its method is neither registered here nor importable.
-    """
-    path = Path(path)
-    if not path.is_file():
-        inside = path / "checkpoints" / "last.ckpt"
-        hint = f"give {inside}" if inside.is_file() else "runs keep theirs in runs/<task>/<run>/checkpoints/"
-        raise UsageError(f"no checkpoint {str(path)!r}; {hint}")
-    saved = Saved.read(path)
-    about = saved.about
-    method_class = _method_class(about, path, method_file)
-    registered = {entry.target.replace(":", "."): entry.name for entry in METHODS}
-    name = registered.get(about.method, method_class.__name__)
-    try:
-        method = build_method(method_class, name, dict(about.method_args))
-    except (TypeError, ValueError, ConfigError) as error:
-        raise wrong_part(
-            str(path), f"{SAVED_KEY}.method_args", dict(about.method_args), f"settings of {name} ({error})"
-        ) from None
-    module = AdaptationModule(
-        method=method,
-        backbone=about.backbone,
-        checkpoint=checkpoint or about.checkpoint,
-        num_classes=about.num_classes,
-        image_size=about.image_size,
-        seed=about.init_seed,
-        head_hidden=about.head_hidden,
-        input_attention=about.input_attention,  # type: ignore[arg-type]  # checked there
-        ema_decay=about.ema_decay,
-        ema_evaluate=about.ema_evaluate,
-        head="keep" if about.head_digest else None,
-    )
-    module.on_load_checkpoint(saved.content)
-    module.load_state_dict(saved.content["state_dict"], strict=False)  # strictness is on_load_checkpoint's
-    return module.eval(), about
-
-
-def _method_class(about: About, path: Path, method_file: str | None) -> type[Method]:
-    """Return the class of a run's method: a registered one, or that of the run's own file.
-
-    Raises:
-        UsageError: If the run's config.yaml does not name it, or it cannot be imported.
-    """
-    names = {entry.target.replace(":", "."): entry.name for entry in METHODS}
-    if about.method in names:
-        registered: type[Method] = METHODS.get(names[about.method])
-        return registered
-    folder = path.resolve().parent.parent
-    if method_file is None and about.method != _named_in_config(folder / "config.yaml"):
-        raise UsageError(
-            f"{path}: its method {about.method!r} is not registered here (`svp-bench methods`), and no config.yaml of "
-            "the run next to the checkpoints names it; give the method's file with --method FILE"
-        )
-    make_importable(method_file)
-    module, _, name = about.method.rpartition(".")
-    try:
-        found = getattr(__import__(module, fromlist=[name]), name)
-    except Exception as error:  # whatever the import of somebody's module raises
-        raise UsageError(
-            f"{path}: its method {about.method!r} cannot be imported ({type(error).__name__}: {error}); its file is "
-            "gone or lies elsewhere: run in its folder, or give the method's file next to it with --method FILE"
-        ) from None
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        raise UsageError(f"{path}: {about.method!r} is not a class of a method")
-    if edited := changed_sources(read_sources(folder), source_files([about.method])):
-        sys.stderr.write(
-            f"Note: changed since the run: {printable(edited)}; the predictions are those of the code now.\n"
-        )
-    return found
-
-
-def _named_in_config(path: Path) -> str | None:
-    try:
-        value = read_yaml(path, error=ConfigError).value
-        return str(value["model"]["method"]["class_path"])
-    except (ConfigError, KeyError, TypeError):
-        return None
+__all__ = ["find_images", "run_predict"]
 
 
 def find_images(places: Sequence[str]) -> tuple[list[Path], dict[str, int]]:
@@ -203,7 +103,8 @@ def run_predict(
     if batch_size < 1:
         raise UsageError(f"--batch_size is at least 1, not {batch_size}")
     images, skipped = find_images(places)
-    module, about = load_run(ckpt, checkpoint, method_file)
+    saved = Checkpoint.read(ckpt)
+    module, about = AdaptationModule.from_checkpoint(saved, checkpoint, method_file), saved.metadata
     names = about.class_names or displayed_class_names(load_task(about.task))  # older checkpoints do not say
     if len(names) != about.num_classes:
         raise CheckpointError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,11 +15,23 @@ import torch
 
 from svp_bench.core.resources import checkout_root
 from svp_bench.records.code import git, package_digest, package_digest_at
+from svp_bench.records.store import write_atomically
 
-__all__ = ["changed_cards", "commit_and_dirty", "cpu_name", "device_name", "dirty_warning", "library_versions"]
+__all__ = [
+    "changed_cards",
+    "changed_sources",
+    "commit_and_dirty",
+    "cpu_name",
+    "device_name",
+    "dirty_warning",
+    "library_versions",
+    "read_sources",
+    "save_sources",
+]
 
 _LIBRARIES = ("torch", "lightning", "timm", "torchmetrics", "numpy", "pillow", "jsonargparse")
 _CODE, _READ = "svp_bench", ("tasks", "configs")  # a changed README does not make a number dirty
+_SOURCES = "method_source.json"
 _SHOWN = 4  # changed files in one line
 
 
@@ -106,3 +119,27 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     return device.type
+
+
+def save_sources(folder: Path, sources: Mapping[str, str]) -> None:
+    """Write the digests of a custom method's files into a run's folder; nothing for a shipped method.
+
+    Raises:
+        RecordError: If the folder cannot be written.
+    """
+    if sources:
+        write_atomically(folder / _SOURCES, json.dumps(dict(sources), indent=2) + "\n")
+
+
+def read_sources(folder: Path) -> dict[str, str]:
+    """Return what `save_sources` wrote; empty if it wrote nothing."""
+    try:
+        sources = json.loads((folder / _SOURCES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return sources if isinstance(sources, dict) else {}
+
+
+def changed_sources(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Return which files differ, "scale.py, helper.py"; "" if none does."""
+    return ", ".join(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))

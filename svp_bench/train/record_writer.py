@@ -18,12 +18,12 @@ from svp_bench.ops import BackendChoice
 from svp_bench.records.code import package_digest
 from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, timestamp
 from svp_bench.train.callbacks import Meter, peak_memory_mib
+from svp_bench.train.checkpoint import CHECKPOINT
 from svp_bench.train.comparable import RecipeWatch, external_classes
 from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.provenance import cpu_name, device_name, library_versions
-from svp_bench.train.resume import CHECKPOINT
 
 __all__ = ["Recorder"]
 

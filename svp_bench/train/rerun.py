@@ -40,7 +40,7 @@ from svp_bench.core.errors import (
     one_line,
     plural,
 )
-from svp_bench.core.registry import import_object
+from svp_bench.core.registry import import_object, make_importable
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import inspect, open_source
 from svp_bench.records.bits import unpack_bits
@@ -49,9 +49,8 @@ from svp_bench.records.digests import CELL_EXCLUDED, flat
 from svp_bench.records.record import Metrics, Record
 from svp_bench.records.store import read_record, record_path
 from svp_bench.stats.inference import mcnemar, one_standard_error
-from svp_bench.train.parser import ResolvedConfig, make_importable, resolve
-from svp_bench.train.provenance import cpu_name
-from svp_bench.train.resume import changed_sources
+from svp_bench.train.parser import ResolvedConfig, resolve
+from svp_bench.train.provenance import changed_sources, cpu_name
 from svp_bench.train.run import TrainingRun, first_difference, run
 
 __all__ = ["run_rerun"]

@@ -1,108 +1,38 @@
-"""Going on after an interruption: safe checkpoints, the run to go on with, and signals that ask to stop.
+"""Find the run to resume, lock it, and check that its checkpoint holds everything that training continues with.
 
-A run that goes on ends at the same weights, to the bit on a CPU: batches and every random draw of a training step
-follow from (seed, epoch, step), and the checkpoint holds the rest (weights, optimizer, schedule, progress, meters).
+A resumed run ends at the same weights, bit for bit on a CPU: batches and every random number of a training step follow
+from (seed, epoch, step), and the checkpoint holds the rest (weights, optimizer, schedule, progress, monitors).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
-from svp_bench.core.atomic import replacing
-from svp_bench.core.errors import ConfigError, SvpBenchError, UsageError, plural
-from svp_bench.core.interrupts import INTERRUPTS, Preempted
+from svp_bench.core.errors import ConfigError, UsageError
 from svp_bench.core.yaml import read_yaml
 from svp_bench.data.module import VisionDataModule
-from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.data.sources import inspect, open_source
+from svp_bench.methods.build import trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
-from svp_bench.models.weight_files import load_pickle_safely
 from svp_bench.records.record import Record
-from svp_bench.records.store import read_record, write_atomically
-from svp_bench.train.checkpoint import Saved
-from svp_bench.train.module import initial_backbone
-from svp_bench.train.resumable import REMEDY
+from svp_bench.records.store import read_record
+from svp_bench.train.checkpoint import CHECKPOINT, Checkpoint, check_tensors, wrong_part
+from svp_bench.train.module import AdaptationModule, initial_backbone
+from svp_bench.train.processes import is_first_process
+from svp_bench.train.provenance import changed_sources, read_sources
 
-__all__ = [
-    "AtomicCheckpointIO",
-    "Claimed",
-    "Found",
-    "Preempted",
-    "Start",
-    "StepSeeds",
-    "Stopper",
-    "agreed_name",
-    "changed_sources",
-    "claim_run",
-    "claim_setting",
-    "find_run",
-    "held",
-    "is_first_process",
-    "is_of_a_lost_process",
-    "locked",
-    "read_sources",
-    "save_sources",
-]
+__all__ = ["Claimed", "Found", "Start", "check_resumable", "claim_run", "claim_setting", "find_run", "held", "locked"]
 
-CHECKPOINT = Path("checkpoints") / "last.ckpt"
+REMEDY = "delete it, and the run begins anew; or leave --resume out"
 _LOCK = "lock"
-_SOURCES = "method_source.json"
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint aside, then renames it: whenever the process dies, the file is the old one or the new one.
-
-    (Lightning's own writes into the system's folder for temporary files and moves the file; between two file systems
-    that is a copy, which can be cut short.)
-
-    Attributes:
-        known: A checkpoint that was read already; it is not read again, and let go once Lightning has it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: Saved | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            SvpBenchError: If the folder cannot be written or the disk is full; the old file is still there.
-        """
-        path = Path(path)
-        try:
-            for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-                left.unlink(missing_ok=True)
-            with replacing(path) as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # torch makes a full disk a RuntimeError
-            reason = str(error).strip().splitlines()[0]
-            raise SvpBenchError(
-                f"cannot write the checkpoint {path} ({reason}); an older one, if there is one, is untouched: "
-                "make room, then go on with --resume"
-            ) from None
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Return a checkpoint, read with the restricted unpickler, onto the CPU."""
-        known, self.known = self.known, None
-        content: dict[str, Any] = (
-            known.content if known is not None and known.path == Path(path) else load_pickle_safely(Path(path))
-        )
-        return content
 
 
 class Found(NamedTuple):
@@ -147,7 +77,7 @@ class Start:
 
     def __init__(self, config: Mapping[str, Any], data: VisionDataModule) -> None:
         self._config, self._data = config, data
-        self._saved: tuple[tuple[Path, int, int], Saved] | None = None
+        self._saved: tuple[tuple[Path, int, int], Checkpoint] | None = None
         self.passed_over: str | None = None
 
     def is_of(self, found: Found, config: Mapping[str, Any]) -> bool:
@@ -169,7 +99,7 @@ class Start:
             elif found.finished and self._meaning_of(record) != self._meaning:
                 other = "data or cards"
         elif found.checkpoint is not None:
-            about = self.saved(found.checkpoint).about
+            about = self.saved(found.checkpoint).metadata
             other = None if (about.backbone_digest, about.head_digest) == self._weights else "weights"
         elif config.get("model", {}).get("checkpoint") != checkpoint:  # stopped before it had anything to save
             other = "weights"
@@ -177,12 +107,12 @@ class Start:
             self.passed_over = self.passed_over or f"{found.folder.name} began from other {other}"
         return other is None
 
-    def saved(self, checkpoint: Path) -> Saved:
+    def saved(self, checkpoint: Path) -> Checkpoint:
         """Read a checkpoint, once as long as it does not change."""
         status = checkpoint.stat()
         version = checkpoint, status.st_mtime_ns, status.st_size
         if self._saved is None or self._saved[0] != version:
-            self._saved = version, Saved.read(checkpoint, REMEDY)
+            self._saved = version, Checkpoint.read(checkpoint, REMEDY)
         return self._saved[1]
 
     @cached_property
@@ -248,30 +178,6 @@ def find_run(
             return found
         finished = finished or found
     return finished
-
-
-def save_sources(folder: Path, sources: Mapping[str, str]) -> None:
-    """Write down the digests of a method's own files in the folder of a run; nothing for a shipped method.
-
-    Raises:
-        RecordError: If the folder cannot be written.
-    """
-    if sources:
-        write_atomically(folder / _SOURCES, json.dumps(dict(sources), indent=2) + "\n")
-
-
-def read_sources(folder: Path) -> dict[str, str]:
-    """Return what `save_sources` wrote; empty if it wrote nothing."""
-    try:
-        sources = json.loads((folder / _SOURCES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return sources if isinstance(sources, dict) else {}
-
-
-def changed_sources(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """Return which files differ, "scale.py, helper.py"; "" if none does."""
-    return ", ".join(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
 
 
 def _recorded_elsewhere(folder: Path, config: Mapping[str, Any], records: Path) -> bool:
@@ -391,156 +297,89 @@ def claim_run(
     return Found.at(found.folder, records)
 
 
-# --- the processes of one run ----------------------------------------------------------------------------------------
-
-_RUN_ID = "SVP_BENCH_RUN_ID"  # by which the first process tells those that Lightning launches
-_PATIENCE = timedelta(minutes=10)  # for the first process, which looks at the runs that are there
+# --- the content of a checkpoint ---------------------------------------------------------------------------------
 
 
-def agreed_name(holding: ExitStack, decide: Callable[[], str], resume: bool) -> str:
-    """Return the name of a run, which its first process decides, in every one of its processes.
-
-    Lightning launches the others from the first, whose environment they inherit. torchrun launches all alike: they ask
-    the store that it provides for them to meet.
+def check_resumable(
+    saved: Checkpoint, trainer: Trainer, model: AdaptationModule, callbacks: Sequence[Callback]
+) -> None:
+    """Check that a checkpoint holds all that training goes on with.
 
     Args:
-        holding: As long as it lasts, processes that are launched inherit the name.
-        decide: Called by the first process.
-        resume: Whether the name may be that of an earlier run.
+        saved: The checkpoint.
+        trainer: The trainer that will go on.
+        model: What is trained.
+        callbacks: Those that must find their state in it.
 
     Raises:
-        UsageError: If the first process has failed, or someone else has launched these, who would not find each other.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _agreed_by_store(holding, decide)
-    if "LOCAL_RANK" in os.environ:
-        inherited = os.environ.get(_RUN_ID)
-        if inherited is None and resume:
-            raise UsageError(
-                "--resume: LOCAL_RANK is set, but neither Lightning nor torchrun has launched this process, and the "
-                "others would not know which run it goes on with; use torchrun"
-            )
-        return inherited or decide()
-    name = decide()
-    os.environ[_RUN_ID] = name
-    holding.callback(os.environ.pop, _RUN_ID, None)
-    return name
-
-
-def _agreed_by_store(holding: ExitStack, decide: Callable[[], str]) -> str:
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public all the same
-    from torch.distributed.rendezvous import rendezvous
-
-    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
-    holding.callback(lambda: store)  # where the first process is the store itself, it must stay until training meets
-    shared = PrefixStore("svp-bench", store)
-    if rank > 0:
-        name = str(shared.get("run").decode())
-        shared.set(f"heard-{rank}", "")
-        if not name:
-            raise UsageError("the first process of this run has stopped; it says why")
-        return name
-    try:
-        name = decide()
-    except BaseException:
-        _tell(shared, "", size)
-        raise
-    _tell(shared, name, size)
-    return name
-
-
-def _tell(store: Any, name: str, size: int) -> None:
-    """Tell the other processes, and wait until they have heard: the first may be the store, and go with it."""
-    store.set("run", name)
-    with suppress(RuntimeError):  # one that never came is missed later, when they meet
-        store.wait([f"heard-{rank}" for rank in range(1, size)], timedelta(minutes=1))
-
-
-def is_first_process() -> bool:
-    """Whether this is the first of a run's processes, as far as the environment tells before they have met."""
-    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    rank: int = getattr(rank_zero_only, "rank", 0)  # Lightning sets it there
-    return rank == 0 and node == "0"
-
-
-_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe")
-
-
-def is_of_a_lost_process(error: Exception) -> bool:
-    """Whether an error is how the others learn that one of the processes of a run was killed."""
-    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
-
-
-# --- stopping --------------------------------------------------------------------------------------------------------
-
-
-class Stopper(Callback):
-    """Saves and stops at the next optimizer step once SIGTERM or SIGUSR1 (preemption) has come (`INTERRUPTS`).
-
-    Args:
-        checkpoint: Where to save.
+        CheckpointError: If a part is missing or of another form; names it.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-        self._skip = 0  # batches of the current epoch that are done, in a checkpoint within an epoch
-        self._saving_at = 0
-        self._accumulate = self._accumulated = 1  # batches for an optimizer step: of this run, of its checkpoint
+    def need(part: str, value: Any, fits: bool, expected: str) -> Any:
+        if not fits:
+            raise wrong_part(str(saved.path), part, value, expected, REMEDY)
+        return value
 
-    def state_dict(self) -> dict[str, Any]:
-        """How many batches of its epoch a checkpoint has behind it (0 at the end of one), and how many make a step."""
-        return {"batches": self._saving_at, "accumulate": self._accumulate}
+    def need_form(part: str, given: Any, fresh: Any) -> None:
+        odd = _difference(part, given, fresh)
+        if odd:
+            raise wrong_part(str(saved.path), *odd, REMEDY)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on within the epoch."""
-        self._skip, self._accumulated = int(state_dict["batches"]), int(state_dict["accumulate"])
+    def need_mappings(part: str, count: int | None = None) -> list[dict[str, Any]]:
+        value, expected = saved.content.get(part), f"a list of {count}" if count else "a list"
+        right = isinstance(value, list) and len(value) == (count or len(value)) > 0
+        parts: list[dict[str, Any]] = need(part, value, right, expected)
+        return [need(f"{part}[{i}]", entry, isinstance(entry, dict), "a mapping") for i, entry in enumerate(parts)]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on a signal waits for the end of a step; a run that goes on within an epoch skips what is done."""
-        self._accumulate = trainer.accumulate_grad_batches
-        if self._skip and self._accumulated != self._accumulate:
-            raise UsageError(
-                f"the checkpoint lies within an epoch and counts {plural(self._accumulated, 'batch')} for a "
-                "step: go on with "
-                f"--trainer.accumulate_grad_batches {self._accumulated}, not {self._accumulate}"
-            )
-        INTERRUPTS.waits = True
-        INTERRUPTS.take_again()  # Lightning has taken the signals meanwhile, with its own idea of them
-        sampler = getattr(trainer.train_dataloader, "sampler", None)
-        if self._skip and isinstance(sampler, GlobalBatchSampler):
-            sampler.skip(self._skip)
-        self._skip = 0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Between two optimizer steps: save and stop if asked to."""
-        if batch_idx % trainer.accumulate_grad_batches == 0 and self._agreed(trainer, pl_module):
-            self._saving_at = batch_idx
-            trainer.save_checkpoint(self.checkpoint)
-            raise Preempted
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last checkpoint is written; what follows can be done again."""
-        INTERRUPTS.waits = False
-        if self._agreed(trainer, pl_module):
-            raise Preempted
-
-    def _agreed(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether any process was asked to stop: all stop at the same step."""
-        asked = INTERRUPTS.asked is not None
-        if trainer.world_size == 1:
-            return asked
-        flag = torch.tensor(float(asked), device=pl_module.device)
-        return bool(trainer.strategy.reduce(flag, reduce_op="sum") > 0)
+    (optimizer,) = need_mappings("optimizer_states", 1)
+    (schedule,) = need_mappings("lr_schedulers", 1)
+    need("lr_schedulers.last_epoch", last := schedule.get("last_epoch"), isinstance(last, int), "a whole number")
+    parameters = [*trained_parameters(model.model).values()]
+    groups, state = optimizer.get("param_groups"), optimizer.get("state")
+    all_there = _numbers(groups) == list(range(len(parameters)))
+    need("optimizer_states.param_groups", groups, all_there, f"all {len(parameters)} trained parameters")
+    moments = need("optimizer_states.state", state, isinstance(state, dict), "a mapping")
+    if saved.global_step and model.optimizer_name == "adamw":
+        shapes = sorted(_shape_of_moments(moments.get(number)) for number in range(len(parameters)))
+        fits = shapes == sorted(tuple(parameter.shape) for parameter in parameters)
+        need("optimizer_states.state", moments, fits, "the moments of each trained parameter")
+    for number, parts in moments.items():
+        values = parts.items() if isinstance(parts, dict) else ()
+        tensors = {f"{number}.{key}": value for key, value in values if isinstance(value, Tensor)}
+        check_tensors(tensors, str(saved.path), "optimizer_states.state", REMEDY)
+    for part, key, fresh in (
+        ("loops", "fit_loop", trainer.fit_loop.state_dict()),
+        *(("callbacks", callback.state_key, callback.state_dict()) for callback in callbacks),
+    ):
+        states = need(part, value := saved.content.get(part), isinstance(value, dict), "a mapping")
+        need_form(f"{part}.{key}", states.get(key), fresh)
 
 
-class StepSeeds(Callback):
-    """Seeds PyTorch before each training step from (seed, epoch, batch, process): dropout and drop path can be made
-    again without the steps before."""
+def _numbers(groups: Any) -> list[Any]:
+    """Return the numbers of the parameters in an optimizer's groups, as far as they are such."""
+    lists = [group.get("params") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+    return [number for numbers in lists if isinstance(numbers, list) for number in numbers]
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed the CPU's and the device's generator."""
-        entropy = [self.seed, trainer.current_epoch, batch_idx, trainer.global_rank]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+def _shape_of_moments(state: Any) -> tuple[int, ...]:
+    """Return the shape of Adam's moments of a parameter; (-1,) if they are not all there."""
+    parts = [state.get(key) for key in ("exp_avg", "exp_avg_sq")] if isinstance(state, dict) and "step" in state else []
+    shapes = {tuple(part.shape) for part in parts if isinstance(part, Tensor)}
+    return shapes.pop() if len(parts) == 2 and len(shapes) == 1 else (-1,)
+
+
+def _difference(part: str, given: Any, fresh: Any) -> tuple[str, Any, str] | None:
+    """Return (part, what it is, what was expected) where a state has not the form of a fresh one; None if it has.
+
+    More keys, and anything where a fresh one has nothing, are fine.
+    """
+    if isinstance(fresh, Mapping):
+        if not isinstance(given, Mapping):
+            return part, given, "a mapping"
+        for key, value in fresh.items():
+            if odd := _difference(f"{part}.{key}", given.get(key), value):
+                return odd
+    elif fresh is not None and type(given) is not type(fresh):
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        return part, given, kinds.get(type(fresh), "a value")
+    return None

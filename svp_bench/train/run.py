@@ -46,32 +46,18 @@ from svp_bench.records.store import (
     write_record,
 )
 from svp_bench.train.callbacks import EpochLines, Meter, RunProgressBar, SteadyTensorBoardLogger, peak_memory_mib
-from svp_bench.train.checkpoint import Saved, weights_digest
+from svp_bench.train.checkpoint import CHECKPOINT, AtomicCheckpointIO, Checkpoint, weights_digest
 from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
 from svp_bench.train.logging import quiet
 from svp_bench.train.metrics import describe
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.oom import AllocationFailure, explain_run, is_out_of_memory
 from svp_bench.train.parser import ResolvedConfig
-from svp_bench.train.provenance import changed_cards, commit_and_dirty, dirty_warning
+from svp_bench.train.preemption import PerStepSeed, PreemptionHandler
+from svp_bench.train.processes import agreed_name, is_first_process, is_of_a_lost_process
+from svp_bench.train.provenance import changed_cards, changed_sources, commit_and_dirty, dirty_warning, save_sources
 from svp_bench.train.record_writer import Recorder
-from svp_bench.train.resumable import check_resumable
-from svp_bench.train.resume import (
-    CHECKPOINT,
-    AtomicCheckpointIO,
-    Found,
-    Start,
-    StepSeeds,
-    Stopper,
-    agreed_name,
-    changed_sources,
-    claim_run,
-    claim_setting,
-    is_first_process,
-    is_of_a_lost_process,
-    locked,
-    save_sources,
-)
+from svp_bench.train.resume import Found, Start, check_resumable, claim_run, claim_setting, locked
 
 __all__ = ["TrainingRun", "first_difference", "run"]
 
@@ -140,11 +126,11 @@ class TrainingRun:
         self.dry = bool(config.arguments.trainer.fast_dev_run)
         self.meter = Meter()
         self.watch = RecipeWatch(None)
-        self.stopper: Stopper | None = None
+        self.stopper: PreemptionHandler | None = None
         self.run_id = ""
         self.run_dir = Path()
         self.resumed: Found | None = None
-        self.saved: Saved | None = None
+        self.saved: Checkpoint | None = None
         self.checkpoints = AtomicCheckpointIO()
 
     def execute(self) -> None:
@@ -277,7 +263,7 @@ class TrainingRun:
         if self.trains and self.objects.trainer.enable_checkpointing is not False and not self.dry:
             folder = self.run_dir / "checkpoints"
             self.watch.checkpoint = folder / CHECKPOINT.name
-            self.stopper = Stopper(folder / CHECKPOINT.name)
+            self.stopper = PreemptionHandler(folder / CHECKPOINT.name)
             callbacks += [
                 self.stopper,
                 ModelCheckpoint(
@@ -288,7 +274,7 @@ class TrainingRun:
                     save_on_train_epoch_end=True,  # after the epoch's validation, if there is one
                 ),
             ]
-        return [*callbacks, StepSeeds(self.config.seed)] if self.trains else callbacks
+        return [*callbacks, PerStepSeed(self.config.seed)] if self.trains else callbacks
 
     def _progress(self, settings: dict[str, Any], given: Sequence[Callback]) -> list[Callback]:
         """Return a progress bar for a terminal, or lines per epoch where the output has no width."""
@@ -414,9 +400,9 @@ class TrainingRun:
         resume = self.trains and self.resumable and (self.run_dir / CHECKPOINT).is_file()
         raise explain_run(failure, self.trainer, self.model, self.data, role, resume)
 
-    def _need_same_data(self, saved: Saved) -> None:
+    def _need_same_data(self, saved: Checkpoint) -> None:
         """Refuse to resume with other images than those that the run began with."""
-        if saved.about.data_digest != self.data.report.digest:
+        if saved.metadata.data_digest != self.data.report.digest:
             raise UsageError(
                 f"{saved.path}: the run began with other splits of {self.data.card.name} than those found here; "
                 "give their folder with --data.root, or begin a new run without --resume"
@@ -452,7 +438,7 @@ class TrainingRun:
         A run that has a score is tested again without changing its record.
         """
         saved = self._read_checkpoint()
-        path, about = saved.path, saved.about
+        path, about = saved.path, saved.metadata
         where = self.config.results_root / "records" / about.task / f"{about.run_id}.json"
         if about.stage != "final":
             raise UsageError(f"{path}: weights of stage {about.stage!r} are never tested; refit first")
@@ -490,7 +476,7 @@ class TrainingRun:
         print(f"Completed {where}")
         self.recorder.write_tables("test", self.config.runs_root / old.task / old.run_id)
 
-    def _read_checkpoint(self) -> Saved:
+    def _read_checkpoint(self) -> Checkpoint:
         path = self.config.arguments.ckpt_path
         if not path:
             raise UsageError(
@@ -498,7 +484,7 @@ class TrainingRun:
             )
         if not Path(path).is_file():
             raise UsageError(f"no checkpoint {str(path)!r}; they are in runs/<task>/<run>/checkpoints/")
-        self.checkpoints.known = Saved.read(path)
+        self.checkpoints.known = Checkpoint.read(path)
         return self.checkpoints.known
 
     def _need_same_run(self, old: Record, where: Path) -> None:
