@@ -41,7 +41,7 @@ from svp_bench.tables.test_peeking import (
 from svp_bench.tasks.cards import load_suite
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.replicate import _LendsTest
-from svp_bench.train.run import TrainingRun
+from svp_bench.train.run import FitRun
 
 EPOCHS = 4
 LEARNS = ("--method", "full", "--model.learning_rate", "3e-3", "--model.warmup_epochs", "1")
@@ -169,7 +169,7 @@ def test_fit_cannot_be_made_to_read_the_test_list_early(place: Path) -> None:
         Path("peek.yaml").write_text(text, encoding="utf-8")
         assert_error(command(*line("--config", "peek.yaml")), 2)
     assert not Path("results").exists()
-    assert TrainingRun.data_type is VisionDataModule
+    assert FitRun.data_type is VisionDataModule
     data = VisionDataModule(TASK, root="data", stage="final", image_size=32)
     data.setup("fit")
     assert data.val_dataloader() == []

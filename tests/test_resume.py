@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from svp_bench.core.errors import CheckpointError, SvpBenchError, plural
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler
+from svp_bench.models.weight_files import load_pickle_safely
 from svp_bench.train import resume
 from svp_bench.train import run as cli
 from svp_bench.train.checkpoint import AtomicCheckpointIO, Checkpoint
@@ -291,7 +292,7 @@ def test_two_resumes_at_once_make_one_run(place: Path, monkeypatch: pytest.Monke
     )
     second = [sys.executable, "-c", code, str(Path(__file__).parent), *small("--method", "linear", "--resume")]
     seen: list[Any] = []
-    real = cli.TrainingRun.build
+    real = cli.FitRun.build
 
     def build(self: Any) -> Any:
         assert not [*Path("runs").rglob("config.yaml")]
@@ -299,7 +300,7 @@ def test_two_resumes_at_once_make_one_run(place: Path, monkeypatch: pytest.Monke
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli.TrainingRun, "build", build)
+        patch.setattr(cli.FitRun, "build", build)
         run(*small("--method", "linear", "--resume"))
     (done,) = seen
     assert done.returncode == 2, done.stderr
@@ -540,10 +541,13 @@ def test_a_gutted_or_truncated_checkpoint_stops_a_run_that_goes_on(
 
 def test_a_checkpoint_is_read_once(unfinished: Unfinished, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(unfinished.folder)
-    monkeypatch.setattr("svp_bench.train.checkpoint.load_pickle_safely", lambda path: pytest.fail("read again"))
+    reads: list[Path] = []
+    real = load_pickle_safely
+    monkeypatch.setattr("svp_bench.train.checkpoint.load_pickle_safely", lambda path: reads.append(path) or real(path))
     before = unfinished.checkpoint.read_bytes()
     outcome = run(*small(*FLAGS, "--resume"))
     assert outcome.record["epochs"] == EPOCHS
+    assert len(reads) == 1
     outcome.record_path.unlink()
     unfinished.checkpoint.write_bytes(before)
 

@@ -172,13 +172,13 @@ def test_an_edited_method_is_another_cell_everywhere(place: Path) -> None:
 
 
 def test_a_changed_method_does_not_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svp_bench.train.run import TrainingRun
+    from svp_bench.train.run import FitRun
 
-    def stop(self: TrainingRun, *_: object) -> None:
+    def stop(self: FitRun, *_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_train_and_test", stop)
+        patch.setattr(FitRun, "_train_and_test", stop)
         assert fit().status == 130
     (old,) = Path("results/records").rglob("*.json")
     edit()

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from functools import cache
@@ -100,9 +100,9 @@ class ResolvedConfig:
     sources: Mapping[str, str]
     read: tuple[Path, ...]
     card_digests: Mapping[str, str]
-    composed: Composed
-    arguments: Namespace
-    notices: tuple[str, ...]
+    composed: Composed = field(compare=False)
+    arguments: Namespace = field(compare=False)
+    notices: tuple[str, ...] = field(compare=False)
 
     @property
     def task(self) -> str:

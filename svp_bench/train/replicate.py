@@ -22,7 +22,7 @@ from svp_bench.tables.test_peeking import Replication, write_replication
 from svp_bench.train.metrics import Evaluation
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.parser import ResolvedConfig, resolve
-from svp_bench.train.run import TrainingRun, run
+from svp_bench.train.run import FitRun, run
 
 __all__ = ["run_replication"]
 
@@ -87,7 +87,7 @@ class _Curve(Callback):
                 logger.log_metrics(numbers, trainer.global_step)
 
 
-class _ReplicationRun(TrainingRun):
+class _ReplicationRun(FitRun):
     """One replication."""
 
     module_type = _SaysTest

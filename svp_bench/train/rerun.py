@@ -51,7 +51,7 @@ from svp_bench.records.store import read_record, record_path
 from svp_bench.stats.inference import mcnemar, one_standard_error
 from svp_bench.train.parser import ResolvedConfig, resolve
 from svp_bench.train.provenance import changed_sources, cpu_name
-from svp_bench.train.run import TrainingRun, first_difference, run
+from svp_bench.train.run import FitRun, first_difference, run
 
 __all__ = ["run_rerun"]
 
@@ -113,7 +113,7 @@ def run_rerun(record: Record, places: Mapping[str, str], further: Sequence[str] 
 # -------------------------------------------------------------------------------------------------- before the training
 
 
-class _RepeatedRun(TrainingRun):
+class _RepeatedRun(FitRun):
     """A fit whose data and weights must be those of a record."""
 
     next_step = None
@@ -181,7 +181,7 @@ def _need_same_splits(record: Record, data: VisionDataModule, root: str | None) 
         )
 
 
-def _differing_code(record: Record, now: TrainingRun) -> list[str]:
+def _differing_code(record: Record, now: FitRun) -> list[str]:
     """Return one line for each difference of code and cards."""
     data, sources = now.data, now.config.sources
     pairs = [

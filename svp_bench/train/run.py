@@ -8,20 +8,17 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from svp_bench.core.errors import (
     ConfigError,
-    OutOfMemoryError,
     RecordError,
     SvpBenchError,
     UsageError,
@@ -30,36 +27,27 @@ from svp_bench.core.errors import (
 )
 from svp_bench.core.interrupts import INTERRUPTS, Preempted
 from svp_bench.core.resources import custom_tasks_flags
-from svp_bench.core.terminal import has_width
-from svp_bench.data.locate import locate
-from svp_bench.data.module import VisionDataModule
 from svp_bench.data.transforms import sides
-from svp_bench.records.digests import canonical_digest, cell_config, config_digest, flat, setting_digest
-from svp_bench.records.record import Record, new_run_id
+from svp_bench.records.digests import cell_config, flat
+from svp_bench.records.record import Record
 from svp_bench.records.store import (
     check_writable,
     continue_record,
     read_record,
-    refuse_unwritable,
     replace_record,
     write_atomically,
     write_record,
 )
-from svp_bench.train.callbacks import EpochLines, Meter, RunProgressBar, SteadyTensorBoardLogger, peak_memory_mib
-from svp_bench.train.checkpoint import CHECKPOINT, AtomicCheckpointIO, Checkpoint, weights_digest
-from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
+from svp_bench.train.base import BaseRun
+from svp_bench.train.checkpoint import CHECKPOINT, Checkpoint, weights_digest
 from svp_bench.train.logging import quiet
 from svp_bench.train.metrics import describe
-from svp_bench.train.module import AdaptationModule
-from svp_bench.train.oom import AllocationFailure, explain_run, is_out_of_memory
 from svp_bench.train.parser import ResolvedConfig
-from svp_bench.train.preemption import PerStepSeed, PreemptionHandler
-from svp_bench.train.processes import agreed_name, is_first_process, is_of_a_lost_process
-from svp_bench.train.provenance import changed_cards, changed_sources, commit_and_dirty, dirty_warning, save_sources
-from svp_bench.train.record_writer import Recorder
-from svp_bench.train.resume import Found, Start, check_resumable, claim_run, claim_setting, locked
+from svp_bench.train.processes import is_first_process, is_of_a_lost_process
+from svp_bench.train.provenance import changed_sources, dirty_warning, save_sources
+from svp_bench.train.resume import check_resumable, locked
 
-__all__ = ["TrainingRun", "first_difference", "run"]
+__all__ = ["FitRun", "ScoreRun", "first_difference", "run"]
 
 T = TypeVar("T")
 
@@ -68,20 +56,20 @@ T = TypeVar("T")
 def run(
     config: ResolvedConfig,
     watchers: Sequence[Callback] = (),
-    run_type: Callable[[ResolvedConfig, Sequence[Callback]], TrainingRun] | None = None,
-) -> TrainingRun:
+    run_type: Callable[[ResolvedConfig, Sequence[Callback]], BaseRun] | None = None,
+) -> BaseRun:
     """Run a resolved config.
 
     Args:
         config: Of fit, validate or test.
         watchers: Callbacks of the caller; they must not change the run.
-        run_type: `TrainingRun` by default.
+        run_type: The class of the run; that of the subcommand by default.
 
     Raises:
         SvpBenchError: For everything that a user can fix.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
-    done = (run_type or TrainingRun)(config, watchers)
+    done = (run_type or (FitRun if config.subcommand == "fit" else ScoreRun))(config, watchers)
     try:
         done.execute()
     except SystemExit as stop:
@@ -94,203 +82,14 @@ def run(
     return done
 
 
-class TrainingRun:
-    """One fit, validate or test of a resolved config.
-
-    Args:
-        config: The resolved config.
-        watchers: Callbacks of the caller.
-
-    Attributes:
-        run_id: The run's name, once it is prepared.
-        run_dir: Its folder.
-        data: The data module.
-        model: The Lightning module, once it is built.
-        trainer: The trainer.
-    """
+class FitRun(BaseRun):
+    """Train; in stage final test once with the final weights; write the record whatever happens."""
 
     saved_config = "config.yaml"
     next_step: str | None = "svp-bench table"  # after a complete final run
-    resumable = True  # after a signal, with --resume
-    module_type: type[AdaptationModule] = AdaptationModule
-    data_type: type[VisionDataModule] = VisionDataModule
 
-    model: AdaptationModule
-    data: VisionDataModule
-    trainer: Trainer
-
-    def __init__(self, config: ResolvedConfig, watchers: Sequence[Callback] = ()) -> None:
-        self.config = config
-        self.watchers = watchers
-        self.trains = config.subcommand == "fit"
-        self.dry = bool(config.arguments.trainer.fast_dev_run)
-        self.meter = Meter()
-        self.watch = RecipeWatch(None)
-        self.stopper: PreemptionHandler | None = None
-        self.run_id = ""
-        self.run_dir = Path()
-        self.resumed: Found | None = None
-        self.saved: Checkpoint | None = None
-        self.checkpoints = AtomicCheckpointIO()
-
-    def execute(self) -> None:
-        """Run the subcommand.
-
-        Raises:
-            SvpBenchError: For everything that a user can fix.
-        """
-        with ExitStack() as self.holding:  # the run's lock, its name for processes that are launched, the signals
-            try:
-                if self.trains and self.resumable:
-                    self.holding.enter_context(INTERRUPTS.taken())
-                self.prepare()
-                self.build()
-                {"fit": self.fit, "validate": self.validate, "test": self.test}[self.config.subcommand]()
-            except Preempted:
-                INTERRUPTS.print_stopped_early()
-            except ConfigError as error:
-                raise type(error)(self.config.with_origin(str(error))) from None
-
-    # --- before anything heavy ---------------------------------------------------------------------------------------
-
-    def prepare(self) -> None:
-        """Name the run, and fail early: results folder, data, stage."""
-        for notice in self.config.composed.notices:
-            rank_zero_info(f"Note: {notice}")
-        self.commit, self.dirty = commit_and_dirty()  # of the code that is running now
-        self.changed_cards = changed_cards(self.config.read) if self.commit else []
-        self.dirty = True if self.changed_cards else self.dirty
-        self.objects = self.config.instantiate()
-        data = self.data = self.data_type(**vars(self.objects.data), seed=self.config.seed)  # reads cards only
-        root = self.config.config["data"].get("root")
-        if data.card.reader.kind == "split_files":
-            locate(data.card, data.suite, Path(root) if root else None)
-        if self.config.subcommand == "validate":
-            data.require_val()
-        if self.config.subcommand == "test" and data.stage != "final":
-            raise UsageError("stage 'select' has no test split: test a run of --data.stage final")
-        self.name_run()
-        if self.trains:
-            refuse_unwritable(self.config.results_root / "records" / data.card.name, "--results_root")
-            refuse_unwritable(self.run_dir, "--runs_root")
-
-    def name_run(self) -> None:
-        """Set the run's name and folder: those of an earlier run with --resume, else new ones."""
-        config, task = self.config, self.data.card.name
-        runs, records = config.runs_root / task, config.results_root / "records" / task
-        resume = self.trains and bool(config.arguments.resume)
-
-        def same_setting(other: Mapping[str, Any]) -> bool:  # selected values are not part of the setting's digest
-            same = setting_digest(other, config.search) == config.setting_digest
-            return same and config_digest(other) == config.config_digest
-
-        start = Start(config.config, self.data)
-
-        def decide() -> str:
-            if resume:
-                if not self.dry:
-                    claims = config.runs_root / "claims"
-                    refuse_unwritable(claims, "--runs_root")
-                    parts = [task, config.setting_digest, config.seed, str(config.config["model"]["checkpoint"])]
-                    claim_setting(self.holding, claims / f"resume-{canonical_digest(parts)[7:39]}.lock")
-                found = claim_run(self.holding, runs, records, config.seed, same_setting, config.sources, start.is_of)
-                if found is not None:
-                    return found.folder.name
-                passed_over = f" ({start.passed_over})" if start.passed_over else ""
-                rank_zero_info(
-                    f"Note: --resume: no run of this setting and seed in {runs}{passed_over}; this one begins."
-                )
-            return new_run_id(config.method, config.seed, config.setting_digest)
-
-        self.run_id = agreed_name(self.holding, decide, resume)
-        self.run_dir = runs / self.run_id
-        if resume and self.run_dir.is_dir():
-            self.resumed = Found.at(self.run_dir, records)
-            if self.resumed.checkpoint is not None and not self.resumed.finished:
-                self.saved = start.saved(self.resumed.checkpoint)
-
-    # --- model and trainer --------------------------------------------------------------------------------------------
-
-    def build(self) -> None:
-        """Build the Lightning module and the Trainer."""
-        seed_everything(self.config.seed, workers=True, verbose=False)
-        data = self.data
-        given: dict[str, Any] = {
-            "num_classes": data.num_classes,
-            "image_size": data.image_size,
-            "seed": self.config.seed,
-        }
-        try:
-            self.model = self.module_type(**vars(self.objects.model), **given)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemoryError(
-                f"the model does not fit into memory ({one_line(error)}); its size follows from model.backbone, "
-                "data.image_size, model.head_hidden and the settings of the method"
-            ) from None
-        self.trainer = self._build_trainer()
-
-    def _build_trainer(self) -> Trainer:
-        settings = dict(vars(self.objects.trainer))
-        given = settings.get("callbacks") or []
-        given = [given] if isinstance(given, Callback) else list(given)
-        settings["callbacks"] = [
-            self.watch.first,
-            *given,
-            *self._callbacks(),
-            *self._progress(settings, given),
-            self.watch,
-        ]
-        settings["plugins"] = [*(settings["plugins"] or []), self.checkpoints]
-        if not self.trains:
-            settings["logger"] = False
-        elif settings["logger"] in (None, True) and not self.dry:
-            # steps that were logged after the last checkpoint will be logged again
-            done = None if self.resumed is None else self.saved.global_step if self.saved else 0
-            settings["logger"] = SteadyTensorBoardLogger(self.run_dir, name="", version="", purge_step=done)
-        try:
-            trainer = Trainer(**settings)
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-            raise ConfigError(f"Lightning refuses these trainer settings: {one_line(error)}") from None
-        refuse_hidden_changes(trainer, trains=self.trains)
-        order: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        order.append(order.pop(order.index(self.watch)))  # Lightning puts checkpoint callbacks, also of others, last
-        return trainer
-
-    def _callbacks(self) -> list[Callback]:
-        callbacks: list[Callback] = [self.meter, *self.watchers]
-        if self.trains and self.objects.trainer.enable_checkpointing is not False and not self.dry:
-            folder = self.run_dir / "checkpoints"
-            self.watch.checkpoint = folder / CHECKPOINT.name
-            self.stopper = PreemptionHandler(folder / CHECKPOINT.name)
-            callbacks += [
-                self.stopper,
-                ModelCheckpoint(
-                    folder,
-                    filename=CHECKPOINT.stem,
-                    save_top_k=1,
-                    enable_version_counter=False,
-                    save_on_train_epoch_end=True,  # after the epoch's validation, if there is one
-                ),
-            ]
-        return [*callbacks, PerStepSeed(self.config.seed)] if self.trains else callbacks
-
-    def _progress(self, settings: dict[str, Any], given: Sequence[Callback]) -> list[Callback]:
-        """Return a progress bar for a terminal, or lines per epoch where the output has no width."""
-        has_bar = any(isinstance(one, ProgressBar) for one in given)
-        if not self.trains:
-            return []
-        if not has_width(sys.stdout):
-            if not has_bar:
-                settings["enable_progress_bar"] = False
-            return [EpochLines()]
-        return [RunProgressBar()] if settings["enable_progress_bar"] is not False and not has_bar else []
-
-    # --- subcommands --------------------------------------------------------------------------------------------------
-
-    def fit(self) -> None:
-        """Train; in stage final test once with the final weights; write the record whatever happens."""
+    def main(self) -> None:
+        """Train, test and write the record."""
         if self.config.arguments.ckpt_path:
             raise UsageError("fit trains from the start and takes no --ckpt_path; `svp-bench test` scores a checkpoint")
         if self.resumed is not None and self.resumed.finished:
@@ -379,27 +178,6 @@ class TrainingRun:
         trainer.test(model, datamodule=data, verbose=False)
         return status, reason, True
 
-    def within_memory(self, work: Callable[[], T]) -> T:
-        """Run `work`; if memory runs out, measure how many images fit.
-
-        Raises:
-            OutOfMemoryError: If memory ran out.
-        """
-        try:
-            return work()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            failure = AllocationFailure.from_error(error)
-        # outside of the clause, which would keep the error and with it the tensors of the step
-        INTERRUPTS.waits = INTERRUPTS.waits or self.trains  # a signal must not prevent the record
-        self.meter.peak_mib = peak_memory_mib(self.trainer.strategy.root_device)  # before the probes move it
-        evaluates = {RunningStage.VALIDATING: "val", RunningStage.SANITY_CHECKING: "val", RunningStage.TESTING: "test"}
-        stage = self.meter.failed_in
-        role = evaluates.get(stage, "train") if stage else "train"
-        resume = self.trains and self.resumable and (self.run_dir / CHECKPOINT).is_file()
-        raise explain_run(failure, self.trainer, self.model, self.data, role, resume)
-
     def _need_same_data(self, saved: Checkpoint) -> None:
         """Refuse to resume with other images than those that the run began with."""
         if saved.metadata.data_digest != self.data.report.digest:
@@ -422,6 +200,80 @@ class TrainingRun:
         epoch, steps = self.trainer.current_epoch, plural(self.trainer.global_step, "step")
         print(f"Stopped by {name} in epoch {epoch}, after {steps}; {state}", flush=True)
         print("Continue with the same command and --resume", flush=True)
+
+    @rank_zero_only
+    def announce(self) -> None:
+        """Print the header of a run."""
+        model, data = self.model, self.data
+        counts = self.recorder.parameters()
+        choice = self.recorder.scan_choice()
+        weights = "random weights" if model.checkpoint == "none" else f"weights {model.checkpoint}"
+        height, width = sides(data.image_size)
+        loaded = model.load_report.describe() if model.load_report else None
+        print(
+            f"{self.run_id}\n"
+            f"  task       {data.card.name} v{data.card.version}, stage {data.stage} "
+            f"({', '.join(f'{role} on {name}' for role, name in data.splits.items())})\n"
+            f"  backbone   {model.backbone_name}, {weights}, scan backend {choice.name} ({choice.reason})\n"
+            f"{f'  loaded     {loaded}{chr(10)}' if loaded else ''}"
+            f"  images     {height}x{width} pixels\n"
+            f"  method     {self.config.method}: {counts.adapter:,} parameters + {counts.head:,} of the head train, "
+            f"of {counts.total:,}\n"
+            f"  content    {', '.join(f'{name} {digest[7:19]}' for name, digest in data.content_digests.items())}\n"
+            f"  files      {self.run_dir}",
+            flush=True,
+        )
+        for notice in self.config.notices:
+            rank_zero_info(f"Note: {notice}")
+        if sys.stdout.isatty():
+            print("  Training begins; the first step compiles kernels where that was not done before", flush=True)
+        if model.checkpoint == "none":
+            print("  Random weights: this run says nothing about transfer; tables list such rows apart.", flush=True)
+        if self.dirty:
+            print(f"  Warning: {dirty_warning(self.commit, self.changed_cards)}", flush=True)
+
+    @rank_zero_only
+    def save_config(self) -> None:
+        """Write the resolved config and the digests of the method's sources into the run's folder.
+
+        Raises:
+            SvpBenchError: If the folder cannot be written.
+        """
+        try:
+            write_atomically(self.run_dir / self.saved_config, yaml.safe_dump(self.config.config, sort_keys=False))
+            save_sources(self.run_dir, self.config.sources)
+        except RecordError as error:
+            reason = str(error).partition("; ")[0]
+            raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None
+
+    @rank_zero_only
+    def _finish(self, status: str, reason: str | None, tested: bool) -> None:
+        root = self.config.results_root
+        record = self.recorder.record(status, reason, tested)
+        again = self.resumed is not None and self.resumed.record is not None  # of the part before an interruption
+        path = (continue_record if again else write_record)(record, root)
+        role = "test" if record.kind == "final" else "val"
+        if record.metrics is not None:
+            print(describe(record.metrics, record.splits[role]), flush=True)
+        print(f"Record ({status}): {path}", flush=True)
+        if record.not_comparable:
+            print(f"Not comparable, tables leave it out: {'; '.join(record.not_comparable)}", flush=True)
+        if record.metrics is not None:
+            self.recorder.write_tables(role, self.run_dir)
+        if record.kind == "final" and status == "complete" and self.next_step:
+            flags = [*(() if str(root) == "results" else ("--results_root", str(root))), *custom_tasks_flags()]
+            print(" ".join([f"Next: {self.next_step}", *map(shlex.quote, flags)]), flush=True)
+        elif status == "unscored":
+            checkpoint = self.run_dir / CHECKPOINT
+            print(f"Next: svp-bench test --config {self.run_dir / 'config.yaml'} --ckpt_path {checkpoint}", flush=True)
+
+
+class ScoreRun(BaseRun):
+    """Validate or test a checkpoint."""
+
+    def main(self) -> None:
+        """Validate or test."""
+        (self.validate if self.config.subcommand == "validate" else self.test)()
 
     def validate(self) -> None:
         """Validate a checkpoint on val (stage select)."""
@@ -505,90 +357,6 @@ class TrainingRun:
                 f"the run of {where} was trained with other splits of {old.task} than those found here; give their "
                 "folder with --data.root"
             )
-
-    # --- around a fit ------------------------------------------------------------------------------------------------
-
-    @rank_zero_only
-    def announce(self) -> None:
-        """Print the header of a run."""
-        model, data = self.model, self.data
-        counts = self.recorder.parameters()
-        selected = self.recorder.scan_choice()
-        weights = "random weights" if model.checkpoint == "none" else f"weights {model.checkpoint}"
-        height, width = sides(data.image_size)
-        loaded = model.load_report.describe() if model.load_report else None
-        print(
-            f"{self.run_id}\n"
-            f"  task       {data.card.name} v{data.card.version}, stage {data.stage} "
-            f"({', '.join(f'{role} on {name}' for role, name in data.splits.items())})\n"
-            f"  backbone   {model.backbone_name}, {weights}, scan backend {selected.name} ({selected.reason})\n"
-            f"{f'  loaded     {loaded}{chr(10)}' if loaded else ''}"
-            f"  images     {height}x{width} pixels\n"
-            f"  method     {self.config.method}: {counts.adapter:,} parameters + {counts.head:,} of the head train, "
-            f"of {counts.total:,}\n"
-            f"  content    {', '.join(f'{name} {digest[7:19]}' for name, digest in data.content_digests.items())}\n"
-            f"  files      {self.run_dir}",
-            flush=True,
-        )
-        for notice in self.config.notices:
-            rank_zero_info(f"Note: {notice}")
-        if sys.stdout.isatty():
-            print("  Training begins; the first step compiles kernels where that was not done before", flush=True)
-        if model.checkpoint == "none":
-            print("  Random weights: this run says nothing about transfer; tables list such rows apart.", flush=True)
-        if self.dirty:
-            print(f"  Warning: {dirty_warning(self.commit, self.changed_cards)}", flush=True)
-
-    @rank_zero_only
-    def save_config(self) -> None:
-        """Write the resolved config and the digests of the method's sources into the run's folder.
-
-        Raises:
-            SvpBenchError: If the folder cannot be written.
-        """
-        try:
-            write_atomically(self.run_dir / self.saved_config, yaml.safe_dump(self.config.config, sort_keys=False))
-            save_sources(self.run_dir, self.config.sources)
-        except RecordError as error:
-            reason = str(error).partition("; ")[0]
-            raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None
-
-    @rank_zero_only
-    def _finish(self, status: str, reason: str | None, tested: bool) -> None:
-        root = self.config.results_root
-        record = self.recorder.record(status, reason, tested)
-        again = self.resumed is not None and self.resumed.record is not None  # of the part before an interruption
-        path = (continue_record if again else write_record)(record, root)
-        role = "test" if record.kind == "final" else "val"
-        if record.metrics is not None:
-            print(describe(record.metrics, record.splits[role]), flush=True)
-        print(f"Record ({status}): {path}", flush=True)
-        if record.not_comparable:
-            print(f"Not comparable, tables leave it out: {'; '.join(record.not_comparable)}", flush=True)
-        if record.metrics is not None:
-            self.recorder.write_tables(role, self.run_dir)
-        if record.kind == "final" and status == "complete" and self.next_step:
-            flags = [*(() if str(root) == "results" else ("--results_root", str(root))), *custom_tasks_flags()]
-            print(" ".join([f"Next: {self.next_step}", *map(shlex.quote, flags)]), flush=True)
-        elif status == "unscored":
-            checkpoint = self.run_dir / CHECKPOINT
-            print(f"Next: svp-bench test --config {self.run_dir / 'config.yaml'} --ckpt_path {checkpoint}", flush=True)
-
-    @property
-    def recorder(self) -> Recorder:
-        """The writer of this run's record."""
-        return Recorder(
-            run_id=self.run_id,
-            run_dir=self.run_dir,
-            resolved=self.config,
-            commit=self.commit,
-            dirty=self.dirty,
-            model=self.model,
-            data=self.data,
-            trainer=self.trainer,
-            meter=self.meter,
-            watch=self.watch,
-        )
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

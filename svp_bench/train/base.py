@@ -1,0 +1,279 @@
+"""Prepare a run: name it, fail early, and build the Lightning module and the Trainer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import rank_zero_info
+
+from svp_bench.core.errors import (
+    ConfigError,
+    OutOfMemoryError,
+    UsageError,
+    one_line,
+)
+from svp_bench.core.interrupts import INTERRUPTS, Preempted
+from svp_bench.core.terminal import has_width
+from svp_bench.data.locate import locate
+from svp_bench.data.module import VisionDataModule
+from svp_bench.records.digests import canonical_digest, config_digest, setting_digest
+from svp_bench.records.record import new_run_id
+from svp_bench.records.store import (
+    refuse_unwritable,
+)
+from svp_bench.train.callbacks import EpochLines, Meter, RunProgressBar, SteadyTensorBoardLogger, peak_memory_mib
+from svp_bench.train.checkpoint import CHECKPOINT, AtomicCheckpointIO, Checkpoint
+from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
+from svp_bench.train.module import AdaptationModule
+from svp_bench.train.oom import AllocationFailure, explain_run, is_out_of_memory
+from svp_bench.train.parser import ResolvedConfig
+from svp_bench.train.preemption import PerStepSeed, PreemptionHandler
+from svp_bench.train.processes import agreed_name
+from svp_bench.train.provenance import changed_cards, commit_and_dirty
+from svp_bench.train.record_writer import Recorder
+from svp_bench.train.resume import Found, Start, claim_run, claim_setting
+
+__all__ = ["BaseRun"]
+
+T = TypeVar("T")
+
+
+class BaseRun:
+    """A resolved config on its way to a result: what fit, validate and test have in common.
+
+    Args:
+        config: The resolved config.
+        watchers: Callbacks of the caller.
+
+    Attributes:
+        run_id: The run's name, once it is prepared.
+        run_dir: Its folder.
+        data: The data module.
+        model: The Lightning module, once it is built.
+        trainer: The trainer.
+    """
+
+    resumable = True  # after a signal, with --resume
+    module_type: type[AdaptationModule] = AdaptationModule
+    data_type: type[VisionDataModule] = VisionDataModule
+
+    model: AdaptationModule
+    data: VisionDataModule
+    trainer: Trainer
+
+    def __init__(self, config: ResolvedConfig, watchers: Sequence[Callback] = ()) -> None:
+        self.config = config
+        self.watchers = watchers
+        self.trains = config.subcommand == "fit"
+        self.dry = bool(config.arguments.trainer.fast_dev_run)
+        self.meter = Meter()
+        self.watch = RecipeWatch(None)
+        self.stopper: PreemptionHandler | None = None
+        self.run_id = ""
+        self.run_dir = Path()
+        self.resumed: Found | None = None
+        self.saved: Checkpoint | None = None
+        self.checkpoints = AtomicCheckpointIO()
+
+    def execute(self) -> None:
+        """Run the subcommand.
+
+        Raises:
+            SvpBenchError: For everything that a user can fix.
+        """
+        with ExitStack() as self.holding:  # the run's lock, its name for processes that are launched, the signals
+            try:
+                if self.trains and self.resumable:
+                    self.holding.enter_context(INTERRUPTS.taken())
+                self.prepare()
+                self.build()
+                self.main()
+            except Preempted:
+                INTERRUPTS.print_stopped_early()
+            except ConfigError as error:
+                raise type(error)(self.config.with_origin(str(error))) from None
+
+    # --- before anything heavy ---------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Name the run, and fail early: results folder, data, stage."""
+        for notice in self.config.composed.notices:
+            rank_zero_info(f"Note: {notice}")
+        self.commit, self.dirty = commit_and_dirty()  # of the code that is running now
+        self.changed_cards = changed_cards(self.config.read) if self.commit else []
+        self.dirty = True if self.changed_cards else self.dirty
+        self.objects = self.config.instantiate()
+        data = self.data = self.data_type(**vars(self.objects.data), seed=self.config.seed)  # reads cards only
+        root = self.config.config["data"].get("root")
+        if data.card.reader.kind == "split_files":
+            locate(data.card, data.suite, Path(root) if root else None)
+        if self.config.subcommand == "validate":
+            data.require_val()
+        if self.config.subcommand == "test" and data.stage != "final":
+            raise UsageError("stage 'select' has no test split: test a run of --data.stage final")
+        self.name_run()
+        if self.trains:
+            refuse_unwritable(self.config.results_root / "records" / data.card.name, "--results_root")
+            refuse_unwritable(self.run_dir, "--runs_root")
+
+    def name_run(self) -> None:
+        """Set the run's name and folder: those of an earlier run with --resume, else new ones."""
+        config, task = self.config, self.data.card.name
+        runs, records = config.runs_root / task, config.results_root / "records" / task
+        resume = self.trains and bool(config.arguments.resume)
+
+        def same_setting(other: Mapping[str, Any]) -> bool:  # selected values are not part of the setting's digest
+            same = setting_digest(other, config.search) == config.setting_digest
+            return same and config_digest(other) == config.config_digest
+
+        start = Start(config.config, self.data)
+
+        def decide() -> str:
+            if resume:
+                if not self.dry:
+                    claims = config.runs_root / "claims"
+                    refuse_unwritable(claims, "--runs_root")
+                    parts = [task, config.setting_digest, config.seed, str(config.config["model"]["checkpoint"])]
+                    claim_setting(self.holding, claims / f"resume-{canonical_digest(parts)[7:39]}.lock")
+                found = claim_run(self.holding, runs, records, config.seed, same_setting, config.sources, start.is_of)
+                if found is not None:
+                    return found.folder.name
+                passed_over = f" ({start.passed_over})" if start.passed_over else ""
+                rank_zero_info(
+                    f"Note: --resume: no run of this setting and seed in {runs}{passed_over}; this one begins."
+                )
+            return new_run_id(config.method, config.seed, config.setting_digest)
+
+        self.run_id = agreed_name(self.holding, decide, resume)
+        self.run_dir = runs / self.run_id
+        if resume and self.run_dir.is_dir():
+            self.resumed = Found.at(self.run_dir, records)
+            if self.resumed.checkpoint is not None and not self.resumed.finished:
+                self.saved = start.saved(self.resumed.checkpoint)
+
+    # --- model and trainer --------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Build the Lightning module and the Trainer."""
+        seed_everything(self.config.seed, workers=True, verbose=False)
+        data = self.data
+        given: dict[str, Any] = {
+            "num_classes": data.num_classes,
+            "image_size": data.image_size,
+            "seed": self.config.seed,
+        }
+        try:
+            self.model = self.module_type(**vars(self.objects.model), **given)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"the model does not fit into memory ({one_line(error)}); its size follows from model.backbone, "
+                "data.image_size, model.head_hidden and the settings of the method"
+            ) from None
+        self.trainer = self._build_trainer()
+
+    def _build_trainer(self) -> Trainer:
+        settings = dict(vars(self.objects.trainer))
+        given = settings.get("callbacks") or []
+        given = [given] if isinstance(given, Callback) else list(given)
+        settings["callbacks"] = [
+            self.watch.first,
+            *given,
+            *self._callbacks(),
+            *self._progress(settings, given),
+            self.watch,
+        ]
+        settings["plugins"] = [*(settings["plugins"] or []), self.checkpoints]
+        if not self.trains:
+            settings["logger"] = False
+        elif settings["logger"] in (None, True) and not self.dry:
+            # steps that were logged after the last checkpoint will be logged again
+            done = None if self.resumed is None else self.saved.global_step if self.saved else 0
+            settings["logger"] = SteadyTensorBoardLogger(self.run_dir, name="", version="", purge_step=done)
+        try:
+            trainer = Trainer(**settings)
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            raise ConfigError(f"Lightning refuses these trainer settings: {one_line(error)}") from None
+        refuse_hidden_changes(trainer, trains=self.trains)
+        order: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        order.append(order.pop(order.index(self.watch)))  # Lightning puts checkpoint callbacks, also of others, last
+        return trainer
+
+    def _callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = [self.meter, *self.watchers]
+        if self.trains and self.objects.trainer.enable_checkpointing is not False and not self.dry:
+            folder = self.run_dir / "checkpoints"
+            self.watch.checkpoint = folder / CHECKPOINT.name
+            self.stopper = PreemptionHandler(folder / CHECKPOINT.name)
+            callbacks += [
+                self.stopper,
+                ModelCheckpoint(
+                    folder,
+                    filename=CHECKPOINT.stem,
+                    save_top_k=1,
+                    enable_version_counter=False,
+                    save_on_train_epoch_end=True,  # after the epoch's validation, if there is one
+                ),
+            ]
+        return [*callbacks, PerStepSeed(self.config.seed)] if self.trains else callbacks
+
+    def _progress(self, settings: dict[str, Any], given: Sequence[Callback]) -> list[Callback]:
+        """Return a progress bar for a terminal, or lines per epoch where the output has no width."""
+        has_bar = any(isinstance(one, ProgressBar) for one in given)
+        if not self.trains:
+            return []
+        if not has_width(sys.stdout):
+            if not has_bar:
+                settings["enable_progress_bar"] = False
+            return [EpochLines()]
+        return [RunProgressBar()] if settings["enable_progress_bar"] is not False and not has_bar else []
+
+    def main(self) -> None:
+        """Run the subcommand on the built model, data and trainer."""
+        raise NotImplementedError
+
+    def within_memory(self, work: Callable[[], T]) -> T:
+        """Run `work`; if memory runs out, measure how many images fit.
+
+        Raises:
+            OutOfMemoryError: If memory ran out.
+        """
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = AllocationFailure.from_error(error)
+        # outside of the clause, which would keep the error and with it the tensors of the step
+        INTERRUPTS.waits = INTERRUPTS.waits or self.trains  # a signal must not prevent the record
+        self.meter.peak_mib = peak_memory_mib(self.trainer.strategy.root_device)  # before the probes move it
+        evaluates = {RunningStage.VALIDATING: "val", RunningStage.SANITY_CHECKING: "val", RunningStage.TESTING: "test"}
+        stage = self.meter.failed_in
+        role = evaluates.get(stage, "train") if stage else "train"
+        resume = self.trains and self.resumable and (self.run_dir / CHECKPOINT).is_file()
+        raise explain_run(failure, self.trainer, self.model, self.data, role, resume)
+
+    @property
+    def recorder(self) -> Recorder:
+        """The writer of this run's record."""
+        return Recorder(
+            run_id=self.run_id,
+            run_dir=self.run_dir,
+            resolved=self.config,
+            commit=self.commit,
+            dirty=self.dirty,
+            model=self.model,
+            data=self.data,
+            trainer=self.trainer,
+            meter=self.meter,
+            watch=self.watch,
+        )
