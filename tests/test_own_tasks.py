@@ -199,8 +199,8 @@ def test_uncommitted_cards_are_said_before_anything_is_trained(
     cards: Path, monkeypatch: pytest.MonkeyPatch, subcommand: str
 ) -> None:
     from svp_bench.sweep import plan as sweeping
+    from svp_bench.train import base as cli
     from svp_bench.train import provenance
-    from svp_bench.train import run as cli
 
     monkeypatch.setattr(provenance, "commit_and_dirty", lambda: ("c" * 40, False))
     monkeypatch.setattr(cli, "commit_and_dirty", lambda: ("c" * 40, False))

@@ -20,7 +20,7 @@ from svp_bench.records.bits import pack_bits, unpack_bits
 from svp_bench.records.digests import config_digest, setting_digest
 from svp_bench.records.record import Record, SearchSummary
 from svp_bench.records.store import read_record
-from svp_bench.train import run as cli
+from svp_bench.train import base as cli
 
 COMMIT = "c" * 40
 

@@ -118,7 +118,7 @@ class _ReplicationRun(FitRun):
         super().name_run()
         self.run_dir = self.config.runs_root / "replications" / self.data.card.name / self.run_id
 
-    def fit(self) -> None:
+    def main(self) -> None:
         """Train, reading the test split after each epoch, and write the result."""
         if self.config.arguments.ckpt_path:
             raise UsageError("replicate trains from the start and takes no --ckpt_path")
