@@ -19,7 +19,7 @@ from svp_bench.audit.record import audit
 from svp_bench.data.sources import open_source
 from svp_bench.methods import list_methods
 from svp_bench.records.record import Record
-from svp_bench.records.store import read_record, read_records
+from svp_bench.records.store import read_record, read_records, record_path
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +130,7 @@ def test_a_record_drawn_at_random_gives_its_number_again(tmp_path: Path, most: f
     folder = random.SystemRandom().choice(["demo", "demo", "demo", "demo-random"])
     finals = [record for record in records(folder) if record.kind == "final"]
     record = random.SystemRandom().choice([record for record in finals if seconds(record) <= most])
-    (path,) = (REFERENCE / folder / "records").rglob(f"{record.run_id}.json")
+    path = record_path(record, REFERENCE / folder)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "svp_bench", "rerun", str(path)),

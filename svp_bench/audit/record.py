@@ -18,8 +18,9 @@ from pathlib import Path
 from svp_bench.audit.base import Case, Finding, RecordStore
 from svp_bench.audit.checks import CHECKS, results_root_of
 from svp_bench.core.errors import RecordError, UsageError, plural, printable
+from svp_bench.records.archive import SUFFIX
 from svp_bench.records.record import Record
-from svp_bench.records.store import read_json, read_record
+from svp_bench.records.store import read_json, read_record, record_files
 
 __all__ = ["Audit", "Finding", "Report", "audit", "render"]
 
@@ -129,14 +130,10 @@ def _subjects(one: Audit, verdict: str) -> str:
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
     """Return the records of a path, and the JSON files that are not records."""
-    if not path.is_dir():
-        return [path], []
     base = path / "records" if (path / "records").is_dir() else path
-    files = sorted(
-        file
-        for file in base.rglob("*.json")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(base).parts)
-    )
+    files = record_files(base) if not path.is_file() or path.name.endswith(SUFFIX) else []
+    if not files and not path.is_dir():
+        return [path], []
     found = [file for file in files if base != path or _is_record(file, path)]
     if not found:
         others = f" (other JSON files: {len(files)})" if files else ""

@@ -58,6 +58,8 @@ _MODULES = {
     "rerun": "reproduce",
     "replicate": "reproduce",
     "power": "table",
+    "migrate": "records",
+    "pack": "records",
     "tasks": "listing",
     "methods": "listing",
     "data": "data",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svp_bench.core.atomic import read_regular, replacing
 from svp_bench.core.errors import RecordError, printable
+from svp_bench.records.archive import SUFFIX, archive_of, archive_text, packed, packed_paths
 from svp_bench.records.record import Record
 from svp_bench.records.schema import parse_record
 
@@ -18,12 +20,15 @@ __all__ = [
     "check_writable",
     "continue_record",
     "csv_text",
+    "pack",
     "read_json",
     "read_record",
     "read_records",
+    "record_files",
     "record_path",
     "refuse_unwritable",
     "replace_record",
+    "unpack",
     "write_atomically",
     "write_record",
 ]
@@ -49,8 +54,8 @@ class Problem:
     reason: str
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` (UTF-8): aside in the same folder, fsynced, renamed. Folders are made as needed.
+def write_atomically(path: Path, text: str | bytes) -> None:
+    """Write `text` to `path` (UTF-8): aside in the same folder, fsynced, renamed. Folders are created as needed.
 
     Raises:
         RecordError: If that is not possible; nothing is left behind.
@@ -58,7 +63,7 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         with replacing(path) as file:
             # A lone surrogate (from an undecodable file name) becomes \udcXX: in JSON the escape of that very code
-            file.write(text.encode("utf-8", errors="backslashreplace"))
+            file.write(text if isinstance(text, bytes) else text.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
         raise _not_writable(path.parent, error) from None
 
@@ -103,7 +108,7 @@ def write_record(record: Record, results_root: Path | str) -> Path:
     """
     text = _checked_text(record)
     path = record_path(record, results_root)
-    if path.exists():
+    if path.exists() or packed(path) is not None:
         raise RecordError(f"{path} exists already; the record of another run is never overwritten")
     write_atomically(path, text)
     return path
@@ -161,7 +166,54 @@ def read_record(path: Path | str) -> Record:
 
 
 def _read(path: Path, where: str) -> Record:
-    return parse_record(read_json(path, where), where)
+    inside = None if path.exists() else packed(path)
+    return parse_record(read_json(path, where) if inside is None else inside, where)
+
+
+def record_files(folder: Path) -> list[Path]:
+    """Return the paths of all records at or below `folder`, sorted: of files and of packed records."""
+    files = (path for path in folder.rglob("*.json") if path.is_file())
+    visible = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return sorted({*visible, *packed_paths(folder)})
+
+
+def pack(results_root: Path | str, suite: str) -> tuple[Path, int]:
+    """Move the records of a suite into its archive; return the archive and the number of records that were added.
+
+    Raises:
+        RecordError: If a file is not a record that can be restored to the byte, or the archive cannot be written.
+    """
+    root = Path(results_root)
+    folder = root / "records" / suite
+    archive = archive_of(folder / "task" / "run.json")
+    records = {path.relative_to(folder).as_posix(): packed(path) for path in packed_paths(folder)}
+    loose = sorted(folder.rglob("*.json"))
+    for path in loose:
+        record = read_record(path)
+        if path != record_path(record, root) or path.read_text(encoding="utf-8") != record.text():
+            raise RecordError(f"{path} is not as svp-bench writes it; run `svp-bench migrate {root}` first")
+        records[path.relative_to(folder).as_posix()] = record.to_json()
+    if loose:
+        write_atomically(archive, archive_text({name: data for name, data in records.items() if data is not None}))
+    for path in loose:
+        path.unlink()
+    for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        with suppress(OSError):
+            inner.rmdir()
+    with suppress(OSError):
+        folder.rmdir()
+    return archive, len(loose)
+
+
+def unpack(results_root: Path | str, suite: str) -> int:
+    """Write the packed records of a suite as files, remove its archive, and return their number."""
+    root = Path(results_root)
+    archive = archive_of(root / "records" / suite / "task" / "run.json")
+    paths = list(packed_paths(archive)) if archive.is_file() else []
+    for path in paths:
+        write_atomically(path, read_record(path).text())
+    archive.unlink(missing_ok=True)
+    return len(paths)
 
 
 def read_json(path: Path, where: str) -> Any:
@@ -209,13 +261,22 @@ def read_records(results_root: Path | str) -> tuple[list[Record], list[Problem]]
     root = Path(results_root)
     records: list[Record] = []
     problems: list[Problem] = []
-    for path in sorted((root / "records").rglob("*")):
+    loose = [path for path in (root / "records").rglob("*") if not path.is_dir()]
+    try:
+        paths = sorted({*loose, *packed_paths(root / "records")})
+    except RecordError as error:
+        where, _, reason = str(error).partition(": ")
+        problems.append(Problem(Path(where).relative_to(root).as_posix(), reason))
+        paths = sorted(loose)
+    for path in paths:
         inside = path.relative_to(root)
-        if path.is_dir() or any(part.startswith(".") for part in inside.parts):
+        if any(part.startswith(".") for part in inside.parts) or path.name.endswith(SUFFIX):
             continue
         name = inside.as_posix()
         try:
             record = _read(path, name)
+            if path.is_file() and packed(path) not in (None, record.to_json()):
+                raise RecordError(f"{name}: the archive {archive_of(path).name} holds another record of this run")
             home = record_path(record, root)
             if path != home:
                 raise RecordError(f"{name}: is a copy of {home.relative_to(root).as_posix()} or was moved from there")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.digests import canonical_digest, cell_config, flat, setting_digest
 from svp_bench.records.record import Record
-from svp_bench.records.store import read_record
+from svp_bench.records.store import read_record, record_files
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.search import Plan, Search
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
@@ -161,8 +162,8 @@ class Runner:
     def _records(self, resolved: ResolvedConfig) -> Iterator[tuple[Record, Path]]:
         """Yield the records of a setting and seed, the oldest first. Unreadable ones are left to the tables."""
         folder = resolved.results_root / "records" / resolved.task
-        digest = resolved.setting_digest.removeprefix("sha256:")[:8]
-        for path in sorted(folder.glob(f"{resolved.method}-*-seed{resolved.seed}-{digest}-*.json")):
+        pattern = f"{resolved.method}-*-seed{resolved.seed}-*.json"
+        for path in (path for path in record_files(folder) if fnmatch(path.name, pattern)):
             try:
                 yield read_record(path), path
             except SvpBenchError:
