@@ -668,7 +668,7 @@ def test_published_numbers_are_marked_and_unranked(tmp_path: Path) -> None:
 
 
 def test_quoted_methods_without_a_shown_number_are_counted() -> None:
-    quotes = [quote("Full", "natural", "60"), quote("LoRA", "average (of what is not said)", "70")]
+    quotes = [quote("Full", "natural", "60"), quote("LoRA", "average (of unstated tasks)", "70")]
     page = render_markdown(build([], published=quotes))
     assert "| LoRA |" not in page
     assert "- 1 quoted method without a number in these columns." in page

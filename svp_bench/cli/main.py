@@ -1,4 +1,4 @@
-"""The front door: `svp-bench SUBCOMMAND …`. Light subcommands import no torch; every expected failure is one line."""
+"""Entry point: `svp-bench SUBCOMMAND …`. Most subcommands import no torch; every expected failure is one line."""
 
 from __future__ import annotations
 

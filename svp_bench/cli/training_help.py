@@ -75,9 +75,9 @@ def _settings(group: str, file: str, name: str, base: dict[str, Any]) -> list[tu
         if f"{group}.{argument.arg}" in _BY_OTHERS:
             continue
         value = base.get(argument.arg, default)
-        said = re.split(r"(?<!e\.g)\. ", " ".join(described.get(argument.arg, "").split()))[0].rstrip(".")
+        text = re.split(r"(?<!e\.g)\. ", " ".join(described.get(argument.arg, "").split()))[0].rstrip(".")
         shown = "" if value in (None, "None") else f" (default: {value})"
-        rows.append((f"--{group}.{argument.arg}", f"{said}{shown}"))
+        rows.append((f"--{group}.{argument.arg}", f"{text}{shown}"))
     return rows
 
 

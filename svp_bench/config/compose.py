@@ -270,12 +270,12 @@ def compose(flags: Flags) -> Composed:
             _notice_overrides(composed, layer, task)
         composed.merge(layer, origins)
         if flags.selected_config is not None:
-            _merge_choice(composed, flags.selected_config, card)
+            _merge_selected_config(composed, flags.selected_config, card)
     for one in further:
         if one.get("model.method.class_path"):
             raise UsageError(f"{one.path}: a second config names a method; use --method {one.path} instead")
         composed.merge(one.values, one.origins)
-    _refuse_changed_choice(composed)
+    _refuse_changed_selection(composed)
     return composed
 
 
@@ -337,7 +337,7 @@ def _notice_overrides(composed: Composed, recipe: Mapping[str, Any], task: Layer
             )
 
 
-def _merge_choice(composed: Composed, file: str, card: TaskCard) -> None:
+def _merge_selected_config(composed: Composed, file: str, card: TaskCard) -> None:
     """Merge the values of a selected config.
 
     Raises:
@@ -355,7 +355,7 @@ def _merge_choice(composed: Composed, file: str, card: TaskCard) -> None:
     composed.search, composed.selected = selected.summary(), selected
 
 
-def _refuse_changed_choice(composed: Composed) -> None:
+def _refuse_changed_selection(composed: Composed) -> None:
     if composed.selected is None:
         return
     given = {key.replace("model.method.init_args.", "model.method.") for key in composed.flags.values}

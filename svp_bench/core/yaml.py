@@ -34,7 +34,7 @@ _SHORT.maxstring = 60
 
 
 def show(value: object) -> str:
-    """Return a short repr: an error is one line whatever the card holds."""
+    """Return a short repr: an error stays one line."""
     return _SHORT.repr(value)
 
 

@@ -241,7 +241,7 @@ def _imports(path: Path, module: str) -> tuple[str, ...]:
 
 @cache
 def _run_by_path(path: Path) -> dict[str, str]:
-    """Return the Python files beside a file that a text in it names, for `runpy` or a loader, by name → digest."""
+    """Return the Python files next to a file that a string in it names, for `runpy` or a loader, by name → digest."""
     texts = {node.value for node in ast.walk(_tree(path)) if isinstance(node, ast.Constant)}
     names = {text for text in texts if isinstance(text, str) and text.endswith(".py") and not os.path.isabs(text)}
     return {name: _file_digest(path.parent / name) for name in sorted(names) if (path.parent / name).is_file()}

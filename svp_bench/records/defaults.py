@@ -1,8 +1,7 @@
-"""What the shipped settings would have been, and where a record departs from them.
+"""The shipped settings of a run, and the values of a record that override them.
 
-The shipped settings of a run are three layers: protocol card, config of the task, recipe of the method (as `fit` lays
-them). A record holds the whole config of its run, so both can be compared key by key. It cannot be seen from a record
-when or why a value was chosen; that it is not the shipped one can.
+The shipped settings are three layers: protocol card, config of the task, recipe of the method. A record holds the whole
+config of its run, so both are compared key by key. A record cannot prove when or why a value was chosen.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = [
 WARMUP_RUNS = 5  # an inherited warm-up is at most one part in this many of the run
 _EPOCHS = "trainer.max_epochs"
 _WARMUP = "model.warmup_epochs"
-_SPARED = frozenset(
+_IDENTITY = frozenset(
     {
         _EPOCHS,  # the budget: an audit has a line of its own for it
         "model.method.class_path",
@@ -42,7 +41,7 @@ _SPARED = frozenset(
         "model.checkpoint",
     }
 )
-"""Keys that say which run it is, not how it was set."""
+"""Keys that identify a run; they are not settings."""
 
 
 def departures(
@@ -54,7 +53,7 @@ def departures(
 
     Args:
         record: The record.
-        protocol: Its protocol card; None if that card is not at hand in the record's version.
+        protocol: Its protocol card; None if that card is not available in the record's version.
         searched: Keys that may differ, because a search selected them.
         epochs: Compare the number of epochs too.
     """
@@ -66,11 +65,11 @@ def departures(
     if _WARMUP in layers and isinstance(used, int):
         clipped = clipped_warmup(layers[_WARMUP], used, inherited=True)  # by `fit`, for this number of epochs
         layers[_WARMUP] = clipped if ours.get(_WARMUP) == clipped else layers[_WARMUP]
-    spared = _SPARED - {_EPOCHS} if epochs else _SPARED
+    excluded = _IDENTITY - {_EPOCHS} if epochs else _IDENTITY
     return {
         key: (ours[key], value)
         for key, value in sorted(layers.items())
-        if key in ours and key not in spared and key not in allowed and other(ours[key], value)
+        if key in ours and key not in excluded and key not in allowed and other(ours[key], value)
     }
 
 
@@ -80,7 +79,7 @@ def clipped_warmup(warmup_epochs: float, epochs: int, *, inherited: bool = False
     Args:
         warmup_epochs: Epochs asked for.
         epochs: Epochs of the run.
-        inherited: The value comes from a recipe made for another number of epochs, not from whoever runs it.
+        inherited: The value comes from a recipe made for another number of epochs, not from the command line or config of this run.
     """
     return min(warmup_epochs, epochs / WARMUP_RUNS if inherited else epochs)
 
@@ -106,11 +105,10 @@ def _leaves(path: Path) -> dict[str, Any]:
 
 
 def row_setting(record: Record) -> dict[str, Any]:
-    """Return what a table row has in common: `setting_config`, but the epochs that the config of a task sets for it.
+    """Return the common part of a table row: `setting_config`, with the epochs that the task's config sets.
 
-    A short list may have more epochs than its protocol's others. They are the task's own, as its lists are, and count
-    here as the protocol's epochs; a run of such a task with the protocol's number is of another row. A record does not
-    say whether its epochs came from that config or from whoever ran it.
+    A small task may have more epochs than its protocol. These count here as the protocol's epochs; a run of such a task
+    with the protocol's number belongs to another row. A record does not state where its epochs came from.
     """
     setting = setting_config(record.config, record.search)
     own, used = shipped_layer(f"{record.task}.yaml").get(_EPOCHS), record.config.get("trainer", {}).get("max_epochs")

@@ -58,7 +58,7 @@ CELL_EXCLUDED: Mapping[str, str] = {
     "trainer.benchmark": "device",
     "trainer.deterministic": "device",
     "trainer.inference_mode": "device",
-    # what is printed, watched and kept
+    # logging
     "no_test": "whether a run is scored is its status",
     "trainer.barebones": "logging",
     "trainer.detect_anomaly": "logging",
@@ -144,11 +144,11 @@ _WORDS = ("path", "title", "group", "folder", "other_folders", "source", "licenc
 
 
 def card_digest(card: TaskCard | ProtocolCard) -> str:
-    """Return "sha256:..." of what a card says that can move a number: no titles, notes, sources or places."""
-    said = {field.name: getattr(card, field.name) for field in dataclasses.fields(card) if field.name not in _WORDS}
+    """Return "sha256:..." of the fields of a card that can change a number: no titles, notes, sources or paths."""
+    facts = {field.name: getattr(card, field.name) for field in dataclasses.fields(card) if field.name not in _WORDS}
     if isinstance(card, TaskCard):
-        said["reader"] = {"kind": card.reader.kind, "options": dict(card.reader.options)}
-    return canonical_digest(said)
+        facts["reader"] = {"kind": card.reader.kind, "options": dict(card.reader.options)}
+    return canonical_digest(facts)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -161,17 +161,17 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _without(config: Mapping[str, Any], excluded: Collection[str], prefix: str = "") -> dict[str, Any]:
-    kept: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for key, value in config.items():
         if f"{prefix}{key}" in excluded or value is None:
             continue
         if isinstance(value, Mapping):
             inner = _without(value, excluded, f"{prefix}{key}.")
             if inner:
-                kept[key] = inner
+                rest[key] = inner
         else:
-            kept[key] = value
-    return kept
+            rest[key] = value
+    return rest
 
 
 def plain(value: Any, key: str) -> Any:

@@ -24,7 +24,7 @@ COLUMNS = ("source", "backbone", "pretrain", "method", "task_or_group", "metric"
 WHOLE = "all"
 """`task_or_group` of facts about the method as a whole, such as its parameter count."""
 
-_UNSAID = "average (of what is not said)"
+_UNSTATED = "average (of unstated tasks)"
 _VALUE = re.compile(r"(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(?: ?([KM]))?")
 _FACTORS = {None: 1.0, "K": 1e3, "M": 1e6}
 
@@ -38,7 +38,7 @@ class PublishedRow:
         line: Its line there.
         source: Short name of the source.
         backbone: As the source names it.
-        pretrain: Data the backbone was pre-trained on, as the source says.
+        pretrain: Data the backbone was pre-trained on, as the source states.
         method: As the source names it.
         task_or_group: A task id, a group, the name of a mean, or "all".
         metric: "top1" in percent, or what else the source gives: "params_k", "params_m", "params" ...
@@ -83,7 +83,7 @@ def load_published(suite: SuiteCard, folder: Path | None = None) -> list[Publish
     Raises:
         RecordError: On anything malformed; the text begins with `file:line:`.
     """
-    allowed = {*(task.split("/")[1] for task in suite.tasks), *suite.groups, *mean_names(suite), _UNSAID, WHOLE}
+    allowed = {*(task.split("/")[1] for task in suite.tasks), *suite.groups, *mean_names(suite), _UNSTATED, WHOLE}
     rows: list[PublishedRow] = []
     for path in sorted((folder or published_dir()).glob(f"*_{suite.table}.csv")):
         rows += read_published(path, allowed)
@@ -135,7 +135,7 @@ def _row(fields: list[str], file: str, line: int, where: str) -> PublishedRow:
         raise RecordError(f"{where}: has {len(fields)} fields instead of {len(COLUMNS)} ({','.join(COLUMNS)})")
     for column, field in zip(COLUMNS, fields, strict=True):
         if not field.strip():
-            raise RecordError(f"{where}: {column!r} is empty; every number says whose it is and where it stands")
+            raise RecordError(f"{where}: {column!r} is empty; every number needs its source and place")
     source, backbone, pretrain, method, task_or_group, metric, value, citation = fields
     if not _VALUE.fullmatch(value):
         raise RecordError(f"{where}: 'value' must be a number, with K or M behind it if need be, not {value!r}")

@@ -1,16 +1,14 @@
-"""Records: one run, one small JSON file with everything that made its numbers. Schema 1; this text is the reference.
+"""The record of a run: one small JSON file with everything that made its numbers. Schema 2; this text is the reference.
 
-A record is `<results root>/records/<suite>/<task>/<run_id>.json`, pretty-printed. The top-level keys stand in the order
-of `Record`'s fields, the keys of inner mappings in alphabetical order, so equal records are equal bytes. Files are
-written aside, fsynced and renamed. Nothing changes afterwards, except that an unscored record may become complete.
+A record is `<results root>/records/<suite>/<task>/<run_id>.json`. Top-level keys have the order of `Record`'s fields, inner
+mappings are sorted, so equal records are equal bytes. A file is written once, atomically; only an unscored record may
+later become complete.
 
 A *cell* is task, protocol, backbone, checkpoint digest, data variant, data digest, method, `config_digest` and
-`source_digest` (what loading did to the checkpoint, and the source of a method that is not shipped); its seeds are
-averaged. A table *row* is protocol, backbone, checkpoint digest, method, `source_digest` and `setting_digest`: the
-config without the task and what a tuned table set for it; epochs of the task's own shipped config are the task's too.
-
-The last fields of `Record` are optional: None is left out of the JSON, so that records from before they existed keep
-their bytes and their digests.
+`source_digest` (changes at loading, and the source of a method that is not shipped); its seeds are averaged. A table
+*row* is protocol, backbone, checkpoint digest, method, `source_digest` and `setting_digest`: the config without the task
+and the values that a search selected. The epochs that a task's own config sets count as the protocol's (`row_digest` in
+`defaults.py`).
 """
 
 from __future__ import annotations
@@ -235,7 +233,7 @@ class Record:
         protocol_version: Its version.
         stage: "final" or "select".
         splits: Role → split, e.g. {"train": "train800val200", "test": "test"}.
-        data_variant: "card", the name of a variant on the card, or "synthetic" (a stand-in, not the data set).
+        data_variant: "card", the name of a variant on the card, or "synthetic" (generated images).
         data_status: "as_card", or "different" if count or digest differ from the card.
         data_notes: What differs, a line each.
         data_digest: Digest of the lists on disk that this stage reads; null if a run failed or was stopped before it

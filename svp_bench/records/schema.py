@@ -114,7 +114,7 @@ def _check_scores(record: Record, refuse: Callable[[str, str], RecordError]) -> 
             raise refuse(f"{key}.bits", f"does not fit: {error}") from None
         if metrics is None or bits.count != metrics.count:
             raise refuse(f"{key}.count", f"is {bits.count}, but metrics.count is {metrics and metrics.count}")
-        if ones != metrics.correct and key == "correct":  # of val_correct the audit says it
+        if ones != metrics.correct and key == "correct":  # the audit checks val_correct
             raise refuse(f"{key}.bits", f"has {ones} ones, but metrics.correct is {metrics.correct}")
 
 

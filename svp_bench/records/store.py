@@ -133,7 +133,7 @@ def replace_record(record: Record, results_root: Path | str) -> Path:
 
 
 def continue_record(record: Record, results_root: Path | str) -> Path:
-    """Replace the record of the first part of a run, which was interrupted or failed and then went on; return its path.
+    """Replace the record of the first part of a run, which was interrupted or failed and then resumed; return its path.
 
     Raises:
         RecordError: If the run was complete already, or the two are not of one run.
