@@ -91,7 +91,7 @@ def test_values_as_numbers(tmp_path: Path, value: str, number: float) -> None:
     ("line", "message"),
     [
         ("Paper,ViT-B/16,none,Full,dtd,top1,64.3", ":3: has 7 fields instead of 8"),
-        (GOOD.replace("A 2024", " "), ":3: 'citation' is empty; every number says whose it is"),
+        (GOOD.replace("A 2024", " "), ":3: 'citation' is empty; every number needs its source"),
         (
             GOOD.replace("64.3", "about 64"),
             ":3: 'value' must be a number, with K or M behind it if need be, not 'about 64'",

@@ -79,7 +79,7 @@ def clipped_warmup(warmup_epochs: float, epochs: int, *, inherited: bool = False
     Args:
         warmup_epochs: Epochs asked for.
         epochs: Epochs of the run.
-        inherited: The value comes from a recipe made for another number of epochs, not from the command line or config of this run.
+        inherited: The value comes from a recipe made for another number of epochs, not from this run.
     """
     return min(warmup_epochs, epochs / WARMUP_RUNS if inherited else epochs)
 

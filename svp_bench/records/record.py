@@ -1,8 +1,8 @@
 """The record of a run: one small JSON file with everything that made its numbers. Schema 2; this text is the reference.
 
-A record is `<results root>/records/<suite>/<task>/<run_id>.json`. Top-level keys have the order of `Record`'s fields, inner
-mappings are sorted, so equal records are equal bytes. A file is written once, atomically; only an unscored record may
-later become complete.
+A record is `<results root>/records/<suite>/<task>/<run_id>.json`. Top-level keys have the order of `Record`'s fields,
+inner mappings are sorted, so equal records are equal bytes. A file is written once, atomically; only an unscored record
+may later become complete.
 
 A *cell* is task, protocol, backbone, checkpoint digest, data variant, data digest, method, `config_digest` and
 `source_digest` (changes at loading, and the source of a method that is not shipped); its seeds are averaged. A table
