@@ -7,8 +7,8 @@ may later become complete.
 A *cell* is task, protocol, backbone, checkpoint digest, data variant, data digest, method, `config_digest` and
 `source_digest` (changes at loading, and the source of a method that is not shipped); its seeds are averaged. A table
 *row* is protocol, backbone, checkpoint digest, method, `source_digest` and `setting_digest`: the config without the
-task and the values that a search selected. The epochs that a task's own config sets count as the protocol's (`row_digest` in
-`defaults.py`).
+task and the values that a search selected. The epochs that a task's own config sets count as the protocol's
+(`row_digest` in `defaults.py`).
 """
 
 from __future__ import annotations
