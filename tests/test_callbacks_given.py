@@ -90,3 +90,21 @@ def test_a_process_without_a_home_gets_one(tmp_path: Path, monkeypatch: pytest.M
     home = os.environ["HOME"]
     _need_home()
     assert os.environ["HOME"] == home
+
+
+def test_a_callback_that_adds_a_parameter_group_is_one_line() -> None:
+    Path("groups.py").write_text(
+        "import torch\nfrom lightning.pytorch import Callback\n\n\nclass Adds(Callback):\n"
+        "    def on_train_epoch_start(self, trainer, pl_module):\n"
+        "        trainer.optimizers[0].add_param_group({'params': [torch.nn.Parameter(torch.zeros(3))]})\n"
+    )
+    text = assert_error(command(*line("--trainer.callbacks+=groups.Adds")), 2)
+    assert "trainer.callbacks" in text
+    assert "parameter group" in text
+
+
+def test_settings_are_not_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_FIT__TRAINER__MAX_EPOCHS", "3")
+    text = assert_error(command(*line()), 2)
+    assert "PL_FIT__TRAINER__MAX_EPOCHS" in text
+    assert "--trainer.max_epochs" in text

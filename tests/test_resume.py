@@ -431,7 +431,7 @@ MOMENTS = ["optimizer_states", 0, "state"]
             "x",
             r"callbacks\.PreemptionHandler\.batches is 'x', expected a whole number",
         ),
-        (["callbacks", "Meter"], {}, r"callbacks\.Meter\.\w+ is missing"),
+        (["callbacks", "ThroughputMonitor"], {}, r"callbacks\.ThroughputMonitor\.\w+ is missing"),
     ],
 )
 def test_a_gutted_checkpoint_names_what_is_missing(

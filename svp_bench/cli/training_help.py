@@ -18,9 +18,9 @@ _SETTINGS = {"model": ("train/module.py", "AdaptationModule"), "data": ("data/mo
 _BY_OTHERS = {"model.method", "model.num_classes", "model.image_size", "model.seed", "data.seed"}
 _OWN = {
     "fit": (
-        ("--config FILE", "a task's config; further ones lie over it. Needed, unless --data.task is given"),
+        ("--config FILE", "a task's config; further ones override it. Needed, unless --data.task is given"),
         ("--method NAME", "a method of `svp-bench methods`, or the path of a method file (default: svp)"),
-        ("--selected_config FILE", "take the settings that a search has chosen (default: none)"),
+        ("--selected_config FILE", "take the settings that a search has selected (default: none)"),
         ("--resume", "continue the last unfinished run of this setting and seed (default: begin a new one)"),
         ("--no_test", "train only; the record is unscored (default: test once)"),
     ),

@@ -29,7 +29,13 @@ from svp_bench.records.record import new_run_id
 from svp_bench.records.store import (
     refuse_unwritable,
 )
-from svp_bench.train.callbacks import EpochLines, Meter, RunProgressBar, SteadyTensorBoardLogger, peak_memory_mib
+from svp_bench.train.callbacks import (
+    EpochLines,
+    RunProgressBar,
+    SteadyTensorBoardLogger,
+    ThroughputMonitor,
+    peak_memory_mib,
+)
 from svp_bench.train.checkpoint import CHECKPOINT, AtomicCheckpointIO, Checkpoint
 from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
 from svp_bench.train.module import AdaptationModule
@@ -74,9 +80,9 @@ class BaseRun:
         self.watchers = watchers
         self.trains = config.subcommand == "fit"
         self.dry = bool(config.arguments.trainer.fast_dev_run)
-        self.meter = Meter()
+        self.monitor = ThroughputMonitor()
         self.watch = RecipeWatch(None)
-        self.stopper: PreemptionHandler | None = None
+        self.preemption: PreemptionHandler | None = None
         self.run_id = ""
         self.run_dir = Path()
         self.resumed: Found | None = None
@@ -209,13 +215,13 @@ class BaseRun:
         return trainer
 
     def _callbacks(self) -> list[Callback]:
-        callbacks: list[Callback] = [self.meter, *self.watchers]
+        callbacks: list[Callback] = [self.monitor, *self.watchers]
         if self.trains and self.objects.trainer.enable_checkpointing is not False and not self.dry:
             folder = self.run_dir / "checkpoints"
             self.watch.checkpoint = folder / CHECKPOINT.name
-            self.stopper = PreemptionHandler(folder / CHECKPOINT.name)
+            self.preemption = PreemptionHandler(folder / CHECKPOINT.name)
             callbacks += [
-                self.stopper,
+                self.preemption,
                 ModelCheckpoint(
                     folder,
                     filename=CHECKPOINT.stem,
@@ -255,9 +261,9 @@ class BaseRun:
             failure = AllocationFailure.from_error(error)
         # outside of the clause, which would keep the error and with it the tensors of the step
         INTERRUPTS.waits = INTERRUPTS.waits or self.trains  # a signal must not prevent the record
-        self.meter.peak_mib = peak_memory_mib(self.trainer.strategy.root_device)  # before the probes move it
+        self.monitor.peak_mib = peak_memory_mib(self.trainer.strategy.root_device)  # before the probes move it
         evaluates = {RunningStage.VALIDATING: "val", RunningStage.SANITY_CHECKING: "val", RunningStage.TESTING: "test"}
-        stage = self.meter.failed_in
+        stage = self.monitor.failed_in
         role = evaluates.get(stage, "train") if stage else "train"
         resume = self.trains and self.resumable and (self.run_dir / CHECKPOINT).is_file()
         raise explain_run(failure, self.trainer, self.model, self.data, role, resume)
@@ -274,6 +280,6 @@ class BaseRun:
             model=self.model,
             data=self.data,
             trainer=self.trainer,
-            meter=self.meter,
+            monitor=self.monitor,
             watch=self.watch,
         )

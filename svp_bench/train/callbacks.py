@@ -16,10 +16,10 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-__all__ = ["EpochLines", "Meter", "RunProgressBar", "SteadyTensorBoardLogger", "peak_memory_mib"]
+__all__ = ["EpochLines", "RunProgressBar", "SteadyTensorBoardLogger", "ThroughputMonitor", "peak_memory_mib"]
 
 
-class Meter(Callback):
+class ThroughputMonitor(Callback):
     """Images per second, gradient norm of the trained part, learning rate, wall times and peak memory.
 
     Attributes:

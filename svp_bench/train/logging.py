@@ -1,4 +1,4 @@
-"""What of the libraries' chatter is left out, and how warnings look."""
+"""Filter the log lines and warnings of libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["quiet"]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out what is meant to be so here: of Lightning's log lines, and of warnings."""
+    """Leave out log lines and warnings of Lightning that do not apply here."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(_no_chatter)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
@@ -35,7 +35,7 @@ def _no_thread_of_tensorboard(args: threading.ExceptHookArgs) -> None:
 
 
 def _no_chatter(record: logging.LogRecord) -> bool:
-    """Leave out Lightning's lines about devices that are not there, its advertisements, and what our header says.
+    """Leave out Lightning's lines about devices that are not there, its advertisements, and facts of our header.
 
     The lines that stay may hold names of files and classes; a terminal must not obey these.
     """
@@ -50,13 +50,12 @@ def _no_chatter(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _expected_warnings() -> Iterator[None]:
-    """Leave out warnings of libraries about things that are meant to be so here."""
+    """Leave out warnings about intended states."""
     shape = warnings.formatwarning
     with warnings.catch_warnings():
         warnings.formatwarning = lambda message, *_, **__: f"Warning: {printable(message)}\n"
         for pattern in (
             r".*does not have many workers.*",  # training images are in memory
-            r".*LightningCLI's args parameter.*",  # the config is composed first
             r".*`isinstance\(treespec, LeafSpec\)`.*",  # Lightning 2.6 with torch ≥ 2.9
             r".*The number of training batches .* is smaller than the logging interval.*",
             r".*Checkpoint directory .* exists and is not empty.*",

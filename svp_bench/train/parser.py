@@ -206,7 +206,7 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
     for key in _CALL_ONLY:
         config.pop(key, None)
     sources = source_files(class_paths(config))
-    _need_context_of_choice(composed, config, sources)
+    _need_same_context(composed, config, sources)
     card = load_task(str(config["data"]["task"]))
     suite = load_suite(card.suite)
     protocol = load_protocol(str(config["data"].get("protocol") or suite.protocol))
@@ -416,7 +416,7 @@ def _resolve_precision(trainer: Namespace) -> None:
         )
 
 
-def _need_context_of_choice(composed: Composed, config: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+def _need_same_context(composed: Composed, config: Mapping[str, Any], sources: Mapping[str, str]) -> None:
     """Refuse a selected config whose values were selected in another setting.
 
     Raises:

@@ -159,7 +159,7 @@ def run_predict(
 
 
 def _report(count: int, errors: Sequence[str], skipped: dict[str, int], output: str | None, seconds: float) -> None:
-    """Print how it went: below the CSV on standard error, else on standard output."""
+    """Print a summary: below the CSV on standard error, else on standard output."""
     stream = sys.stderr if output is None else sys.stdout
     read = count - len(errors)
     where = "" if output is None else f", in {printable(output)}"

@@ -1,4 +1,4 @@
-"""What made a number: versions, commit, changed files, processor, device."""
+"""Provenance of a number: versions, commit, changed files, processor, device."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def library_versions() -> dict[str, str]:
 def commit_and_dirty() -> tuple[str | None, bool | None]:
     """Return the commit of the checkout and whether the package's code differs from it.
 
-    Code counts as changed also where git was told not to look (`assume-unchanged`, `skip-worktree`).
+    Code counts as changed also where git is set not to look (`assume-unchanged`, `skip-worktree`).
 
     Returns:
         (None, None) for an installed package or without git; (commit, None) if git cannot compare.
@@ -76,7 +76,7 @@ def changed_cards(read: Iterable[Path]) -> list[str]:
 
 
 def dirty_warning(commit: str | None, cards: Sequence[str]) -> str:
-    """Return what to say before a run whose record an audit would fail.
+    """Return the warning before a run whose record an audit would fail.
 
     Args:
         commit: Of the checkout.
@@ -96,8 +96,8 @@ def dirty_warning(commit: str | None, cards: Sequence[str]) -> str:
 def _changed(root: Path, *places: str) -> list[str] | None:
     """Return the changed, new and (if asked for) ignored files below some places of a repository."""
     separator = () if "--" in places else ("--",)
-    said = git(root, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", *separator, *places)
-    lines = None if said is None else said.decode("utf-8", "surrogateescape").split("\0")
+    status = git(root, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", *separator, *places)
+    lines = None if status is None else status.decode("utf-8", "surrogateescape").split("\0")
     return None if lines is None else sorted({line[3:] for line in lines if line})
 
 

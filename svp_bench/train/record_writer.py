@@ -1,4 +1,4 @@
-"""From a run that has ended to its record: status, scores, and all that made them."""
+"""Build the record of a run: status, scores, and everything that determined them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from svp_bench.methods.build import trained_parameters
 from svp_bench.ops import BackendChoice
 from svp_bench.records.code import package_digest
 from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, timestamp
-from svp_bench.train.callbacks import Meter, peak_memory_mib
+from svp_bench.train.callbacks import ThroughputMonitor, peak_memory_mib
 from svp_bench.train.checkpoint import CHECKPOINT
 from svp_bench.train.comparable import RecipeWatch, external_classes
 from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
@@ -30,7 +30,7 @@ __all__ = ["Recorder"]
 
 @dataclass(frozen=True)
 class Recorder:
-    """What a record is made of.
+    """Writer of a run's record.
 
     Attributes:
         run_id: The run's name.
@@ -41,8 +41,8 @@ class Recorder:
         model: The Lightning module.
         data: The data module.
         trainer: The trainer.
-        meter: What was measured along the way.
-        watch: What differed from the recipe, and the digest of the weights that were scored.
+        monitor: Times, throughput and peak memory.
+        watch: Differences from the recipe, and the digest of the weights that were scored.
     """
 
     run_id: str
@@ -53,10 +53,10 @@ class Recorder:
     model: AdaptationModule
     data: VisionDataModule
     trainer: Trainer
-    meter: Meter
+    monitor: ThroughputMonitor
     watch: RecipeWatch
 
-    def scan_choice(self) -> BackendChoice:
+    def scan_backend(self) -> BackendChoice:
         """Return the scan backend that runs, and why.
 
         Raises:
@@ -65,7 +65,7 @@ class Recorder:
         return self.model.scan_choice(self.trainer.strategy.root_device, str(self.trainer.precision))
 
     def outcome(self) -> tuple[str, str | None]:
-        """Whether the whole run was trained: `limit_*`, `fast_dev_run` and early ends make it truncated."""
+        """Return the status and its reason: `limit_*`, `fast_dev_run` and early ends make a run truncated."""
         trainer = self.resolved.config["trainer"]
         cut = [
             f"trainer.{name} {trainer[name]}"
@@ -85,7 +85,7 @@ class Recorder:
             steps = planned * math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
             if self.trainer.global_step < steps:
                 cut.append(f"stopped after {self.trainer.global_step} of {plural(steps, 'step')}")
-        if self.data.stage == "select" and not cut and self.meter.validated_at != self.trainer.global_step:
+        if self.data.stage == "select" and not cut and self.monitor.validated_at != self.trainer.global_step:
             cut.append("val was not scored after the last epoch")
         return ("truncated", ", ".join(cut)) if cut else ("complete", None)
 
@@ -98,36 +98,36 @@ class Recorder:
         return Parameters(trainable=trainable, head=head, adapter=trainable - head, total=total)
 
     def scores(self) -> tuple[Metrics, Correct]:
-        """Return the scores on the test list, and one bit a image.
+        """Return the scores on the test split, and one bit per image.
 
         Raises:
             SvpBenchError: If some image was not scored once.
         """
-        evaluation = self._of_the_whole_list("test", self.model.tested)
+        evaluation = self._of_the_whole_split("test", self.model.tested)
         digest = self.data.test_split_digest
         assert digest is not None
         return evaluation.for_record(), Correct.of(evaluation.right, self.data.splits["test"], digest)
 
     def selection_scores(self) -> tuple[Metrics | None, Correct | None]:
-        """Return the scores on val after the last epoch, and one bit an image, which a search compares settings by."""
+        """Return the scores on val after the last epoch, and one bit per image."""
         if self.model.validated is None:
             return None, None
-        evaluation = self._of_the_whole_list("val", self.model.validated)
+        evaluation = self._of_the_whole_split("val", self.model.validated)
         bits = Correct.of(evaluation.right, self.data.splits["val"], self.data.split_digest("val"))
         return evaluation.for_record(), bits
 
-    def _of_the_whole_list(self, role: str, evaluation: Evaluation | None) -> Evaluation:
+    def _of_the_whole_split(self, role: str, evaluation: Evaluation | None) -> Evaluation:
         expected = self.data.report.counts[self.data.splits[role]]
         index = torch.empty(0) if evaluation is None else evaluation.scores.index
         if evaluation is None or not torch.equal(index, torch.arange(expected)):
             raise SvpBenchError(
-                f"the {role} list gave {plural(len(index), 'image')}, not each of the {expected} once; please "
+                f"the {role} split gave {plural(len(index), 'image')}, not each of the {expected} once; please "
                 "report this"
             )
         return evaluation
 
     def write_tables(self, role: str, folder: Path) -> None:
-        """Write confusions, the accuracy of each class and all predictions beside the run's checkpoint; say where."""
+        """Write confusions, accuracies of classes and all predictions into the run's folder; print the paths."""
         evaluation = self.model.tested if role == "test" else self.model.validated
         assert evaluation is not None
         try:
@@ -142,7 +142,7 @@ class Recorder:
         print(f"Predictions of all images: {images}", flush=True)
 
     def record(self, status: str, reason: str | None, tested: bool) -> Record:
-        """Return the record; `tested`: whether the test list was scored."""
+        """Return the record; `tested`: whether the test split was scored."""
         model, data, resolved = self.model, self.data, self.resolved
         metrics: Metrics | None = None
         correct: Correct | None = None
@@ -152,9 +152,9 @@ class Recorder:
         elif data.stage == "select" and status == "complete":
             metrics, val_correct = self.selection_scores()
         looked = data._report is not None
-        selected = self.scan_choice()
+        backend = self.scan_backend()
         saved = self.run_dir / CHECKPOINT
-        peak = self.meter.peak_mib
+        peak = self.monitor.peak_mib
         source = str(model.checkpoint)
         return Record(
             schema=SCHEMA,
@@ -188,8 +188,8 @@ class Recorder:
             commit=self.commit,
             dirty=self.dirty,
             libraries=library_versions(),
-            scan_backend=selected.name,
-            scan_reason=selected.reason,
+            scan_backend=backend.name,
+            scan_reason=backend.reason,
             device=device_name(self.trainer.strategy.root_device),
             device_count=self.trainer.world_size,
             precision=str(self.trainer.precision),
@@ -197,9 +197,9 @@ class Recorder:
             correct=correct,
             val_correct=val_correct,
             parameters=self.parameters(),
-            times={name: round(value, 3) for name, value in self.meter.seconds.items()},
-            epochs=self.meter.epochs,
-            images_per_second=self.meter.images_per_second,
+            times={name: round(value, 3) for name, value in self.monitor.seconds.items()},
+            epochs=self.monitor.epochs,
+            images_per_second=self.monitor.images_per_second,
             peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device) if peak is None else peak,
             image_notes=dict(data.image_notes) or None,
             content_digests=dict(data.content_digests) or None,

@@ -36,7 +36,7 @@ _LOCK = "lock"
 
 
 class Found(NamedTuple):
-    """A run to go on with.
+    """A run to resume.
 
     Attributes:
         folder: Its folder.
@@ -60,7 +60,7 @@ class Found(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Return whether there is nothing left to do."""
         return self.record is not None and self.record.status == "complete"
 
 
@@ -201,8 +201,8 @@ def _config_of(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-class Claimed(Exception):  # not an error: somebody else is doing it
-    """Raised where another process holds what was to be held."""
+class Claimed(Exception):  # not an error: another process does the work
+    """Raised if another process holds a lock."""
 
 
 @contextmanager
@@ -243,7 +243,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def claim_setting(holding: ExitStack, lock: Path) -> None:
-    """Hold a setting and seed as long as `holding` lasts: two `--resume` that find no run must not begin two.
+    """Lock a setting and seed as long as `holding` lasts: two `--resume` that find no run must not begin two.
 
     As in `claim_run`, the first process holds it for all processes of a run.
 
@@ -274,7 +274,7 @@ def claim_run(
     sources: Mapping[str, str] | None = None,
     same_start: Callable[[Found, Mapping[str, Any]], bool] = lambda found, config: True,
 ) -> Found | None:
-    """Find the run to go on with, as `find_run`, and hold it as long as `holding` lasts.
+    """Find the run to resume, as `find_run`, and lock it as long as `holding` lasts.
 
     It is looked at again once it is held: another process may have finished it just before. Of the processes of a
     cluster's launcher (srun), which share no more than the file system, the first holds it for all.
@@ -288,7 +288,7 @@ def claim_run(
         if other is not None and not other.finished:
             raise UsageError(
                 f"--resume: the run {other.folder.name} began with another source of its method "
-                f"({changed_sources(read_sources(other.folder), sources)}); a changed method does not go on: restore "
+                f"({changed_sources(read_sources(other.folder), sources)}); a changed method is not resumed: restore "
                 "the files, or begin a new run without --resume"
             )
     if found is None or found.finished or not is_first_process():
@@ -303,11 +303,11 @@ def claim_run(
 def check_resumable(
     saved: Checkpoint, trainer: Trainer, model: AdaptationModule, callbacks: Sequence[Callback]
 ) -> None:
-    """Check that a checkpoint holds all that training goes on with.
+    """Check that a checkpoint holds everything that training continues with.
 
     Args:
         saved: The checkpoint.
-        trainer: The trainer that will go on.
+        trainer: The trainer that will continue.
         model: What is trained.
         callbacks: Those that must find their state in it.
 

@@ -83,7 +83,7 @@ def run(
 
 
 class FitRun(BaseRun):
-    """Train; in stage final test once with the final weights; write the record whatever happens."""
+    """Train; in stage final test once with the final weights; always write the record."""
 
     saved_config = "config.yaml"
     next_step: str | None = "svp-bench table"  # after a complete final run
@@ -103,7 +103,7 @@ class FitRun(BaseRun):
         checkpoint: Path | None = None
         if self.saved is not None:
             self._need_same_data(self.saved)
-            states = [self.meter, *([self.stopper] if self.stopper else [])]
+            states = [self.monitor, *([self.preemption] if self.preemption else [])]
             check_resumable(self.saved, self.trainer, self.model, states)
             self.checkpoints.known, checkpoint = self.saved, self.saved.path
             self.saved = None
@@ -118,7 +118,7 @@ class FitRun(BaseRun):
     def set_up(self) -> None:
         """Check weights, scan backend and data before the run leaves a trace."""
         self.check_weights()
-        self.recorder.scan_choice()  # a backend asked for by name runs on this device, or the run ends here
+        self.recorder.scan_backend()  # a backend asked for by name runs on this device, or the run ends here
         self.model.run_id = self.run_id
         self.data.trainer = self.trainer  # the batch size is checked against devices and accumulation
         self.data.setup("fit")
@@ -149,6 +149,11 @@ class FitRun(BaseRun):
             status, reason = "failed", one_line(f"{type(error).__name__}: {error}")
             if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
                 raise ConfigError(f"trainer.callbacks: {one_line(error)}") from None
+            if self._groups_added():
+                raise ConfigError(
+                    "trainer.callbacks: a callback added a parameter group to the optimizer, for which the schedule has "
+                    "no learning rate; train these parameters in a method instead"
+                ) from None
             if self.trainer.world_size > 1 and is_of_a_lost_process(error):
                 why = one_line(error).partition(". ")[0]
                 raise SvpBenchError(
@@ -159,6 +164,11 @@ class FitRun(BaseRun):
             if not preempted:
                 INTERRUPTS.shield()  # no signal interrupts the writing of the record
                 self._finish(status, reason, tested)
+
+    def _groups_added(self) -> bool:
+        """Return whether the optimizer has parameter groups that its schedule does not know."""
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return any(len(one.base_lrs) < len(one.optimizer.param_groups) for one in schedules if hasattr(one, "base_lrs"))
 
     def _train_and_test(self, checkpoint: Path | None) -> tuple[str, str | None, bool]:
         """Train and test; return status, its reason, and whether the test split was scored."""
@@ -206,7 +216,7 @@ class FitRun(BaseRun):
         """Print the header of a run."""
         model, data = self.model, self.data
         counts = self.recorder.parameters()
-        choice = self.recorder.scan_choice()
+        backend = self.recorder.scan_backend()
         weights = "random weights" if model.checkpoint == "none" else f"weights {model.checkpoint}"
         height, width = sides(data.image_size)
         loaded = model.load_report.describe() if model.load_report else None
@@ -214,7 +224,7 @@ class FitRun(BaseRun):
             f"{self.run_id}\n"
             f"  task       {data.card.name} v{data.card.version}, stage {data.stage} "
             f"({', '.join(f'{role} on {name}' for role, name in data.splits.items())})\n"
-            f"  backbone   {model.backbone_name}, {weights}, scan backend {choice.name} ({choice.reason})\n"
+            f"  backbone   {model.backbone_name}, {weights}, scan backend {backend.name} ({backend.reason})\n"
             f"{f'  loaded     {loaded}{chr(10)}' if loaded else ''}"
             f"  images     {height}x{width} pixels\n"
             f"  method     {self.config.method}: {counts.adapter:,} parameters + {counts.head:,} of the head train, "
@@ -305,7 +315,7 @@ class ScoreRun(BaseRun):
             raise UsageError(
                 f"{path}: not the weights that its run ended with: their digest is not the weights_digest of {where}"
             )
-        self.recorder.scan_choice()
+        self.recorder.scan_backend()
         self.data.setup("test")
         self._need_same_run(old, where)
         self.data.unlock_test()
@@ -320,7 +330,7 @@ class ScoreRun(BaseRun):
             same = "the same" if old.metrics and old.metrics.correct == metrics.correct else "another number"
             print(f"The record {where} has its score already ({same}); it is not changed.")
             return
-        times = {**old.times, **self.meter.seconds}
+        times = {**old.times, **self.monitor.seconds}
         done = dataclasses.replace(
             old, status="complete", status_reason=None, metrics=metrics, correct=correct, times=times
         )
