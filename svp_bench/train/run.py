@@ -151,8 +151,8 @@ class FitRun(BaseRun):
                 raise ConfigError(f"trainer.callbacks: {one_line(error)}") from None
             if self._groups_added():
                 raise ConfigError(
-                    "trainer.callbacks: a callback added a parameter group to the optimizer, for which the schedule has "
-                    "no learning rate; train these parameters in a method instead"
+                    "trainer.callbacks: a callback added a parameter group to the optimizer, for which the schedule "
+                    "has no learning rate; train these parameters in a method instead"
                 ) from None
             if self.trainer.world_size > 1 and is_of_a_lost_process(error):
                 why = one_line(error).partition(". ")[0]
