@@ -735,7 +735,7 @@ def test_accumulated_batches_train_as_one(place: Path) -> None:
         (["--model.method.hidden_dim", "3"], "method_args = {"),
         (["--model.checkpoint", "none"], "backbone_digest = 'sha256:"),
         (["--data.image_size", "48"], "backbone_digest = 'sha256:"),
-        (["--data.task", "vtab/dtd"], "num_classes = 100, this run has 47; use the config.yaml beside it"),
+        (["--data.task", "vtab/dtd"], "num_classes = 100, this run has 47; use the config.yaml next to it"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(given: list[str], words: str, place: Path) -> None:

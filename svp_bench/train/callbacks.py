@@ -42,7 +42,7 @@ class ThroughputMonitor(Callback):
         self._epoch = (0.0, 0)  # when it began, and the images seen by then
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on later counts on from; the epoch at hand is over where a checkpoint is written."""
+        """Return the counts that a resumed run continues; a checkpoint is written at the end of an epoch."""
         seconds = dict(self.seconds)
         for phase, began in self._started.items():
             seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
@@ -104,7 +104,7 @@ class ThroughputMonitor(Callback):
             self._start("val_seconds")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the clock of the epoch."""
+        """Restart the clock of the epoch."""
         if not trainer.sanity_checking:
             self._stop("val_seconds")
             self.validated_at = trainer.global_step
@@ -196,7 +196,7 @@ class SteadyTensorBoardLogger(TensorBoardLogger):
             return None
         try:
             return work()
-        except Exception as error:  # whatever the writer and its thread raise; the run matters more
+        except Exception as error:  # any failure of the writer or its thread; the run matters more
             self.failure = " ".join(f"{type(error).__name__}: {error}".split())
             rank_zero_warn(f"TensorBoard's logs end here, the run continues: {self.failure}")
             return None
@@ -252,7 +252,7 @@ class _Clock:
         batches = trainer.num_training_batches
         share = progress.completed / batches if 0 < batches < math.inf else 0.0
         epochs: Any = trainer.fit_loop.epoch_progress.current
-        finished = int(epochs.processed)  # the epoch at hand counts once it is over
+        finished = int(epochs.processed)  # the current epoch counts once it is over
         return finished + (share if epochs.started > finished else 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Whether a run did what its record says: classes from outside, and what they changed of the recipe or the weights."""
+"""Detect user classes that changed the recipe or the weights of a run, so that its record would not describe it."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ _LIGHTNING = ("lightning.pytorch.", "lightning.fabric.", "pytorch_lightning.", "
 # What a record could not describe: the class, why, and what to do instead.
 _REFUSED: Mapping[str, tuple[str, str]] = {
     "LearningRateFinder": (
-        "it sets another learning rate than the record would say",
+        "it sets another learning rate than the record would state",
         "choose model.learning_rate on val with `svp-bench tune`, or set it",
     ),
     "BatchSizeFinder": (
-        "it sets another batch size than the record would say",
-        "set --data.batch_size; a run out of memory says what fits",
+        "it sets another batch size than the record would state",
+        "set --data.batch_size; an out-of-memory error suggests one",
     ),
     "GradientAccumulationScheduler": (
         "data.batch_size is global, and a schedule would change it between epochs",
         "set --data.batch_size and --trainer.accumulate_grad_batches",
     ),
     "BaseFinetuning": (
-        "the method says which parameters train, from the first step to the last",
+        "the method selects the parameters that train, from the first step to the last",
         "leave it out, or write a method",
     ),
     "ModelPruning": ("it replaces parameters of the backbone behind the method", "leave it out"),
@@ -65,7 +65,7 @@ def refuse_hidden_changes(trainer: Trainer, *, trains: bool) -> None:
         trains: Whether it will train; callbacks only matter then.
 
     Raises:
-        UsageError: If there is one; says what to do instead.
+        UsageError: If there is one; names the remedy.
     """
     for name, (why, instead) in _REFUSED.items() if trains else ():
         kind = getattr(lightning_callbacks, name)
@@ -263,9 +263,9 @@ class RecipeWatch(Callback):
         if self._last is not None and _trained_digest(weights) != self._last:
             self._note("the weights were changed after the last optimizer step")
         if self._frozen_digest is not None and weights_digest({"state_dict": _frozen(model)}) != self._frozen_digest:
-            kept = {name: value for name, value in self._frozen.items() if name in _frozen(model)}
-            model.load_state_dict(kept, strict=False)
-            self._note(f"frozen weights were changed{', and put back before the test' if kept else ''}")
+            originals = {name: value for name, value in self._frozen.items() if name in _frozen(model)}
+            model.load_state_dict(originals, strict=False)
+            self._note(f"frozen weights were changed{', and put back before the test' if originals else ''}")
         if not self._settings or self.checkpoint is None or not trainer.is_global_zero or not self.checkpoint.is_file():
             return
         saved = Checkpoint.read(self.checkpoint)
@@ -317,7 +317,7 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _same(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
-    """Whether tensors hold the same numbers, on whatever device and in whatever precision they now are."""
+    """Return whether tensors hold the same numbers, on any device and in any precision."""
     return before.keys() == now.keys() and all(
         torch.equal(old.to(now[name]), now[name].detach()) for name, old in before.items()
     )

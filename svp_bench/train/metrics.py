@@ -1,4 +1,4 @@
-"""What an evaluation says beside top-1: top-5, per-class and balanced accuracy, NLL, calibration, confusion.
+"""Metrics in addition to top-1: top-5, per-class and balanced accuracy, NLL, calibration, confusion.
 
 Every image is scored by itself (`score_images`), in float64 on the CPU. The images of all batches and processes
 are put in the order of their list (`in_order`), and each number is computed once from all of them (`evaluate`), by sums
@@ -53,7 +53,7 @@ _TOP5_CLASSES = 6  # with fewer classes the label is always, or all but always, 
 
 
 class ImageScores(NamedTuple):
-    """What is kept of each image of an evaluation; all of shape (images,), on the CPU.
+    """Scores of each image of an evaluation; all of shape (images,), on the CPU.
 
     Attributes:
         index: int64, positions of the images in their list.
@@ -156,7 +156,7 @@ def score_images(logits: Tensor, labels: Tensor, index: Tensor) -> ImageScores:
 
 
 def in_order(parts: Sequence[ImageScores]) -> ImageScores:
-    """Put the images of one or more batches, from whatever process, in the order of their list.
+    """Put the images of one or more batches, of any process, in the order of their split.
 
     Raises:
         ValueError: If there is no part.
@@ -352,7 +352,7 @@ def per_class_markdown(evaluation: Evaluation, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-_LABELLED = 50  # classes, at most, whose names stand beside the matrix
+_LABELLED = 50  # classes, at most, whose names label the matrix
 _LONGEST = 24  # letters of a name
 _WHITE, _BLUE, _GREY, _BLACK = (255, 255, 255), (8, 48, 107), (224, 224, 224), (0, 0, 0)
 _MARGIN = 8
@@ -362,7 +362,7 @@ _LEGEND = "rows: true class; columns: predicted. Share of the row: white 0 %, bl
 def confusion_image(confusion: NDArray[np.int64], names: Sequence[str]) -> NDArray[np.uint8]:
     """Draw a confusion matrix, each row divided by its sum: uint8 (height, width, 3).
 
-    Up to 50 classes have their names beside and above; more would be unreadable. A row without images is grey.
+    Up to 50 classes are labelled; more would be unreadable. A row without images is grey.
 
     Args:
         confusion: (classes, classes), from `confusion_matrix`.

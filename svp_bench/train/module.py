@@ -63,8 +63,8 @@ class AdaptationModule(LightningModule):
         method: What is added and what trains.
         backbone: timm name of the backbone.
         checkpoint: Its weights: hub, embedded, none (random), or a path.
-        num_classes: Classes of the task; the data module says how many.
-        image_size: Height and width of the images; the data module says.
+        num_classes: Classes of the task; set by the data module.
+        image_size: Height and width of the images; set by the data module.
         learning_rate: Peak learning rate. It does not change with the batch size or the number of devices.
         weight_decay: Of the optimizer. Biases, one-dimensional tensors and the backbone's own list take none; tables of
             scales (SVP's alpha and beta, groups or blocks × width) are two-dimensional and take it, as released.
@@ -84,15 +84,15 @@ class AdaptationModule(LightningModule):
         optimizer: adamw or sgd; adamw by default.
         eps: Of AdamW; 1e-8 by default.
         momentum: Of SGD; 0.9 by default.
-        warmup_learning_rate: The warm-up starts at this learning rate, whatever `warmup_start_factor` says.
-        cosine_start: Where the cosine begins: warmup_end, or run_start, of which the warm-up then covers the first part
+        warmup_learning_rate: The warm-up starts at this learning rate; overrides `warmup_start_factor`.
+        cosine_start: Where the cosine begins: warmup_end, or run_start, whose first part the warm-up then covers
             (timm's way); warmup_end by default.
         schedule_interval: The learning rate changes with each step or each epoch; step by default.
         cooldown_epochs: Last epochs of the run, at `min_learning_rate`: the cosine ends before them; 0 by default.
             (timm counts them on top of its epochs; here `trainer.max_epochs` is the whole run.)
         head_hidden: Width of a first linear layer of the head, without an activation after it; none by default.
         input_attention: simam: SimAM on the normalised image; none by default.
-        ema_decay: Keep a moving average of the trained weights with this decay, beside them in the checkpoint; none by
+        ema_decay: Keep a moving average of the trained weights with this decay, stored in the checkpoint too; none by
             default.
         ema_evaluate: Validate, test and predict with the averaged weights; false by default.
         head: fresh: a new head; keep: the head of the checkpoint, which must have as many classes; fresh by default.
@@ -227,7 +227,7 @@ class AdaptationModule(LightningModule):
         self.run_id: str | None = None  # of the run that trains this, for its checkpoints
         self.validated: Evaluation | None = None  # the last validation, of all processes; none before training
         self.tested: Evaluation | None = None
-        self._scored: list[ImageScores] = []  # the batches of the evaluation at hand, of this process
+        self._scored: list[ImageScores] = []  # the batches of the current evaluation in this process
         self.train()  # Lightning takes the modes as it finds them
 
     # --- the forward pass --------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class AdaptationModule(LightningModule):
             logits = self.model(images)
         return logits
 
-    def scan_choice(self, device: torch.device, precision: str) -> BackendChoice:
+    def scan_decision(self, device: torch.device, precision: str) -> BackendChoice:
         """Return the scan backend that runs on a device at a precision ("bf16-mixed", …), and why.
 
         Raises:
@@ -470,7 +470,7 @@ class AdaptationModule(LightningModule):
             "protocol": data.protocol.name,
             "stage": data.stage,
             "run_id": self.run_id,
-            "data_digest": data.report.digest,  # a run goes on with the lists that it began with
+            "data_digest": data.report.digest,  # a resumed run needs the same splits
             "view": {
                 "resize": view.resize,
                 "crop_ratio": view.crop_ratio,
@@ -544,7 +544,7 @@ class AdaptationModule(LightningModule):
         if given := sorted(key for key, value in others.items() if value is not None):
             raise UsageError(
                 "load_from_checkpoint takes checkpoint_path, map_location, checkpoint and method_file, not "
-                f"{given[0]}: the checkpoint says what the module was; for other settings use svp-bench fit"
+                f"{given[0]}: the checkpoint defines the module; for other settings use svp-bench fit"
             )
         module = cls.from_checkpoint(Checkpoint.read(checkpoint_path), checkpoint, method_file)
         return module if map_location is None else module.to(map_location)
@@ -576,7 +576,7 @@ class AdaptationModule(LightningModule):
         """Check that the file is of this backbone and method, and holds exactly the trained part.
 
         Raises:
-            CheckpointError: If not; says what differs.
+            CheckpointError: If not; names the difference.
         """
         if METADATA_KEY not in checkpoint:
             raise CheckpointError("the file is no svp-bench checkpoint; backbone weights go to --model.checkpoint PATH")
@@ -587,7 +587,7 @@ class AdaptationModule(LightningModule):
             if theirs[key] != ours[key]:
                 raise CheckpointError(
                     f"the checkpoint was trained with {key} = {theirs[key]!r}, this run has {ours[key]!r}; "
-                    "use the config.yaml beside it"
+                    "use the config.yaml next to it"
                 )
         own = self.state_dict()
         expected = {name: own[name].shape for name in self.trained_names()}

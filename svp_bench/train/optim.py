@@ -190,7 +190,7 @@ class EMA:
             average.lerp_(parameter.detach().to(average.dtype), 1 - self.decay)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from saved weights.
+        """Continue from saved weights.
 
         Raises:
             CheckpointError: If they are not those of the trained part.

@@ -62,7 +62,7 @@ class Recorder:
         Raises:
             UnavailableError: If a backend was asked for by name and cannot run on the device.
         """
-        return self.model.scan_choice(self.trainer.strategy.root_device, str(self.trainer.precision))
+        return self.model.scan_decision(self.trainer.strategy.root_device, str(self.trainer.precision))
 
     def outcome(self) -> tuple[str, str | None]:
         """Return the status and its reason: `limit_*`, `fast_dev_run` and early ends make a run truncated."""
