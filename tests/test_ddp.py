@@ -163,7 +163,7 @@ def test_the_first_of_torchruns_processes_decides_for_all() -> None:
 
 @pytest.mark.slow
 def test_where_the_first_fails_none_waits_for_it() -> None:
-    assert launched("fail") == ["decided no run", "the first process of this run has stopped; it says why"]
+    assert launched("fail") == ["decided no run", "the first process of this run has stopped; see its message"]
 
 
 def test_what_lightning_launches_inherits_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
