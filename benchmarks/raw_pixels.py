@@ -1,6 +1,6 @@
 """Two floors for every table of small images: logistic regression on raw pixels, under the suite's own protocol.
 
-`pixels`: the grey or colour values of a image, standardised. `contrasts`: how far each pixel is from the median of
+`pixels`: the grey or colour values of an image, standardised. `contrasts`: how far each pixel is from the median of
 its image, for any sign, at 16 × 16 or fewer: where a figure may be light on dark or dark on light, a linear
 reader of plain values is at chance for that reason alone. Both go to scikit-learn's logistic regression. Its C is
 chosen on `val` after fitting on `train`, of equal ones that nearest to 1, scikit-learn's default; the chosen one is
@@ -39,7 +39,7 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C: the inverse of the penalty
 
 
 def pixels(image: Table) -> Table:
-    """Return the values of a image, (H, W, 3), in a row."""
+    """Return the values of an image, (H, W, 3), in a row."""
     return image.ravel()
 
 

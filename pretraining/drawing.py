@@ -269,7 +269,7 @@ _SLOPES = np.concatenate([-_HARMONICS[:, None] * _WAVES[6:], _HARMONICS[:, None]
 
 
 def _look_up(table: Floats, entry: npt.NDArray[np.int64]) -> Floats:
-    """Entries of one table a image: (B, angles) at (B, S, S)."""
+    """Entries of one table an image: (B, angles) at (B, S, S)."""
     flat = entry + (np.arange(len(table)) * _ANGLES)[:, None, None]
     return table.reshape(-1).take(flat)
 
@@ -413,7 +413,7 @@ _HATS = np.maximum(0, 1 - abs((_AXIS[:, None] + 1) / 2 * (_CLOUDS - 1) - np.aran
 
 
 def _wave(cycles: Floats, angle: Floats, phase: Floats, gain: Floats) -> Floats:
-    """Waves in [-1, 1] over the image, (B, S, S): `cycles` a image's side, made square by a gain above 1."""
+    """Waves in [-1, 1] over the image, (B, S, S): `cycles` an image's side, made square by a gain above 1."""
     fx, fy = np.pi * cycles * np.cos(angle), np.pi * cycles * np.sin(angle)
     # sin(u + v) from sin and cos along each axis: two products of vectors instead of a sine for every pixel
     u, v = fx[:, None] * _AXIS + phase[:, None], fy[:, None] * _AXIS

@@ -1,4 +1,4 @@
-"""Drawn tasks: what a image shows is what its label says, and a card gives the same bytes everywhere."""
+"""Drawn tasks: what an image shows is what its label says, and a card gives the same bytes everywhere."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_bow_points_where_the_label_says() -> None:
 
 
 def spectrum(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Return a image's waves, whichever way it is turned: the power in rings, and how uneven each ring is."""
+    """Return an image's waves, whichever way it is turned: the power in rings, and how uneven each ring is."""
     grey = image.mean(axis=2)
     power = np.log1p(np.abs(np.fft.fftshift(np.fft.fft2(grey - grey.mean()))) ** 2)
     rows, columns = np.mgrid[:SIZE, :SIZE] - SIZE / 2

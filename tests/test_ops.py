@@ -499,7 +499,7 @@ def test_saved_tensors_are_of_the_size_of_the_inputs(backend: str) -> None:
 
 def test_a_long_scan_in_chunks_saves_one_state_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = with_grad(draw(197, state=16, dim=64))
-    one_state = 64 * 16 * 4  # of a image
+    one_state = 64 * 16 * 4  # of an image
 
     def saved() -> int:
         return saved_bytes(lambda: selective_scan(**inputs, delta_softplus=True, backend="reference"))  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ def test_random_numbers_are_uniform_and_independent() -> None:
     numbers = drawing.Chance(0, np.arange(4000)).uniform(shape=(50,))
     counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 45  # chi² with 19 degrees of freedom: p < 0.001
-    assert abs(np.corrcoef(numbers[:, :10].T) - np.eye(10)).max() < 0.08  # one number of a image and the next
+    assert abs(np.corrcoef(numbers[:, :10].T) - np.eye(10)).max() < 0.08  # one number of an image and the next
     assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < 0.08  # one image and the next
     normal = drawing.Chance(1, np.arange(4000)).normal((20,))
     assert abs(normal.mean()) < 0.02

@@ -181,7 +181,7 @@ class Augmenter:
 
     Args:
         augment: What is done.
-        view: How a image is brought to its size where no random crop does.
+        view: How an image is brought to its size where no random crop does.
         seed: Of all draws.
     """
 
@@ -236,11 +236,11 @@ def erase(
     """Random erasing (Zhong et al., AAAI 2020) in place: a rectangle of normal noise, mode "pixel" of timm's.
 
     It belongs after normalisation, for which the noise is of the images' own scale. The noise is drawn on the CPU, so
-    that a image is the same on every device.
+    that an image is the same on every device.
 
     Args:
         images: Normalised float (B, 3, H, W), on any device.
-        probability: That a image is changed.
+        probability: That an image is changed.
         seed: Of all draws.
         epoch: The epoch.
         index: Positions of the B images in their list.
@@ -261,7 +261,7 @@ class Mix:
     """How the images of one step are mixed.
 
     Attributes:
-        share: λ, what a image keeps of itself (cutmix: of its area).
+        share: λ, what an image keeps of itself (cutmix: of its area).
         box: (top, bottom, left, right) of what cutmix takes from the partner, in pixels; None for mixup.
     """
 

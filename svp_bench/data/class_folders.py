@@ -10,7 +10,7 @@ Two layouts, told apart by what is there:
 Which image goes where follows from the SHA-256 of its path below the root, so it is the same on every machine, and a
 image that is added later moves few others. Without a `val` folder, val is a fifth of each class of train.
 
-What tells a image from all others is its content: two data sets with the same names are two, and a image that is
+What tells an image from all others is its content: two data sets with the same names are two, and an image that is
 there twice, under whatever names, is refused: it could be trained on and tested on.
 
 An image is what its content says, whatever its name (`svp_bench.data.decode.FORMATS`). Other files are skipped, counted
@@ -73,7 +73,7 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
     Raises:
         CardError: If the card gives options, or lists by other names than train, val, trainval and test.
         DataError: If there are no class folders or only one, a class has too few images, val or test has a class that
-            train lacks, a image is there twice, a file is of a format that is not read, or a folder cannot be.
+            train lacks, an image is there twice, a file is of a format that is not read, or a folder cannot be.
     """
     reader_options(card, {})
     for name in card.counts:

@@ -137,7 +137,7 @@ def _lists(parts: list[Ids], listings: list[str], refit: str) -> dict[str, Ids]:
     lists = {
         "train": {path: class_id for path, class_id in train.items() if path not in val},
         "val": val,
-        "trainval": {**train, **val},  # a image of both keeps its place in train
+        "trainval": {**train, **val},  # an image of both keeps its place in train
         "test": test,
     }
     if not lists["train"]:

@@ -108,7 +108,7 @@ class VisionDataModule(LightningDataModule):
         drop_last: Leave a smaller last batch out of an epoch, unless it is the only one.
         image_size: Height and width of the images in pixels, or one number for both; by default the protocol's, else
             the backbone's. Not a square: with `resize` squash and without crops.
-        resize: How a image is brought to that size: squash (both sides, the aspect ratio is lost) or centre_crop
+        resize: How an image is brought to that size: squash (both sides, the aspect ratio is lost) or centre_crop
             (shorter side to image_size / crop_ratio, then the square in the middle); by default the protocol's.
         interpolation: bicubic, bilinear or lanczos; by default the protocol's.
         crop_ratio: Share of the shorter side that centre_crop and the training crop `random` keep; 0.875 by default.
@@ -137,7 +137,7 @@ class VisionDataModule(LightningDataModule):
         allow_overlap: Train on own images although some have the same pixels as images of val or test; records say so.
             Refused by default.
 
-    A null means its default. What chance does to a image follows from (seed, epoch, position, repetition) alone.
+    A null means its default. What chance does to an image follows from (seed, epoch, position, repetition) alone.
 
     Attributes:
         card: The task's card.

@@ -16,7 +16,7 @@ from svp_bench.data.split_files import plain_path
 
 __all__ = ["NATIVE_FORMS", "Ids", "NativeForm", "class_id_of", "enter", "names_of_folders"]
 
-Ids = dict[str, int]  # path of a image -> class id, in the order of the list
+Ids = dict[str, int]  # path of an image -> class id, in the order of the list
 _Parts = tuple[Ids, Ids | None, Ids]  # training, val (None if there is none) and test images
 
 
@@ -245,7 +245,7 @@ NATIVE_FORMS: Mapping[str, NativeForm] = {
 
 
 def enter(part: Ids, path: str, class_id: object, listing: Path) -> None:
-    """Add a image to a part of a split.
+    """Add an image to a part of a split.
 
     Raises:
         DataError: If it is there already, or the path or class id is malformed.

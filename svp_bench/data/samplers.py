@@ -64,7 +64,7 @@ class GlobalBatchSampler:
         accumulate: Micro-batches that are accumulated for one optimizer step.
         drop_last: Leave a smaller last batch out, unless it is the only one.
         shuffle: Take a new order each epoch; else the order of the list.
-        repeats: Times that a image appears, one after the other, before the next one comes; the epoch keeps its
+        repeats: Times that an image appears, one after the other, before the next one comes; the epoch keeps its
             length, so it holds fewer different images. Repeated augmentation (Hoffer et al., CVPR 2020), as timm's
             `RepeatAugSampler` without its rounding of the epoch to 256.
         pairs: Put the first and the last image of a global batch side by side, then the second and the last but one,

@@ -222,13 +222,13 @@ class Source:
 
         Args:
             stages: Stage → role → list, as on a protocol card. No image of a test list may be in any other list, nor
-                a image of a stage's val in its train.
+                an image of a stage's val in its train.
 
         Returns:
-            The source, with a note for each list that holds a image more than once.
+            The source, with a note for each list that holds an image more than once.
 
         Raises:
-            DataError: If lists leak, or a image has two labels; names the first.
+            DataError: If lists leak, or an image has two labels; names the first.
         """
         keys = {name: images.keys() for name, images in self.splits.items()}
         self._need_one_label(keys)

@@ -1,6 +1,6 @@
 """Reader: the drawn tasks of the demo suite, the same bytes on every machine.
 
-What each asks is in `KINDS`. A image is a pure function of (generator version, kind, seed, number). To be the same
+What each asks is in `KINDS`. An image is a pure function of (generator version, kind, seed, number). To be the same
 everywhere it is made of whole numbers from Philox's raw words (a stream that NumPy guarantees) and of single additions,
 products, quotients, floors and comparisons in float64, which IEEE 754 fixes; directions come from a table rounded to
 1/4096. There is no sine, exponential or sum of an array in it, whose last bits depend on the processor.
@@ -155,7 +155,7 @@ _PATTERNS: dict[str, Callable[[Frame, float], Mask]] = {  # `part` in [0, 1): ho
 
 @dataclass
 class Canvas:
-    """A image in the making: a ground, then objects on it.
+    """An image in the making: a ground, then objects on it.
 
     Attributes:
         dice: Of the image.

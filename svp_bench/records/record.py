@@ -253,7 +253,7 @@ class Record:
         device_count: Processes that trained.
         precision: As Lightning names it: "32-true", "bf16-mixed".
         metrics: The scores; {} in JSON if there are none.
-        correct: One bit a image, or null. Every complete final record has them.
+        correct: One bit an image, or null. Every complete final record has them.
         parameters: Parameter counts.
         times: Name → seconds: "train_seconds", "test_seconds", ...
         epochs: Completed training epochs.

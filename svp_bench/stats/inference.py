@@ -700,7 +700,7 @@ def best_and_second(rows: Mapping[str, Mapping[int, float]], level: float = 0.95
 def rank_cliques(
     scores: Mapping[str, Mapping[str, float]], sources: Sequence[Sequence[str]], level: float = 0.95
 ) -> Ranks:
-    """Rank rows over tasks, and say which neighbours cannot be told apart. Descriptive: a image, not a test.
+    """Rank rows over tasks, and say which neighbours cannot be told apart. Descriptive: an image, not a test.
 
     Ranks are 1 for the best score of a task; equal scores share their mean rank; mean ranks are plain means over the
     tasks. Each pair of rows is compared by `signed_rank` over the sources' summed differences, and `holm` adjusts over

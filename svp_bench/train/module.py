@@ -328,7 +328,7 @@ class AdaptationModule(LightningModule):
         """Log the numbers of val; no image, no number.
 
         Raises:
-            NonFiniteLossError: If a image's loss is not finite.
+            NonFiniteLossError: If an image's loss is not finite.
         """
         evaluation = self._evaluation("val")
         if evaluation is None or self.trainer.sanity_checking:
@@ -355,7 +355,7 @@ class AdaptationModule(LightningModule):
         """Log the numbers of the test list, and show the confusions in TensorBoard.
 
         Raises:
-            NonFiniteLossError: If a image's loss is not finite.
+            NonFiniteLossError: If an image's loss is not finite.
         """
         self.tested = self._evaluation("test")
         if self.tested is None:

@@ -54,7 +54,7 @@ def mix(images: Tensor, drawn: Mix) -> Tensor:
 
 
 def soft_targets(labels: Tensor, classes: int, drawn: Mix) -> Tensor:
-    """Return the targets of mixed images, float (B, classes): λ of a image's own class, 1 - λ of its partner's."""
+    """Return the targets of mixed images, float (B, classes): λ of an image's own class, 1 - λ of its partner's."""
     own = F.one_hot(labels, classes).float()
     return own * drawn.share + mirror(own) * (1 - drawn.share)
 
