@@ -161,12 +161,12 @@ def test_rows_without_a_task_in_common(tmp_path: Path) -> None:
     assert "They share no task on the same images with a seed in common: nothing can be compared." in text
 
 
-def test_random_weights_are_called_plumbing(tmp_path: Path) -> None:
+def test_random_weights_are_called_a_smoke_test(tmp_path: Path) -> None:
     records = [
         dataclasses.replace(record, checkpoint="none", checkpoint_digest=None)
         for record in draw({"svp": 0.8, "linear": 0.7}, 2, TASKS[:1])
     ]
-    assert "show plumbing, not science" in compare(tmp_path, records)
+    assert "are a smoke test" in compare(tmp_path, records)
 
 
 def test_rows_compare_within_each_section(tmp_path: Path) -> None:
@@ -184,9 +184,7 @@ def test_rows_of_different_tracks_do_not_compare(tmp_path: Path) -> None:
     for record in (make_record(search=search), make_record(method="linear")):
         write_record(record, tmp_path)
     outcome = command("table", "--results_root", str(tmp_path), "--compare", "svp", "linear")
-    assert "'svp' and 'linear' stand in no section together; rows compare under one protocol" in assert_error(
-        outcome, 2
-    )
+    assert "'svp' and 'linear' are not in one section; rows compare under one protocol" in assert_error(outcome, 2)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_means_intervals_seeds_and_missing_results_of_a_row(view: ReportView) ->
     assert [row.label for row in rows.values() if row.missing] == ["adapter"]
     notes = " ".join(section_of(view).notes)
     assert re.search(r"No interval over new seeds where a task .*\(full\)", notes)
-    assert "Several settings of svp stand in this ranking" in notes
+    assert "Several settings of svp are in this ranking" in notes
 
 
 def test_a_cell_by_brute_force(view: ReportView) -> None:

@@ -159,7 +159,7 @@ def test_six_sources_and_eight_rows_cannot_be_tested() -> None:
         "cannot be tested with 6 sources of images; over 8 rows (Holm) no outcome could be significant at 5 %" in text
     )
     assert "the smallest possible p is 0.250" in text
-    assert "Not told apart" not in text
+    assert "Not separated" not in text
     assert "The order cannot be tested with 6 sources" in text
     three = [r for r in records if r.method in ("full", "linear")]
     alone = load_table(demo, three).sections[0].comparison

@@ -11,7 +11,7 @@ import pytest
 from helpers import run
 from synthetic_records import make_record
 
-from svp_bench.records.defaults import departures
+from svp_bench.records.defaults import overrides
 from svp_bench.records.record import Record, SearchSummary
 from svp_bench.records.store import write_record
 from svp_bench.report.page import render
@@ -50,7 +50,7 @@ def pages(table: Table) -> dict[str, str]:
 def test_a_row_that_is_not_as_shipped_is_marked_everywhere() -> None:
     table = build([*whole("lora", 700, changes={RATE: 0.123}), *whole("linear", 600)])
     texts = pages(table)
-    shipped = departures(table.sections[0].rows[0].cells["vtab/dtd"].records[0], PROTOCOL)[RATE][1]
+    shipped = overrides(table.sections[0].rows[0].cells["vtab/dtd"].records[0], PROTOCOL)[RATE][1]
     for name, text in texts.items():
         assert "fixed before" not in text, name
         assert f"{RATE} 0.123, not {shipped}" in text.replace(r"\_", "_"), name
@@ -59,14 +59,14 @@ def test_a_row_that_is_not_as_shipped_is_marked_everywhere() -> None:
     assert "| 2 | linear |" in texts["md"]
     assert r"lora $^{\P}$" in texts["tex"]
     assert texts["html"].count("¶ not as shipped") == 1
-    lines = {line["row"]: line["departures"] for line in csv.DictReader(io.StringIO(wide_csv(table)))}
+    lines = {line["row"]: line["overrides"] for line in csv.DictReader(io.StringIO(wide_csv(table)))}
     assert lines == {"lora": f"{RATE} 0.123, not {shipped}", "linear": ""}
 
 
 def test_a_clipped_warm_up_is_no_departure_and_another_one_is() -> None:
     for warmup, departs in ((1.6, False), (3, True)):
         record = make_record(changes={"trainer.max_epochs": 8, "model.warmup_epochs": warmup})
-        assert ("model.warmup_epochs" in departures(record, PROTOCOL)) == departs
+        assert ("model.warmup_epochs" in overrides(record, PROTOCOL)) == departs
 
 
 def test_departures_of_some_tasks_are_counted_and_searched_ones_spared() -> None:
@@ -76,7 +76,7 @@ def test_departures_of_some_tasks_are_counted_and_searched_ones_spared() -> None
     records += whole("linear", 600, changes={RATE: 0.5}, search=search)
     text = pages(build(records))["md"]
     assert "trainer.max_epochs 3, not 100" in text
-    assert f"linear departs from the shipped settings: {RATE}" not in text
+    assert f"linear overrides the shipped settings: {RATE}" not in text
 
 
 def test_a_method_without_a_recipe_is_noted() -> None:

@@ -157,14 +157,14 @@ def test_marks_of_the_data_have_footnotes() -> None:
     assert "own: kitti (zip)." in text
     drawn = latex([synthetic_record(task) for task in load_suite("vtab").tasks])
     check(drawn)
-    assert r"$^{\S}$ Drawn stand-in" in drawn
+    assert r"$^{\S}$ Synthetic data" in drawn
     assert drawn.count(r"$^{\S}$") == 19 + 5 + 1
 
 
-def test_random_weights_are_plumbing() -> None:
+def test_random_weights_are_a_smoke_test() -> None:
     text = latex(whole("svp", 900, checkpoint="none", checkpoint_digest=None))
     check(text)
-    assert "these rows show plumbing, not science, and are not ranked." in text
+    assert "these rows are a smoke test and are not ranked." in text
     assert r"\pm" not in text
     assert r"-- & svp $^{\P}$ &" in text
 

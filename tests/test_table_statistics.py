@@ -368,9 +368,9 @@ def test_a_row_with_a_stand_in_is_not_compared() -> None:
     records = [*draw({"svp": 30, "linear": 0}), *(synthetic_record(task, "full", right=3) for task in SMALL.tasks)]
     page = render_markdown(build(records))
     assert "full" not in statistics_of(page, "Differences to linear")
-    assert "- Not compared: full has a drawn stand-in among its data.\n" in page
+    assert "- Not compared: full has synthetic data.\n" in page
     page = render_markdown(build(records, control="full"))
-    assert "- No differences: full has a drawn stand-in among its data, and no row is compared with that.\n" in page
+    assert "- No differences: full has synthetic data, and is not compared.\n" in page
 
 
 def test_the_control_is_declared() -> None:
@@ -493,7 +493,7 @@ def test_a_choice_among_rows_of_one_method_is_warned_of() -> None:
     note = "choosing among them by these numbers would be choosing on the test list."
     two = [make_record(task, right=3 + n, changes={SHARE: n}) for task in SMALL.tasks for n in (1, 4)]
     for text in (render_markdown(build(two)), render_terminal(build(two))):
-        assert f"Several settings of svp stand in this ranking: {note}" in " ".join(text.split())
+        assert f"Several settings of svp are in this ranking: {note}" in " ".join(text.split())
     one_incomplete = [record for record in two if record.config["model"]["method"]["init_args"]["share_layers"] == 1]
     one_incomplete += [record for record in two[1:] if record not in one_incomplete and "dtd" in record.task]
     assert note not in render_markdown(build(one_incomplete))

@@ -19,7 +19,7 @@ from svp_bench.records.published import PublishedRow, load_published
 from svp_bench.records.record import Parameters, Record, SearchSummary
 from svp_bench.records.store import Problem, write_record
 from svp_bench.tables.build import (
-    HOLE,
+    MISSING,
     Row,
     Table,
     build_table,
@@ -176,14 +176,14 @@ def test_random_weights_stand_apart_and_are_not_ranked(tmp_path: Path) -> None:
     assert [row.rank for section in table.sections for row in section.rows] == [1, None]
     texts = files(table, tmp_path)
     page = texts["small.md"]
-    assert "show plumbing, not science, and are not ranked" in page[page.index("random weights") :]
-    assert page.index("| 1 | svp") < page.index("plumbing") < page.index("| – | full")
+    assert "are a smoke test and are not ranked" in page[page.index("random weights") :]
+    assert page.index("| 1 | svp") < page.index("smoke test") < page.index("| – | full")
     assert [(line["weights"], line["rank"]) for line in read_csv(texts["small.csv"])] == [
         ("pretrained", "1"),
         ("random", ""),
     ]
-    assert "plumbing, not science" in render_terminal(table)
-    assert "plumbing" not in render_markdown(build(all_tasks("svp")))
+    assert "smoke test" in render_terminal(table)
+    assert "smoke test" not in render_markdown(build(all_tasks("svp")))
 
 
 def test_a_hole_stays_a_hole(tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_a_hole_stays_a_hole(tmp_path: Path) -> None:
     cells = re.search(r"\| – \| svp ¶ \|(.*)\|", texts["small.md"])
     assert cells is not None
     shown = [cell.strip() for cell in cells[1].split("|")]
-    means = [HOLE, r"70.00 ± 2.84\*", r"70.00 ± 2.01\*", r"70.00 ± 1.27\* (5/6)", HOLE]
-    assert shown == [HOLE, *5 * ["70.00"], *means, "5/6", "1", "4.76M"]
+    means = [MISSING, r"70.00 ± 2.84\*", r"70.00 ± 2.01\*", r"70.00 ± 1.27\* (5/6)", MISSING]
+    assert shown == [MISSING, *5 * ["70.00"], *means, "5/6", "1", "4.76M"]
     assert line["mean of the tasks there are"] == "70.0000"
     assert "(n/6): partial, the mean over the n tasks that the row has; not ranked" in texts["small.md"]
     (missing,) = [line for line in read_csv(texts["small_long.csv"]) if line["status"] == "missing"]
@@ -385,9 +385,9 @@ def test_a_real_run_is_shown_before_newer_drawn_ones() -> None:
     real = make_record("vtab/dtd", right=6, number=1)
     table = build([real, *(synthetic_record("vtab/dtd", seed=seed, right=10, number=2 + seed) for seed in (0, 1))])
     (row,) = rows_of(table).values()
-    assert (row.cells["vtab/dtd"].mean, row.drawn, table.left_out) == (60.0, False, ())
+    assert (row.cells["vtab/dtd"].mean, row.synthetic, table.left_out) == (60.0, False, ())
     page = render_markdown(table)
-    assert "- dtd, svp: also 100.00 (2 seeds) on a drawn stand-in (splits efefefefefef); in the long CSV only." in page
+    assert "- dtd, svp: also 100.00 (2 seeds) on synthetic data (splits efefefefefef); in the long CSV only." in page
     assert "§" not in page
 
 
@@ -406,12 +406,12 @@ def test_a_row_with_a_drawn_cell_is_marked_and_never_ranked(tmp_path: Path) -> N
         *("99.00§", "99.00", "99.00", "99.00§", "99.00§"),
     ]
     assert "| 6/6 |" in line
-    assert "- § Drawn stand-in, not the data set: rows with such a cell are not ranked.\n" in texts["small.md"]
+    assert "- § Synthetic data: rows with such a cell are not ranked.\n" in texts["small.md"]
     assert "†" not in texts["small.md"]
     assert "‡" not in texts["small.md"]
     row = read_csv(texts["small.csv"])[-1]
     assert (row["rank"], row["data_different"], row["other_variants"]) == ("", "dtd", "dtd=synthetic")
-    assert "\n§ Drawn stand-in, not the data set" in render_terminal(table)
+    assert "\n§ Synthetic data" in render_terminal(table)
     wide = render_terminal(build([synthetic_record(task) for task in VTAB.tasks], VTAB))
     assert "caltech101" not in wide  # where the tasks do not fit, the means carry the mark
     assert "70.00§" in wide
@@ -521,7 +521,7 @@ def test_what_stands_under_a_table() -> None:
 
 def test_a_rule_of_another_protocol_version_is_not_quoted() -> None:
     page = render_markdown(build(all_tasks(protocol_version=7), protocols=[load_protocol("vtab-final")]))
-    assert "version 7. Its card is not at hand" in page
+    assert "version 7. Its card is not available" in page
     assert "Hyper-parameters are chosen" not in page
 
 

@@ -24,7 +24,7 @@ from svp_bench.core.errors import plural
 from svp_bench.core.resources import configs_dir
 from svp_bench.records.bits import count_ones
 from svp_bench.records.code import package_digest_at
-from svp_bench.records.defaults import departure_texts, departures, recipe, shipped_layer
+from svp_bench.records.defaults import override_texts, overrides, recipe, shipped_layer
 from svp_bench.records.digests import flat
 from svp_bench.records.record import Record
 from svp_bench.records.store import record_path
@@ -285,7 +285,7 @@ def check_settings(case: Case) -> Iterator[Line]:
     record, search = case.record, case.record.search
     if not recipe(record.method):
         yield "note", f"there is no recipe of the method {record.method} here to compare with"
-    found = departure_texts(departures(record, case.cards.protocol, search.keys if search else ()))
+    found = override_texts(overrides(record, case.cards.protocol, search.keys if search else ()))
     good = "as protocol card, task and recipe here" + (", except for the selected values" if search else "")
     yield from verdicts([f"overrides of the shipped settings: {'; '.join(found)}"] if found else [], good, "note")
 

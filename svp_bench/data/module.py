@@ -344,7 +344,7 @@ class VisionDataModule(LightningDataModule):
         parts = [select[role] for role in ("train", "val") if role in select]
         refit = self.splits["train"]
         if (
-            source.drawn
+            source.synthetic
             or self.stage != "final"
             or len(parts) < 2
             or refit in parts

@@ -184,7 +184,7 @@ class Source:
         origin: Where they are, for messages.
         splits: Name → images, for the splits that exist.
         notes: What sets these data apart from what the card means, beyond what their counts and digest show.
-        drawn: Are they a drawn stand-in, not the data set?
+        drawn: Are they synthetic data, not the data set?
         variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
         class_names: What the data themselves call the classes, in the order of the labels; None leaves it to the card.
         skipped: Kind of file that is not an image → such files that lie among the images.
@@ -193,7 +193,7 @@ class Source:
     origin: str
     splits: Mapping[str, Images]
     notes: tuple[str, ...] = ()
-    drawn: bool = False
+    synthetic: bool = False
     variant: str | None = None
     class_names: tuple[str, ...] | None = None
     skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -275,7 +275,7 @@ class DataReport:
     """How the data found compare with the card.
 
     Attributes:
-        variant: "card", the name of the card's variant whose counts they have, or "synthetic" for a drawn stand-in.
+        variant: "card", the name of the card's variant whose counts they have, or "synthetic" for synthetic data.
         status: "as_card" (also for a variant) or "different".
         notes: One line for each difference.
         digest: "sha256:…" over the lists that were named as used: what a record stores, so that a list which a stage
@@ -376,7 +376,7 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
     same_lists = variant == "card" and counts == dict(card.counts)
     if same_lists and card.digest is not None and source.digest != card.digest:
         notes.append(f"the digest is {source.digest}, the card says {card.digest}")
-    if source.drawn:
+    if source.synthetic:
         variant = "synthetic"
     return DataReport(variant, "different" if notes else "as_card", tuple(notes), digest, counts)
 
@@ -400,7 +400,7 @@ def open_split_files(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
         if path.exists():
             lists[name] = FileImages(folder, name, read_list(path, card.classes, task=card.name))
     notes = drawn_notes(folder)
-    return Source(str(folder), lists, notes, drawn=bool(notes))
+    return Source(str(folder), lists, notes, synthetic=bool(notes))
 
 
 class FileImages(Images):

@@ -49,7 +49,7 @@ def packed_paths(folder: Path) -> Iterator[Path]:
     if folder.name.endswith(SUFFIX):
         yield from _paths(folder)
         return
-    near = [folder.with_name(folder.name + SUFFIX), folder.parent.with_name(folder.parent.name + SUFFIX)]
+    near = [place.with_name(place.name + SUFFIX) for place in (folder, folder.parent) if place.name]
     for archive in [*near, *sorted(folder.rglob(f"*{SUFFIX}"))]:
         if archive.is_file() and archive.parent.name == "records":
             yield from (path for path in _paths(archive) if folder in path.parents)

@@ -20,9 +20,9 @@ from svp_bench.tasks.cards import ProtocolCard, load_protocol
 
 __all__ = [
     "clipped_warmup",
-    "departure_texts",
-    "departures",
     "other",
+    "override_texts",
+    "overrides",
     "recipe",
     "row_digest",
     "row_setting",
@@ -44,7 +44,7 @@ _IDENTITY = frozenset(
 """Keys that identify a run; they are not settings."""
 
 
-def departures(
+def overrides(
     record: Record, protocol: ProtocolCard | None, searched: Iterable[str] = (), *, epochs: bool = False
 ) -> dict[str, tuple[Any, Any]]:
     """Return dotted key → (the record's value, the shipped value) where they differ, by key.
@@ -84,8 +84,8 @@ def clipped_warmup(warmup_epochs: float, epochs: int, *, inherited: bool = False
     return min(warmup_epochs, epochs / WARMUP_RUNS if inherited else epochs)
 
 
-def departure_texts(found: dict[str, tuple[Any, Any]]) -> list[str]:
-    """Return "model.learning_rate 0.123, not 0.001" for each of `departures`."""
+def override_texts(found: dict[str, tuple[Any, Any]]) -> list[str]:
+    """Return "model.learning_rate 0.123, not 0.001" for each of `overrides`."""
     return [f"{key} {ours}, not {shipped}" for key, (ours, shipped) in found.items()]
 
 

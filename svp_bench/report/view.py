@@ -33,11 +33,11 @@ from svp_bench.tables.comparison import column_marks, images_of_cell, seeds_of_c
 from svp_bench.tables.model import Cell, Row, Section, Table
 from svp_bench.tables.notes import (
     comparison_notes,
-    departure_notes,
     majority_notes,
     majority_scores,
     mark_notes,
     new_tasks_note,
+    override_notes,
     partial,
     partial_notes,
     provenance_notes,
@@ -109,7 +109,7 @@ def report_view(
 
 def _weight(table: Table) -> tuple[int, str]:
     """Suites with many records on pre-trained weights and real data come first."""
-    rows = [row for section in table.sections if not section.random for row in section.rows if not row.drawn]
+    rows = [row for section in table.sections if not section.random for row in section.rows if not row.synthetic]
     return -sum(len(cell.records) for row in rows for cell in row.cells.values()), table.suite.name
 
 
@@ -176,7 +176,7 @@ def _notes(section: Section, suite: SuiteCard) -> Iterator[str]:
     yield from majority_notes(section)
     yield from new_tasks_note(section, suite)
     yield from selection_notes(section)
-    yield from departure_notes(section)
+    yield from override_notes(section)
     yield from provenance_notes(section)
     yield from mark_notes(section, suite)
 

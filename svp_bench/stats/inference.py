@@ -1,6 +1,6 @@
 """Statistics of a benchmark: means with intervals, paired comparisons, ranks. Pure functions over numbers.
 
-Different questions have different answers, and an interval without its question says nothing:
+Different questions have different answers, and an interval needs its question:
 
 - *these tasks*: what would other seeds give on the same tasks? Only the seeds vary (`mean_of`, `Paired.these_tasks`).
 - *new tasks*: what would other tasks like these give? The tasks are the sample, and tasks cut from the same images
@@ -66,7 +66,7 @@ __all__ = [
 
 FEWEST_PAIRS = 6  # the first number of pairs at which a two-sided sign-flip test can fall below 0.05 (1/32)
 FEWEST_SOURCES = 6  # with fewer sources of tasks there is no interval over new tasks: its coverage is tested from 6 on
-_EXACT = 40  # sign patterns of two halves of 20 are enumerated; beyond, they are drawn
+_EXACT = 40  # sign patterns of two halves of 20 are enumerated; beyond, they are sampled
 _DRAWS = 99_999
 _LARGEST = 1e100  # squares of what is larger leave the range of a float
 
@@ -88,7 +88,7 @@ class Estimate:
         high: Upper end, or None.
         se: Standard error, or None.
         df: Degrees of freedom of the t interval; None if there is no interval, or if it is no t interval.
-        n: Independent draws behind it; what they are (runs, sources, images), the function says.
+        n: Independent samples behind it (runs, sources or images; see the function).
         level: Confidence level of the interval, e.g. 0.95.
     """
 
@@ -171,7 +171,7 @@ class Marks:
 
     Attributes:
         best: The one row that is better than every other, or None.
-        tied: If `best` is None: the row with the highest mean, then those that cannot be told from it, by mean.
+        tied: If `best` is None: the row with the highest mean, then those that are not separated from it, by mean.
         second: The one row that is better than every other but `best`, or None; always None for two rows.
     """
 
@@ -182,11 +182,11 @@ class Marks:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Mean ranks, and who cannot be told from whom; see `rank_cliques`.
+    """Mean ranks, and the rows that are not separated; see `rank_cliques`.
 
     Attributes:
         mean_ranks: Row → mean rank over the tasks, 1 is best; in that order.
-        cliques: Runs of neighbours in that order of which no two are told apart, two rows or more, none inside another.
+        cliques: Runs of neighbours in that order without a separated pair, two rows or more, none inside another.
         p: (row, row further down) → Holm-adjusted p, over all pairs.
         n_sources: Independent sources of tasks.
         least: The smallest adjusted p that any outcome of so many sources and pairs could give. Where it is 1 - level
@@ -335,7 +335,7 @@ def paired(
     """Compare two methods, a - b, paired by task and seed.
 
     On each task, the differences of the runs that share a seed are averaged; seeds of one side alone are passed over
-    (`Difference.n_pairs` says how many are left). `these_tasks` is `mean_of` over the differences, `new_tasks` is
+    (`Difference.n_pairs` counts the rest). `these_tasks` is `mean_of` over the differences, `new_tasks` is
     `mean_over_new_tasks` over them.
 
     Both p flip whole sources: the weighted sum of a source's differences, with the weights of the mean, so that the
@@ -378,7 +378,7 @@ def sign_flip(differences: Sequence[float], seed: int | np.random.Generator = 0)
 
     p is the share of the 2ⁿ sign patterns whose sum is as far from zero as the observed sum, or further. Up to 40
     differences that are not zero it is exact (zeros change nothing and are left out): the patterns of one half of the
-    differences are looked up among those of the other. Beyond, 99,999 patterns are drawn, and
+    differences are looked up among those of the other. Beyond, 99,999 patterns are sampled, and
     p = (1 + hits) / (1 + draws), which is valid, not an approximation.
 
     The smallest p there can be is 2^(1 - n): .25 at 3, .0625 at 5, .031 at 6.
@@ -418,7 +418,7 @@ def smallest_p(n_sources: int, tests: int = 1) -> float:
     """Return the smallest p that any outcome of a sign flip over `n_sources` differences can give: tests · 2^(1 - n).
 
     With `tests` above 1 it is the smallest p after Holm's adjustment over so many tests, at most 1. A test that cannot
-    fall below 1 - level, whatever is measured, says nothing and is not printed.
+    fall below 1 - level, for any measurement, is not informative and not printed.
 
     Raises:
         StatsError: If there is no source or no test.
@@ -452,7 +452,7 @@ def signed_rank(differences: Sequence[float], seed: int | np.random.Generator = 
 def holm(pvalues: Mapping[str, float]) -> dict[str, float]:
     """Return the p adjusted for their number: p_(i) becomes max over j ≤ i of (m - j + 1) p_(j), at most 1.
 
-    Rejecting what falls below α keeps the chance of any false rejection below α, whatever the dependence.
+    Rejecting what falls below α keeps the chance of any false rejection below α, for any dependence.
 
     Source: Holm 1979, Scand. J. Statist. 6, 65-70; adjusted p: Wright 1992, Biometrics 48, 1005-1013.
 
@@ -647,7 +647,7 @@ def within(estimate: Estimate, low: float, high: float) -> Estimate:
     """Return `estimate` with its interval cut to the values that are possible; without it, if it holds them all.
 
     The true value lies between `low` and `high`, so that cutting takes no coverage away. An interval that reaches both
-    says nothing, and is left out.
+    is not informative, and is left out.
     """
     if estimate.low is None or estimate.high is None:
         return estimate
@@ -663,10 +663,10 @@ def best_and_second(rows: Mapping[str, Mapping[int, float]], level: float = 0.95
 
     The row with the highest mean is compared with each other row by the test of `cell_verdict`: `sign_flip` of the
     differences by seed, from six shared seeds on (`FEWEST_PAIRS`). With fewer, no outcome could reach 95 %, and nothing
-    is told apart. One test and one number of seeds for all marks of a table: what is best here is also "better" there.
+    is separated. One test and one number of seeds for all marks of a table: what is best here is also "better" there.
     The p are adjusted (`holm`, over the comparisons with the top row), so that three rows need seven seeds, and twelve
     need nine. Rows that fall below 1 - level are worse. If all are, the top row is `best`, and the same procedure among
-    the others finds `second`. If not, nobody is best: `tied` is the top row with all that cannot be told from it, and
+    the others finds `second`. If not, nobody is best: `tied` is the top row with those not separated from it, and
     there is no second. Of two rows none is second: it was compared with nothing. Nor is a single row best.
 
     Source: comparisons with the best, Hsu 1996, Multiple Comparisons, chapter 4; here with the exact test by pairs and
@@ -700,14 +700,14 @@ def best_and_second(rows: Mapping[str, Mapping[int, float]], level: float = 0.95
 def rank_cliques(
     scores: Mapping[str, Mapping[str, float]], sources: Sequence[Sequence[str]], level: float = 0.95
 ) -> Ranks:
-    """Rank rows over tasks, and say which neighbours cannot be told apart. Descriptive: an image, not a test.
+    """Rank rows over tasks, and group neighbours that are not separated. Descriptive, not a test.
 
     Ranks are 1 for the best score of a task; equal scores share their mean rank; mean ranks are plain means over the
     tasks. Each pair of rows is compared by `signed_rank` over the sources' summed differences, and `holm` adjusts over
-    all pairs. A clique is a longest run of neighbours in rank order of which no two fall below 1 - level.
+    all pairs. A clique is a longest run of neighbours in rank order without a pair below 1 - level.
 
     A pair's own p depends on these two rows alone, unlike Nemenyi's critical difference; its adjusted p, and the mean
-    ranks, still depend on which rows were put in. "Not told apart" is no proof of equality: with few sources everything
+    ranks, still depend on which rows were put in. "Not separated" is no proof of equality: with few sources everything
     is one clique.
 
     Source: Benavoli, Corani & Mangili 2016, JMLR 17(5), 1-10 (pairwise signed-rank tests instead of mean-rank tests);
@@ -955,8 +955,8 @@ def _mean_over_new_tasks(
 
 def _sums(values: Mapping[str, float], clusters: Sequence[Sequence[str]], weights: Mapping[str, float]) -> list[float]:
     """The weighted sum of the values of each cluster; clusters without a task that weighs anything are left out."""
-    kept = [[task for task in cluster if task in weights] for cluster in clusters]
-    return [math.fsum(weights[task] * values[task] for task in cluster) for cluster in kept if cluster]
+    shared = [[task for task in cluster if task in weights] for cluster in clusters]
+    return [math.fsum(weights[task] * values[task] for task in cluster) for cluster in shared if cluster]
 
 
 def _t_interval(value: float, variance: float, df: float | None, n: int, level: float) -> Estimate:

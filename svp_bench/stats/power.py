@@ -132,10 +132,11 @@ def seeds_needed(
 
     and the power is that of the noncentral t with ν degrees of freedom. The interval does not know ν: from n seeds it
     estimates about (n - 1) (ν + 2) / (n + 1), the ratio of the expectations of (Σ x)² and Σ x² / (n - 1) for scaled
-    χ² x, and takes a wider quantile. So power = `power_of_t(δ, ν, level, that)`. What simulations gave minus what this
-    says, in points, for 1 to 19 tasks from equal variances to one task with 100 times the variance of the others, at
-    powers from 0.2 to 0.99: -6 to +30 at two seeds, -2 to +13 at three, -2 to +7 at four, -2 to +5 at five, -2 to +2 at
-    ten. So a plan of two or three seeds may have more power than it says (`tests/test_power.py` holds these bounds).
+    χ² x, and takes a wider quantile. So power = `power_of_t(δ, ν, level, that)`.
+    Simulated power minus this, in points, for 1 to 19 tasks from equal variances to one task with 100 times the
+    variance of the others, at powers from 0.2 to 0.99: -6 to +30 at two seeds, -2 to +13 at three, -2 to +7 at four, -2
+    to +5 at five, -2 to +2 at ten. So a plan of two or three seeds may have more power than stated
+    (`tests/test_power.py` holds these bounds).
     One task is exact. `seeds` is the smallest n ≥ 2 that reaches `power`.
 
     The variances are estimated, mostly from very few seeds, and a plan on the plain estimate misses its power in about

@@ -1,10 +1,9 @@
-"""Tables, derived from records and never edited: the same records give the same bytes, in whatever order they are read.
+"""Tables, derived from records and never edited: the same records give the same bytes in any order.
 
 A row is protocol, backbone, checkpoint digest, method and setting; a cell is a row on the same data of one task. Only
-complete final records enter. The seeds of a cell are averaged; nothing is averaged over different data. A cell without
-a record stays a hole, and so does every mean that would need it. Complete rows are ranked among rows of the same
-protocol, backbone, checkpoint and track (how the settings were come by), by the mean over all tasks; not so rows with a
-drawn stand-in for data, and rows on random weights, which stand apart. What does not enter is listed below.
+complete final records enter. The seeds of a cell are averaged, never different data. Missing results stay blank, and so
+do means that need them. Complete rows are ranked by the mean over all tasks among rows of the same protocol, backbone,
+checkpoint and track. Rows with synthetic data and rows on random weights are not ranked. Excluded records are listed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from svp_bench.core.errors import UsageError, printable, unknown_name
-from svp_bench.records.defaults import departure_texts, departures, recipe, row_digest
+from svp_bench.records.defaults import override_texts, overrides, recipe, row_digest
 from svp_bench.records.published import PublishedRow, load_published
 from svp_bench.records.record import Record
 from svp_bench.records.store import Problem, read_records, write_atomically
@@ -36,14 +35,14 @@ from svp_bench.tables.model import (
     Track,
     track_of,
 )
-from svp_bench.tables.notes import DIGITS, HOLE, NOT_COMPARABLE, QUOTED
+from svp_bench.tables.notes import DIGITS, MISSING, NOT_COMPARABLE, QUOTED
 from svp_bench.tables.render_csv import long_csv, wide_csv
 from svp_bench.tables.render_latex import render_latex
 from svp_bench.tables.render_text import render_markdown, render_terminal
 from svp_bench.tasks.cards import ProtocolCard, SuiteCard, list_parts, list_suites, load_protocol, load_suite, load_task
 
 __all__ = [
-    "HOLE",
+    "MISSING",
     "QUOTED",
     "Cell",
     "Comparison",
@@ -90,7 +89,7 @@ def build_table(
         problems: Files that are no records; those of other suites are left to their tables.
         task_versions: Task → version of its card, for every task with records; those of another version do not enter.
         as_found: Tasks whose card leaves classes and counts to the data: another data set is another task. Their
-            records stand in one section for each digest of the data.
+            records have one section for each digest of the data.
         protocols: Cards whose selection rule is printed.
         published: Quoted numbers to be shown in a section of their own.
         control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
@@ -234,10 +233,10 @@ def _row(
     newest_first = sorted(
         by_cell, key=lambda key: (max((run.created, run.run_id) for run in by_cell[key]), key), reverse=True
     )
-    # The first cell of a task is shown: data as the card says, and never a stand-in if there is anything else
+    # The first cell of a task is shown: data of the card first, synthetic data last
     shown_first = sorted(
         (_cell(by_cell[key]) for key in newest_first),
-        key=lambda cell: (cell.task, cell.drawn, cell.different, cell.variant != CARD, -len(cell.seeds)),
+        key=lambda cell: (cell.task, cell.synthetic, cell.different, cell.variant != CARD, -len(cell.seeds)),
     )
     cells: dict[str, Cell] = {}
     apart: list[Cell] = []
@@ -247,7 +246,8 @@ def _row(
         else:
             cells[cell.task] = cell
     groups = {
-        group: _mean_or_hole([cells.get(suite.full(task)) for task in tasks]) for group, tasks in suite.groups.items()
+        group: _mean_if_complete([cells.get(suite.full(task)) for task in tasks])
+        for group, tasks in suite.groups.items()
     }
     means = [mean for mean in groups.values() if mean is not None]
     return Row(
@@ -257,15 +257,15 @@ def _row(
         cells=cells,
         apart=tuple(apart),
         groups=groups,
-        task_mean=_mean_or_hole([cells.get(task) for task in suite.tasks]),
+        task_mean=_mean_if_complete([cells.get(task) for task in suite.tasks]),
         group_mean=_mean(means) if len(means) == len(groups) else None,
         intervals=row_intervals(suite, cells, level),
-        departures=_departures(suite, cells, protocol),
+        overrides=_overrides(suite, cells, protocol),
         shipped=bool(recipe(method)),
     )
 
 
-def _departures(
+def _overrides(
     suite: SuiteCard, cells: Mapping[str, Cell], protocol: ProtocolCard | None
 ) -> dict[str, tuple[str, ...]]:
     """What of the shown cells is not as shipped → their tasks. The runs of a cell have one config."""
@@ -274,7 +274,7 @@ def _departures(
         if task in cells:
             run = cells[task].records[0]
             searched = run.search.keys if run.search is not None else ()
-            for text in departure_texts(departures(run, protocol, searched, epochs=True)):
+            for text in override_texts(overrides(run, protocol, searched, epochs=True)):
                 found[text].append(task)
     return {text: tuple(found[text]) for text in sorted(found)}
 
@@ -305,7 +305,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)  # fsum: the order of the records must not reach the last digit
 
 
-def _mean_or_hole(cells: Sequence[Cell | None]) -> float | None:
+def _mean_if_complete(cells: Sequence[Cell | None]) -> float | None:
     present = [cell.mean for cell in cells if cell is not None]
     return _mean(present) if len(present) == len(cells) else None
 
@@ -318,7 +318,7 @@ def _in_order(rows: list[Row], ranked: bool) -> list[Row]:
     by_name = sorted(rows, key=lambda row: (row.label, row.setting_digest))
     if not ranked:
         return by_name
-    data = {row.label: _data_of(row) for row in by_name if row.task_mean is not None and not row.drawn}
+    data = {row.label: _data_of(row) for row in by_name if row.task_mean is not None and not row.synthetic}
     counts = Counter(data.values()).most_common(2)
     common = counts[0][0] if counts and (len(counts) == 1 or counts[0][1] > counts[1][1]) else None
     means = [

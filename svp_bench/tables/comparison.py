@@ -1,4 +1,4 @@
-"""What a table says with statistics: intervals of means, differences to one control, mean ranks.
+"""Statistics of a table: intervals of means, differences to one control, mean ranks.
 
 Rows are compared on the same tasks and the same images only; tasks that share their images are one source.
 """
@@ -158,7 +158,7 @@ def pick_control(rows: Sequence[Row], name: str | None) -> tuple[Row | None, str
         name: Label or method; None: `DEFAULT_CONTROL`.
 
     Returns:
-        The row and None, or None and one line that says why there is none.
+        The row and None, or None and one line: why there is none.
     """
     wanted = DEFAULT_CONTROL if name is None else name
     found = rows_named(rows, wanted)
@@ -171,8 +171,8 @@ def pick_control(rows: Sequence[Row], name: str | None) -> tuple[Row | None, str
             None,
             f"{wanted} has {plural(len(found), 'row')} here; name one as the control: --control ROW, one of: {labels}",
         )
-    if found[0].drawn:
-        return None, f"{wanted} has a drawn stand-in among its data, and no row is compared with that"
+    if found[0].synthetic:
+        return None, f"{wanted} has synthetic data, and is not compared"
     return found[0], None
 
 
@@ -257,20 +257,20 @@ def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: fl
     Holm's family is the rows that are compared on all tasks of the suite. A mean over fewer tasks is another quantity:
     such a row neither makes the others' p larger nor gets an adjusted p itself.
     """
-    if section.random or sum(row.task_mean is not None and not row.drawn for row in section.rows) < 2:
+    if section.random or sum(row.task_mean is not None and not row.synthetic for row in section.rows) < 2:
         return None
     control, missing = pick_control(section.rows, name)
     if control is None:
         return Comparison(None, missing, (), {})
     contrasts: list[Contrast] = []
     incomparable: dict[str, str] = {}
-    others = [row for row in section.rows if row is not control and not row.drawn]
+    others = [row for row in section.rows if row is not control and not row.synthetic]
     family = sum(len(shared_tasks(suite, row, control)) == len(suite.tasks) for row in others)
     for row in section.rows:
         if row is control:
             continue
-        if row.drawn:
-            incomparable[row.label] = "has a drawn stand-in among its data"
+        if row.synthetic:
+            incomparable[row.label] = "has synthetic data"
             continue
         whole = len(shared_tasks(suite, row, control)) == len(suite.tasks)
         found = contrast(suite, row, control, level, family if whole else 1)
@@ -289,7 +289,7 @@ def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: fl
 
 
 def rank_rows(suite: SuiteCard, section: Section, level: float) -> Ranks | None:
-    """Return the mean ranks of the ranked rows by label, and which are not told apart.
+    """Return the mean ranks of the ranked rows by label, and which are not separated.
 
     None for fewer than two rows, or fewer sources of tasks than `FEWEST_SOURCES`.
     """
@@ -309,7 +309,7 @@ def column_marks(suite: SuiteCard, section: Section, level: float) -> list[Marks
 
     The test and the number of seeds are those of the marks against the control (`stats.cell_verdict`), so that no two
     renderings disagree. A mean is tested by its values seed by seed, for which all of its tasks need the same seeds.
-    None where rows do not compare: random weights, a drawn stand-in, lists of images that differ between the rows.
+    None where rows do not compare: random weights, synthetic data, lists of images that differ between the rows.
     """
     groups = full_groups(suite)
     weighings = [*({task: 1.0} for task in suite.tasks), *(dict.fromkeys(tasks, 1.0) for tasks in groups.values())]
@@ -323,14 +323,14 @@ def _marks(section: Section, weights: Mapping[str, float], level: float) -> Mark
         task: {(row.cells[task].variant, row.cells[task].data_digest, row.cells[task].task_version) for row in rows}
         for task in weights
     }
-    drawn = any(row.cells[task].drawn for row in rows for task in weights)
-    if not rows or drawn or any(len(kinds) > 1 for kinds in images.values()):
+    synthetic = any(row.cells[task].synthetic for row in rows for task in weights)
+    if not rows or synthetic or any(len(kinds) > 1 for kinds in images.values()):
         return None
     return best_and_second({row.label: _by_seed(row, weights) for row in rows}, level=level)
 
 
 def _by_seed(row: Row, weights: Mapping[str, float]) -> dict[int, float]:
-    """Seed → weighted mean over tasks. One value, from which nothing can be told, if the seeds differ by task."""
+    """Seed → weighted mean over tasks. One value, without a spread, if the seeds differ by task."""
     scores = {task: row.cells[task].scores for task in weights}
     total = math.fsum(weights.values())
     seeds = {tuple(by_seed) for by_seed in scores.values()}

@@ -31,7 +31,7 @@ _NAMED = 5  # files that a warning names
 def load_results(root: str | Path = "results") -> pd.DataFrame:
     """Return the records of a results folder, a row a run.
 
-    Every record is there, whatever its kind and status: those of a table are `kind == "final"` and
+    Every record has a row, of any kind and status: those of a table are `kind == "final"` and
     `status == "complete"`, of one `config_digest` and one `data_digest` a cell.
 
     Args:

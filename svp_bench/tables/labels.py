@@ -79,11 +79,11 @@ def short_value(value: Any) -> str:
 def _short_names(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """Give each dotted key its last part, and as many parts before it as it takes to tell the keys apart."""
     # `class_path` and `init_args` are jsonargparse's; they tell a reader nothing
-    kept = {name: tuple(part for part in name if part not in ("class_path", "init_args")) or name for name in names}
+    shown = {name: tuple(part for part in name if part not in ("class_path", "init_args")) or name for name in names}
     short: dict[tuple[str, ...], str] = {}
-    for name, parts in kept.items():
+    for name, parts in shown.items():
         size = 1
-        while size < len(parts) and sum(other[-size:] == parts[-size:] for other in kept.values()) > 1:
+        while size < len(parts) and sum(other[-size:] == parts[-size:] for other in shown.values()) > 1:
             size += 1
         short[name] = ".".join(parts[-size:])
     return short

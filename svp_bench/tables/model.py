@@ -39,16 +39,15 @@ CARD = "card"
 """The data variant that follows the task card itself."""
 
 SYNTHETIC = "synthetic"
-"""The data variant of drawn images."""
+"""The data variant of synthetic images."""
 
 
 @dataclass(frozen=True, order=True)
 class Track:
-    """How the settings of a row's runs were come by. Rows of different tracks are never in one ranking.
+    """How the settings of a row's runs were selected. Rows of different tracks are never in one ranking.
 
     Attributes:
-        kind: "default" (the record names no search) or "searched" (by a declared search on val)
-            (from a table of values that says no search).
+        kind: "default" (the record names no search) or "searched" (by a declared search on val).
         name: Of the search or the table; "" for the default track.
         budget: K of the search: settings that each method might try on each task; else 0.
         sampler: Of the search; else "".
@@ -77,7 +76,7 @@ class Track:
                 f"({self.sampler}), chosen on "
                 f"{self.selected_on}"
             )
-        # A record cannot prove when or why a value was fixed, so no track claims it; `Row.departures` shows what it can
+        # A record cannot prove when or why a value was fixed, so no track claims it; `Row.overrides` shows what it can
         return "default: no search is recorded"
 
 
@@ -131,8 +130,8 @@ class Cell:
     records: tuple[Record, ...]
 
     @property
-    def drawn(self) -> bool:
-        """Are the data a drawn stand-in?"""
+    def synthetic(self) -> bool:
+        """Whether the data are synthetic."""
         return self.variant == SYNTHETIC
 
     @property
@@ -203,16 +202,16 @@ class Row:
         method: Registered name.
         label: The name, with what tells its settings apart if there are several.
         setting_digest: `row_digest` of its records.
-        cells: Task → the cell that is shown; a hole has no entry.
+        cells: Task → the cell that is shown; a missing result has no entry.
         apart: Further cells, on other data (or another selected config) of tasks that have a cell; they are in the
             long CSV and in a line each below the table.
-        groups: Group → mean of its tasks, None if one of them is a hole.
+        groups: Group → mean of its tasks, None if one of them is missing.
         task_mean: Mean over all tasks, or None.
         group_mean: Mean over the group means, or None.
         intervals: Of these means.
-        rank: 1 is best; None for incomplete rows, for rows with a drawn cell, and for random weights.
-        departures: "model.learning_rate 0.123, not 0.001" → the tasks whose runs depart so from the shipped settings
-            (protocol card, task, recipe); values that a search selected are not departures.
+        rank: 1 is best; None for incomplete rows, for rows with a synthetic cell, and for random weights.
+        overrides: "model.learning_rate 0.123, not 0.001" → the tasks whose runs override the shipped settings
+            (protocol card, task, recipe); values that a search selected are not overrides.
         shipped: Is there a shipped recipe of the method to compare with?
     """
 
@@ -226,13 +225,13 @@ class Row:
     group_mean: float | None
     intervals: Intervals
     rank: int | None = None
-    departures: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    overrides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shipped: bool = True
 
     @property
-    def drawn(self) -> bool:
-        """Is any cell on a drawn stand-in?"""
-        return any(cell.drawn for cell in self.cells.values())
+    def synthetic(self) -> bool:
+        """Whether any cell is on synthetic data."""
+        return any(cell.synthetic for cell in self.cells.values())
 
     @property
     def present_mean(self) -> float:
@@ -300,9 +299,9 @@ class Comparison:
 
     Attributes:
         control: Label of the control; None if there is none.
-        missing: One line that says why there is no control and how to name one; None if there is one.
+        missing: One line: why there is no control, and how to name one; None if there is one.
         contrasts: In the order of the rows.
-        incomparable: Label → one line that says why this row is not compared.
+        incomparable: Label → one line: why this row is not compared.
     """
 
     control: str | None
@@ -318,17 +317,17 @@ class Section:
     Attributes:
         protocol: Its name.
         protocol_version: Its version.
-        selection: The protocol's rule, in words; None if the card at hand is missing or of another version.
+        selection: The protocol's rule, in words; None if the card is missing or of another version.
         backbone: Model name.
         checkpoint: Where the weights came from, e.g. "hub".
         checkpoint_digest: None for random weights.
-        track: How the settings were come by.
+        track: How the settings were selected.
         precisions: Of its runs, sorted.
         rows: Ranked ones first.
         records: Number of records in it.
         dirty: How many of them were made with uncommitted changes.
         comparison: Against the control; None for fewer than two complete rows and for random weights.
-        ranks: Mean ranks of the ranked rows, by label, and which of them are not told apart; None for fewer than two
+        ranks: Mean ranks of the ranked rows, by label, and which of them are not separated; None for fewer than two
             rows, or fewer sources of tasks than `stats.FEWEST_SOURCES`.
         data: Name of a custom data set: its folder, number of classes and the first digits of its digest; "" for the
             tasks of a benchmark, whose cards say what the data are.

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIGITS",
-    "HOLE",
     "IMAGES",
     "MAJORITY",
+    "MISSING",
     "NOT_COMPARABLE",
     "QUOTED",
     "RANDOM_WEIGHTS",
-    "STAND_IN",
+    "SYNTHETIC_NOTE",
     "Whisker",
     "above",
     "averaged_tasks",
@@ -36,7 +36,6 @@ __all__ = [
     "comparison_notes",
     "counts",
     "data_notes",
-    "departure_notes",
     "dirty_notes",
     "heading",
     "images_note",
@@ -51,6 +50,7 @@ __all__ = [
     "named",
     "new_tasks_note",
     "one_line",
+    "override_notes",
     "p_value",
     "partial",
     "partial_notes",
@@ -77,7 +77,7 @@ __all__ = [
     "whiskers",
 ]
 
-HOLE = "–"
+MISSING = "–"
 NOT_COMPARABLE = "not comparable"
 """Why a record is left out whose run did what no record describes."""
 IMAGES = "*"
@@ -85,11 +85,11 @@ IMAGES = "*"
 MAJORITY = "majority class"
 """Label of the line with the accuracy of always answering the most frequent class of the test split."""
 QUOTED = "published, not measured here"
-_SHOWN = 6  # departures of a row that a note lists
+_SHOWN = 6  # overrides of a row that a note lists
 DIGITS = 4
 """Decimals in CSV files; two means that agree in them share a rank."""
-RANDOM_WEIGHTS = "The backbone has random weights: these rows show plumbing, not science, and are not ranked."
-STAND_IN = "§ Drawn stand-in, not the data set: rows with such a cell are not ranked."
+RANDOM_WEIGHTS = "The backbone has random weights: these rows are a smoke test and are not ranked."
+SYNTHETIC_NOTE = "§ Synthetic data: rows with such a cell are not ranked."
 
 
 # ----------------------------------------------------------------------------------------------------------- columns
@@ -169,7 +169,7 @@ def majority_scores(section: Section, suite: SuiteCard) -> list[float | None]:
 
 
 def column_estimates(row: Row, suite: SuiteCard) -> list[Estimate | None]:
-    """Return the estimate behind each of `columns` (over new seeds on these tasks); None for tasks and holes."""
+    """Return the estimate (over new seeds) of each of `columns`; None for tasks and missing results."""
     known = row.intervals
     groups = [known.groups[group] for group in suite.groups]
     return [*(None for _ in suite.tasks), *groups, known.task_mean, known.group_mean]
@@ -207,16 +207,16 @@ def percent(level: float) -> str:
 
 
 def interval(estimate: Estimate | None) -> str:
-    """Return "[71.08, 71.92]", or a hole."""
+    """Return "[71.08, 71.92]", or "–" without an interval."""
     if estimate is None or estimate.low is None or estimate.high is None:
-        return HOLE
+        return MISSING
     return f"[{_point(estimate.low)}, {_point(estimate.high)}]"
 
 
 def signed(value: float | None) -> str:
-    """Return "+1.25", "-0.50", "0.00", or a hole."""
+    """Return "+1.25", "-0.50", "0.00", or "–" without a value."""
     if value is None:
-        return HOLE
+        return MISSING
     text = f"{value:+.2f}"
     return "0.00" if text in ("+0.00", "-0.00") else text
 
@@ -227,9 +227,9 @@ def _point(value: float) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """Return "0.031", "<0.001", or a hole."""
+    """Return "0.031", "<0.001", or "–" without a value."""
     if p is None:
-        return HOLE
+        return MISSING
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -254,7 +254,7 @@ def size_span(low: int, high: int) -> str:
 
 def marks(cell: Cell) -> str:
     """Return the marks of a cell: of its data § or † and ‡ as they apply, and ‖ where its seeds differ in more."""
-    data = "§" if cell.drawn else ("†" if cell.different else "") + ("‡" if cell.variant != CARD else "")
+    data = "§" if cell.synthetic else ("†" if cell.different else "") + ("‡" if cell.variant != CARD else "")
     return data + ("‖" if cell.mixed else "")
 
 
@@ -290,7 +290,7 @@ def section_notes(section: Section, suite: SuiteCard, level: float) -> list[str]
     cells = [cell for row in section.rows for cell in row.cells.values()]
     notes = [
         f"Protocol {section.protocol}, version {section.protocol_version}. "
-        + (section.selection or "Its card is not at hand in this version, so its selection rule cannot be quoted."),
+        + (section.selection or "Its card is not available in this version, so its selection rule cannot be quoted."),
         f"Backbone {section.backbone}, {weights(section)}. Precision: {', '.join(section.precisions)}.",
         f"Cards: {_versions(cells)}.",
         "Accuracy in percent. ± behind a task is the standard deviation over its seeds.",
@@ -298,7 +298,7 @@ def section_notes(section: Section, suite: SuiteCard, level: float) -> list[str]
         *partial_notes(section, suite),
         *majority_notes(section),
         *selection_notes(section),
-        *departure_notes(section),
+        *override_notes(section),
         *provenance_notes(section),
     ]
     return notes + mark_notes(section, suite)
@@ -313,8 +313,8 @@ def mark_notes(section: Section, suite: SuiteCard) -> list[str]:
     variants = sorted({f"{short_name(cell.task)} ({cell.variant})" for cell in cells if "‡" in marks(cell)})
     if variants:
         notes.append(f"‡ Another variant of the data than that of the card: {', '.join(variants)}.")
-    if any(cell.drawn for cell in cells):
-        notes.append(STAND_IN)
+    if any(cell.synthetic for cell in cells):
+        notes.append(SYNTHETIC_NOTE)
     notes += [*data_notes(section, suite), *dirty_notes(section)]
     shared = "; ".join(", ".join(group) for group in suite.same_images)
     if shared:
@@ -483,7 +483,7 @@ def untested_note(untested: Sequence[Contrast], level: float, tests: int) -> str
 
 
 def smallest(least: float) -> str:
-    """Return ", the smallest possible p is 0.250" where that says something."""
+    """Return ", the smallest possible p is 0.250" where that is informative."""
     return f": the smallest possible p is {p_value(least)}" if least < 1 else ""
 
 
@@ -504,7 +504,7 @@ def _verdict_notes(comparison: Comparison, level: float, cells: bool) -> list[st
 
 
 def verdict_marks(section: Section) -> dict[str, dict[str, str]]:
-    """Return label → task → "▲" or "▼" where a cell is told from that of the control."""
+    """Return label → task → "▲" or "▼" where a cell differs from that of the control."""
     signs = {"better": "▲", "worse": "▼"}
     return {
         found.row: {task: signs[verdict] for task, verdict in found.verdicts.items() if verdict in signs}
@@ -513,7 +513,7 @@ def verdict_marks(section: Section) -> dict[str, dict[str, str]]:
 
 
 def ranks_notes(section: Section, level: float) -> list[str]:
-    """Return the mean ranks of the rows, and who is not told from whom, where a test could tell any two apart."""
+    """Return the mean ranks of the rows, and the rows that are not separated, where a test could separate any two."""
     ranks = section.ranks
     if ranks is None:
         return []
@@ -529,7 +529,7 @@ def ranks_notes(section: Section, level: float) -> list[str]:
     groups = "; ".join(" = ".join(group) for group in ranks.cliques)
     return [
         *notes,
-        f"Not told apart (Wilcoxon signed-rank over the sources of images, Holm over all pairs, {percent(level)}; no "
+        f"Not separated (Wilcoxon signed-rank over the sources of images, Holm over all pairs, {percent(level)}; no "
         f"proof of equality): {groups or 'none'}.",
     ]
 
@@ -544,7 +544,7 @@ def selection_notes(section: Section) -> list[str]:
     notes = []
     if several:
         notes.append(
-            f"Several settings of {', '.join(several)} stand in this ranking: choosing among them by these numbers "
+            f"Several settings of {', '.join(several)} are in this ranking: choosing among them by these numbers "
             "would be choosing on the test list."
         )
     tried = {row.label: row.trials for row in section.rows if row.trials is not None}
@@ -607,7 +607,7 @@ def data_notes(section: Section, suite: SuiteCard) -> list[str]:
         for cell in row.apart:
             shown = row.cells[cell.task]
             same = (cell.variant, cell.data_digest) == (shown.variant, shown.data_digest)
-            kind = "a drawn stand-in" if cell.drawn else f"other data, variant {cell.variant}"
+            kind = "synthetic data" if cell.synthetic else f"other data, variant {cell.variant}"
             where = "with another config" if same else f"on {kind} (splits {short_value(cell.data_digest)})"
             notes.append(
                 f"{short_name(cell.task)}, {row.label}: also {cell.mean:.2f} ({plural(len(cell.seeds), 'seed')}) "
@@ -617,21 +617,21 @@ def data_notes(section: Section, suite: SuiteCard) -> list[str]:
 
 
 def named(row: Row) -> str:
-    """Return the label of a row, with ¶ if it departs from the shipped settings."""
-    return f"{row.label} ¶" if row.departures else row.label
+    """Return the label of a row, with ¶ if it overrides the shipped settings."""
+    return f"{row.label} ¶" if row.overrides else row.label
 
 
-def departure_notes(section: Section) -> list[str]:
-    """Say which rows are not as shipped, and of which there is nothing to compare with."""
+def override_notes(section: Section) -> list[str]:
+    """Return which rows override shipped settings, and which have no shipped recipe."""
     notes = []
     for row in section.rows:
-        if row.departures:
-            told = [
+        if row.overrides:
+            texts = [
                 text if len(tasks) == len(row.cells) else f"{text} ({len(tasks)} of {plural(len(row.cells), 'task')})"
-                for text, tasks in row.departures.items()
+                for text, tasks in row.overrides.items()
             ]
-            more = f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-            notes.append(f"¶ {row.label} departs from the shipped settings: {'; '.join(told[:_SHOWN])}{more}.")
+            more = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+            notes.append(f"¶ {row.label} overrides the shipped settings: {'; '.join(texts[:_SHOWN])}{more}.")
     published = [
         row.label
         for row in section.rows

@@ -26,7 +26,7 @@ from svp_bench.stats.inference import (
 from svp_bench.tables.comparison import contrast, find_row, shared_bits, shared_tasks
 from svp_bench.tables.model import Contrast, Row, Section, Table
 from svp_bench.tables.notes import (
-    HOLE,
+    MISSING,
     RANDOM_WEIGHTS,
     columns,
     heading,
@@ -113,7 +113,7 @@ def compare_pair(tables: Sequence[Table], first: str, second: str) -> list[tuple
                 found.append((table.suite, _pair(table, section, a, b)))
     if not found:
         raise UsageError(
-            f"--compare: {first!r} and {second!r} stand in no section together; rows compare under one protocol, "
+            f"--compare: {first!r} and {second!r} are not in one section; rows compare under one protocol, "
             "backbone, checkpoint and track"
         )
     return found
@@ -202,7 +202,7 @@ def _text(suite: SuiteCard, pair: Pair, level: float) -> str:
     grid = [["task", "difference", "new seeds", "pairs", "by seeds", "test images", "McNemar p", "one p", "(Holm)"]]
     for found in pair.tasks:
         p = sorted(found.mcnemar.values()) if found.p is not None else []
-        spread = HOLE if not p else p_value(p[0]) if len(p) == 1 else f"{p_value(p[0])}–{p_value(p[-1])}"
+        spread = MISSING if not p else p_value(p[0]) if len(p) == 1 else f"{p_value(p[0])}–{p_value(p[-1])}"
         grid.append(
             [
                 short_name(found.task),
@@ -212,8 +212,8 @@ def _text(suite: SuiteCard, pair: Pair, level: float) -> str:
                 found.verdict,
                 interval(found.images),
                 spread,
-                HOLE if found.p is None else p_value(found.p),
-                HOLE if found.holm is None else p_value(found.holm),
+                MISSING if found.p is None else p_value(found.p),
+                MISSING if found.holm is None else p_value(found.holm),
             ]
         )
     grid = without_empty(grid, [6, 7, 8])
@@ -249,7 +249,7 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
     notes += [
         f"New seeds: t interval ({percent(level)}) of the differences of runs with the same seed. By seeds: sign flip "
         f"over these pairs, each task by itself; too few: n < {FEWEST_PAIRS} paired seeds. It is the test of all "
-        "marks in tables; tie: not told apart by it, also where the t interval, which trusts a normal distribution, "
+        "marks in tables; tie: not separated by it, also where the t interval, which trusts a normal distribution, "
         "leaves out zero.",
         f"Test images: interval ({percent(level)}, adjusted Wald of paired shares) from the bits in the records; about "
         "these runs, not other seeds."

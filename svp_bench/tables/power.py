@@ -1,4 +1,4 @@
-"""How many seeds a claim needs, from the records at hand: what `svp-bench power` prints (arithmetic: `power.py`)."""
+"""How many seeds a claim needs, from the records: the text of `svp-bench power` (arithmetic: `power.py`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from svp_bench.stats.power import PowerAnswer, image_floor, seeds_needed
 from svp_bench.tables.build import load_table
 from svp_bench.tables.comparison import find_row, shared_bits, shared_tasks, sources_of
 from svp_bench.tables.model import Row, Section
-from svp_bench.tables.notes import HOLE, columns, heading, percent, short_name
+from svp_bench.tables.notes import MISSING, columns, heading, percent, short_name
 from svp_bench.tables.render_text import align, wrap
 from svp_bench.tasks.cards import SuiteCard, list_suites, load_suite
 
@@ -73,7 +73,7 @@ def noise_of(suite: SuiteCard, section: Section, method: str | None, control: st
     Raises:
         UsageError: If a name has several rows.
     """
-    rows = [row for row in section.rows if not row.drawn]
+    rows = [row for row in section.rows if not row.synthetic]
     first = find_row(rows, method) if method is not None else None
     second = find_row(rows, control) if control is not None else None
     if control is not None:
@@ -242,7 +242,7 @@ def _text(suite: SuiteCard, section: Section, noise: Noise, plan: Plan, effect: 
             std = f"{math.sqrt(noise.variances[task]):.2f}"
             tasks.append([short_name(task), std, str(noise.df[task]), _seeds(need.seeds), _seeds(need.cautious_seeds)])
         else:
-            tasks.append([short_name(task), HOLE, "0", HOLE, HOLE])
+            tasks.append([short_name(task), MISSING, "0", MISSING, MISSING])
     lines = [
         suite.title,
         heading(section),
@@ -264,7 +264,9 @@ def _text(suite: SuiteCard, section: Section, noise: Noise, plan: Plan, effect: 
         ),
     ]
     if floor is not None:
-        lines += wrap([f"The sampling of test images alone leaves ± {floor:.2f} points ({level}), whatever the seeds."])
+        lines += wrap(
+            [f"The sampling of test images alone leaves ± {floor:.2f} points ({level}) with any number of seeds."]
+        )
     return "\n".join(map(printable, lines)) + "\n"
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from svp_bench.core.errors import plural
 from svp_bench.records.published import WHOLE, PublishedRow
 from svp_bench.tables.model import Table
-from svp_bench.tables.notes import HOLE, columns, one_line, shown_columns
+from svp_bench.tables.notes import MISSING, columns, one_line, shown_columns
 
 __all__ = ["citations", "not_quoted", "quoted_grid", "quoted_methods", "quoted_terminal_grid"]
 
@@ -33,8 +33,8 @@ def quoted_grid(table: Table) -> list[list[str]]:
     grid = [["source", "backbone", "pre-training", "method", *shown, "parameters as printed"]]
     for row, scores, parameters in quoted_methods(table):
         if any(name in scores for name in shown):
-            values = [scores.get(name, HOLE) for name in shown]
-            grid.append([row.source, row.backbone, row.pretrain, row.method, *values, parameters or HOLE])
+            values = [scores.get(name, MISSING) for name in shown]
+            grid.append([row.source, row.backbone, row.pretrain, row.method, *values, parameters or MISSING])
     return grid
 
 
@@ -45,7 +45,7 @@ def quoted_terminal_grid(table: Table) -> list[list[str]]:
     grid = [["source", "backbone", "method", *shown]]
     for row, scores, _ in quoted_methods(table):
         if any(name in scores for name in shown):
-            values = [scores.get(name, HOLE) for name in shown]
+            values = [scores.get(name, MISSING) for name in shown]
             grid.append([f"[{numbers[row.source]}]", f"{row.backbone}, {row.pretrain}", row.method, *values])
     return grid
 

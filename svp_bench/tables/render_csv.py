@@ -79,7 +79,7 @@ def wide_csv(table: Table) -> str:
     marks = ["data_different", "other_variants"]
     quoted = ["source", "citation"]
     head = ["origin", *_SECTION_COLUMNS, "rank", "row", "method", "setting_digest", *names, *facts, *marks, *quoted]
-    last = ["departures", "mixed_cells", "mean of the tasks there are", "custom_data"]
+    last = ["overrides", "mixed_cells", "mean of the tasks there are", "custom_data"]
     lines: list[Sequence[object]] = [[*head, "interval_level", *ends, *last]]
     for section in table.sections:
         for row in section.rows:
@@ -97,7 +97,7 @@ def wide_csv(table: Table) -> str:
                     *(f"{len(row.cells)}/{len(suite.tasks)}", *row.seeds, *row.adapter),
                     *(";".join(different), ";".join(variants), "", ""),
                     *(f"{table.level:g}", *_interval_ends(row, suite)),
-                    *("; ".join(row.departures), ";".join(short_name(t) for t, c in row.cells.items() if c.mixed)),
+                    *("; ".join(row.overrides), ";".join(short_name(t) for t, c in row.cells.items() if c.mixed)),
                     *(_number(row.present_mean), section.data),
                 ]
             )
@@ -113,7 +113,7 @@ def wide_csv(table: Table) -> str:
     for quote, values, _ in quoted_methods(table):
         lines.append(
             [
-                *(QUOTED, "", "", quote.backbone, quote.pretrain, "", "as the source says", ""),
+                *(QUOTED, "", "", quote.backbone, quote.pretrain, "", "as the source states", ""),
                 *("", quote.method, quote.method, ""),
                 *(values.get(name, "") for name in names),
                 *("", "", "", "", "", "", "", quote.source, quote.citation),
@@ -124,7 +124,7 @@ def wide_csv(table: Table) -> str:
 
 
 def long_csv(table: Table) -> str:
-    """Return the CSV with a line a cell; holes have one too."""
+    """Return the CSV with a line per cell, also for missing results."""
     head = [*_SECTION_COLUMNS, "row", "method", "setting_digest", "task", "task_version"]
     head += ["data_variant", "data_digest", "data_status"]
     tail = ["images", "test images, low", "test images, high", "majority_class", "custom_data"]

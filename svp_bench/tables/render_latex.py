@@ -14,15 +14,14 @@ from svp_bench.stats.inference import Marks
 from svp_bench.tables.comparison import column_marks
 from svp_bench.tables.model import Row, Section, Table
 from svp_bench.tables.notes import (
-    HOLE,
     IMAGES,
     MAJORITY,
+    MISSING,
     RANDOM_WEIGHTS,
-    STAND_IN,
+    SYNTHETIC_NOTE,
     Whisker,
     averaged_tasks,
     columns,
-    departure_notes,
     images_note,
     interval,
     majority_notes,
@@ -30,6 +29,7 @@ from svp_bench.tables.notes import (
     marks,
     named,
     one_line,
+    override_notes,
     partial,
     partial_notes,
     percent,
@@ -116,7 +116,7 @@ def _float(table: Table, section: Section, number: int) -> list[str]:
 def _caption(table: Table, section: Section, allowed: Sequence[Marks | None]) -> str:
     seeds = [count for row in section.rows for count in row.seeds]
     level = percent(table.level)
-    rule = section.selection or "Its card is not at hand in this version."
+    rule = section.selection or "Its card is not available in this version."
     parts = [
         f"{table.suite.title}{f', {section.data}' if section.data else ''}: top-1 accuracy in percent.",
         f"Protocol {section.protocol}, version {section.protocol_version}. {rule}",
@@ -141,7 +141,7 @@ def _caption(table: Table, section: Section, allowed: Sequence[Marks | None]) ->
     elif not section.random and len(section.rows) > 1 and max(seeds) < FEWEST:
         parts.append(f"Nothing is bold: differences between rows cannot be tested with fewer than {FEWEST} seeds.")
     elif not section.random and len(section.rows) > 1:
-        parts.append("No row is told from all others of a column by a sign flip over the seeds, so nothing is bold.")
+        parts.append("No row differs from all others of a column by a sign flip over the seeds, so nothing is bold.")
     return escape(" ".join(parts))
 
 
@@ -165,7 +165,7 @@ def _tasks(section: Section, suite: SuiteCard, allowed: Sequence[Marks | None]) 
             cells = []
             for index in indices:
                 cell = row.cells.get(suite.tasks[index])
-                text = escape(HOLE) if cell is None else _emphasised(f"{cell.mean:.2f}", row, allowed[index])
+                text = escape(MISSING) if cell is None else _emphasised(f"{cell.mean:.2f}", row, allowed[index])
                 cells.append(text + ("" if cell is None else escape(marks(cell))))
             lines.append(_line([escape(named(row)), *cells]))
         chance = majority_scores(section, suite)
@@ -191,11 +191,11 @@ def _means(section: Section, suite: SuiteCard, allowed: Sequence[Marks | None], 
     lines += [_line([_stacked(_halves(name)) for name in head]), r"\midrule"]
     for row in section.rows:
         values, behind, averaged = shown_scores(row, suite), _whiskers(section, row, suite), averaged_tasks(suite)
-        drawn = {task for task, cell in row.cells.items() if cell.drawn}
+        synthetic = {task for task, cell in row.cells.items() if cell.synthetic}
         cells = []
         for index in shown:
             value, whisker = values[index], behind[index]
-            text = escape(HOLE) if value is None else _emphasised(f"{value:.2f}", row, allowed[index])
+            text = escape(MISSING) if value is None else _emphasised(f"{value:.2f}", row, allowed[index])
             star = f"^{{{IMAGES}}}" if whisker is not None and whisker.images else ""
             if whisker is not None:
                 low, high = f"{whisker.low:.2f}", f"{whisker.high:.2f}"
@@ -206,17 +206,17 @@ def _means(section: Section, suite: SuiteCard, allowed: Sequence[Marks | None], 
                 )
             if index == len(names) - 2 and partial(row, suite):
                 text += f" ({partial(row, suite)})"
-            cells.append(text + (escape("§") if value is not None and drawn & averaged[index] else ""))
-        rank = escape(HOLE) if row.rank is None else str(row.rank)
+            cells.append(text + (escape("§") if value is not None and synthetic & averaged[index] else ""))
+        rank = escape(MISSING) if row.rank is None else str(row.rank)
         done = f"{len(row.cells)}/{len(suite.tasks)}"
         facts = [done, escape(span(*row.seeds)), escape(sizes(row))]
-        new_tasks = [_new_tasks(section, row) or escape(HOLE) for _ in beyond]
+        new_tasks = [_new_tasks(section, row) or escape(MISSING) for _ in beyond]
         lines.append(_line([rank, escape(named(row)), *cells, *new_tasks, *facts]))
     chance = majority_scores(section, suite)
     if any(chance[index] is not None for index in shown):
-        rest = [escape(HOLE)] * (len(beyond) + 3)
+        rest = [escape(MISSING)] * (len(beyond) + 3)
         cells = [_plain(chance[index]) for index in shown]
-        lines += [r"\midrule", _line([escape(HOLE), escape(MAJORITY), *cells, *rest])]
+        lines += [r"\midrule", _line([escape(MISSING), escape(MAJORITY), *cells, *rest])]
     return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
@@ -228,7 +228,7 @@ def _halves(text: str) -> list[str]:
 
 
 def _plain(value: float | None) -> str:
-    return escape(HOLE) if value is None else f"{value:.2f}"
+    return escape(MISSING) if value is None else f"{value:.2f}"
 
 
 def _whiskers(section: Section, row: Row, suite: SuiteCard) -> list[Whisker | None]:
@@ -238,8 +238,8 @@ def _whiskers(section: Section, row: Row, suite: SuiteCard) -> list[Whisker | No
 
 def _new_tasks(section: Section, row: Row) -> str:
     """The interval over new tasks, or nothing."""
-    text = HOLE if section.random else interval(row.intervals.new_tasks)
-    return "" if text == HOLE else text
+    text = MISSING if section.random else interval(row.intervals.new_tasks)
+    return "" if text == MISSING else text
 
 
 def _emphasised(text: str, row: Row, allowed: Marks | None) -> str:
@@ -265,10 +265,10 @@ def _footnotes(section: Section, suite: SuiteCard) -> list[str]:
         variants = sorted({f"{short_name(cell.task)} ({cell.variant})" for cell in cells if "‡" in marks(cell)})
         notes.append(f"‡ Another variant of the data than the card's own: {', '.join(variants)}.")
     if "§" in shown:
-        notes.append(STAND_IN)
+        notes.append(SYNTHETIC_NOTE)
     notes += partial_notes(section, suite)
     notes += majority_notes(section)
     notes += unknown_variance_notes(section, suite)
-    notes += departure_notes(section)
+    notes += override_notes(section)
     notes += provenance_notes(section)
     return [line for note in notes for line in ("", r"\smallskip", rf"\parbox{{0.95\linewidth}}{{{escape(note)}}}")]

@@ -11,11 +11,11 @@ from itertools import zip_longest
 from svp_bench.core.errors import printable
 from svp_bench.tables.model import Row, Section, Table
 from svp_bench.tables.notes import (
-    HOLE,
     MAJORITY,
+    MISSING,
     QUOTED,
     RANDOM_WEIGHTS,
-    STAND_IN,
+    SYNTHETIC_NOTE,
     Whisker,
     above,
     averaged_tasks,
@@ -24,7 +24,6 @@ from svp_bench.tables.notes import (
     comparison_notes,
     counts,
     data_notes,
-    departure_notes,
     dirty_notes,
     heading,
     interval,
@@ -37,6 +36,7 @@ from svp_bench.tables.notes import (
     named,
     new_tasks_note,
     one_line,
+    override_notes,
     p_value,
     partial,
     partial_notes,
@@ -88,11 +88,11 @@ def _texts(
     row: Row, suite: SuiteCard, layout: _Layout, behind: Sequence[Whisker | None], verdicts: Mapping[str, str]
 ) -> list[str]:
     """The scores of `row` as text with two decimals, what is behind ± in `layout`, and marks."""
-    drawn = {task for task, cell in row.cells.items() if cell.drawn}
+    synthetic = {task for task, cell in row.cells.items() if cell.synthetic}
     first_mean = len(suite.tasks) + len(suite.groups)
     texts = []
     for index, (score, averaged) in enumerate(zip(shown_scores(row, suite), averaged_tasks(suite), strict=True)):
-        text = HOLE if score is None else f"{score:.2f}"
+        text = MISSING if score is None else f"{score:.2f}"
         whisker = behind[index]
         if index < len(suite.tasks):
             cell = row.cells.get(suite.tasks[index])
@@ -104,7 +104,7 @@ def _texts(
                 text += f" {whisker.text}"
             if index == first_mean and partial(row, suite):
                 text += f" ({partial(row, suite)})"
-            if score is not None and drawn & averaged:
+            if score is not None and synthetic & averaged:
                 text += "§"
         texts.append(text)
     return texts
@@ -120,16 +120,16 @@ def _grid(section: Section, suite: SuiteCard, layout: _Layout, *, empty: bool = 
     grid = [head]
     verdicts = verdict_marks(section)
     for row in section.rows:
-        # Random weights show plumbing: their means stand without intervals
+        # random weights: means without intervals
         behind = [None for _ in names] if section.random else whiskers(row, suite)
         texts = _texts(row, suite, layout, behind, verdicts.get(row.label, {}))
-        rank = HOLE if row.rank is None else str(row.rank)
+        rank = MISSING if row.rank is None else str(row.rank)
         done = f"{len(row.cells)}/{len(suite.tasks)}"
         grid.append([rank, named(row), *(texts[index] for index in shown), done, span(*row.seeds), sizes(row)])
     chance = majority_scores(section, suite)
     if any(chance[index] is not None for index in shown):
-        texts = [HOLE if score is None else f"{score:.2f}" for score in chance]
-        grid.append([HOLE, MAJORITY, *(texts[index] for index in shown), HOLE, HOLE, HOLE])
+        texts = [MISSING if score is None else f"{score:.2f}" for score in chance]
+        grid.append([MISSING, MAJORITY, *(texts[index] for index in shown), MISSING, MISSING, MISSING])
     return grid
 
 
@@ -146,7 +146,7 @@ def _intervals_grid(section: Section, suite: SuiteCard) -> list[list[str]]:
         estimates = column_estimates(row, suite)
         whole = row.intervals.images if row.task_mean is not None else None
         texts = [*(interval(estimates[index]) for index in shown), interval(whole), interval(row.intervals.new_tasks)]
-        if any(text != HOLE for text in texts):
+        if any(text != MISSING for text in texts):
             grid.append([row.label, *texts])
     return without_empty(grid, [index for index, name in enumerate(head) if name.endswith("new tasks")])
 
@@ -174,7 +174,7 @@ def _comparison_grid(section: Section, suite: SuiteCard) -> list[list[str]]:
 
 def without_empty(grid: list[list[str]], columns: Sequence[int]) -> list[list[str]]:
     """Return `grid` without those of `columns` in which no row has anything."""
-    empty = {index for index in columns if all(line[index] == HOLE for line in grid[1:])}
+    empty = {index for index in columns if all(line[index] == MISSING for line in grid[1:])}
     return [[text for index, text in enumerate(line) if index not in empty] for line in grid]
 
 
@@ -296,7 +296,7 @@ def _published_lines(table: Table) -> list[str]:
 def render_terminal(table: Table, *, all_columns: bool = False) -> str:
     """Return the table as plain text: with the tasks if they fit into 100 columns, else with groups and averages.
 
-    Long names are wrapped; with three groups beside them, lines may become a little longer than that.
+    Long names are wrapped; with three groups, lines may become a little longer than that.
 
     Args:
         table: The table.
@@ -308,8 +308,8 @@ def render_terminal(table: Table, *, all_columns: bool = False) -> str:
         lines += ["", "There are no complete records of this suite yet."]
     for section in table.sections:
         lines += ["", heading(section)]
-        drawn = [(layout, align(_grid(section, suite, layout, empty=all_columns), 2)) for layout in _TERMINAL]
-        layout, fitting = next((one for one in drawn if max(map(len, one[1])) <= _WIDTH), drawn[-1])
+        rendered = [(layout, align(_grid(section, suite, layout, empty=all_columns), 2)) for layout in _TERMINAL]
+        layout, fitting = next((one for one in rendered if max(map(len, one[1])) <= _WIDTH), rendered[-1])
         lines += fitting
         if section.random:
             lines.append(RANDOM_WEIGHTS)
@@ -319,13 +319,13 @@ def render_terminal(table: Table, *, all_columns: bool = False) -> str:
         if "‡" in shown:
             lines.append("‡ Another variant of the data than the card's own.")
         if "§" in shown:
-            lines.append(STAND_IN)
+            lines.append(SYNTHETIC_NOTE)
         notes = [
             *interval_notes(section, suite, table.level),
             *partial_notes(section, suite),
             *majority_notes(section),
             *selection_notes(section),
-            *departure_notes(section),
+            *override_notes(section),
             *provenance_notes(section),
             *data_notes(section, suite),
             *dirty_notes(section),
@@ -386,17 +386,17 @@ def align(grid: list[list[str]], left: int) -> list[str]:
 
     def draw(cells: Sequence[str]) -> list[str]:
         wrapped = [textwrap.wrap(text, widths[index]) or [""] for index, text in enumerate(cells)]
-        drawn = []
+        rendered = []
         for parts in zip_longest(*wrapped, fillvalue=""):
             aligned = [
                 text.ljust(width) if index < left else text.rjust(width)
                 for index, (text, width) in enumerate(zip(parts, widths, strict=True))
             ]
-            drawn.append("  ".join(aligned).rstrip())
-        return drawn
+            rendered.append("  ".join(aligned).rstrip())
+        return rendered
 
     lines = [[head[0] for head in heads], [head[1] for head in heads], *grid[1:]]
-    return [drawn for line in lines for drawn in draw(line)]
+    return [row for line in lines for row in draw(line)]
 
 
 def _two_lines(text: str) -> tuple[str, str]:

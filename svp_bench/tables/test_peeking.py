@@ -1,4 +1,4 @@
-"""Replications: what picking the best epoch on the test list gains, measured and kept apart from all results.
+"""Replications: the gain of choosing the best epoch on test, measured and separate from all results.
 
 Some papers, that of SVP among them, read the test list after every epoch and print the best. `svp-bench replicate` does
 that on purpose. It writes `<results root>/replications/<suite>/<task>/<run_id>.json`, of the schema
@@ -511,9 +511,9 @@ def _notes(sections: Sequence[_Section]) -> list[str]:
         "one that would hold every value.",
     ]
     if any(section.first.checkpoint_digest is None for section in sections):
-        notes.append("Random weights show plumbing, not science.")
+        notes.append("Random weights: a smoke test.")
     if "§" in marks:
-        notes.append("§ Drawn stand-in, not the data set.")
+        notes.append("§ Synthetic data.")
     if "†" in marks:
         notes.append("† The files on disk differ from the task card in count or digest.")
     if "‡" in marks:
