@@ -356,7 +356,7 @@ WRONG = [
         14,
         "unknown key 'tests' in counts; did you mean 'test'?",
     ),
-    (ONE, "digest: null", "digest: null\nclass_names: names.txt", 12, "there is no file 'names.txt' beside the card"),
+    (ONE, "digest: null", "digest: null\nclass_names: names.txt", 12, "there is no file 'names.txt' next to the card"),
     # what cards say of each other
     (ONE, "name: toy/one", "name: toy/won", 1, "name is 'toy/won', but a card in this place is called 'toy/one'"),
     (ONE, "group: easy", "group: eazy", 3, "unknown group 'eazy'; did you mean 'easy'?"),

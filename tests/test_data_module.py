@@ -320,8 +320,8 @@ def test_differences_are_warned_of_once(root: Path) -> None:
     ours = [str(warning.message) for warning in caught if "differ" in str(warning.message)]
     assert len(ours) == 1
     assert ours[0].startswith("the data of vtab/dtd differ from its card: ")
-    assert "test has 11 images, the card says 1880" in ours[0]
-    assert "are drawn, not real" in ours[0]
+    assert "test has 11 images, the card states 1880" in ours[0]
+    assert "are synthetic, not real" in ours[0]
     assert ours[0].endswith("records will say data_status: different")
     assert data.report.status == "different"
     assert data.report.counts == {**COUNTS, "train800val200": 19}

@@ -298,7 +298,7 @@ def test_a_list_that_is_not_in_use_still_has_to_be_as_pinned(drawn: Path) -> Non
     (drawn / "val200.txt").write_text("".join(reversed((drawn / "val200.txt").read_text().splitlines(keepends=True))))
     source = open_source(card, drawn.parent)
     report = inspect(card, source, ["train800val200", "test"])
-    assert report.notes == (f"the digest is {source.digest}, the card says {card.digest}",)
+    assert report.notes == (f"the digest is {source.digest}, the card states {card.digest}",)
 
 
 def test_an_unpinned_digest_is_not_compared(drawn: Path) -> None:
@@ -310,7 +310,7 @@ def test_another_digest_is_a_difference(drawn: Path) -> None:
     report = inspect(card, open_source(card, drawn.parent), list(card.counts))
     assert report.status == "different"
     assert len(report.notes) == 1
-    assert report.notes[0] == f"the digest is {report.digest}, the card says {card.digest}"
+    assert report.notes[0] == f"the digest is {report.digest}, the card states {card.digest}"
 
 
 def test_the_counts_of_a_variant_are_recognised(drawn: Path) -> None:
@@ -326,10 +326,10 @@ def test_other_counts_are_differences_named_with_card_and_variants(drawn: Path) 
     report = inspect(card, open_source(card, drawn.parent), ["test"])
     assert (report.variant, report.status) == ("card", "different")
     assert report.notes == (
-        "train800 has 6 images, the card says 800",
-        "val200 has 3 images, the card says 200",
-        "train800val200 has 9 images, the card says 1000",
-        "test has 5 images, the card says 1880 (variant zip 1881)",
+        "train800 has 6 images, the card states 800",
+        "val200 has 3 images, the card states 200",
+        "train800val200 has 9 images, the card states 1000",
+        "test has 5 images, the card states 1880 (variant zip 1881)",
     )
 
 
@@ -347,10 +347,10 @@ def test_drawn_images_never_pass_for_real_ones(tmp_path: Path) -> None:
     folder = draw_task(small(), tmp_path, counts=COUNTS, size=16)
     report = inspect(small(), open_source(small(), tmp_path), [])
     assert (report.variant, report.status) == ("synthetic", "different")
-    assert report.notes == (f"the images in {folder} are drawn, not real",)
+    assert report.notes == (f"the images in {folder} are synthetic, not real",)
     other_counts = inspect(DTD, open_source(DTD, tmp_path), [])
     assert other_counts.variant == "synthetic"
-    assert "test has 5 images, the card says 1880" in other_counts.notes
+    assert "test has 5 images, the card states 1880" in other_counts.notes
 
 
 # --- digits ----------------------------------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def test_digit_cards_with_other_lists_or_classes_are_refused() -> None:
     card = load_task("demo/digits")
     with pytest.raises(CardError, match="unknown list of the reader 'digits' 'tests'; did you mean 'test'"):
         open_source(replace(card, counts={"tests": 797}))
-    with pytest.raises(CardError, match="the digits have 10 classes, the card says 9"):
+    with pytest.raises(CardError, match="the digits have 10 classes, the card states 9"):
         open_source(replace(card, classes=9))
 
 

@@ -115,9 +115,7 @@ def test_each_card_of_the_suite_can_be_drawn_and_read(tmp_path: Path, name: str)
 def test_existing_data_are_never_drawn_over(tmp_path: Path) -> None:
     (tmp_path / "dtd").mkdir()
     (tmp_path / "dtd" / "train800.txt").write_text("mine 0\n")
-    with pytest.raises(
-        DataError, match=r"/dtd exists already and is not empty; nothing is drawn over it, give another"
-    ):
+    with pytest.raises(DataError, match=r"/dtd exists already and is not empty; give another"):
         draw_task(CARD, tmp_path, counts=COUNTS, size=8)
     assert content(tmp_path) == {"dtd/train800.txt": b"mine 0\n"}
 
@@ -144,7 +142,7 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_tasks_without_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="demo/digits is read by 'digits', not from lists of files"):
+    with pytest.raises(UsageError, match="demo/digits is read by 'digits', not from split files"):
         draw_task(load_task("demo/digits"), tmp_path)
 
 
@@ -157,7 +155,7 @@ def test_tasks_without_files_are_refused(tmp_path: Path) -> None:
             {"counts": {"train800": 4, "val200": 2, "train800val200": 7}},
             r"count 7 of 'train800val200' does not fit: train800 \+ val200 make 6",
         ),
-        ({"size": 7}, "drawn images of size 7 would show nothing; give at least 8"),
+        ({"size": 7}, "synthetic images need a size of at least 8, not 7"),
         ({"seed": -1}, "seed -1 is out of range; a seed is 0 or above"),
     ],
 )

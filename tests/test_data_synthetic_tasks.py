@@ -162,7 +162,7 @@ def test_another_seed_draws_other_images() -> None:
         ({"options": {"generator": 2}}, "the card is for generator 2, this is 1"),
         ({"options": {"seeds": 2}}, "unknown option of the reader 'synthetic' 'seeds'; did you mean 'seed'"),
         ({"options": {"seed": "zero"}}, "seed"),
-        ({"classes": 5}, "'size' has 4 classes, the card says 5"),
+        ({"classes": 5}, "'size' has 4 classes, the card states 5"),
         ({"counts": {"train": 4, "tests": 4}}, "unknown list of the reader 'synthetic' 'tests'; did you mean 'test'"),
         ({"counts": {"train": 4, "val": 4, "trainval": 9}}, "trainval is train and val together, 8, not 9"),
     ],

@@ -319,7 +319,7 @@ def test_more_classes_than_the_card_stop_it_and_fewer_are_a_difference(tmp_path:
     draw(tmp_path)
     with pytest.raises(DataError, match=r"train\.json: 12 classes, but the card of fgvc/cub has 11"):
         open_source(replace(CUB, classes=11), tmp_path)
-    assert any("has 12 classes, the card says 200" in note for note in open_source(CUB, tmp_path).notes)
+    assert any("has 12 classes, the card states 200" in note for note in open_source(CUB, tmp_path).notes)
     assert open_source(replace(CUB, classes=12), tmp_path).notes == ()
 
 
@@ -709,7 +709,7 @@ def test_drawing_and_checking_from_the_command_line(tmp_path: Path) -> None:
         outcome = run("data", "draw", "fgvc/stanford_cars", "--root", str(tmp_path / layout), "--layout", layout)
         assert "Next: svp-bench fit --config configs/fgvc/stanford_cars.yaml" in outcome.out
         checked = run("data", "check", "fgvc/stanford_cars", "--root", str(tmp_path / layout))
-        assert "are drawn, not real" in checked.out
+        assert "are synthetic, not real" in checked.out
     wrong = command("data", "draw", "fgvc/cub", "--root", str(tmp_path), "--layout", "mat")
     assert "unknown layout 'mat'" in assert_error(wrong, 2)
 

@@ -633,16 +633,16 @@ def test_the_average_of_weights_is_timms() -> None:
                 "rand-n0-m9": "n is 1 to 15",
                 "rand-n16-m9": "n is 1 to 15",
                 "rand-n15-m9-t3aw": "n is 1 to 14",
-                "rand-m11": "m is at most 10, or what mmax says",
+                "rand-m11": "m is at most 10, or mmax",
                 "rand-m99999": "'m99999' is no part of one",
-                "rand-m9-mmax8": "m is at most 8, or what mmax says",
+                "rand-m9-mmax8": "m is at most 8, or mmax",
                 "rand-m9-p0": "p is above 0, at most 1",
                 "rand-m0-mmax0": "mmax is at least 1",
             }.items()
         ),
         (
             {"rand_augment": "rand-m9", "color_jitter": 0.3},
-            "--data.color_jitter has no effect beside --data.rand_augment: timm leaves it out then; set one of them",
+            "--data.color_jitter has no effect with --data.rand_augment: timm leaves it out then; set one of them",
         ),
     ],
 )

@@ -155,8 +155,8 @@ def test_the_record_says_what_was_run(scored: SimpleNamespace) -> None:
 
 def test_the_record_says_how_the_data_differ(scored: SimpleNamespace) -> None:
     notes = scored.record["data_notes"]
-    assert any("are drawn, not real" in note for note in notes)
-    assert f"test has {TESTED} images, the card says 10000" in notes
+    assert any("are synthetic, not real" in note for note in notes)
+    assert f"test has {TESTED} images, the card states 10000" in notes
     (warning,) = (text for text in scored.run.warnings if "differ from its card" in text)
     assert all(note in warning for note in notes)
 

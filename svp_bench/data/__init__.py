@@ -1,4 +1,4 @@
-"""Data: lists of images, readers, the transform, the data module, and drawn images to try it all with.
+"""Data: lists of images, readers, the transform, the data module, and synthetic images.
 
 Importing this package is light. The names below are loaded when first asked for.
 """

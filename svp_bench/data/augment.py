@@ -38,7 +38,7 @@ _CROPS = "--data.train_crop"
 
 
 class _Draw(IntEnum):
-    """What is drawn: no two of them may read the same stream."""
+    """Random quantities, each with its own stream."""
 
     IMAGE = 1
     ERASING = 2
@@ -91,7 +91,7 @@ class Augment:
     def __post_init__(self) -> None:
         if self.rand_augment is not None and self.color_jitter is not None:
             raise ConfigError(
-                "--data.color_jitter has no effect beside --data.rand_augment: timm leaves it out then; set one of them"
+                "--data.color_jitter has no effect with --data.rand_augment: timm leaves it out then; set one of them"
             )
         if self.crop != "random_resized" and (self.scale is not None or self.aspect is not None):
             name = "crop_scale" if self.scale is not None else "crop_aspect"
@@ -145,7 +145,7 @@ def _rand_augment(specification: str, settings: dict[str, Any]) -> Any:
     if head != "rand" or not parts:
         problem = "it begins with rand-"
     elif problem is None and values.get("m", _TOP) > top:
-        problem = f"m is at most {top:g}, or what mmax says"
+        problem = f"m is at most {top:g}, or mmax"
     elif problem is None and not 0 < values.get("p", 1) <= 1:
         problem = "p is above 0, at most 1"
     elif problem is None and top < 1:
@@ -235,7 +235,7 @@ def erase(
 ) -> Tensor:
     """Random erasing (Zhong et al., AAAI 2020) in place: a rectangle of normal noise, mode "pixel" of timm's.
 
-    It belongs after normalisation, for which the noise is of the images' own scale. The noise is drawn on the CPU, so
+    It belongs after normalisation, for which the noise is of the images' own scale. The noise is sampled on the CPU, so
     that an image is the same on every device.
 
     Args:

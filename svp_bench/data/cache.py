@@ -1,6 +1,6 @@
 """What outlives a run in a process that makes many: decoded images, and what examining them found.
 
-Off unless a process asks for it (`keep_between_runs`). What is kept is known by where the images lie, the digest of
+Off unless a process asks for it (`cache_between_runs`). The cache is keyed by where the images lie, the digest of
 their list, and the view; a process that lives no longer than a sweep takes it that nobody changes images under it.
 """
 
@@ -15,12 +15,12 @@ import numpy.typing as npt
 from svp_bench.data.inspection import Examined
 from svp_bench.data.sources import Images, Note
 
-__all__ = ["examined", "keep_between_runs", "kept"]
+__all__ = ["cache_between_runs", "cached", "examined"]
 
 Array = npt.NDArray[np.uint8]
 
 
-class _Keeper:
+class _Cache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.arrays: OrderedDict[Hashable, Array] = OrderedDict()
@@ -38,13 +38,13 @@ class _Keeper:
         return array
 
 
-_keeper: _Keeper | None = None
+_cache: _Cache | None = None
 
 
-def keep_between_runs(limit: int = 2 * 2**30) -> None:
+def cache_between_runs(limit: int = 2 * 2**30) -> None:
     """Keep decoded images, of at most `limit` bytes in all, until the process ends."""
-    global _keeper
-    _keeper = _Keeper(limit)
+    global _cache
+    _cache = _Cache(limit)
 
 
 def _name(images: Images) -> Hashable:
@@ -52,18 +52,18 @@ def _name(images: Images) -> Hashable:
     return type(images).__name__, images.name, images.digest, place
 
 
-def kept(images: Images, view: Hashable, make: Callable[[], Array]) -> Array:
+def cached(images: Images, view: Hashable, make: Callable[[], Array]) -> Array:
     """Return the decoded images of a list, uint8 (N, 3, H, W): those of an earlier run, or what `make` returns."""
-    return make() if _keeper is None else _keeper.get((_name(images), images.depth, view), make)
+    return make() if _cache is None else _cache.get((_name(images), images.depth, view), make)
 
 
 def examined(images: Images, note: Note | None = None) -> Examined:
     """Return what examining the images of a split finds, or found in an earlier run of this process."""
-    if _keeper is None:
+    if _cache is None:
         return images.examine(note)
-    if (name := _name(images)) not in _keeper.examined:
+    if (name := _name(images)) not in _cache.examined:
         found = images.examine(note)
         if found.problems:
             return found
-        _keeper.examined[name] = found
-    return _keeper.examined[name]
+        _cache.examined[name] = found
+    return _cache.examined[name]

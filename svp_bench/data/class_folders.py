@@ -1,6 +1,6 @@
 """Reader: own images, a folder of images for each class.
 
-Two layouts, told apart by what is there:
+Two layouts:
 
 - `ROOT/train/<class>/…` and `ROOT/test/<class>/…`, and `ROOT/val/<class>/…` if there is one (in any case of letters;
   also `training`, `testing`, `valid`, `validation`);
@@ -11,9 +11,9 @@ Which image goes where follows from the SHA-256 of its path below the root, so i
 image that is added later moves few others. Without a `val` folder, val is a fifth of each class of train.
 
 What tells an image from all others is its content: two data sets with the same names are two, and an image that is
-there twice, under whatever names, is refused: it could be trained on and tested on.
+there twice, under any names, is refused: it could be trained on and tested on.
 
-An image is what its content says, whatever its name (`svp_bench.data.decode.FORMATS`). Other files are skipped, counted
+Images are identified by content, not by name (`svp_bench.data.decode.FORMATS`). Other files are skipped, counted
 and named; a file whose name ends like an image's and which is none is a broken image, and stops a run.
 
 Names of classes are compared as Unicode NFC: one class may be spelled in two ways in train and test.

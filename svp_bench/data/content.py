@@ -1,4 +1,4 @@
-"""Checks of splits by content: what has the same pixels is the same image, whatever its path."""
+"""Checks of splits by content: images with the same pixels are the same image, under any path."""
 
 from __future__ import annotations
 

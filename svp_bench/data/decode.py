@@ -1,6 +1,6 @@
 """From the content of an image file to 8-bit RGB, with a count of every conversion.
 
-- Formats: `FORMATS`, identified by the content; the name of a file says nothing. Of several frames, the first is read.
+- Formats: `FORMATS`, identified by the content, not by the name of the file. Of several frames, the first is read.
 - EXIF orientation: applied, so an image is seen as a viewer shows it.
 - Transparency: composited over white. What is stored under it is not seen.
 - Deeper than 8 bits: see `Depth`. Negative and non-finite values are refused.
@@ -52,10 +52,10 @@ class UnreadableImageError(Exception):
 
 @dataclass(frozen=True)
 class Depth:
-    """Bits that the values of deep images (more than 8 bits stored) use, so that 8 of them can be kept.
+    """Bits that the values of deep images (more than 8 bits stored) use, to reduce them to 8.
 
     The bits are those of the largest value among all images of a data set, rounded up to 8, 10, 12, 14, 16 …; the
-    upper 8 of them are kept. So 8-bit values in a 16-bit file stay as they are, and a dark image among bright ones
+    upper 8 of them are used. So 8-bit values in a 16-bit file stay as they are, and a dark image among bright ones
     stays dark.
 
     Attributes:
@@ -170,7 +170,7 @@ def read_image(path: Path | str, depth: Depth | None = None) -> Decoded:
     Raises:
         FileNotFoundError: If it is missing.
         NotADirectoryError: If its path leads through a file.
-        UnreadableImageError: If it cannot be read or decoded, whatever the decoder raises.
+        UnreadableImageError: If it cannot be read or decoded, for any error of the decoder.
     """
     try:
         with open_regular(path) as file:
@@ -356,7 +356,7 @@ def _eight_bits(deep: npt.NDArray[Any]) -> npt.NDArray[np.uint8] | None:
 
 
 def _low_bytes(image: Image.Image, file: BinaryIO) -> Image.Image | None:
-    """Return the same file opened to yield the lower bytes of 16-bit colour, of which Pillow keeps the upper ones.
+    """Return the same file opened to yield the lower bytes of 16-bit colour; Pillow reads the upper ones.
 
     Returns:
         None for all other images.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from svp_bench.core.errors import CardError, plural, unknown_name
+from svp_bench.core.errors import CardError, unknown_name
 from svp_bench.data.reading import reader_options
 from svp_bench.data.sources import ArrayImages, Source
 from svp_bench.tasks.cards import SuiteCard, TaskCard
@@ -17,7 +17,7 @@ __all__ = ["open_digits"]
 _TRAINING = 1000  # of 1,797; the others are the test list
 _TRAIN = 800
 _WIDEST = 16  # margin
-_FEWEST = 3  # the fewest per class of which a fifth is still one
+_FEWEST = 3  # the fewest per class whose fifth is still one
 
 
 def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
@@ -49,7 +49,7 @@ def open_digits(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
 
     if card.classes != len(digits.target_names):
         raise CardError(
-            f"{card.path}:1: the digits have {plural(len(digits.target_names), 'class')}, the card says {card.classes}"
+            f"{card.path}:1: the digits have {len(digits.target_names)} classes, the card states {card.classes}"
         )
     first = labels[:_TRAINING]
     if per_class is None:

@@ -1,4 +1,4 @@
-"""Reader: JSON splits, files of image paths and class ids; without them, what the data set itself says."""
+"""Reader: JSON splits, files of image paths and class ids; without them, the data set's own files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from svp_bench.core.atomic import read_regular
 from svp_bench.core.errors import CardError, DataError, plural, unknown_name
 from svp_bench.data.locate import find_folder
 from svp_bench.data.native import NATIVE_FORMS, Ids, NativeForm, enter, names_of_folders
-from svp_bench.data.reading import all_of, any_of, drawn_notes, joined_names, list_names, reader_options, show
+from svp_bench.data.reading import all_of, any_of, joined_names, list_names, reader_options, show, synthetic_notes
 from svp_bench.data.sources import FileImages, Images, Source
 from svp_bench.data.split_files import MAX_SPLIT_BYTES, ImageList
 from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
@@ -30,7 +30,7 @@ _OFFICIAL = "official"  # the variant of a card that the data set's own files ma
 
 
 def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
-    """Read `train.json`, `val.json` and `test.json`, each one object of image path → class id, beside the images.
+    """Read `train.json`, `val.json` and `test.json`, each one object of image path → class id, next to the images.
 
     Labels: the distinct ids of train.json in ascending order are 0, 1, …, and that one map serves all lists (a map
     built anew for each file, as released loaders do, shifts where a file lacks a class). Ids are whole numbers or texts
@@ -38,7 +38,7 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     and val together. Paths are relative to `images`, `Images` or the folder itself.
 
     Names of classes follow the ids: where the card has a file of names, its first line is for the id that the option
-    `first_id` says; else they come from the data set's own files or from the names of its folders.
+    `first_id` is the id of the first; else they come from the data set's own files or from the names of its folders.
 
     Where none of the three files is there but the data set's own are (option `native`), these are read: the official
     training and test lists, and as `val` the official one or else every tenth of the official training images, in
@@ -47,7 +47,7 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     Source of the format: M. Jia et al., Visual Prompt Tuning, ECCV 2022, and its released splits.
 
     Raises:
-        CardError: If a list name or an option is unknown, or the card names classes without saying of which ids.
+        CardError: If a list name or an option is unknown, or the card names classes without their ids.
         DataError: If no folder is found, a file is missing or malformed, an id is not in train.json or not one of the
             card's, or there are more ids than classes.
         UnavailableError: If the data set's own files are MATLAB's, and scipy is not installed.
@@ -67,7 +67,7 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     also = f", or its own {joined_names(native.files)}," if native else ""
     remedy = (
         f"{joined_names(_SPLIT_FILES)} of the VPT split (links in the README of https://github.com/KMnP/vpt){also} "
-        f"beside the images of {card.source}"
+        f"next to the images of {card.source}"
     )
     folder = find_folder(card, suite, root, forms, " or ".join(files), remedy)
 
@@ -87,13 +87,13 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
         parts, listings, variant = [train, val, test], [str(folder / native.files[0])] * 3, _OFFICIAL
 
     labels = _labels(card, parts, listings)
-    notes = [*drawn_notes(folder)]
+    notes = [*synthetic_notes(folder)]
     if len(labels) < card.classes:
-        notes.append(f"{listings[0]} has {plural(len(labels), 'class')}, the card says {card.classes}")
+        notes.append(f"{listings[0]} has {plural(len(labels), 'class')}, the card states {card.classes}")
     ids = {path: class_id for part in parts for path, class_id in part.items()}
     names = _names(card, labels, folder, ids, native)
     images = _images(card, folder, _lists(parts, listings, refit), labels, listings)
-    return Source(str(folder), images, tuple(notes), bool(drawn_notes(folder)), variant, names)
+    return Source(str(folder), images, tuple(notes), bool(synthetic_notes(folder)), variant, names)
 
 
 def _native_form(card: TaskCard, options: Mapping[str, Any]) -> NativeForm | None:
@@ -108,7 +108,7 @@ def _native_form(card: TaskCard, options: Mapping[str, Any]) -> NativeForm | Non
 
 
 def _labels(card: TaskCard, parts: list[Ids], listings: list[str]) -> dict[int, int]:
-    """Return class id → label, and check that the parts agree; `listings` says for each where it was read."""
+    """Return class id → label, and check that the parts agree; `listings` names the file of each."""
     train, *others = parts
     labels = {class_id: label for label, class_id in enumerate(sorted({*train.values()}))}
     if len(labels) > card.classes:

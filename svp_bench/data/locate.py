@@ -93,7 +93,7 @@ def find_folder(
     raise DataError(
         f"no data of {card.name}: none of {', '.join(map(str, places))} holds {content} "
         f"({source} is {given}); get {remedy} and give its folder with --data.root DIR or ${ROOT_VARIABLE}, or try "
-        f"with drawn images: `svp-bench data draw`"
+        f"with synthetic images: `svp-bench data draw`"
     )
 
 

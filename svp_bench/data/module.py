@@ -2,8 +2,8 @@
 
 What makes it different from a plain one:
 
-- the training images are decoded once and kept as uint8, so that an epoch is a matter of indexing;
-- which image is in which batch follows from (seed, epoch) alone, whatever the number of processes;
+- the training images are decoded once into a uint8 cache, so that an epoch only indexes it;
+- which image is in which batch follows from (seed, epoch) alone, for any number of processes;
 - there is no test loader until `unlock_test` was called, which the command line does once the weights are final.
 """
 
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from svp_bench.core.errors import ConfigError, DataError, UsageError, plural, printable, unknown_name
 from svp_bench.data.augment import Augment, Augmenter, Mixing
-from svp_bench.data.cache import examined, kept
+from svp_bench.data.cache import cached, examined
 from svp_bench.data.content import (
     content_digest,
     differences_from_first_use,
@@ -102,7 +102,7 @@ class VisionDataModule(LightningDataModule):
         batch_size: Images for one optimizer step, over all processes and accumulated batches.
         eval_batch_size: Images for one evaluation step over all processes; by default `batch_size`. Results do not
             depend on it, except for rounding.
-        num_workers: Worker processes that decode images which are not kept in memory (those of test); "auto" is one
+        num_workers: Worker processes that decode images which are not cached in memory (those of test); "auto" is one
             for each core, at most 8, and none for a small list.
         seed: Seed of the order of the training images.
         drop_last: Leave a smaller last batch out of an epoch, unless it is the only one.
@@ -120,8 +120,8 @@ class VisionDataModule(LightningDataModule):
         flip: Probability of a horizontal flip of a training image. Flips, and crops too, change what some tasks ask
             for (VTAB's structured ones): no default recipe has them.
         rand_augment: RandAugment by a specification of timm's, e.g. rand-m9-mstd0.5-inc1.
-        color_jitter: Range of brightness, contrast and saturation, factors of 1 ± this. Refused beside rand_augment,
-            where timm leaves it out without a word.
+        color_jitter: Range of brightness, contrast and saturation, factors of 1 ± this. Refused with rand_augment:
+            timm would ignore it silently.
         random_erasing: Probability that a rectangle of a training image becomes noise (timm's mode "pixel"), on the
             device, after normalisation.
         mixup: α of mixup: each training batch is mixed with its mirror image, λ from Beta(α, α); null or 0 for none.
@@ -271,9 +271,9 @@ class VisionDataModule(LightningDataModule):
     # --- setting up --------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Find, compare and check the data of this stage (once), and decode what is kept in memory (once).
+        """Find, compare and check the data of this stage (once), and fill the image cache (once).
 
-        All lists of the stage are read and all their images checked whatever `stage` is: a broken test image must
+        All lists of the stage are read and all their images checked at any `stage`: a broken test image must
         stop a run before training, not after it.
 
         Args:
@@ -396,8 +396,8 @@ class VisionDataModule(LightningDataModule):
     def compare_with_first_use(self, results_root: Path) -> None:
         """Compare the content of the splits with that of the first run on this task whose records are there.
 
-        The digests of the first run are kept in `content/<task>.json` below the results. Custom datasets are
-        distinguished by their digest instead, and synthetic stand-ins are not compared.
+        The digests of the first run are stored in `content/<task>.json` below the results. Custom datasets are
+        distinguished by their digest instead, and synthetic images are not compared.
         """
         report = self.report
         if self.card.suite == "custom" or report.variant == "synthetic" or self.folds is not None:
@@ -450,7 +450,7 @@ class VisionDataModule(LightningDataModule):
         return self._source.get(self.splits[role])
 
     def _dataset(self, role: str) -> _Images:
-        """Return the images of a role: decoded and kept, unless they are for test, cropped by chance or too many."""
+        """Return the images of a role: decoded and cached, unless they are for test, cropped by chance or too many."""
         if role not in self._datasets:
             images = self._images(role)
             augmenter = Augmenter(self.augment, self.view, self.seed) if role == "train" and self.augment else None
@@ -462,7 +462,7 @@ class VisionDataModule(LightningDataModule):
                     f"{images.name} would take {bytes_decoded / 2**30:.1f} GiB decoded; its images are decoded "
                     f"anew in each epoch"
                 )
-            kind = _KeptImages if keep else _Images
+            kind = _CachedImages if keep else _Images
             self._datasets[role] = kind(images, self.view, augmenter)
         return self._datasets[role]
 
@@ -606,7 +606,7 @@ class VisionDataModule(LightningDataModule):
         )
         least = parts  # images that a batch needs
         if self.mixing and parts > 1:
-            least = 2 * parts - 1  # mixed images are shared out in pairs, the last of which may be half
+            least = 2 * parts - 1  # mixed images are distributed in pairs; the last may be half
             shared += " of two images, which mixup and cutmix need"
         if count < least:
             raise ConfigError(
@@ -659,12 +659,12 @@ class _Images(Dataset[Batch]):
         if self._augmenter is None:
             return self._pixels(index)
         # Lightning's own sampler, of overfit_batches, knows no epoch: the images stay the same
-        drawn = positions if isinstance(positions, Positions) else Positions(index.tolist())
+        keys = positions if isinstance(positions, Positions) else Positions(index.tolist())
         return torch.from_numpy(
             np.stack(
                 [
-                    self._augmenter(self._original(position), drawn.epoch, position, copy)
-                    for position, copy in zip(drawn, drawn.copies, strict=True)
+                    self._augmenter(self._original(position), keys.epoch, position, copy)
+                    for position, copy in zip(keys, keys.copies, strict=True)
                 ]
             )
         )
@@ -684,12 +684,12 @@ class _Images(Dataset[Batch]):
         return self._view(self._images.load(position))
 
 
-class _KeptImages(_Images):
-    """The images of one list, decoded at once and kept in one uint8 tensor."""
+class _CachedImages(_Images):
+    """The images of one split, decoded at once into one uint8 tensor."""
 
     def __init__(self, images: Images, view: View, augmenter: Augmenter | None = None) -> None:
         super().__init__(images, view, augmenter)
-        self._kept = torch.from_numpy(kept(images, view, self._decode_all))
+        self._cache = torch.from_numpy(cached(images, view, self._decode_all))
 
     def _decode_all(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         images = np.empty((len(self), 3, *self._view.sides), dtype=np.uint8)
@@ -705,7 +705,7 @@ class _KeptImages(_Images):
         return self._augmenter is None
 
     def _pixels(self, index: torch.Tensor) -> torch.Tensor:
-        return self._kept[index]
+        return self._cache[index]
 
 
 class _Loader(DataLoader[Batch]):

@@ -22,7 +22,7 @@ _Parts = tuple[Ids, Ids | None, Ids]  # training, val (None if there is none) an
 
 @dataclass(frozen=True)
 class NativeForm:
-    """How a data set itself says which images it has.
+    """The data sets' own files that list their images.
 
     Attributes:
         files: The files that say it, below the data set's folder.
@@ -179,7 +179,7 @@ def _read_annotations_mat(folder: Path) -> _Parts:
 
 
 def _names_of_annotations(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
-    """Read class_names of cars_annos.mat, where that lies beside a JSON split too: that of id 1, of id 2, …"""
+    """Read class_names of cars_annos.mat, also next to a JSON split: that of id 1, of id 2, …"""
     file = folder / _ANNOTATIONS
     if not file.is_file():
         return {}

@@ -22,7 +22,6 @@ __all__ = [
     "SYNTHETIC_MARK",
     "all_of",
     "any_of",
-    "drawn_notes",
     "foreign_errors",
     "joined_names",
     "list_names",
@@ -30,6 +29,7 @@ __all__ = [
     "optional_import",
     "reader_options",
     "show",
+    "synthetic_notes",
     "text_lines",
     "whole_numbers",
 ]
@@ -86,7 +86,7 @@ def list_names(card: TaskCard, options: Mapping[str, Any]) -> str:
     - `train`, `val`, `test`;
     - `trainval`: train and val together;
     - `refit`: the training list of stage final where it is not `trainval` on every card of a suite. The card's option
-      `refit` says which of `train` and `trainval` it is.
+      `refit` names `train` or `trainval`.
 
     Raises:
         CardError: If one is unknown, or the option is given without such a list.
@@ -106,9 +106,9 @@ def list_names(card: TaskCard, options: Mapping[str, Any]) -> str:
 # --- folders and files -----------------------------------------------------------------------------------------------
 
 
-def drawn_notes(folder: Path) -> tuple[str, ...]:
-    """Return the note about drawn images, if the folder has their mark."""
-    return (f"the images in {folder} are drawn, not real",) if (folder / SYNTHETIC_MARK).exists() else ()
+def synthetic_notes(folder: Path) -> tuple[str, ...]:
+    """Return the note about synthetic images, if the folder has their mark."""
+    return (f"the images in {folder} are synthetic, not real",) if (folder / SYNTHETIC_MARK).exists() else ()
 
 
 def all_of(names: Iterable[str]) -> Callable[[Path], bool]:
@@ -151,7 +151,7 @@ def need_regular(path: Path) -> None:
 
 @contextmanager
 def foreign_errors(path: Path, remedy: str = "get the file again") -> Iterator[None]:
-    """Make whatever a library raises while it reads `path` one line that names it (scipy raises a dozen kinds).
+    """Turn any error of a library that reads `path` into one line that names it (scipy raises a dozen kinds).
 
     Only a library's own calls belong into it: of our code, such a line would hide a mistake.
     """

@@ -37,7 +37,7 @@ class Positions(list[int]):
 
     Args:
         positions: Positions in the list.
-        epoch: The epoch that they are drawn for.
+        epoch: The epoch of the samples.
         copies: For each, how many times the image came before in this epoch; all 0 if None.
     """
 
@@ -68,8 +68,8 @@ class GlobalBatchSampler:
             length, so it holds fewer different images. Repeated augmentation (Hoffer et al., CVPR 2020), as timm's
             `RepeatAugSampler` without its rounding of the epoch to 256.
         pairs: Put the first and the last image of a global batch side by side, then the second and the last but one,
-            and so on, and let no slice part them: whoever mixes each image with its neighbour then mixes the global
-            batch with its mirror image, as timm's `Mixup` does on one process, whatever the number of processes.
+            and so on, and let no slice part them: mixing each image with its neighbour then mixes the global
+            batch with its mirror image, as timm's `Mixup` does on one process, for any number of processes.
 
     Raises:
         ValueError: If a number is out of range, the batch does not divide, or a slice would be empty.
@@ -127,7 +127,7 @@ class GlobalBatchSampler:
         self.epoch = epoch
 
     def skip(self, batches: int) -> None:
-        """Leave out the first batches of the next epoch that is iterated: a run goes on within it.
+        """Leave out the first batches of the next epoch that is iterated: a run resumes within it.
 
         Args:
             batches: Micro-batches of this process; a multiple of `accumulate`.
@@ -136,7 +136,7 @@ class GlobalBatchSampler:
             ValueError: If it is no multiple of `accumulate`, or there are not as many.
         """
         if batches % self.accumulate or not 0 <= batches <= len(self):
-            raise ValueError(f"cannot skip {batches} of {len(self)} batches, {self.accumulate} of which make a step")
+            raise ValueError(f"cannot skip {batches} of {len(self)} batches; a step has {self.accumulate}")
         self._skipped = batches
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Readers: from a task's card to lists of images and labels, and the checks that come before any training.
 
-A reader is a function `(card, suite, root) -> Source`, registered by name in `READERS`; the card (or its suite) says
-which one reads it. Every source is checked for leaks. Imports no torch: `svp-bench data` starts at once.
+A reader is a function `(card, suite, root) -> Source`, registered by name in `READERS`; the card (or its suite) names
+its reader. Every source is checked for leaks. Imports no torch: `svp-bench data` starts at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from svp_bench.core.registry import Registry
 from svp_bench.data.decode import Decoded, Depth, UnreadableImageError, convert, read_image
 from svp_bench.data.inspection import MISSING, Examined, load_examined, save_examined
 from svp_bench.data.locate import list_file, locate
-from svp_bench.data.reading import SYNTHETIC_MARK, drawn_notes, reader_options
+from svp_bench.data.reading import SYNTHETIC_MARK, reader_options, synthetic_notes
 from svp_bench.data.split_files import ImageList, combined_digest, read_list, split_digest
 from svp_bench.tasks.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
 
@@ -96,7 +96,7 @@ class Images(ABC):
         return f"the list {self.name!r}"
 
     def keys(self) -> Sequence[str]:
-        """Return what tells each image from all others of its source, whatever the list: its path, its number."""
+        """Return a key of each image that is unique in its source, in any split: its path or number."""
         return [self.where(index) for index in range(len(self))]
 
     @abstractmethod
@@ -303,7 +303,7 @@ def open_source(
         card: The task's card.
         root: The data root, for readers that have one; see `locate`.
         suite: The card of its suite; looked up by default.
-        protocol: Says which lists must be apart; the suite's by default.
+        protocol: Defines which splits must be disjoint; the suite's by default.
 
     Raises:
         CardError: If the card's reader or one of its options is unknown.
@@ -369,13 +369,13 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
             if count != meant[name]:
                 also = [f"{known} {full[name]}" for known, full in others.items() if full[name] != meant[name]]
                 known_as = f" (variant {', '.join(also)})" if also else ""
-                says = "the card says" if variant == "card" else f"the card's variant {variant} says"
-                notes.append(f"{name} has {plural(count, 'image')}, {says} {meant[name]}{known_as}")
+                stated = "the card states" if variant == "card" else f"the card's variant {variant} states"
+                notes.append(f"{name} has {plural(count, 'image')}, {stated} {meant[name]}{known_as}")
 
     # A card pins the digest of its own counts; a variant, or a part of the lists, has another by nature.
     same_lists = variant == "card" and counts == dict(card.counts)
     if same_lists and card.digest is not None and source.digest != card.digest:
-        notes.append(f"the digest is {source.digest}, the card says {card.digest}")
+        notes.append(f"the digest is {source.digest}, the card states {card.digest}")
     if source.synthetic:
         variant = "synthetic"
     return DataReport(variant, "different" if notes else "as_card", tuple(notes), digest, counts)
@@ -385,7 +385,7 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
 
 
 def open_split_files(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
-    """Read a folder in the form of `vtab-1k`: `<list>.txt` files beside the images that they name.
+    """Read a folder in the form of `vtab-1k`: `<list>.txt` files next to the images that they name.
 
     Raises:
         CardError: If the card gives options; this reader has none.
@@ -399,7 +399,7 @@ def open_split_files(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
         path = list_file(folder, name)
         if path.exists():
             lists[name] = FileImages(folder, name, read_list(path, card.classes, task=card.name))
-    notes = drawn_notes(folder)
+    notes = synthetic_notes(folder)
     return Source(str(folder), lists, notes, synthetic=bool(notes))
 
 

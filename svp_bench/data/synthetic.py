@@ -1,4 +1,4 @@
-"""Drawn tasks: complete folders in the form that a card's reader reads, to try and test everything without data.
+"""Synthetic tasks: complete folders in the form that a card's reader reads, to try and test everything without data.
 
 The forms: `vtab-1k` (lists of files), JSON splits, the own files of the data sets that these split, and the folders and
 archives that torchvision reads.
@@ -83,29 +83,29 @@ def draw_task(
     """
     if card.reader.kind not in _DRAWERS:
         raise UsageError(
-            f"{card.name} is read by {card.reader.kind!r}, not from lists of files; it needs no drawn images"
+            f"{card.name} is read by {card.reader.kind!r}, not from split files; it needs no synthetic images"
         )
     _check_form(card, layout, quirks)
     size = DEFAULT_SIZE if size is None else size
     if seed < 0:
         raise UsageError(f"seed {seed} is out of range; a seed is 0 or above")
     if size < 8:
-        raise UsageError(f"drawn images of size {size} would show nothing; give at least 8")
+        raise UsageError(f"synthetic images need a size of at least 8, not {size}")
     wanted = _counts(card, counts or {})
     target = root / card.folder
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise DataError(f"{target} exists already and is not empty; nothing is drawn over it, give another folder")
+            raise DataError(f"{target} exists already and is not empty; give another folder")
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{card.folder}.", suffix=".part", dir=root) as aside:
-            drawn = Path(aside) / card.folder
-            drawn.mkdir()
-            _DRAWERS[card.reader.kind](card, drawn, wanted, size, seed, layout, quirks)
-            mark = f"Drawn by svp-bench for {card.name} (seed {seed}): these images are not real data.\n"
-            _write(drawn / SYNTHETIC_MARK, mark)
+            folder = Path(aside) / card.folder
+            folder.mkdir()
+            _DRAWERS[card.reader.kind](card, folder, wanted, size, seed, layout, quirks)
+            mark = f"Created by svp-bench for {card.name} (seed {seed}): these images are not real data.\n"
+            _write(folder / SYNTHETIC_MARK, mark)
             if target.is_dir():
                 target.rmdir()
-            os.replace(drawn, target)
+            os.replace(folder, target)
     except OSError as error:
         raise DataError(f"{target} cannot be written ({error.strerror or error}); give another folder") from None
     return target
@@ -163,7 +163,7 @@ def _draw_lists(
     quirks: Sequence[str],
 ) -> None:
     lines: dict[str, list[tuple[str, int]]] = {}
-    for name in sorted(counts, key=lambda name: _joined(card, name) is not None):  # joined lists copy what is drawn
+    for name in sorted(counts, key=lambda name: _joined(card, name) is not None):  # joined splits copy the others
         images = folder / "images" / name
         images.mkdir(parents=True)
         if parts := _joined(card, name):

@@ -1,4 +1,4 @@
-"""Reader: the drawn tasks of the demo suite, the same bytes on every machine.
+"""Reader: the synthetic tasks of the demo suite, the same bytes on every machine.
 
 What each asks is in `KINDS`. An image is a pure function of (generator version, kind, seed, number). To be the same
 everywhere it is made of whole numbers from Philox's raw words (a stream that NumPy guarantees) and of single additions,
@@ -27,7 +27,7 @@ from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 __all__ = ["KINDS", "SIZE", "VERSION", "Kind", "draw_numbered", "open_synthetic"]
 
-VERSION = 1  # rises with every change of what is drawn
+VERSION = 1  # increases with every change of the images
 SIZE = 64  # pixels a side
 
 _FINE = 2  # samples of a pixel, along each side
@@ -189,7 +189,7 @@ class Canvas:
         return _SHAPES[self.dice.below(len(_SHAPES))]
 
     def sprite(self, shape: Shape, x: float, y: float, size: float) -> None:
-        """Paint a shape in a direction and colour that are drawn."""
+        """Paint a shape in a random direction and colour."""
         self.paint(shape(_frame(x, y, size, self.dice.below(360))), self.colour())
 
     def specks(self) -> None:
@@ -242,7 +242,7 @@ def _orientation(canvas: Canvas, label: int) -> None:
 
 def _count(canvas: Canvas, label: int) -> None:
     dice = canvas.dice
-    typical = dice.between(4, 9)  # of the image, so that the area painted says little about the number
+    typical = dice.between(4, 9)  # of the image, so that the area painted is weakly related to the number
     placed: list[tuple[float, float, float]] = []
     tries = 0
     while len(placed) <= label:
@@ -274,7 +274,7 @@ def _size(canvas: Canvas, label: int) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a drawn task asks.
+    """A synthetic task.
 
     Attributes:
         classes: Names, in the order of the labels.
@@ -335,7 +335,7 @@ def open_synthetic(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sourc
         raise CardError(f"{where}: the card is for generator {options['generator']}, this is {VERSION}")
     names = KINDS[kind].classes
     if card.classes != len(names):
-        raise CardError(f"{where}: {kind!r} has {plural(len(names), 'class')}, the card says {card.classes}")
+        raise CardError(f"{where}: {kind!r} has {plural(len(names), 'class')}, the card states {card.classes}")
     counts = dict(card.counts)
     for name in counts:
         if name not in ("train", "val", "trainval", "test"):
@@ -344,10 +344,10 @@ def open_synthetic(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sourc
     train, val, test = (counts.get(name, 0) for name in ("train", "val", "test"))
     if counts.get("trainval", train + val) != train + val:
         raise CardError(f"{where}: trainval is train and val together, {train + val}, not {counts['trainval']}")
-    drawn = [draw_numbered(kind, seed, number) for number in range(train + val + test)]
-    pixels = np.stack([image for image, _ in drawn])
-    labels = np.asarray([label for _, label in drawn], dtype=np.int64)
+    generated = [draw_numbered(kind, seed, number) for number in range(train + val + test)]
+    pixels = np.stack([image for image, _ in generated])
+    labels = np.asarray([label for _, label in generated], dtype=np.int64)
     spans = {"train": (0, train), "val": (train, train + val), "trainval": (0, train + val)}
     spans["test"] = (train + val, train + val + test)
     lists = {name: ArrayImages(name, pixels, labels, np.arange(*spans[name]), "image") for name in counts}
-    return Source(f"drawn {kind}, seed {seed}", lists, class_names=names)
+    return Source(f"synthetic {kind}, seed {seed}", lists, class_names=names)

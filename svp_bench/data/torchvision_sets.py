@@ -18,13 +18,13 @@ from svp_bench.data.locate import find_folder
 from svp_bench.data.reading import (
     all_of,
     any_of,
-    drawn_notes,
     foreign_errors,
     list_names,
     need_regular,
     optional_import,
     reader_options,
     show,
+    synthetic_notes,
     whole_numbers,
 )
 from svp_bench.data.sources import ArrayImages, FileImages, Images, Source
@@ -46,7 +46,7 @@ class TorchvisionSet:
         files: What its root folder holds when the data set is there.
         splits: "train", "test" and, where it has one, "val" → the arguments for it.
         content: Returns its images, uint8 (N, H, W, 3) or a list of their files, and their labels.
-        look: Looks through the file of a drawn split, of which no checksum can be right.
+        look: Reads the file of a synthetic split, whose checksum cannot match.
         downloads: Splits that are downloaded each for itself; one of them brings all where this is one.
         needs: Packages that torchvision imports only to read this one.
     """
@@ -174,13 +174,13 @@ def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
       together (but for the one group where the cut falls);
     - `official`: the data set has a val list of its own;
 
-    and `refit` (see `list_names`). Whatever the order, a list holds its images in file order. Files whose checksum
-    torchvision knows must have it, unless the folder is marked as drawn: then they are looked through instead, and a
+    and `refit` (see `list_names`). A split holds its images in file order. Files whose checksum
+    torchvision knows must have it, unless the folder is marked as synthetic: then they are read instead, and a
     pickle that would run code is refused.
 
     Raises:
         CardError: If an option or list is unknown or missing.
-        DataError: If the data are missing, damaged or have labels out of range; says how to download them.
+        DataError: If the data are missing, damaged or have labels out of range; names the download command.
         UnavailableError: If torchvision (or scipy, for SVHN) is not installed, or is of a version that is not known.
     """
     options = reader_options(card, {"set": str, "val": str, "together": str, "refit": str})
@@ -198,7 +198,7 @@ def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
     remedy = f"them with `{_download_command(name, known, (root or Path('data')) / card.folder)}`"
     forms = [all_of(known.files), any_of(known.files)]
     folder = find_folder(card, suite, root, forms, " and ".join(known.files), remedy, shared=True)
-    notes = drawn_notes(folder)
+    notes = synthetic_notes(folder)
     dataset_class = getattr(optional_import("torchvision.datasets", "torchvision", f"reading {card.name}"), name)
     for package in known.needs:
         optional_import(package, package, f"reading {card.name}")
@@ -323,7 +323,7 @@ def _download_command(name: str, known: TorchvisionSet, folder: Path) -> str:
 
 
 def _without_checksums(dataset_class: Any) -> Any:
-    """Return the class for drawn data, which cannot have the checksums of the real ones.
+    """Return the class for synthetic data, whose checksums differ from the real ones.
 
     torchvision takes a checksum of None for "any"; that is the whole change. What it would read is looked through
     before.

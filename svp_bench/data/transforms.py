@@ -52,7 +52,7 @@ def sides(size: int | tuple[int, int]) -> tuple[int, int]:
 def resize_squash(
     image: Image.Image, size: int | tuple[int, int], interpolation: str = "bicubic"
 ) -> npt.NDArray[np.uint8]:
-    """Resize both sides, whatever the aspect ratio: no crop loses a part that the label speaks of.
+    """Resize both sides; the aspect ratio is not preserved, and no part is cropped.
 
     Args:
         image: An RGB image.
@@ -89,7 +89,7 @@ class View:
     Attributes:
         size: Height and width of the result in pixels, or one number for both.
         resize: `squash`: see `resize_squash`. `centre_crop`: the shorter side is resized to size / crop_ratio, the
-            aspect ratio kept, and the square in the middle is cut out (torchvision's Resize and CenterCrop).
+            aspect ratio preserved, and the square in the middle is cut out (torchvision's Resize and CenterCrop).
         interpolation: A name of `INTERPOLATIONS`.
         crop_ratio: Share of the shorter side that a crop keeps.
 

@@ -71,11 +71,11 @@ def main() -> None:
             os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
-    from svp_bench.data.cache import keep_between_runs
+    from svp_bench.data.cache import cache_between_runs
     from svp_bench.sweep.jobs import Job
     from svp_bench.sweep.runner import Runner  # torch, Lightning: some seconds, once
 
-    keep_between_runs()
+    cache_between_runs()
     runner = Runner()
     channel.send({"event": "ready"})
     while (request := inbox.get()) is not None:

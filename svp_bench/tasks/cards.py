@@ -77,7 +77,7 @@ class TaskCard:
         variants: Other known forms of the data: name → list lengths (all of them, not only those that differ).
         notes: What a reader of a number on this task should know.
         reader: How the data are read: the card's own reader, else the suite's.
-        class_names: File beside the card with one class name a line, or None.
+        class_names: File next to the card with one class name per line, or None.
         path: The card's file.
         other_folders: Further names that the folder has in other releases of the data, tried after `folder`.
     """
@@ -130,7 +130,7 @@ class SuiteCard:
         table: Stem of the names of the table files.
         folder: The suite's folder below a data root, tried when a task's folder does not lie there directly.
         protocol: Name of the protocol card.
-        reader: How the data are read, unless a task's card says otherwise.
+        reader: How the data are read, unless a task's card states another.
         groups: Group → task ids, in the order of the table's columns.
         same_images: Tasks that share their images and so are not independent measurements.
         citation: Key in `references.bib`.
@@ -182,7 +182,7 @@ class ProtocolCard:
         title: One line for people.
         image_size: Height and width of the model's input in pixels; None ("backbone" on the card) for the size that the
             backbone was trained with.
-        resize: "squash": both sides to `image_size`, the aspect ratio is not kept; "centre_crop": the shorter side to
+        resize: "squash": both sides to `image_size`, any aspect ratio; "centre_crop": the shorter side to
             `image_size` / 0.875, then the square in the middle.
         interpolation: "bicubic" (Pillow's, which averages when it shrinks).
         augmentation: "none".
@@ -449,7 +449,7 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _CITATION = re.compile(r"[A-Za-z][A-Za-z0-9:_.+-]*")
 
 # The only ones that the transforms know. A card that promised another would be a false statement about its numbers.
-_CHOICES = {
+_OPTIONS = {
     "resize": ["squash", "centre_crop"],
     "interpolation": ["bicubic"],
     "augmentation": ["none"],
@@ -471,7 +471,7 @@ _TASK_KEYS = (
     "digest",
 )
 _SUITE_KEYS = ("name", "version", "title", "table", "folder", "protocol", "reader", "groups", "citation")
-_PROTOCOL_KEYS = ("name", "version", "title", "image_size", *_CHOICES, "stages", "training", "selection", "citation")
+_PROTOCOL_KEYS = ("name", "version", "title", "image_size", *_OPTIONS, "stages", "training", "selection", "citation")
 
 
 def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
@@ -505,7 +505,7 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
 
     names_file = keys["class_names"].text(_FILE, "a file name") if "class_names" in keys else None
     if names_file and not (card.path.parent / names_file).is_file():
-        raise keys["class_names"].error(f"there is no file {names_file!r} beside the card")
+        raise keys["class_names"].error(f"there is no file {names_file!r} next to the card")
     return TaskCard(
         name=name,
         version=keys["version"].positive(),
@@ -595,7 +595,7 @@ def _protocol(card: Node) -> ProtocolCard:
         version=keys["version"].positive(),
         title=keys["title"].text(),
         image_size=None if keys["image_size"].value == _BACKBONE else keys["image_size"].positive(),
-        **{key: keys[key].one_of(allowed, key) for key, allowed in _CHOICES.items()},
+        **{key: keys[key].one_of(allowed, key) for key, allowed in _OPTIONS.items()},
         stages=stages,
         training={section: {k: v.value for k, v in body.mapping().items()} for section, body in training.items()},
         selection=keys["selection"].prose(),

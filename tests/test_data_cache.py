@@ -26,7 +26,7 @@ def _nothing_kept() -> Iterator[None]:
 def images(root: Path, size: int = 16) -> np.ndarray:
     data = VisionDataModule(TASK, root=str(root), stage="select", image_size=size, batch_size=4, num_workers=0)
     data.setup("fit")
-    return data._dataset("train")._kept.numpy()  # type: ignore[attr-defined]
+    return data._dataset("train")._cache.numpy()  # type: ignore[attr-defined]
 
 
 def test_without_being_asked_nothing_is_kept(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_decoded_images_are_kept_by_place_list_and_view(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         draw(tmp_path / name, seed=seed)
     fresh = {name: images(tmp_path / name) for name in ("a", "b")}
-    keep.keep_between_runs()
+    keep.cache_between_runs()
     first = images(tmp_path / "a")
     assert np.shares_memory(first, images(tmp_path / "a"))
     assert (first == fresh["a"]).all()
@@ -51,7 +51,7 @@ def test_decoded_images_are_kept_by_place_list_and_view(tmp_path: Path) -> None:
 def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     draw(tmp_path)
     one = 3 * 16 * 16 * COUNTS["train800"]
-    keep.keep_between_runs(limit=2 * one)  # val has fewer images than train
+    keep.cache_between_runs(limit=2 * one)  # val has fewer images than train
     first = images(tmp_path)
     assert keep._keeper is not None
     images(tmp_path, size=24)  # larger than all that may be kept
@@ -63,7 +63,7 @@ def test_a_broken_image_is_never_taken_for_verified(tmp_path: Path) -> None:
     folder = draw(tmp_path)
     image = folder / (folder / "train800.txt").read_text(encoding="utf-8").split()[0]
     good = image.read_bytes()
-    keep.keep_between_runs()
+    keep.cache_between_runs()
     image.write_bytes(b"nothing")
     with pytest.raises(DataError, match=image.name):
         images(tmp_path)
