@@ -444,7 +444,7 @@ def test_weights_that_do_not_fit_are_refused(make: Callable[[], str], words: lis
         (lambda: save("evil.ckpt", {"state_dict": {"a": _Evil()}, "svp_bench": {}}), ["evil.ckpt: refused"]),
         (
             other_backbone,
-            ["nano.pth: no svp-bench checkpoint; weights of a backbone alone go to --model.checkpoint PATH"],
+            ["nano.pth: not a checkpoint of svp-bench; weights of a backbone alone go to --model.checkpoint PATH"],
         ),
         (lambda: str(TEST_IMAGE), [f"{TEST_IMAGE}: "]),
     ],

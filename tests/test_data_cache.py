@@ -18,9 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:the data of:UserWarning")  # dra
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
-    keep._keeper = None
+    keep._cache = None
     yield
-    keep._keeper = None
+    keep._cache = None
 
 
 def images(root: Path, size: int = 16) -> np.ndarray:
@@ -32,7 +32,7 @@ def images(root: Path, size: int = 16) -> np.ndarray:
 def test_without_being_asked_nothing_is_kept(tmp_path: Path) -> None:
     draw(tmp_path)
     assert images(tmp_path) is not images(tmp_path)
-    assert keep._keeper is None
+    assert keep._cache is None
 
 
 def test_decoded_images_are_kept_by_place_list_and_view(tmp_path: Path) -> None:
@@ -53,9 +53,9 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     one = 3 * 16 * 16 * COUNTS["train800"]
     keep.cache_between_runs(limit=2 * one)  # val has fewer images than train
     first = images(tmp_path)
-    assert keep._keeper is not None
+    assert keep._cache is not None
     images(tmp_path, size=24)  # larger than all that may be kept
-    assert sum(array.nbytes for array in keep._keeper.arrays.values()) <= 2 * one
+    assert sum(array.nbytes for array in keep._cache.arrays.values()) <= 2 * one
     assert (images(tmp_path) == first).all()
 
 

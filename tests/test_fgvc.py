@@ -124,7 +124,7 @@ def test_each_task_is_drawn_and_read_in_both_forms(tmp_path: Path, name: str) ->
     assert counts == {**tenth, "trainval": 17}
     report = inspect(card, source, ["trainval", "test"])
     assert (report.variant, report.status) == ("official", "different")  # a few images are not the variant's
-    assert any("the card's variant official says" in note for note in report.notes)
+    assert any("the card's variant official states" in note for note in report.notes)
 
 
 def test_labels_are_the_ranks_of_the_ids_in_train(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import timm
 import torch
 from helpers import BACKBONE, assert_error, command, run, settle, small
 from lightning.pytorch import LightningModule
-from test_own_images import fill
+from test_custom_images import fill
 
 from svp_bench.config.compose import compose, split_flags
 from svp_bench.records.store import read_record
