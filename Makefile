@@ -96,18 +96,18 @@ demo: $(STAMP) ## adapt the embedded weights to three tasks with four methods: l
 
 # One thread each, as the shipped ones: other thread counts round sums otherwise. What is shipped stays as it is.
 .PHONY: pretrain
-pretrain: $(STAMP) ## pre-train the embedded weights anew: two seeds side by side, 45 minutes on two cores; goes on if stopped
+pretrain: $(STAMP) ## pre-train the embedded weights anew: two seeds side by side, 45 minutes on two cores; can be interrupted
 	$(BIN)/python -m pretraining.train --seed 1 --threads 1 & other=$$!; \
 	$(BIN)/python -m pretraining.train --seed 0 --threads 1; one=$$?; wait $$other && exit $$one
 	$(BIN)/python -m pretraining.export runs/pretraining/seed-0 runs/pretraining/seed-1 \
 	  --embedded runs/pretraining/export --results runs/pretraining/export/results
 
-# The committed ones are in results/reference; REFERENCE=results/reference goes on with those.
+# The committed ones are in results/reference; REFERENCE=results/reference continues those.
 REFERENCE ?= results/reference-anew
 METHODS := svp,vpt_deep,vpt_shallow,linear,full,lora,adapter,offset,bias
 SEARCHED := --suite demo --seeds 0,1,2,3,4 --search configs/search/demo.yaml --workers $(WORKERS) --threads 1 --no_report
 .PHONY: reference
-reference: $(STAMP) ## the reference results anew: demo suite, all methods, five seeds, nested searches (about a day on two cores; goes on if stopped)
+reference: $(STAMP) ## the reference results anew: demo suite, all methods, five seeds, nested searches (about a day on two cores; can be interrupted)
 	$(BIN)/svp-bench sweep $(SEARCHED) --methods $(METHODS) --results_root $(REFERENCE)/demo
 	$(BIN)/svp-bench sweep $(SEARCHED) --methods linear,full --model.checkpoint none --results_root $(REFERENCE)/demo-random
 	$(BIN)/python benchmarks/raw_pixels.py --output $(REFERENCE)/demo/raw_pixels.json
@@ -126,22 +126,22 @@ report: $(STAMP) ## one HTML page from all records, results/report/index.html
 tensorboard: $(STAMP) ## the curves of all runs, in the browser
 	$(BIN)/tensorboard --logdir runs
 
-# Peers are installed beside ours into an environment that borrows the packages of .venv.
-PEERS := $(VENV)/peers
-$(PEERS)/installed.stamp: $(STAMP)
-	$(BIN)/python -m venv --clear $(PEERS)
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > "$$($(PEERS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
-	$(PEERS)/bin/python -m pip install --disable-pip-version-check -q --no-deps mambapy==1.2.0
+# Baselines are installed into an environment that borrows the packages of .venv.
+BASELINES := $(VENV)/baselines
+$(BASELINES)/installed.stamp: $(STAMP)
+	$(BIN)/python -m venv --clear $(BASELINES)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > "$$($(BASELINES)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
+	$(BASELINES)/bin/python -m pip install --disable-pip-version-check -q --no-deps mambapy==1.2.0
 	touch $@
 
 .PHONY: bench
-bench: $(PEERS)/installed.stamp ## measure this machine against the floor and the peers (about ten minutes)
-	$(BIN)/python benchmarks/cpu.py --peers $(PEERS)/bin/python --output benchmarks/results/cpu.json
+bench: $(BASELINES)/installed.stamp ## measure this machine against the floor and the baselines (about ten minutes)
+	$(BIN)/python benchmarks/cpu.py --baselines $(BASELINES)/bin/python --output benchmarks/results/cpu.json
 
 # The packages of the index, from source and for an H100 alone. Their setup.py names all architectures, which overrules
-# TORCH_CUDA_ARCH_LIST, and one asks for C++17, where PyTorch's headers want C++20 by now. So the build is told of
-# compilers that see to both. (PyTorch heeds PYTORCH_NVCC with ninja only.)
-PEERS_GPU := $(VENV)/peers-gpu
+# TORCH_CUDA_ARCH_LIST, and one asks for C++17, where PyTorch's headers want C++20 by now. So the build uses
+# compilers that change both. (PyTorch heeds PYTORCH_NVCC with ninja only.)
+BASELINES_GPU := $(VENV)/baselines-gpu
 define COMPILER
 #!/bin/sh
 for word do
@@ -158,32 +158,32 @@ case $$0 in
 esac
 endef
 
-$(PEERS_GPU)/installed.stamp: export COMPILER := $(COMPILER)
-$(PEERS_GPU)/installed.stamp: $(STAMP)
+$(BASELINES_GPU)/installed.stamp: export COMPILER := $(COMPILER)
+$(BASELINES_GPU)/installed.stamp: $(STAMP)
 	@command -v "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc" > /dev/null || { \
-	  echo "the peers are compiled: CUDA's nvcc must be on the PATH or in CUDA_HOME/bin" >&2; exit 1; }
-	$(BIN)/python -m venv --clear $(PEERS_GPU)
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > "$$($(PEERS_GPU)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
-	mkdir $(PEERS_GPU)/compilers
+	  echo "the baselines are compiled: CUDA's nvcc must be on the PATH or in CUDA_HOME/bin" >&2; exit 1; }
+	$(BIN)/python -m venv --clear $(BASELINES_GPU)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > "$$($(BASELINES_GPU)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
+	mkdir $(BASELINES_GPU)/compilers
 	for name in nvcc c++; do \
-	  printf '%s\n' "$$COMPILER" > $(PEERS_GPU)/compilers/$$name && chmod +x $(PEERS_GPU)/compilers/$$name || exit 1; \
+	  printf '%s\n' "$$COMPILER" > $(BASELINES_GPU)/compilers/$$name && chmod +x $(BASELINES_GPU)/compilers/$$name || exit 1; \
 	done
-	$(PEERS_GPU)/bin/python -m pip install --disable-pip-version-check -q ninja==1.13.2 einops==0.8.2 wheel
-	PATH="$(abspath $(PEERS_GPU)/bin):$$PATH" \
-	  PYTORCH_NVCC="$(abspath $(PEERS_GPU)/compilers/nvcc)" CXX="$(abspath $(PEERS_GPU)/compilers/c++)" \
+	$(BASELINES_GPU)/bin/python -m pip install --disable-pip-version-check -q ninja==1.13.2 einops==0.8.2 wheel
+	PATH="$(abspath $(BASELINES_GPU)/bin):$$PATH" \
+	  PYTORCH_NVCC="$(abspath $(BASELINES_GPU)/compilers/nvcc)" CXX="$(abspath $(BASELINES_GPU)/compilers/c++)" \
 	  MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
-	  $(PEERS_GPU)/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps \
+	  $(BASELINES_GPU)/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps \
 	  --no-binary mamba-ssm,causal-conv1d causal-conv1d==1.7.0 mamba-ssm==2.3.2.post1
-	$(PEERS_GPU)/bin/python -c "import torch, selective_scan_cuda, causal_conv1d_cuda"
+	$(BASELINES_GPU)/bin/python -c "import torch, selective_scan_cuda, causal_conv1d_cuda"
 	touch $@
 
-.PHONY: peers-gpu
-peers-gpu: $(PEERS_GPU)/installed.stamp ## compile mamba-ssm and causal-conv1d for sm_90, as peers of bench-gpu (needs nvcc)
+.PHONY: baselines-gpu
+baselines-gpu: $(BASELINES_GPU)/installed.stamp ## compile mamba-ssm and causal-conv1d for sm_90, as baselines of bench-gpu (needs nvcc)
 
 # FORK= a folder with the fused path of Vim's fork of mamba_ssm, built there.
 .PHONY: bench-gpu
-bench-gpu: $(STAMP) ## measure an H100 against the scan's floor and the peers that are built (under nine minutes)
-	$(BIN)/python benchmarks/gpu.py $(if $(wildcard $(PEERS_GPU)/installed.stamp),--peers $(PEERS_GPU)/bin/python) \
+bench-gpu: $(STAMP) ## measure an H100 against the scan's floor and the baselines that are built (under nine minutes)
+	$(BIN)/python benchmarks/gpu.py $(if $(wildcard $(BASELINES_GPU)/installed.stamp),--baselines $(BASELINES_GPU)/bin/python) \
 	  $(if $(FORK),--fork "$(FORK)")
 
 .PHONY: bench-sweep

@@ -1,6 +1,6 @@
 """Vim on CPUs against the floor of its matrix products, and the scan against its peers: ratios of one run.
 
-    python benchmarks/cpu.py [--quick] [--peers PYTHON] [--output FILE.json]
+    python benchmarks/cpu.py [--quick] [--baselines PYTHON] [--output FILE.json]
 
 Every ratio is of medians taken in turns, on the threads that PyTorch uses. Read benchmarks/README.md first.
 """
@@ -363,7 +363,7 @@ def report(result: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="Vim-tiny only, fewer rounds, no extrapolations")
-    parser.add_argument("--peers", help="a Python that has mambapy (`make bench` makes one)")
+    parser.add_argument("--baselines", help="a Python that has mambapy (`make bench` makes one)")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--as-peer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -390,7 +390,7 @@ def main() -> None:
         result["grad_checkpointing"] = grad_checkpointing("small", 3)
         result["memory_gib"] = result["grad_checkpointing"]["plain_gib"]
         result["unbind_step"] = unbind_step(3, result["model"]["small"]["step"])
-    result["scan"] = isolated_scan(2 if arguments.quick else 3, arguments.peers)
+    result["scan"] = isolated_scan(2 if arguments.quick else 3, arguments.baselines)
     result["scaling"] = scaling(rounds)
     print(report(result))
     if arguments.output:

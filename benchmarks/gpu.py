@@ -1,6 +1,6 @@
 """SVP's training step and forward, and the scan against its floor, on one CUDA device next to named baselines.
 
-    python benchmarks/gpu.py [--peers PYTHON] [--fork FOLDER] [--minutes 8.5] [--output FILE.json]
+    python benchmarks/gpu.py [--baselines PYTHON] [--fork FOLDER] [--minutes 8.5] [--output FILE.json]
     python benchmarks/gpu.py --only train small bf16 128      # these cells alone
     python benchmarks/gpu.py --dry_run                        # the same program on a CPU, tiny; measures no GPU
 
@@ -315,7 +315,9 @@ def slug(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", help="a Python that has mamba-ssm and causal-conv1d (`make peers-gpu` makes one)")
+    parser.add_argument(
+        "--baselines", help="a Python that has mamba-ssm and causal-conv1d (`make baselines-gpu` makes one)"
+    )
     parser.add_argument("--fork", type=Path, help=f"a folder with a mamba_ssm that has {FUSED}")
     parser.add_argument("--minutes", type=float, default=8.5, help="time limit; the rest is listed (8.5)")
     parser.add_argument("--only", nargs="+", default=[], help="words that a cell must have, as `train small bf16 128`")
@@ -331,8 +333,8 @@ def main() -> None:
         raise stop(f"--minutes must be 0 or more, not {given.minutes:g}")
     if given.fork is not None and not given.fork.is_dir():
         raise stop(f"--fork must be a folder, and {given.fork} is none")
-    if given.peers is not None and shutil.which(given.peers) is None:
-        raise stop(f"--peers must be a Python, and {given.peers} is none")
+    if given.baselines is not None and shutil.which(given.baselines) is None:
+        raise stop(f"--baselines must be a Python, and {given.baselines} is none")
     if given.output is not None and given.output.suffix != ".json":
         raise stop(f"--output must end in .json, not {given.output.name}")
     device = "cpu" if given.dry_run else "cuda"
@@ -350,8 +352,8 @@ def main() -> None:
     if not cells:
         raise stop(f"no cell has all of: {' '.join(given.only)}")
     own = Worker(sys.executable, device, None)
-    packages = own if given.peers is None else Worker(given.peers, device, None)
-    forked = Worker(given.peers or sys.executable, device, fork)
+    packages = own if given.baselines is None else Worker(given.baselines, device, None)
+    forked = Worker(given.baselines or sys.executable, device, fork)
     workers = {ours: own, "reference": own, "mamba_ssm": packages, "fork": forked}
     commit, dirty = commit_and_dirty()
     about = {

@@ -16,7 +16,7 @@ import svp_bench
 COMPILED = Path(__file__).parent / "results" / "triton_aot.json"
 MEASURED = "measured"
 BUILD = {
-    "mamba_ssm": "make peers-gpu builds them, and make bench-gpu uses them then",
+    "mamba_ssm": "make baselines-gpu builds them, and make bench-gpu uses them then",
     "fork": "benchmarks/README.md lists the files of its folder",
 }
 

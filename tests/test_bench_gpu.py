@@ -159,7 +159,7 @@ def test_a_dry_run_is_not_written_among_the_results(
         (["--dry_run", "--minutes", "-1"], "--minutes must be 0 or more, not -1"),
         (["--dry_run", "--minutes", "nan"], "--minutes must be 0 or more, not nan"),
         (["--dry_run", "--fork", "nowhere"], "--fork must be a folder, and nowhere is none"),
-        (["--dry_run", "--peers", "no_python"], "--peers must be a Python, and no_python is none"),
+        (["--dry_run", "--baselines", "no_python"], "--baselines must be a Python, and no_python is none"),
         (["--dry_run", "--output", "a.txt"], "--output must end in .json, not a.txt"),
         (["--dry_run", "--only", "train", "huge"], "no cell has all of: train huge"),
     ],

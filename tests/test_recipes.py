@@ -30,17 +30,18 @@ from torchvision.transforms import v2
 
 from svp_bench.core.errors import ConfigError, SvpBenchError
 from svp_bench.core.resources import configs_dir
-from svp_bench.data.augment import Augment, Augmenter, Mix, Mixing, erase, mirror, seeded
+from svp_bench.data.augment import Augment, Augmenter, Mix, Mixing, erase, mirror, mix, seeded, soft_targets
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler, Positions
 from svp_bench.data.synthetic import draw_task
 from svp_bench.data.transforms import View
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.methods.svp import SVP
+from svp_bench.models.layers import hidden_head, simam
 from svp_bench.records.digests import config_digest, setting_digest
 from svp_bench.tasks.cards import load_task
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.optim import EMA, Schedule, hidden_head, make_optimizer, mix, simam, soft_targets
+from svp_bench.train.optim import EMA, Schedule, make_optimizer
 
 RECIPES = configs_dir() / "recipes"
 SIZE = 16
@@ -437,7 +438,7 @@ def test_the_recipe_of_svp_trains_as_many_parameters_as_released(row: tuple[Any,
     with torch.device("meta"):
         backbone = create_backbone("vim_small_patch16_224", num_classes=classes)
         if model["head_hidden"] is not None:
-            hidden_head(backbone, model["head_hidden"])
+            backbone.head = hidden_head(backbone.embed_dim, model["head_hidden"], backbone.num_classes)
         adapt(backbone, SVP(**common["method"]["init_args"], **model["method"]["init_args"]))
     trained = {key: parameter.numel() for key, parameter in trained_parameters(backbone).items()}
     head = sum(count for key, count in trained.items() if key.startswith("head."))

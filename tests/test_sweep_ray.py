@@ -52,7 +52,7 @@ def test_a_cluster_is_shared_out(
 ) -> None:
     shares = share_out(nodes, workers, threads, fraction)
     assert (shares.workers, shares.cpus, shares.gpus) == expected
-    assert shares.room >= 1
+    assert shares.capacity >= 1
 
 
 @pytest.mark.parametrize(

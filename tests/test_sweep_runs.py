@@ -317,7 +317,7 @@ def test_a_signal_stops_it_cleanly(tmp_path: Path, number: signal.Signals, statu
     out, _ = sweep.communicate(timeout=600)
     assert sweep.returncode == status, out
     assert "Traceback" not in out
-    assert "Go on: svp-bench sweep" in out
+    assert "Continue: svp-bench sweep" in out
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Augmentation as a pure function of (seed, epoch, image): no worker, process or resumed run changes a pixel.
 
 timm and torchvision draw from three global random states (Python's, numpy's, torch's). Here these are seeded anew for
-each image or step, from a key that says which it is, and are put back afterwards.
+each image or step, from its key, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, auto_augment, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
@@ -29,7 +30,7 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 from svp_bench.core.errors import ConfigError
 from svp_bench.data.transforms import View, shorter_side, to_array
 
-__all__ = ["Augment", "Augmenter", "Mix", "Mixing", "erase", "mirror", "seeded"]
+__all__ = ["Augment", "Augmenter", "Mix", "Mixing", "erase", "mirror", "mix", "seeded", "soft_targets"]
 
 CROP_SCALE = (0.08, 1.0)  # timm's, as torchvision's and Inception's (Szegedy et al., CVPR 2015)
 CROP_ASPECT = (3 / 4, 4 / 3)
@@ -317,3 +318,29 @@ def mirror(values: Tensor) -> Tensor:
     """
     partner = torch.arange(len(values), device=values.device) ^ 1
     return values[partner.clamp(max=len(values) - 1)]
+
+
+def mix(images: Tensor, parameters: Mix) -> Tensor:
+    """Mix each image with its neighbour of the pair (`mirror`).
+
+    Args:
+        images: Float (B, 3, H, W), the pairs side by side.
+        parameters: The mix of this step.
+
+    Returns:
+        Float (B, 3, H, W): λ x + (1 - λ) x' for mixup, x with a box of x' for cutmix.
+    """
+    if parameters.share == 1:
+        return images
+    if parameters.box is None:
+        return images * parameters.share + mirror(images) * (1 - parameters.share)
+    top, bottom, left, right = parameters.box
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = mirror(images)[:, :, top:bottom, left:right]
+    return mixed
+
+
+def soft_targets(labels: Tensor, classes: int, parameters: Mix) -> Tensor:
+    """Return the targets of mixed images, float (B, classes): λ of an image's own class, 1 - λ of its partner's."""
+    own = F.one_hot(labels, classes).float()
+    return own * parameters.share + mirror(own) * (1 - parameters.share)

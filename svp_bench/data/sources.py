@@ -184,7 +184,7 @@ class Source:
         origin: Where they are, for messages.
         splits: Name → images, for the splits that exist.
         notes: What sets these data apart from what the card means, beyond what their counts and digest show.
-        drawn: Are they synthetic data, not the data set?
+        synthetic: Whether the images are synthetic, not the data set's.
         variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
         class_names: What the data themselves call the classes, in the order of the labels; None leaves it to the card.
         skipped: Kind of file that is not an image → such files that lie among the images.

@@ -9,13 +9,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, trunc_normal_
 from torch import Tensor, nn
 
 from svp_bench.core.errors import ConfigError
 from svp_bench.models.hooks import is_plain
 
-__all__ = ["PatchEmbed", "RMSNorm", "is_causal_conv", "resize_positions"]
+__all__ = ["PatchEmbed", "RMSNorm", "hidden_head", "is_causal_conv", "resize_positions", "simam"]
 
 NORM_EPS = 1e-5  # of the published checkpoints; timm's usual 1e-6 gives other numbers
 
@@ -95,3 +95,39 @@ def resize_positions(rows: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -
     patches = torch.cat([rows[:, :at], rows[:, at + 1 :]], dim=1)
     patches = resample_abs_pos_embed(patches, new_size=list(new), old_size=list(old), num_prefix_tokens=0)
     return torch.cat([patches[:, :to], rows[:, at : at + 1], patches[:, to:]], dim=1)
+
+
+def simam(x: Tensor, regulariser: float = 1e-3) -> Tensor:
+    """SimAM, attention without parameters: each value times the sigmoid of its inverse energy.
+
+    Yang et al., "SimAM: A Simple, Parameter-Free Attention Module for Convolutional Neural Networks", ICML 2021, eq. 5
+    (its appendix's code divides by n - 1). SVP's released code puts it on the normalised input image of some data
+    sets, by an option named input_relu.
+
+    Args:
+        x: (B, C, H, W), at least two values a channel.
+        regulariser: λ of the paper.
+
+    Returns:
+        (B, C, H, W).
+    """
+    deviation = (x - x.mean(dim=(2, 3), keepdim=True)).square()
+    variance = deviation.sum(dim=(2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - 1)
+    return x * torch.sigmoid(deviation / (4 * (variance + regulariser)) + 0.5)
+
+
+def hidden_head(width: int, hidden: int, classes: int) -> nn.Sequential:
+    """Return a head of two linear layers, width → hidden → classes, without an activation between them.
+
+    SVP's released code has it for some data sets (384 → 192 → classes). It can express no more than one linear layer
+    of that rank, and trains differently. Its parameters are `head.0.weight|bias`, `head.1.weight|bias`: width·hidden
+    + hidden + hidden·classes + classes numbers. Weights start truncated normal of deviation 0.02 and biases at zero,
+    as the linear head's.
+    """
+    head = nn.Sequential(nn.Linear(width, hidden), nn.Linear(hidden, classes))
+    for name, parameter in head.named_parameters():
+        if name.endswith("weight"):
+            trunc_normal_(parameter, std=0.02)
+        else:
+            nn.init.zeros_(parameter)
+    return head

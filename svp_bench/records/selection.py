@@ -276,7 +276,7 @@ class SelectedConfig:
 def check_selected_config(selected: SelectedConfig) -> list[str]:
     """Return what in a selected config contradicts itself, a line each: digest, trials, space, budget, rule.
 
-    What it cannot see is whether the trials were run as it says: that is in their records.
+    It cannot see whether the trials were run as stated: that is in their records.
     """
     problems = []
     search, trials = selected.search, selected.trials
@@ -408,7 +408,7 @@ def trial_problems(selected: SelectedConfig, results_root: Path | str) -> list[s
                 continue
             top1 = record.metrics.top1 if record.metrics else None
             if right is not None and (record.val_correct is None or record.val_correct.bits != right):
-                problems.append(f"trial {number + 1}: {path} has other images right than it says")
+                problems.append(f"trial {number + 1}: {path} has other images right than stated")
             if record.kind != "selection" or top1 != score:
                 problems.append(f"trial {number + 1}: {path} is of kind {record.kind} with {top1} %, not {score} %")
     return problems
@@ -728,23 +728,23 @@ def context_of(
 
     Args:
         config: A cell's config (`digests.cell_config`); which fold it holds out, if any, is left aside.
-        keys: The searched keys, dotted, as they stand in it.
+        keys: The searched keys, dotted, as in the config.
         sources: Digests of the files of a method that is not shipped, as in a record's `method_source`.
     """
     stage_and_searched = {"data.stage", *FOLD_KEYS, *keys}
 
-    def kept(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    def rest(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in node.items():
             if f"{prefix}{key}" in stage_and_searched:
                 continue
             if isinstance(value, Mapping):
-                inner = kept(value, f"{prefix}{key}.")
+                inner = rest(value, f"{prefix}{key}.")
                 if inner:
                     result[key] = inner
             else:
                 result[key] = value
         return result
 
-    context = kept(config, "")
+    context = rest(config, "")
     return {**context, "method_source": dict(sources)} if sources else context

@@ -1,1 +1,1 @@
-"""Sweeps: many runs as one command that may be cut off anywhere and goes on: plan, search, engines, live view."""
+"""Sweeps: many runs as one command that can be interrupted and continued: plan, search, engines, live view."""

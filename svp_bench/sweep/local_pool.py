@@ -118,7 +118,7 @@ class WorkerProcess:
             env=variables,
             cwd=folder,
             text=True,
-            start_new_session=True,  # ctrl-C of the terminal is ours: the workers are told by `stop`
+            start_new_session=True,  # ctrl-C of the terminal is ours: `stop` ends the workers
         )
         self._leaving = False
         reader = threading.Thread(target=self._read, args=(hear,), daemon=True)
@@ -215,7 +215,7 @@ class Work:
         return cls(number, job, logs / f"{name}-{number}.log")
 
     def event(self, message: Mapping[str, Any]) -> Event | None:
-        """Return what a message of its worker says of it."""
+        """Return the event that a message of its worker reports."""
         if message["event"] == "ended":
             return self.died(f"its process ended {message['how']}")
         if message.get("id") != self.number:
@@ -286,7 +286,7 @@ class LocalPool(Pool):
         worker.process.submit(self._count, job.to_json(), retry=retry, log=worker.work.log)
 
     def wait(self, seconds: float) -> list[Event]:
-        """Return what the workers said; a worker that died took its job with it."""
+        """Return the messages of the workers; a worker that died took its job with it."""
         events: list[Event] = []
         until = time.monotonic() + seconds
         while not events:

@@ -473,7 +473,7 @@ def conclude(console: Console, sweep: Sweep, command: Sequence[str], asked: Aske
     Args:
         console: Where to.
         sweep: It.
-        command: Of the sweep: what goes on with it, if it was stopped.
+        command: Of the sweep; it continues a stopped one.
         asked: The signals that came.
 
     Returns:
@@ -493,10 +493,10 @@ def conclude(console: Console, sweep: Sweep, command: Sequence[str], asked: Aske
         console.print(printable(f"  cannot run: {cell.task}, {cell.label}: {cell.blocked}"), soft_wrap=True)
     if sweep.failed:
         how = "" if sweep.retry_failed else " with --retry_failed"
-        console.print(f"Once the reason is mended: the same command{how}.")
+        console.print(f"Once the cause is fixed: the same command{how}.")
     if sweep.stopping:
         saved = sum(ended.outcome.status == "stopped" for ended in sweep.stopped)
         what = f"{plural(saved, 'running job')} saved" if saved else "no job had begun to train"
-        console.print(f"Stopped; {what}. Go on: {shlex.join(command)}", soft_wrap=True)
+        console.print(f"Stopped; {what}. Continue: {shlex.join(command)}", soft_wrap=True)
         return 130 if signal.SIGINT in asked.signals else 0
     return None

@@ -101,9 +101,9 @@ class View(Watcher):
         self._best[job.task, job.method] = max(means)
 
     def retried(self, job: Job, outcome: Outcome) -> None:
-        """Say that it goes on."""
+        """Report that it resumes."""
         self._forget(job)
-        self._say(f"{job.name}: {outcome.reason or outcome.status}; it goes on from its last checkpoint")
+        self._say(f"{job.name}: {outcome.reason or outcome.status}; it resumes from its last checkpoint")
 
     def chose(self, cell: Cell, selected: SelectedConfig, path: Path) -> None:
         """Say what, and why."""

@@ -4,7 +4,7 @@ Each slot is a Ray actor that holds its share of a node and owns one warm worker
 engine uses (`pools.WorkerProcess`). The process, not the actor, trains: Ray runs the methods of such an actor in
 threads, where no signal handler can be set, and a run could then not save when it is asked to stop. It finds the GPU
 that Ray gave the actor in CUDA_VISIBLE_DEVICES. Jobs go only to actors that are up; an actor that dies, alone or with
-its node, is asked for again, and its job goes on elsewhere from the last checkpoint, once the claim on it is free.
+its node, is asked for again, and its job resumes elsewhere from the last checkpoint, once the claim on it is free.
 
 What Ray does not do here: it stores nothing, retries nothing and orders nothing. What is due follows from the records,
 as with every other engine, so that a sweep may begin on one engine and end on another.
@@ -37,7 +37,7 @@ from svp_bench.sweep.local_pool import Done, Event, Pool, Work, WorkerProcess
 __all__ = ["RayPool", "Shares", "share_out"]
 
 _FIRST = 60.0  # seconds until the first worker must be up
-_OTHERS = 5.0  # seconds more that the others get, to have all their complaints at the start
+_OTHERS = 5.0  # seconds more that the others get, to collect all errors at the start
 _LOST = 600.0  # seconds that a sweep waits for a worker once it has lost all
 _TRIES = 3  # at starting a worker that dies before it is up
 _CALL = 10.0  # seconds that a question for news stays open
@@ -56,13 +56,13 @@ class Shares:
 
     Attributes:
         workers: Workers that are asked for.
-        room: Workers that fit on the nodes that are there.
+        capacity: Workers that fit on the current nodes.
         cpus: CPU cores of each.
         gpus: GPUs of each, a fraction, one or none.
     """
 
     workers: int
-    room: int
+    capacity: int
     cpus: float
     gpus: float
 
@@ -82,7 +82,7 @@ def share_out(
 
     Args:
         nodes: Resources of each node, "CPU" and "GPU".
-        workers: Their number, or None. More than there is room for wait for further nodes.
+        workers: Their number, or None. More than the capacity wait for further nodes.
         threads: CPU cores of each, or None.
         gpu_fraction: Share of a GPU of each, or None.
 
@@ -104,14 +104,14 @@ def share_out(
         gpus = 0.0
         places = [(core, int(core)) for core in cores if core >= 1]
         cpus = float(threads or _cores_of_each([core for core, _ in places], workers))
-    room = sum(min(place, math.floor(core / cpus + 1e-9)) if cpus else place for core, place in places)
-    if room < 1:
+    capacity = sum(min(place, math.floor(core / cpus + 1e-9)) if cpus else place for core, place in places)
+    if capacity < 1:
         most = max(cores, default=0.0)
         raise UsageError(
             f"no node of the Ray cluster has {cpus:g} CPU cores{' and a GPU' if gpus else ''} for a worker "
             f"(the largest has {most:g} cores); use a smaller --threads"
         )
-    return Shares(workers if workers is not None else room, room, cpus, gpus)
+    return Shares(workers if workers is not None else capacity, capacity, cpus, gpus)
 
 
 def _cores_of_each(cores: Sequence[float], workers: int | None) -> int:
@@ -139,7 +139,7 @@ class _Setup:
 
 
 class _Actor:
-    """Owns a worker process on a node. Its methods run in threads, of which `news` keeps one."""
+    """Owns a worker process on a node. Its methods run in threads; `news` occupies one."""
 
     def __init__(self, number: int, setup: _Setup) -> None:
         self._number = number
@@ -204,7 +204,7 @@ class _Actor:
         )
 
     def news(self, seconds: float) -> list[Mapping[str, Any]]:
-        """Return what the worker said, waiting for it at most some seconds."""
+        """Return the messages of the worker, waiting for it at most some seconds."""
         messages = []
         with contextlib.suppress(queue.Empty):
             messages.append(self._messages.get(timeout=seconds))
@@ -255,7 +255,7 @@ class RayPool(Pool):
 
     Raises:
         UnavailableError: If Ray is not installed.
-        UsageError: If the cluster has no room for a worker.
+        UsageError: If the cluster has no capacity for a worker.
         SvpBenchError: If there is no cluster, or a node cannot work for the sweep.
     """
 
@@ -315,7 +315,7 @@ class RayPool(Pool):
         return _Slot(number, actor, actor.check.remote(), tries)
 
     def _await_first(self) -> None:
-        """Wait until a worker is up, and a little longer for the others; any complaint ends the sweep here."""
+        """Wait until a worker is up, and a little longer for the others; any error ends the sweep here."""
         began = time.monotonic()
         until = began + _FIRST
         while time.monotonic() < until and self.slots < len(self._slots):
@@ -341,7 +341,7 @@ class RayPool(Pool):
         slot.actor.submit.remote(self._count, job.to_json(), retry, str(slot.work.log))
 
     def wait(self, seconds: float) -> list[Event]:
-        """Return what the workers said; one that died, or whose node did, took its job with it.
+        """Return the messages of the workers; one that died, or whose node did, took its job with it.
 
         Raises:
             SvpBenchError: If no worker has been up for ten minutes.
@@ -353,7 +353,7 @@ class RayPool(Pool):
             raise SvpBenchError(
                 f"the Ray cluster has had no worker for {_LOST / 60:.0f} minutes"
                 + (f" ({self._unfit})" if self._unfit else "")
-                + "; what is done is kept, and the same command goes on"
+                + "; completed runs are stored, and the same command continues"
             )
         return events
 
@@ -431,7 +431,7 @@ class RayPool(Pool):
     def close(self) -> None:
         """End idle workers gently, others at once; end Ray if it was started here."""
         ray = self._ray
-        with contextlib.suppress(Exception):  # whatever is gone need not be ended
+        with contextlib.suppress(Exception):  # it may be gone already
             calls = [slot.actor.close.remote(slot.work is not None) for slot in self._slots if slot.up]
             if calls:
                 ray.wait(calls, num_returns=len(calls), timeout=25)
@@ -459,7 +459,7 @@ def _describe(shares: Shares, nodes: Sequence[Mapping[str, float]], address: str
     where = "Ray on this machine" if address is None else f"the Ray cluster {address}"
     if len(nodes) > 1:
         has = f"{len(nodes)} nodes, {has}"
-    waiting = f", room for {shares.room} now" if shares.workers > shares.room else ""
+    waiting = f", capacity for {shares.capacity} now" if shares.workers > shares.capacity else ""
     share = f" with {shares.gpus:g} GPU each" if shares.gpus else ""
     return f"{plural(shares.workers, 'worker')}{share} on {where} ({has}{waiting})"
 

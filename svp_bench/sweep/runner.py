@@ -1,6 +1,6 @@
 """What a worker does with a job: look whether its record is there, claim it, train, report. Imports torch.
 
-A worker stays warm: imports, compiled kernels, decoded images and weights are kept from one run to the next.
+A worker stays warm: imports, compiled kernels, decoded images and weights are cached between runs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Weights = tuple[str | None, dict[str, list[str]] | None]  # digest, changes at l
 
 
 class _Epochs(Callback):
-    """Tells whoever watches how far a run is."""
+    """Reports the progress of a run."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -86,7 +86,7 @@ class Runner:
     # --- looking -----------------------------------------------------------------------------------------------------
 
     def default_values(self, job: Job, keys: Sequence[str]) -> dict[str, Any]:
-        """Return what the method's own recipe says of some config keys.
+        """Return the values of some config keys in the method's own recipe.
 
         Raises:
             UsageError, ConfigError: If the job's command line is wrong.
@@ -242,7 +242,7 @@ class Runner:
 
         Args:
             job: The job.
-            report: Is told of each epoch.
+            report: Called after each epoch.
             retry: Run a job that failed earlier once more.
         """
         began = time.perf_counter()
@@ -298,7 +298,7 @@ class Runner:
             run_id = ours[-1][0].run_id if ours else None
             return Outcome("failed", reason=one_line(text), run_id=run_id, refused=_is_refusal(problem))
         if not ours or ours[-1][0].status == "interrupted":
-            return Outcome("stopped", reason="saved on the way; it goes on from there")
+            return Outcome("stopped", reason="saved on the way; it resumes from there")
         record, path = ours[-1]
         if record.status != "complete":
             return Outcome("failed", reason=record.status_reason or record.status, run_id=record.run_id)

@@ -1,6 +1,6 @@
-"""The sweep itself: which jobs are due, what follows from their outcomes, and when it is over.
+"""Schedule the jobs of a sweep and handle their results.
 
-Search and test are two phases, kept apart by construction: a trial is a run of stage select, which has no test list;
+Search and test are two separate phases: a trial is a run of stage select, which has no test list;
 the selected config is written to disk; a final run reads that file and nothing else of the search. In a nested search
 each seed of the final runs has its own search and selected config.
 """
@@ -348,7 +348,7 @@ class Sweep:
 
     @property
     def blocked(self) -> list[Cell]:
-        """Cells that cannot go on; one for each task and method that a nested search blocks for the same reason."""
+        """Cells that cannot continue; one for each task and method that a nested search blocks for the same reason."""
         found = {(cell.task, cell.method, cell.blocked): cell for cell in reversed(self.cells) if cell.blocked}
         return list(reversed(found.values()))
 

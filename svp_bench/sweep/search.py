@@ -314,11 +314,11 @@ def _plain_scalar(node: Node) -> Any:
 class Sampler(Protocol):
     """Asks for settings one after the other, or several at once where they do not depend on scores."""
 
-    def ask(self, told: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
+    def ask(self, finished: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
         """Return the settings that can be tried now, given all settings so far with their scores; [] at the end.
 
         Args:
-            told: Settings in the order in which they were asked for, with their mean score, None if they failed.
+            finished: Settings in the order in which they were asked for, with their mean score, None if they failed.
         """
         ...
 
@@ -333,7 +333,7 @@ def make_sampler(search: Search, method: str, default: Mapping[str, Any], seed_t
         seed_text: What seeds random samplers, e.g. task and method: two tasks do not try the same draws.
 
     Raises:
-        ConfigError: If a grid does not hold the default setting and leaves no room for it in the budget.
+        ConfigError: If a grid does not hold the default setting and the budget cannot include it.
         UnavailableError: If Optuna is needed and not installed.
     """
     space = search.space(method)
@@ -353,12 +353,12 @@ class _Grid:
     def __init__(self, settings: list[dict[str, Any]]) -> None:
         self._settings = settings
 
-    def ask(self, told: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
-        return self._settings[len(told) :]
+    def ask(self, finished: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
+        return self._settings[len(finished) :]
 
 
 class _Optuna:
-    """Random and TPE search; every call replays what was told, so that it needs no storage of its own."""
+    """Random and TPE search; every call replays the finished trials, so it needs no storage."""
 
     def __init__(
         self, search: Search, space: tuple[Dimension, ...], default: Mapping[str, Any], seed_text: str
@@ -375,19 +375,19 @@ class _Optuna:
         self._search, self._space, self._default = search, space, dict(default)
         self._seed = int(canonical_digest([search.digest, seed_text]).removeprefix("sha256:")[:8], 16)
 
-    def ask(self, told: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
-        if not told:
+    def ask(self, finished: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
+        if not finished:
             return [dict(self._default)]
-        if len(told) >= self._search.budget:
+        if len(finished) >= self._search.budget:
             return []
         if self._search.sampler == "random":  # draws do not depend on scores: all of them at once
-            drawn = [self._draw(number, []) for number in range(1, self._search.budget)]
-            return drawn[len(told) - 1 :]
-        return [self._draw(len(told), told)]
+            samples = [self._sample(number, []) for number in range(1, self._search.budget)]
+            return samples[len(finished) - 1 :]
+        return [self._sample(len(finished), finished)]
 
-    def _draw(self, number: int, told: Sequence[tuple[Mapping[str, Any], float | None]]) -> dict[str, Any]:
+    def _sample(self, number: int, finished: Sequence[tuple[Mapping[str, Any], float | None]]) -> dict[str, Any]:
         optuna = self._optuna
-        # a seed for each draw: what is drawn follows from what was told, not from the calls before
+        # a seed per sample: it depends on the finished trials, not on earlier calls
         seed = (self._seed + 7919 * number) % 2**32
         startup = max(4, self._search.budget // 3)
         sampler = (
@@ -397,7 +397,7 @@ class _Optuna:
         )
         study = optuna.create_study(direction="maximize", sampler=sampler)
         distributions = {dimension.key: self._distribution(dimension) for dimension in self._space}
-        for values, score in told:
+        for values, score in finished:
             state = optuna.trial.TrialState.FAIL if score is None else optuna.trial.TrialState.COMPLETE
             inside = {
                 key: values[key]

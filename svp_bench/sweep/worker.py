@@ -24,7 +24,7 @@ _PATIENCE = 120.0  # seconds that a run gets to save, once nobody listens any mo
 
 
 class _Channel:
-    """Lines of JSON to whoever started us; standard output itself is free for what libraries print."""
+    """Lines of JSON to the parent process; standard output itself is free for the output of libraries."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)

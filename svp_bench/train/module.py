@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError, unknown_name
-from svp_bench.data.augment import Mix, erase
+from svp_bench.data.augment import Mix, erase, mix, soft_targets
 from svp_bench.data.decode import Depth
 from svp_bench.data.module import Batch
 from svp_bench.data.samplers import GlobalBatchSampler
@@ -28,6 +28,7 @@ from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models import VisionMamba
 from svp_bench.models.checkpoints import backbone_digest
+from svp_bench.models.layers import hidden_head, simam
 from svp_bench.ops import BackendChoice, choose
 from svp_bench.records.defaults import clipped_warmup
 from svp_bench.train.checkpoint import METADATA_KEY, Checkpoint, CheckpointMetadata
@@ -43,11 +44,7 @@ from svp_bench.train.metrics import (
 from svp_bench.train.optim import (
     EMA,
     Schedule,
-    hidden_head,
     make_optimizer,
-    mix,
-    simam,
-    soft_targets,
     warmup_notice,
 )
 
@@ -211,7 +208,7 @@ class AdaptationModule(LightningModule):
             self.load_report = model.load_report
             self.backbone_digest = backbone_digest(model)
             if head_hidden is not None:
-                hidden_head(model, head_hidden)
+                model.head = hidden_head(model.embed_dim, head_hidden, model.num_classes).to(model.cls_token)
             self.model = adapt(model, method)
         self.model.set_grad_checkpointing(grad_checkpointing)
         if compile:
@@ -311,8 +308,8 @@ class AdaptationModule(LightningModule):
         if not data.mixing:
             return images, batch.labels
         step = batch_idx // self.trainer.accumulate_grad_batches
-        drawn: Mix = data.mixing.draw(data.seed, epoch, step, images.shape[2], images.shape[3])
-        return mix(images, drawn), soft_targets(batch.labels, self.num_classes, drawn)
+        parameters: Mix = data.mixing.draw(data.seed, epoch, step, images.shape[2], images.shape[3])
+        return mix(images, parameters), soft_targets(batch.labels, self.num_classes, parameters)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 

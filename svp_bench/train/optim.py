@@ -1,4 +1,4 @@
-"""Pieces of training recipes: optimizer, schedule, soft targets, averaged weights, head, attention on the input."""
+"""Pieces of training recipes: optimizer, schedule, averaged weights."""
 
 from __future__ import annotations
 
@@ -7,95 +7,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from svp_bench.core.errors import CheckpointError, ConfigError, plural
-from svp_bench.data.augment import Mix, mirror
-from svp_bench.models import VisionMamba
 
 __all__ = [
     "EMA",
     "Schedule",
-    "hidden_head",
     "make_optimizer",
-    "mix",
-    "simam",
-    "soft_targets",
     "warmup_notice",
 ]
 
 ADAMW_EPS = 1e-8
 SGD_MOMENTUM = 0.9
-
-
-# --- images and targets --------------------------------------------------------------------------------------------
-
-
-def mix(images: Tensor, drawn: Mix) -> Tensor:
-    """Mix each image with its neighbour of the pair (`mirror`).
-
-    Args:
-        images: Float (B, 3, H, W), the pairs side by side.
-        drawn: What was drawn for this step.
-
-    Returns:
-        Float (B, 3, H, W): λ x + (1 - λ) x' for mixup, x with a box of x' for cutmix.
-    """
-    if drawn.share == 1:
-        return images
-    if drawn.box is None:
-        return images * drawn.share + mirror(images) * (1 - drawn.share)
-    top, bottom, left, right = drawn.box
-    mixed = images.clone()
-    mixed[:, :, top:bottom, left:right] = mirror(images)[:, :, top:bottom, left:right]
-    return mixed
-
-
-def soft_targets(labels: Tensor, classes: int, drawn: Mix) -> Tensor:
-    """Return the targets of mixed images, float (B, classes): λ of an image's own class, 1 - λ of its partner's."""
-    own = F.one_hot(labels, classes).float()
-    return own * drawn.share + mirror(own) * (1 - drawn.share)
-
-
-def simam(x: Tensor, regulariser: float = 1e-3) -> Tensor:
-    """SimAM, attention without parameters: each value times the sigmoid of its inverse energy.
-
-    Yang et al., "SimAM: A Simple, Parameter-Free Attention Module for Convolutional Neural Networks", ICML 2021, eq. 5
-    (its appendix's code divides by n - 1). SVP's released code puts it on the normalised input image of some data
-    sets, by an option named input_relu.
-
-    Args:
-        x: (B, C, H, W), at least two values a channel.
-        regulariser: λ of the paper.
-
-    Returns:
-        (B, C, H, W).
-    """
-    deviation = (x - x.mean(dim=(2, 3), keepdim=True)).square()
-    variance = deviation.sum(dim=(2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - 1)
-    return x * torch.sigmoid(deviation / (4 * (variance + regulariser)) + 0.5)
-
-
-# --- head ------------------------------------------------------------------------------------------------------------
-
-
-def hidden_head(model: VisionMamba, width: int) -> None:
-    """Replace the head by two linear layers, D → width → classes, without an activation between them.
-
-    SVP's released code has it for some data sets (384 → 192 → classes). It can express no more than one linear layer of
-    that rank; it trains otherwise. Its parameters are `head.0.weight|bias`, `head.1.weight|bias`: D·width + width +
-    width·classes + classes numbers. Weights start truncated normal of deviation 0.02 and biases at zero, as the linear
-    head's.
-    """
-    head = nn.Sequential(nn.Linear(model.embed_dim, width), nn.Linear(width, model.num_classes))
-    for name, parameter in head.named_parameters():
-        if name.endswith("weight"):
-            trunc_normal_(parameter, std=0.02)
-        else:
-            nn.init.zeros_(parameter)
-    model.head = head.to(model.cls_token)
 
 
 # --- optimizer and schedule ------------------------------------------------------------------------------------------

@@ -54,13 +54,13 @@ class _Curve(Callback):
     Attributes:
         top1: One number an epoch.
         count: Images in the list.
-        holes: Was the list not read after some epoch?
+        incomplete: Whether the split was not read after some epoch.
     """
 
     def __init__(self) -> None:
         self.top1: list[float] = []
         self.count = 0
-        self.holes = False
+        self.incomplete = False
         self._step: int | None = None  # optimizer steps that were done when the list was last read
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,7 +72,7 @@ class _Curve(Callback):
         """Keep the score of the epoch."""
         evaluation = pl_module.validated
         if not isinstance(evaluation, Evaluation) or self._step != trainer.global_step:
-            self.holes = True
+            self.incomplete = True
             return
         metrics = evaluation.for_record()
         self.top1.append(metrics.top1)
@@ -144,7 +144,7 @@ class _ReplicationRun(FitRun):
             raise KeyboardInterrupt
         if not curve.top1:
             raise SvpBenchError(f"the test list was never read to its end ({reason}); nothing is written")
-        if status == "complete" and curve.holes:
+        if status == "complete" and curve.incomplete:
             status, reason = "truncated", "the test list was not read after each epoch"
         facts = self.recorder.record("unscored" if status == "complete" else status, reason, tested=False)
         times = {{"val_seconds": "test_seconds"}.get(name, name): value for name, value in facts.times.items()}
