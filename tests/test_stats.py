@@ -29,7 +29,6 @@ from svp_bench.stats.inference import (
     difference_over_images,
     group_weights,
     holm,
-    iqm,
     mcnemar,
     mean_of,
     mean_over_new_tasks,
@@ -748,11 +747,6 @@ def test_cliques_overlap_and_hold_no_smaller_ones() -> None:
 # ---- Small ones ------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(percents, min_size=1, max_size=30))
-def test_iqm_is_a_trimmed_mean(values: list[float]) -> None:
-    assert iqm(values) == pytest.approx(scipy_stats.trim_mean(values, 0.25))
-
-
 def test_one_standard_error() -> None:
     assert one_standard_error(75, 200) == pytest.approx(3.07, abs=0.01)
     assert one_standard_error(50, 10_000) == pytest.approx(0.5, abs=0.001)
@@ -825,7 +819,6 @@ RUN: Runs = {"a": {0: 1.0}}
         (lambda: rank_cliques({}, []), "there is no row"),
         (lambda: rank_cliques({"r": {}}, []), "there is no task"),
         (lambda: rank_cliques({"r": {"a": 1.0}, "s": {"b": 1.0}}, [["a"]]), "the scores of s and .* differ in a, b"),
-        (lambda: iqm([]), "the values: there is none"),
         (lambda: one_standard_error(101, 200), "the accuracy is 101; it is in percent"),
         (lambda: one_standard_error(50, 0), "an accuracy over 0 images"),
         (lambda: tax({"a": {0: 1.0}}, {"a": {0: 2.0}}), "a, seed 0: the best epoch has 1.0, the last 2.0"),

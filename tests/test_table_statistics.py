@@ -538,18 +538,6 @@ def test_ranks_and_cliques_are_recomputed() -> None:
     assert "Nemenyi" not in page
 
 
-def test_the_interquartile_mean_is_in_the_appendix_only() -> None:
-    records = draw({"svp": 40, "linear": 0})
-    page = render_markdown(build(records))
-    body, appendix = page.split("\n## Appendix: interquartile means\n")
-    means = frame(records).groupby(["method", "task"])["top1"].mean()
-    for method in ("svp", "linear"):
-        middle = stats.trim_mean(means[method], 0.25)
-        assert f"| {method} | {middle:.2f} | {means[method].mean():.2f} |" in appendix
-    assert "Not for ranking" in appendix
-    assert "nterquartile" not in body + render_terminal(build(records))
-
-
 # ---- which rows a column may mark
 
 

@@ -48,7 +48,6 @@ __all__ = [
     "difference_over_images",
     "group_weights",
     "holm",
-    "iqm",
     "mcnemar",
     "mean_of",
     "mean_over_new_tasks",
@@ -752,23 +751,6 @@ def rank_cliques(
             end = stop
     least = smallest_p(len(clusters), max(len(pairs), 1))
     return Ranks({row: mean_ranks[row] for row in order}, tuple(cliques), p, len(clusters), least)
-
-
-def iqm(values: Sequence[float]) -> float:
-    """Return the interquartile mean: the mean without the lowest and the highest ⌊n / 4⌋ values.
-
-    For an appendix only. It was made for many runs of games with wild scores; over a few tasks it leaves out the hard
-    and the easy ones, which are not outliers but the benchmark, and which of them it leaves out depends on the method.
-
-    Source: Agarwal et al. 2021, NeurIPS 34, "Deep Reinforcement Learning at the Edge of the Statistical Precipice",
-    section 4.3.
-
-    Raises:
-        StatsError: If there is no value, or one is not finite.
-    """
-    numbers = sorted(_numbers(values, "the values"))
-    cut = len(numbers) // 4
-    return _moments(numbers[cut : len(numbers) - cut])[0]
 
 
 def one_standard_error(accuracy_percent: float, count: int) -> float:

@@ -228,7 +228,6 @@ def render_markdown(table: Table) -> str:
     if counts(table):
         lines += ["", "## Not in the table", "", counts(table), ""]
         lines += _bullets(left_out_lines(table))
-    lines += _appendix(table)
     return "\n".join(lines) + "\n"
 
 
@@ -250,31 +249,6 @@ def _markdown_statistics(section: Section, suite: SuiteCard, level: float) -> li
     if section.ranks is not None:
         lines += ["", "### Mean ranks (descriptive)", "", *_bullets(ranks_notes(section, level))]
     return lines
-
-
-def _appendix(table: Table) -> list[str]:
-    """Interquartile means of the ranked rows, with what is wrong with them."""
-    from svp_bench.stats.inference import iqm
-
-    lines: list[str] = []
-    for section in table.sections:
-        grid = [["method", "interquartile mean", "mean"]]
-        for row in section.rows:
-            if row.rank is not None and row.task_mean is not None:
-                middle = iqm([row.cells[task].mean for task in table.suite.tasks])
-                grid.append([row.label, f"{middle:.2f}", f"{row.task_mean:.2f}"])
-        if len(grid) > 1:
-            lines += ["", escape_markdown(heading(section)), "", *_markdown_grid(grid, left=1)]
-    if not lines:
-        return []
-    return [
-        "",
-        "## Appendix: interquartile means",
-        "",
-        "Over the tasks' means, without the lowest and the highest quarter of them. Not for ranking: it leaves out the"
-        " hard and the easy tasks, which are not outliers but the benchmark, and which ones depends on the row.",
-        *lines,
-    ]
 
 
 def _published_lines(table: Table) -> list[str]:
