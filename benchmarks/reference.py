@@ -19,7 +19,8 @@ from pathlib import Path
 from svp_bench.core.atomic import replacing
 from svp_bench.records.selection import read_selected_config
 from svp_bench.records.store import read_records
-from svp_bench.stats.inference import Estimate, mean_of, paired
+from svp_bench.stats.estimates import Estimate
+from svp_bench.stats.inference import mean_of, paired
 from svp_bench.tables.build import load_table
 from svp_bench.tables.model import Row, Section
 from svp_bench.tasks.cards import SuiteCard, load_suite

@@ -10,7 +10,7 @@ import pytest
 from scipy import special
 from scipy import stats as scipy_stats
 
-from svp_bench.stats.inference import StatsError
+from svp_bench.stats.estimates import StatsError
 from svp_bench.stats.power import image_floor, power_of_t, seeds_needed
 
 TASKS = [f"t{i:02d}" for i in range(19)]

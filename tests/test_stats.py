@@ -16,32 +16,29 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from svp_bench.core.errors import SvpBenchError
+from svp_bench.stats.estimates import FEWEST_PAIRS, FEWEST_SOURCES, Estimate, Marks, Spread, StatsError
 from svp_bench.stats.inference import (
-    FEWEST_PAIRS,
-    FEWEST_SOURCES,
-    Estimate,
-    Marks,
-    Spread,
-    StatsError,
     accuracy_over_images,
-    best_and_second,
-    cell_verdict,
     difference_over_images,
     group_weights,
-    holm,
-    mcnemar,
     mean_of,
     mean_over_new_tasks,
     one_standard_error,
     over_images,
     paired,
+    spread,
+    tax,
+    within,
+)
+from svp_bench.stats.significance import (
+    best_and_second,
+    cell_verdict,
+    holm,
+    mcnemar,
     rank_cliques,
     sign_flip,
     signed_rank,
     smallest_p,
-    spread,
-    tax,
-    within,
 )
 
 # The shape of VTAB-1k: 7 + 4 + 8 tasks, three image sources with two tasks each.

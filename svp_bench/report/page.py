@@ -27,7 +27,7 @@ from svp_bench.report import figures as drawing
 from svp_bench.report.curves import POINTS, read_curves
 from svp_bench.report.model import Point, ReportView, RowView, SectionView, SuiteView, TaskView, TradeOff
 from svp_bench.report.view import report_view
-from svp_bench.stats.inference import FEWEST_PAIRS, FEWEST_SOURCES
+from svp_bench.stats.estimates import FEWEST_PAIRS, FEWEST_SOURCES
 from svp_bench.tables.build import check_control, load_table, outside_of_suites, suite_of, suites_of
 from svp_bench.tables.notes import (
     MAJORITY,

@@ -51,7 +51,7 @@ from svp_bench.tables.quoted import quoted_methods
 from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
-    from svp_bench.stats.inference import Estimate
+    from svp_bench.stats.estimates import Estimate
 
 __all__ = ["front", "report_view"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
-from svp_bench.stats.inference import StatsError
+from svp_bench.stats.estimates import StatsError
 
 if TYPE_CHECKING:
     import numpy as np

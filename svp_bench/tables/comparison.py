@@ -12,25 +12,18 @@ from typing import TYPE_CHECKING
 
 from svp_bench.core.errors import UsageError, plural
 from svp_bench.records.bits import unpack_bits
+from svp_bench.stats.estimates import FEWEST_SOURCES, Estimate, Marks, Ranks
 from svp_bench.stats.inference import (
-    FEWEST_SOURCES,
-    Estimate,
-    Marks,
-    Ranks,
     accuracy_over_images,
-    best_and_second,
-    cell_verdict,
     difference_over_images,
     group_weights,
-    holm,
     mean_of,
     mean_over_new_tasks,
     over_images,
     paired,
-    rank_cliques,
-    smallest_p,
     within,
 )
+from svp_bench.stats.significance import best_and_second, cell_verdict, holm, rank_cliques, smallest_p
 from svp_bench.tables.model import Cell, Comparison, Contrast, Intervals, Row, Section
 from svp_bench.tasks.cards import SuiteCard
 

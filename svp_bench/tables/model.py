@@ -17,7 +17,7 @@ from svp_bench.records.store import Problem
 from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
-    from svp_bench.stats.inference import Estimate, Ranks
+    from svp_bench.stats.estimates import Estimate, Ranks
 
 __all__ = [
     "CARD",

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from svp_bench.core.errors import plural, printable
 from svp_bench.records.published import mean_names
-from svp_bench.stats.inference import FEWEST_PAIRS as FEWEST
-from svp_bench.stats.inference import FEWEST_SOURCES
+from svp_bench.stats.estimates import FEWEST_PAIRS as FEWEST
+from svp_bench.stats.estimates import FEWEST_SOURCES
 from svp_bench.tables.comparison import sources_of
 from svp_bench.tables.labels import short_value
 from svp_bench.tables.model import CARD, PROVENANCE, Cell, Comparison, Contrast, Row, Section, Table
 from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
-    from svp_bench.stats.inference import Estimate
+    from svp_bench.stats.estimates import Estimate
 
 __all__ = [
     "DIGITS",

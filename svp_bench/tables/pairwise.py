@@ -12,17 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from svp_bench.core.errors import UsageError, plural, printable, unknown_name
-from svp_bench.stats.inference import (
-    FEWEST_PAIRS,
-    Difference,
-    Estimate,
-    difference_over_images,
-    holm,
-    mcnemar,
-    paired,
-    smallest_p,
-    within,
-)
+from svp_bench.stats.estimates import FEWEST_PAIRS, Difference, Estimate
+from svp_bench.stats.inference import difference_over_images, paired, within
+from svp_bench.stats.significance import holm, mcnemar, smallest_p
 from svp_bench.tables.comparison import contrast, find_row, shared_bits, shared_tasks
 from svp_bench.tables.model import Contrast, Row, Section, Table
 from svp_bench.tables.notes import (

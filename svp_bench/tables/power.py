@@ -10,8 +10,9 @@ from typing import Literal
 
 from svp_bench.core.errors import RecordError, UsageError, plural, printable, unknown_name
 from svp_bench.records.store import read_records
-from svp_bench.stats.inference import mcnemar, spread
+from svp_bench.stats.inference import spread
 from svp_bench.stats.power import PowerAnswer, image_floor, seeds_needed
+from svp_bench.stats.significance import mcnemar
 from svp_bench.tables.build import load_table
 from svp_bench.tables.comparison import find_row, shared_bits, shared_tasks, sources_of
 from svp_bench.tables.model import Row, Section

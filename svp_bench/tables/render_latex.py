@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from svp_bench.stats.inference import FEWEST_PAIRS as FEWEST
-from svp_bench.stats.inference import Marks
+from svp_bench.stats.estimates import FEWEST_PAIRS as FEWEST
+from svp_bench.stats.estimates import Marks
 from svp_bench.tables.comparison import column_marks
 from svp_bench.tables.model import Row, Section, Table
 from svp_bench.tables.notes import (

@@ -31,7 +31,8 @@ from svp_bench.records.digests import plain
 from svp_bench.records.record import Record
 from svp_bench.records.schema import parse_record
 from svp_bench.records.store import Problem, read_json, write_atomically
-from svp_bench.stats.inference import FEWEST_SOURCES, Estimate, Tax, mean_over_new_tasks, tax, within
+from svp_bench.stats.estimates import FEWEST_SOURCES, Estimate, Tax
+from svp_bench.stats.inference import mean_over_new_tasks, tax, within
 from svp_bench.tables.comparison import sources_of
 from svp_bench.tables.labels import custom_data, custom_name, row_labels
 from svp_bench.tables.model import CARD, SYNTHETIC, track_of

@@ -48,7 +48,8 @@ from svp_bench.records.code import package_digest
 from svp_bench.records.digests import CELL_EXCLUDED, flat
 from svp_bench.records.record import Metrics, Record
 from svp_bench.records.store import read_record, record_path
-from svp_bench.stats.inference import mcnemar, one_standard_error
+from svp_bench.stats.inference import one_standard_error
+from svp_bench.stats.significance import mcnemar
 from svp_bench.train.parser import ResolvedConfig, resolve
 from svp_bench.train.provenance import changed_sources, cpu_name
 from svp_bench.train.run import FitRun, first_difference, run
