@@ -60,7 +60,7 @@ def _near(exact: Array, seed: Array, ulps: float) -> Array:
     step = np.spacing(size).astype(np.float64)
     found = (exact + sign * ulps * step).astype(np.float32)
     found = np.where(np.abs(found - exact) > ulps * step, np.nextafter(found, -sign.astype(np.float32) * np.inf), found)
-    return np.where(np.isfinite(size), found, exact).astype(np.float32)
+    return np.where(np.isfinite(size) & (size > 0), found, exact).astype(np.float32)  # an underflow is exactly zero
 
 
 def _flushed(value: Array) -> Array:

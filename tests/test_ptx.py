@@ -309,6 +309,12 @@ def test_floats(a: float, b: float) -> None:
             assert abs(np.float64(found) - exact) <= ulps * step
 
 
+def test_an_underflow_is_zero() -> None:
+    word = int(np.float32(-14427.0).view(np.uint32))
+    for body in ("ex2.approx.f32 %r30, %r3;", "ex2.approx.ftz.f32 %r30, %r3;"):
+        assert computed(body, word, 0) == 0
+
+
 def test_shuffles_and_matrices() -> None:
     memory = torch.zeros(64, dtype=torch.int32)
     execute("shfl.sync.bfly.b32 %r3, %r1, 5, 31, -1; st.global.b32 [%rd3], %r3;", memory)
