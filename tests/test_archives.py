@@ -154,3 +154,16 @@ def test_an_edited_older_record_is_neither_read_nor_migrated(tmp_path: Path) -> 
 
 def test_migrate_needs_a_results_folder(tmp_path: Path) -> None:
     assert "is not a folder" in assert_error(command("migrate", "--results_root", str(tmp_path / "none")), 2)
+
+
+def test_migrate_reports_two_folders_of_selected_configs(tmp_path: Path) -> None:
+    for name in ("choices", "selected_configs"):
+        (tmp_path / name).mkdir()
+    done = command("migrate", "--results_root", str(tmp_path))
+    assert done.status == 1
+    assert "choices was left" in done.out
+
+
+def test_a_suite_without_records_is_one_line(tmp_path: Path) -> None:
+    assert "has no records" in assert_error(command("pack", SUITE, "--results_root", str(tmp_path)), 1)
+    assert "no archive" in assert_error(command("pack", SUITE, "--results_root", str(tmp_path), "--unpack"), 1)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from helpers import SWEEP_FLAGS as FLAGS
 from helpers import command, run, wait_for
+from synthetic_records import make_record
 
 from svp_bench.config.compose import compose, split_flags
 from svp_bench.records.store import read_records
@@ -118,6 +119,15 @@ def test_a_setting_put_in_is_the_setting_parsed() -> None:
         resolved = Runner().resolved(job)
         for name in ("config", "method", "search", "seed", "results_root", "runs_root", "sources", "card_digests"):
             assert getattr(resolved, name) == getattr(parsed, name)
+
+
+def test_a_trial_that_is_not_comparable_is_a_failed_one() -> None:
+    record = make_record(
+        "demo/digits", kind="selection", stage="select", not_comparable=("a callback changed weights",)
+    )
+    outcome = Runner()._outcome(record, Path("record.json"), None, found=True)  # type: ignore[arg-type]
+    assert (outcome.status, outcome.found, outcome.top1) == ("failed", True, None)
+    assert "a callback changed weights" in (outcome.reason or "")
 
 
 # ---- undisturbed

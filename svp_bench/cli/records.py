@@ -50,7 +50,9 @@ def migrate(*, results_root: str = "results", dry_run: bool = False) -> int:
             if target != path:
                 path.unlink()
     older, folder = root / "choices", root / "selected_configs"
-    if older.is_dir() and not folder.exists():
+    if older.is_dir() and folder.exists():
+        problems.append(f"{older} was left: {folder} exists too; move its files there")
+    elif older.is_dir():
         changed["folder choices/ renamed to selected_configs/"] += 1
         if not dry_run:
             older.rename(folder)

@@ -188,6 +188,10 @@ def pack(results_root: Path | str, suite: str) -> tuple[Path, int]:
     archive = archive_of(folder / "task" / "run.json")
     records = {path.relative_to(folder).as_posix(): packed(path) for path in packed_paths(folder)}
     loose = sorted(folder.rglob("*.json"))
+    if not loose and not records:
+        raise RecordError(
+            f"{folder} has no records; give a suite with records, and their folder with --results_root DIR"
+        )
     for path in loose:
         record = read_record(path)
         if path != record_path(record, root) or path.read_text(encoding="utf-8") != record.text():
@@ -209,10 +213,12 @@ def unpack(results_root: Path | str, suite: str) -> int:
     """Write the packed records of a suite as files, remove its archive, and return their number."""
     root = Path(results_root)
     archive = archive_of(root / "records" / suite / "task" / "run.json")
-    paths = list(packed_paths(archive)) if archive.is_file() else []
+    if not archive.is_file():
+        raise RecordError(f"there is no archive {archive}")
+    paths = list(packed_paths(archive))
     for path in paths:
         write_atomically(path, read_record(path).text())
-    archive.unlink(missing_ok=True)
+    archive.unlink()
     return len(paths)
 
 

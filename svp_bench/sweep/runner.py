@@ -308,6 +308,9 @@ class Runner:
 
     def _outcome(self, record: Record, path: Path, resolved: ResolvedConfig, *, found: bool) -> Outcome:
         metrics, selection = record.metrics, record.kind == "selection"
+        if selection and record.not_comparable:  # a search must not select it
+            reason = f"the trial is not comparable: {'; '.join(record.not_comparable)}"
+            return Outcome("failed", found=found, reason=one_line(reason), run_id=record.run_id)
         images, divided = self._fold(resolved) if selection else (None, None)
         return Outcome(
             "complete",
