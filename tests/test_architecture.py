@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import re
 import subprocess
@@ -182,6 +183,18 @@ def test_the_allowed_packages_are_lower_ones() -> None:
     order = list(PACKAGES)
     for package, allowed in PACKAGES.items():
         assert set(allowed) <= set(order[: order.index(package)])
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        imports = [node for node in ast.walk(parse(path)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        imported = [name for node in imports for _, name in imported_modules(node, package_of(path))]
+        found = (next((one for one in (name, name.rpartition(".")[0]) if one in names), own) for name in imported)
+        graph[own] = {*found} - {own}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 # ---- light imports
