@@ -15,6 +15,7 @@ from helpers import METHODS, SMALL, TASK, command, draw, run, settle, small
 
 from svp_bench import __version__
 from svp_bench.cli.commands import HEAVY, SUBCOMMANDS
+from svp_bench.cli.main import main
 from svp_bench.data.module import VisionDataModule
 from svp_bench.tasks.cards import list_tasks
 from svp_bench.train.module import AdaptationModule
@@ -176,3 +177,14 @@ def test_every_run_gets_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     names = {run(*small("--method", "linear")).record["run_id"] for _ in range(2)}
     assert len(names) == 2
     assert all(name.startswith("linear-") and "-seed0-" in name for name in names)
+
+
+def test_older_names_are_accepted_with_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tasks", "own/pictures"]) == 0
+    found = capsys.readouterr()
+    assert "custom/images" in found.out
+    assert found.err == "svp-bench: own/pictures is now called custom/images\n"
+    assert main(["fit", "--config=configs/own/pictures.yaml", "--choice", "none.json", "--data.root", "."]) == 2
+    found = capsys.readouterr()
+    assert "configs/custom/images.yaml" in found.err
+    assert "no file 'none.json'" in found.err

@@ -18,7 +18,11 @@ from svp_bench.core.terminal import readable_output
 
 __all__ = ["entry_point", "main"]
 
-_RENAMED_FLAGS = {"--choice": "--selected_config"}  # accepted with a notice
+_RENAMED = {  # accepted with a notice
+    "--choice": "--selected_config",
+    "own/pictures": "custom/images",
+    "configs/own/pictures.yaml": "configs/custom/images.yaml",
+}
 _TASK_FLAGS = ("--data.task", "--task", "--tasks")
 
 
@@ -58,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _current_name(argument: str) -> str:
-    """Return an argument with the current name of its flag; an old name prints a notice."""
-    name, equals, value = argument.partition("=")
-    if name not in _RENAMED_FLAGS:
-        return argument
-    print(f"svp-bench: {name} is now called {_RENAMED_FLAGS[name]}", file=sys.stderr)
-    return f"{_RENAMED_FLAGS[name]}{equals}{value}"
+    """Return an argument with current names of flags, tasks and configs; an older name prints a notice."""
+    parts = argument.partition("=")
+    for part in parts:
+        if part in _RENAMED:
+            print(f"svp-bench: {part} is now called {_RENAMED[part]}", file=sys.stderr)
+    return "".join(_RENAMED.get(part, part) for part in parts)
 
 
 def _with_own_tasks(arguments: Sequence[str]) -> list[str]:
