@@ -55,7 +55,7 @@ def _norm_backward(
     total, weight = saved or (None, None)
     dtotal, dnormed = grads if saved else (grads[0], None)
     # gradients of branch and stream are equal, and that of prompted tokens equals the gradient of the output
-    equal = wanted[0] and (not saved or (wanted[1] and dtype == torch.float32))
+    equal = wanted[0] and (len(saved) == 0 or (wanted[1] and dtype == torch.float32))
     needed = [wanted[0] and not equal, *wanted[1:]]
     found: list[Tensor | None] = [None for _ in needed]
     if any(needed):
