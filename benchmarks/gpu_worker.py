@@ -56,10 +56,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Kernels by name, the first that fits. Ours: svp_bench/ops/triton_*.py; the packages' are of CUDA C++; on a CPU the
 # names are those of autograd's functions and of operators.
 GROUPS = {
-    "scan forward": r"^scan_forward|selective_scan_fwd|^_Scan$",
-    "scan backward": r"^scan_backward|selective_scan_bwd|^_ScanBackward",
-    "convolution": r"^conv_(forward|backward)|causal_conv1d|^_Conv(Backward)?$",
-    "norms and prompts": r"^norm_|^prompts_|[lL]ayer_?[nN]orm|rms_?norm|^_(AddNorm|AddPrompts)",
+    "scan forward": r"^scan_forward|selective_scan_fwd|^Scan$",
+    "scan backward": r"^scan_backward|selective_scan_bwd|^ScanBackward",
+    "convolution": r"^conv_(forward|backward)|causal_conv1d|^Conv(Backward)?$",
+    "norms and prompts": r"^norm_|^prompts_|[lL]ayer_?[nN]orm|rms_?norm|^Norm(Backward)?$",
     # cuBLAS names: gemm, cutlass, nvjet or xmma; the patch embedding is one product as well
     "matrix products": r"gemm|gemv|cutlass|nvjet|xmma|splitK|convolve|^aten::(mm|addmm|bmm|mkldnn_convolution)$",
 }

@@ -406,7 +406,7 @@ def test_instructions_are_those_of_the_compiled_kernel_or_unknown(
         ("void at::native::vectorized_layer_norm_kernel<float, float, true>(int, float)", "norms and prompts"),
         ("void at::native::flip_kernel_impl<at::native::OpaqueType<2>>", "rest"),
         ("Memcpy DtoD (Device -> Device)", "rest"),
-        ("_ScanBackward", "scan backward"),
+        ("ScanBackward", "scan backward"),
         ("aten::mm", "matrix products"),
     ],
 )
@@ -431,7 +431,7 @@ def test_times_are_read_from_a_trace() -> None:
         event("cpu_op", "aten::linear", 0, 10),
         event("cpu_op", "aten::mm", 2, 6),
         event("cpu_op", "aten::add", 8, 1),
-        event("cpu_op", "_Scan", 10, 4),
+        event("cpu_op", "Scan", 10, 4),
         event("cpu_op", "aten::mm", 3, 20, tid=2),
     ]
     assert gpu_worker.operator_times(nested) == {"rest": 4, "matrix products": 26, "scan forward": 4}
