@@ -28,7 +28,8 @@ from svp_bench.report.curves import POINTS, read_curves
 from svp_bench.report.model import Point, ReportView, RowView, SectionView, SuiteView, TaskView, TradeOff
 from svp_bench.report.view import report_view
 from svp_bench.stats.estimates import FEWEST_PAIRS, FEWEST_SOURCES
-from svp_bench.tables.build import check_control, load_table, outside_of_suites, suite_of, suites_of
+from svp_bench.tables.build import load_table, outside_of_suites, suite_of, suites_of
+from svp_bench.tables.comparison import check_row
 from svp_bench.tables.notes import (
     MAJORITY,
     RANDOM_WEIGHTS,
@@ -104,7 +105,7 @@ def run_report(
             continue
         tables.append(load_table(card, records, problems, quoted, control))
     owners = {card.owner for card in cards}
-    check_control(tables, control)
+    check_row(tables, control, "--control")
     report = report_view(
         tables,
         titles={task: load_task(task).title for table in tables for task in table.suite.tasks},

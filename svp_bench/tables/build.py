@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from svp_bench.core.errors import UsageError, printable, unknown_name
+from svp_bench.core.errors import UsageError, printable
 from svp_bench.records.defaults import override_texts, overrides, recipe, row_digest
 from svp_bench.records.published import PublishedRow, load_published
 from svp_bench.records.record import Record
 from svp_bench.records.store import Problem, read_records, write_atomically
-from svp_bench.tables.comparison import compare_rows, rank_rows, row_intervals
+from svp_bench.tables.comparison import check_row, compare_rows, rank_rows, row_intervals
 from svp_bench.tables.labels import custom_data, custom_name, row_labels
 from svp_bench.tables.model import (
     CARD,
@@ -54,7 +54,6 @@ __all__ = [
     "Table",
     "Track",
     "build_table",
-    "check_control",
     "load_table",
     "outside_of_suites",
     "render_latex",
@@ -437,7 +436,7 @@ def run_table(
         if suites is None and card.owner not in present and not quoted[name] and not old:
             continue
         tables.append(load_table(card, records, problems, quoted[name], control))
-    check_control(tables, control)
+    check_row(tables, control, "--control")
     if not Path(results_root).is_dir() and not any(quoted.values()):
         return _no_records(results_root)  # a mistyped folder is not made; quoted numbers alone are a table
     parts: list[str] = []
@@ -496,14 +495,6 @@ def outside_of_suites(records: Iterable[Record], problems: Iterable[Problem]) ->
             reason = f"there is no suite {record.suite!r} here; --tasks_dir DIR adds cards"
             strays.append(Problem(f"records/{record.task}/{record.run_id}.json", reason))
     return strays
-
-
-def check_control(tables: Sequence[Table], control: str | None) -> None:
-    """Raise UsageError if a control was named and no table has such a row."""
-    rows = [row for table in tables for section in table.sections for row in section.rows]
-    names = {name for row in rows for name in (row.method, row.label)}
-    if control is not None and names and control not in names:
-        raise unknown_name("method or row", control, names, where="--control")
 
 
 def _protocols(records: Iterable[Record], suite: str) -> list[ProtocolCard]:

@@ -6,11 +6,11 @@ Rows are compared on the same tasks and the same images only; tasks that share t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from svp_bench.core.errors import UsageError, plural
+from svp_bench.core.errors import UsageError, plural, unknown_name
 from svp_bench.records.bits import unpack_bits
 from svp_bench.stats.estimates import FEWEST_SOURCES, Estimate, Marks, Ranks
 from svp_bench.stats.inference import (
@@ -24,7 +24,7 @@ from svp_bench.stats.inference import (
     within,
 )
 from svp_bench.stats.significance import best_and_second, cell_verdict, holm, rank_cliques, smallest_p
-from svp_bench.tables.model import Cell, Comparison, Contrast, Intervals, Row, Section
+from svp_bench.tables.model import Cell, Comparison, Contrast, Intervals, Row, Section, Table
 from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_CONTROL",
+    "check_row",
     "column_marks",
     "compare_rows",
     "contrast",
@@ -141,6 +142,14 @@ def find_row(rows: Sequence[Row], name: str) -> Row | None:
         labels = "; ".join(repr(row.label) for row in found)
         raise UsageError(f"{name!r} has {plural(len(found), 'row')}; name one of them: {labels}")
     return found[0] if found else None
+
+
+def check_row(tables: Iterable[Table], name: str | None, flag: str) -> None:
+    """Raise UsageError if a row was named that no table has; tables without rows have nothing to compare with."""
+    rows = [row for table in tables for section in table.sections for row in section.rows]
+    names = {known for row in rows for known in (row.method, row.label)}
+    if name is not None and names and name not in names:
+        raise unknown_name("method or row", name, names, where=flag)
 
 
 def pick_control(rows: Sequence[Row], name: str | None) -> tuple[Row | None, str | None]:

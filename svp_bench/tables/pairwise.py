@@ -11,11 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from svp_bench.core.errors import UsageError, plural, printable, unknown_name
+from svp_bench.core.errors import UsageError, plural, printable
 from svp_bench.stats.estimates import FEWEST_PAIRS, Difference, Estimate
 from svp_bench.stats.inference import difference_over_images, paired, within
 from svp_bench.stats.significance import holm, mcnemar, smallest_p
-from svp_bench.tables.comparison import contrast, find_row, shared_bits, shared_tasks
+from svp_bench.tables.comparison import check_row, contrast, find_row, shared_bits, shared_tasks
 from svp_bench.tables.model import Contrast, Row, Section, Table
 from svp_bench.tables.notes import (
     MISSING,
@@ -90,11 +90,8 @@ def compare_pair(tables: Sequence[Table], first: str, second: str) -> list[tuple
     Raises:
         UsageError: If a name is that of no row or of several, both are one row, or no section has both.
     """
-    rows = [row for table in tables for section in table.sections for row in section.rows]
-    for name in (first, second):
-        names = {known for row in rows for known in (row.method, row.label)}
-        if name not in names:
-            raise unknown_name("method or row", name, names, where="--compare")
+    check_row(tables, first, "--compare")
+    check_row(tables, second, "--compare")
     found: list[tuple[SuiteCard, Pair]] = []
     for table in tables:
         for section in table.sections:
