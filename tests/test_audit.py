@@ -16,7 +16,8 @@ from synthetic_records import LIST, OTHER_LIST, WEIGHTS, make_record, synthetic_
 from svp_bench.audit.record import audit, render
 from svp_bench.records.digests import canonical_digest, cell_config, config_digest, setting_digest
 from svp_bench.records.record import Metrics, Record, SearchSummary, new_run_id
-from svp_bench.records.selection import SelectedConfig, Trial, choose, context_of, selected_config_path
+from svp_bench.records.selection import SelectedConfig, Trial, context_of, selected_config_path
+from svp_bench.records.selection_rule import choose
 from svp_bench.records.store import write_atomically, write_record
 from svp_bench.tasks.cards import load_task
 
@@ -603,8 +604,8 @@ def hidden(selected: SelectedConfig) -> SelectedConfig:
         ({"twist": replaced(context={"model": {"backbone": "other"}})}, "selection: selected with data.batch_size"),
         ({"twist": replaced(checkpoint_digest=None)}, "selection: the checkpoint_digest .* None, .*sha256:abab"),
         ({"twist": replaced(data_digest=LIST)}, "trials: trial 1: svp-.*data"),
-        ({"twist": with_trial(0, scores=(600.0,))}, "trial 1: 600.0 % of 200 images"),
-        ({"twist": with_trial(0, trainable="many")}, "trials: trial 1: svp-.*trained parameters"),
+        ({"twist": with_trial(0, scores=(600.0,))}, "trial 1 has 600.0 % of 200 images"),
+        ({"twist": with_trial(0, trainable=12345)}, "trials: trial 1: svp-.*trained parameters"),
         ({"twist": replaced(task="vtab/dtd")}, f"selection: .*rates-{SHORT}/vtab/caltech101/svp.json is missing"),
         ({"twist": dropped}, "not the default setting and then the declared grid"),
         ({"twist": hidden}, "trials: runs of settings and seeds of the search that the selected config leaves out"),

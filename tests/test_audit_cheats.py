@@ -17,7 +17,8 @@ from svp_bench.audit.record import audit
 from svp_bench.audit.scores import impossible_scores
 from svp_bench.records.digests import card_digest
 from svp_bench.records.record import Metrics, Parameters, PerClass, Record
-from svp_bench.records.selection import SelectedConfig, choose
+from svp_bench.records.selection import SelectedConfig
+from svp_bench.records.selection_rule import choose
 from svp_bench.records.store import write_record
 from svp_bench.tasks.cards import load_protocol, load_task
 

@@ -19,10 +19,9 @@ from svp_bench.records.selection import (
     SelectedConfig,
     Trial,
     context_of,
-    decide,
-    edges,
     selected_config_path,
 )
+from svp_bench.records.selection_rule import decide, edges
 from svp_bench.records.store import record_path, write_atomically, write_record
 from svp_bench.tasks.cards import load_protocol
 

@@ -66,6 +66,9 @@ def _plain(annotation: Any) -> Any:
 
 def _unknown(data: Any, kind: Any, prefix: str) -> Iterator[tuple[str, str, list[str]]]:
     """Yield (prefix, key, known keys) of each key of nested objects that their dataclass lacks."""
+    if isinstance(data, list) and get_args(kind):
+        for index, item in enumerate(data):
+            yield from _unknown(item, _plain(get_args(kind)[0]), f"{prefix.rstrip('.')}[{index}].")
     if not (isinstance(data, Mapping) and dataclasses.is_dataclass(kind)):
         return
     hints = get_type_hints(kind)
@@ -82,7 +85,7 @@ def _sentence(message: str, data: Any, kind: type) -> str:
     assert found is not None
     path = re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", found["path"] or "")
     if missing := re.search(r"missing required field `(\w+)`", found["what"]):
-        key = ".".join([*(name for name, _ in path if name), missing[1]])
+        key = "".join(f".{name}" if name else f"[{index}]" for name, index in [*path, (missing[1], "")]).lstrip(".")
         return f"the key {key!r} is missing"
     value, annotation, wanted = data, kind, ""
     for name, index in path:

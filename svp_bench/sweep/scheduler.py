@@ -21,13 +21,12 @@ from svp_bench.records.selection import (
     SelectedConfig,
     Trial,
     context_of,
-    decide,
-    edges,
     read_selected_config,
     selected_config_path,
     trial_problems,
     write_selected_config,
 )
+from svp_bench.records.selection_rule import decide, edges
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.local_pool import Pool, Progress
 from svp_bench.sweep.search import Plan, Sampler, Search, make_sampler

@@ -21,7 +21,8 @@ from svp_bench.core.errors import ConfigError, UnavailableError, plural, unknown
 from svp_bench.core.resources import configs_dir
 from svp_bench.core.yaml import Node, read_yaml
 from svp_bench.records.digests import canonical_digest
-from svp_bench.records.selection import AUTO_FOLDS, FALLBACK, FOLD_KEYS, RULE_VERSION, RULES, grid_settings
+from svp_bench.records.selection import AUTO_FOLDS, FALLBACK, FOLD_KEYS, RULE_VERSION
+from svp_bench.records.selection_rule import RULES, grid_settings
 
 __all__ = ["SAMPLERS", "Dimension", "Plan", "Sampler", "Search", "load_search", "make_sampler", "space_declaration"]
 
