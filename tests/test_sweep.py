@@ -716,7 +716,7 @@ def test_jobs_survive_json() -> None:
         ("--suite vtab --tasks dtt --methods svp", "did you mean 'vtab/dtd'?"),
         ("--tasks vtab/dtd --methods svp --workers 0", "'0' is not a whole number of at least 1"),
         ("--tasks vtab/dtd --methods svp --shard 2/2", "--shard: '2/2' is not i/n"),
-        ("--tasks vtab/dtd --methods svp --gpu_fraction 2 --engine ray", "--gpu_fraction: '2' is not above 0"),
+        ("--tasks vtab/dtd --methods svp --gpu_fraction 2 --engine ray", "--gpu_fraction: '2' is not 0.01 to 1"),
         ("--tasks vtab/dtd --methods svp --gpu_fraction 0.5", "belong to --engine ray"),
         ("--tasks vtab/dtd --methods svp --method linear", "a sweep takes --methods"),
         ("--tasks vtab/dtd --methods svp --seed_everything 1", "use --seeds 0,1,2"),

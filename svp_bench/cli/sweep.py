@@ -30,9 +30,9 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _share(text: str) -> float:
-    if 0 < float(text) <= 1:
+    if 0.01 <= float(text) <= 1:
         return float(text)
-    raise ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    raise ArgumentTypeError(f"{text!r} is not 0.01 to 1")
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -1,8 +1,9 @@
-"""Pools: where the jobs of a sweep run. This one: warm worker processes of this machine."""
+"""Pools run the jobs of a sweep; `LocalPool` has worker processes on this machine."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -10,12 +11,11 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,17 @@ from svp_bench.core.errors import plural, printable
 from svp_bench.data.sources import cpu_count
 from svp_bench.sweep.jobs import Job, Outcome
 
-__all__ = ["Done", "Event", "LocalPool", "Pool", "Progress", "Work", "WorkerProcess", "visible_gpus"]
+__all__ = [
+    "Done",
+    "Event",
+    "LocalPool",
+    "Pool",
+    "Progress",
+    "Worker",
+    "WorkerProcess",
+    "thread_variables",
+    "visible_gpus",
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Pool(ABC):
 
     Attributes:
         slots: Jobs that run at once.
-        what: What they run on, in words.
+        what: Workers and hardware, in words.
     """
 
     slots: int
@@ -63,7 +73,7 @@ class Pool(ABC):
 
     @abstractmethod
     def wait(self, seconds: float) -> list[Event]:
-        """Return what has happened, waiting for it at most `seconds`."""
+        """Return new events, waiting for them at most `seconds`."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -81,14 +91,13 @@ class Pool(ABC):
 
 
 class WorkerProcess:
-    """A process of `svp_bench.sweep.worker` and the talk with it: one JSON object a line, both ways.
+    """A process of `svp_bench.sweep.worker`; messages in both directions are one JSON object a line.
 
     Its main thread trains, so that signals reach the run; it has a session of its own, so that ctrl-C does not.
 
     Args:
-        hear: Is given each of its messages, from a thread of its own, and at the very end {"event": "ended", "how": …}.
-        log: File for what it prints outside of jobs.
-        threads: CPU threads, or None for PyTorch's default.
+        hear: Gets each of its messages, in another thread, and at the very end {"event": "ended", "how": …}.
+        log: File for its output outside of jobs.
         environment: Variables laid over those of this process.
         folder: Its working directory, by default ours.
 
@@ -101,39 +110,38 @@ class WorkerProcess:
         hear: Callable[[Mapping[str, Any]], None],
         log: Path,
         *,
-        threads: int | None = None,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str],
         folder: Path | None = None,
     ) -> None:
-        variables = {**os.environ, **(environment or {})}
-        if threads is not None:
-            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-                variables[name] = str(threads)
-        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # until `_watch`
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "svp_bench.sweep.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,  # until its log is open
-            env=variables,
-            cwd=folder,
-            text=True,
-            start_new_session=True,  # ctrl-C of the terminal is ours: `stop` ends the workers
-        )
+        self._log = (folder or Path()) / log
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "svp_bench.sweep.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env={**os.environ, **environment},
+                cwd=folder,
+                text=True,
+                start_new_session=True,
+            )
         self._leaving = False
         reader = threading.Thread(target=self._read, args=(hear,), daemon=True)
         reader.start()
         threading.Thread(target=self._watch, args=(hear, reader), daemon=True).start()
-        self._send({"log": str(log)})
 
     @property
     def alive(self) -> bool:
         """Whether it takes a job: it runs, and was not asked to stop."""
         return not self._leaving and self._process.poll() is None
 
-    def submit(self, number: int, job: Mapping[str, Any], *, retry: bool, log: Path) -> None:
-        """Give it a job, as plain values; `number` comes back in its messages. It takes one after the other."""
-        self._send({"id": number, "job": job, "retry": retry, "log": str(log)})
+    def submit(self, request: Mapping[str, Any]) -> None:
+        """Send it a job (`Worker.begin`)."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it has died: "ended" follows
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
 
     def stop(self) -> None:
         """Ask it to save and end."""
@@ -141,7 +149,7 @@ class WorkerProcess:
             self._process.send_signal(signal.SIGTERM)
 
     def close(self, *, busy: bool) -> None:
-        """Make it end: after what it does, or at once if it is busy."""
+        """Make it end; at once if it is busy."""
         if busy:
             self._process.kill()
             return
@@ -150,18 +158,12 @@ class WorkerProcess:
             self._process.stdin.close()
 
     def wait(self, seconds: float) -> None:
-        """Wait for its end, and make it end after some seconds."""
+        """Wait for its end, and kill it after some seconds."""
         try:
             self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # it has died: its end is on the way as a message
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
 
     def _read(self, hear: Callable[[Mapping[str, Any]], None]) -> None:
         assert self._process.stdout is not None
@@ -175,131 +177,112 @@ class WorkerProcess:
 
     def _watch(self, hear: Callable[[Mapping[str, Any]], None], reader: threading.Thread) -> None:
         code = self._process.wait()
-        reader.join(1.0)  # its last words; data workers that it left behind may hold the pipe open for longer
-        how = f"by signal {_signal_name(-code)}" if code < 0 else f"with status {code}"
-        with self._stderr:
-            self._stderr.seek(0)
-            lines = self._stderr.read().strip().splitlines()
-        if code > 0 and lines:  # an error before its log was open, such as a failing import
-            how = f"{how}: {printable(lines[-1])}"
+        reader.join(1.0)  # its last messages; its data workers may hold the pipe open for longer
+        how = f"with status {code}"
+        if code < 0:
+            names = {one.value: one.name for one in signal.Signals}
+            how = f"by signal {names.get(-code, -code)}"
+        elif code > 0 and (lines := self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()):
+            how = f"{how}: {printable(lines[-1])}"  # such as a failing import
         hear({"event": "ended", "how": how})
 
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return str(number)
-
-
 @dataclass
-class Work:
-    """A job at a worker.
+class Worker:
+    """A worker of a pool, and its job.
 
     Attributes:
-        number: Tells its messages from those of other jobs of the worker.
-        job: The job.
-        log: What the run prints.
-        began: `time.perf_counter` at its start.
+        number: Its place in the pool.
+        job: The current job, or None.
+        run: Number of that job, which tells its messages from those of others.
+        log: File for the job's output.
+        began: `time.perf_counter` at the job's start.
     """
 
     number: int
-    job: Job
-    log: Path
-    began: float = field(default_factory=time.perf_counter)
+    job: Job | None = None
+    run: int = 0
+    log: Path = Path()
+    began: float = 0.0
 
-    @classmethod
-    def begin(cls, number: int, job: Job, logs: Path) -> Work:
-        """Return a job's work, with a log file named like it."""
+    def begin(self, job: Job, run: int, logs: Path, *, retry: bool) -> dict[str, Any]:
+        """Take a job; return the request for the worker process."""
         name = re.sub(r"[^\w.=-]+", "-", job.name.replace("/", "-"))[:120]
-        return cls(number, job, logs / f"{name}-{number}.log")
+        self.job, self.run, self.log, self.began = job, run, logs / f"{name}-{run}.log", time.perf_counter()
+        return {"id": run, "job": job.to_json(), "retry": retry, "log": str(self.log)}
 
-    def event(self, message: Mapping[str, Any]) -> Event | None:
-        """Return the event that a message of its worker reports."""
+    def events(self, message: Mapping[str, Any]) -> list[Event]:
+        """Return the event, if any, that a message of the worker process reports."""
         if message["event"] == "ended":
-            return self.died(f"its process ended {message['how']}")
-        if message.get("id") != self.number:
-            return None
+            return self.lost(f"its process ended {message['how']}")
+        if self.job is None or message.get("id") != self.run:
+            return []
         if message["event"] == "progress":
-            return Progress(self.job, message["epoch"], message["epochs"])
-        if message["event"] == "done":
-            return Done(self.job, Outcome(**message["outcome"]))
-        return None
+            return [Progress(self.job, message["epoch"], message["epochs"])]
+        return self._done(Outcome(**message["outcome"]))
 
-    def died(self, reason: str) -> Done:
-        """Return the end of a job whose worker is gone."""
+    def lost(self, reason: str) -> list[Event]:
+        """Return the end of the job, if any, of a worker that has died."""
         log = str(self.log) if self.log.is_file() else None
-        return Done(self.job, Outcome("died", reason=reason, seconds=time.perf_counter() - self.began, log=log))
+        return self._done(Outcome("died", reason=reason, seconds=time.perf_counter() - self.began, log=log))
+
+    def _done(self, outcome: Outcome) -> list[Event]:
+        job, self.job = self.job, None
+        return [Done(job, outcome)] if job is not None else []
 
 
 @dataclass
-class _Worker:
-    number: int
+class _LocalWorker(Worker):
     process: WorkerProcess | None = None
-    work: Work | None = None
 
 
 class LocalPool(Pool):
-    """Worker processes of this machine, each warm from its first job on, each replaced if it dies.
+    """Worker processes of this machine, each started with its first job, and replaced if it dies.
 
     Args:
         workers: Their number; by default one for each GPU, else one.
-        threads: CPU threads of each; by default the cores are shared out (a single worker takes PyTorch's default).
-        logs: Folder for what the jobs print.
+        threads: CPU threads of each; by default the cores are divided (a single worker takes PyTorch's default).
+        logs: Folder for the output of the jobs.
     """
 
     def __init__(self, workers: int | None, threads: int | None, logs: Path) -> None:
-        gpus = visible_gpus()
-        self.slots = workers if workers is not None else max(1, len(gpus))
-        self._gpus = gpus
-        self._threads = threads
-        if threads is None and self.slots > 1:
-            self._threads = max(1, cpu_count() // self.slots)
+        self._gpus = visible_gpus()
+        self.slots = workers if workers is not None else max(1, len(self._gpus))
+        self._threads = threads or (max(1, cpu_count() // self.slots) if self.slots > 1 else None)
         self._logs = logs
-        self._heard: queue.Queue[tuple[_Worker, Mapping[str, Any]]] = queue.Queue()
-        self._workers = [_Worker(number) for number in range(self.slots)]
-        self._count = 0
-        kind = plural(len(gpus), "GPU") if gpus else "CPU"
+        self._heard: queue.Queue[tuple[_LocalWorker, Mapping[str, Any]]] = queue.Queue()
+        self._workers = [_LocalWorker(number) for number in range(self.slots)]
+        self._runs = itertools.count(1)
+        kind = plural(len(self._gpus), "GPU") if self._gpus else "CPU"
         self.what = f"{plural(self.slots, 'worker')} on this machine ({kind})"
 
-    def _start(self, number: int) -> _Worker:
-        worker = _Worker(number)
-        environment = {}
-        if self._gpus and self.slots > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[number % len(self._gpus)]
-        worker.process = WorkerProcess(
-            lambda message: self._heard.put((worker, message)),
-            self._logs / f"worker-{number}.log",
-            threads=self._threads,
-            environment=environment,
-        )
-        return worker
-
     def submit(self, job: Job, *, retry: bool) -> None:
-        """Give a job to a free worker, starting or replacing it if need be."""
-        worker = next(worker for worker in self._workers if worker.work is None)
+        """Send a job to a free worker, starting or replacing it if necessary."""
+        worker = next(worker for worker in self._workers if worker.job is None)
         if worker.process is None or not worker.process.alive:
             worker = self._workers[worker.number] = self._start(worker.number)
         assert worker.process is not None
-        self._count += 1
-        worker.work = Work.begin(self._count, job, self._logs)
-        worker.process.submit(self._count, job.to_json(), retry=retry, log=worker.work.log)
+        worker.process.submit(worker.begin(job, next(self._runs), self._logs, retry=retry))
+
+    def _start(self, number: int) -> _LocalWorker:
+        worker = _LocalWorker(number)
+        environment = thread_variables(self._threads)
+        if self._gpus and self.slots > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[number % len(self._gpus)]
+        log = self._logs / f"worker-{number}.log"
+        worker.process = WorkerProcess(lambda text: self._heard.put((worker, text)), log, environment=environment)
+        return worker
 
     def wait(self, seconds: float) -> list[Event]:
-        """Return the messages of the workers; a worker that died took its job with it."""
-        events: list[Event] = []
+        """Return new events; a worker that dies ends its job."""
         until = time.monotonic() + seconds
-        while not events:
+        while True:
             try:
                 worker, message = self._heard.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
-                break
-            event = worker.work.event(message) if worker.work is not None else None
-            if isinstance(event, Done):
-                worker.work = None
-            if event is not None:
-                events.append(event)
-        return events
+                return []
+            if events := worker.events(message):
+                return events
 
     def stop(self) -> None:
         """Ask the workers to save and end."""
@@ -308,13 +291,18 @@ class LocalPool(Pool):
                 worker.process.stop()
 
     def close(self) -> None:
-        """End idle workers gently, others at once."""
-        processes = [(worker, worker.process) for worker in self._workers if worker.process is not None]
-        for worker, process in processes:
-            process.close(busy=worker.work is not None)
-        for _, process in processes:
-            process.wait(20)
-        self._workers = [_Worker(number) for number in range(self.slots)]
+        """End the workers; busy ones at once."""
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.close(busy=worker.job is not None)
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.wait(20)
+
+
+def thread_variables(threads: int | None) -> dict[str, str]:
+    """Return the environment variables that limit the CPU threads of a process; {} for PyTorch's default."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
 
 
 def visible_gpus() -> list[str]:

@@ -126,7 +126,7 @@ def run_sweep(request: Request) -> int:
     if request.dry_run:
         _print_plan(console, sweep, request, prepared)
         return 1 if sweep.blocked else 0
-    with asked_by_signals() as asked, _pool(request) as pool:
+    with _pool(request) as pool, asked_by_signals() as asked:  # in this order: ray.init sets handlers too
         console.print(
             f"Sweep: {plural(len(cells), 'cell')} × {plural(len(request.seeds), 'seed')}"
             + (f", search {search.name} (K = {search.budget}, {search.sampler})" if search else ", default settings")

@@ -1,6 +1,6 @@
-"""A warm worker as a process of its own: jobs come as lines of JSON on standard input, events leave on standard output.
+"""Run jobs in a process of its own: requests are lines of JSON on standard input, events on standard output.
 
-What the runs print goes to a log file. When the other end closes, the process saves what it is training and ends.
+The output of the runs is written to a log file. When standard input ends, the process saves the current run and ends.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from svp_bench.core.terminal import readable_output
 
 __all__ = ["main"]
 
-_PATIENCE = 120.0  # seconds that a run gets to save, once nobody listens any more
+_PATIENCE = 120.0  # seconds that a run gets to save, once the parent process is gone
 
 
 class _Channel:
@@ -28,15 +29,13 @@ class _Channel:
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-        self._lock = threading.Lock()
 
-    def send(self, message: Mapping[str, Any]) -> None:
+    def send(self, content: Mapping[str, Any], **more: Any) -> None:
         try:
-            with self._lock:
-                self._out.write(json.dumps(message) + "\n")
-                self._out.flush()
+            self._out.write(json.dumps({**more, **content}) + "\n")
+            self._out.flush()
         except (BrokenPipeError, ValueError):
-            pass  # nobody listens; the reader of standard input ends the process
+            pass  # the parent process is gone; the reader of standard input ends this one
 
 
 def _redirect(log: Path) -> None:
@@ -50,19 +49,18 @@ def _redirect(log: Path) -> None:
 
 
 def main() -> None:
-    """Serve jobs until standard input ends."""
+    """Run jobs until standard input ends."""
     readable_output()
     channel = _Channel()
     # A descriptor of our own: a thread that waits on sys.stdin holds its lock, and forked data workers close sys.stdin.
-    orders = os.fdopen(os.dup(0), encoding="utf-8")
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    first = json.loads(orders.readline())  # {"log": file for what is printed outside of jobs}
-    _redirect(Path(first["log"]))
+    os.dup2(2, 1)
     inbox: queue.Queue[dict[str, Any] | None] = queue.Queue()
     busy = threading.Event()
 
     def listen() -> None:
-        for line in orders:
+        for line in requests:
             inbox.put(json.loads(line))
         inbox.put(None)
         if busy.is_set():
@@ -77,28 +75,18 @@ def main() -> None:
 
     cache_between_runs()
     runner = Runner()
-    channel.send({"event": "ready"})
+    channel.send({}, event="ready")
     while (request := inbox.get()) is not None:
-        job = Job.from_json(request["job"])
-        log = Path(request["log"])
+        job, number, log = Job.from_json(request["job"]), request["id"], Path(request["log"])
         _redirect(log)
         busy.set()
-        report = _reporter(channel, request["id"])
-        outcome = runner.run(job, report, request["retry"])
+        outcome = runner.run(job, partial(channel.send, event="progress", id=number), request["retry"])
         busy.clear()
         sys.stdout.flush()
-        done = {"event": "done", "id": request["id"], "outcome": dataclasses.asdict(outcome)}
-        done["outcome"]["log"] = None if outcome.found else str(log)
-        channel.send(done)
+        outcome = dataclasses.replace(outcome, log=None if outcome.found else str(log))
+        channel.send({"outcome": dataclasses.asdict(outcome)}, event="done", id=number)
         if outcome.status == "stopped":
             break
-
-
-def _reporter(channel: _Channel, number: int) -> Any:
-    def report(progress: Mapping[str, Any]) -> None:
-        channel.send({"event": "progress", "id": number, **progress})
-
-    return report
 
 
 if __name__ == "__main__":
