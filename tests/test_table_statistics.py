@@ -654,21 +654,3 @@ def test_problems_and_older_runs_stay_listed(tmp_path: Path) -> None:
     assert "| 80.00 |" in page
     for why in ("'metrics.top1' is 71.0", "'schema' is 0", "'config_digest' does not belong", "loss is NaN"):
         assert why in page
-
-
-def test_replications_have_a_table_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from svp_bench.tables import test_peeking as replication
-
-    asked: list[Any] = []
-
-    def tax(results_root: Any, suites: Any = None) -> str:
-        asked.append((results_root, suites))
-        return "Test-peek tax: here\n"
-
-    monkeypatch.setattr(replication, "run_tax_table", tax)
-    root = written(tmp_path, [make_record()])
-    assert "Test-peek tax" not in run("table", "--results_root", str(root)).out
-    assert asked == []
-    (root / "replications").mkdir()
-    assert "Test-peek tax: here" in run("table", "--results_root", str(root)).out
-    assert asked == [(str(root), None)]

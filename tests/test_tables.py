@@ -345,9 +345,7 @@ def test_runs_on_other_lists_are_neither_averaged_nor_superseded(tmp_path: Path)
     (shown,), (apart,) = row.cells.values(), row.apart
     assert (shown.data_digest, shown.seeds, round(shown.mean, 2)) == (OTHER_LIST, (0, 2, 3), 26.67)  # more seeds
     assert (apart.data_digest, apart.seeds, apart.mean) == (LIST, (0, 1), 80.0)
-    line = (
-        "caltech101, svp: also 80.00 (2 seeds) on other data, variant card (splits cdcdcdcdcdcd); in the long CSV only."
-    )
+    line = "caltech101, svp: also 80.00 (2 seeds) on other data, variant card (splits cdcdcdcdcdcd); not in the means."
     texts = files(first, tmp_path)
     assert f"\n- {line}\n" in texts["small.md"]
     assert line in " ".join(render_terminal(first).split())
@@ -387,7 +385,7 @@ def test_a_real_run_is_shown_before_newer_drawn_ones() -> None:
     (row,) = rows_of(table).values()
     assert (row.cells["vtab/dtd"].mean, row.synthetic, table.left_out) == (60.0, False, ())
     page = render_markdown(table)
-    assert "- dtd, svp: also 100.00 (2 seeds) on synthetic data (splits efefefefefef); in the long CSV only." in page
+    assert "- dtd, svp: also 100.00 (2 seeds) on synthetic data (splits efefefefefef); not in the means." in page
     assert "§" not in page
 
 

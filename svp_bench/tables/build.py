@@ -54,6 +54,7 @@ __all__ = [
     "Table",
     "Track",
     "build_table",
+    "listed",
     "load_table",
     "outside_of_suites",
     "render_latex",
@@ -444,19 +445,26 @@ def run_table(
         paths = write_tables(table, results_root)
         shown = render_terminal(table, all_columns=all_columns)
         parts.append(f"{shown}\nWritten: {', '.join(printable(path) for path in paths)}\n")
-    strays = outside_of_suites(records, problems)
-    if strays:
-        listed = (printable(f"  {stray.path}: {stray.reason}") for stray in strays)
-        parts.append("\n".join(["Belong to no suite:", *listed, ""]))
+    parts += listed(outside_of_suites(records, problems))
     if (Path(results_root) / "replications").is_dir():
-        from svp_bench.tables.test_peeking import run_tax_table
+        parts += run_tax(results_root, suites)
+    return "\n".join(parts) or _no_records(results_root)
 
-        tax = run_tax_table(results_root, suites)
-        if tax:
-            parts.append(tax)
-    if not parts:
-        return _no_records(results_root)
-    return "\n".join(parts)
+
+def run_tax(results_root: Path | str, suites: Sequence[str] | None = None) -> list[str]:
+    """Write the tables of the test-peek tax from the replications below `results_root`; return the texts to print."""
+    from svp_bench.records.replication import read_replications
+    from svp_bench.tables.test_peeking import tax_path, write_tax
+
+    found, problems = read_replications(results_root)
+    records = [one.honest_record() for one in found]
+    present = {record.suite for record in records} | {suite_of(problem) for problem in problems}
+    parts = [
+        write_tax(load_table(card, records, problems), {one.run.run_id: one for one in found}, results_root)
+        for card in map(load_suite, list_suites() if suites is None else suites)
+        if card.owner in present or tax_path(card, results_root).exists()
+    ]
+    return parts + listed(outside_of_suites((), problems))
 
 
 def run_compare(results_root: Path | str, first: str, second: str, suites: Sequence[str] | None = None) -> str:
@@ -484,6 +492,12 @@ def run_compare(results_root: Path | str, first: str, second: str, suites: Seque
 def _no_records(results_root: Path | str) -> str:
     folder = Path(results_root) / "records"
     return f"There are no records in {folder} yet, so no table; `svp-bench fit --config FILE` writes a record.\n"
+
+
+def listed(strays: Iterable[Problem]) -> list[str]:
+    """Return the text on files that belong to no suite, if there are such."""
+    lines = [printable(f"  {stray.path}: {stray.reason}") for stray in strays]
+    return ["\n".join(["Belong to no suite:", *lines, ""])] if lines else []
 
 
 def outside_of_suites(records: Iterable[Record], problems: Iterable[Problem]) -> list[Problem]:

@@ -234,6 +234,11 @@ class Row:
         return any(cell.synthetic for cell in self.cells.values())
 
     @property
+    def all_cells(self) -> tuple[Cell, ...]:
+        """The cells that are shown, then the others."""
+        return (*self.cells.values(), *self.apart)
+
+    @property
     def present_mean(self) -> float:
         """Mean over the tasks that it has; `task_mean`, if it has all."""
         return math.fsum(cell.mean for cell in self.cells.values()) / len(self.cells)

@@ -611,7 +611,7 @@ def data_notes(section: Section, suite: SuiteCard) -> list[str]:
             where = "with another config" if same else f"on {kind} (splits {short_value(cell.data_digest)})"
             notes.append(
                 f"{short_name(cell.task)}, {row.label}: also {cell.mean:.2f} ({plural(len(cell.seeds), 'seed')}) "
-                f"{where}; in the long CSV only."
+                f"{where}; not in the means."
             )
     return notes
 

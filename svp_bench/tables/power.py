@@ -31,7 +31,7 @@ class Noise:
     Attributes:
         variances: Task → sample variance over seeds, in points²; tasks without two seeds have none.
         df: Task → degrees of freedom behind it.
-        runs: 1 for the variances of paired differences; 2 for those of single runs, two of which make a difference.
+        runs: 1 for the variances of paired differences, 2 for those of single runs: a difference has two.
         whose: In words.
     """
 

@@ -10,17 +10,28 @@ from collections.abc import Iterable, Sequence
 from svp_bench.records.published import mean_names
 from svp_bench.records.store import csv_text
 from svp_bench.tables.comparison import images_of_cell
-from svp_bench.tables.model import CARD, Row, Section, Table
+from svp_bench.tables.model import CARD, Cell, Row, Section, Table
 from svp_bench.tables.notes import DIGITS, MAJORITY, QUOTED, columns, majority_scores, one_line, scores, short_name
 from svp_bench.tables.quoted import quoted_methods
 from svp_bench.tasks.cards import SuiteCard
 
-__all__ = ["csv_lines", "long_csv", "wide_csv"]
+__all__ = [
+    "DATA_COLUMNS",
+    "SECTION_COLUMNS",
+    "csv_lines",
+    "data_facts",
+    "long_csv",
+    "number",
+    "section_facts",
+    "wide_csv",
+]
 
-_SECTION_COLUMNS = ("protocol", "protocol_version", "backbone", "checkpoint", "checkpoint_digest", "weights", "track")
+SECTION_COLUMNS = ("protocol", "protocol_version", "backbone", "checkpoint", "checkpoint_digest", "weights", "track")
+DATA_COLUMNS = ("data_variant", "data_digest", "data_status")
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return a number with the decimals of CSV files, or nothing."""
     return "" if value is None else f"{value:.{DIGITS}f}"
 
 
@@ -40,7 +51,8 @@ def _field(value: object) -> object:
     return csv_text(one_line(value))
 
 
-def _section_facts(section: Section) -> list[object]:
+def section_facts(section: Section) -> list[object]:
+    """Return the values of `SECTION_COLUMNS`."""
     return [
         section.protocol,
         section.protocol_version,
@@ -50,6 +62,11 @@ def _section_facts(section: Section) -> list[object]:
         "random" if section.random else "pretrained",
         section.track.title,
     ]
+
+
+def data_facts(cell: Cell) -> list[object]:
+    """Return the values of `DATA_COLUMNS`."""
+    return [cell.variant, cell.data_digest or "", "different" if cell.different else "as_card"]
 
 
 def _interval_columns(suite: SuiteCard) -> list[str]:
@@ -66,7 +83,7 @@ def _interval_ends(row: Row, suite: SuiteCard) -> list[str]:
     estimates = [*(known.groups[group] for group in suite.groups), known.task_mean, known.group_mean, known.new_tasks]
     estimates.append(known.images)
     return [
-        _number(end)
+        number(end)
         for estimate in estimates
         for end in ((None, None) if estimate is None else (estimate.low, estimate.high))
     ]
@@ -78,7 +95,7 @@ def wide_csv(table: Table) -> str:
     facts = ["complete", "seeds_min", "seeds_max", "adapter_parameters_min", "adapter_parameters_max"]
     marks = ["data_different", "other_variants"]
     quoted = ["source", "citation"]
-    head = ["origin", *_SECTION_COLUMNS, "rank", "row", "method", "setting_digest", *names, *facts, *marks, *quoted]
+    head = ["origin", *SECTION_COLUMNS, "rank", "row", "method", "setting_digest", *names, *facts, *marks, *quoted]
     last = ["overrides", "mixed_cells", "mean of the tasks there are", "custom_data"]
     lines: list[Sequence[object]] = [[*head, "interval_level", *ends, *last]]
     for section in table.sections:
@@ -91,21 +108,21 @@ def wide_csv(table: Table) -> str:
             ]
             lines.append(
                 [
-                    *("measured", *_section_facts(section)),
+                    *("measured", *section_facts(section)),
                     *("" if row.rank is None else row.rank, row.label, row.method, row.setting_digest),
-                    *(_number(score) for score in scores(row, suite)),
+                    *(number(score) for score in scores(row, suite)),
                     *(f"{len(row.cells)}/{len(suite.tasks)}", *row.seeds, *row.adapter),
                     *(";".join(different), ";".join(variants), "", ""),
                     *(f"{table.level:g}", *_interval_ends(row, suite)),
                     *("; ".join(row.overrides), ";".join(short_name(t) for t, c in row.cells.items() if c.mixed)),
-                    *(_number(row.present_mean), section.data),
+                    *(number(row.present_mean), section.data),
                 ]
             )
         if section.majorities:
             lines.append(
                 [
-                    *("baseline", *_section_facts(section), "", MAJORITY, "", ""),
-                    *(_number(score) for score in majority_scores(section, suite)),
+                    *("baseline", *section_facts(section), "", MAJORITY, "", ""),
+                    *(number(score) for score in majority_scores(section, suite)),
                     *(f"{len(section.majorities)}/{len(suite.tasks)}", "", "", "", "", "", "", "", ""),
                     *("", *("" for _ in ends), "", "", "", section.data),
                 ]
@@ -125,23 +142,22 @@ def wide_csv(table: Table) -> str:
 
 def long_csv(table: Table) -> str:
     """Return the CSV with a line per cell, also for missing results."""
-    head = [*_SECTION_COLUMNS, "row", "method", "setting_digest", "task", "task_version"]
-    head += ["data_variant", "data_digest", "data_status"]
+    head = [*SECTION_COLUMNS, "row", "method", "setting_digest", "task", "task_version"]
+    head += DATA_COLUMNS
     tail = ["images", "test images, low", "test images, high", "majority_class", "custom_data"]
     lines: list[Sequence[object]] = [[*head, "mean", "std", "n", "seeds", "status", *tail]]
     for section in table.sections:
         for row in section.rows:
-            facts = [*_section_facts(section), row.label, row.method, row.setting_digest]
+            facts = [*section_facts(section), row.label, row.method, row.setting_digest]
             for task in table.suite.tasks:
                 if task not in row.cells:
                     lines.append([*facts, task, "", "", "", "", "", "", 0, "", "missing", "", "", "", "", section.data])
                 cells = [row.cells[task]] if task in row.cells else []
                 for cell in [*cells, *(cell for cell in row.apart if cell.task == task)]:
                     status = "complete" if cell is row.cells[task] else "not in the wide table"
-                    data = [cell.variant, cell.data_digest or "", "different" if cell.different else "as_card"]
-                    spread = [_number(cell.mean), _number(cell.std), len(cell.seeds)]
+                    spread = [number(cell.mean), number(cell.std), len(cell.seeds)]
                     seeds = " ".join(map(str, cell.seeds))
                     over = images_of_cell(cell, table.level)
-                    images = [cell.images, _number(over.low), _number(over.high), _number(cell.majority), section.data]
-                    lines.append([*facts, task, cell.task_version, *data, *spread, seeds, status, *images])
+                    images = [cell.images, number(over.low), number(over.high), number(cell.majority), section.data]
+                    lines.append([*facts, task, cell.task_version, *data_facts(cell), *spread, seeds, status, *images])
     return csv_lines(lines)

@@ -56,7 +56,16 @@ from svp_bench.tables.notes import (
 from svp_bench.tables.quoted import citations, not_quoted, quoted_grid, quoted_terminal_grid
 from svp_bench.tasks.cards import SuiteCard
 
-__all__ = ["align", "escape_markdown", "render_markdown", "render_terminal", "without_empty", "wrap"]
+__all__ = [
+    "align",
+    "bullets",
+    "escape_markdown",
+    "markdown_grid",
+    "render_markdown",
+    "render_terminal",
+    "without_empty",
+    "wrap",
+]
 
 _WIDTH = 100
 _NARROW = 20  # characters that a column of text keeps when the terminal is too narrow for all
@@ -181,14 +190,15 @@ def without_empty(grid: list[list[str]], columns: Sequence[int]) -> list[list[st
 # ----------------------------------------------------------------------------------------------------------- markdown
 
 
-def _markdown_grid(grid: list[list[str]], left: int) -> list[str]:
-    """A Markdown table; the first `left` columns are text, the rest numbers."""
+def markdown_grid(grid: list[list[str]], left: int) -> list[str]:
+    """Return a Markdown table; the first `left` columns are text, the rest numbers."""
     rows = [[escape_markdown(text).replace("|", "\\|") for text in line] for line in grid]
     rule = [":---" if index < left else "---:" for index in range(len(grid[0]))]
     return [f"| {' | '.join(line)} |" for line in (rows[0], rule, *rows[1:])]
 
 
-def _bullets(notes: Sequence[str]) -> list[str]:
+def bullets(notes: Sequence[str]) -> list[str]:
+    """Return notes as items of a Markdown list."""
     return [f"- {escape_markdown(note, starts=True)}" for note in notes]
 
 
@@ -220,14 +230,14 @@ def render_markdown(table: Table) -> str:
         lines += ["", f"## {escape_markdown(heading(section))}", "", escape_markdown(above(section)), ""]
         if section.random:
             lines += [f"**{RANDOM_WEIGHTS}**", ""]
-        lines += [*_markdown_grid(_grid(section, suite, _PAGE), left=2), ""]
-        lines += _bullets(section_notes(section, suite, table.level))
+        lines += [*markdown_grid(_grid(section, suite, _PAGE), left=2), ""]
+        lines += bullets(section_notes(section, suite, table.level))
         lines += _markdown_statistics(section, suite, table.level)
     if table.published:
         lines += ["", f"## Quoted: {QUOTED}", "", *_published_lines(table)]
     if counts(table):
         lines += ["", "## Not in the table", "", counts(table), ""]
-        lines += _bullets(left_out_lines(table))
+        lines += bullets(left_out_lines(table))
     return "\n".join(lines) + "\n"
 
 
@@ -237,17 +247,17 @@ def _markdown_statistics(section: Section, suite: SuiteCard, level: float) -> li
     lines: list[str] = []
     intervals = _intervals_grid(section, suite)
     if len(intervals) > 1:
-        lines += ["", f"### Means with {percent(level)} intervals", "", *_markdown_grid(intervals, left=1), ""]
-        lines += _bullets(new_tasks_note(section, suite))
+        lines += ["", f"### Means with {percent(level)} intervals", "", *markdown_grid(intervals, left=1), ""]
+        lines += bullets(new_tasks_note(section, suite))
     comparison = section.comparison
     if comparison is not None:
         title = f"Differences to {comparison.control or 'a control'}"
         lines += ["", f"### {escape_markdown(title)}", ""]
         if comparison.contrasts:
-            lines += [*_markdown_grid(_comparison_grid(section, suite), left=1), ""]
-        lines += _bullets(comparison_notes(section, suite, level))
+            lines += [*markdown_grid(_comparison_grid(section, suite), left=1), ""]
+        lines += bullets(comparison_notes(section, suite, level))
     if section.ranks is not None:
-        lines += ["", "### Mean ranks (descriptive)", "", *_bullets(ranks_notes(section, level))]
+        lines += ["", "### Mean ranks (descriptive)", "", *bullets(ranks_notes(section, level))]
     return lines
 
 
@@ -257,10 +267,10 @@ def _published_lines(table: Table) -> list[str]:
         "Copied as printed, from other code, protocols and selection rules; never ranked with the rows above. Known"
         " errors are listed in `results/published/README.md`.",
         "",
-        *_markdown_grid(grid, left=4),
+        *markdown_grid(grid, left=4),
         "",
-        *_bullets(not_quoted(table, grid)),
-        *_bullets(list(citations(table).values())),
+        *bullets(not_quoted(table, grid)),
+        *bullets(list(citations(table).values())),
     ]
 
 
