@@ -19,10 +19,10 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from svp_bench import __version__
 from svp_bench.core.errors import SvpBenchError, UnavailableError, UsageError, plural
@@ -38,19 +38,10 @@ _CALL = 10.0  # seconds that `news` waits for a message
 _CARRIED = ("CUBLAS_WORKSPACE_CONFIG", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "PYTHONPATH")
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Workers of a cluster, and the resources of each.
-
-    Attributes:
-        workers: Workers that are asked for.
-        capacity: Workers that fit on the current nodes.
-        cpus: CPU cores of each.
-        gpus: GPUs of each, a fraction, one or none.
-    """
+class Shares(NamedTuple):
+    """The number of workers of a cluster, and the CPU cores and GPUs (a fraction, one or none) of each."""
 
     workers: int
-    capacity: int
     cpus: float
     gpus: float
 
@@ -65,7 +56,7 @@ def share_out(
 
     Args:
         nodes: Resources of each node, "CPU" and "GPU".
-        workers: Their number, or None. More than the capacity wait for further nodes.
+        workers: Their number, or None. Those that do not fit wait for further nodes.
         threads: CPU cores of each, or None.
         gpu_fraction: Share of a GPU of each, or None.
 
@@ -84,14 +75,14 @@ def share_out(
         gpus = 0.0
         places = [(cores, int(cores)) for cores, _ in sizes if cores >= 1]
         cpus = float(threads or _cores_of_each([cores for cores, _ in places], workers))
-    capacity = sum(min(place, math.floor(cores / cpus + 1e-9)) if cpus else place for cores, place in places)
-    if capacity < 1:
+    fitting = sum(min(place, math.floor(cores / cpus + 1e-9)) if cpus else place for cores, place in places)
+    if fitting < 1:
         most = max((cores for cores, _ in sizes), default=0.0)
         raise UsageError(
             f"no node of the Ray cluster has {cpus:g} CPU cores{' and a GPU' if gpus else ''} for a worker "
             f"(the largest has {most:g} cores); use a smaller --threads"
         )
-    return Shares(workers if workers is not None else capacity, capacity, cpus, gpus)
+    return Shares(workers or fitting, cpus, gpus)
 
 
 def _cores_of_each(cores: Sequence[float], workers: int | None) -> int:
@@ -106,23 +97,14 @@ class _Actor:
     """Owns a worker process on a node. Its methods run in several threads; `news` occupies one.
 
     Args:
-        log: File for the output of the process outside of jobs.
-        folder: Working directory of the sweep.
-        environment: Variables for the process.
         marks: Files that each node must see.
         version: Of the sweep's svp-bench.
+        folder: Working directory of the sweep.
+        options: Further arguments of `WorkerProcess`.
     """
 
-    def __init__(
-        self, log: Path, folder: Path, environment: Mapping[str, str], marks: Sequence[Path], version: str
-    ) -> None:
-        self._log, self._folder, self._environment, self._marks, self._version = (
-            log,
-            folder,
-            environment,
-            marks,
-            version,
-        )
+    def __init__(self, marks: Sequence[Path], version: str, folder: Path, options: Mapping[str, Any]) -> None:
+        self._marks, self._version, self._folder, self._options = marks, version, folder, options
         self._messages: queue.Queue[Mapping[str, Any]] = queue.Queue()
 
     def start(self) -> str | None:
@@ -137,8 +119,7 @@ class _Actor:
                 if time.monotonic() > until:
                     return f"does not see the files that the sweep writes to {mark.parent}"
                 time.sleep(0.1)
-        put = self._messages.put
-        self._process = WorkerProcess(put, self._log, environment=self._environment, folder=self._folder)
+        self._process = WorkerProcess(self._messages.put, folder=self._folder, **self._options)
         return None
 
     def submit(self, request: Mapping[str, Any]) -> None:
@@ -215,11 +196,15 @@ class RayPool(Pool):
             for folder in dict.fromkeys([logs, *shared]):
                 self._marks.append(_mark(folder.absolute()))
             carried = {key: os.environ[key] for key in os.environ if key in _CARRIED or key.startswith("SVP_BENCH_")}
-            common = Path.cwd(), carried | thread_variables(max(1, int(shares.cpus))), self._marks, __version__
-            actor: Any = ray.remote(num_cpus=shares.cpus, num_gpus=shares.gpus, max_restarts=0, max_concurrency=4)(
-                _Actor
-            )
-            self._create: Callable[[int], Any] = lambda number: actor.remote(logs / f"worker-{number}.log", *common)
+            variables = carried | thread_variables(max(1, int(shares.cpus)))
+            options = {"num_cpus": shares.cpus, "num_gpus": shares.gpus, "max_restarts": 0, "max_concurrency": 4}
+            actor: Any = ray.remote(**options)(_Actor)
+
+            def create(number: int) -> Any:
+                process = {"log": logs / f"worker-{number}.log", "environment": variables}
+                return actor.remote(self._marks, __version__, Path.cwd(), process)
+
+            self._create = create
             self._workers = [self._start(number) for number in range(shares.workers)]
         except BaseException:
             self.close()
@@ -332,9 +317,8 @@ def _mark(folder: Path) -> Path:
 def _describe(shares: Shares, nodes: Sequence[Mapping[str, float]], address: str | None) -> str:
     cores, cards = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
     where = "Ray on this machine" if address is None else f"the Ray cluster {address}"
-    waiting = f", capacity for {shares.capacity} now" if shares.workers > shares.capacity else ""
     share = f" with {shares.gpus:g} GPU each" if shares.gpus else ""
-    has = f"{plural(len(nodes), 'node')}, {plural(int(cores), 'CPU core')}, {plural(int(cards), 'GPU')}{waiting}"
+    has = f"{plural(len(nodes), 'node')}, {plural(int(cores), 'CPU core')}, {plural(int(cards), 'GPU')}"
     return f"{plural(shares.workers, 'worker')}{share} on {where} ({has})"
 
 
