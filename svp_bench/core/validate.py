@@ -6,7 +6,7 @@ import dataclasses
 import re
 import reprlib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -14,9 +14,10 @@ from msgspec import Meta
 
 from svp_bench.core.errors import SvpBenchError, unknown_name
 
-__all__ = ["Count", "Digest", "Finite", "Positive", "Text", "convert"]
+__all__ = ["Count", "Digest", "Finite", "Keys", "Positive", "Text", "convert"]
 
 T = TypeVar("T")
+Keys = tuple[str | int, ...]
 
 Text = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -24,34 +25,42 @@ Positive = Annotated[int, Meta(ge=1)]
 Finite = Annotated[float, Meta(ge=-1.7e308, le=1.7e308)]
 Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$", description="'sha256:' and 64 hexadecimal digits")]
 
-_AT = re.compile(r"(?P<what>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
 def convert(
-    data: Any, kind: type[T], where: str, error: type[SvpBenchError] = SvpBenchError, what: str = "object"
+    data: Any,
+    kind: type[T],
+    where: str | Callable[[Keys], str],
+    error: type[SvpBenchError] = SvpBenchError,
+    what: str = "object",
 ) -> T:
     """Return `data` as an object of the dataclass `kind`.
 
     Args:
         data: Parsed JSON or YAML.
         kind: A dataclass; its annotations may carry `msgspec.Meta` constraints, whose description words the error.
-        where: Begins each error, e.g. "file.json".
+        where: Begins each error, e.g. "file.json"; or a function that returns this for the keys that lead to the error.
         error: The class of errors.
         what: Names the object in errors, e.g. "record".
 
     Raises:
         SvpBenchError: Of class `error`, on an unknown key (with the nearest match), a missing key or a wrong value.
     """
+
+    def place(keys: Keys) -> str:
+        return where if isinstance(where, str) else where(keys)
+
     if not isinstance(data, Mapping):
-        raise error(f"{where}: the {what} must be a JSON object, not {_short.repr(data)}")
-    for prefix, key, known in _unknown(data, kind, ""):
-        raise unknown_name(f"{what} key", f"{prefix}{key}", known, where=where, error=error)
+        raise error(f"{place(())}: the {what} must be a mapping of keys, not {_short.repr(data)}")
+    for keys, known in _unknown(data, kind, ()):
+        raise unknown_name(f"{what} key", _dotted(keys), known, where=place(keys), error=error)
     try:
         return msgspec.convert(data, kind, strict=True)
     except msgspec.ValidationError as problem:
-        raise error(f"{where}: {_sentence(str(problem), data, kind)}") from None
+        keys, sentence = _problem(data, kind, (), str(problem))
+        raise error(f"{place(keys)}: {sentence}") from None
 
 
 def _plain(annotation: Any) -> Any:
@@ -64,42 +73,45 @@ def _plain(annotation: Any) -> Any:
     return annotation
 
 
-def _unknown(data: Any, kind: Any, prefix: str) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield (prefix, key, known keys) of each key of nested objects that their dataclass lacks."""
-    if isinstance(data, list) and get_args(kind):
-        for index, item in enumerate(data):
-            yield from _unknown(item, _plain(get_args(kind)[0]), f"{prefix.rstrip('.')}[{index}].")
-    if not (isinstance(data, Mapping) and dataclasses.is_dataclass(kind)):
-        return
-    hints = get_type_hints(kind)
-    for key, value in data.items():
-        if key not in hints:
-            yield prefix, str(key), list(hints)
+def _parts(data: Any, annotation: Any) -> Iterator[tuple[str | int, Any, Any]]:
+    """Yield (key, value, annotation) of each value in a dataclass, mapping or list; Ellipsis for an unknown key."""
+    kind = _plain(annotation)
+    if isinstance(data, Mapping) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        yield from ((key, value, hints.get(key, ...)) for key, value in data.items())
+    elif isinstance(data, Mapping) and len(get_args(kind)) == 2:
+        key_kind, value_kind = get_args(kind)
+        for key, value in data.items():
+            yield key, key, key_kind
+            yield key, value, value_kind
+    elif isinstance(data, list | tuple) and get_args(kind):
+        yield from ((index, value, get_args(kind)[0]) for index, value in enumerate(data))
+
+
+def _unknown(data: Any, kind: Any, keys: Keys) -> Iterator[tuple[Keys, list[str]]]:
+    """Yield the keys that lead to each key which its dataclass lacks, and what that has."""
+    for key, value, annotation in _parts(data, kind):
+        if annotation is ...:
+            yield (*keys, key), [*get_type_hints(_plain(kind))]
         else:
-            yield from _unknown(value, _plain(hints[key]), f"{prefix}{key}.")
+            yield from _unknown(value, annotation, (*keys, key))
 
 
-def _sentence(message: str, data: Any, kind: type) -> str:
-    """Return msgspec's message as: key, what it must be, what it is."""
-    found = _AT.match(message)
-    assert found is not None
-    path = re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", found["path"] or "")
-    if missing := re.search(r"missing required field `(\w+)`", found["what"]):
-        key = "".join(f".{name}" if name else f"[{index}]" for name, index in [*path, (missing[1], "")]).lstrip(".")
-        return f"the key {key!r} is missing"
-    value, annotation, wanted = data, kind, ""
-    for name, index in path:
-        if name and isinstance(value, Mapping):
-            inner = _plain(annotation)
-            hints = get_type_hints(inner, include_extras=True) if dataclasses.is_dataclass(inner) else {}
-            value, annotation = value.get(name), hints.get(name, Any)
-        elif index.isdigit() and isinstance(value, Sequence) and int(index) < len(value):
-            value = value[int(index)]
-    wanted = _wanted(annotation) or found["what"].partition(", got")[0].replace("`", "").replace("Expected ", "")
-    key = "".join(f".{name}" if name else f"[{index}]" for name, index in path).lstrip(".")
-    if key.endswith("[...]"):  # msgspec does not name the key of a mapping
-        return f"{key.removesuffix('[...]')!r} must hold values of {wanted}, not {_short.repr(value)}"
-    return f"{key!r} must be {wanted}, not {_short.repr(value)}"
+def _problem(data: Any, annotation: Any, keys: Keys, message: str) -> tuple[Keys, str]:
+    """Return the keys that lead to the innermost wrong value, and: key, what it must be, what it is."""
+    for key, value, kind in _parts(data, annotation):
+        try:
+            msgspec.convert(value, kind, strict=True)
+        except msgspec.ValidationError as problem:
+            return _problem(value, kind, (*keys, key), str(problem))
+    if missing := re.match(r"Object missing required field `(\w+)`", message):
+        return keys, f"the key {_dotted((*keys, missing[1]))!r} is missing"
+    wanted = _wanted(annotation) or message.partition(", got")[0].replace("`", "").replace("Expected ", "")
+    return keys, f"{_dotted(keys)!r} must be {wanted}, not {_short.repr(data)}"
+
+
+def _dotted(keys: Keys) -> str:
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
 
 
 def _wanted(annotation: Any) -> str:

@@ -5,17 +5,17 @@ No tags, no key given twice, no merge keys; each mistake is an error whose text 
 
 from __future__ import annotations
 
+import itertools
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.constructor import SafeConstructor
 from yaml.reader import Reader
-from yaml.resolver import Resolver
 
 from svp_bench.core.atomic import read_regular
 from svp_bench.core.errors import CardError, SvpBenchError, nearest, unknown_name
@@ -23,7 +23,6 @@ from svp_bench.core.errors import CardError, SvpBenchError, nearest, unknown_nam
 __all__ = ["Node", "check_value", "did_you_mean", "read_text", "read_yaml", "show"]
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is some ten times faster
-_RESOLVER: Any = Resolver()
 _SCALARS = SafeConstructor()
 _PLAIN = "tag:yaml.org,2002:"
 _MAX_DEPTH = 16
@@ -146,9 +145,7 @@ def read_yaml(path: Path, *, error: type[SvpBenchError] = CardError, label: str 
         error: What to raise, from here and from the node's own checks.
         label: What the file holds, in a message.
 
-    The tree is built from the parser's events rather than by a loader: so explicit tags are seen (and refused), a key
-    given twice is an error and not a silent overwrite, every value keeps its line, and an alias can only name what is
-    complete, which leaves no way to make a value contain itself.
+    Each value has its line. Explicit tags and a key that is given twice are refused.
     """
     return _parse(path, read_text(path, error), error, label)
 
@@ -158,145 +155,85 @@ def check_value(text: str, where: str, error: type[SvpBenchError] = CardError) -
 
     Args:
         text: The text that another loader will read, e.g. a value of the command line.
-        where: What it is, for the message.
-        error: What to raise.
+        where: Its origin, for the message.
+        error: The class of errors.
     """
-    anchors, depth = set(), 0
+    anchors = set()
     try:
-        for event in yaml.parse(text, Loader=_LOADER):
+        for event in _events(text):
             if isinstance(event, yaml.AliasEvent) and event.anchor in anchors:  # others are a text: "*.jpg"
                 raise error(f"{where}: the alias *{event.anchor} is not allowed here; write the value out")
             anchors.add(getattr(event, "anchor", None))
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
-                raise error(f"{where}: nested deeper than {_MAX_DEPTH} levels")
+    except _TooDeep:
+        raise error(f"{where}: nested deeper than {_MAX_DEPTH} levels") from None
     except yaml.YAMLError:
         return  # not YAML: a text
 
 
+class _TooDeep(yaml.MarkedYAMLError):
+    pass
+
+
+def _events(text: str) -> Iterator[Any]:
+    """Yield the parser's events. `yaml.compose` alone would overflow the stack on thousands of brackets."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise _TooDeep(None, None, f"nested deeper than {_MAX_DEPTH} levels", event.start_mark)
+        yield event
+
+
 def _parse(path: Path, text: str, error_class: type[SvpBenchError], label: str) -> Node:
+    def fail(line: int, problem: str) -> SvpBenchError:
+        return error_class(f"{path}:{line}: {problem}")
+
     if bad := Reader.NON_PRINTABLE.search(text):
-        line = text.count("\n", 0, bad.start()) + 1
-        raise error_class(f"{path}:{line}: the character {bad.group()!r} is not allowed in YAML")
-    anchors: dict[str, _Anchored] = {}
+        raise fail(text.count("\n", 0, bad.start()) + 1, f"the character {bad.group()!r} is not allowed in YAML")
     try:
-        events: Iterator[Any] = (event for event in yaml.parse(text, Loader=_LOADER) if not isinstance(event, _FRAME))
-        first = next(events, None)
-        if first is None:
-            raise error_class(f"{path}:1: the file is empty")
-        card = _build(path, first, events, anchors, error_class, depth=0, count=_Count()).node
-        if (second := next(events, None)) is not None:
-            raise error_class(f"{path}:{second.start_mark.line + 1}: a second YAML document; write one document a file")
+        for event in _events(text):
+            if tag := getattr(event, "tag", None):
+                shown = show(tag.replace(_PLAIN, "!!"))
+                raise fail(event.start_mark.line + 1, f"tag {shown} is not allowed; write plain YAML")
+        root = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as problem:
         mark: Any = getattr(problem, "problem_mark", None)
         words = " ".join(str(getattr(problem, "problem", None) or problem).split())
-        raise error_class(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {words}") from None
-    return replace(card, line=1, label=label)
+        raise fail(mark.line + 1 if mark else 1, f"not YAML: {words}") from None
+    if root is None:
+        raise fail(1, "the file is empty")
 
+    values = itertools.count(1)
 
-_FRAME = (yaml.StreamStartEvent, yaml.StreamEndEvent, yaml.DocumentStartEvent, yaml.DocumentEndEvent)
-
-
-@dataclass(frozen=True)
-class _Anchored:
-    """A value, and how much it holds.
-
-    Attributes:
-        node: The value.
-        values: The values in it, itself included.
-        height: Levels below it.
-    """
-
-    node: Node
-    values: int
-    height: int
-
-
-@dataclass
-class _Count:
-    """The values of a file so far, each alias counted with all that it stands for."""
-
-    values: int = 0
-
-
-def _build(
-    path: Path,
-    event: Any,
-    events: Iterator[Any],
-    anchors: dict[str, _Anchored],
-    error_class: type[SvpBenchError],
-    depth: int,
-    count: _Count,
-) -> _Anchored:
-    line = event.start_mark.line + 1
-
-    def fail(text: str) -> SvpBenchError:
-        return error_class(f"{path}:{line}: {text}")
-
-    def need_bounds(values: int, height: int) -> None:
-        if depth + height > _MAX_DEPTH:
-            raise fail(f"nested deeper than {_MAX_DEPTH} levels")
-        count.values += values
-        if count.values > _MAX_VALUES:
-            raise fail(f"more than {_MAX_VALUES:,} values, each alias counted with all that it stands for")
-
-    if isinstance(event, yaml.AliasEvent):
-        if event.anchor not in anchors:
-            raise fail(f"alias *{event.anchor} names no complete value above it")
-        known = anchors[event.anchor]
-        need_bounds(known.values, known.height)
-        return replace(known, node=replace(known.node, line=line))
-    if event.tag is not None:
-        raise fail(f"tag {show(event.tag.replace(_PLAIN, '!!'))} is not allowed; write plain YAML")
-    need_bounds(1, 0)
-
-    def build(part: Any) -> _Anchored:
-        return _build(path, part, events, anchors, error_class, depth + 1, count)
-
-    node: Node
-    parts: list[_Anchored] = []
-    if isinstance(event, yaml.ScalarEvent):
-        node = Node(path, line, "the value", _scalar(event, fail), None, error_class)
-    elif isinstance(event, yaml.SequenceStartEvent):
-        while not isinstance(part := next(events), yaml.SequenceEndEvent):
-            parts.append(build(part))
-        items = [replace(item.node, label="an entry of the list") for item in parts]
-        node = Node(path, line, "the list", [item.value for item in items], items, error_class)
-    else:
+    def build(node: Any, line: int, label: str, depth: int) -> Node:
+        if depth > _MAX_DEPTH:  # an alias may stand for a value that it is in
+            raise fail(line, f"nested deeper than {_MAX_DEPTH} levels")
+        if next(values) > _MAX_VALUES:
+            raise fail(line, f"more than {_MAX_VALUES:,} values, each alias counted with all that it stands for")
+        if isinstance(node, yaml.ScalarNode):
+            return Node(path, line, label, _scalar(node, line, fail), None, error_class)
+        if isinstance(node, yaml.SequenceNode):
+            items = [build(item, item.start_mark.line + 1, "an entry of the list", depth + 1) for item in node.value]
+            return Node(path, line, label, [item.value for item in items], items, error_class)
         entries: dict[str, Node] = {}
-        while not isinstance(part := next(events), yaml.MappingEndEvent):
-            key, value = build(part).node, build(next(events))
-            parts.append(value)
+        for key_node, item in node.value:
+            key = build(key_node, key_node.start_mark.line + 1, "the key", depth + 1)
             if not isinstance(key.value, str):
                 raise key.error(f"a key must be a text, not {key.kind} (put it in quotes?)")
             if key.value in entries:
                 raise key.error(f"key {show(key.value)} is given twice (first on line {entries[key.value].line})")
-            entries[key.value] = replace(value.node, line=key.line, label=show(key.value).strip("'\""))
-        node = Node(
-            path, line, "the mapping", {key: entry.value for key, entry in entries.items()}, entries, error_class
-        )
-    values = 1 + sum(part.values for part in parts)
-    built = _Anchored(node, values, 1 + max((part.height for part in parts), default=-1))
-    if event.anchor is not None:
-        anchors[event.anchor] = built
-    return built
+            entries[key.value] = build(item, key.line, show(key.value).strip("'\""), depth + 1)
+        return Node(path, line, label, {key: entry.value for key, entry in entries.items()}, entries, error_class)
+
+    return build(root, 1, label, 0)
 
 
-def _scalar(event: Any, fail: Callable[[str], SvpBenchError]) -> str | int | float | bool | None:
-    tag = _RESOLVER.resolve(yaml.ScalarNode, event.value, event.implicit).removeprefix(_PLAIN)
-    if tag == "str":
-        return str(event.value)
-    if tag == "null":
-        return None
-    node = yaml.ScalarNode(_PLAIN + tag, event.value)
+def _scalar(node: Any, line: int, fail: Callable[[int, str], SvpBenchError]) -> str | int | float | bool | None:
+    tag = node.tag.removeprefix(_PLAIN)
+    if tag not in ("str", "null", "bool", "int", "float"):  # timestamps, merge keys (<<) and "=" are not needed
+        raise fail(line, f"{show(node.value)} has a special meaning in YAML; put it in quotes if it is a text")
     try:
-        if tag == "bool":
-            return bool(_SCALARS.construct_yaml_bool(node))
-        if tag == "int":
-            return int(_SCALARS.construct_yaml_int(node))
-        if tag == "float":
-            return float(_SCALARS.construct_yaml_float(node))
+        value: str | int | float | bool | None = getattr(_SCALARS, f"construct_yaml_{tag}")(node)
     except (ValueError, OverflowError):
-        raise fail(f"{show(event.value)} is not a number; put it in quotes if it is a text") from None
-    # "timestamp", "merge" (<<) and "value" (=): meanings that nobody needs here
-    raise fail(f"{show(event.value)} has a special meaning in YAML; put it in quotes if it is a text")
+        raise fail(line, f"{show(node.value)} is not a number; put it in quotes if it is a text") from None
+    return value
