@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from svp_bench.core.errors import SvpBenchError
-from svp_bench.stats.estimates import FEWEST_PAIRS, FEWEST_SOURCES, Estimate, Marks, Spread, StatsError
+from svp_bench.stats.estimates import FEWEST_PAIRS, FEWEST_SOURCES, Estimate, Marks
 from svp_bench.stats.inference import (
     accuracy_over_images,
     difference_over_images,
@@ -26,8 +25,6 @@ from svp_bench.stats.inference import (
     one_standard_error,
     over_images,
     paired,
-    spread,
-    tax,
     within,
 )
 from svp_bench.stats.significance import (
@@ -97,12 +94,6 @@ def test_importing_it_loads_neither_scipy_nor_numpy_nor_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_spread() -> None:
-    assert spread([3.0]) == Spread(3.0, None, 1)
-    assert spread([1.0, 2.0, 6.0]) == Spread(3.0, math.sqrt(7), 3)
-    assert spread([0.1] * 3) == Spread(0.1, 0.0, 3)  # 0.1 + 0.1 + 0.1 is not 0.3
-
-
 def test_the_mean_of_one_task_has_the_ordinary_t_interval() -> None:
     values = [81.5, 80.4, 81.8, 65.9]  # SVHN with VPT, as four seeds gave it
     estimate = mean_of({"svhn": values})
@@ -120,10 +111,10 @@ def test_two_tasks_with_opposite_weights_would_be_welchs_test() -> None:
     assert [2 * x for x in ends(estimate)] == pytest.approx([welch.low, welch.high])
 
 
-def test_weights_are_divided_by_their_sum_and_zero_is_absence() -> None:
-    cells = {"a": [1.0, 2.0], "b": [5.0, 9.0], "c": [100.0]}
-    estimate = mean_of(cells, {"a": 30, "b": 10, "c": 0})
-    assert estimate == mean_of({"a": [1.0, 2.0], "b": [5.0, 9.0]}, {"a": 0.75, "b": 0.25})
+def test_weights_are_divided_by_their_sum() -> None:
+    cells = {"a": [1.0, 2.0], "b": [5.0, 9.0]}
+    estimate = mean_of(cells, {"a": 30, "b": 10})
+    assert estimate == mean_of(cells, {"a": 0.75, "b": 0.25})
     assert estimate.value == 0.75 * 1.5 + 0.25 * 7
     assert estimate.se == pytest.approx(math.sqrt(0.75**2 * 0.5 / 2 + 0.25**2 * 8 / 2))
     assert estimate.n == 4
@@ -133,7 +124,6 @@ def test_one_task_with_one_seed_takes_the_interval_away() -> None:
     estimate = mean_of({"a": [1.0, 2.0], "b": [5.0]})
     assert estimate == Estimate(3.25, None, None, None, None, 3, 0.95)
     assert estimate.half_width is None
-    assert estimate.excludes_zero is None
 
 
 @pytest.mark.filterwarnings("error")
@@ -141,7 +131,6 @@ def test_nothing_varies() -> None:
     estimate = mean_of({"a": [0.1] * 3, "b": [0.7] * 2})
     # A few equal numbers are no proof that others would be equal: no interval, rather than one without width
     assert (estimate.low, estimate.high, estimate.se, estimate.df) == (None, None, None, None)
-    assert estimate.excludes_zero is None
     assert mean_of({"a": [0.1] * 3, "b": [0.1] * 7}).value == 0.1
 
 
@@ -164,12 +153,10 @@ def test_new_tasks_without_clusters_is_the_t_interval_over_tasks() -> None:
     assert (estimate.n, estimate.df) == (19, pytest.approx(18))
 
 
-def test_new_tasks_is_the_sandwich_of_weighted_least_squares() -> None:
+def test_new_tasks_is_the_sandwich_of_least_squares() -> None:
     generator = np.random.default_rng(2)
-    y, w = generator.normal(70, 15, 19), generator.uniform(0.1, 3, 19)
-    estimate = mean_over_new_tasks(
-        {t: [m - 1, m + 1] for t, m in zip(TASKS, y, strict=True)}, SOURCES, dict(zip(TASKS, w, strict=True))
-    )
+    y, w = generator.normal(70, 15, 19), np.ones(19)
+    estimate = mean_over_new_tasks({t: [m - 1, m + 1] for t, m in zip(TASKS, y, strict=True)}, SOURCES)
     design = np.ones((19, 1))
     bread = np.linalg.inv(design.T @ np.diag(w) @ design)
     beta = bread @ design.T @ (w * y)
@@ -219,8 +206,6 @@ def test_a_few_sources_have_no_interval_over_new_tasks(count: int) -> None:
 def test_one_source_has_no_interval_and_absent_tasks_are_passed_over() -> None:
     cells = {TASKS[17]: [1.0, 2.0], TASKS[18]: [3.0]}
     assert mean_over_new_tasks(cells, SOURCES) == Estimate(2.25, None, None, None, None, 1, 0.95)
-    weights = {TASKS[17]: 1.0, TASKS[18]: 0.0}
-    assert mean_over_new_tasks(cells, [[TASKS[17]], [TASKS[18]]], weights).n == 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -234,7 +219,7 @@ def test_means_turn_with_their_input(runs: Runs, random: Any, shift: float, fact
     sources = [random.sample(source, len(source)) for source in random.sample(SOURCES, len(SOURCES))]
     for f in (
         lambda cells, sources=SOURCES: mean_of(cells, weights),
-        lambda cells, sources=SOURCES: mean_over_new_tasks(cells, sources, weights),
+        lambda cells, sources=SOURCES: mean_over_new_tasks(cells, sources),
     ):
         plain = f(cells)
         assert f(turned, sources) == plain  # to the last digit
@@ -275,16 +260,15 @@ def test_the_percentile_bootstrap_over_three_seeds_does_not() -> None:
     assert np.mean(hits) < 0.9
 
 
-@pytest.mark.parametrize("weights", [None, group_weights(GROUPS)])
-def test_the_cluster_interval_covers_with_sixteen_sources(weights: Mapping[str, float] | None) -> None:
+def test_the_cluster_interval_covers_with_sixteen_sources() -> None:
     generator = np.random.default_rng(13)
     of_source = [next(i for i, source in enumerate(SOURCES) if task in source) for task in TASKS]
     clustered, naive = [], []
     for _ in range(1500):
         twins = generator.normal(0, 4, 16)[of_source]
         cells = cells_of(seeded((twins + generator.normal(0, 1, 19))[:, None] + generator.normal(0, 0.5, (19, 3))))
-        clustered.append(covers(mean_over_new_tasks(cells, SOURCES, weights), 0.0))
-        naive.append(covers(mean_over_new_tasks(cells, ALONE, weights), 0.0))
+        clustered.append(covers(mean_over_new_tasks(cells, SOURCES), 0.0))
+        naive.append(covers(mean_over_new_tasks(cells, ALONE), 0.0))
     assert 0.93 < np.mean(clustered) < 0.97
     assert np.mean(naive) < np.mean(clustered)
 
@@ -321,16 +305,14 @@ def test_the_cluster_interval_covers_with_sources_of_unequal_size(sizes: list[in
 def test_the_paired_p_is_as_rare_as_it_says() -> None:
     generator = np.random.default_rng(14)
     of_source = [next(i for i, source in enumerate(SOURCES) if task in source) for task in TASKS]
-    found, found_wilcoxon, excluded = [], [], []
+    found, excluded = [], []
     for _ in range(800):
         effect = generator.normal(0, 2, 16)[of_source] + generator.normal(0, 0.5, 19)
         a = 70 + effect[:, None] + generator.normal(0, 0.5, (19, 3))
         result = paired(seeded(a), seeded(70 + generator.normal(0, 0.5, (19, 3))), SOURCES)
         found.append(result.p < 0.05)
-        found_wilcoxon.append(result.wilcoxon_p < 0.05)
-        excluded.append(bool(result.new_tasks.excludes_zero))
+        excluded.append(not covers(result.new_tasks, 0.0))
     assert 0.03 < np.mean(found) < 0.07
-    assert 0.03 < np.mean(found_wilcoxon) < 0.07
     assert 0.03 < np.mean(excluded) < 0.075
     assert np.mean(np.equal(found, excluded)) > 0.95  # the interval and the p tell one story
 
@@ -353,7 +335,6 @@ def test_paired_against_scipy() -> None:
     by_source = [np.sum([np.mean(apart[task]) for task in source]) for source in SOURCES]
     assert sum(by_source) / 19 == pytest.approx(result.new_tasks.value)  # one weighting: p tests the mean that is shown
     assert result.n_sources == 16
-    assert result.wilcoxon_p == pytest.approx(scipy_stats.wilcoxon(by_source, method="exact").pvalue)
     test = scipy_stats.permutation_test(
         (by_source,), np.sum, permutation_type="samples", n_resamples=2**17, vectorized=False
     )
@@ -367,7 +348,7 @@ def test_only_shared_seeds_count() -> None:
     assert result.these_tasks.value == 2.5
     assert ends(result.these_tasks) == pytest.approx(scipy_stats.t.interval(0.95, 1, 2.5, 1.5))
     assert result.new_tasks.low is None
-    assert (result.p, result.wilcoxon_p, result.n_sources) == (1.0, 1.0, 1)
+    assert (result.p, result.n_sources) == (1.0, 1)
 
 
 def test_one_pair_a_task_leaves_the_interval_for_new_tasks() -> None:
@@ -378,24 +359,12 @@ def test_one_pair_a_task_leaves_the_interval_for_new_tasks() -> None:
     assert result.new_tasks.low is not None
 
 
-def test_weights_move_the_means_and_their_p() -> None:
-    generator = np.random.default_rng(4)
-    a, b = seeded(generator.normal(1, 1, (19, 3))), seeded(generator.normal(0, 1, (19, 3)))
-    plain, grouped = paired(a, b, SOURCES), paired(a, b, SOURCES, weights=group_weights(GROUPS))
-    assert plain.these_tasks.value != grouped.these_tasks.value == pytest.approx(grouped.new_tasks.value)
-    assert plain.p != grouped.p
-    doubled = paired(a, b, SOURCES, weights=dict.fromkeys(TASKS, 2.0))
-    assert (plain.p, plain.wilcoxon_p) == (doubled.p, doubled.wilcoxon_p)
-    alone = {task: 1.0 if task == TASKS[0] else 0.0 for task in TASKS}
-    assert paired(a, b, SOURCES, weights=alone).n_sources == 1
-
-
 def test_what_is_equal_in_decimals_is_equal() -> None:
     a = {f"t{i}": {0: 90.1 + i, 1: 70.3} for i in range(7)}
     b = {f"t{i}": {0: 90.0 + i, 1: 70.2} for i in range(7)}
     result = paired(a, b, [[task] for task in a])
     assert result.these_tasks.se is result.new_tasks.se is None  # nothing varies, so nothing is known of it
-    assert result.p == result.wilcoxon_p == 2**-6
+    assert result.p == 2**-6
     mixed = paired({"x": {0: 90.1, 1: 80.0}}, {"x": {0: 90.0, 1: 80.1}}, [["x"]])
     assert mixed.these_tasks.value == 0
 
@@ -403,7 +372,7 @@ def test_what_is_equal_in_decimals_is_equal() -> None:
 @settings(max_examples=60, deadline=None)
 @given(runs(), runs(), st.randoms(use_true_random=False))
 def test_paired_is_antisymmetric_and_blind_to_order(one: Runs, other: Runs, random: Any) -> None:
-    tasks = one.keys() & other.keys()
+    tasks = sorted(one.keys() & other.keys())
     a, b = {task: one[task] for task in tasks}, {task: other[task] for task in tasks}
     ab, ba = paired(a, b, SOURCES), paired(b, a, SOURCES)
     for x, y in (
@@ -415,9 +384,7 @@ def test_paired_is_antisymmetric_and_blind_to_order(one: Runs, other: Runs, rand
         assert (x.se, x.df, x.n) == (y.se, y.df, y.n)
         if x.low is not None and x.high is not None:
             assert (x.low, x.high) == (-(y.high or 0.0), -(y.low or 0.0))
-    assert (ab.p, ab.wilcoxon_p) == (ba.p, ba.wilcoxon_p)
-    assert 0 < ab.p <= 1
-    assert 0 < ab.wilcoxon_p <= 1
+    assert 0 < ab.p == ba.p <= 1
     items = list(a.items())
     random.shuffle(items)
     assert paired({t: dict(reversed(list(s.items()))) for t, s in items}, b, list(reversed(SOURCES))) == ab
@@ -426,7 +393,7 @@ def test_paired_is_antisymmetric_and_blind_to_order(one: Runs, other: Runs, rand
 def test_a_method_against_itself() -> None:
     a = seeded(np.random.default_rng(6).normal(70, 3, (19, 3)))
     result = paired(a, a, SOURCES)
-    assert result.p == result.wilcoxon_p == 1
+    assert result.p == 1
     assert (result.these_tasks.value, result.new_tasks.value) == (0, 0)
     assert result.these_tasks.low is result.new_tasks.low is None
     assert rank_cliques({r: dict.fromkeys(TASKS, 1.0) for r in "ab"}, SOURCES).cliques == (("a", "b"),)
@@ -471,9 +438,7 @@ def test_sign_flip_of_many() -> None:
     exact = sign_flip(differences.tolist())
     drawn = sign_flip([*differences, 1e-13])  # 41: Monte Carlo
     assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / 99_999))
-    assert drawn == sign_flip([*differences[::-1], 1e-13], seed=0)
-    assert drawn != sign_flip([*differences, 1e-13], seed=1)
-    assert drawn == sign_flip([*differences, 1e-13], seed=np.random.default_rng(0))
+    assert drawn == sign_flip([*differences[::-1], 1e-13])
     assert sign_flip([1.0] * 50) == 1 / 100_000
     assert sign_flip([1.0] * 40) == 2.0**-39
 
@@ -530,7 +495,6 @@ def test_mcnemar_and_the_difference_over_images() -> None:
     tail = sum(math.comb(only_a + only_b, k) for k in range(min(only_a, only_b) + 1)) / 2 ** (only_a + only_b)
     assert result.p == pytest.approx(min(1, 2 * tail))
     assert mcnemar(a, a).p == 1
-    assert mcnemar([True, True], [False, True]) == mcnemar(np.array([True, True]), np.array([False, True]))
     estimate = difference_over_images([(a, b)], level=0.9)
     first, second = (only_a + 1) / 502, (only_b + 1) / 502  # Bonett & Price 2012, equation 6
     half = scipy_stats.norm.ppf(0.95) * math.sqrt((first + second - (first - second) ** 2) / 502)
@@ -602,7 +566,7 @@ def test_the_interval_over_images_of_a_mean() -> None:
     assert apart.n == 800
     perfect = over_images({t: accuracy_over_images(100.0, 10) for t in TASKS}, SOURCES)
     assert ends(perfect)[1] == 100
-    weighted = over_images(two, [["x"], ["y"]], weights={"x": 1.0, "y": 0.0})
+    weighted = over_images(two, [["x"], ["y"]], weights={"x": 1.0, "y": 1e-12})
     assert ends(weighted) == pytest.approx(ends(task))
 
 
@@ -753,78 +717,3 @@ def test_one_standard_error() -> None:
         one_standard_error(x, 200) == pytest.approx(100 * math.sqrt(x / 100 * (1 - x / 100) / 200), rel=0.02)
         for x in range(20, 81)
     )
-
-
-def test_tax() -> None:
-    final = {"x": {0: 80.0, 1: 81.0}, "y": {0: 50.0, 1: 50.0}}
-    best = {"x": {1: 81.5, 0: 82.0}, "y": {0: 51.0, 1: 50.0}}
-    result = tax(best, final)
-    assert {task: e.value for task, e in result.tasks.items()} == {"x": 1.25, "y": 0.5}
-    assert result.overall == mean_of({"x": [2.0, 0.5], "y": [1.0, 0.0]})
-    assert tax(best, final, {"x": 1, "y": 0}).overall.value == 1.25
-
-
-# ---- Errors ----------------------------------------------------------------------------------------------------------
-
-ONE: Cells = {"a": [1.0, 2.0]}
-RUN: Runs = {"a": {0: 1.0}}
-
-
-@pytest.mark.parametrize(
-    ("call", "text"),
-    [
-        (lambda: spread([]), "the values: there is none"),
-        (lambda: spread([1.0, math.nan]), "the values: nan cannot be used; numbers have to be finite"),
-        (lambda: spread(["x"]), "the values: 'x' is no number"),  # type: ignore[list-item]
-        (lambda: mean_of({}), "there is no task"),
-        (lambda: mean_of({"a": []}), "the seeds of a: there is none"),
-        (lambda: mean_of({"a": [math.inf]}), "the seeds of a: inf cannot"),
-        (lambda: mean_of({"a": [1e200]}), "finite and at most 1e[+]100"),
-        (lambda: mean_of(ONE, level=95), "the level is 95; it lies between 0 and 1: 0.95"),
-        (lambda: mean_of(ONE, {"b": 1.0}), "the weights and the tasks differ in a, b"),
-        (lambda: mean_of(ONE, {"a": -1.0}), "the weight of a is -1.0; weights are 0 or more"),
-        (lambda: mean_of(ONE, {"a": 0.0}), "all weights are 0"),
-        (lambda: group_weights({}), "there is no group"),
-        (lambda: group_weights({"g": []}), "the group 'g' has no task"),
-        (lambda: group_weights({"g": ["a"], "h": ["a"]}), "a is listed twice"),
-        (lambda: mean_over_new_tasks(ONE, [["b"]]), "a: in no source"),
-        (lambda: mean_over_new_tasks(ONE, [["a"], ["b", "a"]]), "a: in more than one source"),
-        (lambda: mean_over_new_tasks(ONE, ["a"]), "a source is a list of tasks, not a name"),
-        (lambda: paired({}, {}, []), "there is no task"),
-        (lambda: paired({**RUN, "b": {0: 1.0}}, {**RUN, "c": {0: 1.0}}, [["a"]]), "those of b differ in b, c"),
-        (lambda: paired(RUN, {"a": {1: 1.0}}, [["a"]]), "a: the two sides share no seed"),
-        (lambda: paired(RUN, {"a": {0: math.nan}}, [["a"]]), "the seeds of a: nan cannot"),
-        (lambda: sign_flip([]), "the differences: there is none"),
-        (lambda: signed_rank([math.inf]), "the differences: inf cannot"),
-        (lambda: holm({"x": 1.5}), "p of x is 1.5; a p lies between 0 and 1"),
-        (lambda: holm({"x": math.nan}), "p of x: nan cannot"),
-        (lambda: cell_verdict({0: math.nan}, {0: 1.0}), "the values: nan cannot"),
-        (lambda: mcnemar([True], [True, False]), "1 images against 2"),
-        (lambda: mcnemar([], []), "at least one"),
-        (lambda: mcnemar([1, 0], [1, 1]), "the bits are int64"),  # type: ignore[list-item]
-        (lambda: difference_over_images([]), "there is no pair of runs"),
-        (
-            lambda: difference_over_images([([True], [False]), ([True, True], [True, True])]),
-            "the pairs have 1, 2 images",
-        ),
-        (lambda: accuracy_over_images(101, 10), "the accuracy is 101"),
-        (lambda: accuracy_over_images(50, 0), "an accuracy over 0 images"),
-        (lambda: over_images({}, []), "there is no task"),
-        (lambda: over_images({"a": mean_of({"a": [1.0]})}, [["a"]]), "a has no interval over its test images"),
-        (lambda: smallest_p(0), "1 tests over 0 sources"),
-        (lambda: best_and_second({"a": {}}), "the seeds of a: there is none"),
-        (lambda: rank_cliques({}, []), "there is no row"),
-        (lambda: rank_cliques({"r": {}}, []), "there is no task"),
-        (lambda: rank_cliques({"r": {"a": 1.0}, "s": {"b": 1.0}}, [["a"]]), "the scores of s and .* differ in a, b"),
-        (lambda: one_standard_error(101, 200), "the accuracy is 101; it is in percent"),
-        (lambda: one_standard_error(50, 0), "an accuracy over 0 images"),
-        (lambda: tax({"a": {0: 1.0}}, {"a": {0: 2.0}}), "a, seed 0: the best epoch has 1.0, the last 2.0"),
-        (lambda: tax({"a": {0: 1.0}}, {"a": {0: 1.0, 1: 1.0}}), "the last epochs on a and its best epochs differ in 1"),
-    ],
-)
-def test_errors_are_one_line(call: Callable[[], object], text: str) -> None:
-    with pytest.raises(StatsError, match=text) as info:
-        call()
-    assert isinstance(info.value, SvpBenchError)
-    assert info.value.exit_status == 1
-    assert "\n" not in str(info.value)
