@@ -158,7 +158,7 @@ def unknown_name(
     hit = nearest(name, names)
     if hit:
         text += f"; did you mean {hit!r}?"
-    elif names and len(names) <= 12:
+    elif names and len(names) <= 20:
         text += f"; allowed: {', '.join(names)}"
     if listing:
         text += f" (`{listing}` lists all)"

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import reprlib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -79,12 +79,12 @@ def _parts(data: Any, annotation: Any) -> Iterator[tuple[str | int, Any, Any]]:
     if isinstance(data, Mapping) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)
         yield from ((key, value, hints.get(key, ...)) for key, value in data.items())
-    elif isinstance(data, Mapping) and len(get_args(kind)) == 2:
+    elif isinstance(data, Mapping) and get_origin(kind) in (dict, Mapping):
         key_kind, value_kind = get_args(kind)
         for key, value in data.items():
             yield key, key, key_kind
             yield key, value, value_kind
-    elif isinstance(data, list | tuple) and get_args(kind):
+    elif isinstance(data, list | tuple) and get_origin(kind) in (list, tuple, Sequence):
         yield from ((index, value, get_args(kind)[0]) for index, value in enumerate(data))
 
 
@@ -107,6 +107,7 @@ def _problem(data: Any, annotation: Any, keys: Keys, message: str) -> tuple[Keys
     if missing := re.match(r"Object missing required field `(\w+)`", message):
         return keys, f"the key {_dotted((*keys, missing[1]))!r} is missing"
     wanted = _wanted(annotation) or message.partition(", got")[0].replace("`", "").replace("Expected ", "")
+    wanted = {"object": "a mapping of keys", "array": "a list"}.get(wanted, wanted)
     return keys, f"{_dotted(keys)!r} must be {wanted}, not {_short.repr(data)}"
 
 

@@ -48,9 +48,19 @@ class Node:
     children: dict[str, Node] | list[Node] | None = None
     error_class: type[SvpBenchError] = CardError
 
-    def error(self, text: str) -> SvpBenchError:
-        """Return the error `text` at this place."""
-        return self.error_class(f"{self.path}:{self.line}: {text}")
+    def where(self, keys: Sequence[str | int] = ()) -> str:
+        """Return "file:line" of the value that keys lead to, or of the last one that exists on the way."""
+        node = self
+        for key in keys:
+            inside: dict[Any, Node] = (
+                dict(enumerate(node.children)) if isinstance(node.children, list) else node.children or {}
+            )
+            node = inside.get(key, node)
+        return f"{self.path}:{node.line}"
+
+    def error(self, text: str, *keys: str | int) -> SvpBenchError:
+        """Return the error `text` at this place, or at the value that keys lead to."""
+        return self.error_class(f"{self.where(keys)}: {text}")
 
     @property
     def kind(self) -> str:
@@ -180,7 +190,8 @@ def _events(text: str) -> Iterator[Any]:
     for event in yaml.parse(text, Loader=_LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
-            raise _TooDeep(None, None, f"nested deeper than {_MAX_DEPTH} levels", event.start_mark)
+            mark: Any = event.start_mark
+            raise _TooDeep(None, None, f"nested deeper than {_MAX_DEPTH} levels", mark)
         yield event
 
 

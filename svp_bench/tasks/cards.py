@@ -1,31 +1,33 @@
-"""Cards: the plain YAML files in `tasks/` that say what a task, a suite and a protocol are, read into frozen objects.
+"""Cards: plain YAML files in `tasks/` that describe tasks, suites and protocols, read into frozen objects.
 
-Where they lie, below one folder of cards:
+Files in a folder of cards:
 
-    <suite>.yaml             a suite: which tasks, in which groups, read how, under which protocol
-    <suite>.yaml             or, without a folder of tasks, a part of another suite, which `tasks_of` names
-    <suite>/<task>.yaml      a task: classes, list lengths, where the data come from; its name is "<suite>/<task>"
-    protocols/<name>.yaml    a protocol: the image transform, the lists of both stages, the training budget
+    <suite>.yaml             a suite: its tasks in groups, their reader, their protocol; or, with `tasks_of` and without
+                             a folder of tasks, a part of another suite
+    <suite>/<task>.yaml      a task: classes, sizes of the splits, origin of the data; its name is "<suite>/<task>"
+    protocols/<name>.yaml    a protocol: image transform, splits of both stages, training budget
     references.bib           the works that `citation` names
 
-Cards of the user's own lie in further folders of the same form (`--tasks_dir DIR`, `$SVP_BENCH_TASKS`); their suites
-may follow the shipped protocols. No name may stand for two different suites or protocols.
+Custom cards lie in further folders of the same form (`--tasks_dir DIR`, `$SVP_BENCH_TASKS`); their suites may use the
+shipped protocols. Two different suites or protocols must not have the same name.
 
-Reading is strict. Every mistake in a card (unknown or missing key, wrong type, a name that does not fit the place, a
-tag, a key given twice) is a `CardError` whose text begins with "file:line:". No card is ever left out silently.
+Any mistake in a card is a `CardError` whose text begins with "file:line:".
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-from svp_bench.core.errors import CardError, UsageError, plural, unknown_name
+from msgspec import Meta
+
+from svp_bench.core.errors import CardError, UsageError, nearest, plural, unknown_name
 from svp_bench.core.resources import tasks_dirs
-from svp_bench.core.yaml import Node, did_you_mean, read_text, read_yaml, show
+from svp_bench.core.validate import Count, Digest, Positive, convert
+from svp_bench.core.yaml import Node, read_text, read_yaml, show
 
 __all__ = [
     "ProtocolCard",
@@ -42,70 +44,81 @@ __all__ = [
     "load_task",
 ]
 
+_T = TypeVar("_T")
+_ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+Id = Annotated[str, Meta(pattern=rf"^{_ID.pattern}\Z", description="a name of a-z, 0-9, _ and -")]
+File = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*\Z", description="a single file or folder name")]
+Line = Annotated[str, Meta(pattern=r"^[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+\Z", description="a line of text")]
+Prose = Annotated[str, Meta(min_length=1, description="a text")]
+Citation = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9:_.+-]*\Z", description="a key of references.bib")]
+Address = Annotated[
+    str,
+    Meta(pattern=r"^(https?://\S+|synthetic|your own)\Z", description="an address (https://…), synthetic or your own"),
+]
+Splits = Mapping[Id, Positive]  # name -> number of images
+Group = Annotated[tuple[Id, ...], Meta(min_length=1, description="a list of task ids")]
+SameImages = Annotated[tuple[Id, ...], Meta(min_length=2, description="a list of two or more task ids")]
+
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """How the images and lists of a task are read.
+    """How the images and splits of a task are read.
 
     Attributes:
-        kind: A name of the reader registry of `svp_bench.data`: "split_files" (text files of "path label" lines),
-            "json_split", "torchvision" or "digits".
+        kind: A name of the reader registry of `svp_bench.data`, e.g. "split_files".
         options: Arguments of that reader, e.g. {"per_class": 5}; mostly empty.
     """
 
-    kind: str
-    options: Mapping[str, int | str | float | bool]
+    kind: Id
+    options: Mapping[str, int | str | float | bool] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskCard:
     """One classification task.
 
     Attributes:
         name: "<suite>/<id>", e.g. "vtab/caltech101".
-        version: Goes up when the meaning of the card changes, so that old numbers do not mix with new ones.
+        version: Increases when the meaning of the card changes, so that old numbers do not mix with new ones.
         group: The suite's group that lists the task.
         title: Short name for tables.
-        classes: Number of classes; labels run from 0 to classes - 1. 0 if it is as found (`as_found`).
-        counts: Name of each list → its number of images; empty if they are as found.
+        classes: Number of classes; labels run from 0 to classes - 1. 0 if it follows from the data (`as_found`).
+        counts: Split → number of images; empty if it follows from the data.
         folder: Folder of the task below the data root.
         source: Address of the data set's home page, "synthetic" if code draws its images, or "your own".
         licence: Terms of the data in a few words.
         citation: Key in `references.bib`.
-        digest: "sha256:<64 hex digits>" over all lists as first seen, or None while unseen. With the reader `lists`, of
-            their lines (list names, paths, labels), not of pixels; with `digits`, of pixels and labels.
-        variants: Other known forms of the data: name → list lengths (all of them, not only those that differ).
-        notes: What a reader of a number on this task should know.
+        digest: "sha256:<64 hex digits>" over all splits as first seen, or None while unseen (`Images.digest`).
+        variants: Other known forms of the data: name → split → number of images, for all splits.
+        notes: Remarks for readers of a number on this task.
         reader: How the data are read: the card's own reader, else the suite's.
         class_names: File next to the card with one class name per line, or None.
         path: The card's file.
         other_folders: Further names that the folder has in other releases of the data, tried after `folder`.
     """
 
-    name: str
-    version: int
-    group: str
-    title: str
-    classes: int
-    counts: Mapping[str, int]
-    folder: str
-    source: str
-    licence: str
-    citation: str
-    digest: str | None
-    variants: Mapping[str, Mapping[str, int]]
-    notes: str
+    name: Line
+    version: Positive
+    group: Id
+    title: Line
+    classes: Count
+    counts: Splits
+    folder: File
+    source: Address
+    licence: Line
+    citation: Citation
+    digest: Digest | None
     reader: ReaderSpec
-    class_names: str | None
-    path: Path = field(compare=False)
-    other_folders: tuple[str, ...] = ()
+    variants: Mapping[Id, Splits] = field(default_factory=dict)
+    notes: Prose = ""
+    class_names: File | None = None
+    other_folders: tuple[File, ...] = ()
+    path: Path = field(default=Path(), compare=False)
 
     @property
     def as_found(self) -> bool:
-        """Do the data say how many classes and images there are (own images), not the card?
-
-        `svp_bench.data.sources.measured` fills such a card in.
-        """
+        """Whether the data define the classes and splits, not the card; `svp_bench.data.sources.measured` fills it."""
         return self.classes == 0
 
     @property
@@ -119,43 +132,43 @@ class TaskCard:
         return self.name.partition("/")[2]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SuiteCard:
     """The tasks of a benchmark and what they share.
 
     Attributes:
         name: "vtab".
-        version: Goes up when members, groups or protocol change.
-        title: Name for people: "VTAB-1k".
+        version: Increases when members, groups or protocol change.
+        title: Displayed name: "VTAB-1k".
         table: Stem of the names of the table files.
-        folder: The suite's folder below a data root, tried when a task's folder does not lie there directly.
+        folder: The suite's folder below a data root, searched after the root itself.
         protocol: Name of the protocol card.
         reader: How the data are read, unless a task's card states another.
         groups: Group → task ids, in the order of the table's columns.
         same_images: Tasks that share their images and so are not independent measurements.
         citation: Key in `references.bib`.
-        notes: What a reader of the suite's averages should know.
+        notes: Remarks for readers of the suite's averages.
         path: The card's file.
         other_folders: Further names of the folder, tried after `folder`: that of a suite which shares its data.
-        archive: The one archive that holds all tasks, and where to get it; "" if each task has a page of its own.
+        archive: The one archive that holds all tasks, and its address; "" if each task has a page of its own.
         tasks_of: The suite whose tasks these are, for a suite that is a part of another and has no task cards.
     """
 
-    name: str
-    version: int
-    title: str
-    table: str
-    folder: str
-    protocol: str
+    name: Line
+    version: Positive
+    title: Line
+    table: Id
+    folder: File
+    protocol: Line
     reader: ReaderSpec
-    groups: Mapping[str, tuple[str, ...]]
-    same_images: tuple[tuple[str, ...], ...]
-    citation: str
-    notes: str
-    path: Path = field(compare=False)
-    other_folders: tuple[str, ...] = ()
-    archive: str = ""
-    tasks_of: str | None = None
+    groups: Annotated[Mapping[Id, Group], Meta(min_length=1, description="groups of tasks")]
+    citation: Citation
+    same_images: tuple[SameImages, ...] = ()
+    notes: Prose = ""
+    other_folders: tuple[File, ...] = ()
+    archive: Prose = ""
+    tasks_of: Line | None = None
+    path: Path = field(default=Path(), compare=False)
 
     @property
     def owner(self) -> str:
@@ -172,13 +185,13 @@ class SuiteCard:
         return f"{self.owner}/{task}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProtocolCard:
     """What makes two numbers on one task comparable.
 
     Attributes:
         name: "vtab-final".
-        version: Goes up when anything here changes that moves a number.
+        version: Increases when anything here changes that moves a number.
         title: One line for people.
         image_size: Height and width of the model's input in pixels; None ("backbone" on the card) for the size that the
             backbone was trained with.
@@ -187,28 +200,28 @@ class ProtocolCard:
         interpolation: "bicubic" (Pillow's, which averages when it shrinks).
         augmentation: "none".
         normalisation: "backbone": mean and standard deviation that the backbone was trained with.
-        stages: Stage → role → list: {"select": {"train": .., "val": ..}, "final": {"train": .., "test": ..}}.
+        stages: Stage → role → split: {"select": {"train": .., "val": ..}, "final": {"train": .., "test": ..}}.
         training: A config layer of sections "trainer", "data", "model"; its keys are checked where configs are parsed.
         selection: The rule by which hyper-parameters are chosen, in words.
         citation: Key in `references.bib`.
-        notes: What a reader of a number under this protocol should know.
+        notes: Remarks for readers of a number under this protocol.
         path: The card's file.
     """
 
-    name: str
-    version: int
-    title: str
-    image_size: int | None
-    resize: str
-    interpolation: str
-    augmentation: str
-    normalisation: str
-    stages: Mapping[str, Mapping[str, str]]
-    training: Mapping[str, Mapping[str, Any]]
-    selection: str
-    citation: str
-    notes: str
-    path: Path = field(compare=False)
+    name: Line
+    version: Positive
+    title: Line
+    image_size: Annotated[int, Meta(ge=1, description="int >= 1, backbone")] | None
+    resize: Literal["squash", "centre_crop"]
+    interpolation: Literal["bicubic"]
+    augmentation: Literal["none"]
+    normalisation: Literal["backbone"]
+    stages: Mapping[str, Mapping[str, Id]]
+    training: Mapping[Id, Mapping[str, Any]]
+    selection: Prose
+    citation: Citation
+    notes: Prose = ""
+    path: Path = field(default=Path(), compare=False)
 
     def splits(
         self, stage: str, folds: int | None = None, fold: int | None = None, fold_seed: int | None = None
@@ -331,11 +344,13 @@ def load_suite(name: str, root: Path | None = None) -> SuiteCard:
         raise unknown_name("suite", name, [*suites, *_parts(root)], listing=_LISTING)
     home = _home(root, "suite", f"{name}.yaml", name)
     card, owner = read_yaml(home / f"{name}.yaml"), name
-    of = card.children.get("tasks_of") if isinstance(card.children, dict) else None
-    if of is not None:
-        owner = of.one_of(suites, "tasks_of")
+    if isinstance(card.value, dict) and "tasks_of" in card.value:
+        owner = card.value["tasks_of"]
+        if owner not in suites:
+            raise unknown_name("suite", str(owner), suites, where=card.where(("tasks_of",)), error=CardError)
         if name in suites:
-            raise of.error(f"a part of the suite {owner!r} has no task cards of its own; remove {home / name}")
+            text = f"a part of the suite {owner!r} has no task cards of its own; remove {home / name}"
+            raise card.error(text, "tasks_of")
         home = _home(root, "suite", f"{owner}.yaml", owner)
     return _suite(card, _stems(home / owner), _protocols(root), owner)
 
@@ -438,192 +453,103 @@ def _stems(folder: Path) -> list[str]:
     return stems
 
 
-# --- what each card holds --------------------------------------------------------------------------------------------
+# --- checks of the cards ---------------------------------------------------------------------------------------------
 
-_ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # one component: no slash, no leading dot
-_SOURCE = re.compile(r"https?://\S+|synthetic|your own")
-_BACKBONE = "backbone"  # in the place of a protocol's image_size
-_FOUND = "found"  # in the place of classes and counts
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_CITATION = re.compile(r"[A-Za-z][A-Za-z0-9:_.+-]*")
 
-# The only ones that the transforms know. A card that promised another would be a false statement about its numbers.
-_OPTIONS = {
-    "resize": ["squash", "centre_crop"],
-    "interpolation": ["bicubic"],
-    "augmentation": ["none"],
-    "normalisation": ["backbone"],
-}
-_STAGES = {"select": ("train", "val"), "final": ("train", "test")}
-
-_TASK_KEYS = (
-    "name",
-    "version",
-    "group",
-    "title",
-    "classes",
-    "counts",
-    "folder",
-    "source",
-    "licence",
-    "citation",
-    "digest",
-)
-_SUITE_KEYS = ("name", "version", "title", "table", "folder", "protocol", "reader", "groups", "citation")
-_PROTOCOL_KEYS = ("name", "version", "title", "image_size", *_OPTIONS, "stages", "training", "selection", "citation")
+def _read(kind: type[_T], card: Node, **filled: Any) -> _T:
+    """Convert a card; `filled` replaces values of the file."""
+    values = card.value
+    if isinstance(values, dict):
+        values = {key: value.strip() if isinstance(value, str) else value for key, value in values.items()} | filled
+        place = card.path.stem if kind is not TaskCard else f"{card.path.parent.name}/{card.path.stem}"
+        if values.get("name", place) != place:
+            raise card.error(f"name is {show(values['name'])}, but a card in this place is called {place!r}", "name")
+    return convert(values, kind, card.where, CardError, "card")
 
 
 def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
-    keys = card.keys(_TASK_KEYS, ["variants", "notes", "reader", "class_names", "other_folders"])
-    name = f"{card.path.parent.name}/{card.path.stem}"
-    _fits_place(keys["name"], name)
+    values = card.value if isinstance(card.value, dict) else {}
+    empty: dict[str, Any] = {"classes": 0, "counts": {}}
+    found = [key for key in empty if values.get(key) == "found"]
+    filled = {key: empty[key] for key in found}
+    if "reader" not in values:
+        filled["reader"] = asdict(suite.reader)
+    if isinstance(variants := values.get("variants"), dict):
+        for name, body in variants.items():
+            if not isinstance(body, dict) or [*body] != ["counts"]:
+                raise card.error(f"the variant {name!r} must be {{counts: {{split: images}}}}", "variants", name)
+        filled["variants"] = {name: body["counts"] for name, body in variants.items()}
+    task = _read(TaskCard, card, **filled)
 
-    group = keys["group"].one_of(suite.groups, "group")
-    if card.path.stem not in suite.groups[group]:
-        listed = next(other for other, tasks in suite.groups.items() if card.path.stem in tasks)
-        raise keys["group"].error(f"group is {group!r}, but {suite.path.name} lists the task under {listed!r}")
-
-    found = [key for key in ("classes", "counts") if keys[key].value == _FOUND]
+    if task.group not in suite.groups:
+        raise unknown_name("group", task.group, suite.groups, where=card.where(("group",)), error=CardError)
+    if task.id not in suite.groups[task.group]:
+        listed = next(group for group, tasks in suite.groups.items() if task.id in tasks)
+        raise card.error(f"group is {task.group!r}, but {suite.path.name} lists the task under {listed!r}", "group")
     if len(found) == 1:
-        raise keys[found[0]].error(f"classes and counts are both {_FOUND!r}, or neither is")
-    counts = {} if found else _counts(keys["counts"])
-    for stage, roles in protocol.stages.items():
-        for role, list_name in roles.items():
-            if list_name not in counts and not found:
-                raise keys["counts"].error(
-                    f"counts lacks the list {list_name!r} ({role} of stage {stage!r} in protocol {protocol.name!r}); "
-                    f"it has: {', '.join(counts)}"
-                )
-
-    variants: dict[str, dict[str, int]] = {}
-    if "variants" in keys:
-        for variant, body in keys["variants"].mapping(_ID).items():
-            differing = body.keys(["counts"], [])["counts"]
-            differing.keys([], counts)
-            variants[variant] = {**counts, **_counts(differing)}
-
-    names_file = keys["class_names"].text(_FILE, "a file name") if "class_names" in keys else None
-    if names_file and not (card.path.parent / names_file).is_file():
-        raise keys["class_names"].error(f"there is no file {names_file!r} next to the card")
-    return TaskCard(
-        name=name,
-        version=keys["version"].positive(),
-        group=group,
-        title=keys["title"].text(),
-        classes=0 if found else keys["classes"].positive(),
-        counts=counts,
-        folder=keys["folder"].text(_FILE, "a single folder name"),
-        source=keys["source"].text(_SOURCE, "an address that begins with http:// or https://, synthetic, or your own"),
-        licence=keys["licence"].text(),
-        citation=keys["citation"].text(_CITATION, "a key of references.bib"),
-        digest=None if keys["digest"].value is None else keys["digest"].text(_DIGEST, "null or sha256:<64 hex digits>"),
-        variants=variants,
-        notes=keys["notes"].prose() if "notes" in keys else "",
-        reader=_reader(keys["reader"]) if "reader" in keys else suite.reader,
-        class_names=names_file,
-        path=card.path,
-        other_folders=_folders(keys["other_folders"]) if "other_folders" in keys else (),
-    )
+        raise card.error("classes and counts are both 'found', or neither is", *found)
+    if not found and not task.classes:
+        raise card.error("'classes' must be int >= 1, not 0", "classes")
+    needed = {split: (role, stage) for stage, roles in protocol.stages.items() for role, split in roles.items()}
+    for split, (role, stage) in needed.items():
+        if split not in task.counts and not found:
+            raise card.error(
+                f"counts lacks the split {split!r} ({role} of stage {stage!r} in protocol {protocol.name!r}); "
+                f"it has: {', '.join(task.counts)}",
+                "counts",
+            )
+    for name, counts in task.variants.items():
+        for split in counts:
+            if split not in task.counts:
+                where = card.where(("variants", name, "counts", split))
+                raise unknown_name(f"split of {task.name}", split, task.counts, where=where, error=CardError)
+    if task.class_names and not (card.path.parent / task.class_names).is_file():
+        raise card.error(f"there is no file {task.class_names!r} next to the card", "class_names")
+    full = {name: {**task.counts, **counts} for name, counts in task.variants.items()}
+    return replace(task, variants=full, path=card.path)
 
 
 def _suite(card: Node, cards: list[str], protocols: list[str], owner: str) -> SuiteCard:
-    keys = card.keys(_SUITE_KEYS, ["same_images", "notes", "other_folders", "archive", "tasks_of"])
-    _fits_place(keys["name"], card.path.stem)
-
-    groups: dict[str, tuple[str, ...]] = {}
+    suite = _read(SuiteCard, card)
+    if suite.protocol not in protocols:
+        raise unknown_name("protocol", suite.protocol, protocols, where=card.where(("protocol",)), error=CardError)
     members: dict[str, str] = {}  # task id -> its group
-    for group, tasks in keys["groups"].mapping(_ID).items():
-        for task in tasks.sequence():
-            task_id = task.text(_ID, "a task id of a-z, 0-9, _ and -")
-            if task_id in members:
-                raise task.error(f"task {task_id!r} is listed twice (already in group {members[task_id]!r})")
-            if task_id not in cards:
-                hint = did_you_mean(task_id, [stem for stem in cards if stem not in members])
-                raise task.error(f"task {task_id!r} has no card {owner}/{task_id}.yaml{hint}")
-            members[task_id] = group
-        groups[group] = tuple(task.text() for task in tasks.sequence())
-    for stem in cards:
-        if stem not in members and owner == card.path.stem:
-            stray = card.path.parent / card.path.stem / f"{stem}.yaml"
-            raise CardError(f"{stray}:1: this card is not in the groups of {card.path}; list it there or move it away")
-
-    same: list[tuple[str, ...]] = []
+    for group, tasks in suite.groups.items():
+        for index, task in enumerate(tasks):
+            if task in members:
+                text = f"task {task!r} is listed twice (already in group {members[task]!r})"
+                raise card.error(text, "groups", group, index)
+            if task not in cards:
+                hit = nearest(task, [stem for stem in cards if stem not in members])
+                hint = f"; did you mean {hit!r}?" if hit else ""
+                raise card.error(f"task {task!r} has no card {owner}/{task}.yaml{hint}", "groups", group, index)
+            members[task] = group
+    if owner == card.path.stem and (strays := [stem for stem in cards if stem not in members]):
+        stray = card.path.parent / owner / f"{strays[0]}.yaml"
+        raise CardError(f"{stray}:1: this card is not in the groups of {card.path}; list it there or move it away")
     seen: set[str] = set()
-    if "same_images" in keys:
-        for together in keys["same_images"].sequence():
-            tasks_together = tuple(task.one_of(members, "task") for task in together.sequence())
-            if len(tasks_together) < 2 or len({*tasks_together} - seen) < len(tasks_together):
-                raise together.error("same_images holds lists of two or more tasks, each task at most once")
-            seen |= {*tasks_together}
-            same.append(tasks_together)
-    return SuiteCard(
-        name=card.path.stem,
-        version=keys["version"].positive(),
-        title=keys["title"].text(),
-        table=keys["table"].text(_ID, "a file stem of a-z, 0-9, _ and -"),
-        folder=keys["folder"].text(_FILE, "a single folder name"),
-        protocol=keys["protocol"].one_of(protocols, "protocol"),
-        reader=_reader(keys["reader"]),
-        groups=groups,
-        same_images=tuple(same),
-        citation=keys["citation"].text(_CITATION, "a key of references.bib"),
-        notes=keys["notes"].prose() if "notes" in keys else "",
-        path=card.path,
-        other_folders=_folders(keys["other_folders"]) if "other_folders" in keys else (),
-        archive=keys["archive"].prose() if "archive" in keys else "",
-        tasks_of=owner if "tasks_of" in keys else None,
-    )
+    for row, together in enumerate(suite.same_images):
+        for index, task in enumerate(together):
+            if task not in members:
+                where = card.where(("same_images", row, index))
+                raise unknown_name("task", task, members, where=where, error=CardError)
+            if task in seen:
+                raise card.error(f"same_images lists the task {task!r} twice", "same_images", row)
+            seen.add(task)
+    return replace(suite, path=card.path)
 
 
 def _protocol(card: Node) -> ProtocolCard:
-    keys = card.keys(_PROTOCOL_KEYS, ["notes"])
-    _fits_place(keys["name"], card.path.stem)
-
-    stages: dict[str, dict[str, str]] = {}
-    for stage, roles in keys["stages"].keys(list(_STAGES), []).items():
-        lists = roles.keys(list(_STAGES[stage]), [])
-        stages[stage] = {role: lists[role].text(_ID, "a list name of a-z, 0-9, _ and -") for role in _STAGES[stage]}
-    test = stages["final"]["test"]
+    values = card.value if isinstance(card.value, dict) else {}
+    protocol = _read(ProtocolCard, card, **({"image_size": None} if values.get("image_size") == "backbone" else {}))
+    for stage, known in (("select", {"train", "val"}), ("final", {"train", "test"})):
+        roles = protocol.stages.get(stage, {})
+        if {*roles} != known or len(protocol.stages) != 2:
+            text = "stages must be {select: {train, val}, final: {train, test}}, each role with the name of a split"
+            raise card.error(text, "stages", stage)
+    test = protocol.stages["final"]["test"]
     for stage, role in (("select", "train"), ("select", "val"), ("final", "train")):
-        if stages[stage][role] == test:  # the honest way is the only one that a card can state
-            raise keys["stages"].error(f"{role} of stage {stage!r} is the test list {test!r}; use a list without it")
-
-    training = keys["training"].mapping(_ID)
-    return ProtocolCard(
-        name=card.path.stem,
-        version=keys["version"].positive(),
-        title=keys["title"].text(),
-        image_size=None if keys["image_size"].value == _BACKBONE else keys["image_size"].positive(),
-        **{key: keys[key].one_of(allowed, key) for key, allowed in _OPTIONS.items()},
-        stages=stages,
-        training={section: {k: v.value for k, v in body.mapping().items()} for section, body in training.items()},
-        selection=keys["selection"].prose(),
-        citation=keys["citation"].text(_CITATION, "a key of references.bib"),
-        notes=keys["notes"].prose() if "notes" in keys else "",
-        path=card.path,
-    )
-
-
-def _fits_place(name: Node, expected: str) -> None:
-    if name.text() != expected:
-        raise name.error(f"name is {show(name.value)}, but a card in this place is called {expected!r}")
-
-
-def _counts(node: Node) -> dict[str, int]:
-    return {name: count.positive() for name, count in node.mapping(_ID).items()}
-
-
-def _folders(node: Node) -> tuple[str, ...]:
-    return tuple(folder.text(_FILE, "a single folder name") for folder in node.sequence())
-
-
-def _reader(node: Node) -> ReaderSpec:
-    keys = node.keys(["kind"], ["options"])
-    options: dict[str, int | str | float | bool] = {}
-    if "options" in keys:
-        for name, option in keys["options"].mapping().items():
-            if not isinstance(option.value, (bool, int, float, str)):
-                raise option.error(f"reader option {name!r} must be a number, a text or true/false, not {option.kind}")
-            options[name] = option.value
-    return ReaderSpec(keys["kind"].text(_ID, "a reader name of a-z, 0-9, _ and -"), options)
+        if protocol.stages[stage][role] == test:  # the honest way is the only one that a card can state
+            text = f"{role} of stage {stage!r} is the test split {test!r}; use a split without it"
+            raise card.error(text, "stages", stage, role)
+    return replace(protocol, path=card.path)
