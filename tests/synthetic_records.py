@@ -61,7 +61,7 @@ def make_record(
         *folders, last = key.split(".")
         node = config
         for folder in folders:
-            node = node[folder]
+            node = node.setdefault(folder, {})
         node[last] = value
     digest = setting_digest(config, search)
     bits = np.arange(count) < right

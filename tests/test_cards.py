@@ -117,7 +117,7 @@ def test_vtab_protocol() -> None:
     assert protocol.training["data"] == {"batch_size": 32}
     assert protocol.training["model"]["warmup_epochs"] == 10
     # YAML 1.1 reads 1e-5 as a text; the card has to write 1.0e-5
-    assert protocol.training["model"]["min_learning_rate"] == pytest.approx(1e-5)
+    assert protocol.training["model"]["schedule"]["min_learning_rate"] == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("name", [*DIGITS, *cards.list_tasks("vtab"), *cards.list_tasks("fgvc")])

@@ -125,7 +125,7 @@ def checkpoint(outcome: Outcome) -> Path:
     return Path("runs") / str(outcome.record["checkpoint_file"])
 
 
-@pytest.mark.parametrize("extra", [{}, {"model.ema_decay": "0.5", "model.ema_evaluate": "true"}])
+@pytest.mark.parametrize("extra", [{}, {"model.ema.decay": "0.5", "model.ema.evaluate": "true"}])
 def test_the_record_has_the_digest_of_its_checkpoint(place: Path, extra: dict[str, str]) -> None:
     outcome = run(*small(*LINEAR, **extra))
     record, path = outcome.record, checkpoint(outcome)

@@ -148,12 +148,12 @@ def test_the_protocol_stands_between_base_and_task(own_configs: Path, tmp_path: 
     base.write_text(base.read_text().replace("trainer:\n", "trainer:\n  max_epochs: 3\n"))
     plain = layers("--data.task", TASK)
     assert plain.get("trainer.max_epochs") == EPOCHS["vtab"]
-    assert plain.origins["trainer.max_epochs"].endswith("vtab-final.yaml: training")
+    assert plain.origins["trainer.max_epochs"].endswith("vtab-final.yaml")
     task = write(tmp_path / "task.yaml", data__task=TASK, trainer__max_epochs=77)
     assert layers("--config", task).get("trainer.max_epochs") == 77
     demo = layers("--data.task", "demo/digits")
     assert demo.get("trainer.max_epochs") == EPOCHS["demo"]
-    assert demo.origins["trainer.max_epochs"].endswith("demo-final.yaml: training")
+    assert demo.origins["trainer.max_epochs"].endswith("demo-final.yaml")
 
 
 def test_the_last_task_selects_the_protocol(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svp_bench.core.errors import ConfigError, DataError
-from svp_bench.data.folds import fold_positions
+from svp_bench.data.folds import CrossValidationConfig, fold_positions
 from svp_bench.data.module import VisionDataModule
 
 TASK = "demo/digits-5shot"
@@ -55,7 +55,9 @@ def test_an_image_that_is_repeated_is_never_on_both_sides() -> None:
 def test_leave_one_out_and_no_further() -> None:
     keys, labels = list("abcde"), np.array([0, 0, 1, 1, 1])
     assert sorted(part[0] for part in parts(keys, labels, 5)) == [0, 1, 2, 3, 4]
-    with pytest.raises(DataError, match=r"6 folds of the 5 labelled images .* --data.folds is at most 5 here"):
+    with pytest.raises(
+        DataError, match=r"6 folds of the 5 labelled images .* --data.cross_validation.folds is at most 5 here"
+    ):
         parts(keys, labels, 6)
 
 
@@ -63,7 +65,7 @@ def test_the_data_module_holds_out_each_labelled_image_once() -> None:
     seen: list[int] = []
     digests = set()
     for fold in range(5):
-        data = VisionDataModule(TASK, stage="select", folds=5, fold=fold, image_size=32)
+        data = VisionDataModule(TASK, stage="select", cross_validation=CrossValidationConfig(5, fold), image_size=32)
         data.setup("fit")
         assert set(data.splits) == {"train", "val"}
         assert data.splits_read == ("trainval",)
@@ -83,19 +85,23 @@ def test_the_data_module_holds_out_each_labelled_image_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"folds": 5}, "--data.folds 5 belongs to --data.stage select"),
-        ({"stage": "select", "fold": 1}, "--data.fold 1 belongs to --data.folds N"),
-        ({"stage": "select", "folds": 1}, "--data.folds 1 is out of range"),
-        ({"stage": "select", "folds": 5, "fold": -1}, "--data.fold -1 is out of range"),
-        ({"stage": "select", "folds": 5, "fold_seed": -1}, "--data.fold_seed -1 is out of range"),
+        ({"fold": 1}, "data.cross_validation.fold 1 needs data.cross_validation.folds N"),
+        ({"folds": 1}, "data.cross_validation.folds 1 is out of range"),
+        ({"folds": 5, "fold": -1}, "data.cross_validation.fold -1 is out of range"),
+        ({"folds": 5, "seed": -1}, "data.cross_validation.seed -1 is out of range"),
     ],
 )
 def test_wrong_folds_are_one_line(arguments: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        VisionDataModule(TASK, **arguments)  # type: ignore[arg-type]
+        CrossValidationConfig(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_final_run_has_no_folds() -> None:
+    with pytest.raises(ConfigError, match=r"data.cross_validation.folds 5 belongs to data.stage select"):
+        VisionDataModule(TASK, cross_validation=CrossValidationConfig(5))
 
 
 def test_more_folds_than_images_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fit = ["fit", "--config", f"configs/{TASK}.yaml", "--data.stage", "select", "--data.folds", "51"]
+    fit = ["fit", "--config", f"configs/{TASK}.yaml", "--data.stage", "select", "--data.cross_validation.folds", "51"]
     assert "at most 50 here" in assert_error(command(*fit), 1)

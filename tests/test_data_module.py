@@ -16,11 +16,12 @@ from PIL import Image
 
 from svp_bench.core.errors import ConfigError, DataError, UsageError
 from svp_bench.data import module as module_file
-from svp_bench.data.module import Batch, VisionDataModule
+from svp_bench.data.loading import Batch
+from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import FileImages
 from svp_bench.data.split_files import combined_digest, read_list, split_digest
 from svp_bench.data.synthetic import draw_task
-from svp_bench.data.transforms import resize_squash
+from svp_bench.data.transforms import EvalTransform, resize_squash
 from svp_bench.tasks.cards import load_task
 
 COUNTS = {"train800": 14, "val200": 5, "test": 11}
@@ -88,13 +89,13 @@ def test_all_that_the_card_says_is_known_at_once() -> None:
         (
             {"protocol": "demo-final"},
             UsageError,
-            "the protocol 'demo-final' reads the list 'trainval' for train, which vtab/dtd lacks; it has: train800",
+            "the protocol 'demo-final' reads the split 'trainval' for train, which vtab/dtd lacks; it has: train800",
         ),
-        ({"batch_size": 0}, ConfigError, "--data.batch_size 0 is out of range, allowed: 1 and above"),
-        ({"eval_batch_size": 0}, ConfigError, "--data.eval_batch_size 0 is out of range, allowed: 1 and above"),
-        ({"num_workers": -1}, ConfigError, "--data.num_workers -1 is out of range, allowed: 0 to 1024"),
-        ({"image_size": 0}, ConfigError, "--data.image_size 0 is out of range, allowed: 1 and above"),
-        ({"seed": -1}, ConfigError, "--data.seed -1 is out of range, allowed: 0 and above"),
+        ({"batch_size": 0}, ConfigError, "data.batch_size 0 is out of range, allowed: 1 and above"),
+        ({"eval_batch_size": 0}, ConfigError, "data.eval_batch_size 0 is out of range, allowed: 1 and above"),
+        ({"num_workers": -1}, ConfigError, "data.num_workers -1 is out of range, allowed: 0 to 1024"),
+        ({"image_size": 0}, ConfigError, "data.image_size 0 is out of range, allowed: 1 and above"),
+        ({"seed": -1}, ConfigError, "data.seed -1 is out of range, allowed: 0 and above"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -296,7 +297,7 @@ def test_broken_data_stop_before_any_image_is_decoded(
     def decode(*_: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(module_file.View, "__call__", decode)
+    monkeypatch.setattr(EvalTransform, "__call__", decode)
     (own / file).unlink()
     if content is not None:
         (own / file).write_text(content)
@@ -382,19 +383,19 @@ def test_each_process_tests_its_own_images(root: Path) -> None:
             6,
             2,
             2,
-            "--data.batch_size 6 cannot be divided by 2 processes x 2 accumulated batches = 4 parts; 12 or 20 would",
+            "data.batch_size 6 cannot be divided by 2 processes x 2 accumulated batches = 4 parts; 12 or 20 would",
         ),
         (
             1,
             2,
             1,
-            "--data.batch_size 1 cannot be divided by 2 processes x 1 accumulated batch = 2 parts; 4 or 8 would fit",
+            "data.batch_size 1 cannot be divided by 2 processes x 1 accumulated batch = 2 parts; 4 or 8 would fit",
         ),
         (
             6,
             2,
             1,
-            "--data.batch_size 6 leaves a last batch of 1 of the 19 images, fewer than 2 processes x 1 accumulated "
+            "data.batch_size 6 leaves a last batch of 1 of the 19 images, fewer than 2 processes x 1 accumulated "
             "batch = 2 parts; 4 or 8 would fit, or leave it out with --data.drop_last true",
         ),
         (

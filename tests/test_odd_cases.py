@@ -39,12 +39,15 @@ def test_images_that_are_no_squares(place: Path) -> None:
     assert outcome.record["config"]["data"]["image_size"] == [32, 48]
     shown = run("predict", "--ckpt", str(outcome.folder / "checkpoints/last.ckpt"), "--images", "data/cifar/images")
     assert shown.status == 0
-    for flags in (("--data.resize", "centre_crop"), ("--data.train_crop", "random_resized")):
+    for flags in (("--data.transform.resize", "centre_crop"), ("--data.augment.crop", "random_resized")):
         text = assert_error(command(*line(*flags, data__image_size="[32, 48]")), 2)
-        assert "makes squares, and the images are 32 x 48; use --data.resize squash" in text
+        assert "makes squares, and the images are 32 x 48; use --data.transform.resize squash" in text
 
 
-def test_images_smaller_than_a_patch(place: Path) -> None:
+def test_images_that_patches_do_not_cover(place: Path) -> None:
+    for size, near in (("33", "32 or 40"), ("[32, 44]", "40 or 48")):
+        text = assert_error(command(*line(data__image_size=size)), 2)
+        assert f"is not covered by the patches of {BACKBONE}; {near} would fit" in text
     text = assert_error(command(*line(data__image_size="7")), 2)
     assert f"data.image_size 7 is smaller than a patch of {BACKBONE} (8 pixels)" in text
 

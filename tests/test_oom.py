@@ -22,6 +22,7 @@ from memory_card import Card
 from test_ddp import SCRIPT
 
 from svp_bench.core.errors import file_size
+from svp_bench.data.augment import AugmentConfig
 from svp_bench.data.module import VisionDataModule
 from svp_bench.sweep.jobs import Job
 from svp_bench.sweep.runner import Runner
@@ -126,7 +127,9 @@ def test_images_at_once_are_those_of_the_largest_batch(
 ) -> None:
     parts = world * accumulate
     batch, count = parts * times, 2 * parts + more
-    data = VisionDataModule("demo/count", batch_size=batch, eval_batch_size=batch, mixup=0.8 if mixed else None)
+    data = VisionDataModule(
+        "demo/count", batch_size=batch, eval_batch_size=batch, augment=AugmentConfig(mixup=0.8 if mixed else 0.0)
+    )
     data.splits = {"train": "train", "val": "val"}
     data._source = SimpleNamespace(get=lambda _: range(count))  # type: ignore[assignment]
     data.drop_last = True
@@ -140,7 +143,7 @@ def test_images_at_once_are_those_of_the_largest_batch(
             len(b)
             for rank in range(world)
             for b in GlobalBatchSampler(
-                count, batch, 0, world, rank, accumulate=accumulate, drop_last=True, pairs=bool(data.mixing)
+                count, batch, 0, world, rank, accumulate=accumulate, drop_last=True, pairs=data.augment.mixes
             )
         ]
     except ValueError:

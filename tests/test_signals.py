@@ -17,17 +17,20 @@ import torch
 from helpers import TASK, assert_error, command, draw, settle, small, wait_for
 from torch.utils.data import DataLoader
 
+from svp_bench.data.augment import AugmentConfig
 from svp_bench.data.module import VisionDataModule
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs POSIX signals")
 RUN = (
     *("fit", "--config", "configs/demo/digits.yaml", "--method", "linear", "--trainer.max_epochs", "30"),
-    *("--data.num_workers", "2", "--data.flip", "0.5", "--trainer.enable_progress_bar", "false"),
+    *("--data.num_workers", "2", "--data.augment.flip", "0.5", "--trainer.enable_progress_bar", "false"),
 )
 
 
 def loaders(root: Path, workers: int) -> VisionDataModule:
-    data = VisionDataModule(TASK, root=str(root), batch_size=4, image_size=32, num_workers=workers, flip=0.5)
+    data = VisionDataModule(
+        TASK, root=str(root), batch_size=4, image_size=32, num_workers=workers, augment=AugmentConfig(flip=0.5)
+    )
     data.setup("fit")
     return data
 
@@ -69,7 +72,7 @@ def test_workers_that_cannot_start_are_one_line(tmp_path: Path, monkeypatch: pyt
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(DataLoader, "__iter__", full)
-    line = assert_error(command(*small("--method", "linear", "--data.flip", "0.5", data__num_workers="2")), 1)
+    line = assert_error(command(*small("--method", "linear", "--data.augment.flip", "0.5", data__num_workers="2")), 1)
     assert "--data.num_workers 0" in line
     assert os.strerror(number) in line
 
@@ -139,7 +142,7 @@ KILLED = """
 import os, signal, sys
 import numpy as np, torch
 from torch.utils.data import DataLoader
-from svp_bench.data.module import Batch, _Loader, _outlive_signals, _to_arrays
+from svp_bench.data.loading import Batch, Loader, outlive_signals, to_arrays
 
 class Large(torch.utils.data.Dataset):
     def __len__(self): return 64
@@ -147,7 +150,7 @@ class Large(torch.utils.data.Dataset):
         numbers = torch.zeros(64, dtype=torch.int64)
         return Batch(torch.zeros(64, 3, 64, 64, dtype=torch.uint8), numbers, numbers)
 
-loader = _Loader(Large(), batch_size=None, num_workers=2, collate_fn=_to_arrays, worker_init_fn=_outlive_signals)
+loader = Loader(Large(), batch_size=None, num_workers=2, collate_fn=to_arrays, worker_init_fn=outlive_signals)
 batches = iter(loader)
 next(batches)
 import multiprocessing

@@ -96,7 +96,7 @@ def test_the_shipped_search_is_one_that_every_method_can_use() -> None:
         ({"text": "folds: 2.5\n"}, r"folds is auto, none, leave_one_out or a whole number"),
         ({"text": "folds: leave_one_out\nrepeats: 2\n"}, r"leave_one_out has one division only"),
         ({"text": "repeats: 0\n"}, r"repeats must be a whole number of at least 1"),
-        ({"spaces": "{default: {data.fold: [0, 1]}}"}, r"data.fold is not searched"),
+        ({"spaces": "{default: {data.cross_validation.fold: [0, 1]}}"}, r"data.cross_validation.fold is not searched"),
         ({"text": "sedes: [1]\n"}, r"unknown key 'sedes' in the search; did you mean 'seeds'\?"),
     ],
 )

@@ -52,9 +52,11 @@ def test_a_nested_search_holds_out_each_labelled_image_for_each_seed(folded: tup
     assert len(trials) == 2 * 2 * 3
     for record in trials:
         data = record.config["data"]
-        assert data["folds"] == 2
-        assert data["fold_seed"] == record.seed
-        assert record.splits["val"] == f"trainval-fold{data['fold'] + 1}of2-seed{record.seed}-repeat0"
+        assert data["cross_validation"]["folds"] == 2
+        assert data["cross_validation"]["seed"] == record.seed
+        assert (
+            record.splits["val"] == f"trainval-fold{data['cross_validation']['fold'] + 1}of2-seed{record.seed}-repeat0"
+        )
         assert set(record.splits) == {"train", "val"}
         assert record.metrics is not None
         assert record.metrics.count == 25

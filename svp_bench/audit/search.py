@@ -21,6 +21,7 @@ from svp_bench.records.selection import (
     SelectedConfig,
     Trial,
     context_of,
+    recorded_context,
 )
 
 
@@ -76,7 +77,7 @@ def _config_problems(case: Case, config: SelectedConfig) -> Iterator[str]:
 
 def _context_problems(record: Record, config: SelectedConfig, who: str) -> Iterator[str]:
     ours = dict(flat(context_of(cell_config(record.config), list(config.values), record.method_source)))
-    theirs = dict(flat(config.context))
+    theirs = dict(flat(recorded_context(config)))
     for key in sorted(key for key in {*ours, *theirs} if differ(ours.get(key), theirs.get(key)))[:1]:
         yield f"selected with {key} = {theirs.get(key)}, and {who} has {ours.get(key)}"
 
@@ -186,7 +187,7 @@ def check_outside(case: Case) -> Iterator[Line]:
         if (other.task, other.method, other.status) != (config.task, case.record.method, "complete"):
             continue
         context = context_of(cell_config(other.config), list(config.values), other.method_source)
-        if context != dict(config.context):
+        if context != recorded_context(config):
             continue
         if other.kind == "final" and other.created < config.created:
             tested.append(other.run_id)

@@ -15,6 +15,14 @@ from svp_bench.core.yaml import read_yaml
 __all__ = ["training_help"]
 
 _SETTINGS = {"model": ("train/module.py", "AdaptationModule"), "data": ("data/module.py", "VisionDataModule")}
+_GROUPS = {  # class of a group of settings → its file
+    "OptimizerConfig": "train/optim.py",
+    "ScheduleConfig": "train/optim.py",
+    "EMAConfig": "train/optim.py",
+    "TransformConfig": "data/transforms.py",
+    "AugmentConfig": "data/augment.py",
+    "CrossValidationConfig": "data/folds.py",
+}
 _BY_OTHERS = {"model.method", "model.num_classes", "model.image_size", "model.seed", "data.seed"}
 _OWN = {
     "fit": (
@@ -64,27 +72,47 @@ def training_help(subcommand: str) -> str:
 
 
 def _settings(group: str, file: str, name: str, base: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (flag, text) of the arguments of a class, or of the fields of a dataclass."""
     tree = ast.parse((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
     (cls,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    (init,) = (node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-    described = dict(re.findall(r"^    (\w+): (.+?)(?=^    \w|\Z|^\S|^$)", ast.get_docstring(cls) or "", re.M | re.S))
-    arguments = init.args.args[1:]
-    defaults = [None] * (len(arguments) - len(init.args.defaults)) + [ast.unparse(one) for one in init.args.defaults]
+    found = re.findall(r"^    (\w+): (.+?)(?=^    \w|\Z|^\S|^$)", ast.get_docstring(cls) or "", re.M | re.S)
+    described = dict(reversed(found))  # the first of a name: arguments come before attributes
     rows = []
-    for argument, default in zip(arguments, defaults, strict=True):
-        if f"{group}.{argument.arg}" in _BY_OTHERS:
+    for key, annotation, default in _arguments(cls):
+        if f"{group}.{key}" in _BY_OTHERS:
             continue
-        value = base.get(argument.arg, default)
-        text = re.split(r"(?<!e\.g)\. ", " ".join(described.get(argument.arg, "").split()))[0].rstrip(".")
-        shown = "" if value in (None, "None") else f" (default: {value})"
-        rows.append((f"--{group}.{argument.arg}", f"{text}{shown}"))
+        if annotation in _GROUPS:
+            rows += _settings(f"{group}.{key}", _GROUPS[annotation], annotation, base.get(key) or {})
+            continue
+        text = re.split(r"(?<!e\.g)\. ", " ".join(described.get(key, "").split()))[0].rstrip(".")
+        value = base.get(key, default)
+        shown = "" if value in (None, "None") else f" (default: {str(value).strip(chr(39))})"
+        rows.append((f"--{group}.{key}", f"{text}{shown}"))
     return rows
+
+
+def _arguments(cls: ast.ClassDef) -> list[tuple[str, str, str | None]]:
+    """Return (name, annotation, default) of each argument of the constructor, in order."""
+    inits = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    if not inits:
+        fields = (node for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
+        return [
+            (ast.unparse(one.target), ast.unparse(one.annotation), ast.unparse(one.value) if one.value else None)
+            for one in fields
+        ]
+    arguments, given = inits[0].args.args[1:], inits[0].args.defaults
+    defaults = [None] * (len(arguments) - len(given)) + [ast.unparse(one) for one in given]
+    kinds = [ast.unparse(one.annotation) if one.annotation else "" for one in arguments]
+    return [(one.arg, kind, default) for one, kind, default in zip(arguments, kinds, defaults, strict=True)]
 
 
 def _rows(rows: Any) -> list[str]:
     lines = []
     for flag, text in rows:
         wrapped = textwrap.wrap(text, 84) or [""]
+        if len(flag) > 32:
+            lines.append(f"  {flag}")
+            flag = ""
         lines.append(f"  {flag:<32} {wrapped[0]}")
         lines += [" " * 35 + more for more in wrapped[1:]]
     return lines

@@ -1,8 +1,8 @@
 """Compose layers of YAML into one config before it is parsed; every key remembers the file and line that set it.
 
-Lowest first: `configs/base.yaml`, the protocol card's training budget, the task config (the first `--config`), the
-method's file, the selected config of a search (`--selected_config`), further `--config` files. The command line
-is parsed on top. Imports no torch.
+Lowest first: `configs/base.yaml`, the protocol card's transform and training budget, the task config (the first
+`--config`), the method's file, the selected config of a search (`--selected_config`), further `--config` files. The
+command line is parsed on top. Imports no torch.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def compose(flags: Flags) -> Composed:
     files = [_config_layer(name) for name in flags.configs]
     card = load_task(_task_name(flags, files))
     protocol = load_protocol(str(_last(flags, files, "data.protocol") or load_suite(card.suite).protocol))
-    composed.merge(dict(protocol.training), dict.fromkeys(_leaves(protocol.training), f"{protocol.path}: training"))
+    composed.merge(protocol.layer, dict.fromkeys(_leaves(protocol.layer), str(protocol.path)))
     task, further = files[0] if files else None, files[1:]
     complete = task is not None and task.get("model.method.class_path") is not None  # a saved config
     if task is not None:

@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from svp_bench.data.loading import Batch as Batch
     from svp_bench.data.locate import locate as locate
-    from svp_bench.data.module import Batch as Batch
     from svp_bench.data.module import VisionDataModule as VisionDataModule
     from svp_bench.data.samplers import EvalBatchSampler as EvalBatchSampler
     from svp_bench.data.samplers import GlobalBatchSampler as GlobalBatchSampler

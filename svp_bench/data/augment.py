@@ -10,9 +10,9 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +28,10 @@ from torch import Tensor
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from svp_bench.core.errors import ConfigError
-from svp_bench.data.transforms import View, shorter_side, to_array
+from svp_bench.core.ranges import check_one_of, check_range
+from svp_bench.data.transforms import EvalTransform, shorter_side, to_array
 
-__all__ = ["Augment", "Augmenter", "Mix", "Mixing", "erase", "mirror", "mix", "seeded", "soft_targets"]
-
-CROP_SCALE = (0.08, 1.0)  # timm's, as torchvision's and Inception's (Szegedy et al., CVPR 2015)
-CROP_ASPECT = (3 / 4, 4 / 3)
-
-_CROPS = "--data.train_crop"
+__all__ = ["AugmentConfig", "Augmenter", "Mix", "draw_mix", "erase", "mirror", "mix", "seeded", "soft_targets"]
 
 
 class _Draw(IntEnum):
@@ -65,46 +61,84 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Augment:
-    """What chance does to a training image. Each field is off if None.
+class AugmentConfig:
+    """Settings of the random changes of training images; none by default.
+
+    What chance does to an image depends on (seed, epoch, position, repetition) alone. Flips and crops change what some
+    tasks ask for (VTAB's structured ones).
 
     Attributes:
-        crop: `random_resized`: a rectangle of random area and aspect ratio, resized to the square. `random`: the
-            shorter side is resized to size / crop_ratio, and a random square is cut out.
-        scale: Range of the area of `random_resized`, as a share of the image; `CROP_SCALE` if None.
-        aspect: Range of its width / height; `CROP_ASPECT` if None.
+        crop: random_resized (a rectangle of random area and aspect ratio, resized to the square; Inception's) or random
+            (shorter side to image_size / crop_ratio, then a random square, as in VPT's FGVC recipe); null for none: an
+            image is resized as in evaluation.
+        crop_scale: Range of the area of random_resized, as a share of the image (timm's, as Inception's).
+        crop_aspect: Range of its width / height.
         flip: Probability of a horizontal flip.
-        rand_augment: RandAugment (Cubuk et al., 2020) as a specification of timm's, e.g. "rand-m9-mstd0.5-inc1".
-            Uncovered pixels take ImageNet's mean colour.
-        color_jitter: Range of brightness, contrast and saturation: each by a factor of 1 ± this.
+        rand_augment: RandAugment (Cubuk et al., 2020) by a specification of timm's, e.g. rand-m9-mstd0.5-inc1; null for
+            none. Uncovered pixels take ImageNet's mean colour.
+        color_jitter: Range of brightness, contrast and saturation, factors of 1 ± this. Refused with rand_augment: timm
+            would ignore it silently.
+        random_erasing: Probability that a rectangle becomes noise (timm's mode "pixel"), on the device, after
+            normalisation.
+        mixup: α of mixup (Zhang et al., ICLR 2018): each training batch is mixed with its mirror image, λ from
+            Beta(α, α); 0 for none.
+        cutmix: α of cutmix (Yun et al., ICCV 2019), 0 for none; with both, each batch gets one of them.
+        mix_probability: That a batch is mixed, if mixup or cutmix is on.
+        mix_switch_probability: That it is by cutmix, if both are on.
+        repeats: Times that each training image appears in a row, otherwise augmented, in an epoch of unchanged length
+            (repeated augmentation).
 
     Raises:
-        ConfigError: If timm does not understand the specification, or two fields exclude each other.
+        ConfigError: If a value is out of range, timm does not understand the specification, or two settings exclude
+            each other.
     """
 
-    crop: str | None = None
-    scale: tuple[float, float] | None = None
-    aspect: tuple[float, float] | None = None
-    flip: float | None = None
+    crop: Literal["random", "random_resized"] | None = None
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
     rand_augment: str | None = None
-    color_jitter: float | None = None
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    mix_switch_probability: float = 0.5
+    repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.rand_augment is not None and self.color_jitter is not None:
-            raise ConfigError(
-                "--data.color_jitter has no effect with --data.rand_augment: timm leaves it out then; set one of them"
-            )
-        if self.crop != "random_resized" and (self.scale is not None or self.aspect is not None):
-            name = "crop_scale" if self.scale is not None else "crop_aspect"
-            raise ConfigError(
-                f"--data.{name} belongs to --data.train_crop random_resized, not to {self.crop or 'none'}"
-            )
+        check_one_of("data.augment.crop", self.crop, ("random", "random_resized"))
+        for name in ("flip", "color_jitter", "random_erasing", "mix_probability", "mix_switch_probability"):
+            check_range(f"data.augment.{name}", getattr(self, name), "[0, 1]")
+        for name in ("mixup", "cutmix"):
+            check_range(f"data.augment.{name}", getattr(self, name), "[0, inf)")
+        check_range("data.augment.repeats", self.repeats, "[1, inf)")
+        for name, high in (("crop_scale", "1]"), ("crop_aspect", "inf)")):
+            low, top = values = getattr(self, name)
+            for value in values:
+                check_range(f"data.augment.{name}", value, f"(0, {high}")
+            if low > top:
+                raise ConfigError(f"data.augment.{name} {[low, top]} is [low, high], with low not above high")
+            if self.crop != "random_resized" and values != getattr(AugmentConfig, name):
+                given = self.crop or "null"
+                raise ConfigError(f"data.augment.{name} belongs to data.augment.crop random_resized, not to {given}")
         if self.rand_augment is not None:
+            if self.color_jitter:
+                raise ConfigError(
+                    "data.augment.color_jitter has no effect with data.augment.rand_augment: timm leaves it out then; "
+                    "set one of them"
+                )
             _rand_augment(self.rand_augment, {})
 
-    def __bool__(self) -> bool:
-        """Whether chance does anything at all."""
-        return any(getattr(self, field.name) is not None for field in fields(self))
+    @property
+    def changes_images(self) -> bool:
+        """Whether images are changed one by one, before they are batched."""
+        return bool(self.crop or self.flip or self.rand_augment is not None or self.color_jitter)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
 
 
 # Each part of a specification, and its bounds. timm itself leaves out what it does not know without a word.
@@ -159,7 +193,7 @@ def _rand_augment(specification: str, settings: dict[str, Any]) -> Any:
             return _guarded(transform)
         problem = f"n is 1 to {most}"
     raise ConfigError(
-        f"--data.rand_augment {specification!r} is no RandAugment of timm's ({problem}); for example: "
+        f"data.augment.rand_augment {specification!r} is not a RandAugment of timm's ({problem}); for example: "
         "rand-m9-mstd0.5-inc1"
     )
 
@@ -178,35 +212,34 @@ def _posterize(image: Image.Image, bits: int, **settings: object) -> Image.Image
 
 
 class Augmenter:
-    """Applies an `Augment` to images.
+    """Applies random changes to single images.
 
     Args:
-        augment: What is done.
-        view: How an image is brought to its size where no random crop does.
+        augment: The changes.
+        transform: Brings an image to its size where no random crop does.
         seed: Of all draws.
     """
 
-    def __init__(self, augment: Augment, view: View, seed: int) -> None:
+    def __init__(self, augment: AugmentConfig, transform: EvalTransform, seed: int) -> None:
         self.needs_original = augment.crop is not None
-        self._view = view
         self._seed = seed
         steps: list[object] = []
-        mode = v2.InterpolationMode(view.interpolation)
+        interpolation = transform.interpolation
+        side = transform.side(f"data.augment.crop {augment.crop}") if augment.crop else 0
         if augment.crop == "random_resized":
-            scale, aspect = augment.scale or CROP_SCALE, augment.aspect or CROP_ASPECT
-            steps.append(RandomResizedCropAndInterpolation(view.side(_CROPS), scale, aspect, view.interpolation))
+            scale, aspect = augment.crop_scale, augment.crop_aspect
+            steps.append(RandomResizedCropAndInterpolation(side, scale, aspect, interpolation))
         elif augment.crop == "random":
-            side = view.side(_CROPS)
-            steps.append(v2.Resize(shorter_side(side, view.crop_ratio), mode))
+            steps.append(v2.Resize(shorter_side(side, transform.crop_ratio), v2.InterpolationMode(interpolation)))
             steps.append(v2.RandomCrop(side))
         if augment.flip:
             steps.append(v2.RandomHorizontalFlip(augment.flip))
         if augment.rand_augment is not None:  # the settings that timm's own training transforms pass on
             fill = tuple(min(255, round(255 * x)) for x in IMAGENET_DEFAULT_MEAN)
             settings = {
-                "translate_const": int(min(view.sides) * 0.45),
+                "translate_const": int(min(transform.sides) * 0.45),
                 "img_mean": fill,
-                "interpolation": Image.Resampling[view.interpolation.upper()],
+                "interpolation": Image.Resampling[interpolation.upper()],
             }
             steps.append(_rand_augment(augment.rand_augment, settings))
         if augment.color_jitter:
@@ -217,7 +250,7 @@ class Augmenter:
         """Return an RGB image, augmented.
 
         Args:
-            image: As stored if `needs_original`, else at the view's size.
+            image: As stored if `needs_original`, else at the transform's size.
             epoch: The epoch.
             index: Position of the image in its list.
             copy: How many times it came before in this epoch.
@@ -270,44 +303,26 @@ class Mix:
     box: tuple[int, int, int, int] | None = None
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """Mixup (Zhang et al., ICLR 2018) and cutmix (Yun et al., ICCV 2019), one draw for a whole batch (timm's "batch").
+def draw_mix(augment: AugmentConfig, seed: int, epoch: int, step: int, height: int, width: int) -> Mix:
+    """Return the mix of one optimizer step, a pure function of its arguments; one draw for a whole batch.
 
-    Attributes:
-        mixup: α of mixup's Beta(α, α); 0 for no mixup.
-        cutmix: α of cutmix's; 0 for no cutmix.
-        probability: That a step is mixed at all.
-        switch_probability: That it is by cutmix, where both are on.
+    Args:
+        augment: Mixup and cutmix (timm's mode "batch").
+        seed: Of all draws.
+        epoch: The epoch.
+        step: The optimizer step within the epoch.
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
     """
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    probability: float = 1.0
-    switch_probability: float = 0.5
-
-    def __bool__(self) -> bool:
-        """Whether anything is ever mixed."""
-        return (self.mixup > 0 or self.cutmix > 0) and self.probability > 0
-
-    def draw(self, seed: int, epoch: int, step: int, height: int, width: int) -> Mix:
-        """Return the mix of one optimizer step: a pure function of its arguments.
-
-        Args:
-            seed: Of all draws.
-            epoch: The epoch.
-            step: The optimizer step within the epoch.
-            height: Of the images, in pixels.
-            width: Of the images, in pixels.
-        """
-        timm_mixup = Mixup(self.mixup, self.cutmix, prob=self.probability, switch_prob=self.switch_probability)
-        with seeded(seed, _Draw.MIXING, epoch, step):
-            share, by_cutmix = timm_mixup._params_per_batch()
-            if not by_cutmix or share == 1:
-                return Mix(float(share))
-            box, share = cutmix_bbox_and_lam((height, width), share)
-        top, bottom, left, right = map(int, box)
-        return Mix(float(share), (top, bottom, left, right))
+    switch = augment.mix_switch_probability
+    timm_mixup = Mixup(augment.mixup, augment.cutmix, prob=augment.mix_probability, switch_prob=switch)
+    with seeded(seed, _Draw.MIXING, epoch, step):
+        share, by_cutmix = timm_mixup._params_per_batch()
+        if not by_cutmix or share == 1:
+            return Mix(float(share))
+        box, share = cutmix_bbox_and_lam((height, width), share)
+    top, bottom, left, right = map(int, box)
+    return Mix(float(share), (top, bottom, left, right))
 
 
 def mirror(values: Tensor) -> Tensor:

@@ -4,17 +4,45 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from svp_bench.core.errors import DataError
+from svp_bench.core.errors import ConfigError, DataError
+from svp_bench.core.ranges import check_range
 from svp_bench.data.decode import Decoded
 from svp_bench.data.sources import Images, Source
 
-__all__ = ["Subset", "fold_positions", "with_fold"]
+__all__ = ["CrossValidationConfig", "Subset", "fold_positions", "with_fold"]
+
+
+@dataclass(frozen=True)
+class CrossValidationConfig:
+    """Settings of cross-validation, in stage select.
+
+    Attributes:
+        folds: Divide the protocol's refit split into so many stratified parts, one of them val, the others train; as
+            many as images is leave-one-out. Null for the protocol's own train and val.
+        fold: Which part is val, from 0; `folds` and above are the parts of further divisions (repeats).
+        seed: Seed of the divisions, which are the same for all methods and settings.
+
+    Raises:
+        ConfigError: If a value is out of range, or belongs to `folds` and there are none.
+    """
+
+    folds: int | None = None
+    fold: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("fold", "seed"):
+            value = check_range(f"data.cross_validation.{name}", getattr(self, name), "[0, inf)")
+            if self.folds is None and value:
+                raise ConfigError(f"data.cross_validation.{name} {value} needs data.cross_validation.folds N")
+        if self.folds is not None:
+            check_range("data.cross_validation.folds", self.folds, "[2, inf)")
 
 
 def fold_positions(
@@ -47,7 +75,7 @@ def fold_positions(
     if folds > len(first):
         raise DataError(
             f"{folds} folds of the {len(first)} labelled images of {task} would leave some empty; "
-            f"--data.folds is at most {len(first)} here (leave-one-out)"
+            f"--data.cross_validation.folds is at most {len(first)} here (leave-one-out)"
         )
     repeat, part = divmod(fold, folds)
 

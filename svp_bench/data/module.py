@@ -9,29 +9,22 @@ What makes it different from a plain one:
 
 from __future__ import annotations
 
-import errno
 import math
-import os
-import signal
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from numpy.typing import NDArray
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from svp_bench.core.errors import ConfigError, DataError, UsageError, plural, printable, unknown_name
-from svp_bench.data.augment import Augment, Augmenter, Mixing
-from svp_bench.data.cache import cached, examined
+from svp_bench.core.ranges import check_range
+from svp_bench.data.augment import AugmentConfig, Augmenter
+from svp_bench.data.cache import examined
 from svp_bench.data.content import (
     content_digest,
     differences_from_first_use,
@@ -41,21 +34,12 @@ from svp_bench.data.content import (
     two_labels,
 )
 from svp_bench.data.decode import Depth
-from svp_bench.data.folds import with_fold
+from svp_bench.data.folds import CrossValidationConfig, with_fold
 from svp_bench.data.inspection import Examined
-from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler, Positions
-from svp_bench.data.sources import (
-    DataReport,
-    Images,
-    Source,
-    cpu_count,
-    in_threads,
-    inspect,
-    measured,
-    need_readable,
-    open_source,
-)
-from svp_bench.data.transforms import CROP_RATIO, INTERPOLATIONS, RESIZES, View, sides
+from svp_bench.data.loading import Batch, CachedDataset, ImageDataset, Loader, outlive_signals, to_arrays
+from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler
+from svp_bench.data.sources import DataReport, Images, Source, cpu_count, inspect, measured, need_readable, open_source
+from svp_bench.data.transforms import CROP_RATIO, EvalTransform, TransformConfig, sides
 from svp_bench.tasks.cards import (
     ProtocolCard,
     SuiteCard,
@@ -66,27 +50,13 @@ from svp_bench.tasks.cards import (
     load_task,
 )
 
-__all__ = ["MEMORY_LIMIT_BYTES", "Batch", "VisionDataModule"]
+__all__ = ["MEMORY_LIMIT_BYTES", "VisionDataModule"]
 
 MEMORY_LIMIT_BYTES = 4 * 2**30  # a list that is larger when decoded is decoded anew in each epoch, by worker processes
 # What Lightning warns of and what is meant to be so here: no loader of val, and no workers where nothing is decoded.
 _WRONG_GUESSES = (r"Total length of `list` across ranks is zero", r"The '\w+_dataloader' does not have many workers")
 _MOST_WORKERS = 1024
 _FEW_IMAGES = 512  # below, starting worker processes takes longer than decoding
-
-
-class Batch(NamedTuple):
-    """What the loaders yield.
-
-    Attributes:
-        images: uint8 (B, 3, H, W), RGB, not normalised.
-        labels: int64 (B,).
-        index: int64 (B,), the positions of the images in their list.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 class VisionDataModule(LightningDataModule):
@@ -96,48 +66,23 @@ class VisionDataModule(LightningDataModule):
 
     Args:
         task: Full name of the task, e.g. "vtab/caltech101" (`svp-bench tasks` lists all).
-        root: The folder that holds the task folders; by default $SVP_BENCH_DATA, else `data/`.
-        protocol: Name of a protocol card; by default the suite's.
-        stage: "final" trains on the protocol's refit list and tests; "select" trains on train and validates on val.
+        root: The folder that holds the task folders; null for $SVP_BENCH_DATA, else `data/`.
+        protocol: Name of a protocol card; null for the suite's.
+        stage: "final" trains on the protocol's refit split and tests; "select" trains on train and validates on val.
         batch_size: Images for one optimizer step, over all processes and accumulated batches.
-        eval_batch_size: Images for one evaluation step over all processes; by default `batch_size`. Results do not
+        eval_batch_size: Images for one evaluation step over all processes; null for `batch_size`. Results do not
             depend on it, except for rounding.
         num_workers: Worker processes that decode images which are not cached in memory (those of test); "auto" is one
-            for each core, at most 8, and none for a small list.
+            for each core, at most 8, and none for a small split.
         seed: Seed of the order of the training images.
         drop_last: Leave a smaller last batch out of an epoch, unless it is the only one.
-        image_size: Height and width of the images in pixels, or one number for both; by default the protocol's, else
-            the backbone's. Not a square: with `resize` squash and without crops.
-        resize: How an image is brought to that size: squash (both sides, the aspect ratio is lost) or centre_crop
-            (shorter side to image_size / crop_ratio, then the square in the middle); by default the protocol's.
-        interpolation: bicubic, bilinear or lanczos; by default the protocol's.
-        crop_ratio: Share of the shorter side that centre_crop and the training crop `random` keep; 0.875 by default.
-        train_crop: Crop of training images by chance: random_resized (Inception's) or random (shorter side to
-            image_size / crop_ratio, then a random square, as VPT's FGVC recipe); by default none, they are seen as in
-            evaluation.
-        crop_scale: Range of the area of random_resized, as a share of the image; 0.08 to 1 by default.
-        crop_aspect: Range of its width / height; 3/4 to 4/3 by default.
-        flip: Probability of a horizontal flip of a training image. Flips, and crops too, change what some tasks ask
-            for (VTAB's structured ones): no default recipe has them.
-        rand_augment: RandAugment by a specification of timm's, e.g. rand-m9-mstd0.5-inc1.
-        color_jitter: Range of brightness, contrast and saturation, factors of 1 ± this. Refused with rand_augment:
-            timm would ignore it silently.
-        random_erasing: Probability that a rectangle of a training image becomes noise (timm's mode "pixel"), on the
-            device, after normalisation.
-        mixup: α of mixup: each training batch is mixed with its mirror image, λ from Beta(α, α); null or 0 for none.
-        cutmix: α of cutmix; with both, each batch gets one of them.
-        mix_probability: That a batch is mixed, if mixup or cutmix is on; 1 by default.
-        mix_switch_probability: That it is by cutmix, if both are on; 0.5 by default.
-        repeats: Times that each training image appears in a row, otherwise augmented, in an epoch of unchanged length
-            (repeated augmentation); 1 by default.
-        folds: In stage "select": divide the protocol's refit split into so many stratified parts, one of them val, the
-            others train; as many as images is leave-one-out. Null: the protocol's own train and val.
-        fold: Which part is val, from 0; `folds` and above are the parts of further divisions (repeats). 0 by default.
-        fold_seed: Seed of the divisions, which are the same for all methods and settings; 0 by default.
-        allow_overlap: Train on own images although some have the same pixels as images of val or test; records say so.
-            Refused by default.
-
-    A null means its default. What chance does to an image follows from (seed, epoch, position, repetition) alone.
+        image_size: Height and width of the images in pixels, or one number for both; null for the protocol's, else
+            the backbone's. Not a square: with `transform.resize` squash and without crops.
+        allow_overlap: Train on custom images although some have the same pixels as images of val or test; records say
+            so. Refused by default.
+        transform: Settings of the transform without randomness.
+        augment: Settings of the random changes of training images.
+        cross_validation: Settings of cross-validation, in stage select.
 
     Attributes:
         card: The task's card.
@@ -146,12 +91,12 @@ class VisionDataModule(LightningDataModule):
         num_classes: Number of classes.
         depth: Bits that deep images use; after `setup`.
         class_names: What to call them, in the order of their labels; the data's own names, if any, after `setup`.
-        image_size: Height and width of the images in pixels.
-        lists: Role ("train", "val", "test") → name of the list that plays it in this stage.
-        splits_read: The source's lists that this stage reads: those of `lists`, or the one that folds divide.
+        eval_transform: From a stored image to the model's size.
+        splits: Role ("train", "val", "test") → name of the split that plays it in this stage.
+        splits_read: The source's splits that this stage reads: those of `splits`, or the one that folds divide.
 
     Raises:
-        UsageError: If the task, protocol or stage is unknown, or the protocol reads lists that the task has not.
+        UsageError: If the task, protocol or stage is unknown, or the protocol reads splits that the task has not.
         CardError: If a card, or the task's file of class names, is malformed.
         ConfigError: If a number is out of range.
     """
@@ -168,25 +113,10 @@ class VisionDataModule(LightningDataModule):
         seed: int = 0,
         drop_last: bool = False,
         image_size: int | tuple[int, int] | None = None,
-        resize: Literal["squash", "centre_crop"] | None = None,
-        interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None,
-        crop_ratio: float | None = None,
-        train_crop: Literal["random", "random_resized"] | None = None,
-        crop_scale: tuple[float, float] | None = None,
-        crop_aspect: tuple[float, float] | None = None,
-        flip: float | None = None,
-        rand_augment: str | None = None,
-        color_jitter: float | None = None,
-        random_erasing: float | None = None,
-        mixup: float | None = None,
-        cutmix: float | None = None,
-        mix_probability: float | None = None,
-        mix_switch_probability: float | None = None,
-        repeats: int | None = None,
-        folds: int | None = None,
-        fold: int | None = None,
-        fold_seed: int | None = None,
-        allow_overlap: bool | None = None,
+        allow_overlap: bool = False,
+        transform: TransformConfig = TransformConfig(),
+        augment: AugmentConfig = AugmentConfig(),
+        cross_validation: CrossValidationConfig = CrossValidationConfig(),
     ) -> None:
         super().__init__()
         self._root = None if root is None else Path(root)
@@ -195,78 +125,76 @@ class VisionDataModule(LightningDataModule):
         self.protocol: ProtocolCard = load_protocol(protocol or self.suite.protocol)
         if stage not in self.protocol.stages:
             raise unknown_name("stage", stage, self.protocol.stages)
-        self.stage = stage
-        self.folds, self.fold, self.fold_seed = _folds(stage, folds, fold, fold_seed)
-        self.splits: Mapping[str, str] = self.protocol.splits(stage, self.folds, self.fold, self.fold_seed)
-        self.splits_read: tuple[str, ...] = tuple(self.splits.values())
-        if self.folds is not None:
-            self.splits_read = (self.protocol.stages["final"]["train"],)
-        for name in self.splits_read:
-            if name not in self.card.counts:
-                role = next((role for role, of in self.splits.items() if of == name), "the folds of stage 'select'")
-                raise UsageError(
-                    f"the protocol {self.protocol.name!r} reads the list {name!r} for {role}, "
-                    f"which {self.card.name} lacks; it has: {', '.join(self.card.counts)}"
-                )
+        self.stage, self.cross_validation = stage, cross_validation
+        self.splits, self.splits_read = self._splits()
         self.num_classes = self.card.classes
         self.class_names: list[str] = displayed_class_names(self.card)
-        size = self.protocol.image_size if image_size is None else image_size
-        if size is None:
-            raise ConfigError(
-                f"the protocol {self.protocol.name} leaves --data.image_size to the backbone; give that of yours "
-                "(svp_bench.methods.build.input_size tells it)"
-            )
-        self.image_size: int | tuple[int, int] = size
-        for side in sides(self.image_size):
-            _at_least(1, "image_size", side)
-        self.batch_size = _at_least(1, "batch_size", batch_size)
-        self.eval_batch_size = _at_least(
-            1, "eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size
-        )
-        if num_workers != "auto":
-            _between(0, _MOST_WORKERS, "num_workers", num_workers)
+        self.image_size = self._image_size(image_size)
+        self.batch_size = check_range("data.batch_size", batch_size, "[1, inf)")
+        self.eval_batch_size = batch_size
+        if eval_batch_size is not None:
+            self.eval_batch_size = check_range("data.eval_batch_size", eval_batch_size, "[1, inf)")
         self.num_workers = num_workers
-        self.seed = _at_least(0, "seed", seed)
-        self.drop_last = drop_last
-        _one_of("resize", resize, RESIZES)
-        _one_of("interpolation", interpolation, INTERPOLATIONS)
-        _one_of("train_crop", train_crop, ("random", "random_resized"))
-        if train_crop is not None:
-            View(self.image_size).side("--data.train_crop")
-        self.view = View(
-            self.image_size,
-            self.protocol.resize if resize is None else resize,
-            self.protocol.interpolation if interpolation is None else interpolation,
-            _between(0, 1, "crop_ratio", CROP_RATIO if crop_ratio is None else crop_ratio, open_low=True),
-        )
-        if crop_ratio is not None and self.view.resize != "centre_crop" and train_crop != "random":
-            raise ConfigError("--data.crop_ratio belongs to --data.resize centre_crop or --data.train_crop random")
-        for name, value in (("flip", flip), ("random_erasing", random_erasing), ("color_jitter", color_jitter)):
-            _between(0, 1, name, 0.0 if value is None else value)
-        self.augment = Augment(
-            train_crop,
-            None if crop_scale is None else _range("crop_scale", crop_scale, 1),
-            None if crop_aspect is None else _range("crop_aspect", crop_aspect, math.inf),
-            flip or None,
-            rand_augment,
-            color_jitter or None,
-        )
-        self.random_erasing = random_erasing or 0.0
-        self.mixing = Mixing(
-            _between(0, math.inf, "mixup", mixup or 0.0),
-            _between(0, math.inf, "cutmix", cutmix or 0.0),
-            _between(0, 1, "mix_probability", 1.0 if mix_probability is None else mix_probability),
-            _between(0, 1, "mix_switch_probability", 0.5 if mix_switch_probability is None else mix_switch_probability),
-        )
-        self.allow_overlap = bool(allow_overlap)
-        self.repeats = _at_least(1, "repeats", 1 if repeats is None else repeats)
+        if num_workers != "auto":
+            check_range("data.num_workers", num_workers, f"[0, {_MOST_WORKERS}]")
+        self.seed = check_range("data.seed", seed, "[0, inf)")
+        self.drop_last, self.allow_overlap, self.augment = drop_last, allow_overlap, augment
+        self.eval_transform = self._eval_transform(transform)
         self._source: Source | None = None
         self._report: DataReport | None = None
         self.depth = Depth()
         self._content_digests: dict[str, str] = {}
         self._image_notes: dict[str, int] = {}
-        self._datasets: dict[str, _Images] = {}
+        self._datasets: dict[str, ImageDataset] = {}
         self._test_unlocked = False
+
+    @classmethod
+    def from_config(cls, data: Mapping[str, Any]) -> VisionDataModule:
+        """Build the data module of the section `data` of a resolved config."""
+        groups = {"transform": TransformConfig, "augment": AugmentConfig, "cross_validation": CrossValidationConfig}
+        return cls(**{key: groups[key](**_tuples(value)) if key in groups else value for key, value in data.items()})
+
+    def _splits(self) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        """Return the splits of the stage by role, and those that are read from the source."""
+        division, final = self.cross_validation, self.protocol.stages["final"]
+        if division.folds is not None and self.stage != "select":
+            raise ConfigError(
+                f"data.cross_validation.folds {division.folds} belongs to data.stage select: a final run trains on the "
+                "whole refit split"
+            )
+        splits = self.protocol.splits(self.stage, division.folds, division.fold, division.seed)
+        read = tuple(splits.values()) if division.folds is None else (final["train"],)
+        for name in read:
+            if name not in self.card.counts:
+                role = next((role for role, of in splits.items() if of == name), "the folds of stage 'select'")
+                raise UsageError(
+                    f"the protocol {self.protocol.name!r} reads the split {name!r} for {role}, "
+                    f"which {self.card.name} lacks; it has: {', '.join(self.card.counts)}"
+                )
+        return splits, read
+
+    def _image_size(self, given: int | tuple[int, int] | None) -> int | tuple[int, int]:
+        size = self.protocol.image_size if given is None else given
+        if size is None:
+            raise ConfigError(
+                f"the protocol {self.protocol.name} leaves data.image_size to the backbone; give that of yours "
+                "(svp_bench.methods.build.input_size returns it)"
+            )
+        for side in sides(size):
+            check_range("data.image_size", side, "[1, inf)")
+        return size
+
+    def _eval_transform(self, config: TransformConfig) -> EvalTransform:
+        resize = config.resize or self.protocol.resize
+        interpolation = config.interpolation or self.protocol.interpolation
+        if config.crop_ratio != CROP_RATIO and resize != "centre_crop" and self.augment.crop != "random":
+            raise ConfigError(
+                "data.transform.crop_ratio belongs to data.transform.resize centre_crop or data.augment.crop random"
+            )
+        transform = EvalTransform(self.image_size, resize, interpolation, config.crop_ratio)
+        if self.augment.crop is not None:
+            transform.side("data.augment.crop")
+        return transform
 
     # --- setting up --------------------------------------------------------------------------------------------------
 
@@ -288,9 +216,10 @@ class VisionDataModule(LightningDataModule):
         if self._source is None:
             source = open_source(self.card, self._root, suite=self.suite, protocol=self.protocol)
             report = inspect(self.card, source, list(self.splits_read))
-            if self.folds is not None:
+            division = self.cross_validation
+            if division.folds is not None:
                 names = self.splits["train"], self.splits["val"]
-                divided = self.card.name, self.folds, self.fold, self.fold_seed
+                divided = self.card.name, division.folds, division.fold, division.seed
                 source = with_fold(source, self.splits_read[0], names, *divided)
                 parts = {name: len(source.get(name)) for name in names}
                 report = replace(report, counts={**report.counts, **parts})
@@ -400,7 +329,7 @@ class VisionDataModule(LightningDataModule):
         distinguished by their digest instead, and synthetic images are not compared.
         """
         report = self.report
-        if self.card.suite == "custom" or report.variant == "synthetic" or self.folds is not None:
+        if self.card.suite == "custom" or report.variant == "synthetic" or self.cross_validation.folds is not None:
             return
         path = results_root / "content" / f"{self.card.name}.json"
         try:
@@ -449,21 +378,23 @@ class VisionDataModule(LightningDataModule):
             raise RuntimeError("the data were not looked at yet; call setup() first")
         return self._source.get(self.splits[role])
 
-    def _dataset(self, role: str) -> _Images:
+    def _dataset(self, role: str) -> ImageDataset:
         """Return the images of a role: decoded and cached, unless they are for test, cropped by chance or too many."""
         if role not in self._datasets:
             images = self._images(role)
-            augmenter = Augmenter(self.augment, self.view, self.seed) if role == "train" and self.augment else None
+            augmenter = None
+            if role == "train" and self.augment.changes_images:
+                augmenter = Augmenter(self.augment, self.eval_transform, self.seed)
             cropped = augmenter is not None and augmenter.needs_original
-            bytes_decoded = len(images) * 3 * math.prod(self.view.sides)
+            bytes_decoded = len(images) * 3 * math.prod(self.eval_transform.sides)
             keep = role != "test" and not cropped and bytes_decoded <= MEMORY_LIMIT_BYTES
             if role != "test" and not cropped and not keep:
                 rank_zero_info(
                     f"{images.name} would take {bytes_decoded / 2**30:.1f} GiB decoded; its images are decoded "
                     f"anew in each epoch"
                 )
-            kind = _CachedImages if keep else _Images
-            self._datasets[role] = kind(images, self.view, augmenter)
+            kind = CachedDataset if keep else ImageDataset
+            self._datasets[role] = kind(images, self.eval_transform, augmenter)
         return self._datasets[role]
 
     # --- loaders -----------------------------------------------------------------------------------------------------
@@ -485,8 +416,8 @@ class VisionDataModule(LightningDataModule):
             rank,
             accumulate=accumulate,
             drop_last=self.drop_last,
-            repeats=self.repeats,
-            pairs=bool(self.mixing),
+            repeats=self.augment.repeats,
+            pairs=self.augment.mixes,
         )
         return self._loader(dataset, sampler)
 
@@ -544,17 +475,17 @@ class VisionDataModule(LightningDataModule):
         world_size, rank, _ = self._processes()
         return self._loader(dataset, EvalBatchSampler(len(dataset), self.eval_batch_size, world_size, rank))
 
-    def _loader(self, dataset: _Images, sampler: GlobalBatchSampler | EvalBatchSampler) -> DataLoader[Batch]:
+    def _loader(self, dataset: ImageDataset, sampler: GlobalBatchSampler | EvalBatchSampler) -> DataLoader[Batch]:
         workers = 0 if dataset.ready_made else self._workers(len(dataset))
-        return _Loader(
+        return Loader(
             dataset,
             sampler=sampler,
             batch_size=None,  # the sampler yields whole batches, and the data set takes them
             num_workers=workers,
             persistent_workers=workers > 0 and isinstance(sampler, GlobalBatchSampler),
-            collate_fn=_to_arrays if workers else None,  # type: ignore[arg-type]  # of whole batches, see batch_size
-            worker_init_fn=_outlive_signals,
-            pin_memory=torch.cuda.is_available() and not workers,  # else `_Loader` pins what comes from the workers
+            collate_fn=to_arrays if workers else None,  # type: ignore[arg-type]  # of whole batches, see batch_size
+            worker_init_fn=outlive_signals,
+            pin_memory=torch.cuda.is_available() and not workers,  # else `Loader` pins what comes from the workers
             generator=torch.Generator().manual_seed(self.seed),  # else each epoch would draw from the global state
         )
 
@@ -591,7 +522,7 @@ class VisionDataModule(LightningDataModule):
             return math.ceil(count / (math.ceil(count / in_one_step) * world_size))  # as EvalBatchSampler cuts the list
         batch_size, accumulate = batch_size or self.batch_size, accumulate or accumulated
         self._check_batch_size(count, batch_size, accumulate)
-        unit = 2 if self.mixing else 1  # mixed images stay in pairs
+        unit = 2 if self.augment.mixes else 1  # mixed images stay in pairs
         units = math.ceil(min(batch_size, count) / unit)
         return min(unit * math.ceil(math.ceil(units / accumulate) / world_size), batch_size, count)
 
@@ -600,12 +531,12 @@ class VisionDataModule(LightningDataModule):
         world_size, _, accumulated = self._processes()
         batch_size, accumulate = batch_size or self.batch_size, accumulate or accumulated
         parts = world_size * accumulate
-        given = f"--data.batch_size {batch_size}"
+        given = f"data.batch_size {batch_size}"
         shared = (
             f"{plural(world_size, 'process')} x {plural(accumulate, 'accumulated batch')} = {plural(parts, 'part')}"
         )
         least = parts  # images that a batch needs
-        if self.mixing and parts > 1:
+        if self.augment.mixes and parts > 1:
             least = 2 * parts - 1  # mixed images are distributed in pairs; the last may be half
             shared += " of two images, which mixup and cutmix need"
         if count < least:
@@ -634,200 +565,9 @@ class VisionDataModule(LightningDataModule):
         return batch_size if count >= batch_size and (rest == 0 or self.drop_last) else rest
 
 
-class _Images(Dataset[Batch]):
-    """The images of one list, decoded when asked for; indexed by a list of positions, it returns a whole batch."""
-
-    def __init__(self, images: Images, view: View, augmenter: Augmenter | None = None) -> None:
-        self._images = images
-        self._view = view
-        self._augmenter = augmenter
-        self._labels = torch.from_numpy(images.labels)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    @property
-    def ready_made(self) -> bool:
-        """Whether a batch is a matter of indexing."""
-        return False
-
-    def __getitem__(self, positions: list[int] | int) -> Batch:
-        index = torch.as_tensor(positions).reshape(-1)  # a single one: Lightning's overfit_batches
-        return Batch(self._augmented(positions, index), self._labels[index], index)
-
-    def _augmented(self, positions: list[int] | int, index: torch.Tensor) -> torch.Tensor:
-        if self._augmenter is None:
-            return self._pixels(index)
-        # Lightning's own sampler, of overfit_batches, knows no epoch: the images stay the same
-        keys = positions if isinstance(positions, Positions) else Positions(index.tolist())
-        return torch.from_numpy(
-            np.stack(
-                [
-                    self._augmenter(self._original(position), keys.epoch, position, copy)
-                    for position, copy in zip(keys, keys.copies, strict=True)
-                ]
-            )
-        )
-
-    def _original(self, position: int) -> Image.Image:
-        """Return what augmentation begins with: the stored image if it crops it, else the image at its size."""
-        assert self._augmenter is not None
-        if self._augmenter.needs_original:
-            return self._images.load(position)
-        (image,) = self._pixels(torch.tensor([position])).numpy()
-        return Image.fromarray(image.transpose(1, 2, 0))
-
-    def _pixels(self, index: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.stack([self._decode(position) for position in index.tolist()]))
-
-    def _decode(self, position: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        return self._view(self._images.load(position))
-
-
-class _CachedImages(_Images):
-    """The images of one split, decoded at once into one uint8 tensor."""
-
-    def __init__(self, images: Images, view: View, augmenter: Augmenter | None = None) -> None:
-        super().__init__(images, view, augmenter)
-        self._cache = torch.from_numpy(cached(images, view, self._decode_all))
-
-    def _decode_all(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        images = np.empty((len(self), 3, *self._view.sides), dtype=np.uint8)
-
-        def decode(position: int) -> None:
-            images[position] = self._decode(position)
-
-        in_threads(decode, len(self), f"decoding the images of {self._images.name}", rank_zero_info)
-        return images
-
-    @property
-    def ready_made(self) -> bool:
-        return self._augmenter is None
-
-    def _pixels(self, index: torch.Tensor) -> torch.Tensor:
-        return self._cache[index]
-
-
-class _Loader(DataLoader[Batch]):
-    """A loader whose workers need no shared memory and outlive signals, and whose errors stay one line.
-
-    Batches come from the workers through pipes: PyTorch's own way, /dev/shm, is 64 MB in a container, and a worker that
-    finds it full is killed.
-    """
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        try:
-            with _signals_held_back():  # workers inherit the mask, so none is hit before it is prepared
-                batches = super().__iter__()
-            for batch in batches:
-                yield _to_tensors(batch) if self.num_workers else batch
-        except (
-            DataError
-        ) as error:  # from a worker, torch makes its text a whole traceback, the message on its last line
-            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
-        except OSError as error:
-            if not self.num_workers or error.errno not in _NO_WORKERS:
-                raise
-            raise DataError(
-                f"cannot start {self.num_workers} processes that load images ({error.strerror}; is /dev/shm full?); "
-                "use --data.num_workers 0, or give the container more shared memory (docker run --shm-size)"
-            ) from None
-
-
-_NO_WORKERS = (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EROFS)
-_ASKING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-
-
-def _to_arrays(batch: Batch) -> tuple[NDArray[Any], ...]:
-    return tuple(part.numpy() for part in batch)
-
-
-def _to_tensors(parts: Iterable[NDArray[Any]]) -> Batch:
-    tensors = map(torch.from_numpy, parts)
-    return Batch(*(tensor.pin_memory() for tensor in tensors) if torch.cuda.is_available() else tensors)
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Let signals wait for the end of a block, where the system can."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _outlive_signals(_: int) -> None:
-    """Let a worker end with its loader only: a signal to the group is for the run, which still needs batches."""
-    for number in _ASKING:
-        signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):
-        return
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # stays blocked, and is received by this thread alone
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_ASKING} - {signal.SIGTERM})
-
-
-def _end_with_parent(parent: int) -> None:
-    """Heed a SIGTERM of the loader's own process, which is how it ends a worker that does not answer, and its death.
-
-    A worker whose loader was killed would wait for ever for somebody to read its last batch.
-    """
-    while os.getppid() == parent:
-        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-        if received is not None and received.si_pid == parent:
-            break
-    os._exit(0)
-
-
-def _folds(stage: str, folds: int | None, fold: int | None, fold_seed: int | None) -> tuple[int | None, int, int]:
-    """Check the settings of cross-validation, and return them without nulls."""
-    if folds is None:
-        for name, value in (("fold", fold), ("fold_seed", fold_seed)):
-            if value is not None:
-                raise ConfigError(f"--data.{name} {value} belongs to --data.folds N")
-        return None, 0, 0
-    if stage != "select":
-        raise ConfigError(
-            f"--data.folds {folds} belongs to --data.stage select: a final run trains on the whole refit split"
-        )
-    _at_least(2, "folds", folds)
-    return folds, _at_least(0, "fold", fold or 0), _at_least(0, "fold_seed", fold_seed or 0)
+def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def _largest(found: Iterable[Examined], name: str) -> float | None:
     return max((value for one in found if (value := getattr(one, name)) is not None), default=None)
-
-
-def _at_least(least: int, name: str, value: int) -> int:
-    if value < least:
-        raise ConfigError(f"--data.{name} {value} is out of range, allowed: {least} and above")
-    return value
-
-
-def _between(low: float, high: float, name: str, value: float, *, open_low: bool = False) -> float:
-    if not (low < value if open_low else low <= value) or not value <= high or not math.isfinite(value):
-        upper = "" if high == math.inf else f" to {high:g}"
-        raise ConfigError(
-            f"--data.{name} {value:g} is out of range, allowed: {'above ' if open_low else ''}{low:g}"
-            f"{upper or ' and above'}"
-        )
-    return value
-
-
-def _range(name: str, values: tuple[float, float], high: float) -> tuple[float, float]:
-    low, top = values
-    if not 0 < low <= top <= high or not math.isfinite(top):
-        upper = "" if high == math.inf else f", at most {high:g}"
-        raise ConfigError(
-            f"--data.{name} {list(values)} is out of range, allowed: [low, high] above 0, low not above high{upper}"
-        )
-    return low, top
-
-
-def _one_of(name: str, value: str | None, allowed: Iterable[str]) -> None:
-    if value is not None and value not in allowed:
-        raise unknown_name(f"--data.{name}", value, allowed, error=ConfigError)

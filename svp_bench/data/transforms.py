@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from svp_bench.core.errors import ConfigError, unknown_name
+from svp_bench.core.ranges import check_one_of, check_range
 from svp_bench.data.decode import convert
 
 __all__ = [
     "CROP_RATIO",
     "INTERPOLATIONS",
     "RESIZES",
-    "View",
+    "EvalTransform",
+    "TransformConfig",
     "resize_squash",
     "shorter_side",
     "sides",
@@ -83,8 +86,33 @@ def shorter_side(size: int, crop_ratio: float) -> int:
 
 
 @dataclass(frozen=True)
-class View:
-    """From an RGB image to the model's size, without chance: what evaluation sees.
+class TransformConfig:
+    """Settings of the transform without randomness.
+
+    Attributes:
+        resize: How an image is brought to `data.image_size`: squash (both sides, the aspect ratio is lost) or
+            centre_crop (shorter side to image_size / crop_ratio, then the square in the middle); null for the
+            protocol's.
+        interpolation: bicubic, bilinear or lanczos; null for the protocol's.
+        crop_ratio: Share of the shorter side that centre_crop and the training crop `random` keep.
+
+    Raises:
+        ConfigError: If a value is not one of these.
+    """
+
+    resize: Literal["squash", "centre_crop"] | None = None
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None
+    crop_ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        check_one_of("data.transform.resize", self.resize, RESIZES)
+        check_one_of("data.transform.interpolation", self.interpolation, INTERPOLATIONS)
+        check_range("data.transform.crop_ratio", self.crop_ratio, "(0, 1]")
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """From an RGB image to the model's size, without randomness: the transform of evaluation.
 
     Attributes:
         size: Height and width of the result in pixels, or one number for both.
@@ -94,8 +122,7 @@ class View:
         crop_ratio: Share of the shorter side that a crop keeps.
 
     Raises:
-        UsageError: If the resize or the interpolation is unknown.
-        ConfigError: If a crop is to be no square.
+        ConfigError: If a crop is not to be a square.
     """
 
     size: int | tuple[int, int]
@@ -104,12 +131,8 @@ class View:
     crop_ratio: float = CROP_RATIO
 
     def __post_init__(self) -> None:
-        if self.resize not in RESIZES:
-            raise unknown_name("resize", self.resize, RESIZES)
-        if self.interpolation not in INTERPOLATIONS:
-            raise unknown_name("interpolation", self.interpolation, INTERPOLATIONS)
         if self.resize == "centre_crop":
-            self.side("--data.resize centre_crop")
+            self.side("data.transform.resize centre_crop")
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -120,11 +143,13 @@ class View:
         """Return the side of the square that `what` needs.
 
         Raises:
-            ConfigError: If the result is no square.
+            ConfigError: If the result is not a square.
         """
         height, width = self.sides
         if height != width:
-            raise ConfigError(f"{what} makes squares, and the images are {height} x {width}; use --data.resize squash")
+            raise ConfigError(
+                f"{what} makes squares, and the images are {height} x {width}; use --data.transform.resize squash"
+            )
         return height
 
     def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -134,6 +159,6 @@ class View:
         from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]  # slow to import
 
         mode = F.InterpolationMode(self.interpolation)
-        side = self.side("--data.resize centre_crop")
+        side = self.side("data.transform.resize centre_crop")
         resized = F.resize(image, [shorter_side(side, self.crop_ratio)], interpolation=mode)
         return to_array(F.center_crop(resized, [side, side]))

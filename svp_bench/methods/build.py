@@ -13,6 +13,7 @@ from svp_bench.methods.base import Method, build_method
 from svp_bench.methods.checks import trained_parameters
 from svp_bench.models import VisionMamba
 from svp_bench.models.checkpoints import Head, keeps_head, load_checkpoint, resolve_checkpoint
+from svp_bench.models.layers import PatchEmbed
 
 __all__ = ["adapt", "create_backbone", "create_model", "input_size", "trained_parameters"]
 
@@ -70,12 +71,23 @@ def create_backbone(
         raise ConfigError("model.head keep takes the head of a file; model.checkpoint none has no file")
     model = timm.create_model(name, num_classes=num_classes, **arguments)
     assert isinstance(model, VisionMamba)
-    if model.patch_embed.num_patches < 1:
-        size, side = arguments.get("img_size"), model.patch_embed.patch_size[0]
-        raise ConfigError(f"data.image_size {size} is smaller than a patch of {name} ({side} pixels)")
+    _check_patches(model.patch_embed, name)
     if path is not None:
         load_checkpoint(model, path, head)
     return model
+
+
+def _check_patches(embed: PatchEmbed, name: str) -> None:
+    """Refuse an image size that patches do not cover: the pixels at the edge would be dropped without a word."""
+    patch, stride = embed.patch_size[0], embed.stride
+    shown = "x".join(map(str, dict.fromkeys(embed.img_size)))
+    for side in embed.img_size:
+        if side < patch:
+            raise ConfigError(f"data.image_size {shown} is smaller than a patch of {name} ({patch} pixels)")
+        rest = (side - patch) % stride
+        if rest:
+            near = f"{side - rest} or {side - rest + stride}"
+            raise ConfigError(f"data.image_size {shown} is not covered by the patches of {name}; {near} would fit")
 
 
 def adapt(model: VisionMamba, method: Method) -> VisionMamba:

@@ -57,7 +57,7 @@ def overrides(
         searched: Keys that may differ, because a search selected them.
         epochs: Compare the number of epochs too.
     """
-    layers: dict[str, Any] = dict(flat(protocol.training)) if protocol is not None else {}
+    layers: dict[str, Any] = dict(flat(protocol.layer)) if protocol is not None else {}
     layers.update(shipped_layer(f"{record.task}.yaml"))
     layers.update(recipe(record.method))
     ours, allowed = dict(flat(record.config)), set(searched)

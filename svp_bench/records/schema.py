@@ -13,7 +13,7 @@ from svp_bench.core.errors import RecordError, plural
 from svp_bench.core.validate import convert
 from svp_bench.records.bits import count_ones
 from svp_bench.records.digests import config_digest, setting_digest
-from svp_bench.records.migrate import from_schema_1
+from svp_bench.records.migrate import migrate_record
 from svp_bench.records.record import CREATED, SCHEMA, Metrics, Record
 
 __all__ = ["parse_record"]
@@ -40,9 +40,9 @@ def parse_record(data: Any, where: str = "record") -> Record:
     schema = data.get("schema") if isinstance(data, Mapping) else None
     if isinstance(schema, str) and schema in _OTHER_FILES:
         raise RecordError(f"{where}: is not a record but {_OTHER_FILES[schema]}")
-    if isinstance(data, Mapping) and schema == 1:
-        data = from_schema_1(data, where)
-    elif isinstance(data, Mapping) and schema != SCHEMA:
+    if isinstance(data, Mapping) and schema in (1, SCHEMA):
+        data = migrate_record(data, where)
+    elif isinstance(data, Mapping):
         given = repr(schema) if "schema" in data else "missing"
         raise RecordError(f"{where}: 'schema' is {given}; svp-bench {__version__} reads the schemas 1 and {SCHEMA}")
     if isinstance(data, Mapping) and data.get("metrics") == {}:

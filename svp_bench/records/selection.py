@@ -25,7 +25,8 @@ from typing import Any
 from svp_bench.core.errors import RecordError, plural
 from svp_bench.core.validate import Count, Text, convert
 from svp_bench.records.bits import count_ones
-from svp_bench.records.digests import canonical_digest, plain
+from svp_bench.records.digests import canonical_digest, cell_config, plain
+from svp_bench.records.migrate import group_settings, migrate_config
 from svp_bench.records.record import SearchSummary
 from svp_bench.records.selection_rule import RULES, Trial, choose, decide, edges, grid_settings, is_number
 from svp_bench.records.store import read_json, read_record, write_atomically
@@ -39,6 +40,7 @@ __all__ = [
     "Trial",
     "context_of",
     "read_selected_config",
+    "recorded_context",
     "selected_config_path",
     "trial_problems",
     "write_selected_config",
@@ -46,7 +48,7 @@ __all__ = [
 
 SCHEMAS = {1: "svp-bench/choice-1", 2: "svp-bench/choice-2"}  # by the version of the rules
 RULE_VERSION = 2  # of new searches: see `decide`; version 1 is `choose`
-FOLD_KEYS = ("data.folds", "data.fold", "data.fold_seed")
+FOLD_KEYS = ("data.cross_validation.folds", "data.cross_validation.fold", "data.cross_validation.seed")
 AUTO_FOLDS = 5  # of `folds: auto` where val is small
 FALLBACK = "default"  # the space of methods without one of their own
 _NEW_IN_TRIALS = ("losses", "right", "counts")  # in version 2
@@ -410,3 +412,8 @@ def context_of(
 
     context = rest(config, "")
     return {**context, "method_source": dict(sources)} if sources else context
+
+
+def recorded_context(selected: SelectedConfig) -> dict[str, Any]:
+    """Return the context of a selected config with the settings grouped as today's configs group them."""
+    return context_of(cell_config(group_settings(migrate_config(selected.context))), list(selected.values))

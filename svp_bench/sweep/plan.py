@@ -383,7 +383,7 @@ class _Speed:
 
         protocol = load_protocol(str(config["data"].get("protocol") or load_suite(card.suite).protocol))
         lists = protocol.stages[str(config["data"].get("stage") or "final")]
-        epochs, folds = int(config["trainer"]["max_epochs"]), int(config["data"].get("folds") or 0)
+        epochs, folds = int(config["trainer"]["max_epochs"]), int(config["data"]["cross_validation"]["folds"] or 0)
         if folds:
             labelled = card.counts[protocol.stages["final"]["train"]]
             train, scored = labelled - labelled // folds, labelled // folds

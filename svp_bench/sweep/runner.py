@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from svp_bench.config.compose import compose, split_flags
 from svp_bench.core.errors import SvpBenchError, UsageError, one_line
 from svp_bench.core.registry import import_object
-from svp_bench.data.folds import fold_positions
+from svp_bench.data.folds import CrossValidationConfig, fold_positions
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, measured, open_source
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
@@ -112,16 +112,16 @@ class Runner:
         """Return about how large a job's last checkpoint is: trained weights in float32, and the optimizer's state."""
         config = self.resolved(job).config
         key = job.method, json.dumps(config["model"], sort_keys=True, default=str)
+        model = config["model"]
         if key not in self._trained:
-            model = config["model"]
             method = model["method"]
             made = import_object(method["class_path"])(**(method.get("init_args") or {}))
             root = config["data"].get("root")
             card = measured(load_task(job.task), Path(root) if root else None)
             backbone = create_backbone(str(model["backbone"]), num_classes=card.classes, checkpoint="none")
             self._trained[key] = sum(p.numel() for p in trained_parameters(adapt(backbone, made)).values())
-        copies = 2 + (2 if (config["model"].get("optimizer") or "adamw") == "adamw" else 1)
-        copies += config["model"].get("ema_decay") is not None
+        copies = 2 + (2 if model["optimizer"]["name"] == "adamw" else 1)
+        copies += model["ema"]["decay"] is not None
         return 4 * (copies - 1) * self._trained[key]
 
     def resolved(self, job: Job) -> ResolvedConfig:
@@ -195,10 +195,10 @@ class Runner:
             DataError: If they are missing or malformed.
         """
         data = resolved.config["data"]
-        divided = data.get("folds") is not None
+        divided = data["cross_validation"]["folds"] is not None
         key = (resolved.task, data.get("root"), data.get("protocol"), data.get("stage"), divided)
         if key not in self._data:
-            module = VisionDataModule(**data)
+            module = VisionDataModule.from_config(data)
             root = Path(data["root"]) if data.get("root") else None
             source = open_source(module.card, root, suite=module.suite)
             self._data[key] = inspect(module.card, source, list(module.splits_read))
@@ -223,11 +223,11 @@ class Runner:
     def weights(self, resolved: ResolvedConfig) -> Weights:
         """Return what a record would say of the weights that a run begins with, digest and changes at loading."""
         model, data = resolved.config["model"], resolved.config["data"]
-        name, checkpoint, head = str(model["backbone"]), str(model["checkpoint"]), model.get("head")
+        name, checkpoint, head = str(model["backbone"]), str(model["checkpoint"]), model["head"]
         if checkpoint == "none":
             return None, None
-        module = VisionDataModule(**data)
-        size, classes = module.image_size, module.num_classes if head else 1
+        module = VisionDataModule.from_config(data)
+        size, classes = module.image_size, module.num_classes if head == "keep" else 1
         key = (name, checkpoint, head, classes, size)
         if key not in self._weights:
             backbone = create_backbone(name, num_classes=classes, checkpoint=checkpoint, head=head, img_size=size)
@@ -330,15 +330,17 @@ class Runner:
     def _fold(self, resolved: ResolvedConfig) -> tuple[tuple[int, ...] | None, str | None]:
         """Return which images a trial holds out, as positions in the split that is divided, and that split's name."""
         data = resolved.config["data"]
-        if data.get("folds") is None:
+        division = CrossValidationConfig(**data["cross_validation"])
+        if division.folds is None:
             return None, None
-        key = (resolved.task, *(data.get(name) for name in ("root", "protocol", "folds", "fold", "fold_seed")))
+        key = (resolved.task, data["root"], data["protocol"], division)
         if key not in self._folds:
-            module = VisionDataModule(**data)
-            (name,) = module.splits_read
-            images = open_source(module.card, Path(data["root"]) if data.get("root") else None).get(name)
+            root, card = data["root"] and Path(data["root"]), load_task(resolved.task)
+            protocol = load_protocol(data["protocol"] or load_suite(card.suite).protocol)
+            name = protocol.stages["final"]["train"]
+            images = open_source(measured(card, root), root).get(name)
             held = fold_positions(
-                images.keys(), images.labels, resolved.task, data["folds"], module.fold, module.fold_seed
+                images.keys(), images.labels, resolved.task, division.folds, division.fold, division.seed
             )
             self._folds[key] = tuple(held.tolist()), name
         return self._folds[key]

@@ -223,6 +223,14 @@ class ProtocolCard:
     notes: Prose = ""
     path: Path = field(default=Path(), compare=False)
 
+    @property
+    def layer(self) -> dict[str, dict[str, Any]]:
+        """The protocol as a config layer: the training budget and the image transform."""
+        data: dict[str, Any] = {} if self.image_size is None else {"image_size": self.image_size}
+        data["transform"] = {"resize": self.resize, "interpolation": self.interpolation}
+        sections = {name: dict(section) for name, section in self.training.items()}
+        return {**sections, "data": {**sections.get("data", {}), **data}}
+
     def splits(
         self, stage: str, folds: int | None = None, fold: int | None = None, fold_seed: int | None = None
     ) -> dict[str, str]:

@@ -109,7 +109,7 @@ class CheckpointMetadata:
         input_attention: Attention on the normalised image.
         ema_decay: Decay of the averaged weights, if there are any.
         ema_evaluate: Whether these are evaluated.
-        view: How an image is resized: resize, crop_ratio and interpolation; and the depth of deep images.
+        transform: How an image is resized: resize, crop_ratio and interpolation; and the depth of deep images.
         class_names: Names of the classes.
     """
 
@@ -132,7 +132,7 @@ class CheckpointMetadata:
     input_attention: Text | None = None
     ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
     ema_evaluate: bool | None = None
-    view: Mapping[str, Any] | None = None
+    transform: Mapping[str, Any] | None = None
     class_names: tuple[str, ...] | None = None
 
     @classmethod
@@ -157,9 +157,9 @@ class CheckpointMetadata:
         names = found.class_names
         if names is not None and len(names) != found.num_classes:
             raise wrong_part(where, f"{METADATA_KEY}.class_names", names, f"{found.num_classes} names", remedy)
-        if found.view is not None and not _is_view(found.view):
+        if found.transform is not None and not _is_transform(found.transform):
             expected = "resize, crop_ratio, interpolation and depth"
-            raise wrong_part(where, f"{METADATA_KEY}.view", found.view, expected, remedy)
+            raise wrong_part(where, f"{METADATA_KEY}.transform", found.transform, expected, remedy)
         return found
 
 
@@ -184,7 +184,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_view(value: Mapping[str, Any]) -> bool:
+def _is_transform(value: Mapping[str, Any]) -> bool:
     depth, ratio = value.get("depth", [None, None]), value.get("crop_ratio", 1.0)
     return (
         {*value} <= {"resize", "interpolation", "crop_ratio", "depth"}

@@ -344,11 +344,10 @@ def _build(model: AdaptationModule) -> list[Any]:
 
 
 _RECIPE = (
-    *("learning_rate", "weight_decay", "betas", "eps", "momentum", "optimizer_name", "warmup_epochs"),
-    *("warmup_start_factor", "warmup_learning_rate", "min_learning_rate", "whole_cosine", "schedule_interval"),
-    *("cooldown_epochs", "label_smoothing", "frozen_mode", "ema_decay", "ema_evaluate"),
+    *("learning_rate", "weight_decay", "warmup_epochs", "label_smoothing", "frozen_mode"),
+    *("optimizer_config", "schedule_config", "ema_config"),
 )
-_DATA = ("batch_size", "seed", "drop_last", "repeats", "random_erasing", "mixing", "augment", "view", "splits", "stage")
+_DATA = ("batch_size", "seed", "drop_last", "augment", "eval_transform", "splits", "stage")
 _TRAINER = ("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")
 
 
@@ -358,12 +357,12 @@ def _settings(trainer: Trainer, model: AdaptationModule, data: VisionDataModule)
     for group, owner, names in (("model", model, _RECIPE), ("data", data, _DATA), ("trainer", trainer, _TRAINER)):
         for name in names:
             value = getattr(owner, name, None)
-            found[f"{group}.{name}"] = dict(value) if isinstance(value, Mapping) else value
+            found[f"{group}.{name.removesuffix('_config')}"] = dict(value) if isinstance(value, Mapping) else value
     return found
 
 
 def _trained_digest(weights: Mapping[str, Any]) -> str:
-    """Return the digest without the average of `model.ema_decay`, which follows each optimizer step."""
+    """Return the digest without the average of `model.ema`, which follows each optimizer step."""
     return weights_digest({"state_dict": weights["state_dict"]})
 
 
@@ -378,7 +377,7 @@ class _Expected:
     def __init__(self, trainer: Trainer, model: AdaptationModule, settings: Mapping[str, Any]) -> None:
         self._trainer = trainer
         self._settings = settings
-        self._by_epoch = model.schedule_interval == "epoch"
+        self._by_epoch = model.schedule_config.interval == "epoch"
         assert model.schedule is not None
         self._schedule = model.schedule
 
@@ -394,7 +393,7 @@ class _Expected:
             if group["weight_decay"] not in (0.0, self._settings["model.weight_decay"]):
                 yield "the weight decay was not that of the recipe"
             betas = group.get("betas")
-            if betas is not None and tuple(betas) != tuple(self._settings["model.betas"]):
+            if betas is not None and tuple(betas) != tuple(self._settings["model.optimizer"].betas):
                 yield "the betas of the optimizer were not those of the recipe"
             for key in ("eps", "momentum", "dampening", "nesterov", "amsgrad", "maximize"):
                 if group.get(key) != optimizer.defaults.get(key):

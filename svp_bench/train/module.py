@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +18,16 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError, unknown_name
-from svp_bench.data.augment import Mix, erase, mix, soft_targets
+from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError
+from svp_bench.core.ranges import check_one_of, check_range
+from svp_bench.data.augment import draw_mix, erase, mix, soft_targets
 from svp_bench.data.decode import Depth
-from svp_bench.data.module import Batch
+from svp_bench.data.loading import Batch
 from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models import VisionMamba
-from svp_bench.models.checkpoints import backbone_digest
+from svp_bench.models.checkpoints import Head, backbone_digest
 from svp_bench.models.layers import hidden_head, simam
 from svp_bench.ops import BackendChoice, choose
 from svp_bench.records.defaults import clipped_warmup
@@ -43,7 +43,10 @@ from svp_bench.train.metrics import (
 )
 from svp_bench.train.optim import (
     EMA,
+    EMAConfig,
+    OptimizerConfig,
     Schedule,
+    ScheduleConfig,
     make_optimizer,
     warmup_notice,
 )
@@ -57,7 +60,7 @@ class AdaptationModule(LightningModule):
     """Adapts a backbone to a task with a method, by AdamW or SGD with linear warm-up and cosine decay.
 
     Args:
-        method: What is added and what trains.
+        method: Adds and selects the parameters that train.
         backbone: timm name of the backbone.
         checkpoint: Its weights: hub, embedded, none (random), or a path.
         num_classes: Classes of the task; set by the data module.
@@ -65,12 +68,12 @@ class AdaptationModule(LightningModule):
         learning_rate: Peak learning rate. It does not change with the batch size or the number of devices.
         weight_decay: Of the optimizer. Biases, one-dimensional tensors and the backbone's own list take none; tables of
             scales (SVP's alpha and beta, groups or blocks × width) are two-dimensional and take it, as released.
-        betas: Of AdamW.
         warmup_epochs: Epochs of linear warm-up, clipped to the run. On the command line, a value of a recipe made for
             another number of epochs is clipped to a fifth of the run.
-        warmup_start_factor: The warm-up starts at this fraction of the learning rate.
-        min_learning_rate: Where the cosine ends.
         label_smoothing: Of the cross entropy.
+        head: fresh: a new head; keep: the head of the checkpoint, which must have as many classes.
+        head_hidden: Width of a first linear layer of the head, without an activation after it; null for none.
+        input_attention: simam: SimAM on the normalised image; null for none.
         frozen_mode: eval: dropout and drop path of the frozen backbone are off; train: they are on.
         drop_path: Drop path rate of the backbone.
         scan_backend: auto, or a name of `svp_bench.list_backends()`.
@@ -78,23 +81,9 @@ class AdaptationModule(LightningModule):
             memory, the same numbers, about a third more time.
         compile: Let torch.compile fuse what lies between the scan and the convolution. The first step takes minutes.
         seed: Of the random initial weights (head, adapter, and the backbone without a checkpoint).
-        optimizer: adamw or sgd; adamw by default.
-        eps: Of AdamW; 1e-8 by default.
-        momentum: Of SGD; 0.9 by default.
-        warmup_learning_rate: The warm-up starts at this learning rate; overrides `warmup_start_factor`.
-        cosine_start: Where the cosine begins: warmup_end, or run_start, whose first part the warm-up then covers
-            (timm's way); warmup_end by default.
-        schedule_interval: The learning rate changes with each step or each epoch; step by default.
-        cooldown_epochs: Last epochs of the run, at `min_learning_rate`: the cosine ends before them; 0 by default.
-            (timm counts them on top of its epochs; here `trainer.max_epochs` is the whole run.)
-        head_hidden: Width of a first linear layer of the head, without an activation after it; none by default.
-        input_attention: simam: SimAM on the normalised image; none by default.
-        ema_decay: Keep a moving average of the trained weights with this decay, stored in the checkpoint too; none by
-            default.
-        ema_evaluate: Validate, test and predict with the averaged weights; false by default.
-        head: fresh: a new head; keep: the head of the checkpoint, which must have as many classes; fresh by default.
-
-    A null of an argument that may be null means its default.
+        optimizer: Settings of the optimizer.
+        schedule: Settings of the learning rate's schedule.
+        ema: Settings of the moving average of the trained weights.
 
     Raises:
         UsageError: If the backbone or scan backend is unknown.
@@ -111,109 +100,40 @@ class AdaptationModule(LightningModule):
         image_size: int | tuple[int, int] = 224,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        warmup_epochs: float = 10,
-        warmup_start_factor: float = 1e-3,
-        min_learning_rate: float = 1e-5,
+        warmup_epochs: float = 10.0,
         label_smoothing: float = 0.0,
+        head: Head = "fresh",
+        head_hidden: int | None = None,
+        input_attention: Literal["simam"] | None = None,
         frozen_mode: Literal["eval", "train"] = "eval",
         drop_path: float = 0.0,
         scan_backend: str = "auto",
         grad_checkpointing: bool = False,
         compile: bool = False,  # named as torch's
         seed: int = 0,
-        optimizer: Literal["adamw", "sgd"] | None = None,
-        eps: float | None = None,
-        momentum: float | None = None,
-        warmup_learning_rate: float | None = None,
-        cosine_start: Literal["warmup_end", "run_start"] | None = None,
-        schedule_interval: Literal["step", "epoch"] | None = None,
-        cooldown_epochs: float | None = None,
-        head_hidden: int | None = None,
-        input_attention: Literal["simam"] | None = None,
-        ema_decay: float | None = None,
-        ema_evaluate: bool | None = None,
-        head: Literal["fresh", "keep"] | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: ScheduleConfig = ScheduleConfig(),
+        ema: EMAConfig = EMAConfig(),
     ) -> None:
         super().__init__()
-        _check_range("learning_rate", learning_rate, 0, math.inf, open_low=True)
-        for name, value in (("weight_decay", weight_decay), ("warmup_epochs", warmup_epochs)):
-            _check_range(name, value, 0, math.inf)
-        _check_range("min_learning_rate", min_learning_rate, 0, math.inf)
-        for name, value in (("label_smoothing", label_smoothing), ("drop_path", drop_path)):
-            _check_range(name, value, 0, 1, open_high=True)
-        _check_range("warmup_start_factor", warmup_start_factor, 0, 1)
-        for beta in betas:
-            _check_range("betas", beta, 0, 1, open_high=True)
-        if eps is not None:
-            _check_range("eps", eps, 0, math.inf, open_low=True)
-        if momentum is not None:
-            _check_range("momentum", momentum, 0, 1, open_high=True)
-        if warmup_learning_rate is not None:
-            _check_range("warmup_learning_rate", warmup_learning_rate, 0, math.inf)
-        _check_range("cooldown_epochs", cooldown_epochs or 0, 0, math.inf)
-        if head_hidden is not None:
-            _check_range("head_hidden", head_hidden, 1, math.inf)
-        if ema_decay is not None:
-            _check_range("ema_decay", ema_decay, 0, 1, open_low=True, open_high=True)
-        elif ema_evaluate:
-            raise ConfigError("model.ema_evaluate needs averaged weights: set model.ema_decay, e.g. 0.9999")
-        _check_one_of("optimizer", optimizer, ("adamw", "sgd"))
-        _check_one_of("cosine_start", cosine_start, ("warmup_end", "run_start"))
-        _check_one_of("schedule_interval", schedule_interval, ("step", "epoch"))
-        _check_one_of("input_attention", input_attention, ("simam",))
-        _check_one_of("head", head, ("fresh", "keep"))
-        if head == "keep" and head_hidden is not None:
-            raise ConfigError("model.head keep takes the file's head, model.head_hidden makes another: set one of them")
-        if optimizer == "sgd" and eps is not None:
-            raise ConfigError("model.eps belongs to model.optimizer adamw, not to sgd")
-        if optimizer != "sgd" and momentum is not None:
-            raise ConfigError("model.momentum belongs to model.optimizer sgd; AdamW has model.betas")
-        _check_settings(method)
         self.method = method
-        self.backbone_name = backbone
-        self.checkpoint = checkpoint
-        self.num_classes = num_classes
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.warmup_epochs = warmup_epochs
-        self.warmup_start_factor = warmup_start_factor
-        self.min_learning_rate = min_learning_rate
-        self.label_smoothing = label_smoothing
+        self.backbone_name, self.checkpoint, self.num_classes, self.init_seed = backbone, checkpoint, num_classes, seed
+        self.learning_rate = check_range("model.learning_rate", learning_rate, "(0, inf)")
+        self.weight_decay = check_range("model.weight_decay", weight_decay, "[0, inf)")
+        self.warmup_epochs = check_range("model.warmup_epochs", warmup_epochs, "[0, inf)")
+        self.label_smoothing = check_range("model.label_smoothing", label_smoothing, "[0, 1)")
+        check_range("model.drop_path", drop_path, "[0, 1)")
         self.frozen_mode = frozen_mode
-        self.init_seed = seed
-        self.optimizer_name = optimizer or "adamw"
-        self.eps = eps
-        self.momentum = momentum
-        self.warmup_learning_rate = warmup_learning_rate
-        self.whole_cosine = cosine_start == "run_start"
-        self.schedule_interval = schedule_interval or "step"
-        self.cooldown_epochs = cooldown_epochs or 0.0
-        self.head_hidden = head_hidden
-        self.input_attention = input_attention
-        self.ema_decay = ema_decay
-        self.ema_evaluate = bool(ema_evaluate)
-        with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
-            model = initial_backbone(
-                backbone,
-                checkpoint,
-                head,
-                seed,
-                num_classes=num_classes,
-                img_size=image_size,
-                drop_path_rate=drop_path,
-                scan_backend=scan_backend,
-            )
-            self.load_report = model.load_report
-            self.backbone_digest = backbone_digest(model)
-            if head_hidden is not None:
-                model.head = hidden_head(model.embed_dim, head_hidden, model.num_classes).to(model.cls_token)
-            self.model = adapt(model, method)
+        self.head_hidden, self.input_attention = _head(head, head_hidden), input_attention
+        check_one_of("model.input_attention", input_attention, ("simam",))
+        self.optimizer_config, self.schedule_config, self.ema_config = optimizer, schedule, ema
+        _check_settings(method)
+        sizes: Any = {"num_classes": num_classes, "img_size": image_size}
+        self.model = self._build(head, {**sizes, "drop_path_rate": drop_path, "scan_backend": scan_backend})
         self.model.set_grad_checkpointing(grad_checkpointing)
         if compile:
             self.model.compile(dynamic=False)  # in place: the names of the parameters stay
-        self.ema = EMA(ema_decay, trained_parameters(self.model)) if ema_decay is not None else None
+        self.ema = EMA(ema.decay, trained_parameters(self.model)) if ema.decay is not None else None
         self.strict_loading = False  # our checkpoints hold the trained part only; on_load_checkpoint is strict about it
         cfg: Any = self.model.pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
@@ -226,6 +146,16 @@ class AdaptationModule(LightningModule):
         self.tested: Evaluation | None = None
         self._scored: list[ImageScores] = []  # the batches of the current evaluation in this process
         self.train()  # Lightning takes the modes as it finds them
+
+    def _build(self, head: Head, arguments: dict[str, Any]) -> VisionMamba:
+        """Build the adapted backbone; its initial weights depend on the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            model = initial_backbone(self.backbone_name, self.checkpoint, head, self.init_seed, **arguments)
+            self.load_report = model.load_report
+            self.backbone_digest = backbone_digest(model)
+            if self.head_hidden is not None:
+                model.head = hidden_head(model.embed_dim, self.head_hidden, model.num_classes).to(model.cls_token)
+            return adapt(model, self.method)
 
     # --- the forward pass --------------------------------------------------------------------------------------------
 
@@ -242,7 +172,7 @@ class AdaptationModule(LightningModule):
         """Normalised float (B, 3, H, W) → logits (B, classes)."""
         if self.input_attention is not None:
             images = simam(images)
-        if self.ema is not None and self.ema_evaluate and not self.training:
+        if self.ema is not None and self.ema_config.evaluate and not self.training:
             averaged = {name: weight.to(images.device) for name, weight in self.ema.weights.items()}
             logits: Tensor = torch.func.functional_call(self.model, averaged, (images,))
         else:
@@ -298,17 +228,17 @@ class AdaptationModule(LightningModule):
         """
         images = self.normalise(batch.images)
         data: Any = getattr(self.trainer, "datamodule", None)
-        if data is None or not (data.random_erasing or data.mixing):
+        if data is None or not (data.augment.random_erasing or data.augment.mixes):
             return images, batch.labels
-        epoch = self.current_epoch
-        if data.random_erasing:
+        epoch, augment = self.current_epoch, data.augment
+        if augment.random_erasing:
             sampler = getattr(self.trainer.train_dataloader, "sampler", None)
             copies = sampler.copies(batch_idx) if isinstance(sampler, GlobalBatchSampler) else None
-            images = erase(images, data.random_erasing, data.seed, epoch, batch.index.tolist(), copies)
-        if not data.mixing:
+            images = erase(images, augment.random_erasing, data.seed, epoch, batch.index.tolist(), copies)
+        if not augment.mixes:
             return images, batch.labels
         step = batch_idx // self.trainer.accumulate_grad_batches
-        parameters: Mix = data.mixing.draw(data.seed, epoch, step, images.shape[2], images.shape[3])
+        parameters = draw_mix(augment, data.seed, epoch, step, images.shape[2], images.shape[3])
         return mix(images, parameters), soft_targets(batch.labels, self.num_classes, parameters)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
@@ -410,34 +340,15 @@ class AdaptationModule(LightningModule):
             {"params": decay, "weight_decay": self.weight_decay},
             {"params": no_decay, "weight_decay": 0.0},
         ]
-        optimizer = make_optimizer(
-            [g for g in groups if g["params"]],
-            self.optimizer_name,
-            self.learning_rate,
-            betas=self.betas,
-            eps=self.eps,
-            momentum=self.momentum,
-        )
-        epochs = self.trainer.max_epochs or 1
-        by_epoch = self.schedule_interval == "epoch"
-        total = epochs if by_epoch else int(self.trainer.estimated_stepping_batches)
-        if 0 < epochs <= self.cooldown_epochs:
-            raise ConfigError(
-                f"model.cooldown_epochs {self.cooldown_epochs:g} leaves nothing of the {epochs} epochs of "
-                "trainer.max_epochs for the cosine"
-            )
-        warmup_epochs = clipped_warmup(self.warmup_epochs, epochs)
-        if warmup_epochs != self.warmup_epochs:
-            rank_zero_info(warmup_notice(self.warmup_epochs, epochs, warmup_epochs))
-        warmup = round(total * warmup_epochs / epochs) if epochs > 0 else 0
-        end = total - (round(total * self.cooldown_epochs / epochs) if epochs > 0 else 0)
-        start = self.warmup_start_factor
-        if self.warmup_learning_rate is not None:
-            start = self.warmup_learning_rate / self.learning_rate
-        floor = self.min_learning_rate / self.learning_rate
-        self.schedule = Schedule(warmup, end, start, floor, self.whole_cosine)
+        optimizer = make_optimizer([g for g in groups if g["params"]], self.optimizer_config, self.learning_rate)
+        epochs, steps = self.trainer.max_epochs or 1, int(self.trainer.estimated_stepping_batches)
+        clipped = clipped_warmup(self.warmup_epochs, epochs)
+        if clipped != self.warmup_epochs:
+            rank_zero_info(warmup_notice(self.warmup_epochs, epochs, clipped))
+        config = self.schedule_config
+        self.schedule = config.build(self.learning_rate, self.warmup_epochs, epochs, steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.schedule_interval}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": config.interval}}
 
     def optimizer_step(
         self,
@@ -460,7 +371,7 @@ class AdaptationModule(LightningModule):
             if part in checkpoint:
                 checkpoint[part] = {k: v for k, v in checkpoint[part].items() if k in trained}
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        view = data.view
+        transform = data.eval_transform
         checkpoint[METADATA_KEY] = {
             **self.identity(),
             "task": data.card.name,
@@ -468,10 +379,10 @@ class AdaptationModule(LightningModule):
             "stage": data.stage,
             "run_id": self.run_id,
             "data_digest": data.report.digest,  # a resumed run needs the same splits
-            "view": {
-                "resize": view.resize,
-                "crop_ratio": view.crop_ratio,
-                "interpolation": view.interpolation,
+            "transform": {
+                "resize": transform.resize,
+                "crop_ratio": transform.crop_ratio,
+                "interpolation": transform.interpolation,
                 **({} if data.depth == Depth() else {"depth": [data.depth.whole, data.depth.real]}),
             },
             "class_names": list(data.class_names),
@@ -508,8 +419,8 @@ class AdaptationModule(LightningModule):
             "head_digest": self.load_report.head_digest if self.load_report else None,
             "pos_embed_grid": list(self.model.patch_embed.grid_size),
             "input_attention": self.input_attention,
-            "ema_decay": self.ema_decay,
-            "ema_evaluate": self.ema_evaluate,
+            "ema_decay": self.ema_config.decay,
+            "ema_evaluate": self.ema_config.evaluate,
         }
 
     @classmethod
@@ -561,9 +472,8 @@ class AdaptationModule(LightningModule):
             seed=about.init_seed,
             head_hidden=about.head_hidden,
             input_attention=about.input_attention,  # type: ignore[arg-type]  # checked there
-            ema_decay=about.ema_decay,
-            ema_evaluate=about.ema_evaluate,
-            head="keep" if about.head_digest else None,
+            ema=EMAConfig(about.ema_decay, bool(about.ema_evaluate)),
+            head="keep" if about.head_digest else "fresh",
         )
         module.on_load_checkpoint(saved.content)
         module.load_state_dict(saved.content["state_dict"], strict=False)  # strictness is on_load_checkpoint's
@@ -600,9 +510,7 @@ class AdaptationModule(LightningModule):
                 checkpoint[part] = {**own, **checkpoint[part]}
 
 
-def initial_backbone(
-    backbone: str, checkpoint: str, head: Literal["fresh", "keep"] | None, seed: int, **arguments: Any
-) -> VisionMamba:
+def initial_backbone(backbone: str, checkpoint: str, head: Head, seed: int, **arguments: Any) -> VisionMamba:
     """Build the backbone that a run begins with: the weights of a checkpoint, or those that its seed draws.
 
     It seeds PyTorch: call it within `torch.random.fork_rng`.
@@ -610,7 +518,7 @@ def initial_backbone(
     Args:
         backbone: timm name.
         checkpoint: hub, embedded, none (random), or a path.
-        head: fresh or keep; None is fresh.
+        head: fresh or keep.
         seed: Of random weights.
         arguments: Of `create_backbone`.
     """
@@ -618,19 +526,13 @@ def initial_backbone(
     return create_backbone(backbone, checkpoint=checkpoint, head=head, **arguments)
 
 
-def _check_range(
-    name: str, value: float, low: float, high: float, *, open_low: bool = False, open_high: bool = False
-) -> None:
-    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-    if not inside or not math.isfinite(value):
-        right = ")" if open_high or high == math.inf else "]"
-        bounds = f"{'(' if open_low else '['}{low:g}, {'∞' if high == math.inf else f'{high:g}'}{right}"
-        raise ConfigError(f"model.{name} must be in {bounds}, not {value}")
-
-
-def _check_one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    if value is not None and value not in allowed:
-        raise unknown_name(f"model.{name}", value, allowed, error=ConfigError)
+def _head(head: Head, hidden: int | None) -> int | None:
+    """Return the width of the head's hidden layer, checked."""
+    if hidden is None:
+        return None
+    if head == "keep":
+        raise ConfigError("model.head keep takes the file's head, model.head_hidden makes another: set one of them")
+    return check_range("model.head_hidden", hidden, "[1, inf)")
 
 
 def _check_settings(method: Method) -> None:

@@ -34,8 +34,9 @@ from svp_bench.ops import BACKENDS
 from svp_bench.records.code import class_paths, source_files
 from svp_bench.records.defaults import clipped_warmup
 from svp_bench.records.digests import card_digest, cell_config, config_digest, flat, setting_digest
+from svp_bench.records.migrate import MOVED
 from svp_bench.records.record import SearchSummary
-from svp_bench.records.selection import context_of
+from svp_bench.records.selection import context_of, recorded_context
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 from svp_bench.train.logging import quiet
 from svp_bench.train.module import AdaptationModule
@@ -252,6 +253,8 @@ def _check_keys(composed: Composed, subcommand: str, known: set[str]) -> None:
         prefix = f"{where}: " if where else ""
         if key in _DERIVED:
             raise ConfigError(f"{prefix}{key} is not set by hand: {_DERIVED[key]}")
+        if key in MOVED:
+            raise ConfigError(f"{prefix}{key} is named {MOVED[key][0]} now")
         if key.startswith("model.method."):
             part, _, rest = key.removeprefix("model.method.").partition(".")
             name = rest.partition(".")[0] if part == "init_args" else part
@@ -261,8 +264,15 @@ def _check_keys(composed: Composed, subcommand: str, known: set[str]) -> None:
                 raise ConfigError(f"{prefix}model.method.{name} belongs below model.method.init_args")
             kind = f"argument of the method {composed.method}"
             raise unknown_name(kind, name, method_arguments, where=where, error=ConfigError)
-        is_group = any(name.startswith(f"{key}.") for name in known)
-        if key in known or is_group or key.startswith(_WITH_ARGUMENTS) or (key[-1:] == "+" and key[:-1] in _LISTS):
+        group = next((name for name in sorted(known) if name.startswith(f"{key}.")), None)
+        if group is not None and (not where or not isinstance(composed.get(key), Mapping)):
+            raise ConfigError(f"{prefix}{key} is a group of settings; set them one by one, e.g. {group}")
+        if (
+            key in known
+            or group is not None
+            or key.startswith(_WITH_ARGUMENTS)
+            or (key[-1:] == "+" and key[:-1] in _LISTS)
+        ):
             continue
         kind, listing = "config key" if where else "argument", f"svp-bench {subcommand} --help=all"
         raise unknown_name(kind, key, known, where=where, listing=listing, error=ConfigError)
@@ -387,15 +397,20 @@ def _settle(arguments: Namespace, composed: Composed) -> list[str]:
     model, data, epochs = arguments.model, arguments.data, arguments.trainer.max_epochs
     notices: list[str] = []
     protocol = load_protocol(data.protocol or load_suite(load_task(data.task).suite).protocol)
-    if data.image_size is None and protocol.image_size is None:
+    transform = data.transform
+    transform.resize, transform.interpolation = (
+        transform.resize or protocol.resize,
+        transform.interpolation or protocol.interpolation,
+    )
+    if data.image_size is None and protocol.image_size is not None:
+        data.image_size = protocol.image_size
+    elif data.image_size is None:
         size = data.image_size = input_size(model.backbone)
         shown = size if isinstance(size, int) else f"{size[0]}x{size[1]}"
         notices.append(
             f"data.image_size is {shown}, the size that {model.backbone} was trained with; --data.image_size sets "
             "another"
         )
-    if model.head == "fresh":
-        model.head = None  # the default: one setting has one spelling in records
     origins = composed.origin("model.warmup_epochs"), composed.origin("trainer.max_epochs")
     files = [origin and origin.rpartition(":")[0] for origin in origins]
     # a warm-up is inherited if neither a flag nor the file of the epochs sets it
@@ -432,7 +447,7 @@ def _need_same_context(composed: Composed, config: Mapping[str, Any], sources: M
             "in a nested search each seed has its own"
         )
     ours = dict(flat(context_of(cell_config(config), list(selected.values), sources)))
-    theirs = dict(flat(selected.context))
+    theirs = dict(flat(recorded_context(selected)))
     other = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if other:
         raise UsageError(

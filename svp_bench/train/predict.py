@@ -23,7 +23,7 @@ from svp_bench.core.errors import (
 )
 from svp_bench.data.class_folders import other_kind
 from svp_bench.data.decode import Depth, UnreadableImageError, read_image
-from svp_bench.data.transforms import View
+from svp_bench.data.transforms import EvalTransform
 from svp_bench.records.store import csv_text, write_atomically
 from svp_bench.tasks.cards import displayed_class_names, load_protocol, load_task
 from svp_bench.train.checkpoint import Checkpoint
@@ -111,9 +111,9 @@ def run_predict(
             f"{ckpt}: a run of {plural(about.num_classes, 'class')}, but the card of {about.task} has {len(names)} now"
         )
     protocol = load_protocol(about.protocol)
-    seen = dict(about.view or {"resize": protocol.resize, "interpolation": protocol.interpolation})
+    seen = dict(about.transform or {"resize": protocol.resize, "interpolation": protocol.interpolation})
     depth = Depth(*seen.pop("depth", ()))
-    view = View(about.image_size, **seen)
+    transform = EvalTransform(about.image_size, **seen)
     top = min(top, module.num_classes)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -123,7 +123,7 @@ def run_predict(
     began = time.perf_counter()
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        read = [_read(path, view, depth) for path in part]
+        read = [_read(path, transform, depth) for path in part]
         arrays = [one for one in read if not isinstance(one, str)]
         rows: Iterator[list[str]] = iter(())
         failure: AllocationFailure | None = None
@@ -180,10 +180,10 @@ def _cells(labels: Sequence[int], values: Sequence[float], names: Sequence[str])
     ]
 
 
-def _read(path: Path, view: View, depth: Depth) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | str:
+def _read(path: Path, transform: EvalTransform, depth: Depth) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | str:
     """Return an image at the model's size, or why it cannot be read."""
     try:
-        return view(read_image(path, depth).image)
+        return transform(read_image(path, depth).image)
     except (OSError, UnreadableImageError) as error:
         return f"not a readable image: {getattr(error, 'strerror', None) or error}"
     except Exception as error:  # of the resize: no memory for a very long and narrow image, for one

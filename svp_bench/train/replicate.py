@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from svp_bench.config.compose import Composed
 from svp_bench.core.errors import SvpBenchError, UsageError, plural
-from svp_bench.data.module import Batch, VisionDataModule
+from svp_bench.data.loading import Batch
+from svp_bench.data.module import VisionDataModule
 from svp_bench.records.record import Metrics
 from svp_bench.records.replication import Curve, Replication, write_replication
 from svp_bench.records.store import refuse_unwritable

@@ -339,7 +339,7 @@ def check_resumable(
     all_there = _numbers(groups) == list(range(len(parameters)))
     need("optimizer_states.param_groups", groups, all_there, f"all {len(parameters)} trained parameters")
     moments = need("optimizer_states.state", state, isinstance(state, dict), "a mapping")
-    if saved.global_step and model.optimizer_name == "adamw":
+    if saved.global_step and model.optimizer_config.name == "adamw":
         shapes = sorted(_shape_of_moments(moments.get(number)) for number in range(len(parameters)))
         fits = shapes == sorted(tuple(parameter.shape) for parameter in parameters)
         need("optimizer_states.state", moments, fits, "the moments of each trained parameter")
