@@ -103,7 +103,7 @@ def test_resized_positions_and_casts_are_printed_recorded_and_found_again(place:
     job = Job("vtab/cifar", "linear", 0, "final", common=common)
     found = Runner().look(job)
     assert found is not None
-    assert found.record == str(outcome.record_path)
+    assert found.run_id == outcome.record_path.stem
     again = run("rerun", str(outcome.record_path), "--results_root", "again", "--runs_root", "again")
     assert "Bit-equal" in again.out
 

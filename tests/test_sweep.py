@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from svp_bench.core.errors import ConfigError, RecordError, UnavailableError, UsageError
 from svp_bench.records.bits import pack_bits
-from svp_bench.records.digests import canonical_digest
+from svp_bench.records.digests import canonical_digest, flat
 from svp_bench.records.selection import (
     FOLD_KEYS,
     SelectedConfig,
@@ -31,8 +31,8 @@ from svp_bench.records.selection_rule import choose, decide, edges
 from svp_bench.stats.inference import one_standard_error
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.local_pool import Done, Event, Pool, WorkerProcess
-from svp_bench.sweep.scheduler import Cell, Sweep, Watcher
-from svp_bench.sweep.search import Plan, Search, load_search, make_sampler
+from svp_bench.sweep.scheduler import CellJobs, Sweep
+from svp_bench.sweep.search import Plan, SearchSpace, load_search, make_sampler
 
 LR = "model.learning_rate"
 WD = "model.weight_decay"
@@ -66,8 +66,8 @@ def test_the_shipped_search_is_one_that_every_method_can_use() -> None:
     for entry in METHODS:
         job = Job("vtab/dtd", entry.name, 0, "select", common=("--results_root", "r", "--runs_root", "u"))
         keys = [dimension.key for dimension in search.space(entry.name)]
-        assert set(keys) <= runner.keys(job), entry.name
-        settings_ = make_sampler(search, entry.name, runner.default_values(job, keys), "x").ask([])
+        recipe = dict(flat(runner.resolved(job).config))
+        settings_ = make_sampler(search, entry.name, {key: recipe[key] for key in keys}, "x").ask([])
         assert 1 < len(settings_) <= search.budget
         for values in settings_:  # every setting of the grid is one that the method takes
             config = runner.resolved(dataclasses.replace(job, values=values)).config
@@ -80,7 +80,7 @@ def test_the_shipped_search_is_one_that_every_method_can_use() -> None:
         ({"sampler": "gird"}, r"search.yaml:3: unknown sampler 'gird'; did you mean 'grid'\?"),
         ({"budget": 0}, r"search.yaml:4: budget must be a whole number of at least 1"),
         ({"budget": 1}, r"the grid of default has 2 settings, more than the budget of 1"),
-        ({"spaces": "{default: {learning_rate: [1.0]}}"}, r"learning_rate is no config key; write it dotted"),
+        ({"spaces": "{default: {learning_rate: [1.0]}}"}, r"learning_rate is not a config key; write it dotted"),
         ({"spaces": "{default: {data.task: [vtab/dtd]}}"}, r"data.task is not searched"),
         ({"spaces": f"{{default: {{{LR}: [1e-3]}}}}"}, r"1e-3 is a text in YAML; as a number write 0.001"),
         ({"spaces": f"{{default: {{{LR}: [1.0, 1.0]}}}}"}, r"has a value twice"),
@@ -415,11 +415,11 @@ def test_a_larger_value_that_failed_was_tried_and_zero_is_no_end() -> None:
     assert edges(trials, decide(trials, 2, "best_on_val")) == ()
 
 
-def of_the_fate(folder: Path, text: str, plan: Plan, seeds: tuple[int, ...] = (0,)) -> tuple[Search, list[Path]]:
+def of_the_fate(folder: Path, text: str, plan: Plan, seeds: tuple[int, ...] = (0,)) -> tuple[SearchSpace, list[Path]]:
     """A search that fate ran; its declaration and its selected config files."""
     search = load_search(str(declare(folder, text=text)))
     sweep = Sweep(cells(1, plan)[:1], seeds, (), folder, search=search)
-    sweep.run(Fate(random.Random(0), 2, 0, 0, 0), Watcher())
+    sweep.run(Fate(random.Random(0), 2, 0, 0, 0))
     assert sweep.blocked == []
     return search, sorted((folder / "selected_configs").rglob("*.json"))
 
@@ -498,7 +498,7 @@ def test_an_impossible_setting_fails_its_trial_and_the_search_goes_on(tmp_path: 
 
     search = load_search(str(declare(tmp_path)))
     sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search, retries=0)
-    sweep.run(Picky(random.Random(0), 1, 0, 0, 0), Watcher())
+    sweep.run(Picky(random.Random(0), 1, 0, 0, 0))
     assert sweep.blocked == []
     selected = read_selected_config(next((tmp_path / "selected_configs").rglob("*.json")))
     assert [trial.status for trial in selected.trials] == ["complete", "rank is at most 64"]
@@ -591,10 +591,10 @@ class Fate(Pool):
         pass
 
 
-def cells(method_count: int = 2, plan: Plan | None = None) -> list[Cell]:
+def cells(method_count: int = 2, plan: Plan | None = None) -> list[CellJobs]:
     names = ["linear", "full", "svp"][:method_count]
     return [
-        Cell(task, name, name, {}, {LR: 1e-3, WD: 0.1}, {"a": 1}, WEIGHTS, "sha256:" + "34" * 32, plan or Plan())
+        CellJobs(task, name, name, {}, {LR: 1e-3, WD: 0.1}, {"a": 1}, WEIGHTS, "sha256:" + "34" * 32, plan or Plan())
         for task in ("vtab/dtd", "vtab/svhn")
         for name in names
     ]
@@ -617,7 +617,7 @@ def test_the_outcome_does_not_depend_on_the_way(
         ("wild", Fate(random.Random(seed), slots, 0.2, 0.2, 0.2)),
     ):
         sweep = Sweep(cells(plan=plan), (0, 1, 2), ("--x",), folder / name, search=search)
-        sweep.run(pool, Watcher())
+        sweep.run(pool)
         assert len({job.key for job in pool.ran}) == len(pool.ran)  # nothing is run twice
         selected_configs = {}
         for path in sorted((folder / name).rglob("*.json")):
@@ -635,7 +635,7 @@ def test_the_outcome_does_not_depend_on_the_way(
 def test_a_sweep_that_stops_leaves_the_rest_for_later(tmp_path: Path) -> None:
     pool = Fate(random.Random(0), 2, 0, 0, 0)
     sweep = Sweep(cells(), (0, 1), (), tmp_path)
-    sweep.run(pool, Watcher(), lambda: len(pool.ran) >= 3)
+    sweep.run(pool, asked_to_stop=lambda: len(pool.ran) >= 3)
     assert len(sweep.done) == 3
     assert sweep.stopping
     assert len(sweep.due) + len(sweep.stopped) == 8 - 3
@@ -647,7 +647,7 @@ def test_a_process_that_always_dies_is_given_up(tmp_path: Path) -> None:
             return [Done(self.running.pop(), Outcome("died", reason="its process ended by signal SIGKILL"))]
 
     sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, retries=2)
-    sweep.run(Deadly(random.Random(0), 1, 0, 0, 0), Watcher())
+    sweep.run(Deadly(random.Random(0), 1, 0, 0, 0))
     assert [ended.outcome.status for ended in sweep.failed] == ["died"]
 
 
@@ -662,32 +662,34 @@ def test_a_setting_does_not_lose_for_what_is_not_its_doing(how: str, tmp_path: P
 
     search = load_search(str(declare(tmp_path, text="nested: false\n")))
     sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search, retries=0)
-    sweep.run(Broken(random.Random(0), 1, 0, 0, 0), Watcher())
+    sweep.run(Broken(random.Random(0), 1, 0, 0, 0))
     assert not list(tmp_path.rglob("linear.json"))
     assert [job for job in sweep.done if job.job.stage == "final"] == []
     said = sweep.blocked[0].blocked or ""
-    assert said.startswith("nothing is chosen, since the trial ")
-    assert "left no record: no configs folder; put that right and run the same command again" in said
+    assert said.startswith("nothing is selected, since the trial ")
+    assert "left no record: no configs folder; fix that and run the same command again" in said
     again = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
-    again.run(Fate(random.Random(0), 1, 0, 0, 0), Watcher())
+    again.run(Fate(random.Random(0), 1, 0, 0, 0))
     assert (again.blocked, len(list(tmp_path.rglob("linear.json")))) == ([], 1)
 
 
 def test_a_choice_on_other_weights_blocks_its_cell(tmp_path: Path) -> None:
     search = load_search(str(declare(tmp_path, text="nested: false\n")))
     sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
-    sweep.run(Fate(random.Random(0), 1, 0, 0, 0), Watcher())
+    sweep.run(Fate(random.Random(0), 1, 0, 0, 0))
     assert sweep.done
     again = dataclasses.replace(cells(1)[0], checkpoint_digest="sha256:" + "00" * 32)
-    assert "was chosen on other weights" in (Sweep([again], (0,), (), tmp_path, search=search).blocked[0].blocked or "")
+    assert "was selected on other weights" in (
+        Sweep([again], (0,), (), tmp_path, search=search).blocked[0].blocked or ""
+    )
 
 
 def test_an_edited_choice_blocks_its_cell(tmp_path: Path) -> None:
     search = load_search(str(declare(tmp_path, text="nested: false\n")))
-    Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).run(Fate(random.Random(0), 1, 0, 0, 0), Watcher())
+    Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).run(Fate(random.Random(0), 1, 0, 0, 0))
     (path,) = tmp_path.rglob("linear.json")
     blocked = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).blocked
-    assert "is not what its trials' records say: trial 1" in (blocked[0].blocked or "")  # fate writes no records
+    assert "contradicts the records of its trials: trial 1" in (blocked[0].blocked or "")  # fate writes no records
     data = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**data, "chosen": 1 - data["chosen"]}), encoding="utf-8")
     blocked = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).blocked

@@ -125,7 +125,7 @@ def test_a_trial_that_is_not_comparable_is_a_failed_one() -> None:
     record = make_record(
         "demo/digits", kind="selection", stage="select", not_comparable=("a callback changed weights",)
     )
-    outcome = Runner()._outcome(record, Path("record.json"), None, found=True)  # type: ignore[arg-type]
+    outcome = Runner()._outcome(record, None, found=True)  # type: ignore[arg-type]
     assert (outcome.status, outcome.found, outcome.top1) == ("failed", True, None)
     assert "a callback changed weights" in (outcome.reason or "")
 
@@ -226,7 +226,7 @@ def test_a_failure_is_listed_and_run_again_on_request() -> None:
     assert "the same command with --retry_failed" in first.out
     second = command("sweep", *bad)
     assert second.status == 1
-    assert "it failed earlier and is left alone" in second.out
+    assert "it failed earlier and is not run again" in second.out
     third = command("sweep", *bad, "--retry_failed")
     assert third.status == 1
     assert "it failed earlier" not in third.out
@@ -236,7 +236,7 @@ def test_a_failure_is_listed_and_run_again_on_request() -> None:
 def test_tune_freezes_one_choice() -> None:
     Path("search.yaml").write_text(SEARCH, encoding="utf-8")
     tuned = run("tune", "--task", "demo/digits-5shot", "--method", "linear", "--search", "search.yaml", *FLAGS)
-    assert "demo/digits-5shot, linear: chose learning_rate =" in tuned.out
+    assert "demo/digits-5shot, linear: selected learning_rate =" in tuned.out
     (selected,) = Path("results").glob("selected_configs/*/demo/digits-5shot/linear.json")
     assert str(selected) in tuned.out
     assert {record.kind for record in read_records("results")[0]} == {"selection"}

@@ -16,9 +16,9 @@ def demo(*, results_root: str = "results", runs_root: str = "runs") -> int:
         results_root: Where records and tables are written.
         runs_root: Where logs and checkpoints are written.
     """
-    from svp_bench.sweep.demo import run_demo
+    from svp_bench.sweep.demo import train_demo
 
-    return run_demo(results_root, runs_root)
+    return train_demo(results_root, runs_root)
 
 
 def predict(

@@ -100,7 +100,7 @@ def sweep(
     for method in methods:
         method_layer(method)  # a mistyped name ends it in a second
     flags = split_flags(rest)
-    from svp_bench.sweep.plan import Request, run_sweep
+    from svp_bench.sweep.plan import Request, execute_sweep
 
     request = Request(
         tasks=selected,
@@ -128,7 +128,7 @@ def sweep(
         script = emit_slurm(request, [*_without(("--emit",), command_line)[1:], *custom_tasks_flags()])
         print(f"Wrote {script}: {len(selected) * len(methods)} array elements. Check its head, then: sbatch {script}")
         return 0
-    return run_sweep(request)
+    return execute_sweep(request)
 
 
 def tune(

@@ -19,13 +19,13 @@ from svp_bench.report.page import report_path, run_report
 from svp_bench.stats.inference import one_standard_error
 from svp_bench.sweep.jobs import common_arguments
 from svp_bench.sweep.local_pool import LocalPool, visible_gpus
-from svp_bench.sweep.plan import asked_by_signals, conclude
-from svp_bench.sweep.progress import View
-from svp_bench.sweep.scheduler import Cell, Sweep
+from svp_bench.sweep.plan import conclude, stop_signals
+from svp_bench.sweep.progress import ProgressView
+from svp_bench.sweep.scheduler import CellJobs, Sweep
 from svp_bench.tables.build import run_table, table_paths
 from svp_bench.tasks.cards import load_suite, load_task
 
-__all__ = ["METHODS", "SUITE", "leaderboard", "run_demo"]
+__all__ = ["METHODS", "SUITE", "leaderboard", "train_demo"]
 
 Scores = dict[str, dict[str, tuple[float, int]]]  # method → task → top-1 and number of test images
 
@@ -40,7 +40,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 _MOST_WORKERS = 4  # each a process of its own with some 0.6 GB
 
 
-def run_demo(results_root: str, runs_root: str) -> int:
+def train_demo(results_root: str, runs_root: str) -> int:
     """Train each method on each task, show a leaderboard, write tables and report, and say where everything is.
 
     Runs that are there already are not run again.
@@ -60,29 +60,26 @@ def run_demo(results_root: str, runs_root: str) -> int:
     check_writable(results_root)
     refuse_unwritable(Path(runs_root), "--runs_root")
     tasks = load_suite(SUITE).tasks
-    cells = [Cell(task, method, method, values=values) for task in tasks for method, values in METHODS.items()]
+    cells = [CellJobs(task, method, method, values=values) for task in tasks for method, values in METHODS.items()]
     common = common_arguments((), (), results_root, runs_root)
     sweep = Sweep(cells, (0,), common, Path(results_root), retry_failed=True)
-    with asked_by_signals() as asked, LocalPool(_workers(), None, Path(runs_root) / "sweep-logs") as pool:
+    with stop_signals() as signals, LocalPool(_workers(), None, Path(runs_root) / "sweep-logs") as pool:
         console.print(
             f"Demo: {plural(len(tasks), 'task')} × {plural(len(METHODS), 'method')}, a Vision Mamba of 0.3 M "
-            "parameters that was "
-            f"pre-trained on synthetic images; {pool.what}",
+            f"parameters that was pre-trained on synthetic images; {pool.what}",
             soft_wrap=True,
         )
-        with View(console, pool.what) as view:
-            sweep.run(pool, view, asked.soft)
+        with ProgressView(console, sweep, pool.what) as view:
+            sweep.run(pool, view.report, view.tick, signals.asked)
     command = ("svp-bench", "demo", "--results_root", results_root, "--runs_root", runs_root)
-    status = conclude(console, sweep, command, asked)
+    status = conclude(console, sweep, command, signals)
     if status is not None:
         return status
     if not sweep.done:
         return 1
     scores: Scores = defaultdict(dict)
-    for ended in sweep.done:
-        assert ended.outcome.top1 is not None
-        assert ended.outcome.count is not None
-        scores[ended.job.method][ended.job.task] = ended.outcome.top1, ended.outcome.count
+    for done in sweep.done:
+        scores[done.job.method][done.job.task] = done.outcome.top1 or 0.0, done.outcome.count or 0
     run_table(results_root, [SUITE])
     run_report(results_root, [SUITE], runs_root=runs_root)
     console.print(leaderboard(scores, tasks))

@@ -1,15 +1,14 @@
-"""Jobs: single runs of a sweep, as the command line that would make them."""
+"""Jobs: single runs of a sweep, as the command line that would run them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Job", "Outcome", "common_arguments"]
-
-STATUSES = ("complete", "failed", "stopped", "claimed", "died")
+__all__ = ["Job", "Outcome", "common_arguments", "duration"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Job:
         seed: Its seed.
         stage: "select" (a trial of a search) or "final".
         values: Dotted config key → value, of a trial.
-        selected config: Path of the selected config, of a searched final run.
+        selected: Path of the selected config, of a searched final run.
         common: Flags that all jobs of the sweep share.
     """
 
@@ -36,13 +35,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What it is called in a message."""
-        setting = ", ".join(f"{key.rsplit('.', 1)[-1]}={_text(value)}" for key, value in self.values.items())
-        return f"{self.task}, {self.method}, seed {self.seed}" + (f", {setting}" if setting else "")
+        """Its name in messages."""
+        setting = "".join(f", {key.rsplit('.', 1)[-1]}={_text(value)}" for key, value in self.values.items())
+        return f"{self.task}, {self.method}, seed {self.seed}{setting}"
 
     @property
     def key(self) -> str:
-        """What tells it from all other jobs of its sweep."""
+        """Text that identifies it in its sweep."""
         return json.dumps(self.to_json(), sort_keys=True)
 
     def arguments(self) -> list[str]:
@@ -57,15 +56,7 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {
-            "task": self.task,
-            "method": self.method,
-            "seed": self.seed,
-            "stage": self.stage,
-            "values": dict(self.values),
-            "selected": self.selected,
-            "common": list(self.common),
-        }
+        return dataclasses.asdict(self) | {"common": list(self.common)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Job:
@@ -82,29 +73,27 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        status: "complete"; "failed"; "stopped" (saved on the way, because it was asked to); "claimed" (another sweep is
-            at it); "died" (its process did).
-        found: Was its record there before?
+        status: "complete"; "failed"; "stopped" (as it was asked to, after saving its state); "claimed" (another sweep
+            runs it); "died" (its process did).
+        found: Whether its record existed before.
         reason: One line, unless complete.
-        record: Path of its record, or None.
         run_id: The run's name, or None.
         top1: On test, or on val of a trial.
-        count: Images in that list.
+        count: Images in that split.
         trainable: Trained parameters.
-        selected_on: Name of the list that was scored.
+        selected_on: Of a trial: name of the split that was scored.
         loss: Mean cross entropy on it.
-        right: Of a trial: one packed bit an image of that list, classified rightly?
-        images: Of a trial that holds out a fold: positions of these images in the list that is divided.
-        divided: Of such a trial: that list's name.
-        refused: Was the setting itself impossible, so that no run could begin? Then it is no matter of the machine.
+        right: Of a trial: one packed bit an image of that split, classified correctly?
+        images: Of a trial that holds out a fold: positions of these images in the split that is divided.
+        divided: Of such a trial: that split's name.
+        refused: Whether the setting is impossible, so that no run could begin; else a failure may lie in the machine.
         seconds: Wall time of the job.
-        log: File with what the run printed, or None.
+        log: File with the output of the run, or None.
     """
 
     status: str
     found: bool = False
     reason: str | None = None
-    record: str | None = None
     run_id: str | None = None
     top1: float | None = None
     count: int | None = None
@@ -118,6 +107,22 @@ class Outcome:
     seconds: float = 0.0
     log: str | None = None
 
+    def text(self, stage: str) -> str:
+        """Return a line for the user; of a final run without its score on test."""
+        if self.status != "complete":
+            again = "; it failed earlier and is not run again without --retry_failed" if self.found else ""
+            return f"FAILED: {self.reason}{again}{f' (log: {self.log})' if self.log else ''}"
+        score = f", {self.top1:.2f} % on val" if stage == "select" and self.top1 is not None else ""
+        return f"done in {duration(self.seconds)}{score}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: "42 s", "3 min", "5 h 10 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
 
 def common_arguments(configs: Sequence[str], rest: Sequence[str], results_root: str, runs_root: str) -> tuple[str, ...]:
     """Return the flags that all jobs of a sweep share.
@@ -125,8 +130,8 @@ def common_arguments(configs: Sequence[str], rest: Sequence[str], results_root: 
     Args:
         configs: Further `--config` files, laid over the tasks' own.
         rest: Flags of `fit`, e.g. ("--data.root", "data").
-        results_root: Where records go.
-        runs_root: Where logs and checkpoints go.
+        results_root: Folder of records.
+        runs_root: Folder of logs and checkpoints.
     """
     layers = [part for config in configs for part in ("--config", config)]
     return (*layers, *rest, "--results_root", results_root, "--runs_root", runs_root)

@@ -1,4 +1,4 @@
-"""What a worker does with a job: look whether its record is there, claim it, train, report. Imports torch.
+"""Run jobs in this process: look for the record of a job, claim it, train, report. Imports torch.
 
 A worker stays warm: imports, compiled kernels, decoded images and weights are cached between runs.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -26,11 +25,11 @@ from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, measured, open_source
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
-from svp_bench.records.digests import canonical_digest, cell_config, flat, setting_digest
+from svp_bench.records.digests import canonical_digest, cell_config, setting_digest
 from svp_bench.records.record import Record
 from svp_bench.records.store import read_record, record_files
 from svp_bench.sweep.jobs import Job, Outcome
-from svp_bench.sweep.search import Plan, Search
+from svp_bench.sweep.search import Plan, SearchSpace
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 from svp_bench.train.parser import ResolvedConfig, resolve
 from svp_bench.train.resume import Claimed, find_run, held
@@ -85,29 +84,6 @@ class Runner:
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
-    def default_values(self, job: Job, keys: Sequence[str]) -> dict[str, Any]:
-        """Return the values of some config keys in the method's own recipe.
-
-        Raises:
-            UsageError, ConfigError: If the job's command line is wrong.
-        """
-        config = self._resolve(job).config
-        found = {}
-        for key in keys:
-            node: Any = config
-            for part in key.split("."):
-                node = node.get(part) if isinstance(node, Mapping) else None
-            found[key] = node
-        return found
-
-    def keys(self, job: Job) -> set[str]:
-        """Return the config keys of a job that have plain values, as they may be searched."""
-        return {key for key, _ in flat(self._resolve(job).config)}
-
-    def knows(self, job: Job, key: str) -> bool:
-        """Whether a config key exists for a job."""
-        return key in self.keys(job)
-
     def checkpoint_bytes(self, job: Job) -> int:
         """Return about how large a job's last checkpoint is: trained weights in float32, and the optimizer's state."""
         config = self.resolved(job).config
@@ -146,26 +122,26 @@ class Runner:
         """
         resolved = self.resolved(job)
         failed: Record | None = None
-        for record, path in self._records(resolved):
+        for record in self._records(resolved):
             if not self._same(record, resolved):
                 continue
             if record.status == "complete":
                 if record.kind == "selection" and record.val_correct is None:
                     continue  # of an older version: a search compares trials image by image
-                return self._outcome(record, path, resolved, found=True)
+                return self._outcome(record, resolved, found=True)
             if record.status == "failed":
                 failed = record
         if failed is None:
             return None
         return Outcome("failed", found=True, reason=failed.status_reason, run_id=failed.run_id)
 
-    def _records(self, resolved: ResolvedConfig) -> Iterator[tuple[Record, Path]]:
+    def _records(self, resolved: ResolvedConfig) -> Iterator[Record]:
         """Yield the records of a setting and seed, the oldest first. Unreadable ones are left to the tables."""
         folder = resolved.results_root / "records" / resolved.task
         pattern = f"{resolved.method}-*-seed{resolved.seed}-*.json"
         for path in (path for path in record_files(folder) if fnmatch(path.name, pattern)):
             try:
-                yield read_record(path), path
+                yield read_record(path)
             except SvpBenchError:
                 continue
 
@@ -204,13 +180,12 @@ class Runner:
             self._data[key] = inspect(module.card, source, list(module.splits_read))
         return self._data[key]
 
-    def plan(self, search: Search, resolved: ResolvedConfig, seed: int = 0) -> Plan:
-        """Return which runs make a trial of a search, by the numbers of images that are there.
+    def plan(self, search: SearchSpace, resolved: ResolvedConfig) -> Plan:
+        """Return the runs of a trial of a search, by the numbers of images on disk.
 
         Args:
             search: The declaration.
             resolved: Of any trial.
-            seed: Of the final run that a nested search is for.
 
         Raises:
             DataError: If the data are missing or malformed.
@@ -218,7 +193,7 @@ class Runner:
         """
         protocol = str(resolved.config["data"].get("protocol") or load_suite(load_task(resolved.task).suite).protocol)
         stages, counts = load_protocol(protocol).stages, self.report(resolved).counts
-        return search.plan(counts[stages["select"]["val"]], counts.get(stages["final"]["train"], 0), seed)
+        return search.plan(counts[stages["select"]["val"]], counts.get(stages["final"]["train"], 0))
 
     def weights(self, resolved: ResolvedConfig) -> Weights:
         """Return what a record would say of the weights that a run begins with, digest and changes at loading."""
@@ -238,7 +213,7 @@ class Runner:
     # --- running -----------------------------------------------------------------------------------------------------
 
     def run(self, job: Job, report: Report = lambda _: None, retry: bool = False) -> Outcome:
-        """Run a job, unless its record is there, or another process is at it.
+        """Run a job, unless it has a record, or another process runs it.
 
         Args:
             job: The job.
@@ -248,36 +223,34 @@ class Runner:
         began = time.perf_counter()
         try:
             outcome = self._run(job, report, retry)
-        except SvpBenchError as error:
-            outcome = Outcome("failed", reason=one_line(str(error)), refused=_is_refusal(error))
+        except Claimed:
+            outcome = Outcome("claimed", reason="another process runs it")
         except KeyboardInterrupt:
             outcome = Outcome("stopped", reason="interrupted")
         except Exception as error:  # while looking, before anything is run
-            reason = one_line(f"{type(error).__name__}: {error}")
-            outcome = Outcome("failed", reason=reason, refused=_is_refusal(error))
+            outcome = _failure(error)
         return replace(outcome, seconds=time.perf_counter() - began)
 
     def _run(self, job: Job, report: Report, retry: bool) -> Outcome:
-        there = self.look(job)
-        if there is not None and (there.status == "complete" or not retry):
-            return there
+        found = self.look(job)
+        if found is not None and (found.status == "complete" or not retry):
+            return found
         resolved = self.resolved(job)
-        with self._claim(job, resolved) as mine:
-            if not mine:
-                return Outcome("claimed", reason="another process is at it")
-            there = self.look(job)  # somebody may have finished it just before
-            if there is not None and there.status == "complete":
-                return there
-            folder = resolved.runs_root / resolved.task
-            records = resolved.results_root / "records" / resolved.task
-            digest, weights = resolved.setting_digest, resolved.config["model"]["checkpoint"]
+        setting = resolved.setting_digest
+        # no two processes of any sweep over this runs folder run the same cell and seed at once
+        cell = [resolved.task, resolved.method, resolved.seed, cell_config(resolved.config), setting]
+        name = canonical_digest(cell).removeprefix("sha256:")[:32]
+        with held(resolved.runs_root / "claims" / f"{name}.lock"):
+            found = self.look(job)  # another process may have finished it just before
+            if found is not None and found.status == "complete":
+                return found
+            weights = resolved.config["model"]["checkpoint"]
 
             def same(config: Mapping[str, Any]) -> bool:  # another sweep over these runs may have had other weights
-                return (
-                    config.get("model", {}).get("checkpoint") == weights
-                    and setting_digest(config, resolved.search) == digest
-                )
+                same_weights = config.get("model", {}).get("checkpoint") == weights
+                return same_weights and setting_digest(config, resolved.search) == setting
 
+            folder, records = resolved.runs_root / resolved.task, resolved.results_root / "records" / resolved.task
             unfinished = find_run(folder, records, resolved.seed, same, resolved.sources)
             # a finished one of the same setting is of other data or weights (else `look` had found it)
             resume = ["--resume"] if unfinished is not None and not unfinished.finished else []
@@ -285,28 +258,25 @@ class Runner:
             quiet = ["--trainer.enable_progress_bar", "false"]
             try:
                 run(resolve(compose(split_flags([*job.arguments(), *quiet, *resume]))), [_Epochs(report)])
-            except Exception as error:  # a job that fails, however, must not take the others with it
+            except Exception as error:  # one failed job must not end the others
                 problem = error
-            return self._ended(job, resolved, problem)
+            return self._ended(resolved, problem)
 
-    def _ended(self, job: Job, resolved: ResolvedConfig, problem: Exception | None) -> Outcome:
-        ours = [(record, path) for record, path in self._records(resolved) if self._same(record, resolved)]
-        ours.sort(key=lambda found: (found[0].status == "complete", found[0].run_id))
+    def _ended(self, resolved: ResolvedConfig, problem: Exception | None) -> Outcome:
+        ours = [record for record in self._records(resolved) if self._same(record, resolved)]
+        ours.sort(key=lambda record: (record.status == "complete", record.run_id))
         if problem is not None:
-            known = isinstance(problem, SvpBenchError)
-            text = str(problem) if known else f"{type(problem).__name__}: {problem}"
-            run_id = ours[-1][0].run_id if ours else None
-            return Outcome("failed", reason=one_line(text), run_id=run_id, refused=_is_refusal(problem))
-        if not ours or ours[-1][0].status == "interrupted":
-            return Outcome("stopped", reason="saved on the way; it resumes from there")
-        record, path = ours[-1]
+            return replace(_failure(problem), run_id=ours[-1].run_id if ours else None)
+        if not ours or ours[-1].status == "interrupted":
+            return Outcome("stopped", reason="stopped after saving its state")
+        record = ours[-1]
         if record.status != "complete":
             return Outcome("failed", reason=record.status_reason or record.status, run_id=record.run_id)
-        if record.kind == "selection":  # a trial is a number; nobody needs its weights
+        if record.kind == "selection":  # nobody needs the weights of a trial
             shutil.rmtree(resolved.runs_root / resolved.task / record.run_id / "checkpoints", ignore_errors=True)
-        return self._outcome(record, path, resolved, found=False)
+        return self._outcome(record, resolved, found=False)
 
-    def _outcome(self, record: Record, path: Path, resolved: ResolvedConfig, *, found: bool) -> Outcome:
+    def _outcome(self, record: Record, resolved: ResolvedConfig, *, found: bool) -> Outcome:
         metrics, selection = record.metrics, record.kind == "selection"
         if selection and record.not_comparable:  # a search must not select it
             reason = f"the trial is not comparable: {'; '.join(record.not_comparable)}"
@@ -315,7 +285,6 @@ class Runner:
         return Outcome(
             "complete",
             found=found,
-            record=str(path),
             run_id=record.run_id,
             top1=metrics.top1 if metrics else None,
             count=metrics.count if metrics else None,
@@ -345,17 +314,6 @@ class Runner:
             self._folds[key] = tuple(held.tolist()), name
         return self._folds[key]
 
-    @contextmanager
-    def _claim(self, job: Job, resolved: ResolvedConfig) -> Iterator[bool]:
-        """Hold a job: no two processes of any sweep over this runs folder run the same cell and seed at once."""
-        what = [resolved.task, resolved.method, resolved.seed, cell_config(resolved.config), resolved.setting_digest]
-        name = canonical_digest(what).removeprefix("sha256:")[:32]
-        try:
-            with held(resolved.runs_root / "claims" / f"{name}.lock"):
-                yield True
-        except Claimed:
-            yield False
-
 
 def _keys(config: Mapping[str, Any], prefix: str = "") -> set[str]:
     keys: set[str] = set()
@@ -366,11 +324,13 @@ def _keys(config: Mapping[str, Any], prefix: str = "") -> set[str]:
     return keys
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether a run could not begin because of its setting, not of data, weights, disk or what is installed."""
+def _failure(error: Exception) -> Outcome:
+    """Return the outcome of a job that raised an error."""
     if isinstance(error, SvpBenchError):
-        return isinstance(error, UsageError)
-    return not isinstance(error, (OSError, ImportError))
+        return Outcome("failed", reason=one_line(str(error)), refused=isinstance(error, UsageError))
+    # an OSError or ImportError lies in the machine, not in the setting
+    refused = not isinstance(error, (OSError, ImportError))
+    return Outcome("failed", reason=one_line(f"{type(error).__name__}: {error}"), refused=refused)
 
 
 def _weights_of(record: Record) -> Weights:

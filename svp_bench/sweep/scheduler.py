@@ -1,8 +1,8 @@
 """Schedule the jobs of a sweep and handle their results.
 
-Search and test are two separate phases: a trial is a run of stage select, which has no test list;
-the selected config is written to disk; a final run reads that file and nothing else of the search. In a nested search
-each seed of the final runs has its own search and selected config.
+Search and test are two separate phases: a trial is a run of stage select, which has no test split; the selected config
+is written to disk; a final run reads that file and nothing else of the search. In a nested search each seed of the
+final runs has its own search and selected config.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from svp_bench.core.errors import RecordError, SvpBenchError
-from svp_bench.records.digests import cell_config
+from svp_bench.core.errors import SvpBenchError
 from svp_bench.records.record import timestamp
 from svp_bench.records.selection import (
     SelectedConfig,
     Trial,
-    context_of,
     read_selected_config,
     selected_config_path,
     trial_problems,
@@ -28,57 +26,59 @@ from svp_bench.records.selection import (
 )
 from svp_bench.records.selection_rule import decide, edges
 from svp_bench.sweep.jobs import Job, Outcome
-from svp_bench.sweep.local_pool import Pool, Progress
-from svp_bench.sweep.search import Plan, Sampler, Search, make_sampler
+from svp_bench.sweep.local_pool import Done, Pool, Progress
+from svp_bench.sweep.search import Plan, Sampler, SearchSpace, make_sampler
 
-__all__ = ["Cell", "Ended", "Sweep", "Watcher"]
+__all__ = ["CellJobs", "Running", "Sweep"]
 
-_CLAIM_PAUSE = 5.0  # seconds until a job that another sweep holds is looked at again
+_CLAIM_PAUSE = 5.0  # seconds until a job that another sweep runs is tried again
 
 
 @dataclass
-class _Try:
-    """One setting of a search, on its way."""
+class _OpenTrial:
+    """One setting of a search, and its runs so far."""
 
     values: dict[str, Any]
-    jobs: list[str] = field(default_factory=list)  # keys, in the order of the selected config file
+    jobs: list[str] = field(default_factory=list)  # keys, in the order of the selected config
     outcomes: dict[str, Outcome] = field(default_factory=dict)  # by key
 
-    @property
-    def over(self) -> bool:
-        return len(self.outcomes) == len(self.jobs)
-
     def trial(self) -> Trial:
-        ended = [self.outcomes[key] for key in self.jobs]
-        good = all(outcome.status == "complete" and outcome.top1 is not None for outcome in ended)
-        reasons = [outcome.reason or outcome.status for outcome in ended if outcome.status != "complete"]
+        runs = [self.outcomes[key] for key in self.jobs]
+        ids = tuple(run.run_id or "" for run in runs)
+        failed = [run.reason or run.status for run in runs if run.status != "complete"]
+        if failed:
+            return Trial(self.values, ids, (), None, failed[0])
         return Trial(
             values=self.values,
-            run_ids=tuple(outcome.run_id or "" for outcome in ended),
-            scores=tuple(float(outcome.top1 or 0.0) for outcome in ended) if good else (),
-            trainable=ended[0].trainable if good else None,
-            status="complete" if good else reasons[0],
-            losses=tuple(float(outcome.loss or 0.0) for outcome in ended) if good else None,
-            right=tuple(outcome.right or "" for outcome in ended) if good else None,
-            counts=tuple(outcome.count or 0 for outcome in ended) if good else None,
+            run_ids=ids,
+            scores=tuple(float(run.top1 or 0.0) for run in runs),
+            trainable=runs[0].trainable,
+            status="complete",
+            losses=tuple(float(run.loss or 0.0) for run in runs),
+            right=tuple(run.right or "" for run in runs),
+            counts=tuple(run.count or 0 for run in runs),
         )
 
 
 @dataclass
-class Cell:
-    """A task and a method of a sweep.
+class CellJobs:
+    """A task and a method of a sweep, with the state of their search.
 
     Attributes:
         task: Full name.
         method: `--method`: a name or a file.
         label: The method's name in selected configs.
-        values: Fixed config values of the cell's runs, where there is no search.
-        default: Values of the searched keys in the method's recipe; empty without a search.
-        context: What all its runs share (`selected configs.context_of`), of a search.
-        checkpoint_digest: Of the backbone's weights, of a search; None for random ones.
-        data_digest: Of the lists that trials read.
-        plan: Which runs make a trial, of a search.
+        values: Fixed config values of the runs, where there is no search.
+        default: Of a search: values of the searched keys in the method's recipe.
+        context: Of a search: the config that all its runs share (`context_of`).
+        checkpoint_digest: Of a search: digest of the backbone's weights; None for random ones.
+        data_digest: Of a search: digest of the splits that trials read.
+        plan: Of a search: the runs of a trial.
         seed: The final seed that a nested search is for; None if one search serves all.
+        sampler: Of an open search.
+        trials: Of an open search.
+        selected: Path of the selected config.
+        blocked: Why the cell cannot continue.
     """
 
     task: str
@@ -92,39 +92,19 @@ class Cell:
     plan: Plan = field(default_factory=Plan)
     seed: int | None = None
     sampler: Sampler | None = None
-    tries: list[_Try] = field(default_factory=list)
+    trials: list[_OpenTrial] = field(default_factory=list)
     selected: str | None = None
     blocked: str | None = None
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A job with its outcome."""
+@dataclass
+class Running:
+    """A job in the pool, the time of its start, and its progress."""
 
     job: Job
-    outcome: Outcome
-
-
-class Watcher:
-    """Sees what a sweep does; this one does nothing with it."""
-
-    def started(self, job: Job) -> None:
-        """A job was given to the pool."""
-
-    def progressed(self, progress: Progress) -> None:
-        """A job has finished an epoch."""
-
-    def ended(self, job: Job, outcome: Outcome) -> None:
-        """A job has ended."""
-
-    def retried(self, job: Job, outcome: Outcome) -> None:
-        """A job whose process died is run again, from its last checkpoint."""
-
-    def chose(self, cell: Cell, selected: SelectedConfig, path: Path) -> None:
-        """A search is over."""
-
-    def tick(self, sweep: Sweep) -> None:
-        """Time has passed."""
+    since: float
+    epoch: int = 0
+    epochs: int = 0
 
 
 class Sweep:
@@ -134,32 +114,36 @@ class Sweep:
         cells: Tasks and methods; with a nested search each of them becomes one for each seed.
         seeds: Of the final runs.
         common: Flags that all jobs share.
-        results_root: Where records and selected configs are.
+        results_root: Folder of records and selected configs.
         search: The declaration, or None for the default track.
-        retry_failed: Run again what failed in an earlier sweep.
+        retry_failed: Run again the jobs that failed in an earlier sweep.
         retries: How often a job is run again whose process died.
         only_search: Stop at the selected configs.
+
+    Attributes:
+        due: Jobs to start.
+        later: Jobs that another sweep runs, with the time at which they are due again.
+        running: Jobs in the pool, by key.
+        done: Complete jobs.
+        failed: Failed jobs.
+        stopped: Jobs that were asked to stop.
+        stopping: Whether the sweep was asked to stop.
     """
 
     def __init__(
         self,
-        cells: Sequence[Cell],
+        cells: Sequence[CellJobs],
         seeds: Sequence[int],
         common: tuple[str, ...],
         results_root: Path,
         *,
-        search: Search | None = None,
+        search: SearchSpace | None = None,
         retry_failed: bool = False,
         retries: int = 2,
         only_search: bool = False,
     ) -> None:
-        self.cells = list(cells)
-        if search is not None:
-            self.cells = [
-                replace(cell, seed=seed, plan=_planned(cell.plan, search, seed), tries=[])
-                for cell in cells
-                for seed in (seeds if search.nested else (None,))
-            ]
+        nested = search is not None and search.nested
+        self.cells = [replace(cell, seed=seed) for cell in cells for seed in (seeds if nested else [None])]
         self.seeds = tuple(seeds)
         self.common = common
         self.results_root = results_root
@@ -169,77 +153,87 @@ class Sweep:
         self.only_search = only_search
         self.due: deque[Job] = deque()
         self.later: list[tuple[float, Job]] = []
-        self.running: dict[str, Job] = {}
-        self.done: list[Ended] = []
-        self.failed: list[Ended] = []
-        self.stopped: list[Ended] = []
+        self.running: dict[str, Running] = {}
+        self.done: list[Done] = []
+        self.failed: list[Done] = []
+        self.stopped: list[Done] = []
         self.stopping = False
         self._deaths: Counter[str] = Counter()
-        self._cell_of: dict[str, tuple[Cell, int | None]] = {}
+        self._trial_of: dict[str, tuple[CellJobs, _OpenTrial]] = {}  # of trials, by the key of a job
         for cell in self.cells:
+            cell.trials = []
             self._begin(cell)
 
-    # --- what is due -------------------------------------------------------------------------------------------------
-
-    def _begin(self, cell: Cell) -> None:
+    def _begin(self, cell: CellJobs) -> None:
+        """Make the first jobs of a cell due."""
+        if cell.blocked is not None:
+            return
         if self.search is None:
             self._refit(cell)
-            return
-        if cell.blocked is not None:
             return
         of = self.search.name, self.search.digest, cell.task, cell.label
         path = selected_config_path(self.results_root, *of, cell.seed)
         if path.is_file():
-            try:
-                selected = read_selected_config(path)
-            except RecordError as error:
-                cell.blocked = f"{error}; a selected config is not edited: take the file away to search again"
-                return
-            other = [
-                name for name in ("context", "checkpoint_digest") if getattr(selected, name) != getattr(cell, name)
-            ]
-            if other or selected.data_digest != cell.data_digest:
-                what = {"context": "setting", "checkpoint_digest": "weights"}.get(other[0]) if other else "data"
-                cell.blocked = f"{path} was chosen on other {what}; take those, or another folder with --results_root"
-                return
-            for problem in trial_problems(selected, self.results_root):
-                cell.blocked = f"{path} is not what its trials' records say: {problem}"
-                return
-            cell.selected = str(path)
-            self._refit(cell)
+            cell.blocked = self._wrong(cell, path)
+            if cell.blocked is None:
+                cell.selected = str(path)
+                self._refit(cell)
             return
-        of_seed = "" if not cell.seed else f", seed {cell.seed}"
+        of_seed = f", seed {cell.seed}" if cell.seed else ""
         cell.sampler = make_sampler(self.search, cell.label, cell.default, f"{cell.task}, {cell.label}{of_seed}")
-        self._ask(cell)
+        self._ask(cell, cell.sampler)
 
-    def _refit(self, cell: Cell) -> None:
+    def _wrong(self, cell: CellJobs, path: Path) -> str | None:
+        """Return why an existing selected config cannot be used for a cell, or None."""
+        try:
+            selected = read_selected_config(path)
+        except SvpBenchError as error:
+            return f"{error}; a selected config is not edited: take the file away to search again"
+        facts = {"context": "setting", "checkpoint_digest": "weights", "data_digest": "data"}
+        for name, fact in facts.items():
+            if getattr(selected, name) != getattr(cell, name):
+                return f"{path} was selected on other {fact}; use those, or another folder with --results_root"
+        problems = trial_problems(selected, self.results_root)
+        return f"{path} contradicts the records of its trials: {problems[0]}" if problems else None
+
+    def _refit(self, cell: CellJobs) -> None:
+        """Make the final runs of a cell due."""
         if self.only_search:
             return
         for seed in self.seeds if cell.seed is None else (cell.seed,):
-            self._add(cell, None, Job(cell.task, cell.method, seed, "final", cell.values, cell.selected, self.common))
+            self.due.append(Job(cell.task, cell.method, seed, "final", cell.values, cell.selected, self.common))
 
-    def _ask(self, cell: Cell) -> bool:
+    def _ask(self, cell: CellJobs, sampler: Sampler) -> bool:
         """Make the next trials of a search due; return whether there are any."""
-        assert cell.sampler is not None
-        trials = [one.trial() for one in cell.tries]
-        settings = cell.sampler.ask([(trial.values, trial.mean) for trial in trials])
+        assert self.search is not None
+        trials = [one.trial() for one in cell.trials]
+        settings = sampler.ask([(trial.values, trial.mean) for trial in trials])
+        seeds = self.search.seeds if cell.seed is None else (cell.seed,)
         for values in settings:
-            one = _Try(values)
-            cell.tries.append(one)
-            for seed, fold in cell.plan.runs():
+            trial = _OpenTrial(values)
+            cell.trials.append(trial)
+            for seed, fold in cell.plan.runs(seeds, cell.seed or 0):
                 job = Job(cell.task, cell.method, seed, "select", {**values, **fold}, None, self.common)
-                one.jobs.append(job.key)
-                self._add(cell, len(cell.tries) - 1, job)
+                trial.jobs.append(job.key)
+                self._trial_of[job.key] = cell, trial
+                self.due.append(job)
         return bool(settings)
 
-    def _add(self, cell: Cell, number: int | None, job: Job) -> None:
-        self._cell_of[job.key] = cell, number
-        self.due.append(job)
+    def run(
+        self,
+        pool: Pool,
+        report: Callable[[str], None] = lambda _: None,
+        tick: Callable[[], None] = lambda: None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Run all jobs; return when nothing is left to do, or when all have stopped after being asked to.
 
-    # --- what follows ------------------------------------------------------------------------------------------------
-
-    def run(self, pool: Pool, watcher: Watcher, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
-        """Run all jobs; return when nothing is left to do, or when all have stopped after being asked to."""
+        Args:
+            pool: Runs the jobs.
+            report: Gets a line for each event.
+            tick: Is called several times a second.
+            asked_to_stop: Whether to stop.
+        """
         while True:
             if asked_to_stop() and not self.stopping:
                 self.stopping = True
@@ -249,78 +243,88 @@ class Sweep:
             self.later = [(moment, job) for moment, job in self.later if moment > now]
             while self.due and len(self.running) < pool.slots and not self.stopping:
                 job = self.due.popleft()
-                self.running[job.key] = job
-                retry = self.retry_failed or self._deaths[job.key] > 0
-                pool.submit(job, retry=retry)
-                watcher.started(job)
+                self.running[job.key] = Running(job, now)
+                pool.submit(job, retry=self.retry_failed or self._deaths[job.key] > 0)
             if not self.running and (self.stopping or not (self.due or self.later)):
                 return
             for event in pool.wait(0.25):
                 if isinstance(event, Progress):
-                    watcher.progressed(event)
+                    running = self.running[event.job.key]
+                    running.epoch, running.epochs = event.epoch, event.epochs
                 else:
-                    self._ended(event.job, event.outcome, watcher)
-            watcher.tick(self)
+                    self._ended(event, report)
+            tick()
 
-    def _ended(self, job: Job, outcome: Outcome, watcher: Watcher) -> None:
+    def _ended(self, done: Done, report: Callable[[str], None]) -> None:
+        job, outcome = done.job, done.outcome
         self.running.pop(job.key)
         if outcome.status == "claimed":
             self.later.append((time.monotonic() + _CLAIM_PAUSE, job))
-            return
-        if outcome.status == "stopped" or (outcome.status == "died" and self.stopping):
-            self.stopped.append(Ended(job, outcome))
-            if not self.stopping:  # somebody else asked the worker to stop: a preempted node, say
-                self.stopped.pop()
-                self.due.append(job)
-                watcher.retried(job, outcome)
-            return
-        if outcome.status == "died" and self._deaths[job.key] < self.retries:
-            self._deaths[job.key] += 1
+        elif self.stopping and outcome.status in ("stopped", "died"):
+            self.stopped.append(done)
+        elif outcome.status == "stopped" or (outcome.status == "died" and self._deaths[job.key] < self.retries):
+            self._deaths[job.key] += outcome.status == "died"  # "stopped" not by this sweep: a preempted node
             self.due.appendleft(job)
-            watcher.retried(job, outcome)
-            return
-        cell, number = self._cell_of.pop(job.key)
-        (self.done if outcome.status == "complete" else self.failed).append(Ended(job, outcome))
-        watcher.ended(job, outcome)
-        if number is not None:
-            self._tried(cell, number, job, outcome, watcher)
+            report(f"{job.name}: {outcome.reason or outcome.status}; it resumes from its last checkpoint")
+        else:
+            (self.done if outcome.status == "complete" else self.failed).append(done)
+            if outcome.status != "complete" or not outcome.found:
+                report(f"{job.name}: {outcome.text(job.stage)}")
+            if job.key in self._trial_of:
+                cell, trial = self._trial_of.pop(job.key)
+                trial.outcomes[job.key] = outcome
+                self._continue_search(cell, report)
 
-    def _tried(self, cell: Cell, number: int, job: Job, outcome: Outcome, watcher: Watcher) -> None:
-        assert self.search is not None
-        cell.tries[number].outcomes[job.key] = outcome
-        if not all(one.over for one in cell.tries) or self._ask(cell):
+    def _continue_search(self, cell: CellJobs, report: Callable[[str], None]) -> None:
+        """Make further trials due; once there are none, write the selected config and make the final runs due."""
+        assert cell.sampler is not None
+        if any(len(one.outcomes) < len(one.jobs) for one in cell.trials) or self._ask(cell, cell.sampler):
             return
-        outcomes = [(one.values, one.outcomes[key]) for one in cell.tries for key in one.jobs]
-        for values, outcome in outcomes:
-            lost = outcome.run_id is None and outcome.status != "complete"
-            if lost and not outcome.refused:  # no setting loses for what is not its doing
-                setting = ", ".join(f"{key} = {value}" for key, value in values.items())
-                cell.blocked = (
-                    f"nothing is chosen, since the trial {setting} left no record: {outcome.reason or outcome.status}; "
-                    "put that right and run the same command again (or take the setting out of the search)"
-                )
-                return
-        trials = tuple(one.trial() for one in cell.tries)
-        good = next((one for one, trial in zip(cell.tries, trials, strict=True) if trial.scores), None)
+        try:
+            selected = self._select(cell)
+            path = write_selected_config(selected, self.results_root)
+        except SvpBenchError as error:
+            cell.blocked = str(error)
+            return
+        cell.selected = str(path)
+        setting = ", ".join(f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in selected.values.items())
+        seed = "" if cell.seed is None else f", seed {cell.seed}"
+        report(f"{cell.task}, {cell.label}{seed}: selected {setting}: {selected.reason} ({path})")
+        self._refit(cell)
+
+    def _select(self, cell: CellJobs) -> SelectedConfig:
+        """Apply the rule of the search to the trials of a cell.
+
+        Raises:
+            SvpBenchError: If a run failed for a reason that is not its setting's, or no trial has a score.
+        """
+        search, plan = self.search, cell.plan
+        assert search is not None
+        for one in cell.trials:
+            for run in one.outcomes.values():
+                if run.status != "complete" and run.run_id is None and not run.refused:
+                    setting = ", ".join(f"{key} = {value}" for key, value in one.values.items())
+                    raise SvpBenchError(
+                        f"nothing is selected, since the trial {setting} left no record: {run.reason or run.status}; "
+                        "fix that and run the same command again (or take the setting out of the search)"
+                    )
+        trials = tuple(one.trial() for one in cell.trials)
+        good = next((one for one, trial in zip(cell.trials, trials, strict=True) if trial.scores), None)
         if good is None:
-            cell.blocked = f"no setting of its search has a score on val: {trials[0].status}"
-            return
-        plan, runs = cell.plan, [good.outcomes[key] for key in good.jobs]
+            raise SvpBenchError(f"no setting of its search has a score on val: {trials[0].status}")
+        runs = [good.outcomes[key] for key in good.jobs]
         images = tuple(tuple(run.images or ()) for run in runs[: plan.folds * plan.repeats])
-        count = sum(map(len, images[: plan.folds])) if plan.folds else runs[0].count
-        selected_on = f"{runs[0].divided} ({plan.folds} folds)" if plan.folds else runs[0].selected_on
-        assert count is not None
-        assert selected_on is not None
-        decision = decide(trials, count, self.search.rule, images)
-        selected = SelectedConfig(
+        count = sum(map(len, images[: plan.folds])) if plan.folds else runs[0].count or 0
+        decision = decide(trials, count, search.rule, images)
+        return SelectedConfig(
             task=cell.task,
             method=cell.label,
-            search=self.search.declaration(),
-            search_digest=self.search.digest,
+            search=search.declaration(),
+            search_digest=search.digest,
             context=cell.context,
             checkpoint_digest=cell.checkpoint_digest,
             data_digest=cell.data_digest,
-            selected_on=selected_on,
+            selected_on=f"{runs[0].divided} ({plan.folds} folds)" if plan.folds else runs[0].selected_on or "",
             count=count,
             trials=trials,
             chosen=decision.chosen,
@@ -334,19 +338,9 @@ class Sweep:
             ties=decision.ties,
             at_edge=edges(trials, decision),
         )
-        try:
-            path = write_selected_config(selected, self.results_root)
-        except SvpBenchError as problem:
-            cell.blocked = str(problem)
-            return
-        cell.selected = str(path)
-        watcher.chose(cell, selected, path)
-        self._refit(cell)
-
-    # --- what is known -----------------------------------------------------------------------------------------------
 
     @property
-    def blocked(self) -> list[Cell]:
+    def blocked(self) -> list[CellJobs]:
         """Cells that cannot continue; one for each task and method that a nested search blocks for the same reason."""
         found = {(cell.task, cell.method, cell.blocked): cell for cell in reversed(self.cells) if cell.blocked}
         return list(reversed(found.values()))
@@ -359,21 +353,5 @@ class Sweep:
     @property
     def to_come(self) -> int:
         """Final runs that follow once a search is over."""
-        waiting = [
-            cell for cell in self.cells if cell.sampler is not None and cell.selected is None and not cell.blocked
-        ]
-        return 0 if self.only_search else sum(1 if cell.seed is not None else len(self.seeds) for cell in waiting)
-
-
-def _planned(plan: Plan, search: Search, seed: int | None) -> Plan:
-    """Return a plan with the training seeds of a search, or of the one of a nested search that is for `seed`."""
-    if seed is None:
-        return replace(plan, seeds=search.seeds)
-    return replace(plan, seeds=(seed,), fold_seed=seed if plan.folds else 0)
-
-
-def searched_context(
-    config: Mapping[str, Any], keys: Sequence[str], sources: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """Return the context of a cell's search from a resolved config of any of its runs."""
-    return context_of(cell_config(config), keys, sources)
+        searching = [cell for cell in self.cells if cell.sampler and not cell.selected and not cell.blocked]
+        return 0 if self.only_search else sum(1 if cell.seed is not None else len(self.seeds) for cell in searching)

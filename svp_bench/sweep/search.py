@@ -1,8 +1,8 @@
-"""Searches: which settings of a method are tried on val, in which order, and which of them is taken.
+"""Declarations of searches (`configs/search/NAME.yaml`), and the order in which settings are tried on val.
 
-A declaration (`configs/search/NAME.yaml`) gives a sampler, a budget K, the same for every method, and each method's
-space. The first trial is always the method's default setting. Grids need nothing more; `random` and `tpe` are Optuna's
-samplers (the extra `search`), seeded, so that a search that is taken up again asks for the same settings.
+A declaration has a sampler, a budget K, the same for every method, and the space of each method. The first trial is
+always the method's default setting. Grids need nothing more; `random` and `tpe` are Optuna's samplers (the extra
+`search`), seeded, so that a search that is resumed asks for the same settings.
 
 K counts settings. With folds each setting is a run for each fold (`Plan`), and a nested search is one search for each
 seed of the final runs.
@@ -22,21 +22,23 @@ from svp_bench.core.resources import configs_dir
 from svp_bench.core.yaml import Node, read_yaml
 from svp_bench.records.digests import canonical_digest
 from svp_bench.records.selection import AUTO_FOLDS, FALLBACK, FOLD_KEYS, RULE_VERSION
-from svp_bench.records.selection_rule import RULES, grid_settings
+from svp_bench.records.selection_rule import RULES, grid_settings, is_number
 
-__all__ = ["SAMPLERS", "Dimension", "Plan", "Sampler", "Search", "load_search", "make_sampler", "space_declaration"]
+__all__ = ["SAMPLERS", "Dimension", "Plan", "Sampler", "SearchSpace", "load_search", "make_sampler"]
 
 SAMPLERS = ("grid", "random", "tpe")
-AUTO, LEAVE_ONE_OUT, NONE = "auto", "leave_one_out", "none"  # what `folds` may be other than a number
+AUTO, LEAVE_ONE_OUT, NONE = "auto", "leave_one_out", "none"  # values of `folds` other than a number
 _SMALL_VAL = 100  # a difference of two settings on fewer images is mostly chance: its standard error is some 4 points
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _KEY = re.compile(r"(?:model|data|trainer)(?:\.\w+)+")
-_FIXED = ("data.task", "data.stage", "data.root", "data.protocol", "model.backbone", "model.checkpoint")
+_FIXED = ("data.task", "data.stage", "data.root", "data.protocol", "model.backbone", "model.checkpoint", *FOLD_KEYS)
+
+Finished = Sequence[tuple[Mapping[str, Any], float | None]]  # settings with their mean score, None if they failed
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """What one config key may be.
+    """Allowed values of one config key.
 
     Attributes:
         key: Dotted config key, as in a resolved config.
@@ -55,7 +57,7 @@ class Dimension:
     integer: bool = False
 
     def declaration(self) -> Any:
-        """Return plain values that say the same."""
+        """Return it as plain values."""
         if self.values is not None:
             return list(self.values)
         return {"low": self.low, "high": self.high, "log": self.log, "integer": self.integer}
@@ -63,34 +65,28 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which runs make a trial of one search.
+    """Runs of a trial.
 
     Attributes:
-        seeds: Training seeds.
         folds: Parts of the labelled images, each held out in turn; 0: the trial is scored on val.
         repeats: How often the images are divided anew; 0 without folds.
-        fold_seed: Seed of the divisions.
     """
 
-    seeds: tuple[int, ...] = (0,)
     folds: int = 0
     repeats: int = 0
-    fold_seed: int = 0
 
-    def runs(self) -> list[tuple[int, dict[str, int]]]:
+    def runs(self, seeds: Sequence[int], fold_seed: int) -> list[tuple[int, dict[str, int]]]:
         """Return (training seed, config values of the fold) of each run, in the order of the trial's run ids."""
-        if not self.folds:
-            return [(seed, {}) for seed in self.seeds]
-        divided = [
-            dict(zip(FOLD_KEYS, (self.folds, fold, self.fold_seed), strict=True))
+        parts = [
+            dict(zip(FOLD_KEYS, (self.folds, fold, fold_seed), strict=True))
             for fold in range(self.folds * self.repeats)
         ]
-        return [(seed, dict(fold)) for seed in self.seeds for fold in divided]
+        return [(seed, part) for seed in seeds for part in parts or [{}]]
 
 
 @dataclass(frozen=True)
-class Search:
-    """A declaration.
+class SearchSpace:
+    """The declaration of a search.
 
     Attributes:
         name: Its name.
@@ -98,13 +94,13 @@ class Search:
         sampler: grid, random or tpe.
         budget: K: settings that each method may try on each task, the default one among them.
         seeds: Each setting is trained once with each of them; empty if the search is nested.
-        rule: How its trials are compared; see `svp_bench.records.selection.decide`.
+        rule: How its trials are compared; see `svp_bench.records.selection_rule.decide`.
         spaces: Method → its space; "default" serves methods without one.
         path: Its file.
         folds: A number; "leave_one_out"; "none": the protocol's val; or "auto": five where val is small, else none.
         repeats: How often the labelled images are divided anew.
         small_val: "auto" takes folds where val has fewer images than this.
-        nested: Does each seed of the final runs have a search of its own, with that seed and its own folds?
+        nested: Whether each seed of the final runs has a search of its own, with that seed and its own folds.
     """
 
     name: str
@@ -115,32 +111,27 @@ class Search:
     rule: str
     spaces: Mapping[str, tuple[Dimension, ...]]
     path: Path
-    folds: int | str = AUTO
-    repeats: int = 1
-    small_val: int = _SMALL_VAL
-    nested: bool = True
+    folds: int | str
+    repeats: int
+    small_val: int
+    nested: bool
 
-    def plan(self, val: int, labelled: int, seed: int = 0) -> Plan:
-        """Return which runs make a trial.
+    def plan(self, val: int, labelled: int) -> Plan:
+        """Return the runs of a trial.
 
         Args:
             val: Images in the protocol's val split.
             labelled: Images in its refit split.
-            seed: Of the final run that a nested search is for.
 
         Raises:
             ConfigError: If there are more folds than labelled images.
         """
-        folds = self.folds
-        if folds == AUTO:
-            folds = min(AUTO_FOLDS, labelled) if val < self.small_val else 0
-        elif folds == LEAVE_ONE_OUT:
-            folds = labelled
-        number = folds if isinstance(folds, int) else 0
-        if number > labelled:
-            raise ConfigError(f"{self.path}: {number} folds of {labelled} labelled images; at most one for each image")
-        seeds = (seed,) if self.nested else self.seeds
-        return Plan(seeds, number, self.repeats if number else 0, seed if self.nested else 0)
+        auto = min(AUTO_FOLDS, labelled) if val < self.small_val else 0
+        names = {AUTO: auto, LEAVE_ONE_OUT: labelled, NONE: 0}
+        folds = names[self.folds] if isinstance(self.folds, str) else self.folds
+        if folds > labelled:
+            raise ConfigError(f"{self.path}: {folds} folds of {labelled} labelled images; at most one for each image")
+        return Plan(folds, self.repeats if folds else 0)
 
     def space(self, method: str) -> tuple[Dimension, ...]:
         """Return the space of a method.
@@ -154,7 +145,7 @@ class Search:
         return found
 
     def declaration(self) -> dict[str, Any]:
-        """Return plain values: what is declared for all methods, before anything is run."""
+        """Return it as plain values."""
         return {
             "name": self.name,
             "version": self.version,
@@ -167,7 +158,10 @@ class Search:
             "repeats": self.repeats,
             "small_val": self.small_val,
             "nested": self.nested,
-            "spaces": {method: space_declaration(space) for method, space in sorted(self.spaces.items())},
+            "spaces": {
+                method: {dimension.key: dimension.declaration() for dimension in space}
+                for method, space in sorted(self.spaces.items())
+            },
         }
 
     @property
@@ -176,12 +170,7 @@ class Search:
         return canonical_digest(self.declaration())
 
 
-def space_declaration(space: Sequence[Dimension]) -> dict[str, Any]:
-    """Return a space as plain values."""
-    return {dimension.key: dimension.declaration() for dimension in space}
-
-
-def load_search(name: str) -> Search:
+def load_search(name: str) -> SearchSpace:
     """Read a declaration: a path, or the name of a shipped one.
 
     Raises:
@@ -191,60 +180,55 @@ def load_search(name: str) -> Search:
     path = Path(name)
     if not path.is_file():
         shipped = configs_dir() / "search"
-        tail = Path(name).name
-        path = shipped / (tail if tail.endswith(".yaml") else f"{tail}.yaml")
+        path = shipped / f"{path.name.removesuffix('.yaml')}.yaml"
         if not path.is_file():
             known = [f"configs/search/{file.name}" for file in sorted(shipped.glob("*.yaml"))]
             raise unknown_name("search", name, known)
-    node = read_yaml(path, error=ConfigError, label="the search")
-    keys = node.keys(
+    keys = read_yaml(path, error=ConfigError, label="the search").keys(
         ["name", "version", "sampler", "budget", "spaces"],
         ["seeds", "rule", "notes", "folds", "repeats", "small_val", "nested"],
     )
-    rule = keys["rule"].one_of(RULES, "rule") if "rule" in keys else RULES[0]
-    sampler = keys["sampler"].one_of(SAMPLERS, "sampler")
+    sampler, budget = keys["sampler"].one_of(SAMPLERS, "sampler"), keys["budget"].positive()
     seeds = tuple(_seed(item) for item in keys["seeds"].sequence()) if "seeds" in keys else ()
     if len(set(seeds)) != len(seeds):
         raise keys["seeds"].error("a seed stands twice in seeds")
-    nested = keys["nested"].value if "nested" in keys else not seeds
-    if not isinstance(nested, bool):
-        raise keys["nested"].error(f"nested must be true or false, not {keys['nested'].kind}")
+    nested = _flag(keys, "nested", default=not seeds)
     if nested and seeds:
         raise keys["seeds"].error("a nested search trains with the seed of the final run; leave seeds or nested out")
     folds = _folds(keys["folds"]) if "folds" in keys else AUTO
-    repeats = keys["repeats"].positive() if "repeats" in keys else (1 if nested else 2)
-    if folds == LEAVE_ONE_OUT and repeats > 1:
-        if "repeats" in keys:
-            raise keys["repeats"].error("leave_one_out has one division only; leave repeats out")
-        repeats = 1
-    spaces = {method: _space(entry, sampler) for method, entry in keys["spaces"].mapping().items()}
-    search = Search(
+    if folds == LEAVE_ONE_OUT and "repeats" in keys and keys["repeats"].positive() > 1:
+        raise keys["repeats"].error("leave_one_out has one division only; leave repeats out")
+    usual = 1 if nested or folds == LEAVE_ONE_OUT else 2
+    spaces = {}
+    for method, entry in keys["spaces"].mapping().items():
+        spaces[method] = tuple(_dimension(key, child, sampler) for key, child in entry.mapping().items())
+        size = math.prod(len(dimension.values or ()) for dimension in spaces[method])
+        if sampler == "grid" and size > budget:
+            raise entry.error(
+                f"the grid of {method} has {plural(size, 'setting')}, more than the budget of {budget} that every "
+                "method has; raise the budget for all, thin the grid, or use the sampler tpe"
+            )
+    return SearchSpace(
         name=keys["name"].text(_NAME, "a name of a-z, 0-9, _ and -"),
         version=keys["version"].positive(),
         sampler=sampler,
-        budget=keys["budget"].positive(),
+        budget=budget,
         seeds=seeds or (() if nested else (0,)),
-        rule=rule,
+        rule=keys["rule"].one_of(RULES, "rule") if "rule" in keys else RULES[0],
         spaces=spaces,
         path=path,
         folds=folds,
-        repeats=repeats,
+        repeats=keys["repeats"].positive() if "repeats" in keys else usual,
         small_val=keys["small_val"].positive() if "small_val" in keys else _SMALL_VAL,
         nested=nested,
     )
-    for method, space in spaces.items():
-        size = math.prod(len(dimension.values or ()) for dimension in space)
-        if sampler == "grid" and size > search.budget:
-            raise (
-                keys["spaces"]
-                .mapping()[method]
-                .error(
-                    f"the grid of {method} has {plural(size, 'setting')}, more than the budget of "
-                    f"{search.budget} that every "
-                    "method has; raise the budget for all, thin the grid, or use the sampler tpe"
-                )
-            )
-    return search
+
+
+def _flag(keys: Mapping[str, Node], name: str, *, default: bool) -> bool:
+    value = keys[name].value if name in keys else default
+    if not isinstance(value, bool):
+        raise keys[name].error(f"{name} must be true or false, not {keys[name].kind}")
+    return value
 
 
 def _seed(node: Node) -> int:
@@ -254,47 +238,34 @@ def _seed(node: Node) -> int:
 
 
 def _folds(node: Node) -> int | str:
-    if node.value is None or node.value == NONE:
-        return NONE
-    if isinstance(node.value, str) and node.value in (AUTO, LEAVE_ONE_OUT):
-        return node.value
-    if not isinstance(node.value, int) or isinstance(node.value, bool) or node.value < 2:
-        raise node.error(
-            f"folds is {AUTO}, {NONE}, {LEAVE_ONE_OUT} or a whole number of at least 2, not {node.value!r}"
-        )
-    return node.value
-
-
-def _space(node: Node, sampler: str) -> tuple[Dimension, ...]:
-    return tuple(_dimension(key, child, sampler) for key, child in node.mapping().items())
+    value = NONE if node.value is None else node.value
+    if value in (AUTO, NONE, LEAVE_ONE_OUT) or (isinstance(value, int) and value >= 2):
+        return value
+    raise node.error(f"folds is {AUTO}, {NONE}, {LEAVE_ONE_OUT} or a whole number of at least 2, not {value!r}")
 
 
 def _dimension(key: str, node: Node, sampler: str) -> Dimension:
     if not _KEY.fullmatch(key):
-        raise node.error(f"{key} is no config key; write it dotted, e.g. model.learning_rate or model.method.rank")
-    if key in (*_FIXED, *FOLD_KEYS) or key.startswith("model.method.class_path"):
+        raise node.error(f"{key} is not a config key; write it dotted, e.g. model.learning_rate or model.method.rank")
+    if key in _FIXED or key.startswith("model.method.class_path"):
         raise node.error(f"{key} is not searched: it is what is compared")
     if key.startswith("model.method.") and not key.startswith("model.method.init_args."):
         key = f"model.method.init_args.{key.removeprefix('model.method.')}"
     if isinstance(node.children, list):
         values = tuple(_plain_scalar(item) for item in node.sequence())
-        if len({repr(value) for value in values}) != len(values):
+        if len(set(map(repr, values))) != len(values):
             raise node.error(f"{key} has a value twice")
         return Dimension(key, values)
     parts = node.keys(["low", "high"], ["log"])
     if sampler == "grid":
         raise node.error(f"{key} is a range, and a grid needs a list of values")
     low, high = parts["low"].value, parts["high"].value
-    numbers = [isinstance(x, (int, float)) and not isinstance(x, bool) for x in (low, high)]
-    if not all(numbers) or not low < high:
+    if not (is_number(low) and is_number(high) and low < high):
         raise node.error(f"{key} needs numbers low < high, not {parts['low'].kind} and {parts['high'].kind}")
-    log = parts["log"].value if "log" in parts else False
-    if not isinstance(log, bool):
-        raise parts["log"].error("log must be true or false")
+    log = _flag(parts, "log", default=False)
     if log and low <= 0:
         raise node.error(f"{key}: a logarithmic range begins above 0")
-    integer = isinstance(low, int) and isinstance(high, int)
-    return Dimension(key, None, float(low), float(high), log, integer)
+    return Dimension(key, None, float(low), float(high), log, isinstance(low, int) and isinstance(high, int))
 
 
 def _plain_scalar(node: Node) -> Any:
@@ -302,36 +273,33 @@ def _plain_scalar(node: Node) -> Any:
         raise node.error(f"a value of a search is a number, a text, true, false or null, not {node.kind}")
     if isinstance(node.value, str):
         try:
-            float(node.value)
+            number = float(node.value)
         except ValueError:
             return node.value
-        raise node.error(f"{node.value} is a text in YAML; as a number write {float(node.value)!r}")
+        raise node.error(f"{node.value} is a text in YAML; as a number write {number!r}")
     return node.value
-
-
-# ----------------------------------------------------------------------------------------------------------- samplers
 
 
 class Sampler(Protocol):
     """Asks for settings one after the other, or several at once where they do not depend on scores."""
 
-    def ask(self, finished: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
-        """Return the settings that can be tried now, given all settings so far with their scores; [] at the end.
+    def ask(self, finished: Finished) -> list[dict[str, Any]]:
+        """Return the settings that can be tried now; [] at the end.
 
         Args:
-            finished: Settings in the order in which they were asked for, with their mean score, None if they failed.
+            finished: All settings so far, in the order in which they were asked for.
         """
         ...
 
 
-def make_sampler(search: Search, method: str, default: Mapping[str, Any], seed_text: str) -> Sampler:
+def make_sampler(search: SearchSpace, method: str, default: Mapping[str, Any], seed_text: str) -> Sampler:
     """Return the sampler of a method's search on one task.
 
     Args:
         search: The declaration.
         method: The method's name.
         default: Values of the space's keys in the method's own recipe: the first trial.
-        seed_text: What seeds random samplers, e.g. task and method: two tasks do not try the same draws.
+        seed_text: Seeds random samplers, e.g. task and method: two tasks do not try the same samples.
 
     Raises:
         ConfigError: If a grid does not hold the default setting and the budget cannot include it.
@@ -340,12 +308,11 @@ def make_sampler(search: Search, method: str, default: Mapping[str, Any], seed_t
     space = search.space(method)
     if search.sampler != "grid":
         return _Optuna(search, space, default, seed_text)
-    settings = grid_settings(space_declaration(space), default)
+    settings = grid_settings({dimension.key: dimension.values for dimension in space}, default)
     if len(settings) > search.budget:
         raise ConfigError(
-            f"{search.path}: the grid of {method} and its default setting are "
-            f"{plural(len(settings), 'setting')}, more than the "
-            f"budget of {search.budget}; put the recipe's own values into the grid, or raise the budget for all"
+            f"{search.path}: the grid of {method} and its default setting are {plural(len(settings), 'setting')}, more "
+            f"than the budget of {search.budget}; put the recipe's values into the grid, or raise the budget for all"
         )
     return _Grid(settings)
 
@@ -354,7 +321,7 @@ class _Grid:
     def __init__(self, settings: list[dict[str, Any]]) -> None:
         self._settings = settings
 
-    def ask(self, finished: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
+    def ask(self, finished: Finished) -> list[dict[str, Any]]:
         return self._settings[len(finished) :]
 
 
@@ -362,7 +329,7 @@ class _Optuna:
     """Random and TPE search; every call replays the finished trials, so it needs no storage."""
 
     def __init__(
-        self, search: Search, space: tuple[Dimension, ...], default: Mapping[str, Any], seed_text: str
+        self, search: SearchSpace, space: tuple[Dimension, ...], default: Mapping[str, Any], seed_text: str
     ) -> None:
         try:
             import optuna
@@ -373,48 +340,40 @@ class _Optuna:
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
-        self._search, self._space, self._default = search, space, dict(default)
+        self._random, self._budget, self._default = search.sampler == "random", search.budget, dict(default)
         self._seed = int(canonical_digest([search.digest, seed_text]).removeprefix("sha256:")[:8], 16)
+        self._distributions = {dimension.key: self._distribution(dimension) for dimension in space}
 
-    def ask(self, finished: Sequence[tuple[Mapping[str, Any], float | None]]) -> list[dict[str, Any]]:
+    def ask(self, finished: Finished) -> list[dict[str, Any]]:
         if not finished:
             return [dict(self._default)]
-        if len(finished) >= self._search.budget:
-            return []
-        if self._search.sampler == "random":  # draws do not depend on scores: all of them at once
-            samples = [self._sample(number, []) for number in range(1, self._search.budget)]
-            return samples[len(finished) - 1 :]
-        return [self._sample(len(finished), finished)]
+        if self._random:  # samples do not depend on scores: all of them at once
+            return [self._sample(number, []) for number in range(len(finished), self._budget)]
+        return [self._sample(len(finished), finished)] if len(finished) < self._budget else []
 
-    def _sample(self, number: int, finished: Sequence[tuple[Mapping[str, Any], float | None]]) -> dict[str, Any]:
-        optuna = self._optuna
-        # a seed per sample: it depends on the finished trials, not on earlier calls
-        seed = (self._seed + 7919 * number) % 2**32
-        startup = max(4, self._search.budget // 3)
+    def _sample(self, number: int, finished: Finished) -> dict[str, Any]:
+        optuna, distributions = self._optuna, self._distributions
+        seed = (self._seed + 7919 * number) % 2**32  # of each sample: it does not depend on earlier calls
         sampler = (
             optuna.samplers.RandomSampler(seed=seed)
-            if self._search.sampler == "random"
-            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True)
+            if self._random
+            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, self._budget // 3), multivariate=True)
         )
         study = optuna.create_study(direction="maximize", sampler=sampler)
-        distributions = {dimension.key: self._distribution(dimension) for dimension in self._space}
         for values, score in finished:
-            state = optuna.trial.TrialState.FAIL if score is None else optuna.trial.TrialState.COMPLETE
-            inside = {
-                key: values[key]
-                for key, distribution in distributions.items()
-                if distribution._contains(distribution.to_internal_repr(values[key]))
-            }
-            if len(inside) == len(distributions):  # a default outside of the space teaches the sampler nothing
+            if all(one._contains(one.to_internal_repr(values[key])) for key, one in distributions.items()):
+                # a default outside of the space teaches the sampler nothing
+                state = optuna.trial.TrialState.FAIL if score is None else optuna.trial.TrialState.COMPLETE
+                params = {key: values[key] for key in distributions}
                 study.add_trial(
-                    optuna.trial.create_trial(params=inside, distributions=distributions, value=score, state=state)
+                    optuna.trial.create_trial(params=params, distributions=distributions, value=score, state=state)
                 )
-        trial = study.ask(distributions)
-        return {dimension.key: trial.params[dimension.key] for dimension in self._space}
+        return dict(study.ask(distributions).params)
 
     def _distribution(self, dimension: Dimension) -> Any:
+        kinds = self._optuna.distributions
         if dimension.values is not None:
-            return self._optuna.distributions.CategoricalDistribution(dimension.values)
+            return kinds.CategoricalDistribution(dimension.values)
         if dimension.integer:
-            return self._optuna.distributions.IntDistribution(int(dimension.low), int(dimension.high), dimension.log)
-        return self._optuna.distributions.FloatDistribution(dimension.low, dimension.high, dimension.log)
+            return kinds.IntDistribution(int(dimension.low), int(dimension.high), dimension.log)
+        return kinds.FloatDistribution(dimension.low, dimension.high, dimension.log)
