@@ -353,7 +353,7 @@ def edit(data: dict[str, Any], dotted: str, value: Any) -> None:
         ("search", {}, "the key 'search.name' is missing"),
         ("search", SEARCH.to_json(), "'setting_digest' does not belong to the config"),
         ("parameters", {}, "the key 'parameters.trainable' is missing"),
-        ("parameters", None, "'parameters' must be a mapping, not None"),
+        ("parameters", None, "'parameters' must be a mapping of keys, not None"),
         ("parameters.head", 1, "'parameters' do not add up: trainable 4760000, adapter 4757000, head 1"),
         ("parameters.total", 1, "'parameters' do not add up"),
         ("metrics", [], r"'metrics' must be a mapping.*, not \[\]"),

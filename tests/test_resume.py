@@ -477,7 +477,7 @@ def test_no_damage_goes_unnoticed_or_makes_a_traceback(unfinished: Unfinished, d
         ({"svp_bench.transform": {"resize": "x"}}, "svp_bench.transform is {'resize': 'x'}, expected resize"),
         ({"svp_bench.num_classes": True}, "'num_classes' must be int, not True"),
         ({"svp_bench.num_classes": 7}, "expected 7 names"),
-        ({"svp_bench.method_args": [1]}, "'method_args' must be a mapping, not [1]"),
+        ({"svp_bench.method_args": [1]}, "'method_args' must be a mapping of keys, not [1]"),
         ({"svp_bench.method_args": {"hidden_dim": "x"}}, "{'hidden_dim': 'x'}, expected settings of svp ("),
         ({"svp_bench.method_args": {"width": 1}}, "{'width': 1}, expected settings of svp (unknown argument"),
         ({"svp_bench.stage": "test"}, "'stage' must be one of final, select, not 'test'"),

@@ -107,7 +107,8 @@ def _problem(data: Any, annotation: Any, keys: Keys, message: str) -> tuple[Keys
     if missing := re.match(r"Object missing required field `(\w+)`", message):
         return keys, f"the key {_dotted((*keys, missing[1]))!r} is missing"
     wanted = _wanted(annotation) or message.partition(", got")[0].replace("`", "").replace("Expected ", "")
-    wanted = {"object": "a mapping of keys", "array": "a list"}.get(wanted, wanted)
+    for term, words in (("object", "a mapping of keys"), ("array", "a list"), ("|", "or")):
+        wanted = re.sub(rf"(?<!\w){re.escape(term)}(?!\w)", words, wanted)
     return keys, f"{_dotted(keys)!r} must be {wanted}, not {_short.repr(data)}"
 
 
