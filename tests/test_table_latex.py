@@ -112,10 +112,12 @@ def test_the_caption_says_what_the_numbers_are() -> None:
         "Track default: no search is recorded.",
         r"Backbone vim\_small\_patch16\_224, hub (sha256:abababababab).",
         "2--3 seeds a task.",
-        r"$\pm$ behind a mean: half its 95 \% interval for these tasks and new seeds (Welch--Satterthwaite).",
         r"In brackets: 95 \% interval for new tasks.",
     ):
         assert part in caption
+    assert (
+        r"$\pm$ behind a mean is half its 95 \% interval for these tasks and new seeds (Welch--Satterthwaite)." in text
+    )
 
 
 def test_only_what_the_intervals_allow_is_bold() -> None:
@@ -154,7 +156,7 @@ def test_marks_of_the_data_have_footnotes() -> None:
     assert re.search(r"\d\$\^\{\\dagger\}\$ &", text)
     assert re.search(r"\d\$\^\{\\ddagger\}\$ &", text)
     assert r"\parbox{0.95\linewidth}{$^{\dagger}$ The files on disk differ from the task card" in text
-    assert "own: kitti (zip)." in text
+    assert "that of the card: kitti (zip)." in text
     drawn = latex([synthetic_record(task) for task in load_suite("vtab").tasks])
     check(drawn)
     assert r"$^{\S}$ Synthetic data" in drawn

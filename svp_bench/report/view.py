@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from svp_bench.core.errors import plural
-from svp_bench.records.published import WHOLE, mean_names
+from svp_bench.records.published import WHOLE
 from svp_bench.records.record import Record
 from svp_bench.records.store import Problem
 from svp_bench.report.curves import Curve
@@ -30,20 +31,14 @@ from svp_bench.report.model import (
     Value,
 )
 from svp_bench.tables.comparison import column_marks, images_of_cell, seeds_of_cell
-from svp_bench.tables.model import Cell, Row, Section, Table
+from svp_bench.tables.model import Cell, Mean, Row, Section, Table
 from svp_bench.tables.notes import (
+    columns,
+    common_notes,
     comparison_notes,
-    majority_notes,
     majority_scores,
-    mark_notes,
     new_tasks_note,
-    override_notes,
-    partial,
-    partial_notes,
-    provenance_notes,
     ranks_notes,
-    selection_notes,
-    unknown_variance_notes,
     verdict_marks,
     weights,
 )
@@ -95,7 +90,7 @@ def report_view(
     """
     rows = [row for table in tables for section in table.sections for row in section.rows]
     styles = {label: number for number, label in enumerate(sorted({row.label for row in rows}))}
-    cells = [cell for row in rows for cell in (*row.cells.values(), *row.apart)]
+    cells = [cell for row in rows for cell in row.all_cells]
     left_out = [out.record for table in tables for out in table.left_out]
     pool = RecordPool([*(record for cell in cells for record in cell.records), *left_out])
     return ReportView(
@@ -141,7 +136,7 @@ def _suite(
 
 def _section(name: str, section: Section, table: Table, pool: RecordPool, styles: Mapping[str, int]) -> SectionView:
     suite, level = table.suite, table.level
-    standings, verdicts = _standings(section, suite, level), verdict_marks(section)
+    standings, verdicts = _standings(section), verdict_marks(section)
 
     def cell_view(row: Row, task: str, cell: Cell) -> CellView:
         scored = [(run, run.metrics.top1) for run in cell.records if run.metrics is not None]
@@ -154,15 +149,14 @@ def _section(name: str, section: Section, table: Table, pool: RecordPool, styles
     for row in section.rows:
         cells = {task: cell_view(row, task, row.cells[task]) for task in suite.tasks if task in row.cells}
         rows.append(_row(row, suite, cells, styles[row.label]))
-    names = [*suite.tasks, *suite.groups, *mean_names(suite)]
-    majority = zip(names, majority_scores(section, suite), strict=True)
+    majority = zip([*suite.tasks, *columns(suite)[len(suite.tasks) :]], majority_scores(section), strict=True)
     return SectionView(
         table=section,
         id=name,
         title=", ".join([*([section.data] if section.data else []), section.backbone, section.track.title]),
         weights=weights(section),
-        notes=tuple(_notes(section, suite)),
-        comparison_notes=(*comparison_notes(section, suite, level), *ranks_notes(section, level)),
+        notes=(*common_notes(section), *new_tasks_note(section)),
+        comparison_notes=(*comparison_notes(section), *ranks_notes(section)),
         rows=tuple(rows),
         parameters=_parameters(f"{name}-parameters", rows),
         setups=_setups(name, rows),
@@ -170,22 +164,10 @@ def _section(name: str, section: Section, table: Table, pool: RecordPool, styles
     )
 
 
-def _notes(section: Section, suite: SuiteCard) -> Iterator[str]:
-    yield from unknown_variance_notes(section, suite)
-    yield from partial_notes(section, suite)
-    yield from majority_notes(section)
-    yield from new_tasks_note(section, suite)
-    yield from selection_notes(section)
-    yield from override_notes(section)
-    yield from provenance_notes(section)
-    yield from mark_notes(section, suite)
-
-
-def _standings(section: Section, suite: SuiteCard, level: float) -> dict[tuple[str, str], str]:
+def _standings(section: Section) -> dict[tuple[str, str], str]:
     """Return (task, label) → "best", "second" or "tied", as LaTeX tables mark them."""
     found: dict[tuple[str, str], str] = {}
-    of_tasks = column_marks(suite, section, level)[: len(suite.tasks)]  # those of the means come after
-    for task, known in zip(suite.tasks, of_tasks, strict=True):
+    for task, known in zip(section.suite.tasks, column_marks(section), strict=False):  # those of the means come after
         if known is None:
             continue
         all_tied = len(known.tied) == sum(task in row.cells for row in section.rows)  # then no mark helps
@@ -196,26 +178,22 @@ def _standings(section: Section, suite: SuiteCard, level: float) -> dict[tuple[s
 
 
 def _row(row: Row, suite: SuiteCard, cells: Mapping[str, CellView], style: int) -> RowView:
-    known = row.intervals
-    seeds, tasks, images = map(_bounds, (known.present, known.new_tasks, known.images))
+    *groups, whole, of_groups = map(_value, row.means)
+    present = Value(row.present.value, _bounds(row.present.seeds), _bounds(row.new_tasks), _bounds(row.present.images))
     return RowView(
         table=row,
         style=style,
         cells=cells,
         missing=tuple(task for task in suite.tasks if task not in row.cells),
-        task_mean=_value(row.task_mean, known.task_mean, known.images, known.new_tasks),
-        present=Value(row.present_mean, seeds, tasks, images, partial(row, suite)),
-        group_mean=_value(row.group_mean, known.group_mean, known.group_mean_images),
-        groups={
-            group: _value(row.groups[group], known.groups[group], known.group_images[group]) for group in suite.groups
-        },
+        task_mean=whole and present,
+        present=replace(present, partial=row.partial),
+        group_mean=of_groups,
+        groups=dict(zip(suite.groups, groups, strict=True)),
     )
 
 
-def _value(
-    mean: float | None, these: Estimate | None, images: Estimate | None, new: Estimate | None = None
-) -> Value | None:
-    return None if mean is None else Value(mean, _bounds(these), _bounds(new), _bounds(images))
+def _value(mean: Mean | None) -> Value | None:
+    return None if mean is None else Value(mean.value, _bounds(mean.seeds), None, _bounds(mean.images))
 
 
 def _bounds(estimate: Estimate | None) -> Bounds | None:
@@ -336,7 +314,7 @@ def _named_runs(
     """Yield the place of each run of a table, with its section, label and style; excluded runs have no section."""
     for number, section in enumerate(table.sections, 1):
         for row in section.rows:
-            for cell in (*row.cells.values(), *row.apart):
+            for cell in row.all_cells:
                 for record in cell.records:
                     yield pool.place(record), (f"{table.suite.name}-{number}", row.label, styles[row.label])
     for out in table.left_out:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,53 +20,35 @@ from svp_bench.records.defaults import override_texts, overrides, recipe, row_di
 from svp_bench.records.published import PublishedRow, load_published
 from svp_bench.records.record import Record
 from svp_bench.records.store import Problem, read_records, write_atomically
-from svp_bench.tables.comparison import check_row, compare_rows, rank_rows, row_intervals
+from svp_bench.tables.comparison import check_row, compare_rows, mean_and_intervals, over_new_tasks, rank_rows
 from svp_bench.tables.labels import custom_data, custom_name, row_labels
-from svp_bench.tables.model import (
-    CARD,
-    Cell,
-    Comparison,
-    Contrast,
-    Intervals,
-    LeftOut,
-    Row,
-    Section,
-    Table,
-    Track,
-    track_of,
-)
-from svp_bench.tables.notes import DIGITS, MISSING, NOT_COMPARABLE, QUOTED
+from svp_bench.tables.model import CARD, Cell, LeftOut, Row, Section, Table, columns_of, track_of
+from svp_bench.tables.notes import DIGITS, NOT_COMPARABLE
 from svp_bench.tables.render_csv import long_csv, wide_csv
 from svp_bench.tables.render_latex import render_latex
 from svp_bench.tables.render_text import render_markdown, render_terminal
 from svp_bench.tasks.cards import ProtocolCard, SuiteCard, list_parts, list_suites, load_protocol, load_suite, load_task
 
 __all__ = [
-    "MISSING",
-    "QUOTED",
-    "Cell",
-    "Comparison",
-    "Contrast",
-    "Intervals",
-    "LeftOut",
-    "Row",
-    "Section",
-    "Table",
-    "Track",
     "build_table",
     "listed",
     "load_table",
     "outside_of_suites",
-    "render_latex",
-    "render_markdown",
-    "render_terminal",
     "run_compare",
     "run_table",
+    "run_tax",
     "suite_of",
     "suites_of",
     "table_paths",
     "write_tables",
 ]
+
+
+def _grouped(records: Iterable[Record], key: Callable[[Record], Hashable]) -> dict[Any, list[Record]]:
+    groups: dict[Any, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[key(record)].append(record)
+    return groups
 
 
 def build_table(
@@ -106,12 +88,12 @@ def build_table(
             entering.append(record)
         else:
             left_out.append(LeftOut(record, *reason))
-    counting, superseded = _newest_of_each_seed(entering)
-    by_section: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for record in counting:
-        key = (record.protocol, record.protocol_version, record.backbone, record.checkpoint_digest or "")
-        custom = custom_data(record) if record.task in as_found else ""
-        by_section[(*key, track_of(record), custom)].append(record)
+    counting: list[Record] = []
+    for runs in _grouped(sorted(entering, key=lambda run: (run.created, run.run_id)), _seed_key).values():
+        counting.append(runs[-1])
+        why = f"{runs[-1].run_id} is a newer run of the same cell and seed"
+        left_out += [LeftOut(old, "superseded", why) for old in runs[:-1]]
+    by_section = _grouped(counting, lambda run: (*_section_key(run), custom_data(run) if run.task in as_found else ""))
     sections = [
         _section(suite, members, rules, level, custom_name(members) if key[-1] else "")
         for key, members in sorted(by_section.items())
@@ -119,13 +101,12 @@ def build_table(
     sections.sort(key=lambda section: (section.random, section.data))
     return Table(
         suite=suite,
-        sections=tuple(_compared(suite, section, control, level) for section in sections),
-        left_out=tuple(sorted([*left_out, *superseded], key=lambda out: (out.why, out.record.task, out.record.run_id))),
-        problems=tuple(
-            sorted(
-                (problem for problem in problems if suite_of(problem) == suite.owner), key=lambda problem: problem.path
-            )
+        sections=tuple(
+            replace(section, comparison=compare_rows(section, control), ranks=rank_rows(section))
+            for section in sections
         ),
+        left_out=tuple(sorted(left_out, key=lambda out: (out.why, out.record.task, out.record.run_id))),
+        problems=tuple(sorted((one for one in problems if suite_of(one) == suite.owner), key=lambda one: one.path)),
         published=tuple(published),
         level=level,
     )
@@ -146,39 +127,26 @@ def _reason_to_leave_out(record: Record, suite: SuiteCard, task_versions: Mappin
     return None
 
 
-def _newest_of_each_seed(records: list[Record]) -> tuple[list[Record], list[LeftOut]]:
-    by_seed: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda record: (record.created, record.run_id)):
-        by_seed[(*_row_key(record), record.task, *_cell_key(record), record.seed)].append(record)
-    newest = [runs[-1] for runs in by_seed.values()]
-    superseded = [
-        LeftOut(old, "superseded", f"{runs[-1].run_id} is a newer run of the same cell and seed")
-        for runs in by_seed.values()
-        for old in runs[:-1]
-    ]
-    return newest, superseded
+def _section_key(run: Record) -> tuple[Any, ...]:
+    return run.protocol, run.protocol_version, run.backbone, run.checkpoint_digest or "", track_of(run)
 
 
-def _row_key(record: Record) -> tuple[Any, ...]:
-    return (
-        record.protocol,
-        record.protocol_version,
-        record.backbone,
-        record.checkpoint_digest,
-        track_of(record),
-        record.method,
-        row_digest(record),
-    )
+def _row_key(run: Record) -> tuple[str, str]:
+    return run.method, row_digest(run)
 
 
-def _cell_key(record: Record) -> tuple[str, str, str]:
-    """What tells the cells of one row and task apart. Only failed runs lack a data digest, and none of them enters.
+def _cell_key(run: Record) -> tuple[str, str, str, str]:
+    """What tells the cells of one row apart. Only failed runs lack a data digest, and none of them enters.
 
     The seeds of a nested search are one cell, though each has the setting that its own search selected.
     """
-    nested = record.search is not None and record.search.nested
-    setting = record.setting_digest if nested else record.config_digest
-    return record.data_variant, record.data_digest or "", setting + record.source_digest
+    nested = run.search is not None and run.search.nested
+    setting = run.setting_digest if nested else run.config_digest
+    return run.task, run.data_variant, run.data_digest or "", setting + run.source_digest
+
+
+def _seed_key(run: Record) -> tuple[Any, ...]:
+    return (*_section_key(run), *_row_key(run), *_cell_key(run), run.seed)
 
 
 def suite_of(problem: Problem) -> str | None:
@@ -192,30 +160,10 @@ def _section(
 ) -> Section:
     first = records[0]
     protocol = rules.get((first.protocol, first.protocol_version))
-    by_row: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        by_row[record.method, row_digest(record)].append(record)
+    by_row = _grouped(records, _row_key)
     labels = row_labels({key: members[0] for key, members in by_row.items()})
-    rows = [
-        _row(suite, (method, digest), labels[method, digest], by_row[method, digest], level, protocol)
-        for method, digest in sorted(by_row)
-    ]
-    return Section(
-        protocol=first.protocol,
-        protocol_version=first.protocol_version,
-        selection=None if protocol is None else protocol.selection,
-        backbone=first.backbone,
-        checkpoint=", ".join(sorted({record.checkpoint for record in records})),
-        checkpoint_digest=first.checkpoint_digest,
-        track=replace(
-            track_of(first), selected_on=" or ".join(sorted({track_of(record).selected_on for record in records}))
-        ),
-        precisions=tuple(sorted({record.precision for record in records})),
-        rows=tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)),
-        records=len(records),
-        dirty=sum(record.dirty is True for record in records),
-        data=data,
-    )
+    rows = [_row(suite, key, labels[key], by_row[key], level, protocol) for key in sorted(by_row)]
+    return Section(suite, level, protocol, tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)), data)
 
 
 def _row(
@@ -226,42 +174,39 @@ def _row(
     level: float,
     protocol: ProtocolCard | None,
 ) -> Row:
-    method, digest = key
-    by_cell: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for record in records:
-        by_cell[(record.task, *_cell_key(record))].append(record)
+    # The first cell of a task is shown: data of the card first, synthetic data last, of several the newest
     newest_first = sorted(
-        by_cell, key=lambda key: (max((run.created, run.run_id) for run in by_cell[key]), key), reverse=True
+        _grouped(records, _cell_key).items(),
+        key=lambda item: (max((run.created, run.run_id) for run in item[1]), item[0]),
+        reverse=True,
     )
-    # The first cell of a task is shown: data of the card first, synthetic data last
     shown_first = sorted(
-        (_cell(by_cell[key]) for key in newest_first),
+        (Cell(tuple(sorted(runs, key=lambda run: run.seed))) for _, runs in newest_first),
         key=lambda cell: (cell.task, cell.synthetic, cell.different, cell.variant != CARD, -len(cell.seeds)),
     )
     cells: dict[str, Cell] = {}
-    apart: list[Cell] = []
-    for cell in shown_first:
-        if cell.task in cells:
-            apart.append(cell)
-        else:
-            cells[cell.task] = cell
-    groups = {
-        group: _mean_if_complete([cells.get(suite.full(task)) for task in tasks])
-        for group, tasks in suite.groups.items()
-    }
-    means = [mean for mean in groups.values() if mean is not None]
+    apart = tuple(cell for cell in shown_first if cells.setdefault(cell.task, cell) is not cell)
+    means = [
+        mean_and_intervals(suite, cells, column.weights, level) if set(column.weights) <= set(cells) else None
+        for column in columns_of(suite)[len(suite.tasks) :]
+    ]
+    *groups, tasks, of_groups = means
+    if of_groups is not None:  # the mean of the groups' own means, to the last digit
+        values = [group.value for group in groups if group is not None]
+        means[-1] = replace(of_groups, value=math.fsum(values) / len(values))
+    present = {task: 1.0 for task in suite.tasks if task in cells}
     return Row(
-        method=method,
+        method=key[0],
         label=label,
-        setting_digest=digest,
+        setting_digest=key[1],
+        suite=suite,
         cells=cells,
-        apart=tuple(apart),
-        groups=groups,
-        task_mean=_mean_if_complete([cells.get(task) for task in suite.tasks]),
-        group_mean=_mean(means) if len(means) == len(groups) else None,
-        intervals=row_intervals(suite, cells, level),
+        apart=apart,
+        means=tuple(means),
+        present=tasks or mean_and_intervals(suite, cells, present, level),
+        new_tasks=over_new_tasks(suite, cells, level) if tasks else None,
         overrides=_overrides(suite, cells, protocol),
-        shipped=bool(recipe(method)),
+        shipped=bool(recipe(key[0])),
     )
 
 
@@ -279,37 +224,6 @@ def _overrides(
     return {text: tuple(found[text]) for text in sorted(found)}
 
 
-def _cell(runs: list[Record]) -> Cell:
-    runs = sorted(runs, key=lambda run: run.seed)
-    scores = [run.metrics.top1 for run in runs if run.metrics is not None]
-    mean = _mean(scores)
-    # One seed has no spread: a 0 would claim that it has none
-    std = math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / (len(scores) - 1)) if len(scores) > 1 else None
-    adapter = [run.parameters.adapter for run in runs]
-    return Cell(
-        task=runs[0].task,
-        task_version=runs[0].task_version,
-        variant=runs[0].data_variant,
-        data_digest=runs[0].data_digest,
-        config_digest=runs[0].config_digest,
-        mean=mean,
-        std=std,
-        seeds=tuple(run.seed for run in runs),
-        different=any(run.data_status == "different" for run in runs),
-        adapter=(min(adapter), max(adapter)),
-        records=tuple(runs),
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)  # fsum: the order of the records must not reach the last digit
-
-
-def _mean_if_complete(cells: Sequence[Cell | None]) -> float | None:
-    present = [cell.mean for cell in cells if cell is not None]
-    return _mean(present) if len(present) == len(cells) else None
-
-
 def _in_order(rows: list[Row], ranked: bool) -> list[Row]:
     """Rank the complete rows on real data (1, 2, 2, 4: equal means share a rank); behind them the others, by name.
 
@@ -318,7 +232,11 @@ def _in_order(rows: list[Row], ranked: bool) -> list[Row]:
     by_name = sorted(rows, key=lambda row: (row.label, row.setting_digest))
     if not ranked:
         return by_name
-    data = {row.label: _data_of(row) for row in by_name if row.task_mean is not None and not row.synthetic}
+    data = {
+        row.label: tuple(sorted((task, *cell.data[:2]) for task, cell in row.cells.items()))
+        for row in by_name
+        if row.task_mean is not None and not row.synthetic
+    }
     counts = Counter(data.values()).most_common(2)
     common = counts[0][0] if counts and (len(counts) == 1 or counts[0][1] > counts[1][1]) else None
     means = [
@@ -331,20 +249,6 @@ def _in_order(rows: list[Row], ranked: bool) -> list[Row]:
         for row, mean in zip(by_name, means, strict=True)
     ]
     return sorted(placed, key=lambda row: len(rows) + 1 if row.rank is None else row.rank)
-
-
-def _data_of(row: Row) -> tuple[tuple[str, str, str | None], ...]:
-    """Which data each cell of a row is on."""
-    return tuple(sorted((task, cell.variant, cell.data_digest) for task, cell in row.cells.items()))
-
-
-def _compared(suite: SuiteCard, section: Section, control: str | None, level: float) -> Section:
-    """Add to a section what needs more than one row."""
-    return replace(
-        section,
-        comparison=compare_rows(suite, section, control, level),
-        ranks=rank_rows(suite, section, level),
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- files

@@ -16,7 +16,6 @@ from svp_bench.stats.estimates import FEWEST_SOURCES, Estimate, Marks, Ranks
 from svp_bench.stats.inference import (
     accuracy_over_images,
     difference_over_images,
-    group_weights,
     mean_of,
     mean_over_new_tasks,
     over_images,
@@ -24,7 +23,7 @@ from svp_bench.stats.inference import (
     within,
 )
 from svp_bench.stats.significance import best_and_second, cell_verdict, holm, rank_cliques, smallest_p
-from svp_bench.tables.model import Cell, Comparison, Contrast, Intervals, Row, Section, Table
+from svp_bench.tables.model import Cell, Comparison, Contrast, Mean, Row, Section, Table, columns_of
 from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
@@ -38,12 +37,12 @@ __all__ = [
     "compare_rows",
     "contrast",
     "find_row",
-    "full_groups",
     "images_of_cell",
     "images_of_pair",
+    "mean_and_intervals",
+    "over_new_tasks",
     "pick_control",
     "rank_rows",
-    "row_intervals",
     "rows_named",
     "seeds_of_cell",
     "shared_bits",
@@ -52,7 +51,7 @@ __all__ = [
 ]
 
 DEFAULT_CONTROL = "linear"
-"""The method that others are compared with if none is named: what no adaptation at all would give."""
+"""The method that others are compared with if none is named: the result without any adaptation."""
 
 
 def sources_of(suite: SuiteCard, tasks: Sequence[str] | None = None) -> list[list[str]]:
@@ -68,11 +67,6 @@ def sources_of(suite: SuiteCard, tasks: Sequence[str] | None = None) -> list[lis
     return list(sources.values())
 
 
-def full_groups(suite: SuiteCard) -> dict[str, tuple[str, ...]]:
-    """Return group → full names of its tasks."""
-    return {group: tuple(suite.full(task) for task in tasks) for group, tasks in suite.groups.items()}
-
-
 def seeds_of_cell(cell: Cell, level: float) -> Estimate:
     """Return the accuracy of a cell with its t interval over new seeds, within 0 and 100."""
     return within(mean_of({cell.task: list(cell.scores.values())}, level=level), 0, 100)
@@ -83,47 +77,32 @@ def images_of_cell(cell: Cell, level: float) -> Estimate:
     return accuracy_over_images(min(max(cell.mean, 0.0), 100.0), cell.images, level)
 
 
-def row_intervals(suite: SuiteCard, cells: Mapping[str, Cell], level: float) -> Intervals:
-    """Return the intervals of a row's means, each within 0 and 100; None for each mean over a missing result."""
-    scores = {task: list(cell.scores.values()) for task, cell in cells.items()}
-    images = {task: images_of_cell(cell, level) for task, cell in cells.items()}
-    groups = full_groups(suite)
-    whole = all(task in scores for task in suite.tasks)
-    ordered = {task: scores[task] for task in suite.tasks} if whole else {}
-    sources, weights = sources_of(suite), group_weights(groups)
-    present = [task for task in suite.tasks if task in scores]
-
-    def over(tasks: Sequence[str], by_task: Mapping[str, float] | None = None) -> Estimate:
-        return over_images({task: images[task] for task in tasks}, sources, by_task)
-
-    complete = {group: tasks for group, tasks in groups.items() if set(tasks) <= set(scores)}
-    found = Intervals(
-        groups={
-            group: mean_of({task: scores[task] for task in tasks}, level=level) if group in complete else None
-            for group, tasks in groups.items()
-        },
-        task_mean=mean_of(ordered, level=level) if whole else None,
-        group_mean=mean_of(ordered, weights=weights, level=level) if whole else None,
-        new_tasks=mean_over_new_tasks(ordered, sources, level=level) if whole else None,
-        present=within(mean_of({task: scores[task] for task in present}, level=level), 0, 100),
-        images=over(present),
-        group_images={group: over(tasks) if group in complete else None for group, tasks in groups.items()},
-        group_mean_images=over(suite.tasks, weights) if whole else None,
-    )
-    return replace(
-        found,
-        groups={group: _possible(estimate) for group, estimate in found.groups.items()},
-        task_mean=_possible(found.task_mean),
-        group_mean=_possible(found.group_mean),
-        new_tasks=_possible(found.new_tasks),
+def mean_and_intervals(suite: SuiteCard, cells: Mapping[str, Cell], weights: Mapping[str, float], level: float) -> Mean:
+    """Return the weighted mean over the tasks of `weights`, with its intervals."""
+    images = {task: images_of_cell(cells[task], level) for task in weights}
+    return Mean(
+        math.fsum(weight * cells[task].mean for task, weight in weights.items()) / math.fsum(weights.values()),
+        within(mean_of({task: list(cells[task].scores.values()) for task in weights}, weights, level), 0, 100),
+        over_images(images, sources_of(suite), weights),
+        any(cells[task].synthetic for task in weights),
     )
 
 
-def _possible(estimate: Estimate | None) -> Estimate | None:
-    return None if estimate is None else within(estimate, 0, 100)
+def over_new_tasks(suite: SuiteCard, cells: Mapping[str, Cell], level: float) -> Estimate:
+    """Return the mean over all tasks with its interval over new tasks."""
+    scores = {task: list(cells[task].scores.values()) for task in suite.tasks}
+    return within(mean_over_new_tasks(scores, sources_of(suite), level=level), 0, 100)
 
 
 # ------------------------------------------------------------------------------------------------------------ control
+
+
+def check_row(tables: Iterable[Table], name: str | None, flag: str) -> None:
+    """Raise UsageError if a row was named that no table has; tables without rows have nothing to compare with."""
+    rows = [row for table in tables for section in table.sections for row in section.rows]
+    names = {known for row in rows for known in (row.method, row.label)}
+    if name is not None and names and name not in names:
+        raise unknown_name("method or row", name, names, where=flag)
 
 
 def rows_named(rows: Sequence[Row], name: str) -> list[Row]:
@@ -144,14 +123,6 @@ def find_row(rows: Sequence[Row], name: str) -> Row | None:
     return found[0] if found else None
 
 
-def check_row(tables: Iterable[Table], name: str | None, flag: str) -> None:
-    """Raise UsageError if a row was named that no table has; tables without rows have nothing to compare with."""
-    rows = [row for table in tables for section in table.sections for row in section.rows]
-    names = {known for row in rows for known in (row.method, row.label)}
-    if name is not None and names and name not in names:
-        raise unknown_name("method or row", name, names, where=flag)
-
-
 def pick_control(rows: Sequence[Row], name: str | None) -> tuple[Row | None, str | None]:
     """Choose the row that the others of a section are compared with.
 
@@ -164,18 +135,14 @@ def pick_control(rows: Sequence[Row], name: str | None) -> tuple[Row | None, str
     """
     wanted = DEFAULT_CONTROL if name is None else name
     found = rows_named(rows, wanted)
-    labels = "; ".join(row.label for row in rows)
-    if not found:
-        return None, f"no row {wanted} here to compare with; name a control: --control ROW, one of: {labels}"
-    if len(found) > 1:
-        labels = "; ".join(row.label for row in found)
-        return (
-            None,
-            f"{wanted} has {plural(len(found), 'row')} here; name one as the control: --control ROW, one of: {labels}",
-        )
-    if found[0].synthetic:
-        return None, f"{wanted} has synthetic data, and is not compared"
-    return found[0], None
+    if len(found) == 1:
+        return (None, f"{wanted} has synthetic data, and is not compared") if found[0].synthetic else (found[0], None)
+    labels = "; ".join(row.label for row in found or rows)
+    if found:
+        why = f"{wanted} has {plural(len(found), 'row')} here; name one as the control"
+    else:
+        why = f"no row {wanted} here to compare with; name a control"
+    return None, f"{why}: --control ROW, one of: {labels}"
 
 
 def shared_tasks(suite: SuiteCard, row: Row, other: Row) -> list[str]:
@@ -185,17 +152,9 @@ def shared_tasks(suite: SuiteCard, row: Row, other: Row) -> list[str]:
         for task in suite.tasks
         if task in row.cells
         and task in other.cells
-        and _same_images(row.cells[task], other.cells[task])
+        and row.cells[task].data == other.cells[task].data
         and set(row.cells[task].seeds) & set(other.cells[task].seeds)
     ]
-
-
-def _same_images(cell: Cell, other: Cell) -> bool:
-    return (cell.variant, cell.data_digest, cell.task_version) == (
-        other.variant,
-        other.data_digest,
-        other.task_version,
-    )
 
 
 def shared_bits(ours: Cell, theirs: Cell) -> dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
@@ -253,7 +212,7 @@ def contrast(suite: SuiteCard, row: Row, control: Row, level: float, tests: int 
     )
 
 
-def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: float) -> Comparison | None:
+def compare_rows(section: Section, name: str | None) -> Comparison | None:
     """Compare the rows of a section with its control; None for random weights or fewer than two complete rows.
 
     Holm's family is the rows that are compared on all tasks of the suite. A mean over fewer tasks is another quantity:
@@ -264,24 +223,19 @@ def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: fl
     control, missing = pick_control(section.rows, name)
     if control is None:
         return Comparison(None, missing, (), {})
+    suite, level = section.suite, section.level
     contrasts: list[Contrast] = []
-    incomparable: dict[str, str] = {}
     others = [row for row in section.rows if row is not control and not row.synthetic]
-    family = sum(len(shared_tasks(suite, row, control)) == len(suite.tasks) for row in others)
-    for row in section.rows:
-        if row is control:
-            continue
-        if row.synthetic:
-            incomparable[row.label] = "has synthetic data"
-            continue
-        whole = len(shared_tasks(suite, row, control)) == len(suite.tasks)
-        found = contrast(suite, row, control, level, family if whole else 1)
+    shared = {row.label: len(shared_tasks(suite, row, control)) for row in others}
+    family = sum(count == len(suite.tasks) for count in shared.values())
+    incomparable = {row.label: "has synthetic data" for row in section.rows if row.synthetic}
+    for row in others:
+        found = contrast(suite, row, control, level, family if shared[row.label] == len(suite.tasks) else 1)
         if found is None:
             incomparable[row.label] = "shares no task with it on the same images and with a seed in common"
         else:
             contrasts.append(found)
-    whole_p = {c.row: c.p for c in contrasts if len(c.tasks) == len(suite.tasks)}
-    adjusted = holm({label: p for label, p in whole_p.items() if p is not None})
+    adjusted = holm({c.row: c.p for c in contrasts if c.p is not None and len(c.tasks) == len(suite.tasks)})
     return Comparison(
         control=control.label,
         missing=None,
@@ -290,55 +244,45 @@ def compare_rows(suite: SuiteCard, section: Section, name: str | None, level: fl
     )
 
 
-def rank_rows(suite: SuiteCard, section: Section, level: float) -> Ranks | None:
+def rank_rows(section: Section) -> Ranks | None:
     """Return the mean ranks of the ranked rows by label, and which are not separated.
 
     None for fewer than two rows, or fewer sources of tasks than `FEWEST_SOURCES`.
     """
     ranked = [row for row in section.rows if row.rank is not None]
-    sources = sources_of(suite)
+    suite, sources = section.suite, sources_of(section.suite)
     if len(ranked) < 2 or len(sources) < FEWEST_SOURCES:
         return None
     scores = {row.label: {task: row.cells[task].mean for task in suite.tasks} for row in ranked}
-    return rank_cliques(scores, sources, level=level)
+    return rank_cliques(scores, sources, level=section.level)
 
 
 # -------------------------------------------------------------------------------------------------------------- marks
 
 
-def column_marks(suite: SuiteCard, section: Section, level: float) -> list[Marks | None]:
-    """Return who may be printed as best and second in each column: tasks, groups, mean of tasks, mean of groups.
+def column_marks(section: Section) -> list[Marks | None]:
+    """Return who may be printed as best and second in each column.
 
     The test and the number of seeds are those of the marks against the control (`stats.cell_verdict`), so that no two
     renderings disagree. A mean is tested by its values seed by seed, for which all of its tasks need the same seeds.
     None where rows do not compare: random weights, synthetic data, lists of images that differ between the rows.
     """
-    groups = full_groups(suite)
-    weighings = [*({task: 1.0} for task in suite.tasks), *(dict.fromkeys(tasks, 1.0) for tasks in groups.values())]
-    weighings += [dict.fromkeys(suite.tasks, 1.0), group_weights(groups)]
-    return [None if section.random else _marks(section, weights, level) for weights in weighings]
+    return [None if section.random else _marks(section, column.weights) for column in columns_of(section.suite)]
 
 
-def _marks(section: Section, weights: Mapping[str, float], level: float) -> Marks | None:
+def _marks(section: Section, weights: Mapping[str, float]) -> Marks | None:
     rows = [row for row in section.rows if set(weights) <= set(row.cells)]
-    images = {
-        task: {(row.cells[task].variant, row.cells[task].data_digest, row.cells[task].task_version) for row in rows}
-        for task in weights
-    }
     synthetic = any(row.cells[task].synthetic for row in rows for task in weights)
-    if not rows or synthetic or any(len(kinds) > 1 for kinds in images.values()):
+    if not rows or synthetic or any(len({row.cells[task].data for row in rows}) > 1 for task in weights):
         return None
-    return best_and_second({row.label: _by_seed(row, weights) for row in rows}, level=level)
+    return best_and_second({row.label: _by_seed(row, weights) for row in rows}, level=section.level)
 
 
 def _by_seed(row: Row, weights: Mapping[str, float]) -> dict[int, float]:
     """Seed → weighted mean over tasks. One value, without a spread, if the seeds differ by task."""
-    scores = {task: row.cells[task].scores for task in weights}
-    total = math.fsum(weights.values())
-    seeds = {tuple(by_seed) for by_seed in scores.values()}
-    if len(seeds) > 1:
-        means = {task: row.cells[task].mean for task in weights}
-        return {0: math.fsum(weights[task] * means[task] for task in weights) / total}
+    cells, total = [row.cells[task] for task in weights], math.fsum(weights.values())
+    if len({cell.seeds for cell in cells}) > 1:
+        return {0: math.fsum(weights[cell.task] * cell.mean for cell in cells) / total}
     return {
-        seed: math.fsum(weights[task] * scores[task][seed] for task in weights) / total for seed in next(iter(seeds))
+        seed: math.fsum(weights[cell.task] * cell.scores[seed] for cell in cells) / total for seed in cells[0].seeds
     }

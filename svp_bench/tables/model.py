@@ -1,20 +1,19 @@
-"""What a table is made of: cells, rows, sections. `tables.build_table` makes them, all renderings read them.
-
-Every number leads back to its records: a cell holds the records of its seeds.
-"""
+"""Cells, rows and sections of a table. `tables.build` derives them from records; all renderers read them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 from svp_bench.core.errors import plural
-from svp_bench.records.published import PublishedRow
+from svp_bench.records.published import PublishedRow, mean_names
 from svp_bench.records.record import Record
 from svp_bench.records.store import Problem
-from svp_bench.tasks.cards import SuiteCard
+from svp_bench.stats.inference import group_weights
+from svp_bench.tasks.cards import ProtocolCard, SuiteCard
 
 if TYPE_CHECKING:
     from svp_bench.stats.estimates import Estimate, Ranks
@@ -24,14 +23,17 @@ __all__ = [
     "PROVENANCE",
     "SYNTHETIC",
     "Cell",
+    "Column",
     "Comparison",
     "Contrast",
-    "Intervals",
     "LeftOut",
+    "Mean",
     "Row",
     "Section",
     "Table",
     "Track",
+    "Whisker",
+    "columns_of",
     "track_of",
 ]
 
@@ -69,11 +71,11 @@ class Track:
 
     @property
     def words(self) -> str:
-        """What the track is, in a phrase."""
+        """The track in a phrase."""
         if self.kind == "searched":
+            settings = plural(self.budget, "setting")
             return (
-                f"searched: {self.name}, K = {plural(self.budget, 'setting')} per method and task "
-                f"({self.sampler}), chosen on "
+                f"searched: {self.name}, K = {settings} per method and task ({self.sampler}), chosen on "
                 f"{self.selected_on}"
             )
         # A record cannot prove when or why a value was fixed, so no track claims it; `Row.overrides` shows what it can
@@ -88,6 +90,25 @@ def track_of(record: Record) -> Track:
     return Track("searched", search.name, search.budget, search.sampler, search.selected_on, search.declaration)
 
 
+class Column(NamedTuple):
+    """A column of scores: its name, and the weights of the tasks whose scores are in it."""
+
+    name: str
+    weights: Mapping[str, float]
+
+
+def columns_of(suite: SuiteCard) -> list[Column]:
+    """Return the columns: tasks in suite order, groups, the mean of all tasks, the mean of the groups."""
+    groups = {group: tuple(map(suite.full, tasks)) for group, tasks in suite.groups.items()}
+    tasks, of_groups = mean_names(suite)
+    return [
+        *(Column(task.partition("/")[2], {task: 1.0}) for task in suite.tasks),
+        *(Column(group, dict.fromkeys(members, 1.0)) for group, members in groups.items()),
+        Column(tasks, dict.fromkeys(suite.tasks, 1.0)),
+        Column(of_groups, group_weights(groups)),
+    ]
+
+
 PROVENANCE: Mapping[str, Callable[[Record], Hashable]] = {
     "commit": lambda run: (run.package_version, run.commit, run.dirty),
     "libraries": lambda run: tuple(sorted(run.libraries.items())),
@@ -95,39 +116,56 @@ PROVENANCE: Mapping[str, Callable[[Record], Hashable]] = {
     "scan backend": lambda run: run.scan_backend,
     "precision": lambda run: run.precision,
 }
-"""What a run was made with, outside of its config: numbers of one cell may differ by it as well as by their seeds. A
-commit with uncommitted changes, and a release of the package without a commit, count as code of their own."""
+"""Facts of a run outside of its config: numbers of one cell may differ by them as well as by their seeds. A commit with
+uncommitted changes, and a release of the package without a commit, count as code of their own."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One task of a row, on the same data and with the same config: the mean of its seeds.
+    """One task of a row, on the same data and with the same config: its records, one a seed, in the order of seeds."""
 
-    Attributes:
-        task: Full name.
-        task_version: Version of its card.
-        variant: Data variant: "card", a variant's name, or "synthetic".
-        data_digest: Of the lists that the runs read.
-        config_digest: Of the runs' config.
-        mean: Mean accuracy in percent.
-        std: Sample standard deviation over the seeds (n - 1), None for one seed.
-        seeds: Sorted.
-        different: Did the data of any of the runs differ from the card?
-        adapter: Trainable parameters outside the head: the smallest and the largest count of the runs.
-        records: Of its runs, in the order of `seeds`; one a seed.
-    """
-
-    task: str
-    task_version: int
-    variant: str
-    data_digest: str | None
-    config_digest: str
-    mean: float
-    std: float | None
-    seeds: tuple[int, ...]
-    different: bool
-    adapter: tuple[int, int]
     records: tuple[Record, ...]
+
+    @property
+    def task(self) -> str:
+        """Full name."""
+        return self.records[0].task
+
+    @property
+    def variant(self) -> str:
+        """Data variant: "card", the name of a variant, or "synthetic"."""
+        return self.records[0].data_variant
+
+    @property
+    def data(self) -> tuple[str, str | None, int]:
+        """Variant and digest of the data, and version of the task card: cells with the same compare."""
+        return self.variant, self.records[0].data_digest, self.records[0].task_version
+
+    @cached_property
+    def scores(self) -> dict[int, float]:
+        """Seed → top-1 accuracy in percent."""
+        return {run.seed: run.metrics.top1 for run in self.records if run.metrics is not None}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Its seeds, sorted."""
+        return tuple(self.scores)
+
+    @cached_property
+    def mean(self) -> float:
+        """Mean accuracy in percent."""
+        return math.fsum(self.scores.values()) / len(self.scores)  # fsum: the order must not reach the last digit
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the seeds (n - 1), None for one seed, whose spread is unknown."""
+        squares = math.fsum((x - self.mean) ** 2 for x in self.scores.values())
+        return math.sqrt(squares / (len(self.scores) - 1)) if len(self.scores) > 1 else None
+
+    @property
+    def different(self) -> bool:
+        """Whether the data of any of the runs differed from the card."""
+        return any(run.data_status == "different" for run in self.records)
 
     @property
     def synthetic(self) -> bool:
@@ -136,18 +174,8 @@ class Cell:
 
     @property
     def mixed(self) -> tuple[str, ...]:
-        """What is not the same for all of its seeds: "commit", "libraries", "device" ...; see `PROVENANCE`."""
+        """The names in `PROVENANCE` that differ between its seeds."""
         return tuple(name for name, fact in PROVENANCE.items() if len({fact(run) for run in self.records}) > 1)
-
-    @property
-    def scores(self) -> dict[int, float]:
-        """Seed → top-1 accuracy in percent."""
-        return {run.seed: run.metrics.top1 for run in self.records if run.metrics is not None}
-
-    @property
-    def run_ids(self) -> dict[int, str]:
-        """Seed → run id."""
-        return {run.seed: run.run_id for run in self.records}
 
     @property
     def images(self) -> int:
@@ -160,38 +188,48 @@ class Cell:
         counted = [run.metrics.per_class.count for run in self.records if run.metrics and run.metrics.per_class]
         return 100 * max(counted[0]) / sum(counted[0]) if counted else None
 
+
+class Whisker(NamedTuple):
+    """The interval that is shown behind a mean, and whether it is over test images instead of seeds."""
+
+    value: float
+    low: float
+    high: float
+    images: bool
+
     @property
-    def paths(self) -> dict[int, str]:
-        """Seed → path of the record, relative to the results root, with forward slashes."""
-        return {run.seed: f"records/{run.task}/{run.run_id}.json" for run in self.records}
+    def half(self) -> float | None:
+        """Half the width; None where ± it would leave 0 to 100."""
+        half = (self.high - self.low) / 2
+        return half if self.value - half >= 0 and self.value + half <= 100 else None
 
 
 @dataclass(frozen=True)
-class Intervals:
-    """Intervals of a row's means, within 0 and 100; None where a result is missing.
+class Mean:
+    """A mean of a row, with intervals within 0 and 100.
 
-    An `Estimate` whose `low` is None has a value and no interval: the variance of some cell is unknown (one seed), or
-    the interval would hold every possible value.
+    An `Estimate` whose `low` is None has no interval: the variance of some cell is unknown (one seed), or the interval
+    would hold every possible value.
 
     Attributes:
-        groups: Group → its mean, over new seeds on these tasks.
-        task_mean: Mean over all tasks, over new seeds on these tasks.
-        group_mean: Mean over the group means, over new seeds on these tasks.
-        new_tasks: Mean over all tasks, over new tasks: the suite's independent sources of images are the sample.
-        present: Mean over the tasks that the row has, all or not, over new seeds.
-        images: The same mean, over new test images; for these runs, so that one seed is enough.
-        group_images: Group → its mean, over new test images.
-        group_mean_images: Mean over the group means, over new test images.
+        value: Of the cells' means.
+        seeds: Over new seeds on these tasks.
+        images: Over new test images; for these runs, so that one seed is enough.
+        synthetic: Is any cell of it on synthetic data?
     """
 
-    groups: Mapping[str, Estimate | None]
-    task_mean: Estimate | None
-    group_mean: Estimate | None
-    new_tasks: Estimate | None
-    present: Estimate
+    value: float
+    seeds: Estimate
     images: Estimate
-    group_images: Mapping[str, Estimate | None]
-    group_mean_images: Estimate | None
+    synthetic: bool
+
+    @property
+    def whisker(self) -> Whisker | None:
+        """The interval over new seeds, where the variance over seeds is known, else over new test images."""
+        for estimate, over_images in ((self.seeds, False), (self.images, True)):
+            if estimate.low is not None and estimate.high is not None:
+                return Whisker(estimate.value, estimate.low, estimate.high, over_images)
+        return None
 
 
 @dataclass(frozen=True)
@@ -200,15 +238,16 @@ class Row:
 
     Attributes:
         method: Registered name.
-        label: The name, with what tells its settings apart if there are several.
+        label: The name, with the values that tell its settings apart if there are several.
         setting_digest: `row_digest` of its records.
+        suite: The suite.
         cells: Task → the cell that is shown; a missing result has no entry.
         apart: Further cells, on other data (or another selected config) of tasks that have a cell; they are in the
             long CSV and in a line each below the table.
-        groups: Group → mean of its tasks, None if one of them is missing.
-        task_mean: Mean over all tasks, or None.
-        group_mean: Mean over the group means, or None.
-        intervals: Of these means.
+        means: Of the groups, of all tasks, and of the group means; None if a result is missing.
+        present: Over the tasks that it has.
+        new_tasks: Interval of the mean over all tasks for new tasks: the suite's independent sources of images are the
+            sample. None if a result is missing.
         rank: 1 is best; None for incomplete rows, for rows with a synthetic cell, and for random weights.
         overrides: "model.learning_rate 0.123, not 0.001" → the tasks whose runs override the shipped settings
             (protocol card, task, recipe); values that a search selected are not overrides.
@@ -218,20 +257,47 @@ class Row:
     method: str
     label: str
     setting_digest: str
+    suite: SuiteCard
     cells: Mapping[str, Cell]
     apart: tuple[Cell, ...]
-    groups: Mapping[str, float | None]
-    task_mean: float | None
-    group_mean: float | None
-    intervals: Intervals
+    means: tuple[Mean | None, ...]
+    present: Mean
+    new_tasks: Estimate | None
     rank: int | None = None
     overrides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shipped: bool = True
 
     @property
+    def task_mean(self) -> float | None:
+        """Mean over all tasks, or None."""
+        whole = self.means[-2]
+        return None if whole is None else whole.value
+
+    @property
+    def scores(self) -> list[float | None]:
+        """The scores, in the order of `columns_of`."""
+        tasks = [self.cells[task].mean if task in self.cells else None for task in self.suite.tasks]
+        return [*tasks, *(None if mean is None else mean.value for mean in self.means)]
+
+    @property
+    def shown_means(self) -> list[Mean | None]:
+        """As `means`, with `present` for the mean over all tasks."""
+        return [*self.means[:-2], self.present, self.means[-1]]
+
+    @property
+    def partial(self) -> str:
+        """ "3/8" for a row with 3 of 8 tasks, or nothing for a complete one."""
+        return "" if self.task_mean is not None else self.done
+
+    @property
+    def done(self) -> str:
+        """ "8/8": tasks that it has, of all."""
+        return f"{len(self.cells)}/{len(self.suite.tasks)}"
+
+    @property
     def synthetic(self) -> bool:
         """Whether any cell is on synthetic data."""
-        return any(cell.synthetic for cell in self.cells.values())
+        return self.present.synthetic
 
     @property
     def all_cells(self) -> tuple[Cell, ...]:
@@ -239,9 +305,9 @@ class Row:
         return (*self.cells.values(), *self.apart)
 
     @property
-    def present_mean(self) -> float:
-        """Mean over the tasks that it has; `task_mean`, if it has all."""
-        return math.fsum(cell.mean for cell in self.cells.values()) / len(self.cells)
+    def records(self) -> list[Record]:
+        """The records of the cells that are shown."""
+        return [run for cell in self.cells.values() for run in cell.records]
 
     @property
     def seeds(self) -> tuple[int, int]:
@@ -252,13 +318,13 @@ class Row:
     @property
     def adapter(self) -> tuple[int, int]:
         """Smallest and largest number of trainable parameters outside the head."""
-        counts = [count for cell in self.cells.values() for count in cell.adapter]
+        counts = [run.parameters.adapter for run in self.records]
         return min(counts), max(counts)
 
     @property
     def trials(self) -> tuple[int, int] | None:
         """Smallest and largest number of settings that were tried for a cell; None outside the searched tracks."""
-        counts = [run.search.trials for cell in self.cells.values() for run in cell.records if run.search is not None]
+        counts = [run.search.trials for run in self.records if run.search is not None]
         return (min(counts), max(counts)) if counts else None
 
 
@@ -320,57 +386,97 @@ class Section:
     """Rows that compare: of one protocol, backbone, checkpoint and track.
 
     Attributes:
-        protocol: Its name.
-        protocol_version: Its version.
-        selection: The protocol's rule, in words; None if the card is missing or of another version.
-        backbone: Model name.
-        checkpoint: Where the weights came from, e.g. "hub".
-        checkpoint_digest: None for random weights.
-        track: How the settings were selected.
-        precisions: Of its runs, sorted.
+        suite: The suite.
+        level: Of all intervals, e.g. 0.95.
+        card: The protocol's card; None if it is missing or of another version.
         rows: Ranked ones first.
-        records: Number of records in it.
-        dirty: How many of them were made with uncommitted changes.
+        data: Name of a custom data set: its folder, number of classes and the first digits of its digest; "" for the
+            tasks of a benchmark, whose cards describe the data.
         comparison: Against the control; None for fewer than two complete rows and for random weights.
         ranks: Mean ranks of the ranked rows, by label, and which of them are not separated; None for fewer than two
             rows, or fewer sources of tasks than `stats.FEWEST_SOURCES`.
-        data: Name of a custom data set: its folder, number of classes and the first digits of its digest; "" for the
-            tasks of a benchmark, whose cards say what the data are.
     """
 
-    protocol: str
-    protocol_version: int
-    selection: str | None
-    backbone: str
-    checkpoint: str
-    checkpoint_digest: str | None
-    track: Track
-    precisions: tuple[str, ...]
+    suite: SuiteCard
+    level: float
+    card: ProtocolCard | None
     rows: tuple[Row, ...]
-    records: int
-    dirty: int
+    data: str = ""
     comparison: Comparison | None = None
     ranks: Ranks | None = None
-    data: str = ""
+
+    @cached_property
+    def members(self) -> list[Record]:
+        """The records of its rows."""
+        return [run for row in self.rows for cell in row.all_cells for run in cell.records]
 
     @property
-    def majorities(self) -> dict[str, float]:
-        """Task → accuracy of always answering the most frequent class; tasks without, or with several, are left out."""
-        found: dict[str, set[float | None]] = {}
-        for row in self.rows:
-            for task, cell in row.cells.items():
-                found.setdefault(task, set()).add(cell.majority)
-        known = {task: next(iter(values - {None}), None) for task, values in found.items() if len(values - {None}) == 1}
-        return {task: value for task, value in known.items() if value is not None}
+    def protocol(self) -> str:
+        """Name of the protocol."""
+        return self.members[0].protocol
+
+    @property
+    def protocol_version(self) -> int:
+        """Version of the protocol."""
+        return self.members[0].protocol_version
+
+    @property
+    def selection(self) -> str | None:
+        """The protocol's selection rule, in words; None if its card is missing or of another version."""
+        return None if self.card is None else self.card.selection
+
+    @property
+    def backbone(self) -> str:
+        """Name of the model."""
+        return self.members[0].backbone
+
+    @property
+    def checkpoint(self) -> str:
+        """Where the weights came from, e.g. "hub"."""
+        return ", ".join(sorted({record.checkpoint for record in self.members}))
+
+    @property
+    def checkpoint_digest(self) -> str | None:
+        """Digest of the weights; None for random ones."""
+        return self.members[0].checkpoint_digest
 
     @property
     def random(self) -> bool:
         """Are the weights random?"""
         return self.checkpoint_digest is None
 
+    @property
+    def track(self) -> Track:
+        """How the settings were selected."""
+        selected_on = sorted({track_of(record).selected_on for record in self.members})
+        return replace(track_of(self.members[0]), selected_on=" or ".join(selected_on))
 
-@dataclass(frozen=True)
-class LeftOut:
+    @property
+    def precisions(self) -> list[str]:
+        """Precisions of its runs."""
+        return sorted({record.precision for record in self.members})
+
+    @property
+    def records(self) -> int:
+        """Number of records in it."""
+        return len(self.members)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells that are shown."""
+        return [cell for row in self.rows for cell in row.cells.values()]
+
+    @property
+    def majorities(self) -> dict[str, float]:
+        """Task → accuracy of always answering the most frequent class; tasks without, or with several, are left out."""
+        found: dict[str, set[float]] = {}
+        for cell in self.cells:
+            if cell.majority is not None:
+                found.setdefault(cell.task, set()).add(cell.majority)
+        return {task: values.pop() for task, values in found.items() if len(values) == 1}
+
+
+class LeftOut(NamedTuple):
     """A record that is not in the table.
 
     Attributes:

@@ -23,11 +23,11 @@ from svp_bench.tables.notes import (
     columns,
     heading,
     interval,
+    no_outcome,
     p_value,
     percent,
     short_name,
     signed,
-    smallest,
 )
 from svp_bench.tables.render_text import align, without_empty, wrap
 from svp_bench.tasks.cards import SuiteCard
@@ -225,8 +225,8 @@ def _notes(suite: SuiteCard, pair: Pair, level: float) -> list[str]:
             + (
                 f"sign flip over {plural(whole.sources, 'independent source')} of images: p {p_value(whole.p)}."
                 if whole.p is not None
-                else f"it cannot be tested with {plural(whole.sources, 'source')} of images: no outcome could be "
-                f"significant at {percent(1 - level)}{smallest(whole.least)}."
+                else f"it cannot be tested with {plural(whole.sources, 'source')} of images: "
+                f"{no_outcome(level, whole.least)}"
             )
         )
         if len(pair.tasks) < len(suite.tasks):

@@ -7,13 +7,11 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 
-from svp_bench.records.published import mean_names
 from svp_bench.records.store import csv_text
 from svp_bench.tables.comparison import images_of_cell
 from svp_bench.tables.model import CARD, Cell, Row, Section, Table
-from svp_bench.tables.notes import DIGITS, MAJORITY, QUOTED, columns, majority_scores, one_line, scores, short_name
+from svp_bench.tables.notes import DIGITS, MAJORITY, QUOTED, columns, majority_scores, one_line, short_name
 from svp_bench.tables.quoted import quoted_methods
-from svp_bench.tasks.cards import SuiteCard
 
 __all__ = [
     "DATA_COLUMNS",
@@ -28,14 +26,12 @@ __all__ = [
 
 SECTION_COLUMNS = ("protocol", "protocol_version", "backbone", "checkpoint", "checkpoint_digest", "weights", "track")
 DATA_COLUMNS = ("data_variant", "data_digest", "data_status")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def number(value: float | None) -> str:
     """Return a number with the decimals of CSV files, or nothing."""
     return "" if value is None else f"{value:.{DIGITS}f}"
-
-
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def csv_lines(rows: Iterable[Sequence[object]]) -> str:
@@ -53,111 +49,83 @@ def _field(value: object) -> object:
 
 def section_facts(section: Section) -> list[object]:
     """Return the values of `SECTION_COLUMNS`."""
-    return [
-        section.protocol,
-        section.protocol_version,
-        section.backbone,
-        section.checkpoint,
-        section.checkpoint_digest or "",
-        "random" if section.random else "pretrained",
-        section.track.title,
-    ]
+    kind = "random" if section.random else "pretrained"
+    digest = section.checkpoint_digest or ""
+    facts = [section.protocol, section.protocol_version, section.backbone, section.checkpoint, digest, kind]
+    return [*facts, section.track.title]
 
 
 def data_facts(cell: Cell) -> list[object]:
     """Return the values of `DATA_COLUMNS`."""
-    return [cell.variant, cell.data_digest or "", "different" if cell.different else "as_card"]
-
-
-def _interval_columns(suite: SuiteCard) -> list[str]:
-    """Names of the ends of all intervals: over new seeds for each mean, over new tasks for the mean over tasks."""
-    tasks, groups = mean_names(suite)
-    names = [f"{name}, new seeds" for name in (*suite.groups, tasks, groups)]
-    names += [f"{tasks}, new tasks", "mean of the tasks there are, test images"]
-    return [f"{name}, {end}" for name in names for end in ("low", "high")]
-
-
-def _interval_ends(row: Row, suite: SuiteCard) -> list[str]:
-    """The ends of all intervals, in the order of `_interval_columns`; empty where there is none."""
-    known = row.intervals
-    estimates = [*(known.groups[group] for group in suite.groups), known.task_mean, known.group_mean, known.new_tasks]
-    estimates.append(known.images)
-    return [
-        number(end)
-        for estimate in estimates
-        for end in ((None, None) if estimate is None else (estimate.low, estimate.high))
-    ]
+    return [cell.variant, cell.data[1] or "", "different" if cell.different else "as_card"]
 
 
 def wide_csv(table: Table) -> str:
-    """Return the CSV with a line a row, quoted rows last."""
-    suite, names, ends = table.suite, columns(table.suite), _interval_columns(table.suite)
-    facts = ["complete", "seeds_min", "seeds_max", "adapter_parameters_min", "adapter_parameters_max"]
-    marks = ["data_different", "other_variants"]
-    quoted = ["source", "citation"]
-    head = ["origin", *SECTION_COLUMNS, "rank", "row", "method", "setting_digest", *names, *facts, *marks, *quoted]
-    last = ["overrides", "mixed_cells", "mean of the tasks there are", "custom_data"]
-    lines: list[Sequence[object]] = [[*head, "interval_level", *ends, *last]]
+    """Return the CSV with a line a row, those of the majority class behind the rows, quoted rows last."""
+    suite, names = table.suite, columns(table.suite)
+    *groups, tasks, of_groups = names[len(suite.tasks) :]
+    intervals = [f"{name}, new seeds" for name in (*groups, tasks, of_groups)]
+    intervals += [f"{tasks}, new tasks", "mean of the tasks there are, test images"]
+    head = [
+        *("origin", *SECTION_COLUMNS, "rank", "row", "method", "setting_digest", *names, "complete", "seeds_min"),
+        *("seeds_max", "adapter_parameters_min", "adapter_parameters_max", "data_different", "other_variants"),
+        *("source", "citation", "interval_level", *(f"{name}, {end}" for name in intervals for end in ("low", "high"))),
+        *("overrides", "mixed_cells", "mean of the tasks there are", "custom_data"),
+    ]
+    lines: list[dict[str, object]] = []
     for section in table.sections:
+        facts = {**dict(zip(SECTION_COLUMNS, section_facts(section), strict=True)), "custom_data": section.data}
         for row in section.rows:
-            different = [short_name(task) for task in suite.tasks if task in row.cells and row.cells[task].different]
-            variants = [
-                f"{short_name(task)}={row.cells[task].variant}"
-                for task in suite.tasks
-                if task in row.cells and row.cells[task].variant != CARD
-            ]
-            lines.append(
-                [
-                    *("measured", *section_facts(section)),
-                    *("" if row.rank is None else row.rank, row.label, row.method, row.setting_digest),
-                    *(number(score) for score in scores(row, suite)),
-                    *(f"{len(row.cells)}/{len(suite.tasks)}", *row.seeds, *row.adapter),
-                    *(";".join(different), ";".join(variants), "", ""),
-                    *(f"{table.level:g}", *_interval_ends(row, suite)),
-                    *("; ".join(row.overrides), ";".join(short_name(t) for t, c in row.cells.items() if c.mixed)),
-                    *(number(row.present_mean), section.data),
-                ]
-            )
+            lines.append({"origin": "measured", **facts, **_row_facts(row), "interval_level": f"{table.level:g}"})
+            lines[-1] |= dict(zip(names, map(number, row.scores), strict=True))
+            seeds = [None if mean is None else mean.seeds for mean in row.means]
+            for name, estimate in zip(intervals, [*seeds, row.new_tasks, row.present.images], strict=True):
+                if estimate is not None:
+                    lines[-1] |= {f"{name}, low": number(estimate.low), f"{name}, high": number(estimate.high)}
         if section.majorities:
-            lines.append(
-                [
-                    *("baseline", *section_facts(section), "", MAJORITY, "", ""),
-                    *(number(score) for score in majority_scores(section, suite)),
-                    *(f"{len(section.majorities)}/{len(suite.tasks)}", "", "", "", "", "", "", "", ""),
-                    *("", *("" for _ in ends), "", "", "", section.data),
-                ]
-            )
+            done = f"{len(section.majorities)}/{len(suite.tasks)}"
+            lines.append({"origin": "baseline", **facts, "row": MAJORITY, "complete": done})
+            lines[-1] |= dict(zip(names, map(number, majority_scores(section)), strict=True))
     for quote, values, _ in quoted_methods(table):
-        lines.append(
-            [
-                *(QUOTED, "", "", quote.backbone, quote.pretrain, "", "as the source states", ""),
-                *("", quote.method, quote.method, ""),
-                *(values.get(name, "") for name in names),
-                *("", "", "", "", "", "", "", quote.source, quote.citation),
-                *("", *("" for _ in ends), "", "", "", ""),
-            ]
-        )
-    return csv_lines(lines)
+        lines.append({"origin": QUOTED, "backbone": quote.backbone, "checkpoint": quote.pretrain, "row": quote.method})
+        lines[-1] |= {"weights": "as the source states", "method": quote.method, "source": quote.source}
+        lines[-1] |= {**{name: value for name, value in values.items() if name in names}, "citation": quote.citation}
+    return csv_lines([head, *([line.get(name, "") for name in head] for line in lines)])
+
+
+def _row_facts(row: Row) -> dict[str, object]:
+    cells = [row.cells[task] for task in row.suite.tasks if task in row.cells]
+    return {
+        "rank": "" if row.rank is None else row.rank,
+        "row": row.label,
+        "method": row.method,
+        "setting_digest": row.setting_digest,
+        "complete": row.done,
+        **dict(zip(("seeds_min", "seeds_max"), row.seeds, strict=True)),
+        **dict(zip(("adapter_parameters_min", "adapter_parameters_max"), row.adapter, strict=True)),
+        "data_different": ";".join(short_name(cell.task) for cell in cells if cell.different),
+        "other_variants": ";".join(f"{short_name(cell.task)}={cell.variant}" for cell in cells if cell.variant != CARD),
+        "overrides": "; ".join(row.overrides),
+        "mixed_cells": ";".join(short_name(task) for task, cell in row.cells.items() if cell.mixed),
+        "mean of the tasks there are": number(row.present.value),
+    }
 
 
 def long_csv(table: Table) -> str:
     """Return the CSV with a line per cell, also for missing results."""
-    head = [*SECTION_COLUMNS, "row", "method", "setting_digest", "task", "task_version"]
-    head += DATA_COLUMNS
-    tail = ["images", "test images, low", "test images, high", "majority_class", "custom_data"]
-    lines: list[Sequence[object]] = [[*head, "mean", "std", "n", "seeds", "status", *tail]]
+    head = [*SECTION_COLUMNS, "row", "method", "setting_digest", "task", "task_version", *DATA_COLUMNS, "mean", "std"]
+    head += ["n", "seeds", "status", "images", "test images, low", "test images, high", "majority_class", "custom_data"]
+    lines: list[Sequence[object]] = [head]
     for section in table.sections:
         for row in section.rows:
             facts = [*section_facts(section), row.label, row.method, row.setting_digest]
             for task in table.suite.tasks:
                 if task not in row.cells:
                     lines.append([*facts, task, "", "", "", "", "", "", 0, "", "missing", "", "", "", "", section.data])
-                cells = [row.cells[task]] if task in row.cells else []
-                for cell in [*cells, *(cell for cell in row.apart if cell.task == task)]:
+                for cell in (cell for cell in row.all_cells if cell.task == task):
                     status = "complete" if cell is row.cells[task] else "not in the wide table"
-                    spread = [number(cell.mean), number(cell.std), len(cell.seeds)]
-                    seeds = " ".join(map(str, cell.seeds))
+                    spread = [number(cell.mean), number(cell.std), len(cell.seeds), " ".join(map(str, cell.seeds))]
                     over = images_of_cell(cell, table.level)
                     images = [cell.images, number(over.low), number(over.high), number(cell.majority), section.data]
-                    lines.append([*facts, task, cell.task_version, *data_facts(cell), *spread, seeds, status, *images])
+                    lines.append([*facts, task, cell.data[2], *data_facts(cell), *spread, status, *images])
     return csv_lines(lines)

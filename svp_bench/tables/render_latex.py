@@ -9,41 +9,30 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from svp_bench.stats.estimates import FEWEST_PAIRS as FEWEST
-from svp_bench.stats.estimates import Marks
+from svp_bench.stats.estimates import FEWEST_PAIRS, Marks
 from svp_bench.tables.comparison import column_marks
-from svp_bench.tables.model import Row, Section, Table
+from svp_bench.tables.model import Mean, Row, Section, Table
 from svp_bench.tables.notes import (
-    IMAGES,
     MAJORITY,
     MISSING,
     RANDOM_WEIGHTS,
-    SYNTHETIC_NOTE,
-    Whisker,
-    averaged_tasks,
     columns,
-    images_note,
+    common_notes,
+    decimals,
+    halves,
     interval,
-    majority_notes,
+    interval_notes,
     majority_scores,
     marks,
     named,
     one_line,
-    override_notes,
-    partial,
-    partial_notes,
     percent,
-    provenance_notes,
-    short_name,
     shown_columns,
-    shown_scores,
-    sizes,
+    size_span,
     span,
-    unknown_variance_notes,
     weights,
-    whiskers,
+    whisker_text,
 )
-from svp_bench.tasks.cards import SuiteCard
 
 __all__ = ["escape", "render_latex"]
 
@@ -93,86 +82,119 @@ def render_latex(table: Table) -> str:
 
 
 def _float(table: Table, section: Section, number: int) -> list[str]:
-    suite = table.suite
-    allowed = column_marks(suite, section, table.level)
-    tasks, means = _tasks(section, suite, allowed), _means(section, suite, allowed, table.level)
+    allowed = column_marks(section)
     return [
         r"\begin{table}[tbp]",
         r"\centering",
-        rf"\caption{{{_caption(table, section, allowed)}}}",
-        rf"\label{{tab:{suite.table}-{number}}}",
+        rf"\caption{{{_caption(section, allowed)}}}",
+        rf"\label{{tab:{table.suite.table}-{number}}}",
         r"\scriptsize",
         r"\setlength{\tabcolsep}{2pt}",
-        *tasks,
+        *_tasks(section, allowed),
         "",
         r"\medskip",
         "",
-        *means,
-        *_footnotes(section, suite),
+        *_means(section, allowed),
+        *(
+            line
+            for note in [*interval_notes(section), *common_notes(section)]
+            for line in ("", r"\smallskip", rf"\parbox{{0.95\linewidth}}{{{escape(note)}}}")
+        ),
         r"\end{table}",
     ]
 
 
-def _caption(table: Table, section: Section, allowed: Sequence[Marks | None]) -> str:
+def _caption(section: Section, allowed: Sequence[Marks | None]) -> str:
     seeds = [count for row in section.rows for count in row.seeds]
-    level = percent(table.level)
-    rule = section.selection or "Its card is not available in this version."
+    data = f", {section.data}" if section.data else ""
     parts = [
-        f"{table.suite.title}{f', {section.data}' if section.data else ''}: top-1 accuracy in percent.",
-        f"Protocol {section.protocol}, version {section.protocol_version}. {rule}",
+        f"{section.suite.title}{data}: top-1 accuracy in percent.",
+        f"Protocol {section.protocol}, version {section.protocol_version}. "
+        + (section.selection or "Its card is not available in this version."),
         f"Track {section.track.words}.",
         f"Backbone {section.backbone}, {weights(section)}.",
         f"{span(min(seeds), max(seeds))} seed{'' if max(seeds) == 1 else 's'} a task.",
     ]
     if section.random:
         parts.append(RANDOM_WEIGHTS)
-    shown = [whisker for row in section.rows for whisker in _whiskers(section, row, table.suite) if whisker is not None]
-    if any(not whisker.images for whisker in shown):
-        parts.append(f"± behind a mean: half its {level} interval for these tasks and new seeds (Welch–Satterthwaite).")
-    if any(whisker.images for whisker in shown):
-        parts.append(images_note(table.level))
     if any(_new_tasks(section, row) for row in section.rows):
-        parts.append(f"In brackets: {level} interval for new tasks.")
+        parts.append(f"In brackets: {percent(section.level)} interval for new tasks.")
     if any(found and found.best for found in allowed):
         parts.append(
-            f"Bold: better than every other row of the column by a sign flip over the shared seeds, from {FEWEST} on "
-            f"({level}, Holm within the column); underlined: better than every other but that."
+            "Bold: better than every other row of the column by a sign flip over the shared seeds, from "
+            f"{FEWEST_PAIRS} on ({percent(section.level)}, Holm within the column); underlined: better than every "
+            "other but that."
         )
-    elif not section.random and len(section.rows) > 1 and max(seeds) < FEWEST:
-        parts.append(f"Nothing is bold: differences between rows cannot be tested with fewer than {FEWEST} seeds.")
     elif not section.random and len(section.rows) > 1:
-        parts.append("No row differs from all others of a column by a sign flip over the seeds, so nothing is bold.")
+        parts.append(
+            f"Nothing is bold: differences between rows cannot be tested with fewer than {FEWEST_PAIRS} seeds."
+            if max(seeds) < FEWEST_PAIRS
+            else "No row differs from all others of a column by a sign flip over the seeds, so nothing is bold."
+        )
     return escape(" ".join(parts))
 
 
-def _tasks(section: Section, suite: SuiteCard, allowed: Sequence[Marks | None]) -> list[str]:
+def _tasks(section: Section, allowed: Sequence[Marks | None]) -> list[str]:
     """A tabular a group, with its tasks: more than one group side by side would be wider than a page."""
+    suite, chance = section.suite, majority_scores(section)
     lines: list[str] = []
     first = 0
     for group, names in suite.groups.items():
         indices = range(first, first + len(names))
         first += len(names)
-        lines += [
-            *(["", r"\smallskip", ""] if lines else []),
-            rf"\begin{{tabular}}{{l{'r' * len(names)}}}",
-            r"\toprule",
-        ]
+        head = [_line(["method", *(_stacked(re.split("[_-]", name)) for name in names)])]
         if len(suite.groups) > 1:
-            lines += [_line(["", rf"\multicolumn{{{len(names)}}}{{c}}{{{escape(group)}}}"])]
-            lines += [rf"\cmidrule(lr){{2-{len(names) + 1}}}"]
-        lines += [_line(["method", *(_stacked(re.split("[_-]", name)) for name in names)]), r"\midrule"]
+            above = _line(["", rf"\multicolumn{{{len(names)}}}{{c}}{{{escape(group)}}}"])
+            head = [above, rf"\cmidrule(lr){{2-{len(names) + 1}}}", *head]
+        rows = []
         for row in section.rows:
             cells = []
             for index in indices:
                 cell = row.cells.get(suite.tasks[index])
-                text = escape(MISSING) if cell is None else _emphasised(f"{cell.mean:.2f}", row, allowed[index])
+                text = escape(MISSING) if cell is None else _emphasised(cell.mean, row, allowed[index])
                 cells.append(text + ("" if cell is None else escape(marks(cell))))
-            lines.append(_line([escape(named(row)), *cells]))
-        chance = majority_scores(section, suite)
-        if any(chance[index] is not None for index in indices):
-            lines += [r"\midrule", _line([escape(MAJORITY), *(_plain(chance[index]) for index in indices)])]
-        lines += [r"\bottomrule", r"\end{tabular}"]
+            rows.append([escape(named(row)), *cells])
+        majority = [chance[index] for index in indices]
+        foot = [MAJORITY, *map(decimals, majority)] if any(score is not None for score in majority) else []
+        lines += [*(["", r"\smallskip", ""] if lines else []), *_tabular("l" + "r" * len(names), head, rows, foot)]
     return lines
+
+
+def _means(section: Section, allowed: Sequence[Marks | None]) -> list[str]:
+    """The tabular of the means, with their intervals."""
+    names, shown, first = columns(section.suite), shown_columns(section.suite, tasks=False), len(section.suite.tasks)
+    beyond = [_new_tasks(section, row) for row in section.rows]
+    head = ["rank", "method", *(names[index] for index in shown)]
+    head += [f"new tasks, {percent(section.level)}"] if any(beyond) else []
+    head += ["complete", "seeds", "trainable w/o head"]
+    rows = []
+    for row, new_tasks in zip(section.rows, beyond, strict=True):
+        means = [_mean(section, row, row.shown_means[index - first], allowed[index]) for index in shown]
+        facts = [*([new_tasks or MISSING] if any(beyond) else []), row.done, span(*row.seeds), size_span(*row.adapter)]
+        rank = MISSING if row.rank is None else str(row.rank)
+        rows.append([escape(rank), escape(named(row)), *means, *map(escape, facts)])
+    chance = [majority_scores(section)[index] for index in shown]
+    foot = [MISSING, MAJORITY, *map(decimals, chance), *[MISSING] * (len(head) - 2 - len(shown))]
+    stacked = [_line([_stacked([half for half in halves(name) if half]) for name in head])]
+    known = any(score is not None for score in chance)
+    return _tabular("rl" + "r" * (len(head) - 2), stacked, rows, foot if known else [])
+
+
+def _mean(section: Section, row: Row, mean: Mean | None, allowed: Marks | None) -> str:
+    if mean is None:
+        return escape(MISSING)
+    text, (behind, star) = _emphasised(mean.value, row, allowed), whisker_text(mean)
+    if behind and not section.random:
+        interval = behind.replace("±", r"\pm")
+        text += f"$_{{{interval}}}{f'^{{{star}}}' if star else ''}$"
+    partial = f" ({row.partial})" if row.partial and mean is row.present else ""
+    return f"{text}{partial}{escape('§') if mean.synthetic else ''}"
+
+
+def _tabular(alignment: str, head: Sequence[str], rows: Sequence[Sequence[str]], foot: Sequence[str]) -> list[str]:
+    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", *head, r"\midrule", *map(_line, rows)]
+    lines += [r"\midrule", _line([escape(text) for text in foot])] if foot else []
+    return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
 def _stacked(words: Sequence[str]) -> str:
@@ -181,94 +203,19 @@ def _stacked(words: Sequence[str]) -> str:
     return lines if len(words) == 1 else rf"\shortstack[r]{{{lines}}}"
 
 
-def _means(section: Section, suite: SuiteCard, allowed: Sequence[Marks | None], level: float) -> list[str]:
-    """The tabular of the means, with their intervals."""
-    names, shown = columns(suite), shown_columns(suite, tasks=False)
-    beyond = [f"new tasks, {percent(level)}"] if any(_new_tasks(section, row) for row in section.rows) else []
-    head = ["rank", "method", *(names[index] for index in shown), *beyond]
-    head += ["complete", "seeds", "trainable w/o head"]
-    lines = [rf"\begin{{tabular}}{{rl{'r' * (len(head) - 2)}}}", r"\toprule"]
-    lines += [_line([_stacked(_halves(name)) for name in head]), r"\midrule"]
-    for row in section.rows:
-        values, behind, averaged = shown_scores(row, suite), _whiskers(section, row, suite), averaged_tasks(suite)
-        synthetic = {task for task, cell in row.cells.items() if cell.synthetic}
-        cells = []
-        for index in shown:
-            value, whisker = values[index], behind[index]
-            text = escape(MISSING) if value is None else _emphasised(f"{value:.2f}", row, allowed[index])
-            star = f"^{{{IMAGES}}}" if whisker is not None and whisker.images else ""
-            if whisker is not None:
-                low, high = f"{whisker.low:.2f}", f"{whisker.high:.2f}"
-                text += (
-                    rf"$_{{[{low}, {high}]}}{star}$"
-                    if whisker.half is None
-                    else rf"$_{{\pm {whisker.half:.2f}}}{star}$"
-                )
-            if index == len(names) - 2 and partial(row, suite):
-                text += f" ({partial(row, suite)})"
-            cells.append(text + (escape("§") if value is not None and synthetic & averaged[index] else ""))
-        rank = escape(MISSING) if row.rank is None else str(row.rank)
-        done = f"{len(row.cells)}/{len(suite.tasks)}"
-        facts = [done, escape(span(*row.seeds)), escape(sizes(row))]
-        new_tasks = [_new_tasks(section, row) or escape(MISSING) for _ in beyond]
-        lines.append(_line([rank, escape(named(row)), *cells, *new_tasks, *facts]))
-    chance = majority_scores(section, suite)
-    if any(chance[index] is not None for index in shown):
-        rest = [escape(MISSING)] * (len(beyond) + 3)
-        cells = [_plain(chance[index]) for index in shown]
-        lines += [r"\midrule", _line([escape(MISSING), escape(MAJORITY), *cells, *rest])]
-    return [*lines, r"\bottomrule", r"\end{tabular}"]
-
-
-def _halves(text: str) -> list[str]:
-    """Split a header in the middle, between words."""
-    words = text.split()
-    half = len(words) // 2
-    return [" ".join(words[:half]), " ".join(words[half:])] if half else [text]
-
-
-def _plain(value: float | None) -> str:
-    return escape(MISSING) if value is None else f"{value:.2f}"
-
-
-def _whiskers(section: Section, row: Row, suite: SuiteCard) -> list[Whisker | None]:
-    """As `whiskers`; random weights are a smoke test, and their means stand without intervals."""
-    return [None for _ in columns(suite)] if section.random else whiskers(row, suite)
-
-
 def _new_tasks(section: Section, row: Row) -> str:
     """The interval over new tasks, or nothing."""
-    text = MISSING if section.random else interval(row.intervals.new_tasks)
+    text = MISSING if section.random else interval(row.new_tasks)
     return "" if text == MISSING else text
 
 
-def _emphasised(text: str, row: Row, allowed: Marks | None) -> str:
+def _emphasised(value: float, row: Row, allowed: Marks | None) -> str:
     if allowed is not None and row.label == allowed.best:
-        return rf"\textbf{{{text}}}"
+        return rf"\textbf{{{value:.2f}}}"
     if allowed is not None and row.label == allowed.second:
-        return rf"\underline{{{text}}}"
-    return text
+        return rf"\underline{{{value:.2f}}}"
+    return f"{value:.2f}"
 
 
 def _line(cells: Sequence[str]) -> str:
     return " & ".join(cells) + r" \\"
-
-
-def _footnotes(section: Section, suite: SuiteCard) -> list[str]:
-    """What the marks mean, where an interval is missing, and what the runs were made with."""
-    notes = []
-    cells = [cell for row in section.rows for cell in row.cells.values()]
-    shown = {mark for cell in cells for mark in marks(cell)}
-    if "†" in shown:
-        notes.append("† The files on disk differ from the task card in count or digest.")
-    if "‡" in shown:
-        variants = sorted({f"{short_name(cell.task)} ({cell.variant})" for cell in cells if "‡" in marks(cell)})
-        notes.append(f"‡ Another variant of the data than the card's own: {', '.join(variants)}.")
-    if "§" in shown:
-        notes.append(SYNTHETIC_NOTE)
-    notes += partial_notes(section, suite)
-    notes += majority_notes(section)
-    notes += unknown_variance_notes(section, suite)
-    notes += override_notes(section)
-    notes += provenance_notes(section)
-    return [line for note in notes for line in ("", r"\smallskip", rf"\parbox{{0.95\linewidth}}{{{escape(note)}}}")]

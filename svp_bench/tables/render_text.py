@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import zip_longest
+from typing import NamedTuple
 
 from svp_bench.core.errors import printable
 from svp_bench.tables.model import Row, Section, Table
@@ -15,46 +15,35 @@ from svp_bench.tables.notes import (
     MISSING,
     QUOTED,
     RANDOM_WEIGHTS,
-    SYNTHETIC_NOTE,
-    Whisker,
-    above,
-    averaged_tasks,
-    column_estimates,
     columns,
+    common_notes,
     comparison_notes,
     counts,
-    data_notes,
-    dirty_notes,
+    decimals,
+    halves,
     heading,
     interval,
     interval_notes,
     left_out_lines,
     left_out_reasons,
-    majority_notes,
     majority_scores,
     marks,
     named,
     new_tasks_note,
     one_line,
-    override_notes,
     p_value,
-    partial,
-    partial_notes,
     percent,
-    provenance_notes,
     ranks_notes,
-    section_notes,
-    selection_notes,
+    short_name,
     shown_columns,
-    shown_scores,
     signed,
-    sizes,
+    size_span,
     span,
     verdict_marks,
-    whiskers,
+    weights,
+    whisker_text,
 )
 from svp_bench.tables.quoted import citations, not_quoted, quoted_grid, quoted_terminal_grid
-from svp_bench.tasks.cards import SuiteCard
 
 __all__ = [
     "align",
@@ -69,13 +58,13 @@ __all__ = [
 
 _WIDTH = 100
 _NARROW = 20  # characters that a column of text keeps when the terminal is too narrow for all
+_EMPTY = "There are no complete records of this suite yet."
 
 
 # -------------------------------------------------------------------------------------------------------------- grids
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """What a grid shows: task columns, the deviation over seeds behind each task, ± behind all means or one."""
 
     tasks: bool
@@ -93,91 +82,66 @@ _TERMINAL = (
 )
 
 
-def _texts(
-    row: Row, suite: SuiteCard, layout: _Layout, behind: Sequence[Whisker | None], verdicts: Mapping[str, str]
-) -> list[str]:
-    """The scores of `row` as text with two decimals, what is behind ± in `layout`, and marks."""
-    synthetic = {task for task, cell in row.cells.items() if cell.synthetic}
-    first_mean = len(suite.tasks) + len(suite.groups)
+def _texts(section: Section, row: Row, layout: _Layout) -> list[str]:
+    """The scores of `row` in the order of `columns`, with ± as `layout` has it, and marks."""
+    verdicts = verdict_marks(section).get(row.label, {})
     texts = []
-    for index, (score, averaged) in enumerate(zip(shown_scores(row, suite), averaged_tasks(suite), strict=True)):
-        text = MISSING if score is None else f"{score:.2f}"
-        whisker = behind[index]
-        if index < len(suite.tasks):
-            cell = row.cells.get(suite.tasks[index])
-            if cell is not None:
-                text += f" ± {cell.std:.2f}" if layout.spread and cell.std is not None else ""
-                text += marks(cell) + verdicts.get(cell.task, "")
-        else:
-            if whisker is not None and (layout.all_means or index == first_mean):
-                text += f" {whisker.text}"
-            if index == first_mean and partial(row, suite):
-                text += f" ({partial(row, suite)})"
-            if score is not None and synthetic & averaged:
-                text += "§"
+    for task in section.suite.tasks:
+        cell = row.cells.get(task)
+        spread = f" ± {cell.std:.2f}" if layout.spread and cell is not None and cell.std is not None else ""
+        texts.append(MISSING if cell is None else f"{cell.mean:.2f}{spread}{marks(cell)}{verdicts.get(task, '')}")
+    for mean in row.shown_means:
+        text = decimals(None if mean is None else mean.value)
+        if mean is not None:
+            behind = "".join(whisker_text(mean)) if not section.random else ""
+            text += f" {behind}" if behind and (layout.all_means or mean is row.present) else ""
+            text += f" ({row.partial})" if mean is row.present and row.partial else ""
+            text += "§" if mean.synthetic else ""
         texts.append(text)
     return texts
 
 
-def _grid(section: Section, suite: SuiteCard, layout: _Layout, *, empty: bool = True) -> list[list[str]]:
+def _grid(section: Section, layout: _Layout, *, empty: bool = True) -> list[list[str]]:
     """Header and rows as text; without `empty`, columns in which no row has a number are left out."""
-    names, shown = columns(suite), shown_columns(suite, layout.tasks)
+    names, shown = columns(section.suite), shown_columns(section.suite, layout.tasks)
+    texts = [_texts(section, row, layout) for row in section.rows]
     if not empty:
-        known = [shown_scores(row, suite) for row in section.rows]
-        shown = [index for index in shown if any(values[index] is not None for values in known)]
-    head = ["rank", "method", *(names[index] for index in shown), "complete", "seeds", "trainable w/o head"]
-    grid = [head]
-    verdicts = verdict_marks(section)
-    for row in section.rows:
-        # random weights: means without intervals
-        behind = [None for _ in names] if section.random else whiskers(row, suite)
-        texts = _texts(row, suite, layout, behind, verdicts.get(row.label, {}))
+        shown = [index for index in shown if any(line[index] != MISSING for line in texts)]
+    grid = [["rank", "method", *(names[index] for index in shown), "complete", "seeds", "trainable w/o head"]]
+    for row, line in zip(section.rows, texts, strict=True):
         rank = MISSING if row.rank is None else str(row.rank)
-        done = f"{len(row.cells)}/{len(suite.tasks)}"
-        grid.append([rank, named(row), *(texts[index] for index in shown), done, span(*row.seeds), sizes(row)])
-    chance = majority_scores(section, suite)
+        facts = (row.done, span(*row.seeds), size_span(*row.adapter))
+        grid.append([rank, named(row), *(line[index] for index in shown), *facts])
+    chance = majority_scores(section)
     if any(chance[index] is not None for index in shown):
-        texts = [MISSING if score is None else f"{score:.2f}" for score in chance]
-        grid.append([MISSING, MAJORITY, *(texts[index] for index in shown), MISSING, MISSING, MISSING])
+        grid.append([MISSING, MAJORITY, *(decimals(chance[index]) for index in shown), MISSING, MISSING, MISSING])
     return grid
 
 
-def _intervals_grid(section: Section, suite: SuiteCard) -> list[list[str]]:
+def _intervals_grid(section: Section) -> list[list[str]]:
     """Header and rows of the means with their intervals written out; only rows that have one."""
-    names = columns(suite)
-    first = len(suite.tasks)
-    several = len(suite.groups) > 1
-    shown = [*range(first, len(names))] if several else [len(names) - 2]
+    names = columns(section.suite)[len(section.suite.tasks) :]
+    shown = [*range(len(names))] if len(section.suite.groups) > 1 else [len(names) - 2]
     head = ["method", *(f"{names[index]}, new seeds" for index in shown)]
     head += [f"{names[-2]}, {question}" for question in ("test images", "new tasks")]
     grid = [head]
     for row in section.rows:
-        estimates = column_estimates(row, suite)
-        whole = row.intervals.images if row.task_mean is not None else None
-        texts = [*(interval(estimates[index]) for index in shown), interval(whole), interval(row.intervals.new_tasks)]
+        seeds = [None if mean is None else mean.seeds for mean in row.means]
+        images = None if row.partial else row.present.images
+        texts = [*(interval(seeds[index]) for index in shown), interval(images), interval(row.new_tasks)]
         if any(text != MISSING for text in texts):
             grid.append([row.label, *texts])
-    return without_empty(grid, [index for index, name in enumerate(head) if name.endswith("new tasks")])
+    return without_empty(grid, [len(head) - 1])
 
 
-def _comparison_grid(section: Section, suite: SuiteCard) -> list[list[str]]:
+def _comparison_grid(section: Section) -> list[list[str]]:
     """Header and rows of the differences to the control."""
-    comparison = section.comparison
     grid = [["method", "difference", "new seeds", "test images", "new tasks", "p", "p (Holm)", "tasks", "shared seeds"]]
-    for found in comparison.contrasts if comparison else ():
-        grid.append(
-            [
-                found.row,
-                signed(found.these_tasks.value),
-                interval(found.these_tasks),
-                interval(found.images),
-                interval(found.new_tasks),
-                p_value(found.p),
-                p_value(found.holm),
-                f"{len(found.tasks)}/{len(suite.tasks)}",
-                span(*found.seeds),
-            ]
-        )
+    for found in section.comparison.contrasts if section.comparison else ():
+        intervals = map(interval, (found.these_tasks, found.images, found.new_tasks))
+        done = f"{len(found.tasks)}/{len(section.suite.tasks)}"
+        p = (p_value(found.p), p_value(found.holm))
+        grid.append([found.row, signed(found.these_tasks.value), *intervals, *p, done, span(*found.seeds)])
     return without_empty(grid, [4, 5, 6])
 
 
@@ -225,53 +189,66 @@ def render_markdown(table: Table) -> str:
     lines = [f"# {escape_markdown(suite.title)}", ""]
     lines.append(f"Suite {suite.name}, version {suite.version}. Derived from records; do not edit.")
     if not table.sections:
-        lines += ["", "There are no complete records of this suite yet."]
+        lines += ["", _EMPTY]
     for section in table.sections:
-        lines += ["", f"## {escape_markdown(heading(section))}", "", escape_markdown(above(section)), ""]
+        lines += [
+            "",
+            f"## {escape_markdown(heading(section))}",
+            "",
+            f"Track {escape_markdown(section.track.words)}.",
+            "",
+        ]
         if section.random:
             lines += [f"**{RANDOM_WEIGHTS}**", ""]
-        lines += [*markdown_grid(_grid(section, suite, _PAGE), left=2), ""]
-        lines += bullets(section_notes(section, suite, table.level))
-        lines += _markdown_statistics(section, suite, table.level)
+        rule = section.selection or "Its card is not available in this version, so its selection rule cannot be quoted."
+        notes = [
+            f"Protocol {section.protocol}, version {section.protocol_version}. {rule}",
+            f"Backbone {section.backbone}, {weights(section)}. Precision: {', '.join(section.precisions)}.",
+            f"Cards: {_versions(section)}.",
+            "Accuracy in percent. ± behind a task is the standard deviation over its seeds.",
+        ]
+        lines += [*markdown_grid(_grid(section, _PAGE), left=2), ""]
+        lines += bullets([*notes, *interval_notes(section), *common_notes(section)])
+        lines += _markdown_statistics(section)
     if table.published:
-        lines += ["", f"## Quoted: {QUOTED}", "", *_published_lines(table)]
+        grid = quoted_grid(table)
+        caution = (
+            "Copied as printed, from other code, protocols and selection rules; never ranked with the rows above. "
+            "Known errors are listed in `results/published/README.md`."
+        )
+        lines += ["", f"## Quoted: {QUOTED}", "", caution, "", *markdown_grid(grid, left=4), ""]
+        lines += bullets([*not_quoted(table, grid), *citations(table).values()])
     if counts(table):
-        lines += ["", "## Not in the table", "", counts(table), ""]
-        lines += bullets(left_out_lines(table))
+        lines += ["", "## Not in the table", "", counts(table), "", *bullets(left_out_lines(table))]
     return "\n".join(lines) + "\n"
 
 
-def _markdown_statistics(section: Section, suite: SuiteCard, level: float) -> list[str]:
+def _versions(section: Section) -> str:
+    tasks: dict[int, set[str]] = {}
+    for cell in section.cells:
+        tasks.setdefault(cell.data[2], set()).add(short_name(cell.task))
+    if len(tasks) == 1:
+        return f"all tasks of version {next(iter(tasks))}"
+    return "; ".join(f"version {version}: {', '.join(sorted(tasks[version]))}" for version in sorted(tasks))
+
+
+def _markdown_statistics(section: Section) -> list[str]:
     if section.random:
         return []
     lines: list[str] = []
-    intervals = _intervals_grid(section, suite)
+    intervals, comparison = _intervals_grid(section), section.comparison
     if len(intervals) > 1:
-        lines += ["", f"### Means with {percent(level)} intervals", "", *markdown_grid(intervals, left=1), ""]
-        lines += bullets(new_tasks_note(section, suite))
-    comparison = section.comparison
+        lines += ["", f"### Means with {percent(section.level)} intervals", "", *markdown_grid(intervals, left=1), ""]
+        lines += bullets(new_tasks_note(section))
     if comparison is not None:
         title = f"Differences to {comparison.control or 'a control'}"
         lines += ["", f"### {escape_markdown(title)}", ""]
         if comparison.contrasts:
-            lines += [*markdown_grid(_comparison_grid(section, suite), left=1), ""]
-        lines += bullets(comparison_notes(section, suite, level))
+            lines += [*markdown_grid(_comparison_grid(section), left=1), ""]
+        lines += bullets(comparison_notes(section))
     if section.ranks is not None:
-        lines += ["", "### Mean ranks (descriptive)", "", *bullets(ranks_notes(section, level))]
+        lines += ["", "### Mean ranks (descriptive)", "", *bullets(ranks_notes(section))]
     return lines
-
-
-def _published_lines(table: Table) -> list[str]:
-    grid = quoted_grid(table)
-    return [
-        "Copied as printed, from other code, protocols and selection rules; never ranked with the rows above. Known"
-        " errors are listed in `results/published/README.md`.",
-        "",
-        *markdown_grid(grid, left=4),
-        "",
-        *bullets(not_quoted(table, grid)),
-        *bullets(list(citations(table).values())),
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- terminal
@@ -286,36 +263,16 @@ def render_terminal(table: Table, *, all_columns: bool = False) -> str:
         table: The table.
         all_columns: Show tasks and groups for which no row has a number too.
     """
-    suite = table.suite
-    lines = [suite.title]
+    lines = [table.suite.title]
     if not table.sections:
-        lines += ["", "There are no complete records of this suite yet."]
+        lines += ["", _EMPTY]
     for section in table.sections:
-        lines += ["", heading(section)]
-        rendered = [(layout, align(_grid(section, suite, layout, empty=all_columns), 2)) for layout in _TERMINAL]
+        rendered = [(layout, align(_grid(section, layout, empty=all_columns), 2)) for layout in _TERMINAL]
         layout, fitting = next((one for one in rendered if max(map(len, one[1])) <= _WIDTH), rendered[-1])
-        lines += fitting
-        if section.random:
-            lines.append(RANDOM_WEIGHTS)
-        shown = {mark for row in section.rows for cell in row.cells.values() for mark in marks(cell)}
-        if "†" in shown:
-            lines.append("† The files on disk differ from the task card.")
-        if "‡" in shown:
-            lines.append("‡ Another variant of the data than the card's own.")
-        if "§" in shown:
-            lines.append(SYNTHETIC_NOTE)
-        notes = [
-            *interval_notes(section, suite, table.level),
-            *partial_notes(section, suite),
-            *majority_notes(section),
-            *selection_notes(section),
-            *override_notes(section),
-            *provenance_notes(section),
-            *data_notes(section, suite),
-            *dirty_notes(section),
-        ]
-        lines += wrap([above(section), *notes])
-        lines += _terminal_statistics(section, suite, table.level, layout.tasks)
+        lines += ["", heading(section), *fitting]
+        notes = [RANDOM_WEIGHTS] if section.random else []
+        notes += [f"Track {section.track.words}.", *interval_notes(section), *common_notes(section)]
+        lines += [*wrap(notes), *_terminal_statistics(section, layout.tasks)]
     if table.published:
         grid = quoted_terminal_grid(table)
         lines += ["", f"Quoted: {QUOTED}", *align(grid, 3), *not_quoted(table, grid)]
@@ -327,28 +284,27 @@ def render_terminal(table: Table, *, all_columns: bool = False) -> str:
     return "\n".join(map(printable, lines)) + "\n"
 
 
-def _terminal_statistics(section: Section, suite: SuiteCard, level: float, cells: bool) -> list[str]:
+def _terminal_statistics(section: Section, cells: bool) -> list[str]:
     if section.random:
         return []
     lines: list[str] = []
     known = [
-        [row.label, f"{row.task_mean:.2f}", interval(row.intervals.images), interval(row.intervals.new_tasks)]
+        [row.label, decimals(row.task_mean), interval(row.present.images), interval(row.new_tasks)]
         for row in section.rows
-        if row.task_mean is not None
+        if not row.partial
     ]
     if known:
-        names = columns(suite)
-        lines += ["", f"Means with {percent(level)} intervals"]
-        lines += align(without_empty([["method", names[-2], "test images", "new tasks"], *known], [3]), 1)
-        lines += wrap(new_tasks_note(section, suite))
+        lines += ["", f"Means with {percent(section.level)} intervals"]
+        head = ["method", columns(section.suite)[-2], "test images", "new tasks"]
+        lines += [*align(without_empty([head, *known], [3]), 1), *wrap(new_tasks_note(section))]
     comparison = section.comparison
     if comparison is not None:
         lines += ["", f"Differences to {comparison.control or 'a control'}"]
         if comparison.contrasts:
-            lines += align(_comparison_grid(section, suite), 1)
-        lines += wrap(comparison_notes(section, suite, level, cells))
+            lines += align(_comparison_grid(section), 1)
+        lines += wrap(comparison_notes(section, cells))
     if section.ranks is not None:
-        lines += ["", *wrap(ranks_notes(section, level))]
+        lines += ["", *wrap(ranks_notes(section))]
     return lines
 
 
@@ -360,7 +316,7 @@ def wrap(notes: Sequence[str]) -> list[str]:
 def align(grid: list[list[str]], left: int) -> list[str]:
     """Align the columns under a header of two lines; the first `left` columns are text, wrapped if it has to be."""
     grid = [list(map(printable, line)) for line in grid]
-    heads = [_two_lines(text) for text in grid[0]]
+    heads = [halves(text) for text in grid[0]]
     widths = [max(*map(len, head), *(len(line[index]) for line in grid[1:])) for index, head in enumerate(heads)]
     over = sum(widths) + 2 * (len(widths) - 1) - _WIDTH
     for index in sorted(range(left), key=lambda index: -widths[index]):
@@ -381,10 +337,3 @@ def align(grid: list[list[str]], left: int) -> list[str]:
 
     lines = [[head[0] for head in heads], [head[1] for head in heads], *grid[1:]]
     return [row for line in lines for row in draw(line)]
-
-
-def _two_lines(text: str) -> tuple[str, str]:
-    """Split a header in the middle: "mean of 19 tasks" into "mean of" and "19 tasks"; one word goes below."""
-    words = text.split()
-    half = len(words) // 2
-    return (" ".join(words[:half]), " ".join(words[half:]))

@@ -93,7 +93,7 @@ def write_tax(table: Table, runs: Mapping[str, Replication], results_root: Path 
                 grid.append([*texts, f"{signed(tax.value)} {interval(tax)}"])
                 numbers = [number(x) for x in (tax.value, tax.low, tax.high)]
                 lines.append([*where, *facts, tax.n, number(last), number(best), " ".join(picked), *numbers])
-        shown += ["", heading(section), *align(grid, 2), *wrap([_NOTE, *mark_notes(section, table.suite)])]
+        shown += ["", heading(section), *align(grid, 2), *wrap([_NOTE, *mark_notes(section)])]
     shown += [f"Left out: {line}" for line in left_out_lines(table)]
     path = tax_path(table.suite, results_root)
     write_atomically(path, csv_lines(lines))
