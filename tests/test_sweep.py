@@ -67,7 +67,7 @@ def test_the_shipped_search_is_one_that_every_method_can_use() -> None:
         job = Job("vtab/dtd", entry.name, 0, "select", common=("--results_root", "r", "--runs_root", "u"))
         keys = [dimension.key for dimension in search.space(entry.name)]
         recipe = dict(flat(runner.resolved(job).config))
-        settings_ = make_sampler(search, entry.name, {key: recipe[key] for key in keys}, "x").ask([])
+        settings_ = make_sampler(search, entry.name, {key: recipe[key] for key in keys}, "x")([])
         assert 1 < len(settings_) <= search.budget
         for values in settings_:  # every setting of the grid is one that the method takes
             config = runner.resolved(dataclasses.replace(job, values=values)).config
@@ -139,9 +139,9 @@ def test_the_digest_is_that_of_the_declaration_not_of_its_layout(tmp_path: Path)
 def test_a_grid_begins_with_the_recipes_own_setting(tmp_path: Path) -> None:
     search = load_search(str(declare(tmp_path)))
     sampler = make_sampler(search, "svp", {LR: 1e-2, WD: 0.1}, "")
-    assert sampler.ask([]) == [{LR: 1e-2, WD: 0.1}, {LR: 1e-3, WD: 0.1}]
+    assert sampler([]) == [{LR: 1e-2, WD: 0.1}, {LR: 1e-3, WD: 0.1}]
     outside = make_sampler(search, "svp", {LR: 5.0, WD: 0.1}, "")
-    assert [values[LR] for values in outside.ask([])] == [5.0, 1e-3, 1e-2]
+    assert [values[LR] for values in outside([])] == [5.0, 1e-3, 1e-2]
 
 
 def test_a_default_outside_of_a_full_grid_is_refused(tmp_path: Path) -> None:
@@ -162,10 +162,10 @@ def test_a_drawn_search_can_be_taken_up_anywhere(tmp_path: Path, sampler: str) -
     def whole(stop: int) -> list[dict[str, Any]]:
         told: list[tuple[Mapping[str, Any], float | None]] = []
         one = make_sampler(search, "svp", default, "task")
-        while settings_ := one.ask(told):
+        while settings_ := one(told):
             if len(told) >= stop:  # the process was killed: a new sampler knows only what was told
                 one = make_sampler(search, "svp", default, "task")
-                settings_ = one.ask(told)
+                settings_ = one(told)
             told += [(values, None if values[LR] > 5e-2 else -abs(values[LR] - 1e-2)) for values in settings_]
         return [dict(values) for values, _ in told]
 
@@ -174,7 +174,7 @@ def test_a_drawn_search_can_be_taken_up_anywhere(tmp_path: Path, sampler: str) -
     assert first[0] == default
     assert first == whole(3) == whole(1)
     assert len({values[LR] for values in first}) == search.budget
-    other = make_sampler(search, "svp", default, "another task").ask([(default, 1.0)])
+    other = make_sampler(search, "svp", default, "another task")([(default, 1.0)])
     assert other[0] != first[1]
 
 

@@ -56,7 +56,7 @@ class Done:
 Event = Progress | Done
 
 
-class Pool(ABC):
+class Pool(contextlib.AbstractContextManager["Pool"], ABC):
     """Runs jobs.
 
     Attributes:
@@ -82,9 +82,6 @@ class Pool(ABC):
     @abstractmethod
     def close(self) -> None:
         """End all workers, at once."""
-
-    def __enter__(self) -> Pool:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -127,9 +124,7 @@ class WorkerProcess:
                 start_new_session=True,
             )
         self._leaving = False
-        reader = threading.Thread(target=self._read, args=(hear,), daemon=True)
-        reader.start()
-        threading.Thread(target=self._watch, args=(hear, reader), daemon=True).start()
+        threading.Thread(target=self._read, args=(hear,), daemon=True).start()
 
     @property
     def alive(self) -> bool:
@@ -175,9 +170,7 @@ class WorkerProcess:
             self._leaving |= message["event"] == "done" and message["outcome"]["status"] == "stopped"
             hear(message)
 
-    def _watch(self, hear: Callable[[Mapping[str, Any]], None], reader: threading.Thread) -> None:
         code = self._process.wait()
-        reader.join(1.0)  # its last messages; its data workers may hold the pipe open for longer
         how = f"with status {code}"
         if code < 0:
             names = {one.value: one.name for one in signal.Signals}

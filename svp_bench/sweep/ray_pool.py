@@ -51,19 +51,18 @@ def share_out(
 ) -> Shares:
     """Divide the nodes of a cluster among workers.
 
-    By default there is a worker for each GPU (with `gpu_fraction`, several), or one for each node if there are none,
-    and each takes its part of the cores. `threads` alone, without GPUs, makes as many workers as the cores give.
-
     Args:
         nodes: Resources of each node, "CPU" and "GPU".
-        workers: Their number, or None. Those that do not fit wait for further nodes.
-        threads: CPU cores of each, or None.
-        gpu_fraction: Share of a GPU of each, or None.
+        workers: Their number; those that do not fit wait for further nodes. By default one for each GPU (several with
+            `gpu_fraction`); without GPUs one for each node, or as many as have `threads`.
+        threads: CPU cores of each; by default they are divided.
+        gpu_fraction: Share of a GPU of each.
 
     Raises:
         UsageError: If not a single worker fits.
     """
     sizes = [(node.get("CPU", 0.0), int(node.get("GPU", 0.0))) for node in nodes]
+    largest = max((cores for cores, _ in sizes), default=0.0)
     if any(cards for _, cards in sizes):
         gpus = round(gpu_fraction or 1.0, 4)  # Ray counts in ten-thousandths
         each = math.floor(1 / gpus + 1e-9)
@@ -74,23 +73,17 @@ def share_out(
     else:
         gpus = 0.0
         places = [(cores, int(cores)) for cores, _ in sizes if cores >= 1]
-        cpus = float(threads or _cores_of_each([cores for cores, _ in places], workers))
+        cpus = float(threads or min((cores // 1 for cores, _ in places), default=1))
+        if workers and not threads:  # the most cores with which so many fit
+            fits = (n for n in range(int(largest), 0, -1) if sum(cores // n for cores, _ in places) >= workers)
+            cpus = float(next(fits, 1))
     fitting = sum(min(place, math.floor(cores / cpus + 1e-9)) if cpus else place for cores, place in places)
     if fitting < 1:
-        most = max((cores for cores, _ in sizes), default=0.0)
         raise UsageError(
             f"no node of the Ray cluster has {cpus:g} CPU cores{' and a GPU' if gpus else ''} for a worker "
-            f"(the largest has {most:g} cores); use a smaller --threads"
+            f"(the largest has {largest:g} cores); use a smaller --threads"
         )
     return Shares(workers or fitting, cpus, gpus)
-
-
-def _cores_of_each(cores: Sequence[float], workers: int | None) -> int:
-    """Return the most cores with which so many workers fit; all of the smallest node's if their number is open."""
-    if not cores or workers is None:
-        return int(min(cores, default=1.0))
-    fitting = (count for count in range(int(max(cores)), 1, -1) if sum(core // count for core in cores) >= workers)
-    return next(fitting, 1)
 
 
 class _Actor:
@@ -154,9 +147,7 @@ class RayPool(Pool):
     `slots` is the number of workers that are up: it grows when nodes join and shrinks when they leave.
 
     Args:
-        workers: Their number, or None for the capacity of the cluster (`share_out`).
-        threads: CPU cores of each, or None.
-        gpu_fraction: Share of a GPU that each takes, or None.
+        workers, threads, gpu_fraction: See `share_out`.
         address: Of a running cluster: "auto", "host:port" or "ray://host:port". None takes the variable RAY_ADDRESS,
             else starts Ray on this machine, for this machine only, and ends it with the pool.
         logs: Folder for the output of the jobs.

@@ -25,7 +25,7 @@ from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, measured, open_source
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
-from svp_bench.records.digests import canonical_digest, cell_config, setting_digest
+from svp_bench.records.digests import canonical_digest, cell_config, flat, setting_digest
 from svp_bench.records.record import Record
 from svp_bench.records.store import read_record, record_files
 from svp_bench.sweep.jobs import Job, Outcome
@@ -104,7 +104,8 @@ class Runner:
         """Return the job's resolved config; parsed once for all seeds and values of a task and method."""
         seed = 0 if job.selected is None else job.seed  # a selected config of a nested search is for one seed
         base = self._resolve(replace(job, seed=seed, values={}))
-        if any(key not in _keys(base.config) or key in _DECISIVE for key in job.values):
+        plain = dict(flat(base.config))
+        if any(key not in plain or key in _DECISIVE for key in job.values):
             return self._resolve(job)  # a key that only a full parse may judge
         return with_values(base, job.seed, job.values)
 
@@ -313,15 +314,6 @@ class Runner:
             )
             self._folds[key] = tuple(held.tolist()), name
         return self._folds[key]
-
-
-def _keys(config: Mapping[str, Any], prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for key, value in config.items():
-        keys.add(f"{prefix}{key}")
-        if isinstance(value, Mapping):
-            keys |= _keys(value, f"{prefix}{key}.")
-    return keys
 
 
 def _failure(error: Exception) -> Outcome:

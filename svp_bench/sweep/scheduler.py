@@ -20,6 +20,7 @@ from svp_bench.records.selection import (
     SelectedConfig,
     Trial,
     read_selected_config,
+    recorded_context,
     selected_config_path,
     trial_problems,
     write_selected_config,
@@ -189,9 +190,13 @@ class Sweep:
             selected = read_selected_config(path)
         except SvpBenchError as error:
             return f"{error}; a selected config is not edited: take the file away to search again"
-        facts = {"context": "setting", "checkpoint_digest": "weights", "data_digest": "data"}
-        for name, fact in facts.items():
-            if getattr(selected, name) != getattr(cell, name):
+        same = {
+            "setting": recorded_context(selected) == cell.context,
+            "weights": selected.checkpoint_digest == cell.checkpoint_digest,
+            "data": selected.data_digest == cell.data_digest,
+        }
+        for fact, is_same in same.items():
+            if not is_same:
                 return f"{path} was selected on other {fact}; use those, or another folder with --results_root"
         problems = trial_problems(selected, self.results_root)
         return f"{path} contradicts the records of its trials: {problems[0]}" if problems else None
@@ -207,7 +212,7 @@ class Sweep:
         """Make the next trials of a search due; return whether there are any."""
         assert self.search is not None
         trials = [one.trial() for one in cell.trials]
-        settings = sampler.ask([(trial.values, trial.mean) for trial in trials])
+        settings = sampler([(trial.values, trial.mean) for trial in trials])
         seeds = self.search.seeds if cell.seed is None else (cell.seed,)
         for values in settings:
             trial = _OpenTrial(values)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from svp_bench.core.errors import ConfigError, UnavailableError, plural, unknown_name
 from svp_bench.core.resources import configs_dir
@@ -33,7 +33,10 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _KEY = re.compile(r"(?:model|data|trainer)(?:\.\w+)+")
 _FIXED = ("data.task", "data.stage", "data.root", "data.protocol", "model.backbone", "model.checkpoint", *FOLD_KEYS)
 
-Finished = Sequence[tuple[Mapping[str, Any], float | None]]  # settings with their mean score, None if they failed
+# Settings in the order in which they were asked for, each with its mean score, or None if it failed.
+Finished = Sequence[tuple[Mapping[str, Any], float | None]]
+# Returns the settings that can be tried now: several at once where they do not depend on scores; [] at the end.
+Sampler = Callable[[Finished], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,9 @@ class Dimension:
 
     Attributes:
         key: Dotted config key, as in a resolved config.
-        values: Allowed values, or None for a range.
-        low: Least value of a range.
-        high: Largest value of a range.
-        log: Is the range sampled in the logarithm?
-        integer: Does the range hold whole numbers?
+        values: Allowed values, or None for the range from `low` to `high`.
+        log: Whether the range is sampled in the logarithm.
+        integer: Whether it holds whole numbers.
     """
 
     key: str
@@ -146,23 +147,12 @@ class SearchSpace:
 
     def declaration(self) -> dict[str, Any]:
         """Return it as plain values."""
-        return {
-            "name": self.name,
-            "version": self.version,
-            "sampler": self.sampler,
-            "budget": self.budget,
-            "seeds": list(self.seeds),
-            "rule": self.rule,
-            "rule_version": RULE_VERSION,
-            "folds": self.folds,
-            "repeats": self.repeats,
-            "small_val": self.small_val,
-            "nested": self.nested,
-            "spaces": {
-                method: {dimension.key: dimension.declaration() for dimension in space}
-                for method, space in sorted(self.spaces.items())
-            },
+        facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "path"}
+        spaces = {
+            method: {dimension.key: dimension.declaration() for dimension in space}
+            for method, space in sorted(self.spaces.items())
         }
+        return {**facts, "rule_version": RULE_VERSION, "seeds": list(self.seeds), "spaces": spaces}
 
     @property
     def digest(self) -> str:
@@ -280,18 +270,6 @@ def _plain_scalar(node: Node) -> Any:
     return node.value
 
 
-class Sampler(Protocol):
-    """Asks for settings one after the other, or several at once where they do not depend on scores."""
-
-    def ask(self, finished: Finished) -> list[dict[str, Any]]:
-        """Return the settings that can be tried now; [] at the end.
-
-        Args:
-            finished: All settings so far, in the order in which they were asked for.
-        """
-        ...
-
-
 def make_sampler(search: SearchSpace, method: str, default: Mapping[str, Any], seed_text: str) -> Sampler:
     """Return the sampler of a method's search on one task.
 
@@ -307,22 +285,14 @@ def make_sampler(search: SearchSpace, method: str, default: Mapping[str, Any], s
     """
     space = search.space(method)
     if search.sampler != "grid":
-        return _Optuna(search, space, default, seed_text)
+        return _Optuna(search, space, default, seed_text).ask
     settings = grid_settings({dimension.key: dimension.values for dimension in space}, default)
     if len(settings) > search.budget:
         raise ConfigError(
             f"{search.path}: the grid of {method} and its default setting are {plural(len(settings), 'setting')}, more "
             f"than the budget of {search.budget}; put the recipe's values into the grid, or raise the budget for all"
         )
-    return _Grid(settings)
-
-
-class _Grid:
-    def __init__(self, settings: list[dict[str, Any]]) -> None:
-        self._settings = settings
-
-    def ask(self, finished: Finished) -> list[dict[str, Any]]:
-        return self._settings[len(finished) :]
+    return lambda finished: settings[len(finished) :]
 
 
 class _Optuna:
