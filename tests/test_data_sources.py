@@ -82,7 +82,7 @@ def test_a_label_out_of_range_names_the_card(drawn: Path) -> None:
 
 def test_the_reader_lists_has_no_options() -> None:
     card = replace(DTD, reader=ReaderSpec("split_files", {"size": 3}))
-    with pytest.raises(CardError, match=r"dtd\.yaml:1: the reader 'split_files' has no options, the card gives 'size'"):
+    with pytest.raises(CardError, match=r"dtd\.yaml:1: reader 'split_files': unknown reader key 'size'"):
         open_source(card)
 
 
@@ -422,30 +422,28 @@ def test_a_margin_stands_around_the_digits_and_changes_nothing_else(margin: int)
 
 @pytest.mark.parametrize("margin", [-1, 17])
 def test_margin_out_of_range(margin: int) -> None:
-    with pytest.raises(
-        CardError, match=rf"digits\.yaml:1: margin {margin} is out of range, allowed: 0\.\.16 \(pixels\)"
-    ):
+    with pytest.raises(CardError, match=rf"digits\.yaml:1: .*'margin' must be 0 to 16 \(pixels\), not {margin}"):
         digits(margin=margin)
 
 
 @pytest.mark.parametrize("per_class", [2, 0, -1, 1000])
 def test_per_class_out_of_range(per_class: int) -> None:
-    with pytest.raises(CardError, match=rf"digits\.yaml:1: per_class {per_class} is out of range, allowed: 3\.\.\d+ "):
+    with pytest.raises(CardError, match=rf"digits\.yaml:1: .*per_class'? .*{per_class}"):
         digits(per_class=per_class)
 
 
 def test_unknown_and_mistyped_options_of_digits() -> None:
-    with pytest.raises(CardError, match="unknown option of the reader 'digits' 'per_clas'; did you mean 'per_class'"):
+    with pytest.raises(CardError, match="unknown reader key 'per_clas'; did you mean 'per_class'"):
         digits(per_clas=5)
-    with pytest.raises(CardError, match="option 'per_class' must be of type int, not 'five'"):
+    with pytest.raises(CardError, match=r"'per_class' must be int .*not 'five'"):
         digits(per_class="five")
-    with pytest.raises(CardError, match="option 'per_class' must be of type int, not True"):
+    with pytest.raises(CardError, match=r"'per_class' must be int .*not True"):
         digits(per_class=True)
 
 
 def test_digit_cards_with_other_lists_or_classes_are_refused() -> None:
     card = load_task("demo/digits")
-    with pytest.raises(CardError, match="unknown list of the reader 'digits' 'tests'; did you mean 'test'"):
+    with pytest.raises(CardError, match="unknown split 'tests'; did you mean 'test'"):
         open_source(replace(card, counts={"tests": 797}))
     with pytest.raises(CardError, match="the digits have 10 classes, the card states 9"):
         open_source(replace(card, classes=9))

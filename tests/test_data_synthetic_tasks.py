@@ -156,14 +156,14 @@ def test_another_seed_draws_other_images() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"options": {"kind": "sizes"}}, "unknown kind of the reader 'synthetic' 'sizes'; did you mean 'size'"),
-        ({"options": {"kind": None}}, "the reader 'synthetic' needs the option 'kind'"),
-        ({"options": {"seed": None}}, "the reader 'synthetic' needs the option 'seed'"),
-        ({"options": {"generator": 2}}, "the card is for generator 2, this is 1"),
-        ({"options": {"seeds": 2}}, "unknown option of the reader 'synthetic' 'seeds'; did you mean 'seed'"),
+        ({"options": {"kind": "sizes"}}, "'kind' must be one of textures, .+, not 'sizes'"),
+        ({"options": {"kind": None}}, "the key 'kind' is missing"),
+        ({"options": {"seed": None}}, "the key 'seed' is missing"),
+        ({"options": {"generator": 2}}, "'generator' must be 1, the version of the generator, not 2"),
+        ({"options": {"seeds": 2}}, "reader 'synthetic': unknown reader key 'seeds'; did you mean 'seed'"),
         ({"options": {"seed": "zero"}}, "seed"),
         ({"classes": 5}, "'size' has 4 classes, the card states 5"),
-        ({"counts": {"train": 4, "tests": 4}}, "unknown list of the reader 'synthetic' 'tests'; did you mean 'test'"),
+        ({"counts": {"train": 4, "tests": 4}}, "unknown split 'tests'; did you mean 'test'"),
         ({"counts": {"train": 4, "val": 4, "trainval": 9}}, "trainval is train and val together, 8, not 9"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import pickle
 from dataclasses import replace
@@ -279,7 +278,7 @@ def test_a_drawn_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     ("name", "file", "content", "message"),
     [
         ("hta/cifar10", "cifar-10-batches-py/test_batch", b"no pickle", "test_batch: cannot be read"),
-        ("hta/svhn", "test_32x32.mat", b"no mat file" * 20, r"test_32x32\.mat: cannot be read \(.+\); draw the data"),
+        ("hta/svhn", "test_32x32.mat", b"no mat file" * 20, r"/svhn: cannot be read \(.+\); get it again"),
         ("hta/food101", "food-101/meta/test.json", b"{", r"food101: cannot be read \(JSONDecodeError"),
         (
             "hta/food101",
@@ -351,8 +350,6 @@ def test_labels_of_cifar_that_are_no_class_are_refused(tmp_path: Path, labels: l
     ("key", "change", "message"),
     [
         ("X", lambda x: x.astype(float), r"SVHN test in .+: its images are float64 \(9, 32, 32, 3\), expected uint8"),
-        ("y", lambda y: y + 0.5, r"test_32x32\.mat: y holds \d+\.5, expected whole numbers"),
-        ("y", lambda y: y * np.nan, r"test_32x32\.mat: y holds nan, expected whole numbers"),
         ("y", lambda y: y + 20, r"label \d+ is out of range, the card of hta/svhn has 10 classes"),
     ],
 )
@@ -377,7 +374,7 @@ def test_a_torchvision_that_keeps_its_files_elsewhere_is_named(tmp_path: Path, m
         self.files = self.__dict__.pop("_image_files")
 
     monkeypatch.setattr(torchvision.datasets.DTD, "__init__", changed)
-    with pytest.raises(UnavailableError, match=r"torchvision .+ keeps no '_image_files' of DTD; versions .+ pip "):
+    with pytest.raises(UnavailableError, match=r"'DTD' .+ '_image_files'; install a torchvision .+ pip "):
         open_source(card, tmp_path)
 
 
@@ -396,36 +393,22 @@ def test_missing_images_are_found_before_training(tmp_path: Path) -> None:
         open_source(card, tmp_path).get("test").verify()
 
 
-def test_without_torchvision_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    card, _ = draw(tmp_path, "hta/dtd")
-    original = importlib.import_module
-
-    def without(name: str, package: str | None = None) -> Any:
-        if name.startswith("torchvision"):
-            raise ModuleNotFoundError("No module named 'torchvision'")
-        return original(name, package)
-
-    monkeypatch.setattr(importlib, "import_module", without)
-    with pytest.raises(UnavailableError, match=r"reading hta/dtd needs torchvision .+ pip install torchvision"):
-        open_source(card, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"set": "CIFAR", "val": "last"}, "unknown data set of torchvision 'CIFAR'; did you mean 'CIFAR10'"),
-        ({"set": "CIFAR10"}, "unknown rule for val ''; allowed: hashed, last, official"),
-        ({"set": "CIFAR10", "val": "first"}, "unknown rule for val 'first'"),
+        ({"set": "CIFAR", "val": "last"}, "'set' must be one of CIFAR10, .+, not 'CIFAR'"),
+        ({"set": "CIFAR10"}, "the key 'val' is missing"),
+        ({"set": "CIFAR10", "val": "first"}, "'val' must be one of last, hashed, official, not 'first'"),
         ({"set": "DTD", "val": "last"}, "the rule for val is 'last', but DTD has a val list of its own"),
         ({"set": "SVHN", "val": "official"}, "the rule for val is 'official', but SVHN has no val list of its own"),
         ({"set": "CIFAR10", "val": "hashed", "refit": "train"}, "the rule 'hashed' is for data sets of files"),
-        ({"set": "CIFAR10", "val": "last", "refit": "test"}, "unknown list to refit on 'test'"),
-        ({"kind": "CIFAR10"}, "unknown option of the reader 'torchvision' 'kind'"),
+        ({"set": "CIFAR10", "val": "last", "refit": "test"}, "'refit' must be one of train, trainval, not 'test'"),
+        ({"kind": "CIFAR10"}, "unknown reader key 'kind'"),
     ],
 )
 def test_wrong_cards_are_refused(tmp_path: Path, options: dict[str, str], message: str) -> None:
     card, _ = draw(tmp_path, "hta/cifar10")
-    with pytest.raises(CardError, match=f"cifar10.yaml:1: {message}"):
+    with pytest.raises(CardError, match=f"cifar10.yaml:1: .*{message}"):
         open_source(replace(card, reader=replace(card.reader, options=options)), tmp_path)
 
 

@@ -34,11 +34,11 @@ from pathlib import Path
 import numpy as np
 
 from svp_bench.core.atomic import open_regular
-from svp_bench.core.errors import CardError, DataError, plural, printable
+from svp_bench.core.errors import DataError, plural, printable
 from svp_bench.core.yaml import did_you_mean
 from svp_bench.data.decode import identify
 from svp_bench.data.locate import ROOT_VARIABLE
-from svp_bench.data.reading import reader_options
+from svp_bench.data.reading import NoOptions, reader_options
 from svp_bench.data.sources import FileImages, Source, in_threads
 from svp_bench.data.split_files import ImageList
 from svp_bench.tasks.cards import SuiteCard, TaskCard
@@ -75,10 +75,7 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
         DataError: If there are no class folders or only one, a class has too few images, val or test has a class that
             train lacks, an image is there twice, a file is of a format that is not read, or a folder cannot be.
     """
-    reader_options(card, {})
-    for name in card.counts:
-        if name not in _LISTS:
-            raise CardError(f"{card.path}:1: unknown list {name!r}; allowed: {', '.join(_LISTS)}")
+    reader_options(card, NoOptions, _LISTS)
     folder = _folder(root)
     given = _part_folders(folder)
     skipped: Skipped = {}

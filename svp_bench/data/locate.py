@@ -1,30 +1,33 @@
-"""Where a task's folder is: below the data root, in one of the places where people unpack `vtab-1k.zip`."""
+"""Find the folder of a task below the data root, in the places where people unpack archives such as `vtab-1k.zip`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from svp_bench.core.errors import DataError
+from svp_bench.data.reading import joined_names
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
-__all__ = ["ROOT_VARIABLE", "find_folder", "list_file", "locate"]
+__all__ = ["ROOT_VARIABLE", "data_root", "find_folder", "locate"]
 
 ROOT_VARIABLE = "SVP_BENCH_DATA"
 
 
-def list_file(folder: Path, name: str) -> Path:
-    """Return the file of the list `name` in a task's folder."""
-    return folder / f"{name}.txt"
+def data_root(root: Path | None) -> tuple[Path, str]:
+    """Return the absolute data root (as given, else $SVP_BENCH_DATA, else `data/`), and its origin for messages."""
+    variable = os.environ.get(ROOT_VARIABLE)
+    given = root or Path(variable or "data")
+    source = "--data.root" if root else f"${ROOT_VARIABLE}" if variable else "the default data root"
+    return Path(os.path.abspath(given.expanduser())), f"{source} is {given}"
 
 
 def locate(card: TaskCard, suite: SuiteCard, root: Path | None = None) -> Path:
-    """Return the folder that holds the lists of a task.
+    """Return the folder that holds the split files of a task.
 
     `root` itself may be the task's folder; else its sub-folders `<task>`, `<suite>/<task>` and `<suite>/<suite>/<task>`
-    are tried (an archive unpacked into a folder of its own name doubles it). A place with all lists of the card goes
-    before one with some.
+    are tried (an archive unpacked into a folder of its own name doubles it).
 
     Args:
         card: The task's card.
@@ -32,51 +35,39 @@ def locate(card: TaskCard, suite: SuiteCard, root: Path | None = None) -> Path:
         root: The data root; by default $SVP_BENCH_DATA, else `data/` in the working directory.
 
     Raises:
-        DataError: If no place holds a list; names all that were tried.
+        DataError: If no place holds a split file; names all that were tried.
     """
-    remedy = suite.archive or f"the images of {card.source} as lists and folders"
-    forms = [
-        lambda place, wanted=wanted: wanted(list_file(place, name).is_file() for name in card.counts)
-        for wanted in (all, any)
-    ]
-    return find_folder(card, suite, root, forms, _file_names(card), remedy)
+    files = [f"{name}.txt" for name in card.counts]
+    return find_folder(card, suite, root, [files], suite.archive or f"the images of {card.source} as lists and folders")
 
 
 def find_folder(
     card: TaskCard,
     suite: SuiteCard,
     root: Path | None,
-    forms: Sequence[Callable[[Path], bool]],
-    content: str,
+    forms: Sequence[Sequence[str]],
     remedy: str,
     *,
     shared: bool = False,
 ) -> Path:
-    """Return the folder of a task's data: the first place that has the first of `forms` which any place has.
+    """Return the folder of a task's data.
 
     The places are the names of the task's folder below the root, below the names of the suite's folder, and below that
-    folder doubled; and the root itself, if it has such a name.
+    folder doubled; and the root itself, if it has such a name. A place with all files of a form goes before one with
+    some, and the first form before the second.
 
     Args:
         card: The task's card.
         suite: The card of its suite.
         root: The data root, as in `locate`.
-        forms: Tests of a place, the form of the data that is preferred first.
-        content: What would be found there, for the message: "train.txt or test.txt".
+        forms: Files or folders that the data set consists of, in each form that it may have.
         remedy: What to get, for the message.
-        shared: Are the data found also where the root, or the suite's folder, holds several data sets side by side?
+        shared: Whether the root or the suite's folder may itself hold the data set, next to others.
 
     Raises:
-        DataError: If no place has any of the forms; names all that were tried.
+        DataError: If no place has any of the files; names all that were tried.
     """
-    if root is not None:
-        given, source = root, "--data.root"
-    elif variable := os.environ.get(ROOT_VARIABLE):
-        given, source = Path(variable), f"${ROOT_VARIABLE}"
-    else:
-        given, source = Path("data"), "the default data root"
-    base = Path(os.path.abspath(given.expanduser()))
-
+    base, origin = data_root(root)
     names = (card.folder, *card.other_folders)
     suites = (suite.folder, *suite.other_folders)
     above = [base, *(base / name for name in suites), *(base / name / name for name in suites)]
@@ -86,17 +77,12 @@ def find_folder(
     if shared:
         places += [folder for folder in above if folder not in places]
     for form in forms:
-        for place in places:
-            if form(place):
-                return place
-
+        for enough in (all, any):
+            for place in places:
+                if enough((place / file).exists() for file in form):
+                    return place
+    files = joined_names([file for form in forms for file in form], "or")
     raise DataError(
-        f"no data of {card.name}: none of {', '.join(map(str, places))} holds {content} "
-        f"({source} is {given}); get {remedy} and give its folder with --data.root DIR or ${ROOT_VARIABLE}, or try "
-        f"with synthetic images: `svp-bench data draw`"
+        f"no data of {card.name}: none of {', '.join(map(str, places))} holds {files} ({origin}); get {remedy} and "
+        f"give its folder with --data.root DIR or ${ROOT_VARIABLE}, or try with synthetic images: `svp-bench data draw`"
     )
-
-
-def _file_names(card: TaskCard) -> str:
-    names = [f"{name}.txt" for name in card.counts]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

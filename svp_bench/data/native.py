@@ -1,4 +1,4 @@
-"""What data sets themselves say of their images: training and test lists, class ids, and the names of the classes."""
+"""The data sets' own files: training and test images, class ids, and the names of the classes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from svp_bench.core.errors import DataError, UnavailableError, plural
-from svp_bench.data.reading import foreign_errors, need_regular, optional_import, show, text_lines, whole_numbers
-from svp_bench.data.split_files import plain_path
+from svp_bench.core.errors import DataError, plural
+from svp_bench.data.reading import foreign_errors, need_regular, show, whole_numbers
+from svp_bench.data.split_files import plain_path, text_lines
 
 __all__ = ["NATIVE_FORMS", "Ids", "NativeForm", "class_id_of", "enter", "names_of_folders"]
 
 Ids = dict[str, int]  # path of an image -> class id, in the order of the list
-_Parts = tuple[Ids, Ids | None, Ids]  # training, val (None if there is none) and test images
+Parts = tuple[Ids, Ids | None, Ids]  # training, val (None if there is none) and test images
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class NativeForm:
     """The data sets' own files that list their images.
 
     Attributes:
-        files: The files that say it, below the data set's folder.
-        read: Reads them: folder → training, val (None if it has none) and test images, as path → class id.
-        names: Returns what the data set calls its classes, as class id → name, empty if it does not say: of its folder,
+        files: The files, below the data set's folder.
+        read: Reads them: folder → training, val and test images.
+        names: Returns the data set's names of its classes, as class id → name, empty if it has none: of its folder,
             and of all its images as path → class id.
         images: Folder of the images in the data set's folder, "" if the paths begin at the latter.
-        path: Form of a path, for drawing: of `number` and `class_id`.
+        path: Form of a path, for synthetic images: of `number` and `class_id`.
     """
 
     files: tuple[str, ...]
-    read: Callable[[Path], _Parts]
+    read: Callable[[Path], Parts]
     names: Callable[[Path, Mapping[str, int]], Mapping[int, str]]
     images: str
     path: str
@@ -43,7 +43,6 @@ class NativeForm:
 # --- CUB-200-2011 and NABirds: text files ----------------------------------------------------------------------------
 
 _TEXT_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
-_CLASSES = "classes.txt"
 
 
 def _column(path: Path, form: str) -> dict[str, str]:
@@ -58,7 +57,7 @@ def _column(path: Path, form: str) -> dict[str, str]:
     return column
 
 
-def _read_text_files(folder: Path) -> _Parts:
+def _read_text_files(folder: Path) -> Parts:
     """Read CUB-200-2011's and NABirds' files: lines `<image id> <path | class id | 1 for training>`."""
     paths, ids, splits = (_column(folder / name, "<image id> <value>") for name in _TEXT_FILES)
     parts: dict[str, Ids] = {"1": {}, "0": {}}
@@ -69,12 +68,12 @@ def _read_text_files(folder: Path) -> _Parts:
         if splits[key] not in parts:
             raise DataError(f"{folder / _TEXT_FILES[2]}: image {key} has {show(splits[key])}, expected 1 or 0")
         enter(parts[splits[key]], path, ids[key], folder / _TEXT_FILES[0])
-    return _filled(folder, parts["1"], None, parts["0"])
+    return parts["1"], None, parts["0"]
 
 
 def _names_of_text_files(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
-    """Read classes.txt, lines `<class id> <name>`; without it, the folders may say as much."""
-    path = folder / _CLASSES
+    """Read classes.txt, lines `<class id> <name>`; without it, the names of the folders."""
+    path = folder / "classes.txt"
     if not path.is_file():
         return names_of_folders(folder, ids)
     names = {}
@@ -91,91 +90,77 @@ def _names_of_text_files(folder: Path, ids: Mapping[str, int]) -> Mapping[int, s
 # --- Oxford Flowers, Stanford Dogs, Stanford Cars: MATLAB's files ----------------------------------------------------
 
 
-def _mat(path: Path, only: str | None = None) -> dict[str, Any]:
-    loadmat = optional_import("scipy.io", "scipy", f"reading {path.name}").loadmat
+def _mat(path: Path, *keys: str) -> list[Any]:
+    """Return some variables of a MATLAB file: arrays, texts, and a list of dicts for an array of structs."""
+    from scipy.io import loadmat  # type: ignore[import-untyped]
+
     need_regular(path)
     with foreign_errors(path):
-        content: dict[str, Any] = loadmat(path, variable_names=only)
-    return content
+        content = loadmat(path, variable_names=keys, simplify_cells=True)
+    return [_field(content, key, path) for key in keys]
 
 
 def _field(content: Any, key: str, path: Path) -> Any:
-    fields = content if isinstance(content, dict) else content.dtype.names or ()
-    if key not in fields:
+    if not isinstance(content, dict) or key not in content:
         raise DataError(f"{path}: lacks {key!r}; get the file again")
     return content[key]
 
 
-def _text_in(value: Any, what: str) -> str:
-    """Return the text in a cell, however deeply it is wrapped."""
-    while isinstance(value, np.ndarray) and value.size == 1:
-        value = value.ravel()[0]
+def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{what} is {show(value)}, expected a text; get the file again")
     return value
 
 
-def _number_in(value: Any, what: str) -> int:
-    """Return the whole number in a cell, however deeply it is wrapped."""
-    while isinstance(value, np.ndarray) and value.dtype == object and value.size == 1:
-        value = value.ravel()[0]
-    numbers = whole_numbers(value, f"{what} is")
-    if numbers.size != 1:
-        raise DataError(f"{what} is {show(value)}, expected one whole number; get the file again")
-    return int(numbers[0])
-
-
-def _read_flowers_mat(folder: Path) -> _Parts:
+def _read_flowers_mat(folder: Path) -> Parts:
     """Read Oxford Flowers' setid.mat (trnid, valid, tstid: numbers of images from 1) and imagelabels.mat (labels)."""
     numbers_file, labels_file = folder / "setid.mat", folder / "imagelabels.mat"
-    labels = whole_numbers(_field(_mat(labels_file), "labels", labels_file), f"{labels_file}: labels holds").tolist()
-    content = _mat(numbers_file)
+    labels = whole_numbers(_mat(labels_file, "labels")[0], f"{labels_file}: labels holds").tolist()
+    keys = ("trnid", "valid", "tstid")
     parts: list[Ids] = []
-    for key in ("trnid", "valid", "tstid"):
+    for key, numbers in zip(keys, _mat(numbers_file, *keys), strict=True):
         part: Ids = {}
-        for number in whole_numbers(_field(content, key, numbers_file), f"{numbers_file}: {key} holds").tolist():
+        for number in whole_numbers(numbers, f"{numbers_file}: {key} holds").tolist():
             if not 1 <= number <= len(labels):
                 raise DataError(f"{numbers_file}: {key} names image {number} of {len(labels)}")
             enter(part, f"jpg/image_{number:05d}.jpg", labels[number - 1], labels_file)
         parts.append(part)
     train, val, test = parts
-    return _filled(folder, train, val, test)
+    return train, val, test
 
 
-def _read_list_mats(folder: Path) -> _Parts:
+def _read_list_mats(folder: Path) -> Parts:
     """Read Stanford Dogs' train_list.mat and test_list.mat: file_list (paths) and labels."""
     parts: list[Ids] = []
     for file in (folder / "train_list.mat", folder / "test_list.mat"):
-        content = _mat(file)
-        paths = np.ravel(_field(content, "file_list", file))
-        ids = whole_numbers(_field(content, "labels", file), f"{file}: labels holds")
+        files, labels = _mat(file, "file_list", "labels")
+        paths, ids = np.ravel(files), whole_numbers(labels, f"{file}: labels holds")
         if len(paths) != len(ids):
             raise DataError(
                 f"{file}: {plural(len(paths), 'image')} and {plural(len(ids), 'label')}; get the file again"
             )
         part: Ids = {}
         for number, (path, class_id) in enumerate(zip(paths, ids.tolist(), strict=True), 1):
-            enter(part, _text_in(path, f"{file}: image {number} of file_list"), class_id, file)
+            enter(part, _text(path, f"{file}: image {number} of file_list"), class_id, file)
         parts.append(part)
-    return _filled(folder, parts[0], None, parts[1])
+    return parts[0], None, parts[1]
 
 
 _ANNOTATIONS = "cars_annos.mat"
 
 
-def _read_annotations_mat(folder: Path) -> _Parts:
+def _read_annotations_mat(folder: Path) -> Parts:
     """Read Stanford Cars' cars_annos.mat: annotations with relative_im_path, class and test."""
     file = folder / _ANNOTATIONS
-    annotations = _field(_mat(file), "annotations", file)
-    columns = [np.ravel(_field(annotations, key, file)) for key in ("relative_im_path", "class", "test")]
+    (annotations,) = _mat(file, "annotations")
     parts: dict[int, Ids] = {0: {}, 1: {}}
-    for number, (path, class_id, is_test) in enumerate(zip(*columns, strict=True), 1):
+    for number, entry in enumerate(annotations if isinstance(annotations, list) else [annotations], 1):
+        path, class_id, is_test = (_field(entry, key, file) for key in ("relative_im_path", "class", "test"))
         what = f"{file}: of annotation {number},"
-        split = _number_in(is_test, f"{what} test")
-        if split not in parts:
+        if (split := class_id_of(is_test, f"{what} test")) not in parts:
             raise DataError(f"{what} test is {split}, expected 0 or 1; get the file again")
-        enter(parts[split], _text_in(path, f"{what} relative_im_path"), _number_in(class_id, f"{what} class"), file)
-    return _filled(folder, parts[0], None, parts[1])
+        enter(parts[split], _text(path, f"{what} relative_im_path"), class_id, file)
+    return parts[0], None, parts[1]
 
 
 def _names_of_annotations(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
@@ -184,11 +169,10 @@ def _names_of_annotations(folder: Path, ids: Mapping[str, int]) -> Mapping[int, 
     if not file.is_file():
         return {}
     try:
-        content = _mat(file, only="class_names")
-    except UnavailableError:  # a JSON split is read without scipy; names are not worth a refusal
+        (names,) = _mat(file, "class_names")
+    except DataError:  # the file lacks them
         return {}
-    cells = np.ravel(content.get("class_names", []))
-    return {number: _text_in(cell, f"{file}: class name {number}").strip() for number, cell in enumerate(cells, 1)}
+    return {number: _text(name, f"{file}: class name {number}").strip() for number, name in enumerate(names, 1)}
 
 
 # --- names in the names of folders -----------------------------------------------------------------------------------
@@ -216,17 +200,13 @@ def names_of_folders(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
     return names if len({*folder_of.values()}) == len(names) == len(folder_of) else {}
 
 
-def _no_names(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
-    return {}
-
-
 # Keyed by the form of the files, not by the data set: two data sets share the first.
 NATIVE_FORMS: Mapping[str, NativeForm] = {
     "text_files": NativeForm(
         _TEXT_FILES, _read_text_files, _names_of_text_files, "images", "{class_id:03d}/{number:06d}.jpg"
     ),
     "flowers_mat": NativeForm(
-        ("setid.mat", "imagelabels.mat"), _read_flowers_mat, _no_names, "", "jpg/image_{number:05d}.jpg"
+        ("setid.mat", "imagelabels.mat"), _read_flowers_mat, lambda folder, ids: {}, "", "jpg/image_{number:05d}.jpg"
     ),
     "list_mats": NativeForm(
         ("train_list.mat", "test_list.mat"),
@@ -269,10 +249,3 @@ def class_id_of(value: object, what: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18:
         return value
     raise DataError(f"{what} is {show(value)}, expected a whole number or a text of digits, 0 or above")
-
-
-def _filled(folder: Path, train: Ids, val: Ids | None, test: Ids) -> _Parts:
-    for name, part in (("training", train), ("val", val), ("test", test)):
-        if part is not None and not part:
-            raise DataError(f"{folder}: its files list no {name} image; get them again")
-    return train, val, test

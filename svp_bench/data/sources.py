@@ -1,7 +1,8 @@
-"""Readers: from a task's card to lists of images and labels, and the checks that come before any training.
+"""Sources: from a task's card to splits of images and labels, with the checks that come before any training.
 
 A reader is a function `(card, suite, root) -> Source`, registered by name in `READERS`; the card (or its suite) names
-its reader. Every source is checked for leaks. Imports no torch: `svp-bench data` starts at once.
+its reader. It finds the folder (`locate`), reads the entries of each split, and returns their images; `open_source`
+checks the splits for leaks, `inspect` compares them with the card. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from svp_bench.core.errors import CardError, DataError, plural, unknown_name
 from svp_bench.core.registry import Registry
 from svp_bench.data.decode import Decoded, Depth, UnreadableImageError, convert, read_image
 from svp_bench.data.inspection import MISSING, Examined, load_examined, save_examined
-from svp_bench.data.locate import list_file, locate
-from svp_bench.data.reading import SYNTHETIC_MARK, reader_options, synthetic_notes
+from svp_bench.data.locate import locate
+from svp_bench.data.reading import SYNTHETIC_MARK, NoOptions, Positions, reader_options, synthetic_notes
 from svp_bench.data.split_files import ImageList, combined_digest, read_list, split_digest
 from svp_bench.tasks.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
 
@@ -39,6 +40,7 @@ __all__ = [
     "Images",
     "Note",
     "Source",
+    "array_splits",
     "cpu_count",
     "in_threads",
     "inspect",
@@ -49,22 +51,15 @@ __all__ = [
 ]
 
 READERS = Registry("reader")
-READERS.add(
-    "split_files", "svp_bench.data.sources:open_split_files", "image files and split files of `path label` lines"
-)
-READERS.add(
-    "json_split",
-    "svp_bench.data.json_split:open_json_split",
-    "train.json, val.json and test.json (path to class id), else the files that the data set itself has",
-)
-READERS.add("torchvision", "svp_bench.data.torchvision_sets:open_torchvision", "a data set that torchvision reads")
-READERS.add("digits", "svp_bench.data.digits:open_digits", "scikit-learn's handwritten digits, 8 x 8, which it ships")
-READERS.add(
-    "class_folders",
-    "svp_bench.data.class_folders:open_class_folders",
-    "own images, a folder for each class",
-)
-READERS.add("synthetic", "svp_bench.data.synthetic_tasks:open_synthetic", "synthetic images, the same on every machine")
+for _name, _target in (
+    ("split_files", "sources:open_split_files"),  # text files of `path label` lines
+    ("json_split", "json_split:open_json_split"),  # train.json, val.json and test.json, else the data set's own files
+    ("torchvision", "torchvision_sets:open_torchvision"),
+    ("digits", "digits:open_digits"),
+    ("class_folders", "class_folders:open_class_folders"),
+    ("synthetic", "synthetic_tasks:open_synthetic"),
+):
+    READERS.add(_name, f"svp_bench.data.{_target}")
 
 Note = Callable[[str], None]
 _WORTH_CACHING = 1000  # images of a split: to decode fewer takes a second or two
@@ -72,13 +67,16 @@ _NAMED = 20  # unreadable images in a message
 _T = TypeVar("_T")
 
 
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
 class Images(ABC):
-    """The images of one list.
+    """The images of one split.
 
     Attributes:
-        name: Name of the list, e.g. "train800".
+        name: Name of the split, e.g. "train800".
         labels: int64 (N,).
-        digest: "sha256:…" of what defines the list.
+        digest: "sha256:…" of what defines the split.
         depth: Bits that deep images use; None until all images of the data set were examined.
     """
 
@@ -92,7 +90,7 @@ class Images(ABC):
 
     @property
     def listing(self) -> str:
-        """What lists the images, for messages: a file, or a description."""
+        """The file or description that lists the images, for messages."""
         return f"the list {self.name!r}"
 
     def keys(self) -> Sequence[str]:
@@ -109,14 +107,10 @@ class Images(ABC):
 
     @abstractmethod
     def where(self, index: int) -> str:
-        """Return what names one image in a message."""
+        """Return the name of one image for messages."""
 
     def examine(self, note: Note | None = None) -> Examined:
-        """Decode all images once, and return what was found.
-
-        Args:
-            note: Called with a line about the progress if it takes long.
-        """
+        """Decode all images once, and return the findings; `note` is called with lines about the progress."""
         return Examined.of(in_threads(self._examine, len(self), f"checking the images of {self.name}", note))
 
     def _examine(self, index: int) -> Decoded | str:
@@ -126,304 +120,36 @@ class Images(ABC):
             return str(error)
 
     def hint(self, index: int) -> str:
-        """Return what else lies where an image is missing, for the message; "" if nothing does."""
+        """Return the similar file next to a missing image, for the message; "" if there is none."""
         return ""
 
     def verify(self, note: Note | None = None) -> None:
-        """Check that all images can be decoded.
-
-        Args:
-            note: Called with a line about the progress if it takes long.
-
-        Raises:
-            DataError: If any cannot; see `need_readable`.
-        """
+        """Check that all images can be decoded; DataError if not (`need_readable`)."""
         need_readable([(self, self.examine(note))])
 
 
-def need_readable(examined: Sequence[tuple[Images, Examined]]) -> None:
-    """Refuse splits with images that are missing or cannot be decoded.
-
-    Raises:
-        DataError: Names the first twenty of them, and how many more there are.
-    """
-    missing: list[str] = []
-    broken: list[str] = []
-    for images, found in examined:
-        gone = [index for index, reason in found.problems if reason == MISSING]
-        if gone:
-            names = [f"{images.where(index)}{images.hint(index)}" for index in gone[:_NAMED]]
-            missing.append(
-                f"{len(gone)} of the {len(images)} images of {images.listing} are missing, "
-                f"the first is {names[0]}{_and_others(names[1:], len(gone))}"
-            )
-        broken += [
-            f"{images.where(index)}: not a readable image: {reason}"
-            for index, reason in found.problems
-            if reason != MISSING
-        ]
-    broken = list(dict.fromkeys(broken))  # a file may be in several splits
-    shown = f"{broken[0]}{_and_others(broken[1:_NAMED], len(broken))}" if broken else ""
-    if missing:
-        also = f"; and {shown}" if shown else ""
-        raise DataError(f"{'; '.join(missing)}{also}; get the data again, whole")
-    if broken:
-        raise DataError(f"{shown}; {'get the file again' if len(broken) == 1 else 'get the files again'}")
-
-
-def _and_others(names: Sequence[str], total: int) -> str:
-    more = total - 1 - len(names)
-    return "".join(f"; {name}" for name in names) + (f" (and {more} more)" if more > 0 else "")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A task's data, as its reader found them.
-
-    Attributes:
-        origin: Where they are, for messages.
-        splits: Name → images, for the splits that exist.
-        notes: What sets these data apart from what the card means, beyond what their counts and digest show.
-        synthetic: Whether the images are synthetic, not the data set's.
-        variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
-        class_names: What the data themselves call the classes, in the order of the labels; None leaves it to the card.
-        skipped: Kind of file that is not an image → such files that lie among the images.
-    """
-
-    origin: str
-    splits: Mapping[str, Images]
-    notes: tuple[str, ...] = ()
-    synthetic: bool = False
-    variant: str | None = None
-    class_names: tuple[str, ...] | None = None
-    skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def get(self, name: str) -> Images:
-        """Return the images of one list.
-
-        Raises:
-            DataError: If it is not there.
-        """
-        try:
-            return self.splits[name]
-        except KeyError:
-            has = ", ".join(self.splits) or "none"
-            raise DataError(
-                f"{self.origin} has no list {name!r} ({name}.txt); it has: {has}; get the data again, whole"
-            ) from None
-
-    @property
-    def digest(self) -> str:
-        """One "sha256:…" over the digests of all lists: the number that a card pins."""
-        return combined_digest({name: images.digest for name, images in self.splits.items()})
-
-    def checked(self, stages: Mapping[str, Mapping[str, str]]) -> Source:
-        """Refuse lists that leak into each other or contradict each other; note images that a list repeats.
-
-        Args:
-            stages: Stage → role → list, as on a protocol card. No image of a test list may be in any other list, nor
-                an image of a stage's val in its train.
-
-        Returns:
-            The source, with a note for each list that holds an image more than once.
-
-        Raises:
-            DataError: If lists leak, or an image has two labels; names the first.
-        """
-        keys = {name: images.keys() for name, images in self.splits.items()}
-        self._need_one_label(keys)
-        pairs = [(roles["val"], roles["train"]) for roles in stages.values() if "val" in roles]
-        for test in {roles["test"]: None for roles in stages.values() if "test" in roles}:
-            pairs += [(test, name) for name in keys if name != test]
-        for apart, other in pairs:
-            if apart in keys and other in keys:
-                self._need_apart(apart, other, keys)
-        notes = []
-        for name, of in keys.items():
-            first: dict[str, int] = {}
-            again = [key for index, key in enumerate(of) if first.setdefault(key, index) != index]
-            if again:
-                where = self.splits[name].where(first[again[0]])
-                notes.append(f"{self.splits[name].listing} repeats {plural(len(again), 'image')}, the first is {where}")
-        return replace(self, notes=(*self.notes, *notes)) if notes else self
-
-    def _need_one_label(self, keys: Mapping[str, Sequence[str]]) -> None:
-        seen: dict[str, tuple[int, str]] = {}
-        for name, images in self.splits.items():
-            for index, (key, label) in enumerate(zip(keys[name], images.labels.tolist(), strict=True)):
-                before, other = seen.setdefault(key, (label, name))
-                if before != label:
-                    elsewhere = "the same list" if other == name else self.splits[other].listing
-                    raise DataError(
-                        f"{images.listing}: {images.where(index)} has label {label}, in {elsewhere} it has "
-                        f"{before}; get the lists again"
-                    )
-
-    def _need_apart(self, apart: str, other: str, keys: Mapping[str, Sequence[str]]) -> None:
-        listed = {*keys[other]}
-        leaked = [index for index, key in enumerate(keys[apart]) if key in listed]
-        if leaked:
-            images, into = self.splits[apart], self.splits[other]
-            raise DataError(
-                f"{images.listing}: {len(leaked)} of its images are also in {into.listing}, which must not see "
-                f"them; the first is {images.where(leaked[0])}; get the lists again"
-            )
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """How the data found compare with the card.
-
-    Attributes:
-        variant: "card", the name of the card's variant whose counts they have, or "synthetic" for synthetic data.
-        status: "as_card" (also for a variant) or "different".
-        notes: One line for each difference.
-        digest: "sha256:…" over the lists that were named as used: what a record stores, so that a list which a stage
-            does not read makes no difference. Over all lists of the card, it is the number that a card pins.
-        counts: Name of each list found → its number of images.
-    """
-
-    variant: str
-    status: str
-    notes: tuple[str, ...]
-    digest: str
-    counts: Mapping[str, int]
-
-
-def open_source(
-    card: TaskCard,
-    root: Path | None = None,
-    *,
-    suite: SuiteCard | None = None,
-    protocol: ProtocolCard | None = None,
-) -> Source:
-    """Find, read and check a task's lists; no image is opened yet.
-
-    Args:
-        card: The task's card.
-        root: The data root, for readers that have one; see `locate`.
-        suite: The card of its suite; looked up by default.
-        protocol: Defines which splits must be disjoint; the suite's by default.
-
-    Raises:
-        CardError: If the card's reader or one of its options is unknown.
-        DataError: If the data are missing, a list is malformed, or lists leak (`Source.checked`).
-    """
-    kind = card.reader.kind
-    if kind not in READERS:
-        raise unknown_name("reader", kind, READERS.names(), where=f"{card.path}:1", error=CardError)
-    read = READERS.get(kind)
-    suite = suite or load_suite(card.suite)
-    source: Source = read(card, suite, root)
-    return source.checked((protocol or load_protocol(suite.protocol)).stages)
-
-
-def measured(card: TaskCard, root: Path | None = None) -> TaskCard:
-    """Return a card whose classes and counts are as found, filled in from the data; any other card as it is.
-
-    Raises:
-        CardError: If its reader cannot say what the classes are.
-        DataError: If the data are missing or malformed.
-    """
-    if not card.as_found:
-        return card
-    source = open_source(card, root)
-    if source.class_names is None:
-        raise CardError(f"{card.path}:1: the reader {card.reader.kind!r} finds no classes; the card must say them")
-    counts = {name: len(images) for name, images in source.splits.items()}
-    return replace(card, classes=len(source.class_names), counts=counts)
-
-
-def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
-    """Compare what a reader found with the card, then with each of its variants. Differences are reported, not raised.
-
-    Args:
-        card: The task's card.
-        source: What its reader returned.
-        lists: Names of the lists that will be used; `DataReport.digest` is over these.
-
-    Raises:
-        DataError: If a list that will be used is not there, or is empty.
-    """
-    digest = combined_digest({name: source.get(name).digest for name in lists})
-    for name in lists:
-        if not len(source.get(name)):
-            raise DataError(f"{source.origin} has no image for the list {name!r}; get the data again, whole")
-    counts = {name: len(images) for name, images in source.splits.items()}
-    notes = list(source.notes)
-    missing = [name for name in card.counts if name not in counts]
-    if missing:
-        notes.append(f"{source.origin} lacks {', '.join(missing)} (not needed in this stage)")
-
-    forms = {"card": card.counts, **card.variants}
-    possible = forms if source.variant is None else {source.variant: forms[source.variant]}
-    meant = forms[source.variant or "card"]
-    others = card.variants if source.variant is None else {}
-    variant = source.variant or "card"
-    for known, expected in possible.items():
-        if all(counts[name] == expected[name] for name in counts):
-            variant = known
-            break
-    else:
-        for name, count in counts.items():
-            if count != meant[name]:
-                also = [f"{known} {full[name]}" for known, full in others.items() if full[name] != meant[name]]
-                known_as = f" (variant {', '.join(also)})" if also else ""
-                stated = "the card states" if variant == "card" else f"the card's variant {variant} states"
-                notes.append(f"{name} has {plural(count, 'image')}, {stated} {meant[name]}{known_as}")
-
-    # A card pins the digest of its own counts; a variant, or a part of the lists, has another by nature.
-    same_lists = variant == "card" and counts == dict(card.counts)
-    if same_lists and card.digest is not None and source.digest != card.digest:
-        notes.append(f"the digest is {source.digest}, the card states {card.digest}")
-    if source.synthetic:
-        variant = "synthetic"
-    return DataReport(variant, "different" if notes else "as_card", tuple(notes), digest, counts)
-
-
-# --- lists of image files ------------------------------------------------------------------------------------------
-
-
-def open_split_files(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
-    """Read a folder in the form of `vtab-1k`: `<list>.txt` files next to the images that they name.
-
-    Raises:
-        CardError: If the card gives options; this reader has none.
-        DataError: If no folder is found, or a list is malformed.
-    """
-    reader_options(card, {})
-    folder = locate(card, suite, root)
-    Image.init()  # all formats, before threads race for the rarer ones: the loser would not know its file's format
-    lists: dict[str, Images] = {}
-    for name in card.counts:
-        path = list_file(folder, name)
-        if path.exists():
-            lists[name] = FileImages(folder, name, read_list(path, card.classes, task=card.name))
-    notes = synthetic_notes(folder)
-    return Source(str(folder), lists, notes, synthetic=bool(notes))
-
-
 class FileImages(Images):
-    """The images of one list file.
+    """Images in files below a folder.
 
     Args:
         folder: The task's folder, which the paths are relative to.
-        name: Name of the list.
-        images: Its lines.
-        listing: What lists them, for messages; by default the list's own file.
+        name: Name of the split.
+        images: Paths and labels.
+        listing: The file or description that lists them, for messages; by default `<name>.txt` in the folder.
     """
 
     def __init__(self, folder: Path, name: str, images: ImageList, listing: str | None = None) -> None:
+        Image.init()  # all formats, before threads race for the rarer ones: the loser would not know its file's format
         self.folder = folder
         self.name = name
-        self._listing = listing or str(list_file(folder, name))
+        self._listing = listing or str(folder / f"{name}.txt")
         self.paths = images.paths
         self.labels = images.labels
         self.digest = split_digest(name, images)
 
     @property
     def listing(self) -> str:
-        """What lists the images: the file of the list, unless something else does."""
+        """The file or description that lists the images."""
         return self._listing
 
     def keys(self) -> Sequence[str]:
@@ -435,11 +161,7 @@ class FileImages(Images):
         return str(self.folder / self.paths[index])
 
     def load(self, index: int) -> Image.Image:
-        """Decode one image.
-
-        Raises:
-            DataError: If its file is missing or cannot be decoded; names it.
-        """
+        """Decode one image; DataError if its file is missing or cannot be decoded."""
         try:
             return read_image(self.folder / self.paths[index], self.depth).image
         except (OSError, UnreadableImageError) as error:
@@ -451,7 +173,7 @@ class FileImages(Images):
         key = self._state() if len(self) >= _WORTH_CACHING else None
         if key is not None and (known := load_examined(key)) is not None:
             return known
-        found = Examined.of(in_threads(self._examine, len(self), f"checking the images of {self.name}", note))
+        found = super().examine(note)
         if key is not None and not found.problems:
             save_examined(key, found)
         return found
@@ -469,15 +191,14 @@ class FileImages(Images):
 
     def _examine(self, index: int) -> Decoded | str:
         try:
-            decoded = read_image(self.folder / self.paths[index])
+            return read_image(self.folder / self.paths[index]).without_pixels()
         except (FileNotFoundError, NotADirectoryError):
             return MISSING
         except UnreadableImageError as error:
             return str(error)
-        return decoded.without_pixels()
 
     def hint(self, index: int) -> str:
-        """Return what lies where an image is missing: its name in other case, or with accents spelled otherwise."""
+        """Return the file next to a missing image whose name differs in case, or in how accents are spelled."""
         path = self.folder / self.paths[index]
         other = path.with_suffix(path.suffix.swapcase())
         if other != path and other.is_file():
@@ -493,11 +214,11 @@ class ArrayImages(Images):
     """Some of the images of an array; `where` counts in the whole array.
 
     Args:
-        name: Name of the list.
+        name: Name of the split.
         pixels: uint8 (N, H, W), grey, or (N, H, W, 3), of the whole array.
         labels: int64 (N,) of the whole array.
-        positions: int64, which of them are in the list.
-        what: What one is called in a message, before its number.
+        positions: int64, those in the split.
+        what: The name of an image in messages, before its number.
     """
 
     def __init__(
@@ -505,7 +226,7 @@ class ArrayImages(Images):
         name: str,
         pixels: npt.NDArray[np.uint8],
         labels: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
+        positions: Positions,
         what: str = "digit",
     ) -> None:
         self.name = name
@@ -523,6 +244,256 @@ class ArrayImages(Images):
     def load(self, index: int) -> Image.Image:
         """Return one image."""
         return Image.fromarray(self._pixels[index]).convert("RGB")
+
+
+def array_splits(
+    card: TaskCard,
+    pixels: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.int64],
+    positions: Mapping[str, Positions],
+    what: str,
+) -> dict[str, Images]:
+    """Return the splits of a card as images of one array (see `ArrayImages`)."""
+    return {name: ArrayImages(name, pixels, labels, positions[name], what) for name in card.counts}
+
+
+def need_readable(examined: Sequence[tuple[Images, Examined]]) -> None:
+    """Refuse splits with images that are missing or cannot be decoded.
+
+    Raises:
+        DataError: Names the first twenty of them, and how many more there are.
+    """
+    missing: list[str] = []
+    broken: dict[str, None] = {}  # a file may be in several splits
+    for images, found in examined:
+        gone = [index for index, reason in found.problems if reason == MISSING]
+        if gone:
+            names = [f"{images.where(index)}{images.hint(index)}" for index in gone[:_NAMED]]
+            missing.append(
+                f"{len(gone)} of the {len(images)} images of {images.listing} are missing, "
+                f"the first is {_first_of(names, len(gone))}"
+            )
+        for index, reason in found.problems:
+            if reason != MISSING:
+                broken[f"{images.where(index)}: not a readable image: {reason}"] = None
+    shown = _first_of([*broken][:_NAMED], len(broken))
+    if missing:
+        raise DataError(f"{'; '.join(missing)}{f'; and {shown}' if broken else ''}; get the data again, whole")
+    if broken:
+        raise DataError(f"{shown}; get the {'file' if len(broken) == 1 else 'files'} again")
+
+
+def _first_of(names: Sequence[str], total: int) -> str:
+    return "; ".join(names) + (f" (and {total - len(names)} more)" if total > len(names) else "")
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A task's data, as its reader found them.
+
+    Attributes:
+        origin: Their place, for messages.
+        splits: Name → images, for the splits that exist.
+        notes: Differences from the card beyond counts and digest.
+        synthetic: Whether the images are synthetic, not the data set's.
+        variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
+        class_names: The data's own names of the classes, in the order of the labels; None leaves it to the card.
+        skipped: Kind of file that is not an image → such files that lie among the images.
+    """
+
+    origin: str
+    splits: Mapping[str, Images]
+    notes: tuple[str, ...] = ()
+    synthetic: bool = False
+    variant: str | None = None
+    class_names: tuple[str, ...] | None = None
+    skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def get(self, name: str) -> Images:
+        """Return the images of one split; DataError if it is not there."""
+        if name in self.splits:
+            return self.splits[name]
+        has = ", ".join(self.splits) or "none"
+        raise DataError(f"{self.origin} has no list {name!r} ({name}.txt); it has: {has}; get the data again, whole")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Split → number of images."""
+        return {name: len(images) for name, images in self.splits.items()}
+
+    @property
+    def digest(self) -> str:
+        """One "sha256:…" over the digests of all splits: the number that a card pins."""
+        return combined_digest({name: images.digest for name, images in self.splits.items()})
+
+    def checked(self, stages: Mapping[str, Mapping[str, str]]) -> Source:
+        """Refuse splits that leak into each other or contradict each other.
+
+        Args:
+            stages: Stage → role → split, as on a protocol card. No image of a test split may be in any other split, nor
+                an image of a stage's val in its train.
+
+        Returns:
+            The source, with a note for each split that holds an image more than once.
+
+        Raises:
+            DataError: If splits leak, or an image has two labels; names the first.
+        """
+        keys = {name: images.keys() for name, images in self.splits.items()}
+        seen: dict[str, tuple[int, str]] = {}
+        notes = []
+        for name, images in self.splits.items():
+            first: dict[str, int] = {}
+            again = [key for index, key in enumerate(keys[name]) if first.setdefault(key, index) != index]
+            if again:
+                where = images.where(first[again[0]])
+                notes.append(f"{images.listing} repeats {plural(len(again), 'image')}, the first is {where}")
+            for index, (key, label) in enumerate(zip(keys[name], images.labels.tolist(), strict=True)):
+                before, other = seen.setdefault(key, (label, name))
+                if before != label:
+                    elsewhere = "the same list" if other == name else self.splits[other].listing
+                    raise DataError(
+                        f"{images.listing}: {images.where(index)} has label {label}, in {elsewhere} it has "
+                        f"{before}; get the lists again"
+                    )
+        pairs = [(roles["val"], roles["train"]) for roles in stages.values() if "val" in roles]
+        for test in {roles["test"]: None for roles in stages.values() if "test" in roles}:
+            pairs += [(test, name) for name in keys if name != test]
+        for apart, other in pairs:
+            listed = {*keys.get(other, ())}
+            if leaked := [index for index, key in enumerate(keys.get(apart, ())) if key in listed]:
+                images, into = self.splits[apart], self.splits[other]
+                raise DataError(
+                    f"{images.listing}: {len(leaked)} of its images are also in {into.listing}, which must not see "
+                    f"them; the first is {images.where(leaked[0])}; get the lists again"
+                )
+        return replace(self, notes=(*self.notes, *notes))
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Comparison of the data found with the card.
+
+    Attributes:
+        variant: "card", the name of the card's variant whose counts they have, or "synthetic" for synthetic data.
+        status: "as_card" (also for a variant) or "different".
+        notes: One line for each difference.
+        digest: "sha256:…" over the splits in use, which a record stores. Over all splits of the card, it is the number
+            that a card pins.
+        counts: Split → number of images.
+    """
+
+    variant: str
+    status: str
+    notes: tuple[str, ...]
+    digest: str
+    counts: Mapping[str, int]
+
+
+def open_source(
+    card: TaskCard,
+    root: Path | None = None,
+    *,
+    suite: SuiteCard | None = None,
+    protocol: ProtocolCard | None = None,
+) -> Source:
+    """Find, read and check a task's splits; no image is opened yet.
+
+    Args:
+        card: The task's card.
+        root: The data root, for readers that have one; see `locate`.
+        suite: The card of its suite; looked up by default.
+        protocol: Defines which splits must be disjoint; the suite's by default.
+
+    Raises:
+        CardError: If the card's reader or one of its options is unknown.
+        DataError: If the data are missing, a split is malformed, or splits leak (`Source.checked`).
+    """
+    kind = card.reader.kind
+    if kind not in READERS:
+        raise unknown_name("reader", kind, READERS.names(), where=f"{card.path}:1", error=CardError)
+    suite = suite or load_suite(card.suite)
+    source: Source = READERS.get(kind)(card, suite, root)
+    return source.checked((protocol or load_protocol(suite.protocol)).stages)
+
+
+def measured(card: TaskCard, root: Path | None = None) -> TaskCard:
+    """Return a card whose classes and counts are as found, filled in from the data; any other card as it is.
+
+    Raises:
+        CardError: If its reader does not define the classes.
+        DataError: If the data are missing or malformed.
+    """
+    if not card.as_found:
+        return card
+    source = open_source(card, root)
+    if source.class_names is None:
+        raise CardError(f"{card.path}:1: the reader {card.reader.kind!r} finds no classes; the card must state them")
+    return replace(card, classes=len(source.class_names), counts=source.counts)
+
+
+def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
+    """Compare the data with the card, then with each of its variants. Differences are reported, not raised.
+
+    Args:
+        card: The task's card.
+        source: Its data.
+        lists: Names of the splits that will be used; `DataReport.digest` is over these.
+
+    Raises:
+        DataError: If a split that will be used is not there, or is empty.
+    """
+    digest = combined_digest({name: source.get(name).digest for name in lists})
+    for name in lists:
+        if not len(source.get(name)):
+            raise DataError(f"{source.origin} has no image for the list {name!r}; get the data again, whole")
+    counts, notes = source.counts, [*source.notes]
+    if missing := [name for name in card.counts if name not in counts]:
+        notes.append(f"{source.origin} lacks {', '.join(missing)} (not needed in this stage)")
+
+    forms = {"card": card.counts, **card.variants}
+    possible = [*forms] if source.variant is None else [source.variant]
+    variant = next((form for form in possible if counts.items() <= forms[form].items()), None)
+    if variant is None:
+        variant = source.variant or "card"
+        stated = "the card states" if variant == "card" else f"the card's variant {variant} states"
+        for name, count in counts.items():
+            if count != (meant := forms[variant][name]):
+                also = [f"{form} {forms[form][name]}" for form in possible[1:] if forms[form][name] != meant]
+                known_as = f" (variant {', '.join(also)})" if also else ""
+                notes.append(f"{name} has {plural(count, 'image')}, {stated} {meant}{known_as}")
+
+    # A card pins the digest of its own counts; a variant, or a part of the splits, has another by nature.
+    same_lists = variant == "card" and counts == dict(card.counts)
+    if same_lists and card.digest is not None and source.digest != card.digest:
+        notes.append(f"the digest is {source.digest}, the card states {card.digest}")
+    status = "different" if notes else "as_card"
+    return DataReport("synthetic" if source.synthetic else variant, status, tuple(notes), digest, counts)
+
+
+# --- the reader of split files ---------------------------------------------------------------------------------------
+
+
+def open_split_files(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
+    """Read a folder in the form of `vtab-1k`: `<split>.txt` files next to the images that they name.
+
+    Raises:
+        CardError: If the card gives options; this reader has none.
+        DataError: If no folder is found, or a split file is malformed.
+    """
+    reader_options(card, NoOptions, card.counts)
+    folder = locate(card, suite, root)
+    files = {name: folder / f"{name}.txt" for name in card.counts}
+    splits = {
+        name: FileImages(folder, name, read_list(path, card.classes, task=card.name))
+        for name, path in files.items()
+        if path.exists()
+    }
+    notes = synthetic_notes(folder)
+    return Source(str(folder), splits, notes, synthetic=bool(notes))
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------

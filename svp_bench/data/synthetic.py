@@ -24,26 +24,55 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from scipy.io import savemat  # type: ignore[import-untyped]
 
 from svp_bench.core.errors import DataError, UsageError, unknown_name
-from svp_bench.data.locate import list_file
 from svp_bench.data.native import NATIVE_FORMS
-from svp_bench.data.reading import SYNTHETIC_MARK, optional_import
+from svp_bench.data.reading import SYNTHETIC_MARK
 from svp_bench.tasks.cards import TaskCard, class_names
 
-__all__ = ["DEFAULT_SIZE", "LAYOUTS", "QUIRKS", "draw_image", "draw_task"]
+__all__ = ["DEFAULT_SIZE", "LAYOUTS", "draw_image", "draw_task"]
 
 LAYOUTS = ("json", "native")
-QUIRKS = ("text_ids", "val_lacks_class", "val_in_train", "upper_case")  # of released JSON splits
 
 DEFAULT_SIZE = 48
 _GREY_EVERY = 10  # the images whose number ends in 7 are stored in grey
+
+Pixels = npt.NDArray[np.uint8]
+Ids = Mapping[str, int]  # path -> class id
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A task folder in the making: `counts` and `size` of its images, and the seed."""
+
+    card: TaskCard
+    folder: Path
+    counts: Mapping[str, int]
+    size: int
+    seed: int
+    native: bool
+
+    def generator(self, name: str) -> np.random.Generator:
+        """Return the random numbers of a split."""
+        digest = hashlib.sha256(f"{self.card.name} {name}".encode()).digest()
+        return np.random.Generator(np.random.PCG64([self.seed, int.from_bytes(digest[:8], "big")]))
+
+    def labels(self, rng: np.random.Generator, count: int) -> list[int]:
+        """Return balanced labels in random order."""
+        labels: list[int] = rng.permutation(np.arange(count) % self.card.classes).tolist()
+        return labels
+
+    def image(self, label: int, rng: np.random.Generator) -> Pixels:
+        """Draw an image."""
+        return draw_image(label, self.card.classes, rng, self.size)
 
 
 def draw_task(
@@ -54,38 +83,39 @@ def draw_task(
     size: int | None = None,
     seed: int = 0,
     layout: str | None = None,
-    quirks: Sequence[str] = (),
 ) -> Path:
     """Draw a whole task folder in the form that the card's reader reads.
 
-    Of a task that is read from lists: each list, and its images as `images/<list>/NNNNNN.jpg`, numbered anew in each.
-    A list whose name joins those of two others (`train800val200`) holds the images of both, stored a second time, as
-    in the community's archive. The same arguments draw the same folder (to the byte, with the same numpy and Pillow).
+    Of a task that is read from split files: each of them, and its images as `images/<split>/NNNNNN.jpg`, numbered anew
+    in each. A split whose name joins those of two others (`train800val200`) holds the images of both, stored a second
+    time, as in the community's archive. The same arguments draw the same folder (to the byte, with the same numpy and
+    Pillow).
 
     Args:
         card: A task that is read from files.
-        root: The data root to draw below; made if need be.
-        counts: List → number of images, for some or all lists; by default a tenth of the card's, 8 to 100. Where the
-            reader makes val from the training images by a rule, their sum counts, and the rule decides.
+        root: The data root to draw below; created if missing.
+        counts: Split → number of images, for some or all splits; by default a tenth of the card's, 8 to 100. Where the
+            reader takes val from the training images by a rule, their sum counts, and the rule decides.
         size: Mean height and width in pixels; both vary by a quarter. (CIFAR and SVHN are always 32 × 32.)
         seed: Another seed draws other images and labels.
         layout: Of a task with a JSON split: "json" (the default), or "native" for the data set's own files.
-        quirks: What released JSON splits are known for: "text_ids" ("001" for 1), "val_lacks_class" (a class of train
-            is not in val.json), "val_in_train" (train.json repeats val.json), "upper_case" (names that end in .JPG).
 
     Returns:
         The new folder, `root/<card.folder>`. It appears whole or not at all.
 
     Raises:
-        UsageError: If the task is not read from files, or a count, size, seed, layout or quirk does not fit.
+        UsageError: If the task is not read from files, or a count, size, seed or layout does not fit.
         DataError: If the folder exists and is not empty, or cannot be written.
-        UnavailableError: If MATLAB's files are to be written, and scipy is not installed.
     """
-    if card.reader.kind not in _DRAWERS:
-        raise UsageError(
-            f"{card.name} is read by {card.reader.kind!r}, not from split files; it needs no synthetic images"
-        )
-    _check_form(card, layout, quirks)
+    kind = card.reader.kind
+    if kind not in _DRAWERS:
+        raise UsageError(f"{card.name} is read by {kind!r}, not from split files; it needs no synthetic images")
+    if layout is not None and layout not in LAYOUTS:
+        raise unknown_name("layout", layout, LAYOUTS)
+    if layout is not None and kind != "json_split":
+        raise UsageError(f"{card.name} is read by {kind!r}; only JSON splits have layouts")
+    if layout == "native" and "native" not in card.reader.options:
+        raise UsageError(f"{card.name} has no native form; draw its JSON split")
     size = DEFAULT_SIZE if size is None else size
     if seed < 0:
         raise UsageError(f"seed {seed} is out of range; a seed is 0 or above")
@@ -100,7 +130,7 @@ def draw_task(
         with tempfile.TemporaryDirectory(prefix=f".{card.folder}.", suffix=".part", dir=root) as aside:
             folder = Path(aside) / card.folder
             folder.mkdir()
-            _DRAWERS[card.reader.kind](card, folder, wanted, size, seed, layout, quirks)
+            _DRAWERS[kind](_Drawing(card, folder, wanted, size, seed, layout == "native"))
             mark = f"Created by svp-bench for {card.name} (seed {seed}): these images are not real data.\n"
             _write(folder / SYNTHETIC_MARK, mark)
             if target.is_dir():
@@ -138,32 +168,10 @@ def _counts(card: TaskCard, given: Mapping[str, int]) -> dict[str, int]:
     return counts
 
 
-def _check_form(card: TaskCard, layout: str | None, quirks: Sequence[str]) -> None:
-    for quirk in quirks:
-        if quirk not in QUIRKS:
-            raise unknown_name("quirk", quirk, QUIRKS)
-    if layout is not None and layout not in LAYOUTS:
-        raise unknown_name("layout", layout, LAYOUTS)
-    split = card.reader.kind == "json_split"
-    if (layout is not None or quirks) and not split:
-        raise UsageError(f"{card.name} is read by {card.reader.kind!r}; only JSON splits have layouts and quirks")
-    if layout == "native" and "native" not in card.reader.options:
-        raise UsageError(f"{card.name} has no native form; draw its JSON split")
-    if layout == "native" and quirks:
-        raise UsageError(f"quirks ({', '.join(quirks)}) are of the JSON split, not of the layout 'native'")
-
-
-def _draw_lists(
-    card: TaskCard,
-    folder: Path,
-    counts: Mapping[str, int],
-    size: int,
-    seed: int,
-    layout: str | None,
-    quirks: Sequence[str],
-) -> None:
+def _draw_split_files(drawing: _Drawing) -> None:
+    card, folder = drawing.card, drawing.folder
     lines: dict[str, list[tuple[str, int]]] = {}
-    for name in sorted(counts, key=lambda name: _joined(card, name) is not None):  # joined splits copy the others
+    for name in sorted(drawing.counts, key=lambda name: _joined(card, name) is not None):  # joined ones copy the others
         images = folder / "images" / name
         images.mkdir(parents=True)
         if parts := _joined(card, name):
@@ -172,103 +180,81 @@ def _draw_lists(
                 shutil.copyfile(folder / path, images / f"{number:06d}.jpg")
                 labels.append(label)
         else:
-            rng = _generator(seed, card.name, name)
-            labels = rng.permutation(np.arange(counts[name]) % card.classes).tolist()
+            rng = drawing.generator(name)
+            labels = drawing.labels(rng, drawing.counts[name])
             for number, label in enumerate(labels):
-                pixels = draw_image(label, card.classes, rng, size)
-                image = Image.fromarray(pixels)
+                image = Image.fromarray(drawing.image(label, rng))
                 if number % _GREY_EVERY == 7:
                     image = image.convert("L")
                 image.save(images / f"{number:06d}.jpg")
         lines[name] = [(f"images/{name}/{number:06d}.jpg", label) for number, label in enumerate(labels)]
     for name, entries in lines.items():
-        _write(list_file(folder, name), "".join(f"{path} {label}\n" for path, label in entries))
+        _write(folder / f"{name}.txt", "".join(f"{path} {label}\n" for path, label in entries))
 
 
 # --- JSON splits and the own files of their data sets -----------------------------------------------------------------
 
 
-def _draw_split(
-    card: TaskCard,
-    folder: Path,
-    counts: Mapping[str, int],
-    size: int,
-    seed: int,
-    layout: str | None,
-    quirks: Sequence[str],
-) -> None:
-    form = NATIVE_FORMS[str(card.reader.options.get("native", "text_files"))]
-    parts: dict[str, dict[str, int]] = {}  # list -> path -> class id
+def _draw_json_split(drawing: _Drawing) -> None:
+    options = drawing.card.reader.options
+    form = NATIVE_FORMS[str(options.get("native", "text_files"))]
+    parts: dict[str, dict[str, int]] = {}  # split -> path -> class id
     number = 0
     known: list[int] = []
     for name in ("train", "val", "test"):
-        rng = _generator(seed, card.name, name)
+        rng = drawing.generator(name)
         if name == "train":
-            labels = rng.permutation(np.arange(counts[name]) % card.classes).tolist()
+            labels = drawing.labels(rng, drawing.counts[name])
             known = sorted(set(labels))
-        else:  # classes that train has; val without the first, which shifts a map that is built anew
-            of = known[1:] if name == "val" and "val_lacks_class" in quirks and len(known) > 1 else known
-            labels = [of[index] for index in rng.permutation(np.arange(counts[name]) % len(of)).tolist()]
+        else:  # classes that train has
+            order = rng.permutation(np.arange(drawing.counts[name]) % len(known))
+            labels = [known[index] for index in order.tolist()]
         parts[name] = {}
         for label in labels:
             number += 1
-            class_id = label + 1 if layout == "native" or "text_ids" in quirks else 3 * label + 5  # ids may have gaps
+            gaps = not drawing.native and "first_id" not in options  # ids may have gaps
+            class_id = 3 * label + 5 if gaps else label + int(options.get("first_id", 1))
             path = form.path.format(number=number, class_id=class_id)
-            if "upper_case" in quirks and number % 4 == 0:
-                path = path.removesuffix(".jpg") + ".JPG"
-            file = folder / form.images / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw_image(label, card.classes, rng, size)).save(file, format="JPEG")
+            _save_all(drawing.folder / form.images, [path], [drawing.image(label, rng)])
             parts[name][path] = class_id
-    if layout == "native":
-        _WRITERS[form.files](folder, parts["train"], parts["val"], parts["test"])
+    if drawing.native:
+        _WRITERS[form.files](drawing.folder, parts["train"], parts["val"], parts["test"])
         return
-    if "val_in_train" in quirks:
-        parts["train"] = dict(sorted({**parts["train"], **parts["val"]}.items()))
     for name, ids in parts.items():
-        entries = {path: f"{class_id:03d}" if "text_ids" in quirks else class_id for path, class_id in ids.items()}
-        _write(folder / f"{name}.json", json.dumps(entries))
+        _write(drawing.folder / f"{name}.json", json.dumps(ids))
 
 
-def _write_text_files(folder: Path, train: dict[str, int], val: dict[str, int], test: dict[str, int]) -> None:
-    entries = [
-        (path, class_id, split) for part, split in ((train | val, 1), (test, 0)) for path, class_id in part.items()
-    ]
-    entries.sort()
-    for name, column in zip(
-        ("images", "image_class_labels", "train_test_split"), zip(*entries, strict=True), strict=True
-    ):
-        _write(folder / f"{name}.txt", "".join(f"{number} {value}\n" for number, value in enumerate(column, 1)))
+def _write_text_files(folder: Path, train: Ids, val: Ids, test: Ids) -> None:
+    entries = sorted([(p, i, 1) for p, i in {**train, **val}.items()] + [(p, i, 0) for p, i in test.items()])
+    for name, column in zip(NATIVE_FORMS["text_files"].files, zip(*entries, strict=True), strict=True):
+        _write(folder / name, "".join(f"{number} {value}\n" for number, value in enumerate(column, 1)))
 
 
-def _write_flowers_mat(folder: Path, train: dict[str, int], val: dict[str, int], test: dict[str, int]) -> None:
-    count = len(train) + len(val) + len(test)
-    labels = np.zeros((1, count), dtype=np.uint8)
+def _write_flowers_mat(folder: Path, train: Ids, val: Ids, test: Ids) -> None:
+    labels = np.zeros((1, len(train) + len(val) + len(test)), dtype=np.uint8)
     numbers: dict[str, Any] = {}
     for key, part in (("trnid", train), ("valid", val), ("tstid", test)):
         numbers[key] = np.array([[int(Path(path).stem.partition("_")[2]) for path in part]], dtype=np.uint16)
         labels[0, numbers[key][0].astype(int) - 1] = list(part.values())
-    _savemat(folder / "setid.mat", numbers)
-    _savemat(folder / "imagelabels.mat", {"labels": labels})
+    savemat(folder / "setid.mat", numbers)
+    savemat(folder / "imagelabels.mat", {"labels": labels})
 
 
-def _write_list_mats(folder: Path, train: dict[str, int], val: dict[str, int], test: dict[str, int]) -> None:
-    for name, part in (("train_list", train | val), ("test_list", test)):
+def _write_list_mats(folder: Path, train: Ids, val: Ids, test: Ids) -> None:
+    for name, part in (("train_list", {**train, **val}), ("test_list", test)):
         paths = np.empty((len(part), 1), dtype=object)
         paths[:, 0] = list(part)
         labels = np.array([list(part.values())], dtype=np.uint8).T
-        _savemat(folder / f"{name}.mat", {"file_list": paths, "labels": labels})
+        savemat(folder / f"{name}.mat", {"file_list": paths, "labels": labels})
 
 
-def _write_annotations_mat(folder: Path, train: dict[str, int], val: dict[str, int], test: dict[str, int]) -> None:
-    entries = [
-        (path, class_id, split) for part, split in ((train | val, 0), (test, 1)) for path, class_id in part.items()
-    ]
+def _write_annotations_mat(folder: Path, train: Ids, val: Ids, test: Ids) -> None:
+    entries = sorted([(p, i, 0) for p, i in {**train, **val}.items()] + [(p, i, 1) for p, i in test.items()])
     kinds = [("relative_im_path", object), ("class", object), ("test", object)]
-    _savemat(folder / "cars_annos.mat", {"annotations": np.array([sorted(entries)], dtype=kinds)})
+    savemat(folder / "cars_annos.mat", {"annotations": np.array([entries], dtype=kinds)})
 
 
-_WRITERS: Mapping[tuple[str, ...], Callable[[Path, dict[str, int], dict[str, int], dict[str, int]], None]] = {
+_WRITERS: Mapping[tuple[str, ...], Callable[[Path, Ids, Ids, Ids], None]] = {
     NATIVE_FORMS[name].files: write
     for name, write in (
         ("text_files", _write_text_files),
@@ -279,41 +265,28 @@ _WRITERS: Mapping[tuple[str, ...], Callable[[Path, dict[str, int], dict[str, int
 }
 
 
-def _savemat(path: Path, content: Mapping[str, Any]) -> None:
-    optional_import("scipy.io", "scipy", f"writing {path.name}").savemat(path, content)
+# --- the files that torchvision reads --------------------------------------------------------------------------------
 
 
-# --- what torchvision reads -----------------------------------------------------------------------------------------
-
-
-def _draw_torchvision(
-    card: TaskCard,
-    folder: Path,
-    counts: Mapping[str, int],
-    size: int,
-    seed: int,
-    layout: str | None,
-    quirks: Sequence[str],
-) -> None:
-    official = card.reader.options.get("val") == "official"
-    sizes = {"train": counts["train"], "val": counts["val"]} if official else {"train": counts["train"] + counts["val"]}
-    sizes["test"] = counts["test"]
+def _draw_torchvision(drawing: _Drawing) -> None:
+    card, sizes = drawing.card, {name: drawing.counts[name] for name in ("train", "val", "test")}
+    if card.reader.options["val"] != "official":
+        sizes["train"] += sizes.pop("val")
     names = class_names(card) or [f"{label:05d}" for label in range(card.classes)]
-    write = _TORCHVISION_WRITERS[str(card.reader.options["set"])]
     labels: dict[str, list[int]] = {}
-    images: dict[str, list[npt.NDArray[np.uint8]]] = {}
+    images: dict[str, list[Pixels]] = {}
     for split, count in sizes.items():
-        rng = _generator(seed, card.name, split)
-        labels[split] = rng.permutation(np.arange(count) % card.classes).tolist()
-        images[split] = [draw_image(label, card.classes, rng, size) for label in labels[split]]
-    write(folder, names, labels, images)
+        rng = drawing.generator(split)
+        labels[split] = drawing.labels(rng, count)
+        images[split] = [drawing.image(label, rng) for label in labels[split]]
+    _TORCHVISION_WRITERS[str(card.reader.options["set"])](drawing.folder, names, labels, images)
 
 
 _Labels = Mapping[str, list[int]]  # split -> label of each image
-_Drawings = Mapping[str, list[npt.NDArray[np.uint8]]]
+_Drawings = Mapping[str, list[Pixels]]
 
 
-def _thumbnails(images: list[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+def _thumbnails(images: list[Pixels]) -> Pixels:
     """Return them as uint8 (N, 32, 32, 3)."""
     return np.stack([np.asarray(Image.fromarray(image).resize((32, 32))) for image in images])
 
@@ -344,7 +317,7 @@ def _write_svhn(folder: Path, names: list[str], labels: _Labels, images: _Drawin
     for split in labels:
         digits = np.array([[label or 10 for label in labels[split]]], dtype=np.uint8).T  # 10 stands for the digit 0
         pixels = np.ascontiguousarray(_thumbnails(images[split]).transpose(1, 2, 3, 0))
-        _savemat(folder / f"{split}_32x32.mat", {"X": pixels, "y": digits})
+        savemat(folder / f"{split}_32x32.mat", {"X": pixels, "y": digits})
 
 
 def _write_dtd(folder: Path, names: list[str], labels: _Labels, images: _Drawings) -> None:
@@ -396,21 +369,21 @@ _TORCHVISION_WRITERS: Mapping[str, Callable[[Path, list[str], _Labels, _Drawings
 }
 
 
-def _save_all(folder: Path, paths: list[str], images: list[npt.NDArray[np.uint8]]) -> None:
+def _save_all(folder: Path, paths: list[str], images: list[Pixels]) -> None:
     for path, image in zip(paths, images, strict=True):
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(file)
 
 
-_DRAWERS: Mapping[str, Callable[..., None]] = {
-    "split_files": _draw_lists,
-    "json_split": _draw_split,
+_DRAWERS: Mapping[str, Callable[[_Drawing], None]] = {
+    "split_files": _draw_split_files,
+    "json_split": _draw_json_split,
     "torchvision": _draw_torchvision,
 }
 
 
-def draw_image(label: int, classes: int, rng: np.random.Generator, size: int) -> npt.NDArray[np.uint8]:
+def draw_image(label: int, classes: int, rng: np.random.Generator, size: int) -> Pixels:
     """Draw one image: uint8 (height, width, 3), both sides within a quarter of `size`.
 
     Args:
@@ -428,11 +401,6 @@ def draw_image(label: int, classes: int, rng: np.random.Generator, size: int) ->
     colour = np.array(colorsys.hsv_to_rgb(label / classes, 0.8, rng.uniform(0.7, 1.0)))
     image = wave[..., None] * colour + rng.normal(0, 0.1, size=(height, width, 3))
     return np.asarray(np.rint(image.clip(0, 1) * 255), dtype=np.uint8)
-
-
-def _generator(seed: int, task: str, name: str) -> np.random.Generator:
-    digest = hashlib.sha256(f"{task} {name}".encode()).digest()
-    return np.random.Generator(np.random.PCG64([seed, int.from_bytes(digest[:8], "big")]))
 
 
 def _write(path: Path, text: str) -> None:

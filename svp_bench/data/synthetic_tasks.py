@@ -16,13 +16,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
-from svp_bench.core.errors import CardError, plural, unknown_name
-from svp_bench.data.reading import reader_options
-from svp_bench.data.sources import ArrayImages, Source
+from svp_bench.core.errors import CardError, plural
+from svp_bench.data.reading import reader_options, split_positions
+from svp_bench.data.sources import Source, array_splits
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 __all__ = ["KINDS", "SIZE", "VERSION", "Kind", "draw_numbered", "open_synthetic"]
@@ -314,40 +316,32 @@ def draw_numbered(kind: str, seed: int, number: int) -> tuple[npt.NDArray[np.uin
     return canvas.finish(), label
 
 
+@dataclass(frozen=True)
+class _Options:
+    kind: Literal["textures", "location", "orientation", "count", "size"]
+    seed: int
+    generator: Annotated[int, Meta(ge=VERSION, le=VERSION, description=f"{VERSION}, the version of the generator")]
+
+
 def open_synthetic(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
     """Draw a task: its `train`, then `val`, then `test`, numbered through; `trainval` is the first two.
 
-    Options: `kind` (of `KINDS`), `seed`, `generator` (must be `VERSION`: a card is for one generator). `root` is not
-    used.
+    Options: `kind` (of `KINDS`), `seed`, `generator` (must be `VERSION`). `root` is not used.
 
     Raises:
-        CardError: If an option or list is unknown or missing, the generator is another, or the number of classes wrong.
+        CardError: If an option or split is unknown or missing, or the number of classes or of images wrong.
     """
-    options = reader_options(card, {"kind": str, "seed": int, "generator": int})
+    options = reader_options(card, _Options, ("train", "val", "trainval", "test"))
     where = f"{card.path}:1"
-    for name in ("kind", "seed", "generator"):
-        if name not in options:
-            raise CardError(f"{where}: the reader 'synthetic' needs the option {name!r}")
-    kind, seed = str(options["kind"]), int(options["seed"])
-    if kind not in KINDS:
-        raise unknown_name("kind of the reader 'synthetic'", kind, KINDS, where=where, error=CardError)
-    if options["generator"] != VERSION:
-        raise CardError(f"{where}: the card is for generator {options['generator']}, this is {VERSION}")
-    names = KINDS[kind].classes
+    names = KINDS[options.kind].classes
     if card.classes != len(names):
-        raise CardError(f"{where}: {kind!r} has {plural(len(names), 'class')}, the card states {card.classes}")
-    counts = dict(card.counts)
-    for name in counts:
-        if name not in ("train", "val", "trainval", "test"):
-            allowed = ("train", "val", "trainval", "test")
-            raise unknown_name("list of the reader 'synthetic'", name, allowed, where=where, error=CardError)
-    train, val, test = (counts.get(name, 0) for name in ("train", "val", "test"))
-    if counts.get("trainval", train + val) != train + val:
-        raise CardError(f"{where}: trainval is train and val together, {train + val}, not {counts['trainval']}")
-    generated = [draw_numbered(kind, seed, number) for number in range(train + val + test)]
+        raise CardError(f"{where}: {options.kind!r} has {plural(len(names), 'class')}, the card states {card.classes}")
+    train, val, test = (card.counts.get(name, 0) for name in ("train", "val", "test"))
+    if card.counts.get("trainval", train + val) != train + val:
+        raise CardError(f"{where}: trainval is train and val together, {train + val}, not {card.counts['trainval']}")
+    generated = [draw_numbered(options.kind, options.seed, number) for number in range(train + val + test)]
     pixels = np.stack([image for image, _ in generated])
     labels = np.asarray([label for _, label in generated], dtype=np.int64)
-    spans = {"train": (0, train), "val": (train, train + val), "trainval": (0, train + val)}
-    spans["test"] = (train + val, train + val + test)
-    lists = {name: ArrayImages(name, pixels, labels, np.arange(*spans[name]), "image") for name in counts}
-    return Source(f"synthetic {kind}, seed {seed}", lists, class_names=names)
+    first, second, third = np.split(np.arange(train + val + test), [train, train + val])
+    images = array_splits(card, pixels, labels, split_positions(first, second, third), "image")
+    return Source(f"synthetic {options.kind}, seed {options.seed}", images, class_names=names)
