@@ -350,7 +350,7 @@ WRONG = [
         "digest: null",
         "digest: null\nreader: {kind: a, options: {b: [c]}}",
         12,
-        "'reader.options.b' must be bool | int | float | str, not ['c']",
+        "'reader.options.b' must be bool or int or float or str, not ['c']",
     ),
     (ONE, "digest: null", "digest: null\nreader: lists", 12, "'reader' must be a mapping of keys, not 'lists'"),
     (
