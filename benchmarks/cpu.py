@@ -1,4 +1,4 @@
-"""Vim on CPUs against the floor of its matrix products, and the scan against its peers: ratios of one run.
+"""Vim on CPUs against the floor of its matrix products, and the scan against its baselines: ratios of one run.
 
     python benchmarks/cpu.py [--quick] [--baselines PYTHON] [--output FILE.json]
 
@@ -174,7 +174,7 @@ def scan_inputs(batch: int, width: int, length: int, states: int) -> list[Tensor
     return values
 
 
-def isolated_scan(rounds: int, peers: str | None) -> dict[str, Any]:
+def isolated_scan(rounds: int, baselines: str | None) -> dict[str, Any]:
     shape = (8, 768, 197, 16)
     inputs = [t.requires_grad_() for t in scan_inputs(*shape)]
     frozen = [t.detach() for t in inputs]
@@ -188,8 +188,8 @@ def isolated_scan(rounds: int, peers: str | None) -> dict[str, Any]:
         "forward": in_turns({name: (lambda s=s: s(*frozen)) for name, s in scans.items()}, rounds),
         "forward_backward": in_turns({name: both(s) for name, s in scans.items()}, rounds),
     }
-    if peers:
-        command = [peers, __file__, "--as-peer"]
+    if baselines:
+        command = [baselines, __file__, "--as-baseline"]
         where = {
             **os.environ,
             "PYTHONPATH": str(Path(svp_bench.__file__).parents[1]),
@@ -199,11 +199,11 @@ def isolated_scan(rounds: int, peers: str | None) -> dict[str, Any]:
         for name, times in found.items():
             rows["forward"][name], rows["forward_backward"][name] = times
         if not found:
-            print(f"peers left out: {answer.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+            print(f"baselines left out: {answer.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
     return {"shape": dict(zip(("batch", "dim", "length", "state"), shape, strict=True)), **rows}
 
 
-def peer_times() -> dict[str, tuple[float, float]]:
+def baseline_times() -> dict[str, tuple[float, float]]:
     """Times of mamba.py's parallel scan, in an environment that has it."""
     from mambapy.pscan import pscan
 
@@ -365,13 +365,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="Vim-tiny only, fewer rounds, no extrapolations")
     parser.add_argument("--baselines", help="a Python that has mambapy (`make bench` makes one)")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
-    parser.add_argument("--as-peer", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--as-baseline", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.as_peer:
-        print(json.dumps(peer_times()))
+    if arguments.as_baseline:
+        print(json.dumps(baseline_times()))
         return
     if arguments.memory:
         model = model_of(arguments.memory, "svp")

@@ -72,15 +72,15 @@ def plan(ours: str, fork: bool, *, sizes: Sequence[str], batches: Sequence[int],
     projections and a convolution too, so that it has no scan to be asked for alone.
     """
     unfused = (ours, "mamba_ssm")
-    peers = (*unfused, "fork") if fork else unfused
+    baselines = (*unfused, "fork") if fork else unfused
     small = min(batches)
     assert batches[0] != small  # else the first cell would stand there twice
-    cells = [Cell("train", sizes[0], "bf16", batches[0], peers)]
+    cells = [Cell("train", sizes[0], "bf16", batches[0], baselines)]
     for batch in scans:
         backends = (*unfused, "reference") if batch == min(scans) else unfused
         cells += [Cell(what, sizes[0], "bf16", batch, backends) for what in ("scan_forward", "scan_both")]
     for batch in batches:
-        backends = (*peers, "reference") if batch == small else peers
+        backends = (*baselines, "reference") if batch == small else baselines
         for precision in ("bf16", "fp32"):
             cells += [Cell(what, size, precision, batch, backends) for size in sizes for what in ("train", "forward")]
     return list(dict.fromkeys(cells))  # the first is one of the last as well
@@ -109,7 +109,7 @@ class Worker:
         self.starts += 1
         lines: queue.Queue[str | None] = queue.Queue()
         self.lines = lines
-        root = str(Path(svp_bench.__file__).parents[1])  # an environment of peers has not installed us
+        root = str(Path(svp_bench.__file__).parents[1])  # an environment of baselines has not installed us
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = process = subprocess.Popen(
             self.command,

@@ -1,4 +1,4 @@
-"""What the numbers of benchmarks/gpu.py say: the scan's floors, ratios with named peers, the goals, the table."""
+"""What the numbers of benchmarks/gpu.py say: the scan's floors, ratios with named baselines, the goals, the table."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def scan_work(kind: str, itemsize: int, states: int, tile: int, block: int) -> t
         unavoidable = 2 * k * s + 2 * s  # u, Δ; z, out
         return Work(unavoidable + 2 * 4, special), Work(unavoidable, special)  # y of one direction, written and read
     read, written = k * 4 * s, k * 2 * s + s  # u, Δ, dout, z a direction; du, dΔ a direction, dz
-    states_kept = 2 * k * 4 * states / tile  # written and read
+    saved_states = 2 * k * 4 * states / tile  # written and read
     partial = 2 * k * 2 * 4 * states / block  # dB and dC, written and read
     own = Work(
-        2 * read + written + 2 * 4 + states_kept + partial,
+        2 * read + written + 2 * 4 + saved_states + partial,
         # two passes: states, softplus, gate; then the derivative of the softplus
         2 * k * (states + 2 + 2) + 2 * k,
     )
@@ -123,12 +123,12 @@ def ratios(rows: Iterable[Mapping[str, Any]], ours: str) -> list[dict[str, Any]]
             cells.setdefault(key, {})[row["backend"]] = row
     found = []
     for key, measured in cells.items():
-        for peer, row in measured.items():
+        for baseline, row in measured.items():
             mine = measured.get(ours)
-            if peer == ours or mine is None:
+            if baseline == ours or mine is None:
                 continue
             label = dict(zip(("what", "size", "precision", "batch"), key, strict=True))
-            label |= {"of": ours, "against": peer}
+            label |= {"of": ours, "against": baseline}
             speed = row["seconds_per_step"] / mine["seconds_per_step"]
             if key[0].startswith("scan_"):
                 (theirs, timed), (own, also) = scan_time(row), scan_time(mine)
@@ -146,7 +146,7 @@ class Goal(NamedTuple):
     bound: float
     at_least: bool
     what: str
-    peer: str | None = None
+    baseline: str | None = None
     quantity: str = ""
 
 
@@ -180,14 +180,14 @@ def judged(rows: Sequence[Mapping[str, Any]], device: str) -> list[dict[str, Any
 
 def _value(goal: Goal, rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
     by = {r["backend"]: r for r in rows if r["what"] == goal.what}
-    for name in filter(None, ("triton", goal.peer)):
+    for name in filter(None, ("triton", goal.baseline)):
         if name not in by:
             return None, "no --fork was given" if name == "fork" else f"{name} was not asked for"
         if by[name]["status"] != MEASURED:
             return None, f"{name}: {by[name]['status']}" + (f", {by[name]['reason']}" if "reason" in by[name] else "")
-    if goal.peer is not None:
-        values = [r["value"] for r in ratios(by.values(), "triton") if r["against"] == goal.peer]
-        kinds = [r["quantity"] for r in ratios(by.values(), "triton") if r["against"] == goal.peer]
+    if goal.baseline is not None:
+        values = [r["value"] for r in ratios(by.values(), "triton") if r["against"] == goal.baseline]
+        kinds = [r["quantity"] for r in ratios(by.values(), "triton") if r["against"] == goal.baseline]
         return values[kinds.index(goal.quantity)], ""
     if goal.what == "train":
         return by["triton"]["images_per_second"], ""

@@ -73,7 +73,7 @@ def dry_run(output: Path, *arguments: str) -> dict[str, Any]:
 
 
 def check_whole(result: dict[str, Any], fork: bool) -> None:
-    """Every planned cell is there; no ratio without its peer's name; a CPU has met no goal."""
+    """Every planned cell is there; no ratio without its baseline's name; a CPU has met no goal."""
     planned = gpu.plan("cpu", fork, sizes=("nano",), batches=(2, 1), scans=(2, 1))
     found = [(r["what"], r["size"], r["precision"], r["batch"], r["backend"]) for r in result["rows"]]
     assert found == [(*cell[:4], backend) for cell in planned for backend in cell.backends]
@@ -480,7 +480,7 @@ def test_goals_are_met_or_not_and_say_against_whom() -> None:
     assert {goal["state"] for goal in gpu.judged(rows, "NVIDIA H200")} == {"not measured"}
 
 
-def test_every_ratio_names_its_peer() -> None:
+def test_every_ratio_names_its_baseline() -> None:
     rows = [measured(backend, seconds, 1000.0) for backend, seconds in (("triton", 0.1), ("fork", 0.2))]
     rows.append({**measured("mamba_ssm", 0.3, 1000.0), "status": "failed"})
     found = gpu.ratios(rows, "triton")

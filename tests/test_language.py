@@ -62,7 +62,9 @@ CHECKED = [
     *sorted((ROOT / "configs").rglob("*.yaml")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "pretraining").rglob("*.py")),
+    *sorted((ROOT / "benchmarks").glob("*.py")),
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "Makefile", "pretraining/README.md")),
+    ROOT / "benchmarks/README.md",
     *(ROOT / "results" / name for name in ("README.md", "reference/README.md")),
 ]
 ALLOWED_LINE = re.compile("|".join(ALLOWED))

@@ -245,7 +245,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     nothing = score_images(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match="no images were scored"):
         evaluate(nothing, 3)
-    with pytest.raises(ValueError, match=r"a label lies outside 0\.\.1: 0\.\.2"):
+    with pytest.raises(RuntimeError):  # labels were checked when they were read
         evaluate(scores_of(torch.zeros(2, 3), torch.tensor([0, 2])), 2)
 
 

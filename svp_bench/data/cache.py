@@ -1,7 +1,7 @@
 """What outlives a run in a process that makes many: decoded images, and what examining them found.
 
 Off unless a process asks for it (`cache_between_runs`). The cache is keyed by where the images lie, the digest of
-their list, and the view; a process that lives no longer than a sweep takes it that nobody changes images under it.
+their list, and the transform; a process that lives no longer than a sweep takes it that nobody changes images under it.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def _name(images: Images) -> Hashable:
     return type(images).__name__, images.name, images.digest, place
 
 
-def cached(images: Images, view: Hashable, make: Callable[[], Array]) -> Array:
+def cached(images: Images, transform: Hashable, make: Callable[[], Array]) -> Array:
     """Return the decoded images of a list, uint8 (N, 3, H, W): those of an earlier run, or what `make` returns."""
-    return make() if _cache is None else _cache.get((_name(images), images.depth, view), make)
+    return make() if _cache is None else _cache.get((_name(images), images.depth, transform), make)
 
 
 def examined(images: Images, note: Note | None = None) -> Examined:

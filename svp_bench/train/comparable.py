@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -72,10 +71,10 @@ def refuse_hidden_changes(trainer: Trainer, *, trains: bool) -> None:
         for callback in _callbacks(trainer):
             if isinstance(callback, kind):
                 raise UsageError(f"trainer.callbacks: {_name(callback)} is refused: {why}; {instead}")
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        given = getattr(trainer.strategy, "_start_method", None)
+    given = getattr(trainer.strategy, "_start_method", "popen")  # of DDP; no public property has it
+    if given != "popen":
         raise UsageError(
-            f"trainer.strategy: {_name(trainer.strategy)} with processes by {given or 'multiprocessing'} (ddp_{given}, "
+            f"trainer.strategy: {_name(trainer.strategy)} with processes by {given} (ddp_{given}, "
             "ddp_notebook …) is refused: they do not hand the state of a run back, so its record would be wrong; "
             "use --trainer.strategy ddp"
         )

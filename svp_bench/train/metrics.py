@@ -5,6 +5,9 @@ are put in the order of their list (`in_order`), and each number is computed onc
 that are rounded once (`math.fsum`). So for the same logits no number depends on the batch size or on the number of
 processes, bit for bit.
 
+torchmetrics counts the confusion matrix. Its balanced accuracy counts a class without images as 0 once it is predicted,
+and its calibration error has bins closed on the other side, so these two are computed here.
+
 Ties: of classes with equal logits the one with the smallest index comes first, for top-1 as for top-5; that is what
 `torch.argmax` does.
 """
@@ -26,6 +29,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from svp_bench.core.errors import plural
 from svp_bench.records.record import Metrics, PerClass
@@ -168,22 +172,19 @@ def in_order(parts: Sequence[ImageScores]) -> ImageScores:
     return ImageScores(*(column[order] for column in joined))
 
 
-def confusion_matrix(labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> NDArray[np.int64]:
     """Count images by true class (row) and predicted class (column): int64 (classes, classes).
 
     Args:
-        labels: (images,), 0..classes-1.
-        predictions: (images,), 0..classes-1.
+        labels: int64 (images,), 0..classes-1.
+        predictions: int64 (images,), 0..classes-1.
         classes: Number of classes.
 
     Raises:
-        ValueError: If a label or prediction is out of range.
+        RuntimeError: If a label or prediction is out of range.
     """
-    for name, values in (("label", labels), ("prediction", predictions)):
-        if values.size and not 0 <= values.min() <= values.max() < classes:
-            raise ValueError(f"a {name} lies outside 0..{classes - 1}: {values.min()}..{values.max()}")
-    counts = np.bincount(labels * classes + predictions, minlength=classes * classes)
-    return counts.reshape(classes, classes).astype(np.int64)
+    counts: NDArray[np.int64] = multiclass_confusion_matrix(predictions, labels, max(2, classes)).numpy()
+    return counts[:classes, :classes]  # torchmetrics refuses a task of one class
 
 
 def per_class_accuracy(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -238,7 +239,7 @@ def evaluate(scores: ImageScores, classes: int) -> Evaluation:
     count = len(scores.label)
     if not count:
         raise ValueError("no images were scored")
-    confusion = confusion_matrix(scores.label.numpy(), scores.prediction.numpy(), classes)
+    confusion = confusion_matrix(scores.label, scores.prediction, classes)
     return Evaluation(
         scores=scores,
         confusion=confusion,
