@@ -351,7 +351,7 @@ def edit(data: dict[str, Any], dotted: str, value: Any) -> None:
         ("config_digest", WEIGHTS, "'config_digest' does not belong to the config"),
         ("setting_digest", WEIGHTS, "'setting_digest' does not belong to the config: it should be sha256:"),
         ("search", {}, "the key 'search.name' is missing"),
-        ("search", SEARCH.to_json(), "'setting_digest' does not belong to the config"),
+        ("search", make_record(search=SEARCH).to_json()["search"], "'setting_digest' does not belong to the config"),
         ("parameters", {}, "the key 'parameters.trainable' is missing"),
         ("parameters", None, "'parameters' must be a mapping of keys, not None"),
         ("parameters.head", 1, "'parameters' do not add up: trainable 4760000, adapter 4757000, head 1"),

@@ -26,7 +26,7 @@ WHOLE = "all"
 
 _UNSTATED = "average (of unstated tasks)"
 _VALUE = re.compile(r"(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(?: ?([KM]))?")
-_FACTORS = {None: 1.0, "K": 1e3, "M": 1e6}
+_FACTORS = {"K": 1e3, "M": 1e6}
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,13 @@ class PublishedRow:
     @property
     def number(self) -> float:
         """The value as a number; the suffixes K and M are multiplied in."""
-        number, suffix = _match(self.value).groups()
-        return float(number) * _FACTORS[suffix]
+        return float(self.value.rstrip(" KM")) * _FACTORS.get(self.value[-1], 1.0)
 
 
 def mean_names(suite: SuiteCard) -> tuple[str, str]:
     """Return the names of both averages with the suite's own numbers: ("mean of 19 tasks", "mean of 3 groups")."""
     tasks, groups = len(suite.tasks), len(suite.groups)
-    return (
-        f"mean of {plural(tasks, 'task')}",
-        f"mean of {plural(groups, 'group')}",
-    )
+    return f"mean of {plural(tasks, 'task')}", f"mean of {plural(groups, 'group')}"
 
 
 def load_published(suite: SuiteCard, folder: Path | None = None) -> list[PublishedRow]:
@@ -136,17 +132,9 @@ def _row(fields: list[str], file: str, line: int, where: str) -> PublishedRow:
     for column, field in zip(COLUMNS, fields, strict=True):
         if not field.strip():
             raise RecordError(f"{where}: {column!r} is empty; every number needs its source and place")
-    source, backbone, pretrain, method, task_or_group, metric, value, citation = fields
-    if not _VALUE.fullmatch(value):
-        raise RecordError(f"{where}: 'value' must be a number, with K or M behind it if need be, not {value!r}")
-    row = PublishedRow(file, line, source, backbone, pretrain, method, task_or_group, metric, value, citation)
-    if metric == "top1" and not 0 <= row.number <= 100:
-        raise RecordError(f"{where}: 'value' of a top1 must be a percentage, not {value!r}")
+    row = PublishedRow(file, line, *fields)
+    if not _VALUE.fullmatch(row.value):
+        raise RecordError(f"{where}: 'value' must be a number, with K or M behind it if necessary, not {row.value!r}")
+    if row.metric == "top1" and not 0 <= row.number <= 100:
+        raise RecordError(f"{where}: 'value' of a top1 must be a percentage, not {row.value!r}")
     return row
-
-
-def _match(value: str) -> re.Match[str]:
-    match = _VALUE.fullmatch(value)
-    if match is None:
-        raise RecordError(f"{value!r} is no number")
-    return match

@@ -35,12 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CREATED",
-    "DATA_STATUSES",
-    "ENCODING",
-    "KINDS",
     "METHOD",
     "SCHEMA",
-    "STATUSES",
     "Correct",
     "Metrics",
     "Parameters",
@@ -52,9 +48,6 @@ __all__ = [
 ]
 
 SCHEMA = 2
-KINDS = ("final", "selection")
-STATUSES = ("complete", "unscored", "truncated", "failed", "interrupted")
-DATA_STATUSES = ("as_card", "different")
 ENCODING = "base64+packbits"
 CREATED = "%Y-%m-%dT%H:%M:%S+00:00"
 METHOD = re.compile(r"[a-z][a-z0-9_]*")
@@ -63,11 +56,15 @@ _RunId = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="a name of letters, digits, '-' and '_'")
 ]
 _Task = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]*/[a-z0-9][a-z0-9_-]*$", description="'<suite>/<task>'")]
-_Kind = Annotated[str, Meta(pattern=rf"^({'|'.join(KINDS)})$", description=f"one of {', '.join(KINDS)}")]
-_Status = Annotated[str, Meta(pattern=rf"^({'|'.join(STATUSES)})$", description=f"one of {', '.join(STATUSES)}")]
-_DataStatus = Annotated[
-    str, Meta(pattern=rf"^({'|'.join(DATA_STATUSES)})$", description=f"one of {', '.join(DATA_STATUSES)}")
+_Kind = Annotated[str, Meta(pattern="^(final|selection)$", description="one of final, selection")]
+_Status = Annotated[
+    str,
+    Meta(
+        pattern="^(complete|unscored|truncated|failed|interrupted)$",
+        description="one of complete, unscored, truncated, failed, interrupted",
+    ),
 ]
+_DataStatus = Annotated[str, Meta(pattern="^(as_card|different)$", description="one of as_card, different")]
 _Encoding = Annotated[str, Meta(pattern=rf"^{re.escape(ENCODING)}$", description=f"one of {ENCODING}")]
 _Method = Annotated[str, Meta(pattern=rf"^{METHOD.pattern}$", description="a method's name")]
 
@@ -107,11 +104,6 @@ class SearchSummary:
     folds: Count | None = None
     at_edge: tuple[str, ...] | None = None
     ties: Positive | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the known values as plain JSON values."""
-        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {key: plain(value, f"search.{key}") for key, value in known.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -154,17 +146,6 @@ class Metrics:
     nll: Finite | None = None
     ece: Finite | None = None
     per_class: PerClass | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what is known as plain JSON values; the order of the keys is that of the fields.
-
-        Raises:
-            RecordError: If a number is not finite; names the key.
-        """
-        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if self.per_class is not None:
-            known["per_class"] = {"correct": self.per_class.correct, "count": self.per_class.count}
-        return {key: plain(value, f"metrics.{key}") for key, value in known.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -347,27 +328,23 @@ class Record:
         Raises:
             RecordError: If a value has no place in JSON (a path, NaN, a key that is no text); names the key.
         """
-        data: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            if isinstance(value, (Metrics, SearchSummary)):
-                data[field.name] = value.to_json()
-            elif isinstance(value, (Correct, Parameters)):
-                inner = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
-                data[field.name] = {key: plain(item, f"{field.name}.{key}") for key, item in inner.items()}
-            elif isinstance(value, Mapping):
-                data[field.name] = _sorted(plain(value, field.name))
-            else:
-                data[field.name] = plain(value, field.name)
-        if self.metrics is None:
-            data["metrics"] = {}
-        return data
+        return {key: {} if key == "metrics" and value is None else value for key, value in _plain(self).items()}
 
     def text(self) -> str:
         """Return the file's text."""
         return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a dataclass as plain JSON values with sorted mappings, without the optional fields that are None."""
+    data: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        item, key = getattr(value, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(item):
+            data[field.name] = _plain(item, f"{key}.")
+        elif item is not None or field.default is not None:
+            data[field.name] = _sorted(plain(item, key))
+    return data
 
 
 def _sorted(value: Any) -> Any:

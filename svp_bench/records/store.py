@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,16 +121,11 @@ def replace_record(record: Record, results_root: Path | str) -> Path:
     Raises:
         RecordError: If there is no unscored record of this run, `record` is not complete, or they are not of one run.
     """
-    text = _checked_text(record)
-    path = record_path(record, results_root)
-    old = read_record(path)
+    old = read_record(record_path(record, results_root))
     if old.status != "unscored" or record.status != "complete":
+        path = record_path(record, results_root)
         raise RecordError(f"{path}: only an unscored record may become complete, not {old.status} → {record.status}")
-    for key in _SAME_RUN:
-        if getattr(old, key) != getattr(record, key):
-            raise RecordError(f"{path}: {key!r} of the run is {getattr(old, key)!r}, not {getattr(record, key)!r}")
-    write_atomically(path, text)
-    return path
+    return _replace(old, record, results_root, _SAME_RUN)
 
 
 def continue_record(record: Record, results_root: Path | str) -> Path:
@@ -138,12 +134,16 @@ def continue_record(record: Record, results_root: Path | str) -> Path:
     Raises:
         RecordError: If the run was complete already, or the two are not of one run.
     """
-    text = _checked_text(record)
-    path = record_path(record, results_root)
-    old = read_record(path)
+    old = read_record(record_path(record, results_root))
     if old.status == "complete":
+        path = record_path(record, results_root)
         raise RecordError(f"{path}: the run is complete already; a complete record is never replaced")
-    for key in ("run_id", "kind", "seed", "setting_digest"):
+    return _replace(old, record, results_root, ("run_id", "kind", "seed", "setting_digest"))
+
+
+def _replace(old: Record, record: Record, results_root: Path | str, same: Sequence[str]) -> Path:
+    path, text = record_path(record, results_root), _checked_text(record)
+    for key in same:
         if getattr(old, key) != getattr(record, key):
             raise RecordError(f"{path}: {key!r} of the run is {getattr(old, key)!r}, not {getattr(record, key)!r}")
     write_atomically(path, text)
