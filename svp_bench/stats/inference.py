@@ -176,16 +176,21 @@ def paired(
         sources: As in `mean_over_new_tasks`.
         level: Confidence level of all intervals.
     """
-    scale = scale_of([x for side in (a, b) for seeds in side.values() for x in seeds.values()])
-    differences = {task: seed_differences(a[task], b[task], scale) for task in sorted(a)}
+    differences = _differences(a, b)
+    alone = {task: _differences({task: a[task]}, {task: b[task]})[task] for task in differences}
     by_source = source_sums({task: moments_of(x)[0] for task, x in differences.items()}, sources)
     return Paired(
-        tasks=tuple(Difference(task, mean_of({task: x}, level=level), len(x)) for task, x in differences.items()),
+        tasks=tuple(Difference(task, mean_of({task: x}, level=level), len(x)) for task, x in alone.items()),
         these_tasks=mean_of(differences, level=level),
         new_tasks=mean_over_new_tasks(differences, sources, level),
         p=sign_flip(by_source),
         n_sources=len(by_source),
     )
+
+
+def _differences(a: Mapping[str, Mapping[int, float]], b: Mapping[str, Mapping[int, float]]) -> dict[str, list[float]]:
+    scale = scale_of([x for side in (a, b) for seeds in side.values() for x in seeds.values()])
+    return {task: seed_differences(a[task], b[task], scale) for task in sorted(a)}
 
 
 def accuracy_over_images(accuracy_percent: float, count: int, level: float = 0.95) -> Estimate:

@@ -390,7 +390,7 @@ def run_compare(results_root: Path | str, first: str, second: str, suites: Seque
     tables = [load_table(card, records, problems) for card in cards]
     if not any(table.sections for table in tables):
         return _no_records(results_root)
-    return render_pairs(compare_pair(tables, first, second), tables[0].level)
+    return render_pairs(compare_pair(tables, first, second))
 
 
 def _no_records(results_root: Path | str) -> str:

@@ -23,7 +23,7 @@ from svp_bench.stats.inference import (
     within,
 )
 from svp_bench.stats.significance import best_and_second, cell_verdict, holm, rank_cliques, smallest_p
-from svp_bench.tables.model import Cell, Comparison, Contrast, Mean, Row, Section, Table, columns_of
+from svp_bench.tables.model import Cell, CellContrast, Comparison, Contrast, Mean, Row, Section, Table, columns_of
 from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ __all__ = [
     "contrast",
     "find_row",
     "images_of_cell",
-    "images_of_pair",
     "mean_and_intervals",
     "over_new_tasks",
     "pick_control",
@@ -169,12 +168,6 @@ def shared_bits(ours: Cell, theirs: Cell) -> dict[int, tuple[NDArray[np.bool_], 
     return found
 
 
-def images_of_pair(ours: Cell, theirs: Cell, level: float) -> Estimate | None:
-    """Return the difference of two cells with its interval over new test images; None without bits of one split."""
-    bits = list(shared_bits(ours, theirs).values())
-    return difference_over_images(bits, level) if bits else None
-
-
 def contrast(suite: SuiteCard, row: Row, control: Row, level: float, tests: int = 1) -> Contrast | None:
     """Compare `row` with `control` on the tasks that they share; None if there is none. `holm` is left open.
 
@@ -192,23 +185,24 @@ def contrast(suite: SuiteCard, row: Row, control: Row, level: float, tests: int 
     theirs = {task: control.cells[task].scores for task in tasks}
     sources = sources_of(suite, tasks)
     result = paired(ours, theirs, sources, level=level)
-    seeds = [len(set(ours[task]) & set(theirs[task])) for task in tasks]
-    images = {task: images_of_pair(row.cells[task], control.cells[task], level) for task in tasks}
-    known = {task: estimate for task, estimate in images.items() if estimate is not None}
+    differences = {found.task: within(found.estimate, -100, 100) for found in result.tasks}
+    bits = {task: list(shared_bits(row.cells[task], control.cells[task]).values()) for task in tasks}
+    images = {task: difference_over_images(pairs, level) for task, pairs in bits.items() if pairs}
+    cells = {
+        task: CellContrast(differences[task], images.get(task), cell_verdict(ours[task], theirs[task], level=level))
+        for task in tasks
+    }
     least = smallest_p(result.n_sources, tests)
     return Contrast(
         row=row.label,
-        setting_digest=row.setting_digest,
-        tasks=tuple(tasks),
-        seeds=(min(seeds), max(seeds)),
+        tasks=cells,
         these_tasks=within(result.these_tasks, -100, 100),
         new_tasks=within(result.new_tasks, -100, 100),
-        images=within(over_images(known, sources), -100, 100) if len(known) == len(tasks) else None,
+        images=within(over_images(images, sources), -100, 100) if len(images) == len(tasks) else None,
         p=result.p if least < 1 - level else None,
         holm=None,
         least=least,
         sources=result.n_sources,
-        verdicts={task: cell_verdict(ours[task], theirs[task], level=level) for task in tasks},
     )
 
 

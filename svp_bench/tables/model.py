@@ -23,6 +23,7 @@ __all__ = [
     "PROVENANCE",
     "SYNTHETIC",
     "Cell",
+    "CellContrast",
     "Column",
     "Comparison",
     "Contrast",
@@ -329,14 +330,28 @@ class Row:
 
 
 @dataclass(frozen=True)
+class CellContrast:
+    """One task of two rows.
+
+    Attributes:
+        seeds: Mean of the paired differences of the shared seeds, with their t interval; `n` is their number.
+        images: The same difference over the seeds whose bits are of one split, with its interval over test images; None
+            if there are no such seeds.
+        verdict: "better", "worse", "tie", or "too few" (fewer than six shared seeds); see `stats.cell_verdict`.
+    """
+
+    seeds: Estimate
+    images: Estimate | None
+    verdict: str
+
+
+@dataclass(frozen=True)
 class Contrast:
     """A row against the control: row - control, in points of accuracy.
 
     Attributes:
         row: Label of the row.
-        setting_digest: Of the row.
-        tasks: Tasks that both have on the same data; the mean is over these.
-        seeds: Smallest and largest number of shared seeds of a task.
+        tasks: The tasks that both have on the same data, in suite order; the mean is over these.
         these_tasks: Mean difference, with the interval over new seeds on these tasks.
         new_tasks: The same difference, with the interval over new tasks.
         images: The same difference, with the interval over new test images, from the records' bits of these runs; None
@@ -347,13 +362,10 @@ class Contrast:
             on fewer tasks than the suite has: its difference is another quantity, and its p stands raw.
         least: The smallest p that any outcome could give, after the adjustment.
         sources: Independent sources of images among the tasks.
-        verdicts: Task → "better", "worse", "tie", or "too few" (fewer than six shared seeds).
     """
 
     row: str
-    setting_digest: str
-    tasks: tuple[str, ...]
-    seeds: tuple[int, int]
+    tasks: Mapping[str, CellContrast]
     these_tasks: Estimate
     new_tasks: Estimate
     images: Estimate | None
@@ -361,7 +373,12 @@ class Contrast:
     holm: float | None
     least: float
     sources: int
-    verdicts: Mapping[str, str]
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Smallest and largest number of shared seeds of a task."""
+        counts = [cell.seeds.n for cell in self.tasks.values()]
+        return min(counts), max(counts)
 
 
 @dataclass(frozen=True)

@@ -500,7 +500,7 @@ def no_outcome(level: float, least: float) -> str:
 
 
 def _verdict_notes(comparison: Comparison, level: float, cells: bool) -> list[str]:
-    verdicts = [verdict for found in comparison.contrasts for verdict in found.verdicts.values()]
+    verdicts = [cell.verdict for found in comparison.contrasts for cell in found.tasks.values()]
     few = verdicts.count("too few")
     tested = len(verdicts) - few
     if not tested:
@@ -519,7 +519,7 @@ def verdict_marks(section: Section) -> dict[str, dict[str, str]]:
     """Return label → task → "▲" or "▼" where a cell differs from that of the control."""
     signs = {"better": "▲", "worse": "▼"}
     return {
-        found.row: {task: signs[verdict] for task, verdict in found.verdicts.items() if verdict in signs}
+        found.row: {task: signs[cell.verdict] for task, cell in found.tasks.items() if cell.verdict in signs}
         for found in (section.comparison.contrasts if section.comparison else ())
     }
 
