@@ -19,7 +19,7 @@ import torch
 from raw_pixels import Table, measure, save
 
 from svp_bench.data.sources import Images, open_source
-from svp_bench.data.transforms import View
+from svp_bench.data.transforms import EvalTransform
 from svp_bench.methods.build import create_model
 from svp_bench.tasks.cards import ProtocolCard, load_protocol, load_suite, load_task
 
@@ -36,7 +36,7 @@ def network(checkpoint: str, seed: int) -> Any:
 
 def features(images: Images, model: Any, protocol: ProtocolCard) -> Table:
     """Return float64 (N, D): the normed class token of each image of a list."""
-    view = View(SIDE, resize=protocol.resize, interpolation=protocol.interpolation)
+    view = EvalTransform(SIDE, resize=protocol.resize, interpolation=protocol.interpolation)
     mean, std = (torch.tensor(model.default_cfg[name]).view(1, 3, 1, 1) * 255 for name in ("mean", "std"))
     parts = []
     for start in range(0, len(images), BATCH):
