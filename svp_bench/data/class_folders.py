@@ -1,22 +1,19 @@
-"""Reader: own images, a folder of images for each class.
+"""Reader: custom images, a folder of images for each class.
 
 Two layouts:
 
 - `ROOT/train/<class>/…` and `ROOT/test/<class>/…`, and `ROOT/val/<class>/…` if there is one (in any case of letters;
-  also `training`, `testing`, `valid`, `validation`);
+  also `training`, `testing`, `valid`, `validation`). Without a `val` folder, val is a fifth of each class of train;
 - `ROOT/<class>/…`, which is split: of each class a fifth (at least one image) for test, a fifth for val, the rest
   for train.
 
-Which image goes where follows from the SHA-256 of its path below the root, so it is the same on every machine, and a
-image that is added later moves few others. Without a `val` folder, val is a fifth of each class of train.
+The split follows from the SHA-256 of each image's path below the root, so it is the same on every machine, and an
+image that is added later moves few others. The digest of a split is over contents and labels, not names, and an image
+that is there twice, under any names, is refused: it could be trained on and tested on.
 
-What tells an image from all others is its content: two data sets with the same names are two, and an image that is
-there twice, under any names, is refused: it could be trained on and tested on.
-
-Images are identified by content, not by name (`svp_bench.data.decode.FORMATS`). Other files are skipped, counted
-and named; a file whose name ends like an image's and which is none is a broken image, and stops a run.
-
-Names of classes are compared as Unicode NFC: one class may be spelled in two ways in train and test.
+Images are identified by content (`svp_bench.data.decode.FORMATS`). Other files are skipped, counted and named; a file
+whose name ends like an image's but is not one is a broken image, and stops a run. Names of classes are compared as
+Unicode NFC: one class may be spelled in two ways in train and test.
 """
 
 from __future__ import annotations
@@ -28,16 +25,16 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from svp_bench.core.atomic import open_regular
-from svp_bench.core.errors import DataError, plural, printable
-from svp_bench.core.yaml import did_you_mean
+from svp_bench.core.errors import DataError, plural, printable, unknown_name
 from svp_bench.data.decode import identify
-from svp_bench.data.locate import ROOT_VARIABLE
+from svp_bench.data.locate import ROOT_VARIABLE, data_root
 from svp_bench.data.reading import NoOptions, reader_options
 from svp_bench.data.sources import FileImages, Source, in_threads
 from svp_bench.data.split_files import ImageList
@@ -49,37 +46,35 @@ ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".ti
 # Raw photos and documents whose content passes for TIFF: what Pillow would read of them is a small preview.
 _NOT_READ = (".arw", ".cr2", ".dng", ".nef", ".orf", ".pef", ".rw2", ".svs", ".ndpi", ".psd")
 _PARTS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
+    name: part
+    for part, names in (("train", "train training"), ("val", "val valid validation"), ("test", "test testing"))
+    for name in names.split()
 }
 _SHARE = 0.2  # of a class, for val and for test
-_LISTS = ("train", "val", "trainval", "test")
+_SPLITS = ("train", "val", "trainval", "test")
 _LAYOUTS = "own images lie in DIR/<class>/, or in DIR/train/<class>/ and DIR/test/<class>/"
 
 Classes = dict[str, list[str]]  # name of a class → paths below the root, sorted
-Skipped = dict[str, list[str]]  # kind of file → paths below the root
 
 
 def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
-    """Read own images. `root` is their folder; it must be given (or $SVP_BENCH_DATA).
+    """Read custom images. `root` is their folder; it must be given (or $SVP_BENCH_DATA).
 
-    Files that are not images are skipped and listed in `Source.skipped`; folders within a class are its own.
+    Files that are not images are skipped and listed in `Source.skipped`; folders within a class belong to it.
 
     Raises:
-        CardError: If the card gives options, or lists by other names than train, val, trainval and test.
+        CardError: If the card gives options, or splits by other names than train, val, trainval and test.
         DataError: If there are no class folders or only one, a class has too few images, val or test has a class that
             train lacks, an image is there twice, a file is of a format that is not read, or a folder cannot be.
     """
-    reader_options(card, NoOptions, _LISTS)
-    folder = _folder(root)
-    given = _part_folders(folder)
-    skipped: Skipped = {}
-    parts = _given(folder, given, skipped) if given else _split(folder, skipped)
+    reader_options(card, NoOptions, _SPLITS)
+    if root is None and not os.environ.get(ROOT_VARIABLE):
+        raise DataError("own images: where are they? Give their folder with --data.root DIR (DIR/<class>/*.jpg)")
+    folder, origin = data_root(root)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder ({origin}); {_LAYOUTS}")
+    tree = _Tree(folder)
+    parts = tree.parts()
     names = tuple(parts["train"])
     if len(names) < 2:
         raise DataError(
@@ -92,20 +87,13 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
         )
     paths = sorted(path for name in ("trainval", "test") for of in parts[name].values() for path in of)
     contents = _contents(folder, paths)
-    lists = {name: _OwnImages(folder, name, _listed(parts[name], names), contents) for name in _LISTS}
-    there = {kind: tuple(sorted(found)) for kind, found in sorted(skipped.items())}
-    return Source(str(folder), lists, class_names=names, skipped=there)
+    splits = {name: _ContentImages(folder, name, _listed(parts[name], names), contents) for name in _SPLITS}
+    skipped = {kind: tuple(sorted(found)) for kind, found in sorted(tree.skipped.items())}
+    return Source(str(folder), splits, class_names=names, skipped=skipped)
 
 
-class _OwnImages(FileImages):
-    """Images that their content tells apart.
-
-    Args:
-        folder: What the paths are relative to.
-        name: Name of the list.
-        images: Paths and labels.
-        contents: Path → SHA-256 of the file, for all lists.
-    """
+class _ContentImages(FileImages):
+    """Images whose split has a digest over contents; `contents` is path → SHA-256 of the file, for all splits."""
 
     def __init__(self, folder: Path, name: str, images: ImageList, contents: Mapping[str, str]) -> None:
         super().__init__(folder, name, images, str(folder))
@@ -113,72 +101,15 @@ class _OwnImages(FileImages):
         self.digest = "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _folder(root: Path | None) -> Path:
-    given, source = (root, "--data.root") if root is not None else (os.environ.get(ROOT_VARIABLE), f"${ROOT_VARIABLE}")
-    if not given:
-        raise DataError("own images: where are they? Give their folder with --data.root DIR (DIR/<class>/*.jpg)")
-    folder = Path(os.path.abspath(Path(given).expanduser()))
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder ({source}); {_LAYOUTS}")
-    return folder
-
-
-# --- the two layouts -------------------------------------------------------------------------------------------------
-
-
-def _part_folders(folder: Path) -> dict[str, str]:
-    """Return part → its folder's name, if the root holds parts: folders called so that hold folders (a class may be
-    called "train" too).
-    """
-    found: dict[str, str] = {}
-    for name in _folders(folder):
-        part = _PARTS.get(name.lower())
-        if part is None or not _folders(folder / name):
-            continue
-        if part in found:
-            raise DataError(f"{folder} has both {found[part]} and {name}; keep one of them")
-        found[part] = name
-    return found
-
-
-def _given(folder: Path, given: Mapping[str, str], skipped: Skipped) -> dict[str, Classes]:
-    """Read train, val and test folders; take val from train if there is none."""
-    for part in ("train", "test"):
-        if part not in given:
-            has = ", ".join(given.values())
-            raise DataError(
-                f"{folder} has {has} and no folder called {part}; add one, or put all images into class folders side "
-                "by side, to have them split"
-            )
-    parts = {part: _classes(folder, name, skipped) for part, name in given.items()}
-    train = folder / given["train"]
-    for part, classes in parts.items():
-        for name in classes:
-            if name not in parts["train"]:
-                hint = did_you_mean(name, parts["train"])
-                raise DataError(f"{folder / given[part]}: the class {name!r} is not in {train}{hint}")
-    if "val" not in parts:
-        cut = {name: _fifth(paths, train / name, 2) for name, paths in parts["train"].items()}
-        parts["val"] = {name: sorted(val) for name, (val, _) in cut.items()}
-        parts["train"] = {name: sorted(rest) for name, (_, rest) in cut.items()}
-    return parts
-
-
-def _split(folder: Path, skipped: Skipped) -> dict[str, Classes]:
-    """Split class folders."""
-    parts: dict[str, Classes] = {"train": {}, "val": {}, "test": {}}
-    for name, paths in _classes(folder, "", skipped).items():
-        test, rest = _fifth(paths, folder / name, 3)
-        parts["test"][name] = sorted(test)
-        parts["val"][name], parts["train"][name] = sorted(rest[: len(test)]), sorted(rest[len(test) :])
-    return parts
+def _listed(classes: Classes, names: Sequence[str]) -> ImageList:
+    entries = [(path, label) for label, name in enumerate(names) for path in classes.get(name, ())]
+    return ImageList(tuple(path for path, _ in entries), np.array([label for _, label in entries], dtype=np.int64))
 
 
 def _fifth(paths: list[str], place: Path, least: int) -> tuple[list[str], list[str]]:
     """Return a fifth of a class, at least one, and the rest; both in the order of their digests."""
     if len(paths) < least:
-        images = "image" if len(paths) == 1 else "images"
-        raise DataError(f"{place} has {len(paths)} {images}; to be split, a class needs at least {least}")
+        raise DataError(f"{place} has {plural(len(paths), 'image')}; to be split, a class needs at least {least}")
 
     def digest(path: str) -> bytes:  # file systems spell accents in two ways
         return hashlib.sha256(unicodedata.normalize("NFC", path).encode()).digest()
@@ -186,12 +117,6 @@ def _fifth(paths: list[str], place: Path, least: int) -> tuple[list[str], list[s
     ordered = sorted(paths, key=digest)
     count = max(1, round(_SHARE * len(paths)))
     return ordered[:count], ordered[count:]
-
-
-def _listed(classes: Classes, names: Sequence[str]) -> ImageList:
-    paths = [path for name in names for path in classes.get(name, ())]
-    labels = [label for label, name in enumerate(names) for _ in classes.get(name, ())]
-    return ImageList(tuple(paths), np.asarray(labels, dtype=np.int64))
 
 
 # --- folders and files -----------------------------------------------------------------------------------------------
@@ -205,75 +130,110 @@ def _readable(place: Path) -> Iterator[None]:
         raise DataError(f"{place}: cannot be read ({error.strerror or type(error).__name__})") from None
 
 
-def _folders(place: Path) -> list[str]:
-    with _readable(place), os.scandir(place) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+@dataclass
+class _Tree:
+    """The folders below a root, and the files there that are not images: kind → paths."""
 
+    root: Path
+    skipped: dict[str, list[str]] = field(default_factory=dict)
 
-def _classes(folder: Path, part: str, skipped: Skipped) -> Classes:
-    """Return the classes of a folder, by name (NFC), each with at least one image."""
-    place = folder / part if part else folder
-    classes: Classes = {}
-    spelled: dict[str, str] = {}
-    for name in _folders(place):
-        shown = unicodedata.normalize("NFC", name)
-        before = spelled.setdefault(shown.casefold(), name)
-        if before != name:
+    def parts(self) -> dict[str, Classes]:
+        """Return the classes of train, val and test."""
+        given: dict[str, str] = {}  # part → name of its folder
+        for name in self.folders(""):
+            part = _PARTS.get(name.lower())
+            if part is None or not self.folders(name):  # a class may be called "train" too
+                continue
+            if part in given:
+                raise DataError(f"{self.root} has both {given[part]} and {name}; keep one of them")
+            given[part] = name
+        parts: dict[str, Classes] = {"train": {}, "val": {}, "test": {}}
+        if not given:
+            for name, paths in self.classes("").items():
+                test, rest = _fifth(paths, self.root / name, 3)
+                parts["test"][name] = sorted(test)
+                parts["val"][name], parts["train"][name] = sorted(rest[: len(test)]), sorted(rest[len(test) :])
+            return parts
+        if lacking := [part for part in ("train", "test") if part not in given]:
             raise DataError(
-                f"{place} has two folders whose names differ only in case or in how accents are spelled: "
-                f"{before!a} and {name!a}; rename one, or put both into one"
+                f"{self.root} has {', '.join(given.values())} and no folder called {lacking[0]}; add one, or put all "
+                "images into class folders side by side, to have them split"
             )
-        classes[shown] = sorted(_images(folder, f"{part}/{name}" if part else name, (), skipped))
-    if not any(classes.values()):
-        raise DataError(
-            f"{place} holds no folder with images{_listed_kinds(skipped)}; {_LAYOUTS}, as {', '.join(ENDINGS)}"
-        )
-    for name, paths in classes.items():
-        if not paths:
-            raise DataError(
-                f"{place / name} holds no image ({', '.join(ENDINGS)}){_listed_kinds(skipped)}; "
-                "take the folder away, or fill it"
-            )
-    return dict(sorted(classes.items()))
+        parts |= {part: self.classes(name) for part, name in given.items()}
+        train = self.root / given["train"]
+        for part in given:
+            for name in parts[part]:
+                if name not in parts["train"]:
+                    where = str(self.root / given[part])
+                    raise unknown_name(f"class (not in {train})", name, parts["train"], where=where, error=DataError)
+        if "val" not in given:
+            for name, paths in parts["train"].items():
+                val, rest = _fifth(paths, train / name, 2)
+                parts["val"][name], parts["train"][name] = sorted(val), sorted(rest)
+        return parts
 
+    def folders(self, below: str) -> list[str]:
+        """Return the names of the folders in a folder."""
+        place = self.root / below
+        with _readable(place), os.scandir(place) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
-def _listed_kinds(skipped: Skipped) -> str:
-    kinds = ", ".join(f"{len(paths)} {kind}" for kind, paths in sorted(skipped.items()))
-    return f" (skipped: {kinds})" if kinds else ""
-
-
-def _images(folder: Path, below: str, above: tuple[str, ...], skipped: Skipped) -> Iterator[str]:
-    """Yield the paths of all images in a folder and its folders, relative to `folder`, with forward slashes."""
-    place = folder / below
-    real = os.path.realpath(place)
-    if real in above or len(above) > 50:
-        raise DataError(f"{place}: this link leads back to a folder that it is in; take it away")
-    with _readable(place), os.scandir(place) as entries:
-        found = [(entry.name, entry.is_dir()) for entry in entries]
-    for name, is_folder in sorted(found):
-        path = f"{below}/{name}"
-        if is_folder and name.startswith("."):
-            continue
-        if is_folder:
-            yield from _images(folder, path, (*above, real), skipped)
-        elif kind := other_kind(folder / path):
-            skipped.setdefault(kind, []).append(path)
-        else:
-            try:
-                path.encode()
-            except UnicodeEncodeError:
-                encoding = sys.getfilesystemencoding()
-                remedy = (
-                    "rename the file" if encoding == "utf-8" else f"Python reads names as {encoding}: set PYTHONUTF8=1"
+    def classes(self, part: str) -> Classes:
+        """Return the classes of a folder, by name (NFC), each with at least one image."""
+        place = self.root / part
+        classes: Classes = {}
+        spelled: dict[str, str] = {}
+        for name in self.folders(part):
+            shown = unicodedata.normalize("NFC", name)
+            before = spelled.setdefault(shown.casefold(), name)
+            if before != name:
+                raise DataError(
+                    f"{place} has two folders whose names differ only in case or in how accents are spelled: "
+                    f"{before!a} and {name!a}; rename one, or put both into one"
                 )
-                raise DataError(f"{folder}: the name {path!r} is not {encoding}; {remedy}") from None
-            yield path
+            classes[shown] = sorted(self.images(f"{part}/{name}" if part else name, ()))
+        empty = [name for name, paths in classes.items() if not paths]
+        if empty or not classes:
+            kinds = ", ".join(f"{len(paths)} {kind}" for kind, paths in sorted(self.skipped.items()))
+            shown = f" (skipped: {kinds})" if kinds else ""
+            if len(empty) == len(classes):
+                raise DataError(f"{place} holds no folder with images{shown}; {_LAYOUTS}, as {', '.join(ENDINGS)}")
+            raise DataError(
+                f"{place / empty[0]} holds no image ({', '.join(ENDINGS)}){shown}; take the folder away, or fill it"
+            )
+        return dict(sorted(classes.items()))
+
+    def images(self, below: str, above: tuple[str, ...]) -> Iterator[str]:
+        """Yield the paths of all images in a folder and its folders, relative to the root, with forward slashes."""
+        place = self.root / below
+        real = os.path.realpath(place)
+        if real in above or len(above) > 50:
+            raise DataError(f"{place}: this link leads back to a folder that it is in; take it away")
+        with _readable(place), os.scandir(place) as entries:
+            found = [(entry.name, entry.is_dir()) for entry in entries]
+        for name, is_folder in sorted(found):
+            path = f"{below}/{name}"
+            if is_folder and name.startswith("."):
+                continue
+            if is_folder:
+                yield from self.images(path, (*above, real))
+            elif kind := other_kind(self.root / path):
+                self.skipped.setdefault(kind, []).append(path)
+            else:
+                try:
+                    path.encode()
+                except UnicodeEncodeError:
+                    encoding = sys.getfilesystemencoding()
+                    raise DataError(
+                        f"{self.root}: the name {path!r} is not {encoding}; rename the file, or set PYTHONUTF8=1"
+                    ) from None
+                yield path
 
 
 def other_kind(path: Path) -> str | None:
-    """Return what kind of file this is if it is not an image, e.g. ".svg"; None for an image.
+    """Return the kind of a file that is not an image, e.g. ".svg"; None for an image.
 
-    A file with the ending of an image counts as one: whether it can be decoded is seen later.
+    A file with the ending of an image counts as one, whether or not it can be decoded.
 
     Raises:
         DataError: If it cannot be opened.
@@ -283,14 +243,12 @@ def other_kind(path: Path) -> str | None:
     ending = path.suffix.lower()
     with _readable(path):
         status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        return "not a regular file"
-    if ending in ENDINGS:
-        return None
-    shown = printable(ending)[:12] or "no ending"
-    with _readable(path):
-        is_image = ending not in _NOT_READ and _format(str(path), status.st_size, status.st_mtime_ns) is not None
-    return None if is_image else shown
+        if not stat.S_ISREG(status.st_mode):
+            return "not a regular file"
+        is_image = ending in ENDINGS or (
+            ending not in _NOT_READ and _format(str(path), status.st_size, status.st_mtime_ns) is not None
+        )
+    return None if is_image else printable(ending)[:12] or "no ending"
 
 
 @lru_cache(maxsize=200_000)
@@ -299,11 +257,7 @@ def _format(place: str, size: int, modified: int) -> str | None:
 
 
 def _contents(folder: Path, paths: Sequence[str]) -> dict[str, str]:
-    """Return path → SHA-256 of each file.
-
-    Raises:
-        DataError: If two are the same, or one cannot be read.
-    """
+    """Return path → SHA-256 of each file; DataError if two are the same, or one cannot be read."""
 
     def digest(index: int) -> str:
         place = folder / paths[index]
