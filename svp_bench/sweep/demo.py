@@ -19,8 +19,7 @@ from svp_bench.report.page import report_path, run_report
 from svp_bench.stats.inference import one_standard_error
 from svp_bench.sweep.jobs import common_arguments
 from svp_bench.sweep.local_pool import LocalPool, visible_gpus
-from svp_bench.sweep.plan import conclude, stop_signals
-from svp_bench.sweep.progress import ProgressView
+from svp_bench.sweep.plan import execute_jobs
 from svp_bench.sweep.scheduler import CellJobs, Sweep
 from svp_bench.tables.build import run_table, table_paths
 from svp_bench.tasks.cards import load_suite, load_task
@@ -63,16 +62,14 @@ def train_demo(results_root: str, runs_root: str) -> int:
     cells = [CellJobs(task, method, method, values=values) for task in tasks for method, values in METHODS.items()]
     common = common_arguments((), (), results_root, runs_root)
     sweep = Sweep(cells, (0,), common, Path(results_root), retry_failed=True)
-    with stop_signals() as signals, LocalPool(_workers(), None, Path(runs_root) / "sweep-logs") as pool:
-        console.print(
-            f"Demo: {plural(len(tasks), 'task')} × {plural(len(METHODS), 'method')}, a Vision Mamba of 0.3 M "
-            f"parameters that was pre-trained on synthetic images; {pool.what}",
-            soft_wrap=True,
-        )
-        with ProgressView(console, sweep, pool.what) as view:
-            sweep.run(pool, view.report, view.tick, signals.asked)
+    workers = None if visible_gpus() else min(_MOST_WORKERS, cpu_count())  # on GPUs the pool's own default
+    pool = LocalPool(workers, None, Path(runs_root) / "sweep-logs")
+    title = (
+        f"Demo: {plural(len(tasks), 'task')} × {plural(len(METHODS), 'method')}, a Vision Mamba of 0.3 M parameters, "
+        "pre-trained on synthetic images"
+    )
     command = ("svp-bench", "demo", "--results_root", results_root, "--runs_root", runs_root)
-    status = conclude(console, sweep, command, signals)
+    status = execute_jobs(console, sweep, pool, title, command)
     if status is not None:
         return status
     if not sweep.done:
@@ -86,11 +83,6 @@ def train_demo(results_root: str, runs_root: str) -> int:
     console.print(_closing(tasks, results_root, runs_root), soft_wrap=True)
     console.print(f"\n{plural(len(sweep.done), 'run')} in {time.perf_counter() - began:.0f} s.")
     return 1 if sweep.failed else 0
-
-
-def _workers() -> int | None:
-    """Return how many runs at once: on GPUs the pool's own default, on CPUs one for each core, up to a few."""
-    return None if visible_gpus() else min(_MOST_WORKERS, cpu_count())
 
 
 def leaderboard(scores: Mapping[str, Mapping[str, tuple[float, int]]], tasks: Sequence[str]) -> Table:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -34,7 +33,7 @@ from svp_bench.sweep.search import Plan, SearchSpace, load_search
 from svp_bench.tables.build import run_table, suites_of
 from svp_bench.tasks.cards import load_suite
 
-__all__ = ["Request", "StopSignals", "conclude", "execute_sweep", "stop_signals"]
+__all__ = ["Request", "execute_jobs", "execute_sweep"]
 
 _OWN_KEYS = {  # keys that the sweep sets → the flag to use instead
     "seed_everything": ": use --seeds 0,1,2",
@@ -112,18 +111,13 @@ def execute_sweep(request: Request) -> int:
         only_search=request.only_search,
     )
     _warn_of_changes(console, read)
+    _print_search(console, search, cells, request)
     if request.dry_run:
         _print_plan(console, sweep, request, runner)
-        _print_search(console, search, cells, request)
         return 1 if sweep.blocked else 0
-    with _pool(request) as pool, stop_signals() as signals:  # in this order: ray.init sets handlers too
-        settings = f"search {search.name} (K = {search.budget}, {search.sampler})" if search else "default settings"
-        seeds = plural(len(request.seeds), "seed")
-        console.print(f"Sweep: {plural(len(cells), 'cell')} × {seeds}, {settings}; {pool.what}", soft_wrap=True)
-        _print_search(console, search, cells, request)
-        with ProgressView(console, sweep, pool.what) as view:
-            sweep.run(pool, view.report, view.tick, signals.asked)
-    status = conclude(console, sweep, request.command, signals)
+    settings = f"search {search.name} (K = {search.budget}, {search.sampler})" if search else "default settings"
+    title = f"Sweep: {plural(len(cells), 'cell')} × {plural(len(request.seeds), 'seed')}, {settings}"
+    status = execute_jobs(console, sweep, _pool(request), title, request.command)
     for line in selection_notes(sweep):
         console.print(line, soft_wrap=True, markup=False)
     if status is not None:
@@ -239,9 +233,7 @@ def selection_notes(sweep: Sweep) -> list[str]:
         for config in lost:
             seed = "" if config.search_seed is None else f", seed {config.search_seed}"
             counts.append(f"{config.method} {config.completed} of {len(config.trials)} ({config.task}{seed})")
-        others = sorted({config.completed for config in configs if config not in lost})
-        rest = f"; the others completed all of {' or '.join(map(str, others))}" if others else ""
-        lines.append(f"Not every method has as many trials with a score: {', '.join(counts)}{rest}")
+        lines.append(f"Not every method has as many trials with a score: {', '.join(counts)}")
     return lines
 
 
@@ -325,71 +317,61 @@ class _Speed:
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-@contextlib.contextmanager
-def _pool(request: Request) -> Iterator[Pool]:
+def _pool(request: Request) -> Pool:
     logs = Path(request.runs_root) / "sweep-logs"
-    if request.engine == "ray":
-        from svp_bench.sweep.ray_pool import RayPool
+    if request.engine == "local":
+        return LocalPool(request.workers, request.threads, logs)
+    from svp_bench.sweep.ray_pool import RayPool
 
-        with RayPool(
-            workers=request.workers,
-            threads=request.threads,
-            gpu_fraction=request.gpu_fraction,
-            address=request.ray_address,
-            logs=logs,
-            shared=[Path(request.results_root)],
-        ) as pool:
-            yield pool
-        return
-    with LocalPool(request.workers, request.threads, logs) as pool:
-        yield pool
-
-
-class StopSignals:
-    """Signals that asked to stop."""
-
-    def __init__(self) -> None:
-        self.numbers: list[int] = []
-
-    def asked(self) -> bool:
-        """Return whether to stop; a second ctrl-C does not wait for the runs to save."""
-        if self.numbers.count(signal.SIGINT) > 1:
-            raise KeyboardInterrupt
-        return bool(self.numbers)
+    return RayPool(
+        workers=request.workers,
+        threads=request.threads,
+        gpu_fraction=request.gpu_fraction,
+        address=request.ray_address,
+        logs=logs,
+        shared=[Path(request.results_root)],
+    )
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignals]:
+def _stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGUSR1 instead of dying of them (in the main thread)."""
-    signals = StopSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        signals.numbers.append(number)
-
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    before = {number: signal.signal(number, hear) for number in numbers}
+    numbers: list[int] = []
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows lacks the last
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in names):
+            before[number] = signal.signal(number, lambda number, _: numbers.append(number))
     try:
-        yield signals
+        yield numbers
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def conclude(console: Console, sweep: Sweep, command: Sequence[str], signals: StopSignals) -> int | None:
-    """Print how a sweep ended.
+def execute_jobs(console: Console, sweep: Sweep, pool: Pool, title: str, command: Sequence[str]) -> int | None:
+    """Run the jobs of a sweep in a pool, close it, and print how the sweep ended.
 
     Args:
         console: Where to.
-        sweep: It.
+        sweep: The sweep.
+        pool: The pool.
+        title: The first line.
         command: Of the sweep; it continues a stopped one.
-        signals: Those that asked it to stop.
 
     Returns:
-        The exit status if it was stopped, else None.
+        The exit status if it was asked to stop, else None.
     """
+    with pool, _stop_signals() as signals:  # inside of the pool, since ray.init sets handlers too
+
+        def asked_to_stop() -> bool:
+            if signals.count(signal.SIGINT) > 1:
+                raise KeyboardInterrupt  # a second ctrl-C does not wait for the runs to save
+            return bool(signals)
+
+        console.print(f"{title}; {pool.what}", soft_wrap=True)
+        with ProgressView(console, sweep, pool.what) as view:
+            sweep.run(pool, view.report, view.tick, asked_to_stop)
     new = sum(not done.outcome.found for done in sweep.done)
     console.print(
         f"{plural(len(sweep.done), 'run')} complete ({new} new), {len(sweep.failed)} failed, "
@@ -397,11 +379,13 @@ def conclude(console: Console, sweep: Sweep, command: Sequence[str], signals: St
         f"{len(sweep.due) + len(sweep.later) + len(sweep.stopped)} left.",
         soft_wrap=True,
     )
+    lines = []
     for done in sweep.failed:
         log = f" (log: {done.outcome.log})" if done.outcome.log else ""
-        console.print(printable(f"  failed: {done.job.name}: {done.outcome.reason}{log}"), soft_wrap=True)
-    for cell in sweep.blocked:
-        console.print(printable(f"  cannot run: {cell.task}, {cell.label}: {cell.blocked}"), soft_wrap=True)
+        lines.append(f"  failed: {done.job.name}: {done.outcome.reason}{log}")
+    lines += [f"  cannot run: {cell.task}, {cell.label}: {cell.blocked}" for cell in sweep.blocked]
+    for line in lines:
+        console.print(printable(line), soft_wrap=True)
     if sweep.failed:
         how = "" if sweep.retry_failed else " with --retry_failed"
         console.print(f"Once the cause is fixed: the same command{how}.")
@@ -410,4 +394,4 @@ def conclude(console: Console, sweep: Sweep, command: Sequence[str], signals: St
     saved = sum(done.outcome.status == "stopped" for done in sweep.stopped)
     what = f"{plural(saved, 'running job')} saved" if saved else "no job had begun to train"
     console.print(f"Stopped; {what}. Continue: {shlex.join(command)}", soft_wrap=True)
-    return 130 if signal.SIGINT in signals.numbers else 0
+    return 130 if signal.SIGINT in signals else 0
