@@ -10,7 +10,6 @@ from typing import Literal
 __all__ = [
     "FEWEST_PAIRS",
     "FEWEST_SOURCES",
-    "Difference",
     "Estimate",
     "Marks",
     "McNemar",
@@ -62,33 +61,18 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """a - b on one task.
-
-    Attributes:
-        task: Full name.
-        estimate: Mean of the differences of runs with the same seed, with their t interval; `n` is `n_pairs`.
-        n_pairs: Seeds that both sides have.
-    """
-
-    task: str
-    estimate: Estimate
-    n_pairs: int
-
-
-@dataclass(frozen=True)
 class Paired:
     """a - b over the tasks of a suite; see `paired`.
 
     Attributes:
-        tasks: One difference a task, by name.
+        tasks: Task → mean of the differences of runs with the same seed, with their t interval; `n` is pairs.
         these_tasks: The mean difference; the interval is for other seeds on the same tasks; `n` is pairs.
         new_tasks: The same mean; the interval is for other sources of tasks; `n` is sources.
         p: Two-sided exact sign-flip test over the sources; its statistic is the same mean.
         n_sources: Independent sources. With fewer than six, no p can fall below 0.05 (`smallest_p`).
     """
 
-    tasks: tuple[Difference, ...]
+    tasks: dict[str, Estimate]
     these_tasks: Estimate
     new_tasks: Estimate
     p: float

@@ -13,8 +13,8 @@ Intervals and tests of a comparison use one weighting, that of the mean: by defa
 source counts with the sum of its tasks.
 
 Common to all functions: higher is better; values are accuracies in percent, so differences are in points, but nothing
-depends on the unit; sums are rounded once (`math.fsum`), so the order of the input changes no digit; what draws takes a
-seed or a generator. An interval that cannot be known is None, never zero.
+depends on the unit; sums are rounded once (`math.fsum`), so the order of the input changes no digit. An interval that
+cannot be known is None, never zero. Arguments are not checked: records and flags were, when they were read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 
 from svp_bench.stats.estimates import (
     FEWEST_SOURCES,
-    Difference,
     Estimate,
     Paired,
     moments_of,
@@ -161,9 +160,8 @@ def paired(
 ) -> Paired:
     """Compare two methods, a - b, paired by task and seed.
 
-    On each task, the differences of the runs that share a seed are averaged; seeds of one side alone are passed over
-    (`Difference.n_pairs` counts the rest). `these_tasks` is `mean_of` over the differences, `new_tasks` is
-    `mean_over_new_tasks` over them.
+    On each task, the differences of the runs that share a seed are averaged; seeds of one side alone are passed over.
+    `these_tasks` is `mean_of` over the differences, `new_tasks` is `mean_over_new_tasks` over them.
 
     p flips whole sources: the sum of a source's differences, so that the statistic of the sign flip is the mean
     difference that is printed. It tests that a source's difference is as often up as down by the same amount, and so
@@ -180,7 +178,7 @@ def paired(
     alone = {task: _differences({task: a[task]}, {task: b[task]})[task] for task in differences}
     by_source = source_sums({task: moments_of(x)[0] for task, x in differences.items()}, sources)
     return Paired(
-        tasks=tuple(Difference(task, mean_of({task: x}, level=level), len(x)) for task, x in alone.items()),
+        tasks={task: mean_of({task: x}, level=level) for task, x in alone.items()},
         these_tasks=mean_of(differences, level=level),
         new_tasks=mean_over_new_tasks(differences, sources, level),
         p=sign_flip(by_source),

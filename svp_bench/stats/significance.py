@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from svp_bench.stats.estimates import (
     FEWEST_PAIRS,
@@ -34,8 +35,9 @@ __all__ = [
     "smallest_p",
 ]
 
-_EXACT = 40  # sign patterns of two halves of 20 are enumerated; beyond, they are sampled
+K = TypeVar("K")
 
+_EXACT = 40  # sign patterns of two halves of 20 are enumerated; beyond, they are sampled
 _DRAWS = 99_999
 
 
@@ -101,7 +103,7 @@ def signed_rank(differences: Sequence[float]) -> float:
     return sign_flip([rank * sign for rank, sign in zip(ranks, signs, strict=True)]) if ranks else 1.0
 
 
-def holm(pvalues: Mapping[str, float]) -> dict[str, float]:
+def holm(pvalues: Mapping[K, float]) -> dict[K, float]:
     """Return the p adjusted for their number: p_(i) becomes max over j ≤ i of (m - j + 1) p_(j), at most 1.
 
     Rejecting what falls below α keeps the chance of any false rejection below α, for any dependence.
@@ -109,14 +111,11 @@ def holm(pvalues: Mapping[str, float]) -> dict[str, float]:
     Source: Holm 1979, Scand. J. Statist. 6, 65-70; adjusted p: Wright 1992, Biometrics 48, 1005-1013.
 
     Args:
-        pvalues: Name → p. May be empty.
-
-    Returns:
-        Name → adjusted p, in the order of `pvalues`.
+        pvalues: Name → p. The result has the same order.
     """
-    adjusted: dict[str, float] = {}
+    adjusted: dict[K, float] = {}
     highest = 0.0
-    for i, name in enumerate(sorted(pvalues, key=lambda name: (pvalues[name], name))):
+    for i, name in enumerate(sorted(pvalues, key=lambda name: pvalues[name])):
         highest = max(highest, min(1.0, (len(pvalues) - i) * pvalues[name]))
         adjusted[name] = highest
     return {name: adjusted[name] for name in pvalues}
@@ -221,14 +220,12 @@ def rank_cliques(
     columns = [_mean_ranks([-scores[row][task] for row in rows]) for task in tasks]
     mean_ranks = {row: math.fsum(column[i] for column in columns) / len(tasks) for i, row in enumerate(rows)}
     order = sorted(rows, key=lambda row: (mean_ranks[row], row))
-    pairs = [(one, other) for i, one in enumerate(order) for other in order[i + 1 :]]
     scale = scale_of([x for by_task in scores.values() for x in by_task.values()])
-    raw: dict[str, float] = {}
-    for k, (one, other) in enumerate(pairs):
+    raw: dict[tuple[str, str], float] = {}
+    for one, other in itertools.combinations(order, 2):
         apart = {task: difference_of(scores[one][task], scores[other][task], scale) for task in tasks}
-        raw[str(k)] = signed_rank(source_sums(apart, sources))
-    adjusted = holm(raw)
-    p = {pair: adjusted[str(k)] for k, pair in enumerate(pairs)}
+        raw[one, other] = signed_rank(source_sums(apart, sources))
+    p = holm(raw)
     cliques: list[tuple[str, ...]] = []
     end = 0
     for start in range(len(order)):
@@ -239,7 +236,7 @@ def rank_cliques(
             cliques.append(tuple(order[start:stop]))
             end = stop
     n_sources = len(source_sums(dict.fromkeys(tasks, 1.0), sources))
-    least = smallest_p(n_sources, max(len(pairs), 1))
+    least = smallest_p(n_sources, max(len(p), 1))
     return Ranks({row: mean_ranks[row] for row in order}, tuple(cliques), p, n_sources, least)
 
 
@@ -255,13 +252,11 @@ def _signed_sums(sizes: Sequence[float]) -> NDArray[np.float64]:
 
 def _mean_ranks(values: Sequence[float]) -> list[float]:
     """Ranks from 1 for the smallest; equal values share their mean rank."""
-    order = sorted(values)
-    first: dict[float, int] = {}
-    count: dict[float, int] = {}
-    for i, x in enumerate(order):
-        first.setdefault(x, i + 1)
-        count[x] = count.get(x, 0) + 1
-    return [first[x] + (count[x] - 1) / 2 for x in values]
+    import numpy as np
+
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: list[float] = (np.cumsum(counts) - (counts - 1) / 2)[place].tolist()
+    return ranks
 
 
 def _p_of_two(a: Mapping[int, float], b: Mapping[int, float], scale: float) -> float:

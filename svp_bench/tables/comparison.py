@@ -185,11 +185,12 @@ def contrast(suite: SuiteCard, row: Row, control: Row, level: float, tests: int 
     theirs = {task: control.cells[task].scores for task in tasks}
     sources = sources_of(suite, tasks)
     result = paired(ours, theirs, sources, level=level)
-    differences = {found.task: within(found.estimate, -100, 100) for found in result.tasks}
     bits = {task: list(shared_bits(row.cells[task], control.cells[task]).values()) for task in tasks}
     images = {task: difference_over_images(pairs, level) for task, pairs in bits.items() if pairs}
     cells = {
-        task: CellContrast(differences[task], images.get(task), cell_verdict(ours[task], theirs[task], level=level))
+        task: CellContrast(
+            within(result.tasks[task], -100, 100), images.get(task), cell_verdict(ours[task], theirs[task], level=level)
+        )
         for task in tasks
     }
     least = smallest_p(result.n_sources, tests)

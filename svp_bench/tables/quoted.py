@@ -9,7 +9,7 @@ from svp_bench.records.published import WHOLE, PublishedRow
 from svp_bench.tables.model import Table
 from svp_bench.tables.notes import MISSING, columns, one_line, shown_columns
 
-__all__ = ["citations", "not_quoted", "quoted_grid", "quoted_methods", "quoted_terminal_grid"]
+__all__ = ["citations", "not_quoted", "quoted_grid", "quoted_methods"]
 
 
 def quoted_methods(table: Table) -> list[tuple[PublishedRow, dict[str, str], str]]:
@@ -26,27 +26,19 @@ def quoted_methods(table: Table) -> list[tuple[PublishedRow, dict[str, str], str
     return [(row, scores, " / ".join(parameters)) for row, scores, parameters in entries.values() if scores]
 
 
-def quoted_grid(table: Table) -> list[list[str]]:
-    """Return header and rows, with every task."""
-    names = columns(table.suite)
-    shown = [names[index] for index in shown_columns(table.suite)]
-    grid = [["source", "backbone", "pre-training", "method", *shown, "parameters as printed"]]
+def quoted_grid(table: Table, *, terminal: bool = False) -> list[list[str]]:
+    """Return header and rows: with every task, or for a terminal with numbered sources (`citations`) and means only."""
+    names, numbers = columns(table.suite), {source: n for n, source in enumerate(citations(table), 1)}
+    shown = [names[index] for index in shown_columns(table.suite, tasks=not terminal)]
+    facts = ["source", "backbone", "method"] if terminal else ["source", "backbone", "pre-training", "method"]
+    grid = [[*facts, *shown, *([] if terminal else ["parameters as printed"])]]
     for row, scores, parameters in quoted_methods(table):
         if any(name in scores for name in shown):
             values = [scores.get(name, MISSING) for name in shown]
-            grid.append([row.source, row.backbone, row.pretrain, row.method, *values, parameters or MISSING])
-    return grid
-
-
-def quoted_terminal_grid(table: Table) -> list[list[str]]:
-    """Return header and rows with groups and averages; sources are numbered as in `citations`."""
-    names, numbers = columns(table.suite), {source: n for n, source in enumerate(citations(table), 1)}
-    shown = [names[index] for index in shown_columns(table.suite, tasks=False)]
-    grid = [["source", "backbone", "method", *shown]]
-    for row, scores, _ in quoted_methods(table):
-        if any(name in scores for name in shown):
-            values = [scores.get(name, MISSING) for name in shown]
-            grid.append([f"[{numbers[row.source]}]", f"{row.backbone}, {row.pretrain}", row.method, *values])
+            if terminal:
+                grid.append([f"[{numbers[row.source]}]", f"{row.backbone}, {row.pretrain}", row.method, *values])
+            else:
+                grid.append([row.source, row.backbone, row.pretrain, row.method, *values, parameters or MISSING])
     return grid
 
 

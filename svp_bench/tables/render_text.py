@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ from svp_bench.tables.notes import (
     weights,
     whisker_text,
 )
-from svp_bench.tables.quoted import citations, not_quoted, quoted_grid, quoted_terminal_grid
+from svp_bench.tables.quoted import citations, not_quoted, quoted_grid
 
 __all__ = [
     "align",
@@ -118,20 +118,38 @@ def _grid(section: Section, layout: _Layout, *, empty: bool = True) -> list[list
     return grid
 
 
-def _intervals_grid(section: Section) -> list[list[str]]:
-    """Header and rows of the means with their intervals written out; only rows that have one."""
+def _statistics(section: Section, *, terminal: bool, cells: bool) -> Iterator[tuple[str, list[list[str]], list[str]]]:
+    """Yield the title, the grid (of a header only, if it is empty) and the notes of each block below the rows.
+
+    Args:
+        section: The section.
+        terminal: Leave out the means of the groups, for which a terminal is too narrow.
+        cells: Are the tasks shown, with their marks?
+    """
+    if section.random:
+        return
     names = columns(section.suite)[len(section.suite.tasks) :]
-    shown = [*range(len(names))] if len(section.suite.groups) > 1 else [len(names) - 2]
-    head = ["method", *(f"{names[index]}, new seeds" for index in shown)]
-    head += [f"{names[-2]}, {question}" for question in ("test images", "new tasks")]
-    grid = [head]
+    seeds = [] if terminal else [*range(len(names))] if len(section.suite.groups) > 1 else [len(names) - 2]
+    head = [
+        *(f"{names[index]}, new seeds" for index in seeds),
+        *(f"{names[-2]}, {q}" for q in ("test images", "new tasks")),
+    ]
+    grid = [["method", names[-2], "test images", "new tasks"] if terminal else ["method", *head]]
     for row in section.rows:
-        seeds = [None if mean is None else mean.seeds for mean in row.means]
-        images = None if row.partial else row.present.images
-        texts = [*(interval(seeds[index]) for index in shown), interval(images), interval(row.new_tasks)]
+        means = [row.means[index] for index in seeds]
+        texts = [*(interval(None if mean is None else mean.seeds) for mean in means)]
+        texts += [decimals(row.task_mean)] if terminal else []
+        texts += [interval(None if row.partial else row.present.images), interval(row.new_tasks)]
         if any(text != MISSING for text in texts):
             grid.append([row.label, *texts])
-    return without_empty(grid, [len(head) - 1])
+    if len(grid) > 1:
+        grid = without_empty(grid, [len(grid[0]) - 1])
+        yield f"Means with {percent(section.level)} intervals", grid, new_tasks_note(section)
+    if section.comparison is not None:
+        title = f"Differences to {section.comparison.control or 'a control'}"
+        yield title, _comparison_grid(section), comparison_notes(section, cells)
+    if section.ranks is not None:
+        yield "" if terminal else "Mean ranks (descriptive)", [[]], ranks_notes(section)
 
 
 def _comparison_grid(section: Section) -> list[list[str]]:
@@ -209,7 +227,10 @@ def render_markdown(table: Table) -> str:
         ]
         lines += [*markdown_grid(_grid(section, _PAGE), left=2), ""]
         lines += bullets([*notes, *interval_notes(section), *common_notes(section)])
-        lines += _markdown_statistics(section)
+        for title, grid, explained in _statistics(section, terminal=False, cells=True):
+            lines += ["", f"### {escape_markdown(title)}", ""]
+            lines += [*markdown_grid(grid, left=1), ""] if len(grid) > 1 else []
+            lines += bullets(explained)
     if table.published:
         grid = quoted_grid(table)
         caution = (
@@ -230,25 +251,6 @@ def _versions(section: Section) -> str:
     if len(tasks) == 1:
         return f"all tasks of version {next(iter(tasks))}"
     return "; ".join(f"version {version}: {', '.join(sorted(tasks[version]))}" for version in sorted(tasks))
-
-
-def _markdown_statistics(section: Section) -> list[str]:
-    if section.random:
-        return []
-    lines: list[str] = []
-    intervals, comparison = _intervals_grid(section), section.comparison
-    if len(intervals) > 1:
-        lines += ["", f"### Means with {percent(section.level)} intervals", "", *markdown_grid(intervals, left=1), ""]
-        lines += bullets(new_tasks_note(section))
-    if comparison is not None:
-        title = f"Differences to {comparison.control or 'a control'}"
-        lines += ["", f"### {escape_markdown(title)}", ""]
-        if comparison.contrasts:
-            lines += [*markdown_grid(_comparison_grid(section), left=1), ""]
-        lines += bullets(comparison_notes(section))
-    if section.ranks is not None:
-        lines += ["", "### Mean ranks (descriptive)", "", *bullets(ranks_notes(section))]
-    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------- terminal
@@ -272,9 +274,11 @@ def render_terminal(table: Table, *, all_columns: bool = False) -> str:
         lines += ["", heading(section), *fitting]
         notes = [RANDOM_WEIGHTS] if section.random else []
         notes += [f"Track {section.track.words}.", *interval_notes(section), *common_notes(section)]
-        lines += [*wrap(notes), *_terminal_statistics(section, layout.tasks)]
+        lines += wrap(notes)
+        for title, grid, explained in _statistics(section, terminal=True, cells=layout.tasks):
+            lines += ["", *filter(None, [title]), *(align(grid, 1) if len(grid) > 1 else []), *wrap(explained)]
     if table.published:
-        grid = quoted_terminal_grid(table)
+        grid = quoted_grid(table, terminal=True)
         lines += ["", f"Quoted: {QUOTED}", *align(grid, 3), *not_quoted(table, grid)]
         lines += [f"[{number}] {text}" for number, text in enumerate(citations(table).values(), 1)]
     if counts(table):
@@ -282,30 +286,6 @@ def render_terminal(table: Table, *, all_columns: bool = False) -> str:
         lines += wrap(left_out_reasons(table))
         lines += [f"  {problem.path}: {one_line(problem.reason)}" for problem in table.problems]
     return "\n".join(map(printable, lines)) + "\n"
-
-
-def _terminal_statistics(section: Section, cells: bool) -> list[str]:
-    if section.random:
-        return []
-    lines: list[str] = []
-    known = [
-        [row.label, decimals(row.task_mean), interval(row.present.images), interval(row.new_tasks)]
-        for row in section.rows
-        if not row.partial
-    ]
-    if known:
-        lines += ["", f"Means with {percent(section.level)} intervals"]
-        head = ["method", columns(section.suite)[-2], "test images", "new tasks"]
-        lines += [*align(without_empty([head, *known], [3]), 1), *wrap(new_tasks_note(section))]
-    comparison = section.comparison
-    if comparison is not None:
-        lines += ["", f"Differences to {comparison.control or 'a control'}"]
-        if comparison.contrasts:
-            lines += align(_comparison_grid(section), 1)
-        lines += wrap(comparison_notes(section, cells))
-    if section.ranks is not None:
-        lines += ["", *wrap(ranks_notes(section))]
-    return lines
 
 
 def wrap(notes: Sequence[str]) -> list[str]:
