@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -93,30 +92,12 @@ def check_promises(model: VisionMamba, method: Method) -> None:
                 f"{name}: a hook belongs to a {type(owner).__name__} that is not in the model, so it would be neither "
                 "trained nor saved; put it into model.adapter"
             )
-    for part in model.adapter.modules() if model.adapter is not None else ():
-        for key, value in vars(part).items():
-            if isinstance(value, FunctionType) and _closes_over(value, inside):
-                raise ConfigError(
-                    f"{name}: {key} of the adapter's {type(part).__name__} is a function that closes over a module of "
-                    "the model, which copies of the model would share; make it a method"
-                )
     counted = sum(p.numel() for key, p in trained_parameters(model).items() if not key.startswith("head."))
     if (claimed := method.adapter_parameters(model)) != counted:
         raise ConfigError(
             f"{name}: adapter_parameters() returns {claimed}, and {counted} parameters train outside the head; correct "
             "the formula"
         )
-
-
-def _closes_over(function: FunctionType, modules: set[nn.Module]) -> bool:
-    """Whether a function, or one that it closes over, holds one of the modules."""
-    held = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-    return any(
-        part in modules
-        if isinstance(part, nn.Module)
-        else isinstance(part, FunctionType) and part is not function and _closes_over(part, modules)
-        for part in held
-    )
 
 
 def check_identity(model: VisionMamba, method: Method, before: Tensor | None) -> None:

@@ -6,11 +6,10 @@ Letters used for shapes: B batch, L length (tokens), D width (embed_dim), P patc
 from __future__ import annotations
 
 import copy
-import dis
 import functools
 from collections import defaultdict
 from collections.abc import Callable
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -103,16 +102,12 @@ class HookPoints:
         self.tensor: dict[tuple[int, str], list[TensorHook]] = defaultdict(list)
 
     def on_tokens(self, hook: TokenHook) -> None:
-        """Call `hook` before each block.
-
-        Raises:
-            ConfigError: If it reads a module or a trained tensor from a global variable (all `on_…` do).
-        """
-        self.tokens.append(_checked(hook))
+        """Call `hook` before each block."""
+        self.tokens.append(hook)
 
     def on_patch_embed(self, hook: LinearHook) -> None:
         """Call `hook` after the patch embedding."""
-        self.patch_embed.append(_checked(hook))
+        self.patch_embed.append(hook)
 
     def on_linear(self, layer: int, name: str, hook: LinearHook) -> None:
         """Call `hook` after the projection `name` of block `layer`.
@@ -123,7 +118,7 @@ class HookPoints:
         self._check_layer(layer)
         if name not in LINEAR_POINTS:
             raise ValueError(f"no linear projection {name!r}; there are {', '.join(LINEAR_POINTS)}")
-        self.linear[layer, name].append(_checked(hook))
+        self.linear[layer, name].append(hook)
 
     def on_tensor(self, layer: int, name: str, hook: TensorHook) -> None:
         """Pass the tensor `name` of block `layer` through `hook` before it is used.
@@ -134,7 +129,7 @@ class HookPoints:
         self._check_layer(layer)
         if name not in TENSOR_POINTS:
             raise ValueError(f"no tensor {name!r}; there are {', '.join(TENSOR_POINTS)}")
-        self.tensor[layer, name].append(_checked(hook))
+        self.tensor[layer, name].append(hook)
 
     def remove(self, owner: nn.Module) -> None:
         """Remove the hooks that belong to `owner`: itself, its submodules, and methods of these."""
@@ -164,32 +159,6 @@ class HookPoints:
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.depth:
             raise ValueError(f"no block {layer}; there are 0..{self.depth - 1}")
-
-
-def _checked(hook: Any) -> Any:
-    """Return a hook; refuse one whose code reads a module or a trained tensor from a global variable."""
-    function = hook.func if isinstance(hook, functools.partial) else hook
-    function = getattr(function, "forward", function) if isinstance(function, nn.Module) else function
-    function = getattr(function, "__func__", function)
-    if isinstance(function, FunctionType):
-        for name in _global_names(function.__code__):
-            value = function.__globals__.get(name)
-            if isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.requires_grad):
-                code = function.__code__
-                raise ConfigError(
-                    f"the hook {function.__qualname__} ({code.co_filename}:{code.co_firstlineno}) reads the global "
-                    f"{name!r}, a {type(value).__name__}: copies of the model would still use that one; "
-                    "make it a method of model.adapter, and register that: points.on_tokens(adapter.add)"
-                )
-    return hook
-
-
-@functools.lru_cache(maxsize=256)
-def _global_names(code: CodeType) -> tuple[str, ...]:
-    """Return the names of the global variables that a function reads, functions inside it included."""
-    names = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-    inner = [name for part in code.co_consts if isinstance(part, CodeType) for name in _global_names(part)]
-    return tuple(dict.fromkeys([*names, *inner]))
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
