@@ -250,159 +250,149 @@ class ProtocolCard:
 
 
 # --- looking cards up ------------------------------------------------------------------------------------------------
+# `root` is the one folder of cards; by default the shipped one and the custom ones.
 
 _LISTING = "svp-bench tasks"
 _PROTOCOLS = "protocols"  # the one sub-folder that is not a suite's
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The folders of cards that hold a card of each name: suites with tasks, suites that are a part, protocols."""
+
+    suites: dict[str, list[Path]] = field(default_factory=dict)
+    parts: dict[str, list[Path]] = field(default_factory=dict)
+    protocols: dict[str, list[Path]] = field(default_factory=dict)
+
+    def folder(self, kind: str, card: str, folders: list[Path], tasks: str = "") -> Path:
+        """Return the first folder of a card; CardError if another has a different card, or tasks, of the same name."""
+
+        def content(folder: Path) -> dict[str, bytes]:
+            inside = [path for path in sorted((folder / tasks).glob("*")) if path.is_file()] if tasks else []
+            return {path.name: path.read_bytes() for path in (folder / card, *inside)}
+
+        for other in folders[1:]:
+            if content(other) != content(folders[0]):
+                text = f"there is another {kind} of this name in {folders[0]}; give yours a name of its own"
+                raise CardError(f"{other / card}:1: {text}")
+        return folders[0]
+
+    def suite(self, name: str) -> SuiteCard:
+        """Read and check the card of a suite, and that its folder holds the cards of its members and no others."""
+        folders = self.suites.get(name, []) + self.parts.get(name, [])
+        if not folders:
+            raise unknown_name("suite", name, [*self.suites, *self.parts], listing=_LISTING)
+        home = self.folder("suite", f"{name}.yaml", folders, name)
+        card, owner = read_yaml(home / f"{name}.yaml"), name
+        if isinstance(card.value, dict) and "tasks_of" in card.value:
+            owner = card.value["tasks_of"]
+            if owner not in [*self.suites]:
+                where = card.where(("tasks_of",))
+                raise unknown_name("suite", str(owner), self.suites, where=where, error=CardError)
+            if name in self.suites:
+                text = f"a part of the suite {owner!r} has no task cards of its own; remove {home / name}"
+                raise card.error(text, "tasks_of")
+            home = self.folder("suite", f"{owner}.yaml", self.suites[owner], owner)
+        return _suite(card, _stems(home / owner), [*self.protocols], owner)
+
+    def protocol(self, name: str) -> ProtocolCard:
+        """Read and check a protocol card."""
+        if name not in self.protocols:
+            raise unknown_name("protocol", name, self.protocols)
+        card = f"{_PROTOCOLS}/{name}.yaml"
+        return _protocol(read_yaml(self.folder("protocol", card, self.protocols[name]) / card))
+
+
+def _index(root: Path | None) -> _Index:
+    """Return the cards of all folders; CardError for a card that cannot belong to a suite."""
+    if root is not None and not root.is_dir():
+        raise UsageError(f"{root} is not a folder; give the folder that holds the suite cards (<suite>.yaml)")
+    index = _Index()
+    for folder in tasks_dirs() if root is None else (root,):
+        stems = _stems(folder)
+        for inside in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+            if inside.name not in [*stems, _PROTOCOLS] and (cards := _stems(inside)):
+                text = f"this card belongs to no suite; write {folder / inside.name}.yaml or move it"
+                raise CardError(f"{inside / cards[0]}.yaml:1: {text}")
+        if _PROTOCOLS in stems:
+            raise CardError(f"{folder / _PROTOCOLS}.yaml:1: {_PROTOCOLS!r} cannot name a suite; it holds protocols")
+        for name in stems:
+            (index.suites if _stems(folder / name) else index.parts).setdefault(name, []).append(folder)
+        for name in _stems(folder / _PROTOCOLS):
+            index.protocols.setdefault(name, []).append(folder)
+    return index
+
+
+def _stems(folder: Path) -> list[str]:
+    """Return the sorted ids of the cards in `folder` (none if it does not exist)."""
+    stems = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.startswith(".") or path.suffix not in (".yaml", ".yml"):
+            continue
+        if path.suffix == ".yml" or not _ID.fullmatch(path.stem):
+            raise CardError(f"{path}:1: a card's file is called <id>.yaml, the id of a-z, 0-9, _ and -; rename it")
+        stems.append(path.stem)
+    return stems
+
+
 def list_suites(root: Path | None = None) -> list[str]:
-    """Return the names of all suites with tasks of their own: the shipped ones, sorted, then the user's.
-
-    Suites that are a part of another: `list_parts`.
-
-    Args:
-        root: The one folder of cards; the shipped one and the user's own by default.
-
-    Raises:
-        UsageError: If `root` is not a folder.
-        CardError: If a folder of task cards has no suite card, or a file's name is not a valid id.
-    """
-    return [*dict.fromkeys(name for folder in _roots(root) for name in _suites_of(folder))]
-
-
-def _suites_of(root: Path) -> list[str]:
-    """Return the names of the suites in one folder of cards, sorted."""
-    suites = _stems(root)
-    for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        if folder.name not in [*suites, _PROTOCOLS] and (cards := _stems(folder)):
-            first = folder / f"{cards[0]}.yaml"
-            raise CardError(f"{first}:1: this card belongs to no suite; write {root / folder.name}.yaml or move it")
-    if _PROTOCOLS in suites:
-        raise CardError(f"{root / _PROTOCOLS}.yaml:1: {_PROTOCOLS!r} cannot name a suite; its folder holds protocols")
-    return [suite for suite in suites if _stems(root / suite)]
+    """Return the names of all suites with tasks of their own: the shipped ones, sorted, then the custom ones."""
+    return [*_index(root).suites]
 
 
 def list_parts(suite: str | None = None, root: Path | None = None) -> list[str]:
-    """Return the names of the suites that are a part of another one, or of one suite, sorted.
-
-    Args:
-        suite: The suite that they are parts of; None for all.
-        root: The one folder of cards; the shipped one and the user's own by default.
-
-    Raises:
-        CardError: If one of their cards is malformed.
-    """
-    return [name for name in _parts(root) if suite is None or load_suite(name, root).owner == suite]
-
-
-def _parts(root: Path | None) -> list[str]:
-    found = [name for folder in _roots(root) for name in _stems(folder) if not _stems(folder / name)]
-    return [*dict.fromkeys(found)]
+    """Return the names of the suites that are a part of another one (of `suite`, if given), sorted."""
+    index = _index(root)
+    return [name for name in index.parts if suite is None or index.suite(name).owner == suite]
 
 
 def list_tasks(suite: str | None = None, root: Path | None = None) -> list[str]:
     """Return the full names of the tasks of one suite, or of all, in the order of the table's columns.
 
-    Args:
-        suite: Name of a suite; None for all of them.
-        root: The one folder of cards; the shipped one and the user's own by default.
-
     Raises:
         UsageError: If there is no such suite; names the nearest.
         CardError: If a suite card is malformed.
     """
-    suites = list_suites(root) if suite is None else [suite]
-    return [task for name in suites for task in load_suite(name, root).tasks]
+    index = _index(root)
+    return [task for name in (index.suites if suite is None else [suite]) for task in index.suite(name).tasks]
 
 
 def load_task(name: str, root: Path | None = None) -> TaskCard:
-    """Read and check the card of one task.
-
-    Args:
-        name: Full name, e.g. "vtab/caltech101".
-        root: The one folder of cards; the shipped one and the user's own by default.
+    """Read and check the card of one task, e.g. "vtab/caltech101".
 
     Raises:
         UsageError: If there is no such task; names the nearest.
         CardError: If its card, or the card of its suite or protocol, is malformed.
     """
+    index = _index(root)
     suite_name, _, task_id = name.partition("/")
-    suite = load_suite(suite_name, root) if suite_name in list_suites(root) else None
+    suite = index.suite(suite_name) if suite_name in index.suites else None
     if suite is None or name not in suite.tasks:
         error = unknown_name("task", name, list_tasks(root=root), listing=_LISTING)
         own = "" if "did you mean" in str(error) or root is not None else "; cards of your own: --tasks_dir DIR"
         raise UsageError(f"{error}{own}")
     path = suite.path.parent / suite_name / f"{task_id}.yaml"
-    return _task(read_yaml(path), suite, load_protocol(suite.protocol, root))
+    return _task(read_yaml(path), suite, index.protocol(suite.protocol))
 
 
 def load_suite(name: str, root: Path | None = None) -> SuiteCard:
-    """Read and check the card of one suite, and that its folder holds the cards of its members and no others.
-
-    Args:
-        name: E.g. "vtab".
-        root: The one folder of cards; the shipped one and the user's own by default.
+    """Read and check the card of one suite, e.g. "vtab".
 
     Raises:
         UsageError: If there is no such suite; names the nearest.
         CardError: If the card is malformed or does not fit its folder.
     """
-    suites = list_suites(root)
-    if name not in suites and name not in _parts(root):
-        raise unknown_name("suite", name, [*suites, *_parts(root)], listing=_LISTING)
-    home = _home(root, "suite", f"{name}.yaml", name)
-    card, owner = read_yaml(home / f"{name}.yaml"), name
-    if isinstance(card.value, dict) and "tasks_of" in card.value:
-        owner = card.value["tasks_of"]
-        if owner not in suites:
-            raise unknown_name("suite", str(owner), suites, where=card.where(("tasks_of",)), error=CardError)
-        if name in suites:
-            text = f"a part of the suite {owner!r} has no task cards of its own; remove {home / name}"
-            raise card.error(text, "tasks_of")
-        home = _home(root, "suite", f"{owner}.yaml", owner)
-    return _suite(card, _stems(home / owner), _protocols(root), owner)
+    return _index(root).suite(name)
 
 
 def load_protocol(name: str, root: Path | None = None) -> ProtocolCard:
-    """Read and check a protocol card.
-
-    Args:
-        name: E.g. "vtab-final".
-        root: The one folder of cards; the shipped one and the user's own by default.
+    """Read and check a protocol card, e.g. "vtab-final".
 
     Raises:
         UsageError: If there is no such protocol; names the nearest.
         CardError: If the card is malformed.
     """
-    names = _protocols(root)
-    if name not in names:
-        raise unknown_name("protocol", name, names)
-    home = _home(root, "protocol", f"{_PROTOCOLS}/{name}.yaml")
-    return _protocol(read_yaml(home / _PROTOCOLS / f"{name}.yaml"))
-
-
-def _protocols(root: Path | None) -> list[str]:
-    return [*dict.fromkeys(name for folder in _roots(root) for name in _stems(folder / _PROTOCOLS))]
-
-
-def _home(root: Path | None, kind: str, card: str, tasks: str | None = None) -> Path:
-    """Return the folder of cards that holds a card.
-
-    Raises:
-        CardError: If several do, and the card or, of a suite, its tasks differ.
-    """
-    first, *others = [folder for folder in _roots(root) if (folder / card).is_file()]
-
-    def content(folder: Path) -> dict[str, bytes]:
-        inside = [path for path in sorted((folder / tasks).glob("*")) if path.is_file()] if tasks else []
-        return {path.name: path.read_bytes() for path in (folder / card, *inside)}
-
-    for other in others:
-        if content(other) != content(first):
-            raise CardError(
-                f"{other / card}:1: there is another {kind} of this name in {first}; give yours a name of its own"
-            )
-    return first
+    return _index(root).protocol(name)
 
 
 def class_names(card: TaskCard) -> list[str] | None:
@@ -422,43 +412,14 @@ def class_names(card: TaskCard) -> list[str] | None:
         if first.setdefault(name, line) != line:
             raise CardError(f"{path}:{line}: class name {show(name)} stands on line {first[name]} already")
     if len(names) != card.classes:
-        raise CardError(
-            f"{path}:{max(len(names), 1)}: {plural(len(names), 'class name')}, but {card.name} has "
-            f"{plural(card.classes, 'class')}"
-        )
+        count, classes = plural(len(names), "class name"), plural(card.classes, "class")
+        raise CardError(f"{path}:{max(len(names), 1)}: {count}, but {card.name} has {classes}")
     return names
 
 
 def displayed_class_names(card: TaskCard) -> list[str]:
-    """Return what to call a task's classes, in the order of their labels: their names, else "class 0", "class 1" …
-
-    Raises:
-        CardError: If the card names a file of class names that is malformed, see `class_names`.
-    """
+    """Return the names of a task's classes in the order of their labels, else "class 0", "class 1" …"""
     return class_names(card) or [f"class {label}" for label in range(card.classes)]
-
-
-def _roots(root: Path | None) -> tuple[Path, ...]:
-    """Return the folder that was given, else all folders of cards."""
-    if root is None:
-        return tasks_dirs()
-    if not root.is_dir():
-        raise UsageError(f"{root} is not a folder; give the folder that holds the suite cards (<suite>.yaml)")
-    return (root,)
-
-
-def _stems(folder: Path) -> list[str]:
-    """Return the sorted ids of the cards in `folder` (none if it does not exist)."""
-    if not folder.is_dir():
-        return []
-    stems = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.suffix not in (".yaml", ".yml"):
-            continue
-        if path.suffix == ".yml" or not _ID.fullmatch(path.stem):
-            raise CardError(f"{path}:1: a card's file is called <id>.yaml, the id of a-z, 0-9, _ and -; rename it")
-        stems.append(path.stem)
-    return stems
 
 
 # --- checks of the cards ---------------------------------------------------------------------------------------------
