@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "READERS": "svp_bench.data.sources",
-    "Batch": "svp_bench.data.module",
+    "Batch": "svp_bench.data.loading",
     "DataReport": "svp_bench.data.sources",
     "EvalBatchSampler": "svp_bench.data.samplers",
     "GlobalBatchSampler": "svp_bench.data.samplers",
@@ -41,22 +41,7 @@ _PUBLIC = {
     "resize_squash": "svp_bench.data.transforms",
 }
 
-__all__ = [
-    "READERS",
-    "Batch",
-    "DataReport",
-    "EvalBatchSampler",
-    "GlobalBatchSampler",
-    "ImageList",
-    "Source",
-    "VisionDataModule",
-    "draw_task",
-    "inspect",
-    "locate",
-    "open_source",
-    "read_list",
-    "resize_squash",
-]
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

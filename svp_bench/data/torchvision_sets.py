@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,92 +192,72 @@ def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
             ) from None
         names = getattr(dataset, "classes", None)
         pools[split] = _Pool.of(card, folder, f"{name} {split}", content, labels, names)
+    train, test = pools["train"], pools["test"]
     if official:
-        train, val = (
-            np.arange(len(pools["train"].labels)),
-            np.arange(len(pools["val"].labels)) + len(pools["train"].labels),
-        )
-        pools["train"] = pools["train"].joined(pools["val"])
+        count, train = len(train.labels), train.joined(pools["val"])
+        first, second = np.split(np.arange(len(train.labels)), [count])
     else:
-        train, val = _four_fifths(pools["train"], options, card)
-    splits = split_positions(train, val, np.arange(len(pools["test"].labels)), options.refit)
-    images = {split: pools["test" if split == "test" else "train"].take(split, splits[split]) for split in card.counts}
+        first, second = _four_fifths(train, options, card)
+    splits = split_positions(first, second, np.arange(len(test.labels)), options.refit)
+    images = {name: (test if name == "test" else train).take(name, splits[name]) for name in card.counts}
     return Source(str(folder), images, notes, bool(notes), "card")
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """The images of one official list: files below `folder`, or an array."""
+    """The images of one official split: an array, or paths below `folder`."""
 
     folder: Path
     what: str
-    paths: tuple[str, ...] | None
-    pixels: npt.NDArray[np.uint8] | None
+    images: npt.NDArray[np.uint8] | tuple[str, ...]
     labels: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, card: TaskCard, folder: Path, what: str, content: Any, given: Any, names: list[str] | None) -> _Pool:
-        labels = whole_numbers(given, f"{what} in {folder}: its labels hold")
+        where = f"{what} in {folder}"
+        labels = whole_numbers(given, f"{where}: its labels hold")
         if not len(labels) or len(labels) != len(content):
-            raise DataError(f"{what} in {folder}: {plural(len(content), 'image')} and {plural(len(labels), 'label')}")
+            raise DataError(f"{where}: {plural(len(content), 'image')} and {plural(len(labels), 'label')}")
         listed = class_names(card)
-        by_name = names is not None and listed is not None  # torchvision numbers the classes that it finds
-        classes = len(names) if by_name and names is not None else card.classes
+        classes, whose = card.classes, f"the card of {card.name}"
+        if names is not None and listed is not None:  # torchvision numbers the classes that it finds
+            classes, whose = len(names), what
+            if strange := [name for name in names if name not in listed]:
+                raise DataError(f"{where} has a class {show(strange[0])} that {card.class_names} lacks")
         outside = labels[(labels < 0) | (labels >= classes)]
         if outside.size:
-            whose = f"{what} has" if by_name else f"the card of {card.name} has"
-            raise DataError(
-                f"{what} in {folder}: label {outside[0]} is out of range, {whose} {plural(classes, 'class')} "
-                f"(0..{classes - 1})"
-            )
+            has = f"{whose} has {plural(classes, 'class')} (0..{classes - 1})"
+            raise DataError(f"{where}: label {outside[0]} is out of range, {has}")
         if names is not None and listed is not None:
-            strange = [name for name in names if name not in listed]
-            if strange:
-                raise DataError(f"{what} in {folder} has a class {show(strange[0])} that {card.class_names} lacks")
             labels = np.array([listed.index(name) for name in names], dtype=np.int64)[labels]
         if isinstance(content, np.ndarray):
-            if content.dtype != np.uint8 or content.ndim != 4 or content.shape[3] != 3:
-                raise DataError(
-                    f"{what} in {folder}: its images are {content.dtype} {content.shape}, expected uint8 (N, H, W, 3)"
-                )
-            return cls(folder, what, None, content, labels)
-        return cls(folder, what, tuple(_below(folder, path, what) for path in content), None, labels)
+            return cls(folder, what, content, labels)
+        paths = (Path(path).relative_to(folder).as_posix() for path in content)
+        return cls(folder, what, tuple(plain_path(path, where) for path in paths), labels)
 
     def joined(self, other: _Pool) -> _Pool:
         labels = np.concatenate([self.labels, other.labels])
-        return _Pool(self.folder, self.what, (*(self.paths or ()), *(other.paths or ())), None, labels)
+        return replace(self, images=(*self.images, *other.images), labels=labels)
 
-    def take(self, name: str, positions: npt.NDArray[np.int64]) -> Images:
-        if self.paths is None:
-            assert self.pixels is not None
-            return ArrayImages(name, self.pixels, self.labels, positions, f"{self.what} image")
-        paths = tuple(self.paths[position] for position in positions.tolist())
+    def take(self, name: str, positions: Positions) -> Images:
+        if isinstance(self.images, np.ndarray):
+            return ArrayImages(name, self.images, self.labels, positions, f"{self.what} image")
+        paths = tuple(self.images[position] for position in positions.tolist())
         return FileImages(self.folder, name, ImageList(paths, self.labels[positions]), f"{self.what} ({name})")
 
 
-def _below(folder: Path, path: object, what: str) -> str:
-    try:
-        relative = Path(str(path)).relative_to(folder)
-    except ValueError:
-        raise DataError(f"{what} in {folder}: {show(str(path))} lies elsewhere; get it again") from None
-    return plain_path(relative.as_posix(), f"{what} in {folder}")
-
-
-def _four_fifths(pool: _Pool, options: _Options, card: TaskCard) -> tuple[Positions, Positions]:
+def _four_fifths(pool: _Pool, options: _Options, card: TaskCard) -> list[Positions]:
     count = len(pool.labels)
     order = np.arange(count)
     if options.val == "hashed":
-        if pool.paths is None:
+        if isinstance(pool.images, np.ndarray):
             raise CardError(f"{card.path}:1: the rule 'hashed' is for data sets of files, {pool.what} is an array")
         keys = []
-        for path in pool.paths:
+        for path in pool.images:
             head = path.rpartition(options.together)[0] if options.together else path
             keys.append((hashlib.sha256((head or path).encode()).hexdigest(), path))
         order = np.array(sorted(range(count), key=keys.__getitem__), dtype=np.int64)
-    cut = count * 4 // 5
-    if not 0 < cut < count:
-        raise DataError(f"{pool.what} in {pool.folder}: {plural(count, 'image')} are too few for train and val")
-    return np.sort(order[:cut]), np.sort(order[cut:])
+    return [np.sort(part) for part in np.split(order, [count * 4 // 5])]
 
 
 def _without_checksums(dataset_class: Any) -> Any:
