@@ -19,10 +19,11 @@ from svp_bench.records.record import PerClass, Record
 from svp_bench.records.store import write_record
 from svp_bench.report.page import render
 from svp_bench.report.view import report_view
-from svp_bench.tables.build import load_table, render_markdown, render_terminal
+from svp_bench.tables.build import load_table
 from svp_bench.tables.model import Table
 from svp_bench.tables.render_csv import long_csv, wide_csv
 from svp_bench.tables.render_latex import render_latex
+from svp_bench.tables.render_text import render_markdown, render_terminal
 from svp_bench.tasks.cards import load_suite
 
 BRACKETS = re.compile(r"\[(-?[\d.]+), (-?[\d.]+)\]")

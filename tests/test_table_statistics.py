@@ -21,9 +21,10 @@ from synthetic_records import LIST, OTHER_LIST, make_record, synthetic_record
 
 from svp_bench.records.record import Record, SearchSummary
 from svp_bench.records.store import write_record
-from svp_bench.tables.build import build_table, render_markdown, render_terminal, write_tables
+from svp_bench.tables.build import build_table, write_tables
 from svp_bench.tables.comparison import column_marks, sources_of
 from svp_bench.tables.model import Row, Table, track_of
+from svp_bench.tables.render_text import render_markdown, render_terminal
 from svp_bench.tasks.cards import ReaderSpec, SuiteCard, load_suite
 
 SMALL = SuiteCard(

@@ -18,16 +18,10 @@ from svp_bench.core.errors import RecordError, UsageError
 from svp_bench.records.published import PublishedRow, load_published
 from svp_bench.records.record import Parameters, Record, SearchSummary
 from svp_bench.records.store import Problem, write_record
-from svp_bench.tables.build import (
-    build_table,
-    render_markdown,
-    render_terminal,
-    run_table,
-    table_paths,
-    write_tables,
-)
+from svp_bench.tables.build import build_table, run_table, table_paths, write_tables
 from svp_bench.tables.model import Row, Table
 from svp_bench.tables.notes import MISSING, size_span
+from svp_bench.tables.render_text import render_markdown, render_terminal
 from svp_bench.tasks.cards import ReaderSpec, SuiteCard, load_protocol, load_suite
 
 VTAB = load_suite("vtab")

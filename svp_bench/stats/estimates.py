@@ -7,23 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = [
-    "FEWEST_PAIRS",
-    "FEWEST_SOURCES",
-    "Estimate",
-    "Marks",
-    "McNemar",
-    "Paired",
-    "Ranks",
-    "Verdict",
-    "difference_of",
-    "moments_of",
-    "scale_of",
-    "seed_differences",
-    "source_sums",
-    "weighted_mean",
-]
-
 FEWEST_PAIRS = 6  # the first number of pairs at which a two-sided sign-flip test can fall below 0.05 (1/32)
 
 FEWEST_SOURCES = 6  # with fewer sources of tasks there is no interval over new tasks: its coverage is tested from 6 on

@@ -40,18 +40,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = [
-    "accuracy_over_images",
-    "difference_over_images",
-    "group_weights",
-    "mean_of",
-    "mean_over_new_tasks",
-    "one_standard_error",
-    "over_images",
-    "paired",
-    "within",
-]
-
 
 def mean_of(
     cells: Mapping[str, Sequence[float]], weights: Mapping[str, float] | None = None, level: float = 0.95

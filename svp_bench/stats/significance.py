@@ -24,17 +24,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = [
-    "best_and_second",
-    "cell_verdict",
-    "holm",
-    "mcnemar",
-    "rank_cliques",
-    "sign_flip",
-    "signed_rank",
-    "smallest_p",
-]
-
 K = TypeVar("K")
 
 _EXACT = 40  # sign patterns of two halves of 20 are enumerated; beyond, they are sampled

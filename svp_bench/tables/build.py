@@ -29,20 +29,6 @@ from svp_bench.tables.render_latex import render_latex
 from svp_bench.tables.render_text import render_markdown, render_terminal
 from svp_bench.tasks.cards import ProtocolCard, SuiteCard, list_parts, list_suites, load_protocol, load_suite, load_task
 
-__all__ = [
-    "build_table",
-    "listed",
-    "load_table",
-    "outside_of_suites",
-    "run_compare",
-    "run_table",
-    "run_tax",
-    "suite_of",
-    "suites_of",
-    "table_paths",
-    "write_tables",
-]
-
 
 def _grouped(records: Iterable[Record], key: Callable[[Record], Hashable]) -> dict[Any, list[Record]]:
     groups: dict[Any, list[Record]] = defaultdict(list)

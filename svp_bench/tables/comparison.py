@@ -30,25 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = [
-    "DEFAULT_CONTROL",
-    "check_row",
-    "column_marks",
-    "compare_rows",
-    "contrast",
-    "find_row",
-    "images_of_cell",
-    "mean_and_intervals",
-    "over_new_tasks",
-    "pick_control",
-    "rank_rows",
-    "rows_named",
-    "seeds_of_cell",
-    "shared_bits",
-    "shared_tasks",
-    "sources_of",
-]
-
 DEFAULT_CONTROL = "linear"
 """The method that others are compared with if none is named: the result without any adaptation."""
 
@@ -122,26 +103,23 @@ def find_row(rows: Sequence[Row], name: str) -> Row | None:
     return found[0] if found else None
 
 
-def pick_control(rows: Sequence[Row], name: str | None) -> tuple[Row | None, str | None]:
-    """Choose the row that the others of a section are compared with.
+def pick_control(rows: Sequence[Row], name: str | None) -> Row | str:
+    """Return the row that the others of a section are compared with, or one line: why there is none.
 
     Args:
         rows: Of the section.
         name: Label or method; None: `DEFAULT_CONTROL`.
-
-    Returns:
-        The row and None, or None and one line: why there is none.
     """
     wanted = DEFAULT_CONTROL if name is None else name
     found = rows_named(rows, wanted)
     if len(found) == 1:
-        return (None, f"{wanted} has synthetic data, and is not compared") if found[0].synthetic else (found[0], None)
+        return f"{wanted} has synthetic data, and is not compared" if found[0].synthetic else found[0]
     labels = "; ".join(row.label for row in found or rows)
     if found:
         why = f"{wanted} has {plural(len(found), 'row')} here; name one as the control"
     else:
         why = f"no row {wanted} here to compare with; name a control"
-    return None, f"{why}: --control ROW, one of: {labels}"
+    return f"{why}: --control ROW, one of: {labels}"
 
 
 def shared_tasks(suite: SuiteCard, row: Row, other: Row) -> list[str]:
@@ -215,28 +193,25 @@ def compare_rows(section: Section, name: str | None) -> Comparison | None:
     """
     if section.random or sum(row.task_mean is not None and not row.synthetic for row in section.rows) < 2:
         return None
-    control, missing = pick_control(section.rows, name)
-    if control is None:
-        return Comparison(None, missing, (), {})
+    control = pick_control(section.rows, name)
+    if isinstance(control, str):
+        return Comparison(None, (), (f"No differences: {control}.",))
     suite, level = section.suite, section.level
     contrasts: list[Contrast] = []
     others = [row for row in section.rows if row is not control and not row.synthetic]
     shared = {row.label: len(shared_tasks(suite, row, control)) for row in others}
     family = sum(count == len(suite.tasks) for count in shared.values())
-    incomparable = {row.label: "has synthetic data" for row in section.rows if row.synthetic}
+    remarks = [f"Not compared: {row.label} has synthetic data." for row in section.rows if row.synthetic]
     for row in others:
         found = contrast(suite, row, control, level, family if shared[row.label] == len(suite.tasks) else 1)
         if found is None:
-            incomparable[row.label] = "shares no task with it on the same images and with a seed in common"
+            why = "shares no task with it on the same images and with a seed in common"
+            remarks.append(f"Not compared: {row.label} {why}.")
         else:
             contrasts.append(found)
     adjusted = holm({c.row: c.p for c in contrasts if c.p is not None and len(c.tasks) == len(suite.tasks)})
-    return Comparison(
-        control=control.label,
-        missing=None,
-        contrasts=tuple(replace(found, holm=adjusted.get(found.row)) for found in contrasts),
-        incomparable=incomparable,
-    )
+    compared = tuple(replace(found, holm=adjusted.get(found.row)) for found in contrasts)
+    return Comparison(control.label, compared, tuple(remarks))
 
 
 def rank_rows(section: Section) -> Ranks | None:

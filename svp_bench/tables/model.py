@@ -18,28 +18,11 @@ from svp_bench.tasks.cards import ProtocolCard, SuiteCard
 if TYPE_CHECKING:
     from svp_bench.stats.estimates import Estimate, Ranks
 
-__all__ = [
-    "CARD",
-    "PROVENANCE",
-    "SYNTHETIC",
-    "Cell",
-    "CellContrast",
-    "Column",
-    "Comparison",
-    "Contrast",
-    "LeftOut",
-    "Mean",
-    "Row",
-    "Section",
-    "Table",
-    "Track",
-    "Whisker",
-    "columns_of",
-    "track_of",
-]
-
 CARD = "card"
 """The data variant that follows the task card itself."""
+
+IMAGES = "*"
+"""Behind an interval that is over test images, because one seed shows no spread over seeds."""
 
 SYNTHETIC = "synthetic"
 """The data variant of synthetic images."""
@@ -190,21 +173,6 @@ class Cell:
         return 100 * max(counted[0]) / sum(counted[0]) if counted else None
 
 
-class Whisker(NamedTuple):
-    """The interval that is shown behind a mean, and whether it is over test images instead of seeds."""
-
-    value: float
-    low: float
-    high: float
-    images: bool
-
-    @property
-    def half(self) -> float | None:
-        """Half the width; None where ± it would leave 0 to 100."""
-        half = (self.high - self.low) / 2
-        return half if self.value - half >= 0 and self.value + half <= 100 else None
-
-
 @dataclass(frozen=True)
 class Mean:
     """A mean of a row, with intervals within 0 and 100.
@@ -225,12 +193,17 @@ class Mean:
     synthetic: bool
 
     @property
-    def whisker(self) -> Whisker | None:
-        """The interval over new seeds, where the variance over seeds is known, else over new test images."""
-        for estimate, over_images in ((self.seeds, False), (self.images, True)):
+    def behind(self) -> str:
+        """ "± 1.25", half the interval over new seeds, or with a star that over test images where the first is unknown.
+
+        "[97.50, 100.00]" where ± would leave 0 to 100; nothing without an interval.
+        """
+        for estimate, star in ((self.seeds, ""), (self.images, IMAGES)):
             if estimate.low is not None and estimate.high is not None:
-                return Whisker(estimate.value, estimate.low, estimate.high, over_images)
-        return None
+                half = (estimate.high - estimate.low) / 2
+                inside = estimate.value - half >= 0 and estimate.value + half <= 100
+                return f"± {half:.2f}{star}" if inside else f"[{estimate.low:.2f}, {estimate.high:.2f}]{star}"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -387,15 +360,13 @@ class Comparison:
 
     Attributes:
         control: Label of the control; None if there is none.
-        missing: One line: why there is no control, and how to name one; None if there is one.
         contrasts: In the order of the rows.
-        incomparable: Label → one line: why this row is not compared.
+        remarks: Why there is no control, and how to name one; or which rows are not compared, and why.
     """
 
     control: str | None
-    missing: str | None
     contrasts: tuple[Contrast, ...]
-    incomparable: Mapping[str, str]
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True)

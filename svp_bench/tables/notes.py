@@ -11,57 +11,15 @@ from svp_bench.core.errors import plural, printable
 from svp_bench.stats.estimates import FEWEST_PAIRS, FEWEST_SOURCES
 from svp_bench.tables.comparison import sources_of
 from svp_bench.tables.labels import short_value
-from svp_bench.tables.model import CARD, PROVENANCE, Cell, Comparison, Contrast, Mean, Row, Section, Table, columns_of
+from svp_bench.tables.model import CARD, IMAGES, PROVENANCE, Cell, Comparison, Contrast, Row, Section, Table, columns_of
 from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
     from svp_bench.stats.estimates import Estimate
 
-__all__ = [
-    "DIGITS",
-    "IMAGES",
-    "MAJORITY",
-    "MISSING",
-    "NOT_COMPARABLE",
-    "QUOTED",
-    "RANDOM_WEIGHTS",
-    "columns",
-    "common_notes",
-    "comparison_notes",
-    "counts",
-    "decimals",
-    "halves",
-    "heading",
-    "interval",
-    "interval_notes",
-    "left_out_lines",
-    "left_out_reasons",
-    "majority_scores",
-    "mark_notes",
-    "marks",
-    "named",
-    "new_tasks_note",
-    "no_outcome",
-    "one_line",
-    "p_value",
-    "percent",
-    "ranks_notes",
-    "short_name",
-    "shown_columns",
-    "signed",
-    "size_span",
-    "span",
-    "unknown_variance_notes",
-    "verdict_marks",
-    "weights",
-    "whisker_text",
-]
-
 MISSING = "–"
 NOT_COMPARABLE = "not comparable"
 """Why a record is left out whose run had parts that no record describes."""
-IMAGES = "*"
-"""Behind ± that is over test images, because one seed shows no spread over seeds."""
 MAJORITY = "majority class"
 """Label of the line with the accuracy of always answering the most frequent class of the test split."""
 QUOTED = "published, not measured here"
@@ -132,15 +90,6 @@ def signed(value: float | None) -> str:
     """Return "+1.25", "-0.50", "0.00", or "–" without a value."""
     text = MISSING if value is None else f"{value:+.2f}"
     return "0.00" if text in ("+0.00", "-0.00") else text
-
-
-def whisker_text(mean: Mean) -> tuple[str, str]:
-    """Return "± 1.25", or "[97.50, 100.00]" where ± would leave 0 to 100, or nothing; and a star over test images."""
-    whisker = mean.whisker
-    if whisker is None:
-        return "", ""
-    text = f"[{whisker.low:.2f}, {whisker.high:.2f}]" if whisker.half is None else f"± {whisker.half:.2f}"
-    return text, IMAGES if whisker.images else ""
 
 
 def p_value(p: float | None) -> str:
@@ -221,18 +170,18 @@ def common_notes(section: Section) -> list[str]:
 def interval_notes(section: Section) -> list[str]:
     """Explain ± behind a mean; nothing for random weights, whose means stand without."""
     means = [] if section.random else [mean for row in section.rows for mean in row.shown_means]
-    shown = [mean.whisker for mean in means if mean is not None and mean.whisker is not None]
+    shown = {mean.behind for mean in means if mean is not None} - {""}
     level, notes = percent(section.level), []
-    if any(not whisker.images for whisker in shown):
+    if any(not text.endswith(IMAGES) for text in shown):
         notes.append(
             f"± behind a mean is half its {level} interval for these tasks and new seeds (Welch–Satterthwaite)."
         )
-    if any(whisker.images for whisker in shown):
+    if any(text.endswith(IMAGES) for text in shown):
         notes.append(
             f"± … {IMAGES} behind a mean is half its {level} interval over test images (Wilson), where the "
             "variance over seeds is unknown: about these runs and other test images, not about other seeds."
         )
-    if any(whisker.half is None for whisker in shown):
+    if any(text.startswith("[") for text in shown):
         notes.append("In brackets: the same interval, where ± would leave 0 to 100.")
     return notes
 
@@ -442,8 +391,6 @@ def comparison_notes(section: Section, cells: bool = True) -> list[str]:
     comparison, level, tasks = section.comparison, percent(section.level), section.suite.tasks
     if comparison is None:
         return []
-    if comparison.missing is not None:
-        return [f"No differences: {comparison.missing}."]
     notes = []
     found = comparison.contrasts
     if found:
@@ -468,7 +415,7 @@ def comparison_notes(section: Section, cells: bool = True) -> list[str]:
         if any(c.sources < FEWEST_SOURCES for c in found):
             notes.append(f"No interval over new tasks with fewer than {FEWEST_SOURCES} independent sources of images.")
         notes += _verdict_notes(comparison, section.level, cells)
-    return notes + [f"Not compared: {label} {why}." for label, why in comparison.incomparable.items()]
+    return [*notes, *comparison.remarks]
 
 
 def _test_notes(found: Sequence[Contrast], section: Section) -> list[str]:

@@ -13,17 +13,6 @@ from svp_bench.tables.model import CARD, Cell, Row, Section, Table
 from svp_bench.tables.notes import DIGITS, MAJORITY, QUOTED, columns, majority_scores, one_line, short_name
 from svp_bench.tables.quoted import quoted_methods
 
-__all__ = [
-    "DATA_COLUMNS",
-    "SECTION_COLUMNS",
-    "csv_lines",
-    "data_facts",
-    "long_csv",
-    "number",
-    "section_facts",
-    "wide_csv",
-]
-
 SECTION_COLUMNS = ("protocol", "protocol_version", "backbone", "checkpoint", "checkpoint_digest", "weights", "track")
 DATA_COLUMNS = ("data_variant", "data_digest", "data_status")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")

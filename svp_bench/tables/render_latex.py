@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from svp_bench.stats.estimates import FEWEST_PAIRS, Marks
 from svp_bench.tables.comparison import column_marks
-from svp_bench.tables.model import Mean, Row, Section, Table
+from svp_bench.tables.model import IMAGES, Mean, Row, Section, Table
 from svp_bench.tables.notes import (
     MAJORITY,
     MISSING,
@@ -31,7 +31,6 @@ from svp_bench.tables.notes import (
     size_span,
     span,
     weights,
-    whisker_text,
 )
 
 __all__ = ["escape", "render_latex"]
@@ -183,10 +182,10 @@ def _means(section: Section, allowed: Sequence[Marks | None]) -> list[str]:
 def _mean(section: Section, row: Row, mean: Mean | None, allowed: Marks | None) -> str:
     if mean is None:
         return escape(MISSING)
-    text, (behind, star) = _emphasised(mean.value, row, allowed), whisker_text(mean)
-    if behind and not section.random:
-        interval = behind.replace("±", r"\pm")
-        text += f"$_{{{interval}}}{f'^{{{star}}}' if star else ''}$"
+    text = _emphasised(mean.value, row, allowed)
+    if mean.behind and not section.random:
+        half, star, _ = mean.behind.replace("±", r"\pm").partition(IMAGES)
+        text += f"$_{{{half}}}{star and f'^{{{star}}}'}$"
     partial = f" ({row.partial})" if row.partial and mean is row.present else ""
     return f"{text}{partial}{escape('§') if mean.synthetic else ''}"
 

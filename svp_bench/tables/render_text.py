@@ -41,20 +41,8 @@ from svp_bench.tables.notes import (
     span,
     verdict_marks,
     weights,
-    whisker_text,
 )
 from svp_bench.tables.quoted import citations, not_quoted, quoted_grid
-
-__all__ = [
-    "align",
-    "bullets",
-    "escape_markdown",
-    "markdown_grid",
-    "render_markdown",
-    "render_terminal",
-    "without_empty",
-    "wrap",
-]
 
 _WIDTH = 100
 _NARROW = 20  # characters that a column of text keeps when the terminal is too narrow for all
@@ -93,7 +81,7 @@ def _texts(section: Section, row: Row, layout: _Layout) -> list[str]:
     for mean in row.shown_means:
         text = decimals(None if mean is None else mean.value)
         if mean is not None:
-            behind = "".join(whisker_text(mean)) if not section.random else ""
+            behind = "" if section.random else mean.behind
             text += f" {behind}" if behind and (layout.all_means or mean is row.present) else ""
             text += f" ({row.partial})" if mean is row.present and row.partial else ""
             text += "§" if mean.synthetic else ""
