@@ -13,25 +13,30 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from svp_bench.core.errors import ConfigError, UnavailableError, plural, unknown_name
 from svp_bench.core.resources import configs_dir
+from svp_bench.core.validate import Positive, convert
 from svp_bench.core.yaml import Node, read_yaml
 from svp_bench.records.digests import canonical_digest
 from svp_bench.records.selection import AUTO_FOLDS, FALLBACK, FOLD_KEYS, RULE_VERSION
-from svp_bench.records.selection_rule import RULES, grid_settings, is_number
+from svp_bench.records.selection_rule import grid_settings, is_number
 
-__all__ = ["SAMPLERS", "Dimension", "Plan", "Sampler", "SearchSpace", "load_search", "make_sampler"]
+__all__ = ["Dimension", "Plan", "Sampler", "SearchSpace", "load_search", "make_sampler"]
 
-SAMPLERS = ("grid", "random", "tpe")
-AUTO, LEAVE_ONE_OUT, NONE = "auto", "leave_one_out", "none"  # values of `folds` other than a number
-_SMALL_VAL = 100  # a difference of two settings on fewer images is mostly chance: its standard error is some 4 points
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _KEY = re.compile(r"(?:model|data|trainer)(?:\.\w+)+")
 _FIXED = ("data.task", "data.stage", "data.root", "data.protocol", "model.backbone", "model.checkpoint", *FOLD_KEYS)
+
+_Seed = Annotated[int, Meta(ge=0, lt=2**32, description=f"a whole number of 0 to {2**32 - 1}")]
+_Folds = Annotated[
+    Literal["auto", "none", "leave_one_out"] | Annotated[int, Meta(ge=2)] | None,
+    Meta(description="auto, none, leave_one_out or a whole number of at least 2"),
+]
 
 # Settings in the order in which they were asked for, each with its mean score, or None if it failed.
 Finished = Sequence[tuple[Mapping[str, Any], float | None]]
@@ -100,22 +105,24 @@ class SearchSpace:
         path: Its file.
         folds: A number; "leave_one_out"; "none": the protocol's val; or "auto": five where val is small, else none.
         repeats: How often the labelled images are divided anew.
-        small_val: "auto" takes folds where val has fewer images than this.
+        small_val: "auto" takes folds where val has fewer images than this. (A difference of two settings on fewer than
+            100 images is mostly chance: its standard error is some 4 points.)
         nested: Whether each seed of the final runs has a search of its own, with that seed and its own folds.
     """
 
-    name: str
-    version: int
-    sampler: str
-    budget: int
-    seeds: tuple[int, ...]
-    rule: str
+    name: Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]*$", description="a name of a-z, 0-9, _ and -")]
+    version: Positive
+    sampler: Literal["grid", "random", "tpe"]
+    budget: Positive
     spaces: Mapping[str, tuple[Dimension, ...]]
-    path: Path
-    folds: int | str
-    repeats: int
-    small_val: int
-    nested: bool
+    seeds: tuple[_Seed, ...] = ()
+    rule: Literal["one_standard_error", "best_on_val"] = "one_standard_error"
+    folds: _Folds = "auto"
+    repeats: Positive | None = None
+    small_val: Positive = 100
+    nested: bool | None = None
+    notes: str = ""
+    path: Path = Path()
 
     def plan(self, val: int, labelled: int) -> Plan:
         """Return the runs of a trial.
@@ -128,11 +135,11 @@ class SearchSpace:
             ConfigError: If there are more folds than labelled images.
         """
         auto = min(AUTO_FOLDS, labelled) if val < self.small_val else 0
-        names = {AUTO: auto, LEAVE_ONE_OUT: labelled, NONE: 0}
-        folds = names[self.folds] if isinstance(self.folds, str) else self.folds
+        names = {"auto": auto, "leave_one_out": labelled, "none": 0, None: 0}
+        folds = self.folds if isinstance(self.folds, int) else names[self.folds]
         if folds > labelled:
             raise ConfigError(f"{self.path}: {folds} folds of {labelled} labelled images; at most one for each image")
-        return Plan(folds, self.repeats if folds else 0)
+        return Plan(folds, self.repeats or 1 if folds else 0)
 
     def space(self, method: str) -> tuple[Dimension, ...]:
         """Return the space of a method.
@@ -147,7 +154,8 @@ class SearchSpace:
 
     def declaration(self) -> dict[str, Any]:
         """Return it as plain values."""
-        facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "path"}
+        left_out = ("path", "notes")
+        facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
         spaces = {
             method: {dimension.key: dimension.declaration() for dimension in space}
             for method, space in sorted(self.spaces.items())
@@ -174,64 +182,34 @@ def load_search(name: str) -> SearchSpace:
         if not path.is_file():
             known = [f"configs/search/{file.name}" for file in sorted(shipped.glob("*.yaml"))]
             raise unknown_name("search", name, known)
-    keys = read_yaml(path, error=ConfigError, label="the search").keys(
-        ["name", "version", "sampler", "budget", "spaces"],
-        ["seeds", "rule", "notes", "folds", "repeats", "small_val", "nested"],
-    )
-    sampler, budget = keys["sampler"].one_of(SAMPLERS, "sampler"), keys["budget"].positive()
-    seeds = tuple(_seed(item) for item in keys["seeds"].sequence()) if "seeds" in keys else ()
-    if len(set(seeds)) != len(seeds):
-        raise keys["seeds"].error("a seed stands twice in seeds")
-    nested = _flag(keys, "nested", default=not seeds)
-    if nested and seeds:
-        raise keys["seeds"].error("a nested search trains with the seed of the final run; leave seeds or nested out")
-    folds = _folds(keys["folds"]) if "folds" in keys else AUTO
-    if folds == LEAVE_ONE_OUT and "repeats" in keys and keys["repeats"].positive() > 1:
-        raise keys["repeats"].error("leave_one_out has one division only; leave repeats out")
-    usual = 1 if nested or folds == LEAVE_ONE_OUT else 2
+    node = read_yaml(path, error=ConfigError, label="the search")
+    values = {**node.value, "spaces": {}, "path": path} if isinstance(node.value, dict) else node.value
+    search = convert(values, SearchSpace, node.where, ConfigError, "search")
+    if len(set(search.seeds)) != len(search.seeds):
+        raise node.error("a seed stands twice in seeds", "seeds")
+    nested = search.nested if search.nested is not None else not search.seeds
+    if nested and search.seeds:
+        raise node.error("a nested search trains with the seed of the final run; leave seeds or nested out", "seeds")
+    one_division = search.folds == "leave_one_out"
+    if one_division and (search.repeats or 1) > 1:
+        raise node.error("leave_one_out has one division only; leave repeats out", "repeats")
     spaces = {}
-    for method, entry in keys["spaces"].mapping().items():
-        spaces[method] = tuple(_dimension(key, child, sampler) for key, child in entry.mapping().items())
+    for method, entry in node.keys(["spaces"], node.value)["spaces"].mapping().items():
+        spaces[method] = tuple(_dimension(key, child, search.sampler) for key, child in entry.mapping().items())
         size = math.prod(len(dimension.values or ()) for dimension in spaces[method])
-        if sampler == "grid" and size > budget:
+        if search.sampler == "grid" and size > search.budget:
             raise entry.error(
-                f"the grid of {method} has {plural(size, 'setting')}, more than the budget of {budget} that every "
-                "method has; raise the budget for all, thin the grid, or use the sampler tpe"
+                f"the grid of {method} has {plural(size, 'setting')}, more than the budget of {search.budget} that "
+                "every method has; raise the budget for all, thin the grid, or use the sampler tpe"
             )
-    return SearchSpace(
-        name=keys["name"].text(_NAME, "a name of a-z, 0-9, _ and -"),
-        version=keys["version"].positive(),
-        sampler=sampler,
-        budget=budget,
-        seeds=seeds or (() if nested else (0,)),
-        rule=keys["rule"].one_of(RULES, "rule") if "rule" in keys else RULES[0],
+    return replace(
+        search,
+        seeds=search.seeds or (() if nested else (0,)),
         spaces=spaces,
-        path=path,
-        folds=folds,
-        repeats=keys["repeats"].positive() if "repeats" in keys else usual,
-        small_val=keys["small_val"].positive() if "small_val" in keys else _SMALL_VAL,
+        folds=search.folds or "none",
+        repeats=search.repeats or (1 if nested or one_division else 2),
         nested=nested,
     )
-
-
-def _flag(keys: Mapping[str, Node], name: str, *, default: bool) -> bool:
-    value = keys[name].value if name in keys else default
-    if not isinstance(value, bool):
-        raise keys[name].error(f"{name} must be true or false, not {keys[name].kind}")
-    return value
-
-
-def _seed(node: Node) -> int:
-    if not isinstance(node.value, int) or isinstance(node.value, bool) or not 0 <= node.value < 2**32:
-        raise node.error(f"a seed is a whole number of 0 to {2**32 - 1}, not {node.kind}")
-    return node.value
-
-
-def _folds(node: Node) -> int | str:
-    value = NONE if node.value is None else node.value
-    if value in (AUTO, NONE, LEAVE_ONE_OUT) or (isinstance(value, int) and value >= 2):
-        return value
-    raise node.error(f"folds is {AUTO}, {NONE}, {LEAVE_ONE_OUT} or a whole number of at least 2, not {value!r}")
 
 
 def _dimension(key: str, node: Node, sampler: str) -> Dimension:
@@ -252,7 +230,9 @@ def _dimension(key: str, node: Node, sampler: str) -> Dimension:
     low, high = parts["low"].value, parts["high"].value
     if not (is_number(low) and is_number(high) and low < high):
         raise node.error(f"{key} needs numbers low < high, not {parts['low'].kind} and {parts['high'].kind}")
-    log = _flag(parts, "log", default=False)
+    log = parts["log"].value if "log" in parts else False
+    if not isinstance(log, bool):
+        raise parts["log"].error(f"log must be true or false, not {parts['log'].kind}")
     if log and low <= 0:
         raise node.error(f"{key}: a logarithmic range begins above 0")
     return Dimension(key, None, float(low), float(high), log, isinstance(low, int) and isinstance(high, int))
