@@ -149,7 +149,13 @@ def _section(
     by_row = _grouped(records, _row_key)
     labels = row_labels({key: members[0] for key, members in by_row.items()})
     rows = [_row(suite, key, labels[key], by_row[key], level, protocol) for key in sorted(by_row)]
-    return Section(suite, level, protocol, tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)), data)
+    return Section(
+        suite,
+        level,
+        protocol.selection if protocol else None,
+        tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)),
+        data,
+    )
 
 
 def _row(

@@ -13,7 +13,7 @@ from svp_bench.records.published import PublishedRow, mean_names
 from svp_bench.records.record import Record
 from svp_bench.records.store import Problem
 from svp_bench.stats.inference import group_weights
-from svp_bench.tasks.cards import ProtocolCard, SuiteCard
+from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
     from svp_bench.stats.estimates import Estimate, Ranks
@@ -376,7 +376,7 @@ class Section:
     Attributes:
         suite: The suite.
         level: Of all intervals, e.g. 0.95.
-        card: The protocol's card; None if it is missing or of another version.
+        selection: The protocol's selection rule, in words; None if its card is missing or of another version.
         rows: Ranked ones first.
         data: Name of a custom data set: its folder, number of classes and the first digits of its digest; "" for the
             tasks of a benchmark, whose cards describe the data.
@@ -387,7 +387,7 @@ class Section:
 
     suite: SuiteCard
     level: float
-    card: ProtocolCard | None
+    selection: str | None
     rows: tuple[Row, ...]
     data: str = ""
     comparison: Comparison | None = None
@@ -399,24 +399,9 @@ class Section:
         return [run for row in self.rows for cell in row.all_cells for run in cell.records]
 
     @property
-    def protocol(self) -> str:
-        """Name of the protocol."""
-        return self.members[0].protocol
-
-    @property
-    def protocol_version(self) -> int:
-        """Version of the protocol."""
-        return self.members[0].protocol_version
-
-    @property
-    def selection(self) -> str | None:
-        """The protocol's selection rule, in words; None if its card is missing or of another version."""
-        return None if self.card is None else self.card.selection
-
-    @property
-    def backbone(self) -> str:
-        """Name of the model."""
-        return self.members[0].backbone
+    def first(self) -> Record:
+        """One of them: they have the protocol, the backbone and the checkpoint in common."""
+        return self.members[0]
 
     @property
     def checkpoint(self) -> str:
@@ -424,30 +409,15 @@ class Section:
         return ", ".join(sorted({record.checkpoint for record in self.members}))
 
     @property
-    def checkpoint_digest(self) -> str | None:
-        """Digest of the weights; None for random ones."""
-        return self.members[0].checkpoint_digest
-
-    @property
     def random(self) -> bool:
         """Are the weights random?"""
-        return self.checkpoint_digest is None
+        return self.first.checkpoint_digest is None
 
     @property
     def track(self) -> Track:
         """How the settings were selected."""
         selected_on = sorted({track_of(record).selected_on for record in self.members})
-        return replace(track_of(self.members[0]), selected_on=" or ".join(selected_on))
-
-    @property
-    def precisions(self) -> list[str]:
-        """Precisions of its runs."""
-        return sorted({record.precision for record in self.members})
-
-    @property
-    def records(self) -> int:
-        """Number of records in it."""
-        return len(self.members)
+        return replace(track_of(self.first), selected_on=" or ".join(selected_on))
 
     @property
     def cells(self) -> list[Cell]:
