@@ -343,7 +343,4 @@ def draw_image(label: int, classes: int, rng: np.random.Generator, size: int) ->
 
 
 def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8", newline="\n")
