@@ -55,7 +55,7 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     first = images(tmp_path)
     assert keep._cache is not None
     images(tmp_path, size=24)  # larger than all that may be kept
-    assert sum(array.nbytes for array in keep._cache.arrays.values()) <= 2 * one
+    assert sum(array.nbytes for array in keep._cache.values.values()) <= 2 * one
     assert (images(tmp_path) == first).all()
 
 

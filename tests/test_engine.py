@@ -697,7 +697,8 @@ def watch(model: VisionMamba) -> Watched:
         count += 1
         return tensor
 
-    model.points.tokens.insert(0, entering)
+    model.points.on_tokens(entering)
+    model.points.tokens.insert(0, model.points.tokens.pop())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = model.train()(reference_vim.make_images(2, 3, 64, 64))
     return Watched(tokens, [*saved, count], logits)

@@ -237,6 +237,7 @@ OPTIONAL: dict[str, Any] = {
     "content_digests": {"test": "sha256:" + "12" * 32},
     "card_digests": {"task": "sha256:" + "34" * 32},
     "migrated_from": {"schema": "1"},
+    "frozen_features": {"train": "pooled features of 5 images, 1 KiB"},
 }
 
 
@@ -265,7 +266,7 @@ def test_historic_records_load(path: Path) -> None:
 
 def test_the_historic_record_pins_what_a_digest_leaves_out() -> None:
     record = read_record(HISTORIC / "schema-1.json")
-    later = {"model.grad_checkpointing", "model.compile"}  # no older record has them
+    later = {"model.grad_checkpointing", "model.compile", "model.cache_features"}  # no older record has them
     for key in CELL_EXCLUDED.keys() - later:
         node: Any = record.config
         for part in key.split("."):
@@ -363,12 +364,12 @@ def edit(data: dict[str, Any], dotted: str, value: Any) -> None:
         ("metrics.correct", 11, "'metrics.correct' is 11 of only 10"),
         ("metrics.count", 0, "'metrics.count' must be int >= 1, not 0"),
         ("metrics.top5", 60.0, "'metrics.top5' is 60.0, less than top1 70.0"),
-        ("metrics.top5", 101, "'metrics.top5' is 101.0, which is not a percentage"),
+        ("metrics.top5", 101, "'metrics.top5' is 101.0, which is no percentage"),
         ("metrics.top5", True, "'metrics.top5' must be float.*, not True"),
-        ("metrics.balanced_accuracy", -1, "'metrics.balanced_accuracy' is -1.0, which is not a percentage"),
+        ("metrics.balanced_accuracy", -1, "'metrics.balanced_accuracy' is -1.0, which is no percentage"),
         ("metrics.balanced_accuracy", 71.0, "'metrics.balanced_accuracy' is 71.0, but metrics.per_class gives 70.83"),
         ("metrics.ece", "3", "'metrics.ece' must be float.*, not '3'"),
-        ("metrics.ece", 100.5, "'metrics.ece' is 100.5, which is not a percentage"),
+        ("metrics.ece", 100.5, "'metrics.ece' is 100.5, which is no percentage"),
         ("metrics.nll", 0.5, "'metrics.nll' is 0.5, but metrics.loss, the same number, is 0.75"),
         ("metrics.per_class", [], r"'metrics.per_class' must be a mapping.*, not \[\]"),
         ("metrics.per_class", {"correct": []}, "the key 'metrics.per_class.count' is missing"),
@@ -429,8 +430,8 @@ def test_a_missing_key_is_named(key: str) -> None:
         (b"", "is not JSON: Expecting value in line 1"),
         (b"\xff", "is not UTF-8 text"),
         (b"[]", r"the record must be a mapping of keys, not \[\]"),
-        (b'{"schema": 1, "schema": 1}', "the key 'schema' is given twice"),
-        (b'{"schema": NaN}', "is not JSON: NaN is not a number"),
+        (b'{"schema": 1, "schema": 1}', "the key 'schema' stands twice"),
+        (b'{"schema": NaN}', "is not JSON: NaN is no number"),
         (b"[" * 100_000, "is nested too deeply"),
         (b"{}", "'schema' is missing"),
     ],

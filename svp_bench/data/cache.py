@@ -1,48 +1,56 @@
-"""What outlives a run in a process that makes many: decoded images, and what examining them found.
+"""Share work between the runs of one process: decoded images, frozen features, and the result of examining images.
 
-Off unless a process asks for it (`cache_between_runs`). The cache is keyed by where the images lie, the digest of
-their list, and the transform; a process that lives no longer than a sweep takes it that nobody changes images under it.
+Off unless a process asks for it (`cache_between_runs`). Entries are keyed by where the images lie, the digest of their
+split, and the transform; a process that lives no longer than a sweep assumes that nobody changes images under it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Protocol, TypeVar
 
 from svp_bench.data.inspection import Examined
 from svp_bench.data.sources import Images, Note
 
 __all__ = ["cache_between_runs", "cached", "examined"]
 
-Array = npt.NDArray[np.uint8]
+
+class Sized(Protocol):
+    """A value of known size."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+
+
+T = TypeVar("T", bound=Sized)
 
 
 class _Cache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.arrays: OrderedDict[Hashable, Array] = OrderedDict()
+        self.values: OrderedDict[Hashable, Any] = OrderedDict()
         self.examined: dict[Hashable, Examined] = {}
 
-    def get(self, key: Hashable, make: Callable[[], Array]) -> Array:
-        if key in self.arrays:
-            self.arrays.move_to_end(key)
-            return self.arrays[key]
-        array = make()
-        while self.arrays and sum(a.nbytes for a in self.arrays.values()) + array.nbytes > self.limit:
-            self.arrays.popitem(last=False)  # what was not used for longest
-        if array.nbytes <= self.limit:
-            self.arrays[key] = array
-        return array
+    def get(self, key: Hashable, compute: Callable[[], T]) -> T:
+        if key in self.values:
+            self.values.move_to_end(key)
+            found: T = self.values[key]
+            return found
+        value = compute()
+        while self.values and sum(v.nbytes for v in self.values.values()) + value.nbytes > self.limit:
+            self.values.popitem(last=False)  # least recently used
+        if value.nbytes <= self.limit:
+            self.values[key] = value
+        return value
 
 
 _cache: _Cache | None = None
 
 
 def cache_between_runs(limit: int = 2 * 2**30) -> None:
-    """Keep decoded images, of at most `limit` bytes in all, until the process ends."""
+    """Cache decoded images and features, of at most `limit` bytes in all, until the process ends."""
     global _cache
     _cache = _Cache(limit)
 
@@ -52,9 +60,15 @@ def _name(images: Images) -> Hashable:
     return type(images).__name__, images.name, images.digest, place
 
 
-def cached(images: Images, transform: Hashable, make: Callable[[], Array]) -> Array:
-    """Return the decoded images of a list, uint8 (N, 3, H, W): those of an earlier run, or what `make` returns."""
-    return make() if _cache is None else _cache.get((_name(images), images.depth, transform), make)
+def cached(images: Images, key: Hashable, compute: Callable[[], T]) -> T:
+    """Return a value computed from the images of a split: that of an earlier run of this process, or a new one.
+
+    Args:
+        images: The images.
+        key: Everything else that the value depends on.
+        compute: Computes it.
+    """
+    return compute() if _cache is None else _cache.get((_name(images), images.depth, key), compute)
 
 
 def examined(images: Images, note: Note | None = None) -> Examined:

@@ -65,15 +65,30 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     if card.class_names is not None and options.first_id is None:
         raise CardError(f"{card.path}:1: class_names needs the reader's option 'first_id': the id of its first line")
 
+    forms = [_SPLIT_FILES, *([native.files] if native else [])]
     also = f", or its own {joined_names(native.files)}," if native else ""
     remedy = (
         f"{joined_names(_SPLIT_FILES)} of the VPT split (links in the README of https://github.com/KMnP/vpt){also} "
         f"next to the images of {card.source}"
     )
-    folder = find_folder(card, suite, root, [_SPLIT_FILES, *([native.files] if native else [])], remedy)
+    folder = find_folder(card, suite, root, forms, remedy)
     official = native if not any((folder / name).exists() for name in _SPLIT_FILES) else None
-    parts, listings = _read_parts(folder, official, remedy)
-    train, val, test = parts
+    files, present = (official.files, "own files") if official else (_SPLIT_FILES, "a JSON split")
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise DataError(f"{folder} has {present} without {joined_names(missing)}; get {remedy}")
+    if official:
+        listings = [str(folder / files[0])] * 3
+        train, val, test = official.read(folder)
+        if val is None:
+            val = {path: train[path] for path in list(train)[_VAL_EVERY - 1 :: _VAL_EVERY]}
+    else:
+        listings = [str(folder / name) for name in files]
+        train, val, test = (_read_json(folder / name) for name in files)
+    parts = [train, val, test]
+    for name, part in (("training", train), ("test", test)):
+        if not part:
+            raise DataError(f"{folder}: its files list no {name} image; get them again")
+
     labels = _labels(card, parts, listings, options.first_id)
     synthetic = synthetic_notes(folder)
     notes = [*synthetic]
@@ -98,22 +113,6 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
         )
     names = _names(card, labels, folder, train | val | test, native, options.first_id)
     return Source(str(folder), images, tuple(notes), bool(synthetic), _OFFICIAL if official else "card", names)
-
-
-def _read_parts(folder: Path, official: NativeForm | None, remedy: str) -> tuple[list[Ids], list[str]]:
-    """Return training, val and test images, and the file that lists each."""
-    files, present = (official.files, "own files") if official else (_SPLIT_FILES, "a JSON split")
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise DataError(f"{folder} has {present} without {joined_names(missing)}; get {remedy}")
-    if official is None:
-        return [_read_json(folder / name) for name in files], [str(folder / name) for name in files]
-    train, val, test = official.read(folder)
-    if val is None:
-        val = {path: train[path] for path in list(train)[_VAL_EVERY - 1 :: _VAL_EVERY]}
-    for name, part in (("training", train), ("test", test)):
-        if not part:
-            raise DataError(f"{folder}: its files list no {name} image; get them again")
-    return [train, val, test], [str(folder / files[0])] * 3
 
 
 def _labels(card: TaskCard, parts: list[Ids], listings: list[str], first: int | None) -> dict[int, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -377,6 +377,16 @@ class VisionDataModule(LightningDataModule):
         if self._source is None:
             raise RuntimeError("the data were not looked at yet; call setup() first")
         return self._source.get(self.splits[role])
+
+    def split(self, role: str) -> Images:
+        """Return the split that plays a role, after `setup`."""
+        return self._images(role)
+
+    def in_order(self, role: str, size: int) -> Iterator[Batch]:
+        """Yield the images of a split in its order, in batches of one size, in this process; after `setup`."""
+        dataset = self._dataset(role)
+        for start in range(0, len(dataset), size):
+            yield dataset[[*range(start, min(start + size, len(dataset)))]]
 
     def _dataset(self, role: str) -> ImageDataset:
         """Return the images of a role: decoded and cached, unless they are for test, cropped by chance or too many."""

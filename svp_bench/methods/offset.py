@@ -34,9 +34,9 @@ class Offset(Method):
 
     def attach(self, model: VisionMamba) -> None:
         """Build `adapter.offset`, a row for each block of `depths`, and add it before each of them."""
-        offsets = _Offsets(selected_blocks("offset", self.depths, model), model.embed_dim, self.include_cls)
-        model.adapter = offsets
-        model.points.on_tokens(offsets.add)
+        depths = selected_blocks("offset", self.depths, model)
+        model.adapter = offsets = _Offsets(depths, model.embed_dim, self.include_cls)
+        model.points.on_tokens(offsets.add, first=depths[0])
 
     def adapter_parameters(self, model: VisionMamba) -> int:
         """Return |depths| · D."""

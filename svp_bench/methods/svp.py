@@ -84,9 +84,10 @@ class SVP(Method):
                 f"svp: variant released needs an even number of patches, and this model has {patches}: the released "
                 "code pairs the tokens before and after the class token; use variant paper"
             )
-        prompter = _Prompter(self, model, selected_blocks("svp", self.depths, model))
+        depths = selected_blocks("svp", self.depths, model)
+        prompter = _Prompter(self, model, depths)
         model.adapter = prompter
-        model.points.on_tokens(prompter.prompt)
+        model.points.on_tokens(prompter.prompt, first=depths[0])
 
     def adapter_parameters(self, model: VisionMamba) -> int:
         """Return G (D² + 2 D) + |depths| (2 D h + h + 2 D), each term if its path is there."""

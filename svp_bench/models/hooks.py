@@ -90,6 +90,7 @@ class HookPoints:
             included, also in place.
         tensor: `f(w) -> w` by (layer, name of `TENSOR_POINTS`): may change a tensor that a projection, the convolution
             or the scan reads. Refused if the part with the tensor is not plain.
+        first_tokens: The first block whose input a token hook may change; before it none is called.
         scan_backend: The model's scan backend, for operations of methods.
     """
 
@@ -97,13 +98,20 @@ class HookPoints:
         self.depth = depth
         self.scan_backend = "auto"
         self.tokens: list[TokenHook] = []
+        self.first_tokens = depth
         self.patch_embed: list[LinearHook] = []
         self.linear: dict[tuple[int, str], list[LinearHook]] = defaultdict(list)
         self.tensor: dict[tuple[int, str], list[TensorHook]] = defaultdict(list)
 
-    def on_tokens(self, hook: TokenHook) -> None:
-        """Call `hook` before each block."""
+    def on_tokens(self, hook: TokenHook, first: int = 0) -> None:
+        """Call `hook` before each block from `first` on; what lies before can be computed once for all epochs.
+
+        Raises:
+            ValueError: If there is no such block.
+        """
+        self._check_layer(first)
         self.tokens.append(hook)
+        self.first_tokens = min(self.first_tokens, first)
 
     def on_patch_embed(self, hook: LinearHook) -> None:
         """Call `hook` after the patch embedding."""
@@ -136,6 +144,8 @@ class HookPoints:
         parts = {id(module) for module in owner.modules()}
         for hooks in self.hook_lists():
             hooks[:] = [hook for hook in hooks if id(getattr(hook, "__self__", hook)) not in parts]
+        if not self.tokens:
+            self.first_tokens = self.depth
 
     def hook_lists(self) -> list[list[Any]]:
         """Return the lists of hooks, not copied."""
@@ -150,7 +160,7 @@ class HookPoints:
     def __deepcopy__(self, memo: dict[int, Any]) -> HookPoints:
         made = memo[id(self)] = type(self)(self.depth)
         made.scan_backend = self.scan_backend
-        made.tokens = _copied(self.tokens, memo)
+        made.tokens, made.first_tokens = _copied(self.tokens, memo), self.first_tokens
         made.patch_embed = _copied(self.patch_embed, memo)
         for of, to in ((self.linear, made.linear), (self.tensor, made.tensor)):
             to.update({key: _copied(hooks, memo) for key, hooks in of.items()})

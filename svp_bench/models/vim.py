@@ -438,7 +438,7 @@ class VisionMamba(nn.Module):
 
     def _layer(self, layer: int, block: nn.Module, state: TokenState) -> TokenState:
         """Apply the token hooks and a block."""
-        for hook in self.points.tokens:
+        for hook in self.points.tokens if layer >= self.points.first_tokens else ():
             state = hook(layer, state.settled(self.scan_backend))
         after: TokenState = block(state)
         return after
@@ -449,10 +449,18 @@ class VisionMamba(nn.Module):
 
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, int]:
         """(B, 3, H, W) → all tokens after the final norm, (B, L, D), and the index of the class token."""
-        state = self.embed(images)
-        for layer, block in enumerate(self.layers):
-            state = self._run(layer, block, state)
+        state = self.run_blocks(self.embed(images))
         return self._final_norm(state), state.cls_index
+
+    def run_blocks(self, state: TokenState, start: int = 0, stop: int | None = None) -> TokenState:
+        """Return the state after the blocks `start` to `stop` (exclusive; all by default)."""
+        for layer, block in enumerate(self.layers[start:stop], start):
+            state = self._run(layer, block, state)
+        return state
+
+    def pool(self, state: TokenState) -> Tensor:
+        """Return the class token after the final norm, (B, D), of the state after the last block."""
+        return self._final_norm(state)[:, state.cls_index]
 
     def _run(self, layer: int, block: nn.Module, state: TokenState) -> TokenState:
         """Return the state after a block, with gradient checkpointing if enabled."""
@@ -469,8 +477,7 @@ class VisionMamba(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, D), the class token after the final norm."""
-        tokens, cls_index = self.forward_tokens(images)
-        return tokens[:, cls_index]
+        return self.pool(self.run_blocks(self.embed(images)))
 
     def forward_intermediates(
         self,

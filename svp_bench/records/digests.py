@@ -47,6 +47,7 @@ CELL_EXCLUDED: Mapping[str, str] = {
     "data.num_workers": "device",
     "model.scan_backend": "device: every backend is tested against the reference",
     "model.grad_checkpointing": "device: memory for time, the same numbers",
+    "model.cache_features": "device: the frozen part is computed once, in other batches",
     "model.compile": "device: the same sums in another order",
     "trainer.accelerator": "device",
     "trainer.devices": "device",

@@ -54,7 +54,11 @@ MOVED: Mapping[str, tuple[str, Any]] = {
     "data.fold_seed": ("data.cross_validation.seed", 0),
 }
 """Flat config keys of older versions → (key of today, the value that stood for null or a missing key)."""
-_FILLED = {"model.head": "fresh", "data.allow_overlap": False}  # nulls or missing keys of today's flat settings
+_FILLED = {
+    "model.head": "fresh",
+    "model.cache_features": False,
+    "data.allow_overlap": False,
+}  # nulls or missing keys of today's flat settings
 
 
 def is_flat(config: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from svp_bench.data.sources import cpu_count
 from svp_bench.records.store import check_writable, refuse_unwritable
 from svp_bench.report.page import report_path, run_report
 from svp_bench.stats.inference import one_standard_error
+from svp_bench.sweep.jobs import common_arguments
 from svp_bench.sweep.local_pool import LocalPool, visible_gpus
 from svp_bench.sweep.plan import execute_jobs
 from svp_bench.sweep.scheduler import CellJobs, Sweep
@@ -41,7 +42,7 @@ _MOST_WORKERS = 4  # each a process of its own with some 0.6 GB
 def train_demo(results_root: str, runs_root: str) -> int:
     """Train each method on each task, show a leaderboard, write tables and report, and say where everything is.
 
-    Runs that have a record are not run again.
+    Runs that are there already are not run again.
 
     Args:
         results_root: Where records, tables and the report go.
@@ -59,15 +60,16 @@ def train_demo(results_root: str, runs_root: str) -> int:
     refuse_unwritable(Path(runs_root), "--runs_root")
     tasks = load_suite(SUITE).tasks
     cells = [CellJobs(task, method, method, values=values) for task in tasks for method, values in METHODS.items()]
-    roots = ("--results_root", results_root, "--runs_root", runs_root)
-    sweep = Sweep(cells, (0,), roots, Path(results_root), retry_failed=True)
+    common = common_arguments((), (), results_root, runs_root)
+    sweep = Sweep(cells, (0,), common, Path(results_root), retry_failed=True)
     workers = None if visible_gpus() else min(_MOST_WORKERS, cpu_count())  # on GPUs the pool's own default
     pool = LocalPool(workers, None, Path(runs_root) / "sweep-logs")
     title = (
         f"Demo: {plural(len(tasks), 'task')} × {plural(len(METHODS), 'method')}, a Vision Mamba of 0.3 M parameters, "
         "pre-trained on synthetic images"
     )
-    status = execute_jobs(console, sweep, pool, title, ("svp-bench", "demo", *roots))
+    command = ("svp-bench", "demo", "--results_root", results_root, "--runs_root", runs_root)
+    status = execute_jobs(console, sweep, pool, title, command)
     if status is not None:
         return status
     if not sweep.done:
@@ -119,8 +121,8 @@ def _closing(tasks: Sequence[str], results_root: str, runs_root: str) -> str:
     return (
         f"± is one standard error from the sampling of the test images; guessing gives {chance} %. One seed and one\n"
         "setting a method: another seed can change the order. results/reference in the repository is for the whole\n"
-        "suite with all methods and five seeds, with controls. These results do not predict the ranking on natural\n"
-        "images with Vim-S.\n"
+        "suite with all methods and five seeds, with controls. What holds for a tiny model and such images need not\n"
+        "hold for Vim-S on natural images.\n"
         "\n"
         f"report       {report_path(results_root)}   (open it in a browser; it loads nothing)\n"
         f"tables       {tables}\n"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from svp_bench.config.compose import Flags, method_layer
-from svp_bench.core.errors import SvpBenchError, UsageError, plural, printable, unknown_name
+from svp_bench.core.errors import SvpBenchError, UsageError, file_size, plural, printable, unknown_name
 from svp_bench.core.terminal import plain_console
 from svp_bench.records.digests import cell_config, flat
-from svp_bench.records.selection import context_of
+from svp_bench.records.record import Record
+from svp_bench.records.selection import context_of, read_selected_config
 from svp_bench.records.store import check_writable, read_records, refuse_unwritable
 from svp_bench.report.page import run_report
-from svp_bench.sweep.jobs import Job, duration
+from svp_bench.sweep.jobs import Job, common_arguments, duration
 from svp_bench.sweep.local_pool import LocalPool, Pool
 from svp_bench.sweep.progress import ProgressView
 from svp_bench.sweep.scheduler import CellJobs, Sweep
@@ -116,6 +118,8 @@ def execute_sweep(request: Request) -> int:
     settings = f"search {search.name} (K = {search.budget}, {search.sampler})" if search else "default settings"
     title = f"Sweep: {plural(len(cells), 'cell')} × {plural(len(request.seeds), 'seed')}, {settings}"
     status = execute_jobs(console, sweep, _pool(request), title, request.command)
+    for line in selection_notes(sweep):
+        console.print(line, soft_wrap=True, markup=False)
     if status is not None:
         return status
     if request.report and not request.only_search and sweep.done:
@@ -138,8 +142,7 @@ def _common(request: Request) -> tuple[str, ...]:
             raise UsageError(f"--{key} is the sweep's own{_OWN_KEYS[key]}")
         if key.startswith(_TRUNCATING):
             raise UsageError(f"--{key} makes truncated runs, which no table takes; use --trainer.max_epochs")
-    layers = [part for config in flags.configs for part in ("--config", config)]
-    return (*layers, *flags.rest, "--results_root", request.results_root, "--runs_root", request.runs_root)
+    return common_arguments(flags.configs, flags.rest, request.results_root, request.runs_root)
 
 
 def _warn_of_changes(console: Console, read: set[Path]) -> None:
@@ -159,14 +162,18 @@ def _prepare(cells: Sequence[CellJobs], common: tuple[str, ...], search: SearchS
         Cards and configs of all cells.
     """
     read: set[Path] = set()
+    missing: dict[str, str] = {}
     for cell in cells:
         job = Job(cell.task, cell.method, 0, "select" if search else "final", common=common)
         resolved = runner.resolved(job)  # a wrong flag ends the sweep before it begins
         read.update(resolved.read)
-        try:
-            runner.report(resolved)
-        except SvpBenchError as error:
-            cell.blocked = str(error)
+        if cell.task not in missing:
+            try:
+                runner.report(resolved)
+                missing[cell.task] = ""
+            except SvpBenchError as error:
+                missing[cell.task] = str(error)
+        cell.blocked = missing[cell.task] or None
         if search is None or cell.blocked:
             continue
         known = dict(flat(resolved.config))
@@ -209,18 +216,34 @@ def _print_search(console: Console, search: SearchSpace | None, cells: Sequence[
         )
 
 
+def selection_notes(sweep: Sweep) -> list[str]:
+    """Return notes on the selected configs of a sweep, a line each: ends of the grid, unequal completion."""
+    configs = [read_selected_config(cell.selected) for cell in sweep.cells if cell.selected is not None]
+    at_edge: dict[str, dict[str, None]] = defaultdict(dict)
+    for config in configs:
+        for text in config.at_edge:
+            at_edge[f"{config.method}: {text}"][config.task] = None
+    lines = [
+        f"At the end of the grid, so that a wider one might do better: {text} ({', '.join(tasks)})"
+        for text, tasks in at_edge.items()
+    ]
+    lost = [config for config in configs if config.completed < len(config.trials)]
+    if lost:
+        counts = []
+        for config in lost:
+            seed = "" if config.search_seed is None else f", seed {config.search_seed}"
+            counts.append(f"{config.method} {config.completed} of {len(config.trials)} ({config.task}{seed})")
+        lines.append(f"Not every method has as many trials with a score: {', '.join(counts)}")
+    return lines
+
+
 # ------------------------------------------------------------------------------------------------------------- dry run
 
 
 def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -> None:
-    """Print the jobs of a sweep by method, those that have records already, and the time."""
+    """Print the jobs of a sweep by method, those that have records already, the time and the disk space."""
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(int))
-    epoch: dict[tuple[str, ...], list[float]] = defaultdict(list)  # seconds of an epoch, with its part of the test
-    for record in read_records(request.results_root)[0]:
-        if record.status == "complete" and record.epochs:
-            of = record.backbone, record.method, record.kind
-            for key in (of, (*of, record.task)):
-                epoch[key].append(sum(record.times.values()) / record.epochs)
+    speed = _Speed(read_records(request.results_root)[0])
     unknown = 0
     for job in sweep.due:
         row = rows[job.method]
@@ -238,34 +261,57 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -
             row["failed"] += 1
             continue
         row["to do"] += 1
-        config = runner.resolved(job).config
-        of = str(config["model"]["backbone"]), job.method, "selection" if job.stage == "select" else "final"
-        if times := epoch.get((*of, job.task)) or epoch.get(of):
-            row["seconds"] += median(times) * int(config["trainer"]["max_epochs"])
-        else:
-            unknown += 1
+        seconds = speed.seconds(runner.resolved(job).config, job)
+        unknown += seconds is None
+        row["seconds"] += seconds or 0.0
+        row["bytes"] += runner.checkpoint_bytes(job) if job.stage == "final" else 0
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for name in ("method", "trials", "runs", "there", "failed", "to do", "time"):
+    for name in ("method", "trials", "runs", "there", "failed", "to do", "time", "disk"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for method, row in rows.items():
         time = duration(row["seconds"]) if row["seconds"] else ("unknown" if row["to do"] else "–")
         counts = [str(row[key]) for key in ("trials", "runs", "there", "failed", "to do")]
-        table.add_row(method, *counts, time)
+        table.add_row(method, *counts, time, file_size(row["bytes"]) if row["bytes"] else "–")
     console.print(table)
     if sweep.to_come:
         console.print(f"{plural(sweep.to_come, 'final run')} to come after the searches.")
     slots, total = request.workers or 1, sum(row["seconds"] for row in rows.values())
     if total:
         several = f" with {plural(slots, 'worker')}, if they do not slow each other" if slots > 1 else ""
-        without = f"; {plural(unknown, 'run')} without such records are not in it" if unknown else ""
         console.print(
-            f"Time: about {duration(total / slots)}{several}, from records of the same backbones and methods{without}.",
+            f"Time: about {duration(total / slots)}{several}, from the times in {speed.what}"
+            + (f"; {unknown} runs of methods without a record are not in it." if unknown else "."),
             soft_wrap=True,
         )
     elif unknown:
-        console.print("Time: unknown, since there are no records of these backbones and methods.")
+        console.print("Time: unknown, since no record here tells how fast these methods run on this machine.")
+    disk, place = sum(row["bytes"] for row in rows.values()), Path(request.runs_root).absolute()
+    while not place.is_dir():
+        place = place.parent
+    needed = f"about {file_size(disk)} for checkpoints of final runs" if disk else "no new checkpoint of a final run"
+    console.print(f"Disk: {needed}; {file_size(shutil.disk_usage(place).free)} are free.")
     for cell in sweep.blocked:
         console.print(printable(f"Cannot run: {cell.task}, {cell.label}: {cell.blocked}"), soft_wrap=True)
+
+
+class _Speed:
+    """Seconds of a run, from the records of the same backbone, method and kind, if there are any of the same task."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)  # an epoch, with its part of the test
+        for record in records:
+            if record.status == "complete" and record.epochs:
+                of = record.backbone, record.method, record.kind
+                for key in (of, (*of, record.task)):
+                    self._seconds[key].append(sum(record.times.values()) / record.epochs)
+        devices = sorted({record.device for record in records if record.status == "complete"})
+        self.what = f"records of {', '.join(devices)}"
+
+    def seconds(self, config: Mapping[str, Any], job: Job) -> float | None:
+        """Return the expected seconds of a run, or None."""
+        of = str(config["model"]["backbone"]), job.method, "selection" if job.stage == "select" else "final"
+        found = self._seconds.get((*of, job.task)) or self._seconds.get(of)
+        return median(found) * int(config["trainer"]["max_epochs"]) if found else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- run

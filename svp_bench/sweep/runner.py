@@ -5,6 +5,7 @@ A worker stays warm: imports, compiled kernels, decoded images and weights are c
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +19,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from svp_bench.config.compose import compose, split_flags
 from svp_bench.core.errors import SvpBenchError, UsageError, one_line
+from svp_bench.core.registry import import_object
 from svp_bench.data.folds import CrossValidationConfig, fold_positions
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, measured, open_source
-from svp_bench.methods.build import create_backbone
+from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.digests import canonical_digest, cell_config, flat, setting_digest
 from svp_bench.records.record import Record
@@ -76,10 +78,27 @@ class Runner:
     def __init__(self) -> None:
         self._resolved: dict[tuple[str, ...], ResolvedConfig] = {}
         self._data: dict[tuple[Any, ...], DataReport] = {}
+        self._trained: dict[tuple[str, str], int] = {}
         self._folds: dict[tuple[Any, ...], tuple[tuple[int, ...], str]] = {}
         self._weights: dict[tuple[Any, ...], Weights] = {}
 
     # --- looking -----------------------------------------------------------------------------------------------------
+
+    def checkpoint_bytes(self, job: Job) -> int:
+        """Return about how large a job's last checkpoint is: trained weights in float32, and the optimizer's state."""
+        config = self.resolved(job).config
+        key = job.method, json.dumps(config["model"], sort_keys=True, default=str)
+        model = config["model"]
+        if key not in self._trained:
+            method = model["method"]
+            made = import_object(method["class_path"])(**(method.get("init_args") or {}))
+            root = config["data"].get("root")
+            card = measured(load_task(job.task), Path(root) if root else None)
+            backbone = create_backbone(str(model["backbone"]), num_classes=card.classes, checkpoint="none")
+            self._trained[key] = sum(p.numel() for p in trained_parameters(adapt(backbone, made)).values())
+        copies = 2 + (2 if model["optimizer"]["name"] == "adamw" else 1)
+        copies += model["ema"]["decay"] is not None
+        return 4 * (copies - 1) * self._trained[key]
 
     def resolved(self, job: Job) -> ResolvedConfig:
         """Return the job's resolved config; parsed once for all seeds and values of a task and method."""
@@ -178,7 +197,7 @@ class Runner:
         return search.plan(counts[stages["select"]["val"]], counts.get(stages["final"]["train"], 0))
 
     def weights(self, resolved: ResolvedConfig) -> Weights:
-        """Return digest and changes at loading of the initial weights of a run, as its record states them."""
+        """Return what a record would say of the weights that a run begins with, digest and changes at loading."""
         model, data = resolved.config["model"], resolved.config["data"]
         name, checkpoint, head = str(model["backbone"]), str(model["checkpoint"]), model["head"]
         if checkpoint == "none":
@@ -254,7 +273,7 @@ class Runner:
         record = ours[-1]
         if record.status != "complete":
             return Outcome("failed", reason=record.status_reason or record.status, run_id=record.run_id)
-        if record.kind == "selection":  # the weights of a trial are not needed
+        if record.kind == "selection":  # nobody needs the weights of a trial
             shutil.rmtree(resolved.runs_root / resolved.task / record.run_id / "checkpoints", ignore_errors=True)
         return self._outcome(record, resolved, found=False)
 

@@ -39,8 +39,8 @@ def _field(value: object) -> object:
 def section_facts(section: Section) -> list[object]:
     """Return the values of `SECTION_COLUMNS`."""
     kind = "random" if section.random else "pretrained"
-    run = section.first
-    facts = [run.protocol, run.protocol_version, run.backbone, section.checkpoint, run.checkpoint_digest or "", kind]
+    digest = section.checkpoint_digest or ""
+    facts = [section.protocol, section.protocol_version, section.backbone, section.checkpoint, digest, kind]
     return [*facts, section.track.title]
 
 

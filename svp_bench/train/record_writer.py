@@ -212,4 +212,5 @@ class Recorder:
             external_classes=external_classes(self.trainer),
             not_comparable=list(self.watch.reasons) or None,
             checkpoint_load=model.load_report.for_record() if model.load_report else None,
+            frozen_features={role: found.describe() for role, found in (model.features or {}).items()} or None,
         )

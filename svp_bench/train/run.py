@@ -40,6 +40,7 @@ from svp_bench.records.store import (
 )
 from svp_bench.train.base import BaseRun
 from svp_bench.train.checkpoint import CHECKPOINT, Checkpoint, weights_digest
+from svp_bench.train.comparable import external_classes
 from svp_bench.train.logging import quiet
 from svp_bench.train.metrics import describe
 from svp_bench.train.parser import ResolvedConfig
@@ -118,6 +119,8 @@ class FitRun(BaseRun):
     def set_up(self) -> None:
         """Check weights, scan backend and data before the run leaves a trace."""
         self.check_weights()
+        if external_classes(self.trainer):
+            self.model.cache_features = False  # they may change the backbone, or look into it, in each step
         self.recorder.scan_backend()  # a backend asked for by name runs on this device, or the run ends here
         self.model.run_id = self.run_id
         self.data.trainer = self.trainer  # the batch size is checked against devices and accumulation
