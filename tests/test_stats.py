@@ -100,7 +100,6 @@ def test_the_mean_of_one_task_has_the_ordinary_t_interval() -> None:
     expected = scipy_stats.t.interval(0.95, 3, np.mean(values), scipy_stats.sem(values))
     assert ends(estimate) == pytest.approx(expected)
     assert (estimate.value, estimate.df, estimate.n) == (pytest.approx(np.mean(values)), pytest.approx(3), 4)
-    assert estimate.half_width == pytest.approx((expected[1] - expected[0]) / 2)
 
 
 def test_two_tasks_with_opposite_weights_would_be_welchs_test() -> None:
@@ -123,7 +122,6 @@ def test_weights_are_divided_by_their_sum() -> None:
 def test_one_task_with_one_seed_takes_the_interval_away() -> None:
     estimate = mean_of({"a": [1.0, 2.0], "b": [5.0]})
     assert estimate == Estimate(3.25, None, None, None, None, 3, 0.95)
-    assert estimate.half_width is None
 
 
 @pytest.mark.filterwarnings("error")

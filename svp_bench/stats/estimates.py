@@ -37,11 +37,6 @@ class Estimate:
     n: int
     level: float
 
-    @property
-    def half_width(self) -> float | None:
-        """Half the width of the interval, or None."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
-
 
 @dataclass(frozen=True)
 class Paired:

@@ -303,15 +303,9 @@ def run_table(
     control: str | None = None,
     all_columns: bool = False,
 ) -> str:
-    """Do what `svp-bench table` does: read all records, write the tables, and return the text to print.
+    """Write the tables of all records, and return the text of `svp-bench table`; its help explains the arguments.
 
-    Args:
-        results_root: The folder that holds `records/`; the files go to its `tables/`.
-        suites: Suites to write. None: those with records, with files of earlier tables and, with `published`, with
-            quoted numbers.
-        published: Show the quoted numbers too.
-        control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
-        all_columns: Print tasks and groups without any result too.
+    Without `suites`, those with records, with files of earlier tables and, with `published`, with quoted numbers.
 
     Raises:
         UsageError: If a suite is unknown, or no table has a row named `control`.
@@ -358,13 +352,7 @@ def run_tax(results_root: Path | str, suites: Sequence[str] | None = None) -> li
 
 
 def run_compare(results_root: Path | str, first: str, second: str, suites: Sequence[str] | None = None) -> str:
-    """Do what `svp-bench table --compare` does: compare two rows task by task, and return the text to print.
-
-    Args:
-        results_root: The folder that holds `records/`.
-        first: Label or method of a row.
-        second: Label or method of another; differences are first minus second.
-        suites: Suites to look at; None: all.
+    """Return the text of `svp-bench table --compare`: two rows, first minus second, task by task.
 
     Raises:
         UsageError: If a suite is unknown, a name is that of no row or of several, or no section has both rows.

@@ -108,16 +108,7 @@ def run_power(
     level: float = 0.95,
     power: float = 0.8,
 ) -> str:
-    """Do the work of `svp-bench power`, and return the text to print.
-
-    Args:
-        results_root: The folder that holds `records/`.
-        effect: Points of the suite's mean that a claim is about.
-        suites: Suites to plan for; None: those with records.
-        method: Label or method of the row whose noise counts; None: that of all rows.
-        control: Another row: the noise is that of their differences.
-        level: Of the interval that is to exclude zero.
-        power: Wanted chance that it does.
+    """Return the text of `svp-bench power`; its help explains the arguments.
 
     Raises:
         UsageError: If a suite or row is unknown, or a name has several rows.

@@ -73,22 +73,17 @@ def write_tax(table: Table, runs: Mapping[str, Replication], results_root: Path 
     for section in table.sections:
         grid = [_HEAD]
         for row in section.rows:
-            first = len(grid)
             where = ("picked on the test split", *section_facts(section), row.label, row.method, row.setting_digest)
-            for cells in ([*row.cells.values()], *([cell] for cell in row.all_cells)):
-
-                def mean(name: str, cells: Sequence[Cell] = cells) -> Estimate:
-                    return mean_of(
-                        {cell.task: [getattr(runs[run.run_id], name) for run in cell.records] for cell in cells}
-                    )
-
-                tax, last, best = within(mean("tax"), 0, 100), mean("final").value, mean("best_test").value
-                cell, picked = cells[0], [str(runs[run.run_id].best_epoch) for run in cells[0].records]
-                scope, seeds = short_name(cell.task) + marks(cell), str(len(cell.seeds))
-                facts = [cell.task, *data_facts(cell), " ".join(map(str, cell.seeds))]
-                if len(grid) == first:
-                    scope, seeds, picked = f"mean of {len(cells)}/{len(table.suite.tasks)} tasks", span(*row.seeds), []
-                    facts = [scope, "", "", "", ""]
+            for number_of_line, cells in enumerate(([*row.cells.values()], *([cell] for cell in row.all_cells))):
+                tax = within(_mean(cells, runs, "tax"), 0, 100)
+                last, best = (_mean(cells, runs, name).value for name in ("final", "best_test"))
+                if number_of_line == 0:
+                    scope, seeds, picked = f"mean of {row.done} tasks", span(*row.seeds), []
+                    facts: list[object] = [scope, "", "", "", ""]
+                else:
+                    cell, picked = cells[0], [str(runs[run.run_id].best_epoch) for run in cells[0].records]
+                    scope, seeds = short_name(cell.task) + marks(cell), str(len(cell.seeds))
+                    facts = [cell.task, *data_facts(cell), " ".join(map(str, cell.seeds))]
                 texts = [row.label, scope, seeds, f"{last:.2f}", f"{best:.2f}", ", ".join(picked)]
                 grid.append([*texts, f"{signed(tax.value)} {interval(tax)}"])
                 numbers = [number(x) for x in (tax.value, tax.low, tax.high)]
@@ -98,3 +93,8 @@ def write_tax(table: Table, runs: Mapping[str, Replication], results_root: Path 
     path = tax_path(table.suite, results_root)
     write_atomically(path, csv_lines(lines))
     return "\n".join(map(printable, [*shown, f"Written: {path}"])) + "\n"
+
+
+def _mean(cells: Sequence[Cell], runs: Mapping[str, Replication], name: str) -> Estimate:
+    """The mean over tasks of an attribute of their runs."""
+    return mean_of({cell.task: [getattr(runs[run.run_id], name) for run in cell.records] for cell in cells})
