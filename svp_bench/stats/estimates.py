@@ -68,7 +68,7 @@ class McNemar:
 
 @dataclass(frozen=True)
 class Marks:
-    """What a column of a table may print in bold; see `best_and_second`.
+    """The rows that a column of a table may print in bold; see `best_and_second`.
 
     Attributes:
         best: The one row that is better than every other, or None.

@@ -154,7 +154,7 @@ def paired(
     p flips whole sources: the sum of a source's differences, so that the statistic of the sign flip is the mean
     difference that is printed. It tests that a source's difference is as often up as down by the same amount, and so
     speaks about new tasks. See `sign_flip`, and `smallest_p` for when it can say anything. Differences are rounded to
-    2⁻⁴⁰ of the largest value, so that what is equal in decimals is equal.
+    2⁻⁴⁰ of the largest value, so that numbers that are equal in decimals are equal.
 
     Args:
         a: Task → seed → value, e.g. top-1 in percent.

@@ -122,7 +122,7 @@ def _row_key(run: Record) -> tuple[str, str]:
 
 
 def _cell_key(run: Record) -> tuple[str, str, str, str]:
-    """What tells the cells of one row apart. Only failed runs lack a data digest, and none of them enters.
+    """Return the key of a cell within its row. Only failed runs lack a data digest, and none of them enters.
 
     The seeds of a nested search are one cell, though each has the setting that its own search selected.
     """
@@ -199,7 +199,7 @@ def _row(
 def _overrides(
     suite: SuiteCard, cells: Mapping[str, Cell], protocol: ProtocolCard | None
 ) -> dict[str, tuple[str, ...]]:
-    """What of the shown cells is not as shipped → their tasks. The runs of a cell have one config."""
+    """Return override of the shipped settings → its tasks. The runs of a cell have one config."""
     found: dict[str, list[str]] = defaultdict(list)
     for task in suite.tasks:
         if task in cells:

@@ -1,4 +1,4 @@
-"""Names of rows: the method, and what tells its settings apart if a method has several."""
+"""Names of rows: the method, and the values that differ if a method has several settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["custom_data", "custom_name", "row_labels", "short_value"]
 
 
 def custom_data(record: Record) -> str:
-    """Return what tells custom data sets apart: variant and digest of the data that a run read."""
+    """Return the key of a custom data set: variant and digest of the data that a run read."""
     return f"{record.data_variant} {record.data_digest or ''}"
 
 
@@ -38,7 +38,7 @@ def _folder(path: str) -> str:
 
 
 def row_labels(rows: Mapping[tuple[str, str], Record]) -> dict[tuple[str, str], str]:
-    """Name each (method, setting digest) by the method, and by what differs if a method has several settings.
+    """Name each (method, setting digest) by the method, and by the values that differ if it has several.
 
     Args:
         rows: (method, setting digest) → any record of the row. The labels tell these rows apart, and no others.

@@ -38,7 +38,7 @@ def columns(suite: SuiteCard) -> list[str]:
 
 
 def shown_columns(suite: SuiteCard, tasks: bool = True) -> list[int]:
-    """Return indices into `columns` of what a reader is shown: of a single group, the means over it say nothing new."""
+    """Return indices into `columns` of those that are shown: of a single group, the means over it say nothing new."""
     count, groups = len(suite.tasks), len(suite.groups)
     means = [count + groups] if groups == 1 else [*range(count, count + groups + 2)]
     return [*(range(count) if tasks else ()), *means]

@@ -1,4 +1,4 @@
-"""Two rows of a table, task by task: what the seeds say, and what the test images say.
+"""Two rows of a table, task by task: by their seeds, and by their test images.
 
 The seeds: the paired differences of runs with the same seed. The images: each record keeps one bit for each test
 image, so that two runs on one list can be compared image by image; that is about these runs and other images

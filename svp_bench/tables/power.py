@@ -91,7 +91,7 @@ def design_of(noise: Noise, tasks: Sequence[str], level: float) -> Design:
 
     Tasks without a known variance are taken to be as noisy as the known ones on average. Their share is laid upon the
     known ones, whose weights grow to sqrt(w² + W / m) with W the sum of the others' w² and m known tasks: the mean then
-    has the variance that the assumption gives, with the degrees of freedom of what is known.
+    has the variance that the assumption gives, with the degrees of freedom of the known ones.
     """
     known = [task for task in tasks if task in noise.variances]
     square = len(tasks) ** -2 * (1 + (len(tasks) - len(known)) / len(known))

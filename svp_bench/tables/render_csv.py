@@ -1,4 +1,4 @@
-"""Tables as CSV: a line a row (wide), and a line a cell (long). What a spreadsheet would run begins with a quote."""
+"""Tables as CSV: a line a row (wide), and a line a cell (long). Text that a spreadsheet would run begins with a quote."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ _EMPTY = "There are no complete records of this suite yet."
 
 
 class _Layout(NamedTuple):
-    """What a grid shows: task columns, the deviation over seeds behind each task, ± behind all means or one."""
+    """The parts of a grid: task columns, the deviation over seeds behind each task, ± behind all means or one."""
 
     tasks: bool
     spread: bool
