@@ -52,7 +52,7 @@ class Replication:
 
     @property
     def best_epoch(self) -> int:
-        """The first epoch with that score, counted from 1."""
+        """The first epoch with that score, from 1."""
         return 1 + self.curve.test_top1.index(self.best_test)
 
     @property
@@ -84,17 +84,12 @@ class Replication:
         return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def path(self, results_root: Path | str) -> Path:
-        """Return where the replication belongs below `results_root`."""
+        """Return the file of the replication below `results_root`."""
         return Path(results_root) / "replications" / self.run.task / f"{self.run.run_id}.json"
 
     @classmethod
     def from_json(cls, data: Any, where: str = "replication") -> Replication:
-        """Validate `data` and return the replication.
-
-        Raises:
-            RecordError: On an unknown or missing key, a wrong value, another schema, or facts that contradict each
-                other. The text begins with `where` and names the key.
-        """
+        """Validate `data` and return the replication; a RecordError begins with `where` and names the key."""
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise RecordError(f"{where}: is not a replication (its schema is not {SCHEMA!r})")
         own = {field.name for field in dataclasses.fields(Curve)}
@@ -107,11 +102,9 @@ class Replication:
         again = found.to_json()
         if wrong := sorted(key for key in {*data, *again} if data.get(key) != again.get(key)):
             raise RecordError(f"{where}: {wrong[0]!r} is {data.get(wrong[0])!r}, not {again.get(wrong[0])!r}")
-        for epoch, value in enumerate(curve.test_top1, 1):
-            if abs(value - 100 * round(value * curve.count / 100) / curve.count) > 1e-3:  # percent, as in records
-                raise RecordError(
-                    f"{where}: 'test_top1' of epoch {epoch} is {value}, not a share of {plural(curve.count, 'image')}"
-                )
+        shares = [100 * round(value * curve.count / 100) / curve.count for value in curve.test_top1]
+        if any(abs(x - y) > 1e-3 for x, y in zip(curve.test_top1, shares, strict=True)):  # percent, as in records
+            raise RecordError(f"{where}: 'test_top1' is not a share of {plural(curve.count, 'image')} in some epoch")
         epochs, planned = found.run.epochs, found.run.config.get("trainer", {}).get("max_epochs")
         scores = len(curve.test_top1)
         if scores > epochs or (data["status"] == "complete" and not scores == epochs == planned):

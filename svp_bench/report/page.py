@@ -122,7 +122,7 @@ def _summary(report: ReportView, target: Path, text: str) -> str:
     lines = []
     for suite in report.suites:
         rows = sum(len(section.rows) for section in suite.sections)
-        entered = sum(section.table.records for section in suite.sections)
+        entered = sum(len(section.table.members) for section in suite.sections)
         parts = [plural(len(suite.sections), "section"), plural(rows, "row"), plural(entered, "record")]
         excluded = len(suite.table.left_out) + len(suite.table.problems)
         parts += [f"{excluded} left out", plural(len(suite.curves), "learning curve")]

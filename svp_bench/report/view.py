@@ -153,7 +153,7 @@ def _section(name: str, section: Section, table: Table, pool: RecordPool, styles
     return SectionView(
         table=section,
         id=name,
-        title=", ".join([*([section.data] if section.data else []), section.backbone, section.track.title]),
+        title=", ".join([*([section.data] if section.data else []), section.first.backbone, section.track.title]),
         weights=weights(section),
         notes=(*common_notes(section), *new_tasks_note(section)),
         comparison_notes=(*comparison_notes(section), *ranks_notes(section)),

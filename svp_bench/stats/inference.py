@@ -50,18 +50,15 @@ def mean_of(
     interval is mean ± t(df) SE with df = SE⁴ / Σ ((w_t² s_t² / n_t)² / (n_t - 1)). With one task that is the ordinary
     t interval. The number of seeds may differ by task.
 
-    A task with one seed has no variance that could be known, and is given none: the interval, se and df are then None.
-    So it is if no task varies at all: equal numbers from a few seeds do not show that others would be equal too.
+    Without a variance there is no interval: where a task has one seed, or if no task varies at all, since equal numbers
+    from a few seeds do not show that others would be equal too.
 
     Source: Satterthwaite 1946, Biometrics Bulletin 2(6), 110-114; Welch 1947, Biometrika 34, 28-35.
 
     Args:
-        cells: Task → the values of its seeds.
+        cells: Task → the values of its seeds; `n` of the estimate is their number.
         weights: Task → weight, for exactly the tasks of `cells`; divided by their sum. None: all equal.
         level: Confidence level.
-
-    Returns:
-        The estimate; `n` is the number of values.
     """
     weights = dict.fromkeys(cells, 1.0) if weights is None else weights
     moments = {task: moments_of(values) for task, values in cells.items()}
@@ -109,12 +106,9 @@ def mean_over_new_tasks(
 
     Args:
         cells: Task → the values of its seeds.
-        sources: The tasks of each image source; each task of `cells` in exactly one. Other tasks are passed over.
+        sources: The tasks of each image source; each task of `cells` in exactly one. Other tasks are passed over. `n`
+            of the estimate is the number G of sources with a task in `cells`.
         level: Confidence level.
-
-    Returns:
-        The estimate; `n` is the number of sources G. With fewer than `FEWEST_SOURCES`, or sources that do not differ,
-        interval, se and df are None.
     """
     means = {task: moments_of(values)[0] for task, values in cells.items()}
     equal = dict.fromkeys(means, 1.0)
@@ -151,10 +145,9 @@ def paired(
     On each task, the differences of the runs that share a seed are averaged; seeds of one side alone are passed over.
     `these_tasks` is `mean_of` over the differences, `new_tasks` is `mean_over_new_tasks` over them.
 
-    p flips whole sources: the sum of a source's differences, so that the statistic of the sign flip is the mean
-    difference that is printed. It tests that a source's difference is as often up as down by the same amount, and so
-    speaks about new tasks. See `sign_flip`, and `smallest_p` for when it can say anything. Differences are rounded to
-    2⁻⁴⁰ of the largest value, so that numbers that are equal in decimals are equal.
+    p is the `sign_flip` of the sources' summed differences, so that its statistic is the mean difference that is
+    printed. It tests that a source's difference is as often up as down by the same amount, and so speaks about new
+    tasks. Differences are rounded to 2⁻⁴⁰ of the largest value, so that numbers that are equal in decimals are equal.
 
     Args:
         a: Task → seed → value, e.g. top-1 in percent.
@@ -190,11 +183,8 @@ def accuracy_over_images(accuracy_percent: float, count: int, level: float = 0.9
 
     Args:
         accuracy_percent: 0 to 100.
-        count: Test images, at least 1.
+        count: Test images, at least 1; `n` of the estimate. Its se is that of the interval's centre.
         level: Confidence level.
-
-    Returns:
-        The estimate; `n` is `count`, df is None, se is that of the interval's centre.
     """
     from scipy import special
 
@@ -221,11 +211,8 @@ def difference_over_images(
 
     Args:
         bits: For each pair, booleans of shape (images,) for both runs: was the image classified correctly? At least one
-            pair; the same images in the same order throughout.
+            pair; the same images in the same order throughout. `n` of the estimate is their number.
         level: Confidence level.
-
-    Returns:
-        The estimate; its value is the measured difference, not the interval's centre; `n` is the number of images.
     """
     import numpy as np
     from scipy import special
@@ -253,12 +240,9 @@ def over_images(
     Source: Zou & Donner 2008, Statistics in Medicine 27(10), 1693-1702.
 
     Args:
-        tasks: Task → its estimate, with an interval; all of one level.
+        tasks: Task → its estimate, with an interval; all of one level. `n` adds up.
         sources: As in `mean_over_new_tasks`.
         weights: As in `mean_of`.
-
-    Returns:
-        The estimate; `n` is the number of images of all tasks together; se and df are None.
     """
     weights = dict.fromkeys(tasks, 1.0) if weights is None else weights
     total = math.fsum(weights.values())
@@ -293,14 +277,10 @@ def one_standard_error(accuracy_percent: float, count: int) -> float:
     """Return the binomial standard error of an accuracy on `count` images, in points: about 3 on 200.
 
     100 · sqrt(p (1 - p) / n) with p = (right + 1) / (n + 2) for the share of right ones (Laplace), so that 100 % right
-    is not known without error; elsewhere that changes little. Settings on val within one such error of the best count
-    as equal. It is the error of one score, not of a difference: on the same images, differences are known better.
+    is not known without error. It is the error of one score, or of a mean over seeds on the same images, not of a
+    difference: on the same images, differences are known better.
 
     Source: the rule of one standard error: Breiman et al. 1984, Classification and Regression Trees, section 3.4.3.
-
-    Args:
-        accuracy_percent: 0 to 100; a mean over seeds on the same images may be given (no smaller error is claimed).
-        count: Images, at least 1.
     """
     share = (accuracy_percent / 100 * count + 1) / (count + 2)
     return 100 * math.sqrt(share * (1 - share) / count)

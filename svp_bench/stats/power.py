@@ -24,7 +24,7 @@ def power_of_t(noncentrality: float, df: float, level: float = 0.95, interval_df
     """Return the power of the two-sided t test: P(|T| > t) for the noncentral T of `df` and the quantile t of the test.
 
     With S = √(χ²_df / df) it is E[Φ(δ - t S) + Φ(-δ - t S)], here over 256 Gauss-Legendre nodes of S's probability:
-    1e-6 of SciPy's `nct` or better, which returns NaN for some of the tails needed here (df 2.3, δ 10).
+    1e-6 of SciPy's `nct` or better, which returns NaN for some tails (df 2.3, δ 10).
 
     Source: Johnson, Kotz & Balakrishnan 1995, Continuous Univariate Distributions 2, chapter 31.
 

@@ -78,8 +78,8 @@ def smallest_p(n_sources: int, tests: int = 1) -> float:
 def signed_rank(differences: Sequence[float]) -> float:
     """Return the two-sided p of Wilcoxon's signed-rank test: `sign_flip` on the ranks of the sizes, with their signs.
 
-    Zeros are left out, equal sizes share their mean rank. Exact given those ties up to 40 differences, where SciPy's
-    `wilcoxon` goes over to a normal approximation, depending on its version; without ties and zeros the two agree.
+    Zeros are left out, equal sizes share their mean rank. Exact given those ties, where SciPy's `wilcoxon` goes over to
+    a normal approximation.
 
     Source: Wilcoxon 1945, Biometrics Bulletin 1(6), 80-83; ties: Pratt & Gibbons 1981, Concepts of Nonparametric
     Theory, chapter 3.
@@ -115,12 +115,8 @@ def cell_verdict(a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, float],
 
     "too few" below six shared seeds, or if 2^(1 - n) ≥ 1 - level: then no outcome could reach the level. Otherwise
     "better" or "worse" if `sign_flip` of the differences by seed is below 1 - level, else "tie". A table has many
-    cells: without an adjustment (`holm` on the p) one in twenty null cells gets a mark at level 0.95.
-
-    Args:
-        a_by_seed: Seed → value.
-        b_by_seed: The same for the other method; seeds of one side alone are passed over.
-        level: 1 - level is the significance level.
+    cells: without an adjustment (`holm` on the p) one in twenty null cells gets a mark at level 0.95. Seeds of one side
+    alone are passed over.
     """
     differences = seed_differences(a_by_seed, b_by_seed, scale_of([*a_by_seed.values(), *b_by_seed.values()]))
     if len(differences) < FEWEST_PAIRS or 2.0 ** (1 - len(differences)) >= 1 - level:
@@ -133,14 +129,13 @@ def cell_verdict(a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, float],
 def mcnemar(bits_a: NDArray[np.bool_], bits_b: NDArray[np.bool_]) -> McNemar:
     """Compare two runs image by image: exact McNemar test.
 
-    Of the b + c images that one run alone has right, b are a's: binomial with 1/2 if the runs are equally good. p is
-    SciPy's two-sided `binomtest`; 1 if no image divides them. It is about these two runs (their weights as they
-    are) and new test images; what other seeds would do, it does not see.
+    Of the b + c images that one run alone has right, b are a's: binomial with 1/2 if the runs are equally good. It is
+    about these two runs and new test images; other seeds it does not see.
 
     Source: McNemar 1947, Psychometrika 12, 153-157; for classifiers: Dietterich 1998, Neural Computation 10, 1895-1923.
 
     Args:
-        bits_a: Booleans, shape (images,): was image i classified rightly?
+        bits_a: Booleans, shape (images,): was image i classified correctly?
         bits_b: The same images in the same order.
     """
     from scipy import stats  # type: ignore[import-untyped]
@@ -152,13 +147,11 @@ def mcnemar(bits_a: NDArray[np.bool_], bits_b: NDArray[np.bool_]) -> McNemar:
 def best_and_second(rows: Mapping[str, Mapping[int, float]], level: float = 0.95) -> Marks:
     """Say which rows of one column may be marked best and second.
 
-    The row with the highest mean is compared with each other row by the test of `cell_verdict`: `sign_flip` of the
-    differences by seed, from six shared seeds on (`FEWEST_PAIRS`). With fewer, no outcome could reach 95 %, and nothing
-    is separated. One test and one number of seeds for all marks of a table: what is best here is also "better" there.
-    The p are adjusted (`holm`, over the comparisons with the top row), so that three rows need seven seeds, and twelve
-    need nine. Rows that fall below 1 - level are worse. If all are, the top row is `best`, and the same procedure among
-    the others finds `second`. If not, nobody is best: `tied` is the top row with those not separated from it, and
-    there is no second. Of two rows none is second: it was compared with nothing. Nor is a single row best.
+    The row with the highest mean is compared with each other row by the test of `cell_verdict`, from six shared seeds
+    on, and the p are adjusted (`holm`, over these comparisons): three rows need seven seeds, and twelve need nine. If
+    all others are worse, the top row is `best`, and the same procedure among the others finds `second`. If not, nobody
+    is best: `tied` is the top row with those not separated from it, and there is no second. Of two rows none is second:
+    it was compared with nothing. Nor is a single row best.
 
     Source: comparisons with the best, Hsu 1996, Multiple Comparisons, chapter 4; here with the exact test by pairs and
     Holm's steps instead of a common variance.
@@ -192,9 +185,7 @@ def rank_cliques(
     tasks. Each pair of rows is compared by `signed_rank` over the sources' summed differences, and `holm` adjusts over
     all pairs. A clique is a longest run of neighbours in rank order without a pair below 1 - level.
 
-    A pair's own p depends on these two rows alone, unlike Nemenyi's critical difference; its adjusted p, and the mean
-    ranks, still depend on which rows were put in. "Not separated" is no proof of equality: with few sources everything
-    is one clique.
+    "Not separated" is no proof of equality: with few sources everything is one clique.
 
     Source: Benavoli, Corani & Mangili 2016, JMLR 17(5), 1-10 (pairwise signed-rank tests instead of mean-rank tests);
     the diagram: Demšar 2006, JMLR 7, 1-30, section 3.2.

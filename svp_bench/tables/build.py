@@ -149,7 +149,13 @@ def _section(
     by_row = _grouped(records, _row_key)
     labels = row_labels({key: members[0] for key, members in by_row.items()})
     rows = [_row(suite, key, labels[key], by_row[key], level, protocol) for key in sorted(by_row)]
-    return Section(suite, level, protocol, tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)), data)
+    return Section(
+        suite,
+        level,
+        protocol.selection if protocol else None,
+        tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)),
+        data,
+    )
 
 
 def _row(
@@ -283,6 +289,13 @@ def load_table(
     )
 
 
+def load_tables(results_root: Path | str, suites: Sequence[str] | None = None, level: float = 0.95) -> list[Table]:
+    """Return the tables of the named suites, or of all, from the records below `results_root`."""
+    records, problems = read_records(results_root)
+    cards = map(load_suite, list_suites() if suites is None else suites)
+    return [load_table(card, records, problems, level=level) for card in cards]
+
+
 def suites_of(records: Iterable[Record]) -> list[str]:
     """Return the suites to show by default: all, a part in the place of its suite if just its tasks were tested."""
     tested: dict[str, set[str]] = defaultdict(set)
@@ -359,9 +372,7 @@ def run_compare(results_root: Path | str, first: str, second: str, suites: Seque
     """
     from svp_bench.tables.pairwise import compare_pair, render_pairs
 
-    records, problems = read_records(results_root)
-    cards = [load_suite(name) for name in (suites if suites is not None else list_suites())]
-    tables = [load_table(card, records, problems) for card in cards]
+    tables = load_tables(results_root, suites)
     if not any(table.sections for table in tables):
         return _no_records(results_root)
     return render_pairs(compare_pair(tables, first, second))

@@ -13,7 +13,7 @@ from svp_bench.records.published import PublishedRow, mean_names
 from svp_bench.records.record import Record
 from svp_bench.records.store import Problem
 from svp_bench.stats.inference import group_weights
-from svp_bench.tasks.cards import ProtocolCard, SuiteCard
+from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
     from svp_bench.stats.estimates import Estimate, Ranks
@@ -175,16 +175,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean of a row, with intervals within 0 and 100.
+    """A mean of cells, with intervals within 0 and 100: over new seeds on these tasks, and over new test images.
 
-    An `Estimate` whose `low` is None has no interval: the variance of some cell is unknown (one seed), or the interval
-    would hold every possible value.
-
-    Attributes:
-        value: Of the cells' means.
-        seeds: Over new seeds on these tasks.
-        images: Over new test images; for these runs, so that one seed is enough.
-        synthetic: Is any cell of it on synthetic data?
+    There is no interval over seeds if the variance of some cell is unknown (one seed), or if it would hold every value.
     """
 
     value: float
@@ -308,9 +301,8 @@ class CellContrast:
 
     Attributes:
         seeds: Mean of the paired differences of the shared seeds, with their t interval; `n` is their number.
-        images: The same difference over the seeds whose bits are of one split, with its interval over test images; None
-            if there are no such seeds.
-        verdict: "better", "worse", "tie", or "too few" (fewer than six shared seeds); see `stats.cell_verdict`.
+        images: The same over new test images, of the seeds whose bits are of one split; None if there are none.
+        verdict: See `stats.cell_verdict`.
     """
 
     seeds: Estimate
@@ -326,9 +318,8 @@ class Contrast:
         row: Label of the row.
         tasks: The tasks that both have on the same data, in suite order; the mean is over these.
         these_tasks: Mean difference, with the interval over new seeds on these tasks.
-        new_tasks: The same difference, with the interval over new tasks.
-        images: The same difference, with the interval over new test images, from the records' bits of these runs; None
-            if the bits of a task are not of one split.
+        new_tasks: The same, over new tasks.
+        images: The same, over new test images; None if the bits of a task are not of one split.
         p: Two-sided sign flip over the independent sources of images, each task weighing the same as in the mean; None
             where no outcome could fall below 1 - level (`least`).
         holm: p, adjusted by Holm over the complete rows of the section; None where p is, and for a row that is compared
@@ -376,7 +367,7 @@ class Section:
     Attributes:
         suite: The suite.
         level: Of all intervals, e.g. 0.95.
-        card: The protocol's card; None if it is missing or of another version.
+        selection: The protocol's selection rule, in words; None if its card is missing or of another version.
         rows: Ranked ones first.
         data: Name of a custom data set: its folder, number of classes and the first digits of its digest; "" for the
             tasks of a benchmark, whose cards describe the data.
@@ -387,7 +378,7 @@ class Section:
 
     suite: SuiteCard
     level: float
-    card: ProtocolCard | None
+    selection: str | None
     rows: tuple[Row, ...]
     data: str = ""
     comparison: Comparison | None = None
@@ -399,24 +390,9 @@ class Section:
         return [run for row in self.rows for cell in row.all_cells for run in cell.records]
 
     @property
-    def protocol(self) -> str:
-        """Name of the protocol."""
-        return self.members[0].protocol
-
-    @property
-    def protocol_version(self) -> int:
-        """Version of the protocol."""
-        return self.members[0].protocol_version
-
-    @property
-    def selection(self) -> str | None:
-        """The protocol's selection rule, in words; None if its card is missing or of another version."""
-        return None if self.card is None else self.card.selection
-
-    @property
-    def backbone(self) -> str:
-        """Name of the model."""
-        return self.members[0].backbone
+    def first(self) -> Record:
+        """One of them: they have the protocol, the backbone and the checkpoint in common."""
+        return self.members[0]
 
     @property
     def checkpoint(self) -> str:
@@ -424,30 +400,15 @@ class Section:
         return ", ".join(sorted({record.checkpoint for record in self.members}))
 
     @property
-    def checkpoint_digest(self) -> str | None:
-        """Digest of the weights; None for random ones."""
-        return self.members[0].checkpoint_digest
-
-    @property
     def random(self) -> bool:
         """Are the weights random?"""
-        return self.checkpoint_digest is None
+        return self.first.checkpoint_digest is None
 
     @property
     def track(self) -> Track:
         """How the settings were selected."""
         selected_on = sorted({track_of(record).selected_on for record in self.members})
-        return replace(track_of(self.members[0]), selected_on=" or ".join(selected_on))
-
-    @property
-    def precisions(self) -> list[str]:
-        """Precisions of its runs."""
-        return sorted({record.precision for record in self.members})
-
-    @property
-    def records(self) -> int:
-        """Number of records in it."""
-        return len(self.members)
+        return replace(track_of(self.first), selected_on=" or ".join(selected_on))
 
     @property
     def cells(self) -> list[Cell]:
@@ -465,13 +426,7 @@ class Section:
 
 
 class LeftOut(NamedTuple):
-    """A record that is not in the table.
-
-    Attributes:
-        record: The record.
-        why: One word or two, by which they are counted: "truncated", "selection", "superseded" ...
-        detail: One line.
-    """
+    """A record that is not in the table: why in a word or two ("truncated", "superseded"), and the detail in a line."""
 
     record: Record
     why: str
@@ -480,16 +435,7 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """All that is known of a suite.
-
-    Attributes:
-        suite: Its card.
-        sections: Pre-trained weights first.
-        left_out: Records that do not enter, sorted.
-        problems: Files that are no records, sorted.
-        published: Quoted numbers, in the order of their files.
-        level: Of all intervals, e.g. 0.95.
-    """
+    """A suite: its sections, pre-trained weights first, the records and files that do not enter, and quoted numbers."""
 
     suite: SuiteCard
     sections: tuple[Section, ...]

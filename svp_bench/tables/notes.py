@@ -144,14 +144,15 @@ def _few(labels: Sequence[str]) -> str:
 
 def weights(section: Section) -> str:
     """Return where the weights came from, with the first digits of their digest."""
-    digest = section.checkpoint_digest
+    digest = section.first.checkpoint_digest
     return "random weights" if digest is None else f"{section.checkpoint} (sha256:{short_value(digest)})"
 
 
 def heading(section: Section) -> str:
     """Return the heading of a section: backbone, weights, protocol and track."""
     data = (section.data,) if section.data else ()
-    parts = (*data, section.backbone, weights(section), f"{section.protocol} {section.protocol_version}")
+    run = section.first
+    parts = (*data, run.backbone, weights(section), f"{run.protocol} {run.protocol_version}")
     return f"{', '.join(parts)}, track {section.track.title}"
 
 
@@ -236,7 +237,7 @@ def mark_notes(section: Section) -> list[str]:
     notes += _data_notes(section)
     if dirty := sum(record.dirty is True for record in section.members):
         was = "was" if dirty == 1 else "were"
-        notes.append(f"{dirty} of {plural(section.records, 'record')} {was} made with uncommitted changes.")
+        notes.append(f"{dirty} of {plural(len(section.members), 'record')} {was} made with uncommitted changes.")
     if section.suite.same_images:
         shared = "; ".join(", ".join(group) for group in section.suite.same_images)
         notes.append(f"Tasks that share their images, and are not independent: {shared}.")

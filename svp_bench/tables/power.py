@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svp_bench.core.errors import RecordError, UsageError, plural, printable
-from svp_bench.records.store import read_records
 from svp_bench.stats.estimates import moments_of
 from svp_bench.stats.power import Design
-from svp_bench.tables.build import load_table
+from svp_bench.tables.build import load_tables
 from svp_bench.tables.comparison import check_row, find_row, shared_tasks
 from svp_bench.tables.model import Row, Section
 from svp_bench.tables.notes import MISSING, columns, heading, percent, short_name
 from svp_bench.tables.render_text import align, wrap
-from svp_bench.tasks.cards import SuiteCard, list_suites, load_suite
 
 __all__ = ["Noise", "design_of", "noise_of", "run_power"]
 
@@ -41,11 +39,10 @@ class Noise:
     whose: str
 
 
-def noise_of(suite: SuiteCard, section: Section, method: str | None, control: str | None) -> Noise:
+def noise_of(section: Section, method: str | None, control: str | None) -> Noise:
     """Return the variances over seeds of a section.
 
     Args:
-        suite: Its suite.
         section: The section.
         method: Label or method of a row; None: the variances of all rows are pooled, task by task.
         control: Another row: the variances are those of the paired differences.
@@ -58,14 +55,14 @@ def noise_of(suite: SuiteCard, section: Section, method: str | None, control: st
     if control is not None:
         if first is None or second is None:
             return Noise({}, {}, 1, "")
-        samples = {task: [_differences(first, second, task)] for task in shared_tasks(suite, first, second)}
+        samples = {task: [_differences(first, second, task)] for task in shared_tasks(section.suite, first, second)}
         return Noise(*_pooled(samples), 1, f"differences of {first.label} and {second.label}, runs with the same seed")
     if method is None:
         whose = f"runs of {plural(len(rows), 'row')}, pooled task by task; runs of two methods are taken as independent"
     else:
         rows = [first] if first is not None else []
         whose = f"runs of {first.label if first else method}; the other method is taken to be as noisy, and independent"
-    samples = {t: [list(row.cells[t].scores.values()) for row in rows if t in row.cells] for t in suite.tasks}
+    samples = {t: [list(row.cells[t].scores.values()) for row in rows if t in row.cells] for t in section.suite.tasks}
     return Noise(*_pooled(samples), 2, whose)
 
 
@@ -116,19 +113,16 @@ def run_power(
     """
     if control is not None and method is None:
         raise UsageError("--control NAME needs --method NAME: the noise is that of their differences")
-    records, problems = read_records(results_root)
-    cards = [load_suite(name) for name in (suites if suites is not None else list_suites())]
-    tables = [load_table(card, records, problems, level=level) for card in cards]
+    tables = load_tables(results_root, suites, level)
     check_row(tables, method, "--method")
     check_row(tables, control, "--control")
     if method is not None and method == control:
         raise UsageError(f"--method and --control are both {method!r}; name two rows")
     texts = []
-    for table in tables:
-        for section in table.sections:
-            noise = noise_of(table.suite, section, method, control)
-            if noise.variances and not section.random:
-                texts.append(_text(table.suite, section, noise, effect, level, power))
+    for section in (section for table in tables for section in table.sections if not section.random):
+        noise = noise_of(section, method, control)
+        if noise.variances:
+            texts.append(_text(section, noise, effect, power))
     if not texts:
         what = " and ".join(name for name in (method, control) if name is not None) or "any row"
         raise RecordError(
@@ -139,7 +133,8 @@ def run_power(
     return "\n".join(texts)
 
 
-def _text(suite: SuiteCard, section: Section, noise: Noise, effect: float, level: float, power: float) -> str:
+def _text(section: Section, noise: Noise, effect: float, power: float) -> str:
+    suite, level = section.suite, section.level
     design = design_of(noise, suite.tasks, level)
     both = (design, design.cautious(_CAUTION))
     points = f"{effect:g} {'point' if effect == 1 else 'points'}"

@@ -1,4 +1,4 @@
-"""Tables as CSV: a line a row (wide), and a line a cell (long). Text that a spreadsheet would run begins with a quote."""
+"""Tables as CSV: a line a row (wide), and a line a cell (long). A text that starts a formula gets a quote before it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _field(value: object) -> object:
 def section_facts(section: Section) -> list[object]:
     """Return the values of `SECTION_COLUMNS`."""
     kind = "random" if section.random else "pretrained"
-    digest = section.checkpoint_digest or ""
-    facts = [section.protocol, section.protocol_version, section.backbone, section.checkpoint, digest, kind]
+    run = section.first
+    facts = [run.protocol, run.protocol_version, run.backbone, section.checkpoint, run.checkpoint_digest or "", kind]
     return [*facts, section.track.title]
 
 

@@ -108,10 +108,10 @@ def _caption(section: Section, allowed: Sequence[Marks | None]) -> str:
     data = f", {section.data}" if section.data else ""
     parts = [
         f"{section.suite.title}{data}: top-1 accuracy in percent.",
-        f"Protocol {section.protocol}, version {section.protocol_version}. "
+        f"Protocol {section.first.protocol}, version {section.first.protocol_version}. "
         + (section.selection or "Its card is not available in this version."),
         f"Track {section.track.words}.",
-        f"Backbone {section.backbone}, {weights(section)}.",
+        f"Backbone {section.first.backbone}, {weights(section)}.",
         f"{span(min(seeds), max(seeds))} seed{'' if max(seeds) == 1 else 's'} a task.",
     ]
     if section.random:

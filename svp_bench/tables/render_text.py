@@ -206,10 +206,11 @@ def render_markdown(table: Table) -> str:
         ]
         if section.random:
             lines += [f"**{RANDOM_WEIGHTS}**", ""]
+        precisions = sorted({record.precision for record in section.members})
         rule = section.selection or "Its card is not available in this version, so its selection rule cannot be quoted."
         notes = [
-            f"Protocol {section.protocol}, version {section.protocol_version}. {rule}",
-            f"Backbone {section.backbone}, {weights(section)}. Precision: {', '.join(section.precisions)}.",
+            f"Protocol {section.first.protocol}, version {section.first.protocol_version}. {rule}",
+            f"Backbone {section.first.backbone}, {weights(section)}. Precision: {', '.join(precisions)}.",
             f"Cards: {_versions(section)}.",
             "Accuracy in percent. ± behind a task is the standard deviation over its seeds.",
         ]

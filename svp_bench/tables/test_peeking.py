@@ -64,9 +64,6 @@ def write_tax(table: Table, runs: Mapping[str, Replication], results_root: Path 
         table: Of the records that honest runs would have (`Replication.honest_record`).
         runs: Run id → replication.
         results_root: The file goes to its `tables/`.
-
-    Raises:
-        RecordError: If the file cannot be written.
     """
     shown = [f"{table.suite.title}: the test-peek tax", *wrap([_WARNING])]
     lines: list[Sequence[object]] = [_CSV]

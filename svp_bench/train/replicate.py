@@ -8,9 +8,9 @@ does not exist before the weights are final. The output is not a record (`record
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
@@ -21,10 +21,9 @@ from svp_bench.data.module import VisionDataModule
 from svp_bench.records.record import Metrics
 from svp_bench.records.replication import Curve, Replication, write_replication
 from svp_bench.records.store import refuse_unwritable
-from svp_bench.train.callbacks import ThroughputMonitor
 from svp_bench.train.metrics import Evaluation
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.parser import ResolvedConfig, resolve
+from svp_bench.train.parser import resolve
 from svp_bench.train.run import FitRun, run
 
 __all__ = ["run_replication"]
@@ -55,23 +54,6 @@ class _SaysTest(AdaptationModule):
         super()._show(_TAG if role == "val" else role, evaluation)
 
 
-class _Epochs(Callback):
-    """Collect the scores on the test split after each epoch; `incomplete` if it was not read after some epoch."""
-
-    def __init__(self, monitor: ThroughputMonitor) -> None:
-        self.scores: list[Metrics] = []
-        self.incomplete = False
-        self._monitor = monitor
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the scores of the epoch."""
-        evaluation = pl_module.validated
-        if isinstance(evaluation, Evaluation) and self._monitor.validated_at == trainer.global_step:
-            self.scores.append(evaluation.for_record())
-        else:
-            self.incomplete = True
-
-
 class _ReplicationRun(FitRun):
     """One replication."""
 
@@ -80,22 +62,17 @@ class _ReplicationRun(FitRun):
     saved_config = "replication.yaml"
     resumable = False
 
-    def __init__(self, config: ResolvedConfig, watchers: Sequence[Callback] = ()) -> None:
-        super().__init__(config, watchers)
-        self.epochs = _Epochs(self.monitor)
-        self.watchers = [*watchers, self.epochs]
-
     def prepare(self) -> None:
         """Refuse flags that a replication does not have, then prepare as a fit does."""
+        self.scores: list[Metrics] = []
+        self.incomplete = False
+        self.watchers = [*self.watchers, LambdaCallback(on_train_epoch_end=self._collect)]
         arguments = self.config.arguments
         for flag, why in _NEVER.items():
             if arguments[flag]:
                 raise UsageError(f"replicate takes no --{flag}: {why}")
         if arguments.data.stage != "final":
-            raise UsageError(
-                f"replicate takes no --data.stage {arguments.data.stage}: only stage final has a test split; settings "
-                "are selected on val with `svp-bench fit --data.stage select`"
-            )
+            raise UsageError(f"replicate takes no --data.stage {arguments.data.stage}: only final has a test split")
         super().prepare()
         refuse_unwritable(self.config.results_root / "replications", "--results_root")
 
@@ -109,22 +86,28 @@ class _ReplicationRun(FitRun):
         self.set_up()
         with self.alone():
             self.announce()
-            rank_zero_info(
-                "Note: the test split is read after every epoch; its best score is not a result, and tables refuse it"
-            )
+            rank_zero_info("Note: the test split is read after every epoch; tables refuse the best score")
             self.save_config()
             self.within_memory(lambda: self.trainer.fit(self.model, datamodule=self.data))
             self._write()
 
+    def _collect(self, trainer: Trainer, model: LightningModule) -> None:
+        """Add the scores on the test split after an epoch, if it was read."""
+        evaluation = self.model.validated
+        if evaluation is not None and self.monitor.validated_at == trainer.global_step:
+            self.scores.append(evaluation.for_record())
+        else:
+            self.incomplete = True
+
     @rank_zero_only
     def _write(self) -> None:
         status, reason = self.recorder.outcome()
-        scores = self.epochs.scores
+        scores = self.scores
         if status == "interrupted":
             raise KeyboardInterrupt
         if not scores:
             raise SvpBenchError(f"the test split was never read to its end ({reason}); nothing is written")
-        if status == "complete" and self.epochs.incomplete:
+        if status == "complete" and self.incomplete:
             status, reason = "truncated", "the test split was not read after each epoch"
         facts = self.recorder.record("unscored" if status == "complete" else status, reason, tested=False)
         times = {{"val_seconds": "test_seconds"}.get(name, name): value for name, value in facts.times.items()}
@@ -142,9 +125,5 @@ class _ReplicationRun(FitRun):
 
 
 def run_replication(composed: Composed) -> None:
-    """Run one replication.
-
-    Raises:
-        SvpBenchError: For everything that a user can fix.
-    """
+    """Run one replication."""
     run(resolve(composed), run_type=_ReplicationRun)
