@@ -10,6 +10,7 @@ from svp_bench.core.errors import SvpBenchError, UsageError
 
 __all__ = [
     "CUSTOM_TASKS",
+    "cache_dir",
     "checkout_root",
     "configs_dir",
     "custom_tasks_flags",
@@ -72,3 +73,10 @@ def configs_dir() -> Path:
 def published_dir() -> Path:
     """Return the folder of published numbers (CSV files with a citation per row)."""
     return _find("published", "results/published")
+
+
+def cache_dir(name: str) -> Path:
+    """Return a folder below $SVP_BENCH_CACHE, else below the user's cache folder; RuntimeError without a home."""
+    if given := os.environ.get("SVP_BENCH_CACHE"):
+        return Path(given) / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svp-bench" / name

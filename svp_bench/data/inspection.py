@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svp_bench.core.atomic import read_regular, replacing
+from svp_bench.core.resources import cache_dir
 from svp_bench.data.decode import Decoded
 
 __all__ = ["MISSING", "Examined", "load_examined", "save_examined"]
@@ -71,38 +72,22 @@ class Examined:
         return [row.tobytes() for row in self.digests]
 
 
-def _file(key: str) -> Path | None:
-    given = os.environ.get("SVP_BENCH_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(given) if given else (Path(base) if base else Path.home() / ".cache") / "svp-bench"
-    except RuntimeError:  # no home
-        return None
-    return folder / "images" / f"v{_VERSION}-{key}.npz"
+def _file(key: str) -> Path:
+    return cache_dir("images") / f"v{_VERSION}-{key}.npz"
 
 
 def load_examined(key: str) -> Examined | None:
-    """Return what was found earlier in files of the same names, sizes and times; None if that is not known."""
-    path = _file(key)
-    if path is None:
-        return None
+    """Return the cached findings for files of the same names, sizes and times; None if there are none."""
     try:
-        with np.load(io.BytesIO(read_regular(path, _MAX_BYTES)), allow_pickle=False) as content:
-            facts = json.loads(str(content["facts"]))
-            return Examined(content["digests"], (), **facts)
-    except Exception:  # missing, or damaged: it is made anew
+        with np.load(io.BytesIO(read_regular(_file(key), _MAX_BYTES)), allow_pickle=False) as content:
+            return Examined(content["digests"], (), **json.loads(str(content["facts"])))
+    except Exception:  # missing, or damaged: it is computed anew
         return None
 
 
 def save_examined(key: str, examined: Examined) -> None:
-    """Cache what was found; where the cache cannot be written, do nothing."""
-    path = _file(key)
-    if path is None:
-        return
+    """Cache findings; do nothing where the cache cannot be written."""
     names = ("notes", "whole", "real", "largest_whole", "largest_real")
     facts = {name: getattr(examined, name) for name in names}
-    try:
-        with replacing(path) as file:
-            np.savez(file, digests=examined.digests, facts=json.dumps(facts))
-    except OSError:
-        return
+    with suppress(OSError, RuntimeError), replacing(_file(key)) as file:
+        np.savez(file, digests=examined.digests, facts=json.dumps(facts))

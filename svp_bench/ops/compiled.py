@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from svp_bench.core.resources import cache_dir
 from svp_bench.ops.memory import keep_freed_memory
 
 __all__ = ["cache_folder", "kernel"]
@@ -22,12 +23,8 @@ _alive: list[Any] = []  # compiled functions must not be collected
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled kernels: in $SVP_BENCH_CACHE, else in the user's cache folder."""
-    given = os.environ.get("SVP_BENCH_CACHE")
-    if given:
-        return Path(given) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "svp-bench" / "kernels"
+    """Return the folder of compiled kernels."""
+    return cache_dir("kernels")
 
 
 @cache
