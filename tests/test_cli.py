@@ -15,6 +15,7 @@ from helpers import METHODS, SMALL, TASK, command, draw, run, settle, small
 from svp_bench import __version__
 from svp_bench.cli.commands import HEAVY, SUBCOMMANDS
 from svp_bench.cli.main import main
+from svp_bench.config.keys import known_keys
 from svp_bench.tasks.cards import list_tasks
 from svp_bench.train.parser import build_parser
 
@@ -115,6 +116,22 @@ def test_help_is_short_and_offers_what_is_accepted() -> None:
     words = " ".join(text.split())
     assert "Peak learning rate (default: 0.001)" in words
     assert "--help=all" in words
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test"])
+def test_the_known_keys_are_those_of_the_parser(subcommand: str) -> None:
+    keys = build_parser(subcommand).get_defaults().keys()
+    parsed = {key for key in keys if not key.startswith("model.method")}
+    assert known_keys(subcommand) == parsed - {"config"}
+
+
+def test_a_mistyped_flag_imports_no_torch() -> None:
+    argv = ["fit", "--config", "configs/vtab/dtd.yaml", "--model.learning_rat", "1"]
+    code = (
+        f"import sys; from svp_bench.cli.main import main; assert main({argv}) == 2; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], check=True, capture_output=True, text=True)
+    assert "did you mean 'model.learning_rate'?" in done.stderr
 
 
 def test_help_imports_no_torch() -> None:

@@ -153,7 +153,7 @@ def _run_training(subcommand: str, rest: list[str]) -> int:
 
         build_parser(subcommand).print_help()
         return 0
-    composed = compose(split_flags(rest))  # fails in a second, before torch is imported
+    composed = compose(split_flags(rest), subcommand)  # fails in a second, before torch is imported
     if sys.stdout.isatty():
         print("Loading PyTorch, weights and images …", flush=True)
     from svp_bench.train.parser import resolve

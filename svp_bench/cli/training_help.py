@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from svp_bench.cli.commands import HEAVY
+from svp_bench.config.keys import settings
 from svp_bench.core.resources import configs_dir
 from svp_bench.core.yaml import read_yaml
+from svp_bench.records.digests import flat
 
 __all__ = ["training_help"]
 
-_SETTINGS = {"model": ("train/module.py", "AdaptationModule"), "data": ("data/module.py", "VisionDataModule")}
-_GROUPS = {  # class of a group of settings → its file
-    "OptimizerConfig": "train/optim.py",
-    "ScheduleConfig": "train/optim.py",
-    "EMAConfig": "train/optim.py",
-    "TransformConfig": "data/transforms.py",
-    "AugmentConfig": "data/augment.py",
-    "CrossValidationConfig": "data/folds.py",
-}
-_BY_OTHERS = {"model.method", "model.num_classes", "model.image_size", "model.seed", "data.seed"}
 _OWN = {
     "fit": (
         ("--config FILE", "a task's config; further ones override it. Needed, unless --data.task is given"),
@@ -58,11 +48,11 @@ _TRAINER = (
 
 def training_help(subcommand: str) -> str:
     """Return the help of a subcommand that trains or tests."""
-    base = read_yaml(configs_dir() / "base.yaml").value
+    base = dict(flat(read_yaml(configs_dir() / "base.yaml").value))
     lines = [f"usage: svp-bench {subcommand} --config FILE [--method NAME] [--KEY VALUE …]", "", HEAVY[subcommand], ""]
     lines += _rows([*_OWN[subcommand], *_PLACES])
-    for group, (file, name) in _SETTINGS.items():
-        lines += ["", f"{group}:", *_rows(_settings(group, file, name, base.get(group) or {}))]
+    for group in ("model", "data"):
+        lines += ["", f"{group}:", *_rows(_setting_rows(group, base))]
     lines += ["", "trainer:", *_rows(_TRAINER)]
     lines += [
         "",
@@ -71,39 +61,15 @@ def training_help(subcommand: str) -> str:
     return "\n".join(lines)
 
 
-def _settings(group: str, file: str, name: str, base: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (flag, text) of the arguments of a class, or of the fields of a dataclass."""
-    tree = ast.parse((Path(__file__).parents[1] / file).read_text(encoding="utf-8"))
-    (cls,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    found = re.findall(r"^    (\w+): (.+?)(?=^    \w|\Z|^\S|^$)", ast.get_docstring(cls) or "", re.M | re.S)
-    described = dict(reversed(found))  # the first of a name: arguments come before attributes
+def _setting_rows(group: str, base: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (flag, text) of each setting of a group; `base` holds the defaults of configs/base.yaml."""
     rows = []
-    for key, annotation, default in _arguments(cls):
-        if f"{group}.{key}" in _BY_OTHERS:
-            continue
-        if annotation in _GROUPS:
-            rows += _settings(f"{group}.{key}", _GROUPS[annotation], annotation, base.get(key) or {})
-            continue
-        text = re.split(r"(?<!e\.g)\. ", " ".join(described.get(key, "").split()))[0].rstrip(".")
+    for key, default, text in settings(group):
         value = base.get(key, default)
         shown = "" if value in (None, "None") else f" (default: {str(value).strip(chr(39))})"
-        rows.append((f"--{group}.{key}", f"{text}{shown}"))
+        first = re.split(r"(?<!e\.g)\. ", text)[0].rstrip(".")
+        rows.append((f"--{key}", f"{first}{shown}"))
     return rows
-
-
-def _arguments(cls: ast.ClassDef) -> list[tuple[str, str, str | None]]:
-    """Return (name, annotation, default) of each argument of the constructor, in order."""
-    inits = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
-    if not inits:
-        fields = (node for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
-        return [
-            (ast.unparse(one.target), ast.unparse(one.annotation), ast.unparse(one.value) if one.value else None)
-            for one in fields
-        ]
-    arguments, given = inits[0].args.args[1:], inits[0].args.defaults
-    defaults = [None] * (len(arguments) - len(given)) + [ast.unparse(one) for one in given]
-    kinds = [ast.unparse(one.annotation) if one.annotation else "" for one in arguments]
-    return [(one.arg, kind, default) for one, kind, default in zip(arguments, kinds, defaults, strict=True)]
 
 
 def _rows(rows: Any) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from svp_bench.config.keys import check_keys
 from svp_bench.core.errors import ConfigError, UsageError, nearest, unknown_name
 from svp_bench.core.resources import configs_dir
 from svp_bench.core.yaml import Node, check_value, read_yaml
@@ -234,12 +235,12 @@ def method_layer(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
     return layer.values, layer.origins, label
 
 
-def compose(flags: Flags) -> Composed:
-    """Compose all layers below the command line.
+def compose(flags: Flags, subcommand: str = "fit") -> Composed:
+    """Compose all layers below the command line, and check their keys, but those of the method.
 
     Raises:
         UsageError: If a name or file is unknown.
-        ConfigError: If a file is not a mapping, or no task is named anywhere.
+        ConfigError: If a file is not a mapping, a key is unknown, or no task is named anywhere.
     """
     composed = Composed(flags=flags)
     base = _load(configs_dir() / "base.yaml")
@@ -275,6 +276,7 @@ def compose(flags: Flags) -> Composed:
         if one.get("model.method.class_path"):
             raise UsageError(f"{one.path}: a second config names a method; use --method {one.path} instead")
         composed.merge(one.values, one.origins)
+    check_keys(composed.values, composed.origins, flags.values, subcommand)
     _refuse_changed_selection(composed)
     return composed
 

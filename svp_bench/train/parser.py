@@ -25,6 +25,7 @@ from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch import profilers as lightning_profilers
 
 from svp_bench.config.compose import Composed
+from svp_bench.config.keys import DERIVED
 from svp_bench.core.errors import ConfigError, UsageError, nearest, one_line, unknown_name
 from svp_bench.core.registry import import_object, make_importable
 from svp_bench.data.module import VisionDataModule
@@ -34,7 +35,6 @@ from svp_bench.ops import BACKENDS
 from svp_bench.records.code import class_paths, source_files
 from svp_bench.records.defaults import clipped_warmup
 from svp_bench.records.digests import card_digest, cell_config, config_digest, flat, setting_digest
-from svp_bench.records.migrate import MOVED
 from svp_bench.records.record import SearchSummary
 from svp_bench.records.selection import context_of, recorded_context
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
@@ -44,19 +44,11 @@ from svp_bench.train.optim import warmup_notice
 
 __all__ = ["ResolvedConfig", "build_parser", "resolve"]
 
-_DERIVED = {
-    "model.num_classes": "it follows from the task's card",
-    "model.image_size": "set --data.image_size",
-    "model.seed": "set --seed_everything",
-    "data.seed": "set --seed_everything",
-}
 _CLASSES = {
     "trainer.callbacks": ("callback", lightning_callbacks),
     "trainer.logger": ("logger", lightning_loggers),
     "trainer.profiler": ("profiler", lightning_profilers),
 }
-_LISTS = ("trainer.callbacks", "trainer.logger", "trainer.plugins")  # take +=
-_WITH_ARGUMENTS = tuple(f"{key}." for key in (*_LISTS, "trainer.profiler", "trainer.strategy", "trainer.accelerator"))
 _FRACTIONS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches")
 _CALL_ONLY = ("config", "ckpt_path", "weights_only", "verbose", "no_test", "resume")  # not settings of the run
 _SUMMARIES = {"fit": "Adapt a backbone to a task.", "validate": "Score a checkpoint on val.", "test": "Score on test."}
@@ -165,7 +157,7 @@ def build_parser(subcommand: str) -> ArgumentParser:
         "--resume", action="store_true", help="continue the last unfinished run of this setting and seed"
     )
     added: dict[str, Any] = {"fail_untyped": False, "instantiate": False, "sub_configs": True}
-    derived = {name: {key.partition(".")[2] for key in _DERIVED if key.startswith(name)} for name in ("model", "data")}
+    derived = {name: {key.partition(".")[2] for key in DERIVED if key.startswith(name)} for name in ("model", "data")}
     parser.add_class_arguments(AdaptationModule, "model", skip=derived["model"], **added)
     parser.add_class_arguments(VisionDataModule, "data", skip=derived["data"], **added)
     parser.add_class_arguments(Trainer, "trainer", skip=set(_FRACTIONS), **added)
@@ -191,7 +183,7 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
     make_importable(composed.flags.method, *composed.flags.configs)
     _refuse_environment(subcommand)
     parser = build_parser(subcommand)
-    _check_keys(composed, subcommand, {*parser.get_defaults().keys(), "help", "print_config"} - {"config"})
+    _check_method_keys(composed)
     text = yaml.safe_dump(composed.values, sort_keys=False)
     try:
         arguments = parser.parse_args(["--config", text, *composed.flags.rest])
@@ -241,8 +233,8 @@ def _refuse_environment(subcommand: str) -> None:
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
-def _check_keys(composed: Composed, subcommand: str, known: set[str]) -> None:
-    """Check every key of every layer and of the command line.
+def _check_method_keys(composed: Composed) -> None:
+    """Check the keys of the method against the arguments of its class.
 
     Raises:
         ConfigError: If one is unknown; names the nearest.
@@ -250,32 +242,16 @@ def _check_keys(composed: Composed, subcommand: str, known: set[str]) -> None:
     method_arguments = _method_arguments(composed)
     given = [(key, where) for key, where in composed.origins.items()] + [(key, None) for key in composed.flags.values]
     for key, where in given:
-        prefix = f"{where}: " if where else ""
-        if key in _DERIVED:
-            raise ConfigError(f"{prefix}{key} is not set by hand: {_DERIVED[key]}")
-        if key in MOVED:
-            raise ConfigError(f"{prefix}{key} is named {MOVED[key][0]} now")
-        if key.startswith("model.method."):
-            part, _, rest = key.removeprefix("model.method.").partition(".")
-            name = rest.partition(".")[0] if part == "init_args" else part
-            if part == "class_path" or name == "" or (name in method_arguments and (part == "init_args" or not where)):
-                continue
-            if name in method_arguments:
-                raise ConfigError(f"{prefix}model.method.{name} belongs below model.method.init_args")
-            kind = f"argument of the method {composed.method}"
-            raise unknown_name(kind, name, method_arguments, where=where, error=ConfigError)
-        group = next((name for name in sorted(known) if name.startswith(f"{key}.")), None)
-        if group is not None and (not where or not isinstance(composed.get(key), Mapping)):
-            raise ConfigError(f"{prefix}{key} is a group of settings; set them one by one, e.g. {group}")
-        if (
-            key in known
-            or group is not None
-            or key.startswith(_WITH_ARGUMENTS)
-            or (key[-1:] == "+" and key[:-1] in _LISTS)
-        ):
+        if not key.startswith("model.method."):
             continue
-        kind, listing = "config key" if where else "argument", f"svp-bench {subcommand} --help=all"
-        raise unknown_name(kind, key, known, where=where, listing=listing, error=ConfigError)
+        part, _, rest = key.removeprefix("model.method.").partition(".")
+        name = rest.partition(".")[0] if part == "init_args" else part
+        if part == "class_path" or name == "" or (name in method_arguments and (part == "init_args" or not where)):
+            continue
+        if name in method_arguments:
+            raise ConfigError(f"{where}: model.method.{name} belongs below model.method.init_args")
+        kind = f"argument of the method {composed.method}"
+        raise unknown_name(kind, name, method_arguments, where=where, error=ConfigError)
 
 
 def _method_arguments(composed: Composed) -> list[str]:
