@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from helpers import BACKBONE, TASK, assert_error, command, files, run, settle, small
+from native_files import draw_native
 from PIL import Image
 
-from svp_bench.data.synthetic import draw_task
 from svp_bench.tasks.cards import load_task
 
 LIST = Path("data/cifar/train800val200.txt")
@@ -394,7 +394,7 @@ def test_a_val_without_images_stops_a_run_and_is_told_by_data_check(
 ) -> None:
     """Every tenth of nine official training images is none."""
     card = load_task("fgvc/stanford_cars")
-    draw_task(card, place / "data", counts={"train": 6, "val": 3, "test": 4}, size=16, layout="native")
+    draw_native(card, place / "data", {"train": 6, "val": 3, "test": 4}, 16)
     config = f"configs/{card.name}.yaml"
     told = refused(small(config=config, data__stage="select"), 1, "has no image for the list 'val'; get the data")
     assert "Stanford-cars" in told

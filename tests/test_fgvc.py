@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_error, command, run, settle, small
+from helpers import run, settle, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native_files import draw_native
 from PIL import Image
 from synthetic_records import make_record
 
-from svp_bench.core.errors import CardError, DataError, UsageError
+from svp_bench.core.errors import CardError, DataError
 from svp_bench.data import draw_task, inspect, open_source
 from svp_bench.data.sources import SYNTHETIC_MARK, FileImages, Source
 from svp_bench.records.store import write_record
@@ -37,9 +38,9 @@ COUNTS = {"train": 12, "val": 5, "test": 7}
 CUB = load_task("fgvc/cub")
 
 
-def draw(root: Path, card: TaskCard = CUB, *quirks: str, layout: str | None = None) -> Path:
+def draw(root: Path, card: TaskCard = CUB, *quirks: str, native: bool = False) -> Path:
     """Draw a task without the mark of synthetic images: its counts then decide its variant."""
-    folder = draw_task(card, root, counts=COUNTS, size=12, layout=layout)
+    folder = draw_native(card, root, COUNTS) if native else draw_task(card, root, counts=COUNTS, size=12)
     (folder / SYNTHETIC_MARK).unlink()
     add_quirks(folder, *quirks)
     return folder
@@ -136,7 +137,7 @@ def test_each_task_is_drawn_and_read_in_both_forms(tmp_path: Path, name: str) ->
     assert {key: len(of) for key, of in source.splits.items()} == {**COUNTS, "trainval": 17}
     assert inspect(card, source, ["trainval", "test"]).variant == "card"
 
-    draw(tmp_path / "native", card, layout="native")
+    draw(tmp_path / "native", card, native=True)
     source = open_source(card, tmp_path / "native")
     verify(source)
     counts = {key: len(of) for key, of in source.splits.items()}
@@ -311,7 +312,7 @@ def test_another_spelling_hides_no_test_image(tmp_path: Path, spell: str) -> Non
 
 
 def test_in_the_own_files_another_spelling_hides_none_either(tmp_path: Path) -> None:
-    folder = draw(tmp_path, layout="native")
+    folder = draw(tmp_path, native=True)
     change_lines(folder / "images.txt", lambda lines: [*lines, f"99 ./{lines[0].split()[1]}"])
     first = (folder / "train_test_split.txt").read_text().split()[1]
     change_lines(folder / "image_class_labels.txt", lambda lines: [*lines, f"99 {lines[0].split()[1]}"])
@@ -377,7 +378,7 @@ def test_as_on_the_card(tmp_path: Path) -> None:
 
 
 def test_val_of_the_official_form_is_every_tenth_in_official_order(tmp_path: Path) -> None:
-    draw_task(CUB, tmp_path, counts={"train": 30, "val": 5, "test": 4}, size=12, layout="native")
+    draw_native(CUB, tmp_path, {"train": 30, "val": 5, "test": 4})
     lines = (tmp_path / "CUB_200_2011" / "images.txt").read_text().splitlines()
     split = (tmp_path / "CUB_200_2011" / "train_test_split.txt").read_text().splitlines()
     official = [line.split()[1] for line, flag in zip(lines, split, strict=True) if flag.endswith(" 1")]
@@ -388,7 +389,7 @@ def test_val_of_the_official_form_is_every_tenth_in_official_order(tmp_path: Pat
 
 
 def test_the_json_split_goes_before_the_own_files_and_is_never_called_official(tmp_path: Path) -> None:
-    native = draw(tmp_path / "native", layout="native")
+    native = draw(tmp_path / "native", native=True)
     folder = draw(tmp_path / "json")
     for file in native.glob("*.txt"):
         (folder / file.name).write_bytes(file.read_bytes())
@@ -403,7 +404,7 @@ def test_the_json_split_goes_before_the_own_files_and_is_never_called_official(t
 
 
 def test_the_official_form_is_as_on_the_card_by_the_variants_counts(tmp_path: Path) -> None:
-    draw(tmp_path, layout="native")
+    draw(tmp_path, native=True)
     counts = {"train": 16, "val": 1, "trainval": 17, "test": 7}
     card = replace(CUB, classes=12, variants={"official": counts})
     report = inspect(card, open_source(card, tmp_path), ["trainval", "test"])
@@ -424,7 +425,7 @@ def test_the_official_form_is_as_on_the_card_by_the_variants_counts(tmp_path: Pa
     ],
 )
 def test_broken_own_files_are_one_line(tmp_path: Path, file: str, content: str | None, message: str) -> None:
-    folder = draw(tmp_path, layout="native")
+    folder = draw(tmp_path, native=True)
     if content is None:
         (folder / file).unlink()
     elif len(content) == 1:
@@ -448,7 +449,7 @@ def test_broken_mat_files_are_one_line(tmp_path: Path, name: str, file: str) -> 
     from scipy.io import savemat
 
     card = load_task(name)
-    folder = draw(tmp_path, card, layout="native")
+    folder = draw(tmp_path, card, native=True)
     savemat(folder / file, {"other": np.zeros(3)})
     with pytest.raises(DataError, match=rf"{file}: lacks '\w+'; get the file again"):
         open_source(card, tmp_path)
@@ -465,7 +466,7 @@ def test_labels_of_flowers_that_are_no_class_are_refused(tmp_path: Path, value: 
     from scipy.io import loadmat, savemat
 
     card = load_task("fgvc/oxford_flowers")
-    folder = draw(tmp_path, card, layout="native")
+    folder = draw(tmp_path, card, native=True)
     labels = loadmat(folder / "imagelabels.mat")["labels"].astype(float)
     labels[0, int(loadmat(folder / "setid.mat")["trnid"][0, 0]) - 1] = value
     savemat(folder / "imagelabels.mat", {"labels": labels})
@@ -477,7 +478,7 @@ def test_numbers_of_flowers_that_are_none_are_refused(tmp_path: Path) -> None:
     from scipy.io import loadmat, savemat
 
     card = load_task("fgvc/oxford_flowers")
-    folder = draw(tmp_path, card, layout="native")
+    folder = draw(tmp_path, card, native=True)
     content = {key: loadmat(folder / "setid.mat")[key].astype(float) for key in ("trnid", "valid", "tstid")}
     content["valid"][0, 0] += 0.5
     savemat(folder / "setid.mat", content)
@@ -500,14 +501,14 @@ def test_mat_files_of_another_content_are_one_line(
     from scipy.io import savemat
 
     card = load_task(f"fgvc/{name}")
-    folder = draw(tmp_path, card, layout="native")
+    folder = draw(tmp_path, card, native=True)
     savemat(folder / file, content)
     with pytest.raises(DataError, match=rf"{file}: .*{message}"):
         open_source(card, tmp_path)
 
 
 def test_a_mistake_of_ours_is_no_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw(tmp_path, load_task("fgvc/stanford_dogs"), layout="native")
+    draw(tmp_path, load_task("fgvc/stanford_dogs"), native=True)
 
     def mistaken(*_: object) -> None:
         raise ZeroDivisionError("ours")
@@ -519,7 +520,7 @@ def test_a_mistake_of_ours_is_no_broken_file(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("form", ["bom", "tabs", "crlf"])
 def test_own_text_files_may_be_written_as_lists_may(tmp_path: Path, form: str) -> None:
-    folder = draw(tmp_path, layout="native")
+    folder = draw(tmp_path, native=True)
     plain = {name: images(open_source(CUB, tmp_path), name) for name in COUNTS}
     for file in folder.glob("*.txt"):
         text = file.read_text()
@@ -611,7 +612,7 @@ def test_names_come_from_the_annotations_of_cars(tmp_path: Path) -> None:
     from scipy.io import loadmat, savemat
 
     card = load_task("fgvc/stanford_cars")
-    folder = draw(tmp_path, card, layout="native")
+    folder = draw(tmp_path, card, native=True)
     assert open_source(card, tmp_path).class_names is None
     cells = np.empty((1, 196), dtype=object)
     cells[0, :] = [f"Car no. {number}" for number in range(1, 197)]
@@ -656,18 +657,6 @@ def test_wrong_cards_are_refused(tmp_path: Path, changes: dict[str, Any], messag
         open_source(replace(CUB, **changes), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("task", "arguments", "message"),
-    [
-        ("fgvc/cub", {"layout": "jsn"}, "unknown layout 'jsn'; did you mean 'json'"),
-        ("vtab/dtd", {"layout": "json"}, "vtab/dtd is read by 'split_files'; only JSON splits have layouts"),
-    ],
-)
-def test_wrong_ways_to_draw_are_named(tmp_path: Path, task: str, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        draw_task(load_task(task), tmp_path, **arguments)
-
-
 # --- from the front door ---------------------------------------------------------------------------------------------
 
 
@@ -705,13 +694,11 @@ def test_a_whole_suite_is_tabled_with_its_published_numbers(tmp_path: Path, monk
 
 
 def test_drawing_and_checking_from_the_command_line(tmp_path: Path) -> None:
-    for layout in ("json", "native"):
-        outcome = run("data", "draw", "fgvc/stanford_cars", "--root", str(tmp_path / layout), "--layout", layout)
-        assert "Next: svp-bench fit --config configs/fgvc/stanford_cars.yaml" in outcome.out
-        checked = run("data", "check", "fgvc/stanford_cars", "--root", str(tmp_path / layout))
+    for name in ("fgvc/stanford_cars", "fgvc/oxford_flowers"):
+        outcome = run("data", "draw", name, "--root", str(tmp_path))
+        assert f"Next: svp-bench fit --config configs/{name}.yaml" in outcome.out
+        checked = run("data", "check", name, "--root", str(tmp_path))
         assert "are synthetic, not real" in checked.out
-    wrong = command("data", "draw", "fgvc/cub", "--root", str(tmp_path), "--layout", "mat")
-    assert "unknown layout 'mat'" in assert_error(wrong, 2)
 
 
 def test_a_image_that_cannot_be_read_names_its_split(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native_files import draw_native
 from PIL import Image
 from safetensors.torch import save_file
 from synthetic_records import make_record
@@ -229,7 +230,7 @@ def test_json_splits(folder: Path, data: st.DataObject) -> None:
 def test_own_text_files(folder: Path, data: st.DataObject) -> None:
     root, card = folder / "data", load_task("fgvc/cub")
     if not root.exists():
-        draw_task(card, root, counts={"train": 6, "val": 3, "test": 4}, size=12, layout="native")
+        draw_native(card, root, {"train": 6, "val": 3, "test": 4})
         (path,) = root.rglob("images.txt")
         (path.parent / "classes.txt").write_text("".join(f"{number} {number:03d}.Bird\n" for number in range(1, 201)))
     names = ["images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"]

@@ -48,19 +48,18 @@ def _check(tasks: tuple[str, ...] = (), /, *, root: str | None = None) -> int:
     return status
 
 
-def _draw(task: str, /, *, root: str, seed: int = 0, layout: str | None = None) -> int:
+def _draw(task: str, /, *, root: str, seed: int = 0) -> int:
     """Create a small synthetic data set in the format of a task, to try things out.
 
     Args:
         task: Its name, e.g. vtab/caltech101.
         root: The data root to write below.
         seed: Seed of the images.
-        layout: Of a JSON split: json (the default), or native for the files of the data set itself.
     """
     from svp_bench.data.synthetic import draw_task
     from svp_bench.tasks.cards import load_task
 
-    folder = draw_task(load_task(task), Path(root), seed=seed, layout=layout)
+    folder = draw_task(load_task(task), Path(root), seed=seed)
     print(f"Wrote synthetic images for {task} to {folder} (not the real images: records will state so).")
     print(f"Next: svp-bench fit --config configs/{task}.yaml --data.root {root} ...")
     return 0

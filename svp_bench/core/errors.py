@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
 
 __all__ = [
@@ -26,12 +27,15 @@ __all__ = [
     "one_line",
     "plural",
     "printable",
+    "show",
     "unknown_name",
 ]
 
 # Control characters (ANSI escapes begin with one), line separators, halves of surrogate pairs, and the marks that
 # reverse the order in which a terminal shows text.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class SvpBenchError(Exception):
@@ -91,6 +95,11 @@ def one_line(text: object) -> str:
     """Return a text on one line, cut at 600 characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= 600 else f"{line[:600]} …"
+
+
+def show(value: object) -> str:
+    """Return a value for a message: its repr, cut short."""
+    return _SHORT.repr(value)
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:

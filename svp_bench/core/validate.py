@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import reprlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
-from svp_bench.core.errors import SvpBenchError, unknown_name
+from svp_bench.core.errors import SvpBenchError, show, unknown_name
 
 __all__ = ["Count", "Digest", "Finite", "Keys", "Positive", "Text", "convert"]
 
@@ -24,9 +23,6 @@ Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Finite = Annotated[float, Meta(ge=-1.7e308, le=1.7e308)]
 Digest = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$", description="'sha256:' and 64 hexadecimal digits")]
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
 
 
 def convert(
@@ -53,7 +49,7 @@ def convert(
         return where if isinstance(where, str) else where(keys)
 
     if not isinstance(data, Mapping):
-        raise error(f"{place(())}: the {what} must be a mapping of keys, not {_short.repr(data)}")
+        raise error(f"{place(())}: the {what} must be a mapping of keys, not {show(data)}")
     for keys, known in _unknown(data, kind, ()):
         raise unknown_name(f"{what} key", _dotted(keys), known, where=place(keys), error=error)
     try:
@@ -109,7 +105,7 @@ def _problem(data: Any, annotation: Any, keys: Keys, message: str) -> tuple[Keys
     wanted = _wanted(annotation) or message.partition(", got")[0].replace("`", "").replace("Expected ", "")
     for term, words in (("object", "a mapping of keys"), ("array", "a list"), ("|", "or")):
         wanted = re.sub(rf"(?<!\w){re.escape(term)}(?!\w)", words, wanted)
-    return keys, f"{_dotted(keys)!r} must be {wanted}, not {_short.repr(data)}"
+    return keys, f"{_dotted(keys)!r} must be {wanted}, not {show(data)}"
 
 
 def _dotted(keys: Keys) -> str:

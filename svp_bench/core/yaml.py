@@ -6,8 +6,6 @@ No tags, no key given twice, no merge keys; each mistake is an error whose text 
 from __future__ import annotations
 
 import itertools
-import re
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,9 @@ from yaml.constructor import SafeConstructor
 from yaml.reader import Reader
 
 from svp_bench.core.atomic import read_regular
-from svp_bench.core.errors import CardError, SvpBenchError, nearest, unknown_name
+from svp_bench.core.errors import CardError, SvpBenchError, show, unknown_name
 
-__all__ = ["Node", "check_value", "did_you_mean", "read_text", "read_yaml", "show"]
+__all__ = ["Node", "check_value", "read_text", "read_yaml"]
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is some ten times faster
 _SCALARS = SafeConstructor()
@@ -28,13 +26,6 @@ _PLAIN = "tag:yaml.org,2002:"
 _MAX_DEPTH = 16
 _MAX_BYTES = 4 * 2**20
 _MAX_VALUES = 100_000  # of a file, each alias counted with all that it stands for
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 60
-
-
-def show(value: object) -> str:
-    """Return a short repr: an error stays one line."""
-    return _SHORT.repr(value)
 
 
 @dataclass(frozen=True)
@@ -68,13 +59,10 @@ class Node:
         words = {dict: "a mapping", list: "a list", type(None): "empty"}
         return words.get(type(self.value)) or show(self.value)
 
-    def mapping(self, pattern: re.Pattern[str] | None = None) -> dict[str, Node]:
-        """Return the entries of a mapping with at least one; its keys fit `pattern`."""
+    def mapping(self) -> dict[str, Node]:
+        """Return the entries of a mapping with at least one."""
         if not isinstance(self.children, dict) or not self.children:
             raise self.error(f"{self.label} must be a mapping with at least one entry, not {self.kind}")
-        for key, child in self.children.items():
-            if pattern and not pattern.fullmatch(key):
-                raise child.error(f"key {show(key)} in {self.label} may hold only a-z, 0-9, _ and -")
         return self.children
 
     def keys(self, required: Sequence[str], optional: Iterable[str]) -> dict[str, Node]:
@@ -82,12 +70,10 @@ class Node:
         if not isinstance(self.children, dict):
             raise self.error(f"{self.label} must be a mapping, not {self.kind}")
         allowed = [*required, *optional]
-        for key, child in self.children.items():
+        for key in self.children:
             if key not in allowed:
-                hint = did_you_mean(key, [other for other in allowed if other not in self.children])
-                raise child.error(
-                    f"unknown key {show(key)} in {self.label}{hint or '; allowed: ' + ', '.join(allowed)}"
-                )
+                where = self.where([key])
+                raise unknown_name(f"key in {self.label}", key, allowed, where=where, error=self.error_class)
         for key in required:
             if key not in self.children:
                 raise self.error(f"{self.label} lacks the key {key!r}")
@@ -98,40 +84,6 @@ class Node:
         if not isinstance(self.children, list) or not self.children:
             raise self.error(f"{self.label} must be a list with at least one entry, not {self.kind}")
         return self.children
-
-    def text(self, pattern: re.Pattern[str] | None = None, what: str = "a line of text") -> str:
-        """Return a text of one line without outer blanks that fits `pattern`."""
-        text = self.prose()
-        if text != self.value or len(text.splitlines()) > 1 or (pattern and not pattern.fullmatch(text)):
-            raise self.error(f"{self.label} must be {what}, not {show(self.value)}")
-        return text
-
-    def prose(self) -> str:
-        """Return a text that is not blank, without outer blanks."""
-        if not isinstance(self.value, str) or not self.value.strip():
-            quotes = " (put it in quotes?)" if isinstance(self.value, (bool, int, float)) else ""
-            raise self.error(f"{self.label} must be a text, not {self.kind}{quotes}")
-        return self.value.strip()
-
-    def positive(self) -> int:
-        """Return a whole number of at least 1."""
-        if not isinstance(self.value, int) or isinstance(self.value, bool) or self.value < 1:
-            raise self.error(f"{self.label} must be a whole number of at least 1, not {self.kind}")
-        return self.value
-
-    def one_of(self, allowed: Iterable[str], kind: str) -> str:
-        """Return a text that is one of `allowed`."""
-        allowed = list(allowed)
-        text = self.prose()
-        if text not in allowed:
-            raise unknown_name(kind, text, allowed, where=f"{self.path}:{self.line}", error=self.error_class)
-        return text
-
-
-def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Return "; did you mean …?", or nothing if no name is near."""
-    hit = nearest(name, allowed)
-    return f"; did you mean {hit!r}?" if hit else ""
 
 
 def read_text(path: Path, error_class: type[SvpBenchError] = CardError) -> str:

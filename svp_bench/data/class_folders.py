@@ -24,7 +24,6 @@ import stat
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +34,7 @@ from svp_bench.core.atomic import open_regular
 from svp_bench.core.errors import DataError, plural, printable, unknown_name
 from svp_bench.data.decode import identify
 from svp_bench.data.locate import ROOT_VARIABLE, data_root
-from svp_bench.data.reading import NoOptions, reader_options
+from svp_bench.data.reading import NoOptions, readable, reader_options
 from svp_bench.data.sources import FileImages, Source, in_threads
 from svp_bench.data.split_files import ImageList
 from svp_bench.tasks.cards import SuiteCard, TaskCard
@@ -122,14 +121,6 @@ def _fifth(paths: list[str], place: Path, least: int) -> tuple[list[str], list[s
 # --- folders and files -----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _readable(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{place}: cannot be read ({error.strerror or type(error).__name__})") from None
-
-
 @dataclass
 class _Tree:
     """The folders below a root, and the files there that are not images: kind → paths."""
@@ -175,7 +166,7 @@ class _Tree:
     def folders(self, below: str) -> list[str]:
         """Return the names of the folders in a folder."""
         place = self.root / below
-        with _readable(place), os.scandir(place) as entries:
+        with readable(place), os.scandir(place) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
     def classes(self, part: str) -> Classes:
@@ -209,7 +200,7 @@ class _Tree:
         real = os.path.realpath(place)
         if real in above or len(above) > 50:
             raise DataError(f"{place}: this link leads back to a folder that it is in; take it away")
-        with _readable(place), os.scandir(place) as entries:
+        with readable(place), os.scandir(place) as entries:
             found = [(entry.name, entry.is_dir()) for entry in entries]
         for name, is_folder in sorted(found):
             path = f"{below}/{name}"
@@ -241,7 +232,7 @@ def other_kind(path: Path) -> str | None:
     if path.name.startswith("."):
         return "hidden file"
     ending = path.suffix.lower()
-    with _readable(path):
+    with readable(path):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             return "not a regular file"
@@ -261,7 +252,7 @@ def _contents(folder: Path, paths: Sequence[str]) -> dict[str, str]:
 
     def digest(index: int) -> str:
         place = folder / paths[index]
-        with _readable(place):
+        with readable(place):
             status = place.stat()
             return _digest(str(place), status.st_size, status.st_mtime_ns)
 

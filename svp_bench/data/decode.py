@@ -221,34 +221,32 @@ def convert(image: Image.Image, depth: Depth | None = None, file: BinaryIO | Non
         notes.append("first of several frames")
     deep = _deep_values(image, low)
     whole = real = None
-    hasher = hashlib.blake2b(digest_size=16)
-    if deep is not None:
-        kind, largest = _range(deep[..., :-1] if image.mode == "RGBA" else deep)  # without alpha
-        whole, real = (largest, None) if kind == "whole" else (None, largest)
+    if deep is None:
+        rgb, composited = _to_rgb(image, notes)
+        copied: Image.Image | None = rgb
+    else:
+        colours = deep[..., :-1] if image.mode == "RGBA" else deep  # without alpha
+        largest = _largest(colours)
+        whole, real = (None, largest) if deep.dtype.kind == "f" else (largest, None)
         depth = (depth or Depth()).filled(Depth.of(whole, real))
-        bits = depth.whole if kind == "whole" else depth.real
+        bits = depth.real if deep.dtype.kind == "f" else depth.whole
         if largest > (1 if bits == 0 else 2 ** (bits or 8) - 1):
             notes.append("values above the depth of the data set clipped")
-        exact = _eight_bits(deep[..., :-1] if image.mode == "RGBA" else deep)
         rgb, composited = _composed(image, depth.to_bytes(deep), deep)
-    else:
-        rgb, composited = _to_rgb(image, notes)
+        copied, exact = None, _eight_bits(colours)
+        if exact is not None:  # a copy of an image of 8 bits: it has the digest of that one
+            exact = np.concatenate([exact, exact[..., :1]], axis=-1) if image.mode == "RGBA" else exact
+            copied = _composed(image, exact, deep)[0]
     if composited:
         notes.append("composited over white")
     if (left := _orientation(image)) in _TURNS:
         rgb = rgb.transpose(_TURNS[left])
+        copied = copied and copied.transpose(_TURNS[left])
     if turn in _TURNS or left in _TURNS:
         notes.append("rotated by EXIF")
-    same = rgb
-    if deep is not None and exact is not None:  # a copy of an image of 8 bits: it has the digest of that one
-        if image.mode == "RGBA":
-            exact = np.concatenate([exact, exact[..., :1]], axis=-1)
-        same = _composed(image, exact, deep)[0]
-        same = same.transpose(_TURNS[left]) if left in _TURNS else same
-    if deep is not None and exact is None:
-        hasher.update(f"{deep.shape} {deep.dtype}".encode() + np.ascontiguousarray(deep).tobytes())
-    else:
-        hasher.update(f"{same.size}".encode() + same.tobytes())
+    form = f"{rgb.size}" if deep is None or copied else f"{deep.shape} {deep.dtype}"
+    hasher = hashlib.blake2b(form.encode(), digest_size=16)
+    hasher.update((copied or rgb).tobytes() if deep is None or copied else np.ascontiguousarray(deep).tobytes())
     return Decoded(rgb, tuple(notes), whole, real, hasher.digest())
 
 
@@ -305,21 +303,16 @@ def _from_lab(image: Image.Image) -> Image.Image:
 # --- more than 8 bits ------------------------------------------------------------------------------------------------
 
 
-def _range(deep: npt.NDArray[Any]) -> tuple[str, float]:
-    """Return "whole" or "real" and the largest value.
-
-    Raises:
-        ValueError: If a value is negative or not finite.
-    """
-    kind = "real" if deep.dtype.kind == "f" else "whole"
-    if not deep.size:
-        return kind, 0
-    least, largest = float(deep.min()), float(deep.max())
+def _largest(values: npt.NDArray[Any]) -> float:
+    """Return the largest value; ValueError if one is negative or not finite."""
+    if not values.size:
+        return 0
+    least, largest = float(values.min()), float(values.max())
     if not math.isfinite(least) or not math.isfinite(largest):
         raise ValueError("pixels that are NaN or infinite")
     if least < 0:
         raise ValueError(f"pixels from {least:g} to {largest:g}; add an offset, so that none is negative")
-    return kind, largest
+    return largest
 
 
 def _deep_values(image: Image.Image, low: Image.Image | None) -> npt.NDArray[Any] | None:
@@ -327,9 +320,7 @@ def _deep_values(image: Image.Image, low: Image.Image | None) -> npt.NDArray[Any
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
     if image.mode == "I":
-        values = np.asarray(image)
-        # Pillow reads 32-bit files without sign as with one
-        return values.astype(np.int64)
+        return np.asarray(image).astype(np.int64)  # Pillow reads 32-bit files without sign as with one
     if image.mode == "F":
         return np.asarray(image)
     if low is not None:
@@ -356,10 +347,9 @@ def _eight_bits(deep: npt.NDArray[Any]) -> npt.NDArray[np.uint8] | None:
 
 
 def _low_bytes(image: Image.Image, file: BinaryIO) -> Image.Image | None:
-    """Return the same file opened to yield the lower bytes of 16-bit colour; Pillow reads the upper ones.
+    """Return the same file opened to yield the lower bytes of 16-bit colour; None for all other images.
 
-    Returns:
-        None for all other images.
+    Pillow reads the upper bytes.
     """
     tiles = getattr(image, "tile", None)
     if not tiles or image.mode not in ("RGB", "RGBA") or image.format not in ("PNG", "TIFF"):

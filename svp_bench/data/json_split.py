@@ -15,7 +15,7 @@ from svp_bench.core.atomic import read_regular
 from svp_bench.core.errors import CardError, DataError, plural
 from svp_bench.data.locate import find_folder
 from svp_bench.data.native import NATIVE_FORMS, Ids, NativeForm, enter, names_of_folders
-from svp_bench.data.reading import Refit, joined_names, reader_options, show, synthetic_notes
+from svp_bench.data.reading import Refit, joined_names, readable, reader_options, show, synthetic_notes
 from svp_bench.data.sources import FileImages, Source
 from svp_bench.data.split_files import MAX_SPLIT_BYTES, ImageList
 from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
@@ -65,30 +65,15 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     if card.class_names is not None and options.first_id is None:
         raise CardError(f"{card.path}:1: class_names needs the reader's option 'first_id': the id of its first line")
 
-    forms = [_SPLIT_FILES, *([native.files] if native else [])]
     also = f", or its own {joined_names(native.files)}," if native else ""
     remedy = (
         f"{joined_names(_SPLIT_FILES)} of the VPT split (links in the README of https://github.com/KMnP/vpt){also} "
         f"next to the images of {card.source}"
     )
-    folder = find_folder(card, suite, root, forms, remedy)
+    folder = find_folder(card, suite, root, [_SPLIT_FILES, *([native.files] if native else [])], remedy)
     official = native if not any((folder / name).exists() for name in _SPLIT_FILES) else None
-    files, present = (official.files, "own files") if official else (_SPLIT_FILES, "a JSON split")
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise DataError(f"{folder} has {present} without {joined_names(missing)}; get {remedy}")
-    if official:
-        listings = [str(folder / files[0])] * 3
-        train, val, test = official.read(folder)
-        if val is None:
-            val = {path: train[path] for path in list(train)[_VAL_EVERY - 1 :: _VAL_EVERY]}
-    else:
-        listings = [str(folder / name) for name in files]
-        train, val, test = (_read_json(folder / name) for name in files)
-    parts = [train, val, test]
-    for name, part in (("training", train), ("test", test)):
-        if not part:
-            raise DataError(f"{folder}: its files list no {name} image; get them again")
-
+    parts, listings = _read_parts(folder, official, remedy)
+    train, val, test = parts
     labels = _labels(card, parts, listings, options.first_id)
     synthetic = synthetic_notes(folder)
     notes = [*synthetic]
@@ -113,6 +98,22 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
         )
     names = _names(card, labels, folder, train | val | test, native, options.first_id)
     return Source(str(folder), images, tuple(notes), bool(synthetic), _OFFICIAL if official else "card", names)
+
+
+def _read_parts(folder: Path, official: NativeForm | None, remedy: str) -> tuple[list[Ids], list[str]]:
+    """Return training, val and test images, and the file that lists each."""
+    files, present = (official.files, "own files") if official else (_SPLIT_FILES, "a JSON split")
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise DataError(f"{folder} has {present} without {joined_names(missing)}; get {remedy}")
+    if official is None:
+        return [_read_json(folder / name) for name in files], [str(folder / name) for name in files]
+    train, val, test = official.read(folder)
+    if val is None:
+        val = {path: train[path] for path in list(train)[_VAL_EVERY - 1 :: _VAL_EVERY]}
+    for name, part in (("training", train), ("test", test)):
+        if not part:
+            raise DataError(f"{folder}: its files list no {name} image; get them again")
+    return [train, val, test], [str(folder / files[0])] * 3
 
 
 def _labels(card: TaskCard, parts: list[Ids], listings: list[str], first: int | None) -> dict[int, int]:
@@ -176,10 +177,10 @@ def _read_json(path: Path) -> Ids:
             raise DataError(f"{path}: {show(twice)} is listed twice")
         return entries
 
+    with readable(path):
+        content = read_regular(path, MAX_SPLIT_BYTES)
     try:
-        entries = json.loads(read_regular(path, MAX_SPLIT_BYTES), object_pairs_hook=unique)
-    except OSError as error:
-        raise DataError(f"{path}: the split cannot be read ({error.strerror})") from None
+        entries = json.loads(content, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise DataError(f"{path}: not JSON ({' '.join(str(error).split())}); get the split again") from None
     if not isinstance(entries, dict) or not entries:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svp_bench.core.atomic import open_regular
-from svp_bench.core.errors import CardError, DataError, SvpBenchError, unknown_name
+from svp_bench.core.errors import CardError, DataError, SvpBenchError, show, unknown_name
 from svp_bench.core.validate import convert
 from svp_bench.tasks.cards import TaskCard
 
@@ -25,6 +24,7 @@ __all__ = [
     "foreign_errors",
     "joined_names",
     "need_regular",
+    "readable",
     "reader_options",
     "show",
     "split_positions",
@@ -81,16 +81,19 @@ def synthetic_notes(folder: Path) -> tuple[str, ...]:
     return (f"the images in {folder} are synthetic, not real",) if (folder / SYNTHETIC_MARK).exists() else ()
 
 
-def need_regular(path: Path) -> None:
-    """Check that a file which a library will open is a regular one.
-
-    Raises:
-        DataError: If it cannot be opened, or is a folder, FIFO, socket or device.
-    """
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into a DataError of one line that names the file or folder."""
     try:
-        open_regular(path).close()
+        yield
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
+
+
+def need_regular(path: Path) -> None:
+    """Check that a file which a library will open is a regular one; DataError if not."""
+    with readable(path):
+        open_regular(path).close()
 
 
 @contextmanager
@@ -132,13 +135,6 @@ def whole_numbers(values: Any, what: str) -> npt.NDArray[np.int64]:
     if odd.size:
         raise DataError(f"{what} {show(odd[0].item() if hasattr(odd[0], 'item') else odd[0])}, expected whole numbers")
     return array.astype(np.int64)
-
-
-def show(value: object) -> str:
-    """Return a value for a message, cut short."""
-    shown = reprlib.Repr()
-    shown.maxstring = 80
-    return shown.repr(value)
 
 
 def joined_names(names: Iterable[str], word: str = "and") -> str:

@@ -123,9 +123,9 @@ class Images(ABC):
         """Return the similar file next to a missing image, for the message; "" if there is none."""
         return ""
 
-    def verify(self, note: Note | None = None) -> None:
+    def verify(self) -> None:
         """Check that all images can be decoded; DataError if not (`need_readable`)."""
-        need_readable([(self, self.examine(note))])
+        need_readable([(self, self.examine())])
 
 
 class FileImages(Images):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,15 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from svp_bench.core.atomic import read_regular
-from svp_bench.core.errors import DataError, plural
+from svp_bench.core.errors import DataError, plural, show
+from svp_bench.data.reading import readable
 
 __all__ = ["MAX_SPLIT_BYTES", "ImageList", "combined_digest", "plain_path", "read_list", "split_digest", "text_lines"]
 
 MAX_SPLIT_BYTES = 256 * 2**20  # of a file that lists the images of a split: some ten million lines
 # Label of at most 18 digits: fits int64, and keeps `int` away from texts that it refuses for their length.
 _LINE = re.compile(r"(?P<path>.*[^ \t])[ \t]+(?P<label>-?[0-9]{1,18})")
-_SHOW = reprlib.Repr()
-_SHOW.maxstring = 80
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -51,10 +49,8 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         DataError: If it cannot be read, or is not UTF-8.
     """
-    try:
+    with readable(path):
         raw = read_regular(path, MAX_SPLIT_BYTES)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -83,8 +79,7 @@ def read_list(path: Path, classes: int, *, task: str | None = None) -> ImageList
         match = _LINE.fullmatch(line)
         if match is None or _CONTROL.search(line):
             raise DataError(
-                f"{path}:{number}: found {_SHOW.repr(line)}, expected `path label`: a relative path, blanks, an "
-                "integer label"
+                f"{path}:{number}: found {show(line)}, expected `path label`: a relative path, blanks, an integer label"
             )
         label = int(match["label"])
         if not 0 <= label < classes:
@@ -112,7 +107,7 @@ def plain_path(image: str, where: str) -> str:
     """
 
     def refused(reason: str) -> DataError:
-        return DataError(f"{where}: {_SHOW.repr(image)} {reason}")
+        return DataError(f"{where}: {show(image)} {reason}")
 
     if _CONTROL.search(image):
         raise refused("holds control characters")

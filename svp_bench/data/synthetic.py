@@ -1,7 +1,6 @@
 """Synthetic tasks: complete folders in the form that a card's reader reads, to try and test everything without data.
 
-The forms: `vtab-1k` (lists of files), JSON splits, the own files of the data sets that these split, and the folders and
-archives that torchvision reads.
+The forms: `vtab-1k` (lists of files), JSON splits, and the folders and archives that torchvision reads.
 
 The images are learnable: a class sets hue, direction and width of the stripes; noise, brightness, phase, size vary.
 Every folder carries a mark (`SYNTHETIC.txt`), by which records and tables tell its numbers from real ones.
@@ -38,15 +37,12 @@ from svp_bench.data.native import NATIVE_FORMS
 from svp_bench.data.reading import SYNTHETIC_MARK
 from svp_bench.tasks.cards import TaskCard, class_names
 
-__all__ = ["DEFAULT_SIZE", "LAYOUTS", "draw_image", "draw_task"]
-
-LAYOUTS = ("json", "native")
+__all__ = ["DEFAULT_SIZE", "draw_image", "draw_task"]
 
 DEFAULT_SIZE = 48
 _GREY_EVERY = 10  # the images whose number ends in 7 are stored in grey
 
 Pixels = npt.NDArray[np.uint8]
-Ids = Mapping[str, int]  # path -> class id
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,6 @@ class _Drawing:
     counts: Mapping[str, int]
     size: int
     seed: int
-    native: bool
 
     def generator(self, name: str) -> np.random.Generator:
         """Return the random numbers of a split."""
@@ -82,7 +77,6 @@ def draw_task(
     counts: Mapping[str, int] | None = None,
     size: int | None = None,
     seed: int = 0,
-    layout: str | None = None,
 ) -> Path:
     """Draw a whole task folder in the form that the card's reader reads.
 
@@ -98,24 +92,17 @@ def draw_task(
             reader takes val from the training images by a rule, their sum counts, and the rule decides.
         size: Mean height and width in pixels; both vary by a quarter. (CIFAR and SVHN are always 32 × 32.)
         seed: Another seed draws other images and labels.
-        layout: Of a task with a JSON split: "json" (the default), or "native" for the data set's own files.
 
     Returns:
         The new folder, `root/<card.folder>`. It appears whole or not at all.
 
     Raises:
-        UsageError: If the task is not read from files, or a count, size, seed or layout does not fit.
+        UsageError: If the task is not read from files, or a count, size or seed does not fit.
         DataError: If the folder exists and is not empty, or cannot be written.
     """
     kind = card.reader.kind
     if kind not in _DRAWERS:
         raise UsageError(f"{card.name} is read by {kind!r}, not from split files; it needs no synthetic images")
-    if layout is not None and layout not in LAYOUTS:
-        raise unknown_name("layout", layout, LAYOUTS)
-    if layout is not None and kind != "json_split":
-        raise UsageError(f"{card.name} is read by {kind!r}; only JSON splits have layouts")
-    if layout == "native" and "native" not in card.reader.options:
-        raise UsageError(f"{card.name} has no native form; draw its JSON split")
     size = DEFAULT_SIZE if size is None else size
     if seed < 0:
         raise UsageError(f"seed {seed} is out of range; a seed is 0 or above")
@@ -130,7 +117,7 @@ def draw_task(
         with tempfile.TemporaryDirectory(prefix=f".{card.folder}.", suffix=".part", dir=root) as aside:
             folder = Path(aside) / card.folder
             folder.mkdir()
-            _DRAWERS[kind](_Drawing(card, folder, wanted, size, seed, layout == "native"))
+            _DRAWERS[kind](_Drawing(card, folder, wanted, size, seed))
             mark = f"Created by svp-bench for {card.name} (seed {seed}): these images are not real data.\n"
             _write(folder / SYNTHETIC_MARK, mark)
             if target.is_dir():
@@ -192,9 +179,6 @@ def _draw_split_files(drawing: _Drawing) -> None:
         _write(folder / f"{name}.txt", "".join(f"{path} {label}\n" for path, label in entries))
 
 
-# --- JSON splits and the own files of their data sets -----------------------------------------------------------------
-
-
 def _draw_json_split(drawing: _Drawing) -> None:
     options = drawing.card.reader.options
     form = NATIVE_FORMS[str(options.get("native", "text_files"))]
@@ -212,57 +196,12 @@ def _draw_json_split(drawing: _Drawing) -> None:
         parts[name] = {}
         for label in labels:
             number += 1
-            gaps = not drawing.native and "first_id" not in options  # ids may have gaps
-            class_id = 3 * label + 5 if gaps else label + int(options.get("first_id", 1))
+            class_id = label + int(options["first_id"]) if "first_id" in options else 3 * label + 5  # with gaps
             path = form.path.format(number=number, class_id=class_id)
             _save_all(drawing.folder / form.images, [path], [drawing.image(label, rng)])
             parts[name][path] = class_id
-    if drawing.native:
-        _WRITERS[form.files](drawing.folder, parts["train"], parts["val"], parts["test"])
-        return
     for name, ids in parts.items():
         _write(drawing.folder / f"{name}.json", json.dumps(ids))
-
-
-def _write_text_files(folder: Path, train: Ids, val: Ids, test: Ids) -> None:
-    entries = sorted([(p, i, 1) for p, i in {**train, **val}.items()] + [(p, i, 0) for p, i in test.items()])
-    for name, column in zip(NATIVE_FORMS["text_files"].files, zip(*entries, strict=True), strict=True):
-        _write(folder / name, "".join(f"{number} {value}\n" for number, value in enumerate(column, 1)))
-
-
-def _write_flowers_mat(folder: Path, train: Ids, val: Ids, test: Ids) -> None:
-    labels = np.zeros((1, len(train) + len(val) + len(test)), dtype=np.uint8)
-    numbers: dict[str, Any] = {}
-    for key, part in (("trnid", train), ("valid", val), ("tstid", test)):
-        numbers[key] = np.array([[int(Path(path).stem.partition("_")[2]) for path in part]], dtype=np.uint16)
-        labels[0, numbers[key][0].astype(int) - 1] = list(part.values())
-    savemat(folder / "setid.mat", numbers)
-    savemat(folder / "imagelabels.mat", {"labels": labels})
-
-
-def _write_list_mats(folder: Path, train: Ids, val: Ids, test: Ids) -> None:
-    for name, part in (("train_list", {**train, **val}), ("test_list", test)):
-        paths = np.empty((len(part), 1), dtype=object)
-        paths[:, 0] = list(part)
-        labels = np.array([list(part.values())], dtype=np.uint8).T
-        savemat(folder / f"{name}.mat", {"file_list": paths, "labels": labels})
-
-
-def _write_annotations_mat(folder: Path, train: Ids, val: Ids, test: Ids) -> None:
-    entries = sorted([(p, i, 0) for p, i in {**train, **val}.items()] + [(p, i, 1) for p, i in test.items()])
-    kinds = [("relative_im_path", object), ("class", object), ("test", object)]
-    savemat(folder / "cars_annos.mat", {"annotations": np.array([entries], dtype=kinds)})
-
-
-_WRITERS: Mapping[tuple[str, ...], Callable[[Path, Ids, Ids, Ids], None]] = {
-    NATIVE_FORMS[name].files: write
-    for name, write in (
-        ("text_files", _write_text_files),
-        ("flowers_mat", _write_flowers_mat),
-        ("list_mats", _write_list_mats),
-        ("annotations_mat", _write_annotations_mat),
-    )
-}
 
 
 # --- the files that torchvision reads --------------------------------------------------------------------------------
@@ -404,7 +343,4 @@ def draw_image(label: int, classes: int, rng: np.random.Generator, size: int) ->
 
 
 def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8", newline="\n")

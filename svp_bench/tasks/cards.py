@@ -24,10 +24,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec import Meta
 
-from svp_bench.core.errors import CardError, UsageError, nearest, plural, unknown_name
+from svp_bench.core.errors import CardError, UsageError, nearest, plural, show, unknown_name
 from svp_bench.core.resources import tasks_dirs
 from svp_bench.core.validate import Count, Digest, Positive, convert
-from svp_bench.core.yaml import Node, read_text, read_yaml, show
+from svp_bench.core.yaml import Node, read_text, read_yaml
 
 __all__ = [
     "ProtocolCard",
