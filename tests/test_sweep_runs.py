@@ -170,7 +170,7 @@ def test_a_second_sweep_finds_all_of_it(undisturbed: Path, monkeypatch: pytest.M
     plan = run("sweep", *SWEEP, "--search", "search.yaml", "--dry_run")
     assert re.search(r"linear +0 +2 +2 +0 +0 ", plan.out), plan.out
     longer = run("sweep", *SWEEP, "--search", "search.yaml", "--dry_run", "--seeds", "0,1,2,3")
-    assert re.search(r"linear +0 +4 +2 +0 +2 +\d+ (s|min) ", longer.out), longer.out
+    assert re.search(r"linear +0 +4 +2 +0 +2 +\d+ (s|min)", longer.out), longer.out
     assert "Time: about" in longer.out
 
 

@@ -17,7 +17,6 @@ from svp_bench.data.sources import cpu_count
 from svp_bench.records.store import check_writable, refuse_unwritable
 from svp_bench.report.page import report_path, run_report
 from svp_bench.stats.inference import one_standard_error
-from svp_bench.sweep.jobs import common_arguments
 from svp_bench.sweep.local_pool import LocalPool, visible_gpus
 from svp_bench.sweep.plan import execute_jobs
 from svp_bench.sweep.scheduler import CellJobs, Sweep
@@ -60,16 +59,15 @@ def train_demo(results_root: str, runs_root: str) -> int:
     refuse_unwritable(Path(runs_root), "--runs_root")
     tasks = load_suite(SUITE).tasks
     cells = [CellJobs(task, method, method, values=values) for task in tasks for method, values in METHODS.items()]
-    common = common_arguments((), (), results_root, runs_root)
-    sweep = Sweep(cells, (0,), common, Path(results_root), retry_failed=True)
+    roots = ("--results_root", results_root, "--runs_root", runs_root)
+    sweep = Sweep(cells, (0,), roots, Path(results_root), retry_failed=True)
     workers = None if visible_gpus() else min(_MOST_WORKERS, cpu_count())  # on GPUs the pool's own default
     pool = LocalPool(workers, None, Path(runs_root) / "sweep-logs")
     title = (
         f"Demo: {plural(len(tasks), 'task')} × {plural(len(METHODS), 'method')}, a Vision Mamba of 0.3 M parameters, "
         "pre-trained on synthetic images"
     )
-    command = ("svp-bench", "demo", "--results_root", results_root, "--runs_root", runs_root)
-    status = execute_jobs(console, sweep, pool, title, command)
+    status = execute_jobs(console, sweep, pool, title, ("svp-bench", "demo", *roots))
     if status is not None:
         return status
     if not sweep.done:

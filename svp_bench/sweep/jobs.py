@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Job", "Outcome", "common_arguments", "duration"]
+__all__ = ["Job", "Outcome", "duration"]
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def common_arguments(configs: Sequence[str], rest: Sequence[str], results_root: str, runs_root: str) -> tuple[str, ...]:
-    """Return the flags that all jobs of a sweep share.
-
-    Args:
-        configs: Further `--config` files, laid over the tasks' own.
-        rest: Flags of `fit`, e.g. ("--data.root", "data").
-        results_root: Folder of records.
-        runs_root: Folder of logs and checkpoints.
-    """
-    layers = [part for config in configs for part in ("--config", config)]
-    return (*layers, *rest, "--results_root", results_root, "--runs_root", runs_root)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import shutil
 import signal
 import threading
 from collections import defaultdict
@@ -18,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from svp_bench.config.compose import Flags, method_layer
-from svp_bench.core.errors import SvpBenchError, UsageError, file_size, plural, printable, unknown_name
+from svp_bench.core.errors import SvpBenchError, UsageError, plural, printable, unknown_name
 from svp_bench.core.terminal import plain_console
 from svp_bench.records.digests import cell_config, flat
 from svp_bench.records.record import Record
-from svp_bench.records.selection import context_of, read_selected_config
+from svp_bench.records.selection import context_of
 from svp_bench.records.store import check_writable, read_records, refuse_unwritable
 from svp_bench.report.page import run_report
-from svp_bench.sweep.jobs import Job, common_arguments, duration
+from svp_bench.sweep.jobs import Job, duration
 from svp_bench.sweep.local_pool import LocalPool, Pool
 from svp_bench.sweep.progress import ProgressView
 from svp_bench.sweep.scheduler import CellJobs, Sweep
@@ -118,8 +117,6 @@ def execute_sweep(request: Request) -> int:
     settings = f"search {search.name} (K = {search.budget}, {search.sampler})" if search else "default settings"
     title = f"Sweep: {plural(len(cells), 'cell')} × {plural(len(request.seeds), 'seed')}, {settings}"
     status = execute_jobs(console, sweep, _pool(request), title, request.command)
-    for line in selection_notes(sweep):
-        console.print(line, soft_wrap=True, markup=False)
     if status is not None:
         return status
     if request.report and not request.only_search and sweep.done:
@@ -142,7 +139,8 @@ def _common(request: Request) -> tuple[str, ...]:
             raise UsageError(f"--{key} is the sweep's own{_OWN_KEYS[key]}")
         if key.startswith(_TRUNCATING):
             raise UsageError(f"--{key} makes truncated runs, which no table takes; use --trainer.max_epochs")
-    return common_arguments(flags.configs, flags.rest, request.results_root, request.runs_root)
+    layers = [part for config in flags.configs for part in ("--config", config)]
+    return (*layers, *flags.rest, "--results_root", request.results_root, "--runs_root", request.runs_root)
 
 
 def _warn_of_changes(console: Console, read: set[Path]) -> None:
@@ -216,32 +214,11 @@ def _print_search(console: Console, search: SearchSpace | None, cells: Sequence[
         )
 
 
-def selection_notes(sweep: Sweep) -> list[str]:
-    """Return notes on the selected configs of a sweep, a line each: ends of the grid, unequal completion."""
-    configs = [read_selected_config(cell.selected) for cell in sweep.cells if cell.selected is not None]
-    at_edge: dict[str, dict[str, None]] = defaultdict(dict)
-    for config in configs:
-        for text in config.at_edge:
-            at_edge[f"{config.method}: {text}"][config.task] = None
-    lines = [
-        f"At the end of the grid, so that a wider one might do better: {text} ({', '.join(tasks)})"
-        for text, tasks in at_edge.items()
-    ]
-    lost = [config for config in configs if config.completed < len(config.trials)]
-    if lost:
-        counts = []
-        for config in lost:
-            seed = "" if config.search_seed is None else f", seed {config.search_seed}"
-            counts.append(f"{config.method} {config.completed} of {len(config.trials)} ({config.task}{seed})")
-        lines.append(f"Not every method has as many trials with a score: {', '.join(counts)}")
-    return lines
-
-
 # ------------------------------------------------------------------------------------------------------------- dry run
 
 
 def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -> None:
-    """Print the jobs of a sweep by method, those that have records already, the time and the disk space."""
+    """Print the jobs of a sweep by method, those that have records already, and the time."""
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(int))
     speed = _Speed(read_records(request.results_root)[0])
     unknown = 0
@@ -264,14 +241,13 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -
         seconds = speed.seconds(runner.resolved(job).config, job)
         unknown += seconds is None
         row["seconds"] += seconds or 0.0
-        row["bytes"] += runner.checkpoint_bytes(job) if job.stage == "final" else 0
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for name in ("method", "trials", "runs", "there", "failed", "to do", "time", "disk"):
+    for name in ("method", "trials", "runs", "there", "failed", "to do", "time"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for method, row in rows.items():
         time = duration(row["seconds"]) if row["seconds"] else ("unknown" if row["to do"] else "–")
         counts = [str(row[key]) for key in ("trials", "runs", "there", "failed", "to do")]
-        table.add_row(method, *counts, time, file_size(row["bytes"]) if row["bytes"] else "–")
+        table.add_row(method, *counts, time)
     console.print(table)
     if sweep.to_come:
         console.print(f"{plural(sweep.to_come, 'final run')} to come after the searches.")
@@ -285,11 +261,6 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -
         )
     elif unknown:
         console.print("Time: unknown, since no record here tells how fast these methods run on this machine.")
-    disk, place = sum(row["bytes"] for row in rows.values()), Path(request.runs_root).absolute()
-    while not place.is_dir():
-        place = place.parent
-    needed = f"about {file_size(disk)} for checkpoints of final runs" if disk else "no new checkpoint of a final run"
-    console.print(f"Disk: {needed}; {file_size(shutil.disk_usage(place).free)} are free.")
     for cell in sweep.blocked:
         console.print(printable(f"Cannot run: {cell.task}, {cell.label}: {cell.blocked}"), soft_wrap=True)
 

@@ -5,7 +5,6 @@ A worker stays warm: imports, compiled kernels, decoded images and weights are c
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +18,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from svp_bench.config.compose import compose, split_flags
 from svp_bench.core.errors import SvpBenchError, UsageError, one_line
-from svp_bench.core.registry import import_object
 from svp_bench.data.folds import CrossValidationConfig, fold_positions
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, measured, open_source
-from svp_bench.methods.build import adapt, create_backbone, trained_parameters
+from svp_bench.methods.build import create_backbone
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.digests import canonical_digest, cell_config, flat, setting_digest
 from svp_bench.records.record import Record
@@ -78,27 +76,10 @@ class Runner:
     def __init__(self) -> None:
         self._resolved: dict[tuple[str, ...], ResolvedConfig] = {}
         self._data: dict[tuple[Any, ...], DataReport] = {}
-        self._trained: dict[tuple[str, str], int] = {}
         self._folds: dict[tuple[Any, ...], tuple[tuple[int, ...], str]] = {}
         self._weights: dict[tuple[Any, ...], Weights] = {}
 
     # --- looking -----------------------------------------------------------------------------------------------------
-
-    def checkpoint_bytes(self, job: Job) -> int:
-        """Return about how large a job's last checkpoint is: trained weights in float32, and the optimizer's state."""
-        config = self.resolved(job).config
-        key = job.method, json.dumps(config["model"], sort_keys=True, default=str)
-        model = config["model"]
-        if key not in self._trained:
-            method = model["method"]
-            made = import_object(method["class_path"])(**(method.get("init_args") or {}))
-            root = config["data"].get("root")
-            card = measured(load_task(job.task), Path(root) if root else None)
-            backbone = create_backbone(str(model["backbone"]), num_classes=card.classes, checkpoint="none")
-            self._trained[key] = sum(p.numel() for p in trained_parameters(adapt(backbone, made)).values())
-        copies = 2 + (2 if model["optimizer"]["name"] == "adamw" else 1)
-        copies += model["ema"]["decay"] is not None
-        return 4 * (copies - 1) * self._trained[key]
 
     def resolved(self, job: Job) -> ResolvedConfig:
         """Return the job's resolved config; parsed once for all seeds and values of a task and method."""

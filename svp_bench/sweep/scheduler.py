@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from svp_bench.core.errors import SvpBenchError
+from svp_bench.core.errors import SvpBenchError, plural
 from svp_bench.records.record import timestamp
 from svp_bench.records.selection import (
     SelectedConfig,
@@ -294,7 +294,10 @@ class Sweep:
         cell.selected = str(path)
         setting = ", ".join(f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in selected.values.items())
         seed = "" if cell.seed is None else f", seed {cell.seed}"
-        report(f"{cell.task}, {cell.label}{seed}: selected {setting}: {selected.reason} ({path})")
+        lost, edge = len(selected.trials) - selected.completed, ", ".join(selected.at_edge)
+        notes = f"; {plural(lost, 'setting')} of {len(selected.trials)} failed" if lost else ""
+        notes += f"; at the end of the grid, so that a wider one might do better: {edge}" if edge else ""
+        report(f"{cell.task}, {cell.label}{seed}: selected {setting}: {selected.reason}{notes} ({path})")
         self._refit(cell)
 
     def _select(self, cell: CellJobs) -> SelectedConfig:
