@@ -100,7 +100,7 @@ def test_values_as_numbers(tmp_path: Path, value: str, number: float) -> None:
         (GOOD.replace("64.3", "164.3"), ":3: 'value' of a top1 must be a percentage, not '164.3'"),
         (GOOD.replace("64.3", "-1"), ":3: 'value' of a top1 must be a percentage, not '-1'"),
         (GOOD.replace(",dtd,", ",dtt,"), ":3: unknown task or group 'dtt'; did you mean 'dtd'"),
-        (GOOD.replace("64.3", "64.5"), ":3: the top1 of 'Full' stands on line 2 already"),
+        (GOOD.replace("64.3", "64.5"), ":3: the top1 of 'Full' is on line 2 already"),
         ('"Paper', ":3: is not CSV"),
     ],
 )

@@ -87,7 +87,7 @@ def test_the_shipped_search_is_one_that_every_method_can_use() -> None:
         ({"spaces": f"{{default: {{{LR}: {{low: 1.0, high: 2.0}}}}}}"}, r"is a range, and a grid needs a list"),
         ({"spaces": f"{{default: {{{LR}: []}}}}"}, r"must be a list with at least one entry"),
         ({"spaces": f"{{default: {{{LR}: [[1.0]]}}}}"}, r"is a number, a text, true, false or null"),
-        ({"text": "seeds: [0, 0]\n"}, r"a seed stands twice"),
+        ({"text": "seeds: [0, 0]\n"}, r"a seed is given twice"),
         ({"text": "seeds: [-1]\n"}, r"'seeds\[0\]' must be a whole number of 0 to"),
         ({"text": "seeds: [0]\nnested: true\n"}, r"trains with the seed of the final run; leave seeds or nested out"),
         ({"text": "nested: 1\n"}, r"'nested' must be bool"),

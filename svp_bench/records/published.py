@@ -2,7 +2,7 @@
 
 They were not measured here, and other protocols, backbones and selection rules stand behind them: tables show them
 apart, marked, and never rank them with our own. A file `<source>_<table>.csv` belongs to the suite whose tables are
-called `<table>`; other files hold facts that no table shows. `results/published/README.md` lists known errors.
+called `<table>`; other files are not shown in tables. `results/published/README.md` lists known errors.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def read_published(path: Path, allowed: Collection[str] | None = None) -> list[P
         allowed: Valid `task_or_group`; None takes any.
 
     Raises:
-        RecordError: On another header, a missing or empty field, a value that is no number, an accuracy outside of
+        RecordError: On another header, a missing or empty field, a value that is not a number, an accuracy outside of
             0…100, an unknown task, or a number given twice. The text begins with `file:line:`.
     """
     try:
@@ -116,7 +116,7 @@ def read_published(path: Path, allowed: Collection[str] | None = None) -> list[P
                 raise unknown_name("task or group", row.task_or_group, allowed, where=where, error=RecordError)
             key = (row.source, row.backbone, row.pretrain, row.method, row.task_or_group, row.metric)
             if key in seen:
-                raise RecordError(f"{where}: the {row.metric} of {row.method!r} stands on line {seen[key]} already")
+                raise RecordError(f"{where}: the {row.metric} of {row.method!r} is on line {seen[key]} already")
             seen[key] = row.line
             rows.append(row)
     except csv.Error as error:

@@ -111,8 +111,8 @@ class PerClass:
     """The images of each class; the position in a list is the class.
 
     Attributes:
-        correct: Images of the class that are classified rightly.
-        count: Images of the class; 0 if the list has none.
+        correct: Images of the class that are classified correctly.
+        count: Images of the class; 0 if the split has none.
     """
 
     correct: tuple[Count, ...]
@@ -121,17 +121,17 @@ class PerClass:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What the test (or, in a selection record, the val) list gave.
+    """Scores on the test split (in a selection record: on the val split).
 
-    What is None is left out of the JSON: older records have the first four alone.
+    Optional scores that are None are left out of the JSON: older records have the first four only.
 
     Attributes:
         top1: Accuracy in percent.
         loss: Mean cross entropy without label smoothing, in nats.
-        correct: Images classified rightly.
-        count: Images in the list.
+        correct: Images classified correctly.
+        count: Images in the split.
         top5: Top-5 accuracy in percent; None for tasks of fewer than six classes.
-        balanced_accuracy: Mean accuracy of the classes that occur in the list, in percent.
+        balanced_accuracy: Mean accuracy of the classes that occur in the split, in percent.
         nll: Mean negative log-likelihood in nats: `loss`, by its other name.
         ece: Expected calibration error in percent (top label, 15 bins of equal width; Guo et al. 2017).
         per_class: Right and all images of each class.
@@ -150,11 +150,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Correct:
-    """One bit for each image of a list, in the list's order: was it classified rightly?
+    """One bit for each image of a split, in its order: was it classified correctly?
 
     Attributes:
         encoding: "base64+packbits": see `pack_bits`.
-        count: Images in the list.
+        count: Images in the split.
         bits: The packed bits.
         split: Name of the split, e.g. "test".
         split_digest: "sha256:..." of the split.
@@ -216,8 +216,8 @@ class Record:
         splits: Role → split, e.g. {"train": "train800val200", "test": "test"}.
         data_variant: "card", the name of a variant on the card, or "synthetic" (generated images).
         data_status: "as_card", or "different" if count or digest differ from the card.
-        data_notes: What differs, a line each.
-        data_digest: Digest of the lists on disk that this stage reads; null if a run failed or was stopped before it
+        data_notes: The differences, a line each.
+        data_digest: Digest of the splits on disk that this stage reads; null if a run failed or was stopped before it
             had read them. Runs on other data are another cell.
         seed: The one seed of the run.
         config: The resolved config.
@@ -240,10 +240,10 @@ class Record:
         epochs: Completed training epochs.
         images_per_second: Training throughput over the whole run, all devices together, or null.
         peak_memory_mib: Peak device memory, or null where it is not measured.
-        checkpoint_file: What the run saved, relative to the runs folder, or null.
+        checkpoint_file: The last checkpoint, relative to the runs folder, or null.
         weights_digest: Digest of the weights that were scored (or, unscored, that were final), as `checkpoint_file`
             holds them.
-        checkpoint_load: What loading did to the published weights in addition to copying them, e.g.
+        checkpoint_load: Changes to the published weights at loading, e.g.
             {"resized": ["pos_embed 14x14 -> 4x16"], "dropped": ["head.weight"]}. Empty lists are left out.
         method_source: Digests of the files that define a method which is not shipped, by file name.
         package_digest: Digest of the package's own source files, as they were on disk.
@@ -328,7 +328,7 @@ class Record:
         """Return the record as plain JSON values.
 
         Raises:
-            RecordError: If a value has no place in JSON (a path, NaN, a key that is no text); names the key.
+            RecordError: If a value has no place in JSON (a path, NaN, a key that is not text); names the key.
         """
         return {key: {} if key == "metrics" and value is None else value for key, value in _plain(self).items()}
 

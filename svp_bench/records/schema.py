@@ -123,7 +123,7 @@ def _check_metrics(metrics: Metrics, refuse: Callable[[str, str], RecordError]) 
     for key in ("top5", "balanced_accuracy", "ece"):
         value = getattr(metrics, key)
         if value is not None and not 0 <= value <= 100 + _TOP1_TOLERANCE:
-            raise refuse(f"metrics.{key}", f"is {value}, which is no percentage")
+            raise refuse(f"metrics.{key}", f"is {value}, which is not a percentage")
     if metrics.top5 is not None and metrics.top5 < metrics.top1 - _TOP1_TOLERANCE:
         raise refuse("metrics.top5", f"is {metrics.top5}, less than top1 {metrics.top1}")
     if metrics.nll is not None and metrics.nll != metrics.loss:

@@ -44,7 +44,7 @@ _SAME_RUN = (
 
 @dataclass(frozen=True)
 class Problem:
-    """A file below `records/` that is no valid record.
+    """A file below `records/` that is not a valid record.
 
     Attributes:
         path: Relative to the results root, with forward slashes.
@@ -248,13 +248,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for key, value in pairs:
         if key in data:
-            raise ValueError(f"the key {key!r} stands twice")
+            raise ValueError(f"the key {key!r} is given twice")
         data[key] = value
     return data
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def read_records(results_root: Path | str) -> tuple[list[Record], list[Problem]]:
@@ -297,7 +297,7 @@ def refuse_unwritable(folder: Path, flag: str) -> None:
     """Say early, and without making it, that a folder cannot be written.
 
     Raises:
-        RecordError: If a file stands in its way, or the folder above it cannot be written.
+        RecordError: If a file has its name, or the folder above it cannot be written.
     """
     place = Path(os.path.abspath(folder))
     while not os.path.lexists(place):

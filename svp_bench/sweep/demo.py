@@ -41,7 +41,7 @@ _MOST_WORKERS = 4  # each a process of its own with some 0.6 GB
 def train_demo(results_root: str, runs_root: str) -> int:
     """Train each method on each task, show a leaderboard, write tables and report, and say where everything is.
 
-    Runs that are there already are not run again.
+    Runs that have a record are not run again.
 
     Args:
         results_root: Where records, tables and the report go.
@@ -119,8 +119,8 @@ def _closing(tasks: Sequence[str], results_root: str, runs_root: str) -> str:
     return (
         f"± is one standard error from the sampling of the test images; guessing gives {chance} %. One seed and one\n"
         "setting a method: another seed can change the order. results/reference in the repository is for the whole\n"
-        "suite with all methods and five seeds, with controls. What holds for a tiny model and such images need not\n"
-        "hold for Vim-S on natural images.\n"
+        "suite with all methods and five seeds, with controls. These results do not predict the ranking on natural\n"
+        "images with Vim-S.\n"
         "\n"
         f"report       {report_path(results_root)}   (open it in a browser; it loads nothing)\n"
         f"tables       {tables}\n"

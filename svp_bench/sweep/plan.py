@@ -7,7 +7,7 @@ import shlex
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,6 @@ from svp_bench.config.compose import Flags, method_layer
 from svp_bench.core.errors import SvpBenchError, UsageError, plural, printable, unknown_name
 from svp_bench.core.terminal import plain_console
 from svp_bench.records.digests import cell_config, flat
-from svp_bench.records.record import Record
 from svp_bench.records.selection import context_of
 from svp_bench.records.store import check_writable, read_records, refuse_unwritable
 from svp_bench.report.page import run_report
@@ -160,18 +159,14 @@ def _prepare(cells: Sequence[CellJobs], common: tuple[str, ...], search: SearchS
         Cards and configs of all cells.
     """
     read: set[Path] = set()
-    missing: dict[str, str] = {}
     for cell in cells:
         job = Job(cell.task, cell.method, 0, "select" if search else "final", common=common)
         resolved = runner.resolved(job)  # a wrong flag ends the sweep before it begins
         read.update(resolved.read)
-        if cell.task not in missing:
-            try:
-                runner.report(resolved)
-                missing[cell.task] = ""
-            except SvpBenchError as error:
-                missing[cell.task] = str(error)
-        cell.blocked = missing[cell.task] or None
+        try:
+            runner.report(resolved)
+        except SvpBenchError as error:
+            cell.blocked = str(error)
         if search is None or cell.blocked:
             continue
         known = dict(flat(resolved.config))
@@ -220,7 +215,12 @@ def _print_search(console: Console, search: SearchSpace | None, cells: Sequence[
 def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -> None:
     """Print the jobs of a sweep by method, those that have records already, and the time."""
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(int))
-    speed = _Speed(read_records(request.results_root)[0])
+    epoch: dict[tuple[str, ...], list[float]] = defaultdict(list)  # seconds of an epoch, with its part of the test
+    for record in read_records(request.results_root)[0]:
+        if record.status == "complete" and record.epochs:
+            of = record.backbone, record.method, record.kind
+            for key in (of, (*of, record.task)):
+                epoch[key].append(sum(record.times.values()) / record.epochs)
     unknown = 0
     for job in sweep.due:
         row = rows[job.method]
@@ -238,9 +238,12 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -
             row["failed"] += 1
             continue
         row["to do"] += 1
-        seconds = speed.seconds(runner.resolved(job).config, job)
-        unknown += seconds is None
-        row["seconds"] += seconds or 0.0
+        config = runner.resolved(job).config
+        of = str(config["model"]["backbone"]), job.method, "selection" if job.stage == "select" else "final"
+        if times := epoch.get((*of, job.task)) or epoch.get(of):
+            row["seconds"] += median(times) * int(config["trainer"]["max_epochs"])
+        else:
+            unknown += 1
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in ("method", "trials", "runs", "there", "failed", "to do", "time"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
@@ -254,35 +257,15 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -
     slots, total = request.workers or 1, sum(row["seconds"] for row in rows.values())
     if total:
         several = f" with {plural(slots, 'worker')}, if they do not slow each other" if slots > 1 else ""
+        without = f"; {plural(unknown, 'run')} without such records are not in it" if unknown else ""
         console.print(
-            f"Time: about {duration(total / slots)}{several}, from the times in {speed.what}"
-            + (f"; {unknown} runs of methods without a record are not in it." if unknown else "."),
+            f"Time: about {duration(total / slots)}{several}, from records of the same backbones and methods{without}.",
             soft_wrap=True,
         )
     elif unknown:
-        console.print("Time: unknown, since no record here tells how fast these methods run on this machine.")
+        console.print("Time: unknown, since there are no records of these backbones and methods.")
     for cell in sweep.blocked:
         console.print(printable(f"Cannot run: {cell.task}, {cell.label}: {cell.blocked}"), soft_wrap=True)
-
-
-class _Speed:
-    """Seconds of a run, from the records of the same backbone, method and kind, if there are any of the same task."""
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        self._seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)  # an epoch, with its part of the test
-        for record in records:
-            if record.status == "complete" and record.epochs:
-                of = record.backbone, record.method, record.kind
-                for key in (of, (*of, record.task)):
-                    self._seconds[key].append(sum(record.times.values()) / record.epochs)
-        devices = sorted({record.device for record in records if record.status == "complete"})
-        self.what = f"records of {', '.join(devices)}"
-
-    def seconds(self, config: Mapping[str, Any], job: Job) -> float | None:
-        """Return the expected seconds of a run, or None."""
-        of = str(config["model"]["backbone"]), job.method, "selection" if job.stage == "select" else "final"
-        found = self._seconds.get((*of, job.task)) or self._seconds.get(of)
-        return median(found) * int(config["trainer"]["max_epochs"]) if found else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- run

@@ -25,7 +25,7 @@ _SHOWN = 8  # running jobs in the live view
 class ProgressView:
     """Shows complete, running and failed jobs, the time left, and the best score on val so far.
 
-    Scores on test are not shown before all is over: nobody should stop a sweep because of them.
+    Scores on test are not shown before the end: they must not decide whether a sweep is stopped.
 
     Args:
         console: Where to.

@@ -178,7 +178,7 @@ class Runner:
         return search.plan(counts[stages["select"]["val"]], counts.get(stages["final"]["train"], 0))
 
     def weights(self, resolved: ResolvedConfig) -> Weights:
-        """Return what a record would say of the weights that a run begins with, digest and changes at loading."""
+        """Return digest and changes at loading of the initial weights of a run, as its record states them."""
         model, data = resolved.config["model"], resolved.config["data"]
         name, checkpoint, head = str(model["backbone"]), str(model["checkpoint"]), model["head"]
         if checkpoint == "none":
@@ -254,7 +254,7 @@ class Runner:
         record = ours[-1]
         if record.status != "complete":
             return Outcome("failed", reason=record.status_reason or record.status, run_id=record.run_id)
-        if record.kind == "selection":  # nobody needs the weights of a trial
+        if record.kind == "selection":  # the weights of a trial are not needed
             shutil.rmtree(resolved.runs_root / resolved.task / record.run_id / "checkpoints", ignore_errors=True)
         return self._outcome(record, resolved, found=False)
 

@@ -186,7 +186,7 @@ def load_search(name: str) -> SearchSpace:
     values = {**node.value, "spaces": {}, "path": path} if isinstance(node.value, dict) else node.value
     search = convert(values, SearchSpace, node.where, ConfigError, "search")
     if len(set(search.seeds)) != len(search.seeds):
-        raise node.error("a seed stands twice in seeds", "seeds")
+        raise node.error("a seed is given twice in seeds", "seeds")
     nested = search.nested if search.nested is not None else not search.seeds
     if nested and search.seeds:
         raise node.error("a nested search trains with the seed of the final run; leave seeds or nested out", "seeds")
