@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ class Done:
 Event = Progress | Done
 
 
-class Pool(contextlib.AbstractContextManager["Pool"], ABC):
+class Pool(contextlib.AbstractContextManager["Pool"]):
     """Runs jobs.
 
     Attributes:

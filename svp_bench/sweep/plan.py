@@ -196,13 +196,11 @@ def _print_search(console: Console, search: SearchSpace | None, cells: Sequence[
         assert search is not None
         many = len(request.seeds) if search.nested else 1
         searches = (" × 1 search" if many == 1 else f" × {many} searches, one for each seed") if search.nested else ""
-        of_seeds = search.seeds or (0,)
-        seeds = f" with {plural(len(of_seeds), 'seed')}" if len(of_seeds) > 1 else ""
         on = f"{plan.folds} folds of the labelled images" if plan.folds else "val"
         on += f", divided {plan.repeats} times" if plan.repeats > 1 else ""
-        runs = len(plan.runs(of_seeds, 0))
+        runs = len(plan.runs(search.seeds or (0,), 0))
         console.print(
-            f"Search on {on}{seeds}: up to {plural(search.budget, 'setting')} × {plural(runs, 'run')}{searches} = "
+            f"Search on {on}: up to {plural(search.budget, 'setting')} × {plural(runs, 'run')}{searches} = "
             f"{search.budget * runs * many} trial runs a method and task ({', '.join(names)})",
             soft_wrap=True,
             markup=False,

@@ -100,10 +100,9 @@ class CellJobs:
 
 @dataclass
 class Running:
-    """A job in the pool, the time of its start, and its progress."""
+    """A job in the pool, and its progress."""
 
     job: Job
-    since: float
     epoch: int = 0
     epochs: int = 0
 
@@ -248,7 +247,7 @@ class Sweep:
             self.later = [(moment, job) for moment, job in self.later if moment > now]
             while self.due and len(self.running) < pool.slots and not self.stopping:
                 job = self.due.popleft()
-                self.running[job.key] = Running(job, now)
+                self.running[job.key] = Running(job)
                 pool.submit(job, retry=self.retry_failed or self._deaths[job.key] > 0)
             if not self.running and (self.stopping or not (self.due or self.later)):
                 return
