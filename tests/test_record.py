@@ -275,6 +275,43 @@ def test_the_historic_record_pins_what_a_digest_leaves_out() -> None:
     assert record.setting_digest == "sha256:7f8459825d1d2ae1633646572fa453b5fe5d931f99d9543f5513785b99f470b7"
 
 
+def flat_record(**changes: Any) -> dict[str, Any]:
+    """Return the JSON of a record from before settings were grouped."""
+    made = make_record().to_json()
+    model = {**made["config"]["model"], "betas": [0.9, 0.999], "optimizer": None, "eps": None, "ema_decay": 0.5}
+    data = {**made["config"]["data"], "resize": None, "flip": 1, "folds": None, "image_size": None}
+    config = {**made["config"], "model": model, "data": data}
+    digests = {"config_digest": config_digest(config), "setting_digest": setting_digest(config)}
+    return {**made, "config": config, **digests, **changes}
+
+
+def test_a_record_of_flat_settings_is_read_with_grouped_ones() -> None:
+    record = parse_record(flat_record())
+    model, data = record.config["model"], record.config["data"]
+    assert model["optimizer"] == {"name": "adamw", "betas": [0.9, 0.999], "eps": 1e-8, "momentum": 0.9}
+    assert (model["ema"], model["head"], data["allow_overlap"]) == ({"decay": 0.5, "evaluate": False}, "fresh", False)
+    assert (data["image_size"], data["transform"]["resize"]) == (
+        224,
+        "squash",
+    )  # of the protocol, which nulls stood for
+    assert (data["augment"]["flip"], type(data["augment"]["flip"])) == (1.0, float)
+    assert not {"betas", "eps", "ema_decay"} & {*model}
+    assert record.migrated_from == {"schema": "2"}
+    assert parse_record(record.to_json()) == record
+
+
+def test_a_null_of_another_version_of_the_protocol_stays_unknown() -> None:
+    data = parse_record(flat_record(protocol_version=99)).config["data"]
+    assert (data["image_size"], data["transform"]["resize"]) == (None, None)
+
+
+def test_an_edited_record_of_flat_settings_is_refused() -> None:
+    edited = flat_record()
+    edited["config"]["model"]["eps"] = 1e-3
+    with pytest.raises(RecordError, match="'config_digest' does not belong to the config"):
+        parse_record(edited)
+
+
 # 7 of 10, by class: 4 of 6, 3 of 4 and none of none (balanced: 70.83), with all that is optional
 SCORED = Metrics(
     top1=70.0,
