@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from svp_bench.cli.commands import SUBCOMMANDS
-from svp_bench.cli.parser import CommandLine, run_action, run_function, whole_number
+from svp_bench.cli.parser import CommandLine, call_action, call_function, whole_number
 from svp_bench.core.errors import UsageError
 
 CALLS: list[dict[str, Any]] = []
@@ -48,7 +48,7 @@ def example(
 
 
 def call(*arguments: str) -> dict[str, Any]:
-    assert run_function(example, "example", arguments) == 3
+    assert call_function(example, "example", arguments) == 3
     return CALLS.pop()
 
 
@@ -85,12 +85,12 @@ def test_defaults_and_values_reach_the_function() -> None:
 )
 def test_wrong_arguments_are_usage_errors(arguments: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        run_function(example, "example", arguments)
+        call_function(example, "example", arguments)
 
 
 def test_the_help_has_texts_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run_function(example, "example", ["--help"])
+        call_function(example, "example", ["--help"])
     assert stopped.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for words in ("Do something", "95 %", "how many (default: 2)", "CPU threads, or a root", "--engine {local,ray}"):
@@ -98,12 +98,12 @@ def test_the_help_has_texts_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_an_action_is_named_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_action({"example": example}, "data", ["--help"]) == 0
+    assert call_action({"example": example}, "data", ["--help"]) == 0
     assert "Do something" in capsys.readouterr().out
     with pytest.raises(UsageError, match="did you mean 'example'"):
-        run_action({"example": example}, "data", ["exampel"])
+        call_action({"example": example}, "data", ["exampel"])
     with pytest.raises(UsageError, match="give example"):
-        run_action({"example": example}, "data", [])
+        call_action({"example": example}, "data", [])
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)

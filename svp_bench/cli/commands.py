@@ -42,9 +42,9 @@ class Subcommand:
 
     def run(self, arguments: Sequence[str]) -> int:
         """Run it with the arguments after the subcommand; return the exit status."""
-        from svp_bench.cli.parser import run_function
+        from svp_bench.cli.parser import call_function
 
-        return run_function(self.function, self.name, arguments)
+        return call_function(self.function, self.name, arguments)
 
 
 _MODULES = {

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from svp_bench.cli.parser import print_table, run_action
+from svp_bench.cli.parser import call_action, print_table
 
 __all__ = ["data"]
 
 
 def data(*arguments: str) -> int:
     """Check the images on disk, or create a small synthetic data set."""
-    return run_action({"check": _check, "draw": _draw}, "data", arguments)
+    return call_action({"check": _check, "draw": _draw}, "data", arguments)
 
 
 def _check(tasks: tuple[str, ...] = (), /, *, root: str | None = None) -> int:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NewType, NoReturn, get_args, get_ori
 
 from svp_bench.core.errors import UsageError, nearest, printable, unknown_name
 
-__all__ = ["CommandLine", "Parser", "print_table", "run_action", "run_function", "whole_number"]
+__all__ = ["CommandLine", "Parser", "call_action", "call_function", "print_table", "whole_number"]
 
 CommandLine = NewType("CommandLine", tuple[str, ...])
 """Type of a parameter that receives the subcommand and its arguments as typed."""
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (`{self.prog} --help`)")
 
 
-def run_function(function: Callable[..., int], subcommand: str, arguments: Sequence[str]) -> int:
+def call_function(function: Callable[..., int], subcommand: str, arguments: Sequence[str]) -> int:
     """Parse arguments for a function and call it.
 
     Args:
@@ -88,7 +88,7 @@ def run_function(function: Callable[..., int], subcommand: str, arguments: Seque
     return function(*positional, *rest, **keywords)
 
 
-def run_action(actions: Mapping[str, Callable[..., int]], subcommand: str, arguments: Sequence[str]) -> int:
+def call_action(actions: Mapping[str, Callable[..., int]], subcommand: str, arguments: Sequence[str]) -> int:
     """Run the action that the first argument names, with the others; print the actions for `--help`.
 
     Raises:
@@ -103,7 +103,7 @@ def run_action(actions: Mapping[str, Callable[..., int]], subcommand: str, argum
         raise UsageError(f"no action: give {' or '.join(actions)} (`svp-bench {subcommand} --help`)")
     if name not in actions:
         raise unknown_name("action", name, actions, listing=f"svp-bench {subcommand} --help")
-    return run_function(actions[name], f"{subcommand} {name}", arguments[1:])
+    return call_function(actions[name], f"{subcommand} {name}", arguments[1:])
 
 
 def _add_arguments(options: Parser, function: Callable[..., int]) -> None:

@@ -26,8 +26,8 @@ def report(
         control: The method or row that all others are compared with; linear by default.
         published: Show published numbers from the start; otherwise they are behind a switch in the page.
     """
-    from svp_bench.report.page import run_report
+    from svp_bench.report.page import write_report
 
-    text = run_report(results_root, suite, published=published, output=output, runs_root=runs_root, control=control)
+    text = write_report(results_root, suite, published=published, output=output, runs_root=runs_root, control=control)
     print(text, end="")
     return 0

@@ -46,7 +46,7 @@ from svp_bench.tables.notes import (
 from svp_bench.tables.quoted import citations
 from svp_bench.tasks.cards import load_suite, load_task
 
-__all__ = ["json_in_html", "render", "report_path", "run_report"]
+__all__ = ["json_in_html", "render", "report_path", "write_report"]
 
 
 def json_in_html(value: Any) -> str:
@@ -62,7 +62,7 @@ def report_path(results_root: Path | str) -> Path:
     return Path(results_root) / "report" / "index.html"
 
 
-def run_report(
+def write_report(
     results_root: Path | str,
     suites: Sequence[str] | None = None,
     *,

@@ -15,7 +15,7 @@ from svp_bench.core.errors import plural
 from svp_bench.core.terminal import plain_console
 from svp_bench.data.sources import cpu_count
 from svp_bench.records.store import check_writable, refuse_unwritable
-from svp_bench.report.page import report_path, run_report
+from svp_bench.report.page import report_path, write_report
 from svp_bench.stats.inference import one_standard_error
 from svp_bench.sweep.local_pool import LocalPool, visible_gpus
 from svp_bench.sweep.plan import execute_jobs
@@ -76,7 +76,7 @@ def train_demo(results_root: str, runs_root: str) -> int:
     for done in sweep.done:
         scores[done.job.method][done.job.task] = done.outcome.top1 or 0.0, done.outcome.count or 0
     run_table(results_root, [SUITE])
-    run_report(results_root, [SUITE], runs_root=runs_root)
+    write_report(results_root, [SUITE], runs_root=runs_root)
     console.print(leaderboard(scores, tasks))
     console.print(_closing(tasks, results_root, runs_root), soft_wrap=True)
     console.print(f"\n{plural(len(sweep.done), 'run')} in {time.perf_counter() - began:.0f} s.")

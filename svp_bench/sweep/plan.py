@@ -22,7 +22,7 @@ from svp_bench.core.terminal import plain_console
 from svp_bench.records.digests import cell_config, flat
 from svp_bench.records.selection import context_of
 from svp_bench.records.store import check_writable, read_records, refuse_unwritable
-from svp_bench.report.page import run_report
+from svp_bench.report.page import write_report
 from svp_bench.sweep.jobs import Job, duration
 from svp_bench.sweep.local_pool import LocalPool, Pool
 from svp_bench.sweep.progress import ProgressView
@@ -123,7 +123,7 @@ def execute_sweep(request: Request) -> int:
         shown = suites_of(read_records(request.results_root)[0])
         suites = [name for name in shown if load_suite(name).owner in owners]
         console.print(run_table(request.results_root, suites), soft_wrap=True, end="")
-        page = run_report(request.results_root, suites, runs_root=request.runs_root)
+        page = write_report(request.results_root, suites, runs_root=request.runs_root)
         console.print(page, soft_wrap=True, end="")
     return 1 if sweep.failed or sweep.blocked else 0
 
