@@ -60,7 +60,7 @@ def test_the_pages_say_what_the_records_say() -> None:
     ("folder", "methods", "checkpoint"),
     [("demo", set(list_methods()), "embedded"), ("demo-random", {"linear", "full"}, "none")],
 )
-def test_every_cell_is_there_and_of_one_kind(folder: str, methods: set[str], checkpoint: str) -> None:
+def test_every_cell_exists_and_is_of_one_kind(folder: str, methods: set[str], checkpoint: str) -> None:
     finals = [record for record in records(folder) if record.kind == "final"]
     cells = {(record.task, record.method, record.seed) for record in finals}
     assert cells == {(t, m, s) for t in load_suite("demo").tasks for m in methods for s in SEEDS}
@@ -69,7 +69,7 @@ def test_every_cell_is_there_and_of_one_kind(folder: str, methods: set[str], che
     assert len({(record.device, record.scan_backend, json.dumps(record.libraries)) for record in finals}) == 1
 
 
-def test_every_method_had_the_same_budget_and_every_choice_holds() -> None:
+def test_every_method_had_the_same_budget_and_every_selected_config_is_valid() -> None:
     for folder in ("demo", "demo-random"):
         paths = sorted((REFERENCE / folder / "selected_configs").rglob("*.json"))
         assert {len(json.loads(path.read_text(encoding="utf-8"))["trials"]) for path in paths} == {6}
@@ -142,16 +142,16 @@ def test_a_record_drawn_at_random_gives_its_number_again(tmp_path: Path, most: f
         text=True,
         check=False,
     )
-    said = f"{path.relative_to(ROOT)}\n{done.stdout}\n{done.stderr}"
+    expected = f"{path.relative_to(ROOT)}\n{done.stdout}\n{done.stderr}"
     (new,) = (tmp_path / "results" / "records").rglob("*.json")
     again = read_record(new)
-    assert again.status == "complete", said
+    assert again.status == "complete", expected
     assert again.metrics is not None
     assert record.metrics is not None
     cell = [
         one.metrics.top1 for one in finals if (one.task, one.method) == (record.task, record.method) and one.metrics
     ]
     range_of_seeds = max(cell) - min(cell)
-    assert abs(again.metrics.top1 - record.metrics.top1) <= max(1.5, 2 * range_of_seeds), said
+    assert abs(again.metrics.top1 - record.metrics.top1) <= max(1.5, 2 * range_of_seeds), expected
     if "Bit-equal" not in done.stdout:
-        assert "differs" in done.stdout, said  # another machine: what differs is named
+        assert "differs" in done.stdout, expected  # another machine: what differs is named

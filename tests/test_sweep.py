@@ -75,7 +75,7 @@ def test_the_shipped_search_is_one_that_every_method_can_use() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ({"sampler": "gird"}, r"search.yaml:3: 'sampler' must be one of grid, random, tpe, not 'gird'"),
         ({"budget": 0}, r"search.yaml:4: 'budget' must be int >= 1, not 0"),
@@ -100,8 +100,8 @@ def test_the_shipped_search_is_one_that_every_method_can_use() -> None:
         ({"text": "sedes: [1]\n"}, r"unknown search key 'sedes'; did you mean 'seeds'\?"),
     ],
 )
-def test_a_wrong_declaration_is_one_line(tmp_path: Path, text: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_a_wrong_declaration_is_one_line(tmp_path: Path, text: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
         load_search(str(declare(tmp_path, **text)))
     assert "\n" not in str(caught.value)
 
@@ -114,14 +114,14 @@ def test_a_search_that_is_not_there() -> None:
 
 
 def test_a_range_needs_low_below_high(tmp_path: Path) -> None:
-    for inside, said in (
+    for inside, expected in (
         ("low: 2.0, high: 1.0", "low < high"),
         ("low: 0, high: 1.0, log: true", "begins above 0"),
         ("low: a, high: 1.0", "needs numbers"),
         ("low: 1.0, high: 2.0, log: 3", "log must be true or false"),
     ):
         path = declare(tmp_path, sampler="tpe", spaces=f"{{default: {{{LR}: {{{inside}}}}}}}")
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=expected):
             load_search(str(path))
 
 
@@ -153,21 +153,21 @@ def test_a_default_outside_of_a_full_grid_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_a_drawn_search_can_be_taken_up_anywhere(tmp_path: Path, sampler: str) -> None:
+def test_a_sampled_search_resumes_anywhere(tmp_path: Path, sampler: str) -> None:
     pytest.importorskip("optuna")
     space = f"{{default: {{{LR}: {{low: 1.0e-5, high: 1.0e-1, log: true}}, {WD}: [0.1, 0.2]}}}}"
     search = load_search(str(declare(tmp_path, sampler=sampler, budget=9, spaces=space)))
     default = {LR: 1e-3, WD: 0.1}
 
     def whole(stop: int) -> list[dict[str, Any]]:
-        told: list[tuple[Mapping[str, Any], float | None]] = []
+        finished: list[tuple[Mapping[str, Any], float | None]] = []
         one = make_sampler(search, "svp", default, "task")
-        while settings_ := one(told):
-            if len(told) >= stop:  # the process was killed: a new sampler knows only what was told
+        while settings_ := one(finished):
+            if len(finished) >= stop:  # the process was killed: a new sampler gets the finished trials only
                 one = make_sampler(search, "svp", default, "task")
-                settings_ = one(told)
-            told += [(values, None if values[LR] > 5e-2 else -abs(values[LR] - 1e-2)) for values in settings_]
-        return [dict(values) for values, _ in told]
+                settings_ = one(finished)
+            finished += [(values, None if values[LR] > 5e-2 else -abs(values[LR] - 1e-2)) for values in settings_]
+        return [dict(values) for values, _ in finished]
 
     first = whole(99)
     assert len(first) == search.budget
@@ -214,7 +214,7 @@ def test_best_on_val_follows_val_and_breaks_ties_by_the_order() -> None:
     assert choose([trial(70.0), trial(69.5)], 200, "best_on_val")[::2] == (0, "70.00 on val, the best of 2 settings")
 
 
-def test_no_score_no_choice() -> None:
+def test_a_rule_needs_a_score() -> None:
     with pytest.raises(UsageError, match="no setting of the search has a score"):
         choose([trial(None)], 200)
 
@@ -272,7 +272,7 @@ def a_selected_config(**changes: Any) -> SelectedConfig:
     return dataclasses.replace(selected, **changes)
 
 
-def test_a_choice_is_written_once(tmp_path: Path) -> None:
+def test_a_selected_config_is_written_once(tmp_path: Path) -> None:
     path = write_selected_config(a_selected_config(), tmp_path)
     assert path == selected_config_path(tmp_path, "small", a_selected_config().search_digest, "vtab/dtd", "svp")
     assert read_selected_config(path) == a_selected_config()
@@ -284,7 +284,7 @@ def test_a_choice_is_written_once(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-def test_a_record_says_what_the_choice_was() -> None:
+def test_a_record_summarizes_the_search() -> None:
     search = a_selected_config().summary()
     assert search.keys == (LR,)
     assert (search.budget, search.trials, search.selected_on) == (4, 2, "val200")
@@ -295,7 +295,7 @@ PLAIN: list[dict[str, Any]] = json.loads(a_selected_config().text())["trials"]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"schema": "svp-bench/choice-9"}, "is not a selected config"),
         ({"schema": "svp-bench/choice-2"}, "the key 'search_seed' is missing"),
@@ -324,10 +324,10 @@ PLAIN: list[dict[str, Any]] = json.loads(a_selected_config().text())["trials"]
         ({"checkpoint_digest": 3}, "'checkpoint_digest' must be str"),
     ],
 )
-def test_an_edited_choice_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_an_edited_selected_config_is_one_line(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
     path = tmp_path / "selected config.json"
     path.write_text(json.dumps({**json.loads(a_selected_config().text()), **change}), encoding="utf-8")
-    with pytest.raises(RecordError, match=said) as caught:
+    with pytest.raises(RecordError, match=expected) as caught:
         read_selected_config(path)
     assert "\n" not in str(caught.value)
 
@@ -392,7 +392,7 @@ def test_folds_are_pooled_by_image_whatever_their_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tried", "chosen", "said"),
+    ("tried", "chosen", "expected"),
     [
         ([1e-3, 1e-2, 1e-1], 2, ("model.learning_rate = 0.1 (largest tried)",)),
         ([1e-3, 1e-2, 1e-1], 0, ("model.learning_rate = 0.001 (smallest tried)",)),
@@ -401,9 +401,9 @@ def test_folds_are_pooled_by_image_whatever_their_sizes() -> None:
         ([1e-3], 0, ()),
     ],
 )
-def test_the_end_of_a_grid_is_said(tried: list[float], chosen: int, said: tuple[str, ...]) -> None:
+def test_the_end_of_a_grid_is_reported(tried: list[float], chosen: int, expected: tuple[str, ...]) -> None:
     trials = [votes("11" if number == chosen else "10", **{LR: rate}) for number, rate in enumerate(tried)]
-    assert edges(trials, decide(trials, 2, "best_on_val")) == said
+    assert edges(trials, decide(trials, 2, "best_on_val")) == expected
 
 
 def test_a_larger_value_that_failed_was_tried_and_zero_is_no_end() -> None:
@@ -415,17 +415,17 @@ def test_a_larger_value_that_failed_was_tried_and_zero_is_no_end() -> None:
     assert edges(trials, decide(trials, 2, "best_on_val")) == ()
 
 
-def of_the_fate(folder: Path, text: str, plan: Plan, seeds: tuple[int, ...] = (0,)) -> tuple[SearchSpace, list[Path]]:
-    """A search that fate ran; its declaration and its selected config files."""
+def searched(folder: Path, text: str, plan: Plan, seeds: tuple[int, ...] = (0,)) -> tuple[SearchSpace, list[Path]]:
+    """Run a search in a pool with random results; return its declaration and its selected config files."""
     search = load_search(str(declare(folder, text=text)))
     sweep = Sweep(cells(1, plan)[:1], seeds, (), folder, search=search)
-    sweep.run(Fate(random.Random(0), 2, 0, 0, 0))
+    sweep.run(RandomPool(random.Random(0), 2, 0, 0, 0))
     assert sweep.blocked == []
     return search, sorted((folder / "selected_configs").rglob("*.json"))
 
 
-def test_a_nested_search_makes_a_choice_for_each_seed(tmp_path: Path) -> None:
-    _, paths = of_the_fate(tmp_path, "folds: 5\n", Plan(folds=5, repeats=1), (0, 7))
+def test_a_nested_search_selects_for_each_seed(tmp_path: Path) -> None:
+    _, paths = searched(tmp_path, "folds: 5\n", Plan(folds=5, repeats=1), (0, 7))
     assert [path.name for path in paths] == ["linear-seed0.json", "linear-seed7.json"]
     for path, seed in zip(paths, (0, 7), strict=True):
         selected = read_selected_config(path)
@@ -438,14 +438,14 @@ def test_a_nested_search_makes_a_choice_for_each_seed(tmp_path: Path) -> None:
 
 
 def test_a_search_for_all_seeds_repeats_its_folds(tmp_path: Path) -> None:
-    search, paths = of_the_fate(tmp_path, "nested: false\nfolds: 3\n", Plan(folds=3, repeats=2), (0, 7))
+    search, paths = searched(tmp_path, "nested: false\nfolds: 3\n", Plan(folds=3, repeats=2), (0, 7))
     selected = read_selected_config(*paths)
     assert (search.repeats, selected.search_seed, selected.repeats) == (2, None, 2)
     assert [len(trial.run_ids) for trial in selected.trials] == [6, 6]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"chosen": 1}, "by its rule trial"),
         ({"ties": 9}, "'ties' or 'at_edge' is not what the trials give"),
@@ -457,22 +457,22 @@ def test_a_search_for_all_seeds_repeats_its_folds(tmp_path: Path) -> None:
         ({"folds": 4}, "'images' has not one entry"),
     ],
 )
-def test_an_edited_choice_of_version_2_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    _, (path,) = of_the_fate(tmp_path, "folds: 5\n", Plan(folds=5, repeats=1))
+def test_an_edited_selected_config_of_version_2(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+    _, (path,) = searched(tmp_path, "folds: 5\n", Plan(folds=5, repeats=1))
     data = json.loads(path.read_text(encoding="utf-8"))
     if "chosen" in change:
         change = {"chosen": 1 - data["chosen"]}
     path.write_text(json.dumps({**data, **change}), encoding="utf-8")
-    with pytest.raises(RecordError, match=said) as caught:
+    with pytest.raises(RecordError, match=expected) as caught:
         read_selected_config(path)
     assert "\n" not in str(caught.value)
 
 
 def test_an_edited_trial_of_version_2_is_one_line(tmp_path: Path) -> None:
-    _, (path,) = of_the_fate(tmp_path, "folds: 5\n", Plan(folds=5, repeats=1))
+    _, (path,) = searched(tmp_path, "folds: 5\n", Plan(folds=5, repeats=1))
     data = json.loads(path.read_text(encoding="utf-8"))
     first = data["trials"][0]
-    for change, said in (
+    for change, expected in (
         ({"right": [pack_bits(np.ones(5, dtype=bool))] * 5}, "and the bits have 5 right|do not fit"),
         ({"losses": [-1.0] * 5}, "is not a cross entropy"),
         ({"counts": [5] * 5}, "'counts' that are not the images of its folds"),
@@ -481,14 +481,14 @@ def test_an_edited_trial_of_version_2_is_one_line(tmp_path: Path) -> None:
     ):
         edited = {**data, "trials": [{**first, **change}, data["trials"][1]]}
         path.write_text(json.dumps(edited), encoding="utf-8")
-        with pytest.raises(RecordError, match=said):
+        with pytest.raises(RecordError, match=expected):
             read_selected_config(path)
 
 
 def test_an_impossible_setting_fails_its_trial_and_the_search_goes_on(tmp_path: Path) -> None:
     """It used to wait for somebody to take it out of the grid."""
 
-    class Picky(Fate):
+    class Picky(RandomPool):
         def outcome(self, job: Job) -> Outcome:
             if job.stage == "select" and job.values[LR] == 1e-2:
                 return Outcome("failed", reason="rank is at most 64", refused=True)
@@ -506,10 +506,10 @@ def test_an_impossible_setting_fails_its_trial_and_the_search_goes_on(tmp_path: 
     assert any("1 setting of 2 failed" in line for line in lines)
 
 
-def test_a_choice_for_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_selected_config_for_another_run_is_refused(tmp_path: Path) -> None:
     path = str(write_selected_config(a_selected_config(), tmp_path))
     fit = ["fit", "--config", "configs/vtab/dtd.yaml", "--selected_config", path]
-    for arguments, said in (
+    for arguments, expected in (
         (
             ["fit", "--config", "configs/vtab/svhn.yaml", "--selected_config", path],
             "was selected for the task 'vtab/dtd', not for",
@@ -523,7 +523,7 @@ def test_a_choice_for_another_run_is_refused(tmp_path: Path) -> None:
             "no file 'nowhere.json'",
         ),
     ):
-        assert said in assert_error(command(*arguments), 2)
+        assert expected in assert_error(command(*arguments), 2)
 
 
 # ---- the order of things
@@ -532,11 +532,11 @@ def test_a_choice_for_another_run_is_refused(tmp_path: Path) -> None:
 LABELLED = 23
 
 
-class Fate(Pool):
+class RandomPool(Pool):
     """A pool that ends jobs in any order, in any way."""
 
     def __init__(self, dice: random.Random, slots: int, dies: float, fails: float, claims: float) -> None:
-        self.slots, self.what = slots, "fate"
+        self.slots, self.what = slots, "random results"
         self.dice, self.dies, self.fails, self.claims = dice, dies, fails, claims
         self.running: list[Job] = []
         self.ran: list[Job] = []
@@ -601,7 +601,7 @@ def cells(method_count: int = 2, plan: Plan | None = None) -> list[CellJobs]:
 
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_the_outcome_does_not_depend_on_the_way(
+def test_the_outcome_does_not_depend_on_the_order(
     tmp_path_factory: pytest.TempPathFactory, seed: int, slots: int
 ) -> None:
     monkey = pytest.MonkeyPatch()
@@ -612,8 +612,8 @@ def test_the_outcome_does_not_depend_on_the_way(
     plan = Plan(folds=5, repeats=search.repeats) if seed % 2 else Plan()
     ends = []
     for name, pool in (
-        ("quiet", Fate(random.Random(0), 1, 0, 0.2, 0)),
-        ("wild", Fate(random.Random(seed), slots, 0.2, 0.2, 0.2)),
+        ("quiet", RandomPool(random.Random(0), 1, 0, 0.2, 0)),
+        ("wild", RandomPool(random.Random(seed), slots, 0.2, 0.2, 0.2)),
     ):
         sweep = Sweep(cells(plan=plan), (0, 1, 2), ("--x",), folder / name, search=search)
         sweep.run(pool)
@@ -632,7 +632,7 @@ def test_the_outcome_does_not_depend_on_the_way(
 
 
 def test_a_sweep_that_stops_leaves_the_rest_for_later(tmp_path: Path) -> None:
-    pool = Fate(random.Random(0), 2, 0, 0, 0)
+    pool = RandomPool(random.Random(0), 2, 0, 0, 0)
     sweep = Sweep(cells(), (0, 1), (), tmp_path)
     sweep.run(pool, asked_to_stop=lambda: len(pool.ran) >= 3)
     assert len(sweep.done) == 3
@@ -641,7 +641,7 @@ def test_a_sweep_that_stops_leaves_the_rest_for_later(tmp_path: Path) -> None:
 
 
 def test_a_process_that_always_dies_is_given_up(tmp_path: Path) -> None:
-    class Deadly(Fate):
+    class Deadly(RandomPool):
         def wait(self, seconds: float) -> list[Event]:
             return [Done(self.running.pop(), Outcome("died", reason="its process ended by signal SIGKILL"))]
 
@@ -654,7 +654,7 @@ def test_a_process_that_always_dies_is_given_up(tmp_path: Path) -> None:
 def test_a_setting_does_not_lose_for_what_is_not_its_doing(how: str, tmp_path: Path) -> None:
     """A trial that failed before it trained, or was killed, leaves no record: its cell waits, nothing is selected."""
 
-    class Broken(Fate):
+    class Broken(RandomPool):
         def outcome(self, job: Job) -> Outcome:
             lost = len(self.ran) == 2
             return Outcome(how, reason="no configs folder") if lost else super().outcome(job)
@@ -664,18 +664,18 @@ def test_a_setting_does_not_lose_for_what_is_not_its_doing(how: str, tmp_path: P
     sweep.run(Broken(random.Random(0), 1, 0, 0, 0))
     assert not list(tmp_path.rglob("linear.json"))
     assert [job for job in sweep.done if job.job.stage == "final"] == []
-    said = sweep.blocked[0].blocked or ""
-    assert said.startswith("nothing is selected, since the trial ")
-    assert "left no record: no configs folder; fix that and run the same command again" in said
+    expected = sweep.blocked[0].blocked or ""
+    assert expected.startswith("nothing is selected, since the trial ")
+    assert "left no record: no configs folder; fix that and run the same command again" in expected
     again = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
-    again.run(Fate(random.Random(0), 1, 0, 0, 0))
+    again.run(RandomPool(random.Random(0), 1, 0, 0, 0))
     assert (again.blocked, len(list(tmp_path.rglob("linear.json")))) == ([], 1)
 
 
-def test_a_choice_on_other_weights_blocks_its_cell(tmp_path: Path) -> None:
+def test_a_selected_config_on_other_weights_blocks_its_cell(tmp_path: Path) -> None:
     search = load_search(str(declare(tmp_path, text="nested: false\n")))
     sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
-    sweep.run(Fate(random.Random(0), 1, 0, 0, 0))
+    sweep.run(RandomPool(random.Random(0), 1, 0, 0, 0))
     assert sweep.done
     again = dataclasses.replace(cells(1)[0], checkpoint_digest="sha256:" + "00" * 32)
     assert "was selected on other weights" in (
@@ -683,12 +683,12 @@ def test_a_choice_on_other_weights_blocks_its_cell(tmp_path: Path) -> None:
     )
 
 
-def test_an_edited_choice_blocks_its_cell(tmp_path: Path) -> None:
+def test_an_edited_selected_config_blocks_its_cell(tmp_path: Path) -> None:
     search = load_search(str(declare(tmp_path, text="nested: false\n")))
-    Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).run(Fate(random.Random(0), 1, 0, 0, 0))
+    Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).run(RandomPool(random.Random(0), 1, 0, 0, 0))
     (path,) = tmp_path.rglob("linear.json")
     blocked = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).blocked
-    assert "contradicts the records of its trials: trial 1" in (blocked[0].blocked or "")  # fate writes no records
+    assert "contradicts the records of its trials: trial 1" in (blocked[0].blocked or "")  # the pool writes no records
     data = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**data, "chosen": 1 - data["chosen"]}), encoding="utf-8")
     blocked = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search).blocked
@@ -706,7 +706,7 @@ def test_jobs_survive_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         ("--methods svp", "no tasks: give --suite vtab, or --tasks"),
         ("--suite vtba --methods svp", "did you mean 'vtab'?"),
@@ -727,9 +727,11 @@ def test_jobs_survive_json() -> None:
         ("--tasks vtab/dtd --methods svp --model.learning_rat 1", "did you mean"),
     ],
 )
-def test_a_wrong_sweep_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, said: str) -> None:
+def test_a_wrong_sweep_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, expected: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert said in assert_error(command("sweep", *arguments.split()), 2)
+    assert expected in assert_error(command("sweep", *arguments.split()), 2)
 
 
 def test_no_data_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

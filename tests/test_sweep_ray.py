@@ -56,7 +56,7 @@ def test_a_cluster_is_shared_out(
 
 
 @pytest.mark.parametrize(
-    ("nodes", "threads", "fraction", "said"),
+    ("nodes", "threads", "fraction", "expected"),
     [
         ([{"CPU": 8}], None, 0.5, "the Ray cluster has no GPU"),
         ([{"CPU": 2}], 4, None, "the largest has 2 cores"),
@@ -64,9 +64,9 @@ def test_a_cluster_is_shared_out(
     ],
 )
 def test_what_does_not_fit_is_one_line(
-    nodes: list[dict[str, float]], threads: int | None, fraction: float | None, said: str
+    nodes: list[dict[str, float]], threads: int | None, fraction: float | None, expected: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=expected):
         share_out(nodes, None, threads, fraction)
 
 

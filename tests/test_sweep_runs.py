@@ -133,7 +133,7 @@ def test_a_trial_that_is_not_comparable_is_a_failed_one() -> None:
 # ---- undisturbed
 
 
-def test_a_sweep_searches_freezes_and_tests_once(undisturbed: Path) -> None:
+def test_a_sweep_searches_selects_and_tests_once(undisturbed: Path) -> None:
     records, problems = read_records(undisturbed / "results")
     assert not problems
     kinds = [(record.method, record.kind) for record in records]
@@ -205,7 +205,7 @@ def test_the_track_keeps_searched_rows_apart(undisturbed: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("here")
-def test_runs_of_other_weights_are_not_gone_on_with() -> None:
+def test_runs_of_other_weights_are_not_resumed() -> None:
     """Two sweeps with other weights share a runs folder: their settings are the same, their runs are not."""
     common = ["--tasks", "demo/digits-5shot", "--methods", "linear", "--seeds", "0", "--no_report", "--workers", "1"]
     common += ["--model.backbone", "vim_nano_patch8_64", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
@@ -233,7 +233,7 @@ def test_a_failure_is_listed_and_run_again_on_request() -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_tune_freezes_one_choice() -> None:
+def test_tune_writes_one_selected_config() -> None:
     Path("search.yaml").write_text(SEARCH, encoding="utf-8")
     tuned = run("tune", "--task", "demo/digits-5shot", "--method", "linear", "--search", "search.yaml", *FLAGS)
     assert "demo/digits-5shot, linear: selected learning_rate =" in tuned.out
