@@ -98,8 +98,8 @@ def one_line(text: object) -> str:
 
 
 def show(value: object) -> str:
-    """Return a value for a message: its repr, cut short."""
-    return _SHORT.repr(value)
+    """Return a value for a message: its repr, cut short, on one line."""
+    return re.sub(r"\s*\n\s*", " ", _SHORT.repr(value))
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
