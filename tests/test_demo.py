@@ -111,12 +111,12 @@ def test_the_board_of_the_readme_is_one_that_the_demo_prints() -> None:
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its time is expected, not judged: a busy machine is no mistake."""
+    """Its time is printed, not tested: the machine may be busy."""
     monkeypatch.chdir(tmp_path)
     began = time.perf_counter()
-    expected = run("demo").out
+    output = run("demo").out
     print(f"{time.perf_counter() - began:.0f} s")
-    assert "12 runs complete (12 new), 0 failed" in expected
+    assert "12 runs complete (12 new), 0 failed" in output
     records, _ = read_records(tmp_path / "results")
     top1 = {(record.task, record.method): record.metrics.top1 for record in records if record.metrics}
     for row in readme_board()[1:]:  # another processor rounds otherwise, which moves a score by a point or two

@@ -142,16 +142,16 @@ def test_a_record_drawn_at_random_gives_its_number_again(tmp_path: Path, most: f
         text=True,
         check=False,
     )
-    expected = f"{path.relative_to(ROOT)}\n{done.stdout}\n{done.stderr}"
+    output = f"{path.relative_to(ROOT)}\n{done.stdout}\n{done.stderr}"
     (new,) = (tmp_path / "results" / "records").rglob("*.json")
     again = read_record(new)
-    assert again.status == "complete", expected
+    assert again.status == "complete", output
     assert again.metrics is not None
     assert record.metrics is not None
     cell = [
         one.metrics.top1 for one in finals if (one.task, one.method) == (record.task, record.method) and one.metrics
     ]
     range_of_seeds = max(cell) - min(cell)
-    assert abs(again.metrics.top1 - record.metrics.top1) <= max(1.5, 2 * range_of_seeds), expected
+    assert abs(again.metrics.top1 - record.metrics.top1) <= max(1.5, 2 * range_of_seeds), output
     if "Bit-equal" not in done.stdout:
-        assert "differs" in done.stdout, expected  # another machine: what differs is named
+        assert "differs" in done.stdout, output  # another machine: what differs is named

@@ -664,9 +664,9 @@ def test_a_setting_does_not_lose_for_what_is_not_its_doing(how: str, tmp_path: P
     sweep.run(Broken(random.Random(0), 1, 0, 0, 0))
     assert not list(tmp_path.rglob("linear.json"))
     assert [job for job in sweep.done if job.job.stage == "final"] == []
-    expected = sweep.blocked[0].blocked or ""
-    assert expected.startswith("nothing is selected, since the trial ")
-    assert "left no record: no configs folder; fix that and run the same command again" in expected
+    reason = sweep.blocked[0].blocked or ""
+    assert reason.startswith("nothing is selected, since the trial ")
+    assert "left no record: no configs folder; fix that and run the same command again" in reason
     again = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
     again.run(RandomPool(random.Random(0), 1, 0, 0, 0))
     assert (again.blocked, len(list(tmp_path.rglob("linear.json")))) == ([], 1)

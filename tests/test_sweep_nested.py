@@ -44,7 +44,7 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_a_nested_search_holds_out_each_labelled_image_for_each_seed(folded: tuple[Path, str]) -> None:
-    folder, expected = folded
+    folder, output = folded
     records, problems = read_records(folder / "results")
     assert not problems
     trials = [record for record in records if record.kind == "selection"]
@@ -76,9 +76,9 @@ def test_a_nested_search_holds_out_each_labelled_image_for_each_seed(folded: tup
         chosen = json.loads(path.read_text(encoding="utf-8"))
         assert chosen["search_seed"] == seed
         assert sorted(image for part in chosen["images"] for image in part) == list(range(50))
-    assert "rank must be at least 1, not 0" in expected
-    assert "1 setting of 2 failed" in expected
-    assert "at the end of the grid" in expected
+    assert "rank must be at least 1, not 0" in output
+    assert "1 setting of 2 failed" in output
+    assert "at the end of the grid" in output
 
 
 def test_the_table_averages_the_seeds_of_a_nested_search(folded: tuple[Path, str], monkeypatch: Any) -> None:
@@ -102,10 +102,10 @@ def test_the_audit_passes_a_nested_search_and_sees_edits(folded: tuple[Path, str
     shutil.copytree(folder / "results", tmp_path / "results")
     paths = sorted(tmp_path.glob("results/records/demo/digits-5shot/linear-*.json"))
     final = next(path for path in paths if json.loads(path.read_text(encoding="utf-8"))["kind"] == "final")
-    expected = command("audit", str(final)).out
-    assert not re.search(r"fail +(selection|trials|rule)", expected), expected
-    assert "at the end of the grid" in expected
-    assert "methods differ in trials with a score" in expected
+    output = command("audit", str(final)).out
+    assert not re.search(r"fail +(selection|trials|rule)", output), output
+    assert "at the end of the grid" in output
+    assert "methods differ in trials with a score" in output
     stored = json.loads(final.read_text(encoding="utf-8"))
     (path,) = tmp_path.glob(f"results/selected_configs/*/demo/digits-5shot/linear-seed{stored['seed']}.json")
     trial = json.loads(path.read_text(encoding="utf-8"))["trials"][0]["run_ids"][0]
