@@ -4,7 +4,8 @@ Each kernel is a C function of one argument, the address of a block of int64: a 
 tensors. Threads take tasks from the counter until none is left. A task's result does not depend on its thread, and all
 sums are added in a fixed order, so reruns are bit-equal.
 
-Layout: channels last, float32. A *tile* is 16 neighbouring channels: one cache line, one vector.
+Layout: channels last, float32. A *tile* is one vector of T neighbouring channels: 16 with AVX-512, else 8, so that four
+vectors side by side fit the registers.
 Letters as in reference.py: B batch, L length, E channels (a multiple of 16), N states (padded to NP, a multiple of 8),
 K directions. Addresses and strides are in bytes.
 
@@ -90,7 +91,7 @@ def _clear(place, lines):
 
 @njit
 def _turn(A, A_row, states, padded, place):
-    """Write log2(e) A of a tile, (16, N), as lines of one state each, zeros for those beyond N; return max |·|."""
+    """Write log2(e) A of a tile, (T, N), as lines of one state each, zeros for those beyond N; return max |·|."""
     largest = splat(ZERO)
     for n in range(states):
         value = mul(gather(A + 4 * n, A_row), splat(LOG2E))
@@ -146,7 +147,7 @@ def _turn_group(mine, start, stop, states, padded, As):
 def scan_forward(block):
     """Compute y = SiLU(z) times the mean of the scans of all directions; a task is one image × one tile.
 
-    `saved`, if not 0, receives the state before each chunk, (B, tiles, chunks, NP, 16).
+    `saved`, if not 0, receives the state before each chunk, (B, tiles, chunks, NP, T).
     """
     length = load_int(block + _LENGTH)
     channels = load_int(block + _CHANNELS)
@@ -366,7 +367,7 @@ _back_states_frozen = _back_states(False)
 
 @njit
 def _store_row_sums(row, sums, padded, i):
-    """Write the sums over the lanes of `sums`, (NP / 4, CHUNK, 4, 16), at step i, one float a state."""
+    """Write the sums over the lanes of `sums`, (NP / 4, CHUNK, 4, T), at step i, one float a state."""
     for n in range(0, padded, 8):
         left = sums + (n // 4 * CHUNK + i) * 4 * _LINE
         right = left + 4 * CHUNK * _LINE
@@ -380,7 +381,7 @@ def _store_row_sums(row, sums, padded, i):
 def scan_backward(block):
     """Compute the gradients of `scan_forward`; a task is one image × one group of tiles.
 
-    dB and dC are summed over the channels of a group, (groups, B, L, NP); dA, (B, tiles, NP, 16), and dD, (B, E), over
+    dB and dC are summed over the channels of a group, (groups, B, L, NP); dA, (B, tiles, NP, T), and dD, (B, E), over
     the steps of an image. The caller adds the rest. From the last chunk on, a block of tiles at a time: read the steps
     row by row, recompute the states of each tile and iterate backwards. Sums over channels stay vectors in a chunk.
     """
@@ -562,7 +563,7 @@ _CV_DWEIGHT, _CV_DBIAS = 56, 64
 
 @njit
 def _turn_taps(weight, width, place):
-    """Write the weights of a tile, (16, W), as lines of one tap each, that of the step itself first."""
+    """Write the weights of a tile, (T, W), as lines of one tap each, that of the step itself first."""
     for back in range(width):
         store(place + back * _LINE, gather(weight + (width - 1 - back) * 4, width * 4))
 

@@ -1,6 +1,6 @@
-"""A vector type of sixteen floats for numba, with explicit operations.
+"""A vector type of floats for numba, with explicit operations: sixteen floats with AVX-512, else eight.
 
-LLVM lowers a vector to the registers of the processor: one AVX-512, two AVX or four NEON ones. Functions whose name
+LLVM lowers a vector to the registers of the processor: one AVX-512, one AVX or two NEON ones. Functions whose name
 ends in 4 interleave four vectors, so that dependent operations of one vector do not stall the processor.
 Addresses are integers in bytes.
 """
@@ -16,9 +16,10 @@ from itertools import chain
 
 from llvmlite import ir
 from numba.core import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
+LANES = 16 if "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2] else 8
 
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
@@ -94,7 +95,7 @@ def _pointer(builder, address, kind):
 
 
 def _repeat(builder, value):
-    """Return a vector of sixteen times the same float32."""
+    """Return a vector of copies of the same float32."""
     one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _splat_int(0))
 
@@ -104,25 +105,25 @@ splat = _operation(vector, types.float32)(_repeat)
 
 @_operation(vector, types.int64)
 def load(builder, address):
-    """Return sixteen adjacent floats."""
+    """Return adjacent floats."""
     return builder.load(_pointer(builder, address, _VECTOR), align=4)
 
 
 @_operation(types.void, types.int64, vector)
 def store(builder, address, value):
-    """Write sixteen adjacent floats."""
+    """Write adjacent floats."""
     builder.store(value, _pointer(builder, address, _VECTOR), align=4)
 
 
 @_operation(vector, types.int64)
 def broadcast(builder, address):
-    """Return a vector of sixteen times the float at an address."""
+    """Return a vector of copies of the float at an address."""
     return _repeat(builder, builder.load(_pointer(builder, address, _F32), align=4))
 
 
 @_operation(vector, types.int64, types.int64)
 def gather(builder, address, step):
-    """Return sixteen floats that are `step` bytes apart."""
+    """Return floats that are `step` bytes apart."""
     value = ir.Constant(_VECTOR, ir.Undefined)
     for i in range(LANES):
         place = builder.add(address, builder.mul(step, ir.IntType(64)(i)))
@@ -291,9 +292,10 @@ def store_sums(builder, address, v0, v1, v2, v3, v4, v5, v6, v7):
     """Write eight floats, each the sum over the lanes of one vector, added in a fixed order."""
     rows = [v0, v1, v2, v3, v4, v5, v6, v7]
     # fold each vector to eight lanes, then merge pairs: blocks of 8, 4, 2 lanes of each vector, 1 at last
-    first = ir.Constant(ir.VectorType(_I32, 8), list(range(8)))
-    second = ir.Constant(ir.VectorType(_I32, 8), list(range(8, 16)))
-    rows = [builder.fadd(builder.shuffle_vector(v, v, first), builder.shuffle_vector(v, v, second)) for v in rows]
+    if LANES == 16:
+        first = ir.Constant(ir.VectorType(_I32, 8), list(range(8)))
+        second = ir.Constant(ir.VectorType(_I32, 8), list(range(8, 16)))
+        rows = [builder.fadd(builder.shuffle_vector(v, v, first), builder.shuffle_vector(v, v, second)) for v in rows]
     for width in (4, 2, 1):
         one, two = [], []
         for start in range(0, 8, 2 * width):
