@@ -40,7 +40,7 @@ from svp_bench.tables.build import run_tax
 from svp_bench.tables.test_peeking import tax_path
 from svp_bench.tasks.cards import load_suite
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.replicate import _LendsTest
+from svp_bench.train.replicate import _TestEachEpochData
 from svp_bench.train.run import FitRun
 
 EPOCHS = 4
@@ -165,7 +165,7 @@ def test_its_checkpoint_is_not_tested_and_not_gone_on_with(
 
 @pytest.mark.filterwarnings("ignore:the data of vtab/cifar differ")
 def test_fit_cannot_be_made_to_read_the_test_list_early(place: Path) -> None:
-    lends = f"{_LendsTest.__module__}.{_LendsTest.__qualname__}"
+    lends = f"{_TestEachEpochData.__module__}.{_TestEachEpochData.__qualname__}"
     for flags in (("--data", lends), ("--data.class_path", lends), (f"--data={lends}",)):
         assert_error(command(*line(*flags)), 2)
     for text in (f"data: {lends}\n", f"data:\n  class_path: {lends}\n  init_args: {{}}\n", "data_type: test\n"):
@@ -182,7 +182,7 @@ def test_fit_cannot_be_made_to_read_the_test_list_early(place: Path) -> None:
 
 def test_no_other_module_knows_the_class_that_lends_the_test_list() -> None:
     package = Path(sources.__file__).parents[1]
-    naming = {path.name for path in package.rglob("*.py") if "_LendsTest" in path.read_text(encoding="utf-8")}
+    naming = {path.name for path in package.rglob("*.py") if "_TestEachEpochData" in path.read_text(encoding="utf-8")}
     assert naming == {"replicate.py"}
     callers = {path.name for path in package.rglob("*.py") if "train.replicate" in path.read_text(encoding="utf-8")}
     assert callers == {"reproduce.py"}
@@ -192,9 +192,9 @@ def test_no_other_module_knows_the_class_that_lends_the_test_list() -> None:
     ("flags", "expected"),
     [
         (("--data.stage", "select"), "replicate takes no --data.stage select"),
-        (("--resume",), "replicate takes no --resume: a replication starts anew"),
-        (("--no_test",), "replicate takes no --no_test: a replication is about nothing but the test split"),
-        (("--ckpt_path", "x.ckpt"), "replicate takes no --ckpt_path: a replication trains from the start"),
+        (("--resume",), "replicate takes no --resume"),
+        (("--no_test",), "replicate takes no --no_test"),
+        (("--ckpt_path", "x.ckpt"), "replicate takes no --ckpt_path"),
         (("--model.learning_rat", "1"), "unknown argument 'model.learning_rat'; did you mean"),
     ],
 )

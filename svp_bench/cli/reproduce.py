@@ -66,7 +66,9 @@ def replicate(*arguments: str) -> int:
         print("Tables refuse its output.")
         return 0
     composed = compose(split_flags(arguments))  # fails in a second, before torch is imported
-    from svp_bench.train.replicate import run_replication
+    from svp_bench.train.parser import resolve
+    from svp_bench.train.replicate import ReplicationRun
+    from svp_bench.train.run import run
 
-    run_replication(composed)
+    run(resolve(composed), run_type=ReplicationRun)
     return 0

@@ -16,16 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from svp_bench.core.errors import plural, printable
-from svp_bench.report.model import (
-    Point,
-    QuotedView,
-    RowView,
-    SectionView,
-    SuiteView,
-    TaskView,
-    TradeOff,
-    Value,
-)
+from svp_bench.report.model import Point, QuotedView, RowView, SectionView, SuiteView, TaskView, TradeOff, Value
 
 __all__ = [
     "COLOURS",

@@ -1,4 +1,4 @@
-"""Prepare a run: name it, fail early, and build the Lightning module and the Trainer."""
+"""Prepare a run: check it early, name it, and build the Lightning module and the Trainer."""
 
 from __future__ import annotations
 
@@ -14,21 +14,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info
 
-from svp_bench.core.errors import (
-    ConfigError,
-    OutOfMemoryError,
-    UsageError,
-    one_line,
-)
+from svp_bench.core.errors import ConfigError, OutOfMemoryError, UsageError, one_line
 from svp_bench.core.interrupts import INTERRUPTS, Preempted
 from svp_bench.core.terminal import has_width
 from svp_bench.data.locate import locate
 from svp_bench.data.module import VisionDataModule
 from svp_bench.records.digests import canonical_digest, config_digest, setting_digest
 from svp_bench.records.record import new_run_id
-from svp_bench.records.store import (
-    refuse_unwritable,
-)
+from svp_bench.records.store import refuse_unwritable
 from svp_bench.train.callbacks import (
     EpochLines,
     RunProgressBar,
@@ -53,21 +46,21 @@ T = TypeVar("T")
 
 
 class BaseRun:
-    """A resolved config on its way to a result: what fit, validate and test have in common.
+    """The parts that fit, validate and test share.
 
     Args:
         config: The resolved config.
         watchers: Callbacks of the caller.
 
     Attributes:
-        run_id: The run's name, once it is prepared.
+        run_id: The run's name; set by `prepare`, as `run_dir` and `data`.
         run_dir: Its folder.
         data: The data module.
-        model: The Lightning module, once it is built.
+        model: The Lightning module; set by `build`, as `trainer`.
         trainer: The trainer.
     """
 
-    resumable = True  # after a signal, with --resume
+    resumable = True  # whether --resume continues it after a signal
     module_type: type[AdaptationModule] = AdaptationModule
     data_type: type[VisionDataModule] = VisionDataModule
 
@@ -93,9 +86,9 @@ class BaseRun:
         """Run the subcommand.
 
         Raises:
-            SvpBenchError: For everything that a user can fix.
+            SvpBenchError: For every error that a user can fix.
         """
-        with ExitStack() as self.holding:  # the run's lock, its name for processes that are launched, the signals
+        with ExitStack() as self.holding:  # the run's lock, its name in the environment, the signal handlers
             try:
                 if self.trains and self.resumable:
                     self.holding.enter_context(INTERRUPTS.taken())
@@ -107,15 +100,15 @@ class BaseRun:
             except ConfigError as error:
                 raise type(error)(self.config.with_origin(str(error))) from None
 
-    # --- before anything heavy ---------------------------------------------------------------------------------------
+    # --- checks before weights and images are read -------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Name the run, and fail early: results folder, data, stage."""
+        """Name the run, and check data, stage and folders."""
         for notice in self.config.composed.notices:
             rank_zero_info(f"Note: {notice}")
-        self.commit, self.dirty = commit_and_dirty()  # of the code that is running now
+        self.commit, dirty = commit_and_dirty()
         self.changed_cards = changed_cards(self.config.read) if self.commit else []
-        self.dirty = True if self.changed_cards else self.dirty
+        self.dirty = True if self.changed_cards else dirty
         self.objects = self.config.instantiate()
         data = self.data = self.data_type(**vars(self.objects.data), seed=self.config.seed)  # reads cards only
         root = self.config.config["data"].get("root")
@@ -131,14 +124,14 @@ class BaseRun:
             refuse_unwritable(self.run_dir, "--runs_root")
 
     def name_run(self) -> None:
-        """Set the run's name and folder: those of an earlier run with --resume, else new ones."""
+        """Set the run's name and folder: with --resume those of an earlier run, else new ones."""
         config, task = self.config, self.data.card.name
         runs, records = config.runs_root / task, config.results_root / "records" / task
         resume = self.trains and bool(config.arguments.resume)
 
-        def same_setting(other: Mapping[str, Any]) -> bool:  # selected values are not part of the setting's digest
-            same = setting_digest(other, config.search) == config.setting_digest
-            return same and config_digest(other) == config.config_digest
+        def same_setting(other: Mapping[str, Any]) -> bool:
+            digests = setting_digest(other, config.search), config_digest(other)
+            return digests == (config.setting_digest, config.config_digest)
 
         start = Start(config.config, self.data)
 
@@ -152,10 +145,8 @@ class BaseRun:
                 found = claim_run(self.holding, runs, records, config.seed, same_setting, config.sources, start.is_of)
                 if found is not None:
                     return found.folder.name
-                passed_over = f" ({start.passed_over})" if start.passed_over else ""
-                rank_zero_info(
-                    f"Note: --resume: no run of this setting and seed in {runs}{passed_over}; this one begins."
-                )
+                reason = f" ({start.mismatch})" if start.mismatch else ""
+                rank_zero_info(f"Note: --resume: no run of this setting and seed in {runs}{reason}; this one begins.")
             return new_run_id(config.method, config.seed, config.setting_digest)
 
         self.run_id = agreed_name(self.holding, decide, resume)
@@ -170,14 +161,10 @@ class BaseRun:
     def build(self) -> None:
         """Build the Lightning module and the Trainer."""
         seed_everything(self.config.seed, workers=True, verbose=False)
-        data = self.data
-        given: dict[str, Any] = {
-            "num_classes": data.num_classes,
-            "image_size": data.image_size,
-            "seed": self.config.seed,
-        }
+        data, settings = self.data, vars(self.objects.model)
+        sizes: Any = {"num_classes": data.num_classes, "image_size": data.image_size}
         try:
-            self.model = self.module_type(**vars(self.objects.model), **given)
+            self.model = self.module_type(**settings, **sizes, seed=self.config.seed)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -202,7 +189,7 @@ class BaseRun:
         if not self.trains:
             settings["logger"] = False
         elif settings["logger"] in (None, True) and not self.dry:
-            # steps that were logged after the last checkpoint will be logged again
+            # the steps after the last checkpoint will be logged again
             done = None if self.resumed is None else self.saved.global_step if self.saved else 0
             settings["logger"] = SteadyTensorBoardLogger(self.run_dir, name="", version="", purge_step=done)
         try:
@@ -211,7 +198,7 @@ class BaseRun:
             raise ConfigError(f"Lightning refuses these trainer settings: {one_line(error)}") from None
         refuse_hidden_changes(trainer, trains=self.trains)
         order: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        order.append(order.pop(order.index(self.watch)))  # Lightning puts checkpoint callbacks, also of others, last
+        order.append(order.pop(order.index(self.watch)))  # Lightning puts checkpoint callbacks last
         return trainer
 
     def _callbacks(self) -> list[Callback]:
@@ -233,10 +220,10 @@ class BaseRun:
         return [*callbacks, PerStepSeed(self.config.seed)] if self.trains else callbacks
 
     def _progress(self, settings: dict[str, Any], given: Sequence[Callback]) -> list[Callback]:
-        """Return a progress bar for a terminal, or lines per epoch where the output has no width."""
-        has_bar = any(isinstance(one, ProgressBar) for one in given)
+        """Return a progress bar for a terminal, else one line per epoch."""
         if not self.trains:
             return []
+        has_bar = any(isinstance(one, ProgressBar) for one in given)
         if not has_width(sys.stdout):
             if not has_bar:
                 settings["enable_progress_bar"] = False
@@ -248,7 +235,7 @@ class BaseRun:
         raise NotImplementedError
 
     def within_memory(self, work: Callable[[], T]) -> T:
-        """Run `work`; if memory runs out, measure how many images fit.
+        """Run `work`; if memory runs out, measure how many images fit into it.
 
         Raises:
             OutOfMemoryError: If memory ran out.
@@ -259,9 +246,9 @@ class BaseRun:
             if not is_out_of_memory(error):
                 raise
             failure = AllocationFailure.from_error(error)
-        # outside of the clause, which would keep the error and with it the tensors of the step
+        # not in the except clause, which would keep the error and with it the tensors of the step
         INTERRUPTS.waits = INTERRUPTS.waits or self.trains  # a signal must not prevent the record
-        self.monitor.peak_mib = peak_memory_mib(self.trainer.strategy.root_device)  # before the probes move it
+        self.monitor.peak_mib = peak_memory_mib(self.trainer.strategy.root_device)
         evaluates = {RunningStage.VALIDATING: "val", RunningStage.SANITY_CHECKING: "val", RunningStage.TESTING: "test"}
         stage = self.monitor.failed_in
         role = evaluates.get(stage, "train") if stage else "train"

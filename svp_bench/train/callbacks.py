@@ -1,4 +1,4 @@
-"""What is measured along the way, for TensorBoard and for the record."""
+"""Measure the speed and memory of a run, log them to TensorBoard, and show the progress."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["EpochLines", "RunProgressBar", "SteadyTensorBoardLogger", "Throughpu
 
 
 class ThroughputMonitor(Callback):
-    """Images per second, gradient norm of the trained part, learning rate, wall times and peak memory.
+    """Measure images per second, gradient norm, learning rate, wall times and peak memory.
 
     Attributes:
         seconds: Wall seconds by phase: "train_seconds", "test_seconds", "val_seconds".
-        images: Training images seen, all processes together.
+        images: Training images seen by all processes together.
         epochs: Completed training epochs.
-        validated_at: Optimizer steps that were done when val was last scored, or None.
-        failed_in: What the trainer was doing when an exception ended it, or None.
-        peak_mib: The peak memory, where it was read before something else was measured, or None.
+        validated_at: Number of optimizer steps when val was last scored, or None.
+        failed_in: Stage of the trainer when an exception ended it, or None.
+        peak_mib: Peak memory of a run that ran out of memory, read before the probes that follow; else None.
     """
 
     def __init__(self) -> None:
@@ -39,39 +39,35 @@ class ThroughputMonitor(Callback):
         self.failed_in: RunningStage | None = None
         self.peak_mib: float | None = None
         self._started: dict[str, float] = {}
-        self._epoch = (0.0, 0)  # when it began, and the images seen by then
+        self._epoch = (0.0, 0)  # start time of the epoch, and images seen before it
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts that a resumed run continues; a checkpoint is written at the end of an epoch."""
+        """Return the counts that a resumed run continues from."""
         seconds = dict(self.seconds)
         for phase, began in self._started.items():
             seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
-        return {
-            "seconds": seconds,
-            "images": self.images,
-            "epochs": self.epochs,
-            "validated_at": self.validated_at,
-        }
+        counts = {"images": self.images, "epochs": self.epochs, "validated_at": self.validated_at}
+        return {"seconds": seconds, **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on."""
+        """Continue from the counts of a checkpoint."""
         self.seconds, self.images = dict(state_dict["seconds"]), state_dict["images"]
         self.epochs, self.validated_at = state_dict["epochs"], state_dict["validated_at"]
 
     @property
     def images_per_second(self) -> float | None:
-        """Training throughput over the whole run, validation left out; None before the first epoch has ended."""
+        """Training throughput of the whole run without validation; None before the end of the first epoch."""
         seconds = self.seconds.get("train_seconds", 0.0)
         return self.images / seconds if seconds > 0 and self.images else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the peak of an earlier run of this process."""
+        """Reset the peak memory of an earlier run of this process."""
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        if torch.cuda.is_available() and pl_module.device.type == "cuda":
+        if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self._start("train_seconds")
         self._epoch = (time.perf_counter(), self.images)
@@ -79,14 +75,14 @@ class ThroughputMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count images; log the throughput since the epoch began."""
+        """Count the images, and log the throughput of this epoch."""
         self.images += len(batch.labels) * trainer.world_size
         began, images = self._epoch
         seconds = time.perf_counter() - began
         pl_module.log("train/images_per_second", (self.images - images) / seconds, batch_size=1)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Log the learning rate of this step, and the norm of the gradient of everything that trains, unclipped."""
+        """Log the learning rate, and the gradient norm before clipping."""
         pl_module.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
@@ -98,13 +94,13 @@ class ThroughputMonitor(Callback):
         self.epochs += 1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation is not training time."""
+        """Pause the training clock."""
         if not trainer.sanity_checking:
             self._stop("train_seconds")
             self._start("val_seconds")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restart the clock of the epoch."""
+        """Resume the training clock."""
         if not trainer.sanity_checking:
             self._stop("val_seconds")
             self.validated_at = trainer.global_step
@@ -120,7 +116,7 @@ class ThroughputMonitor(Callback):
         self._stop("test_seconds")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Note where it came: the trainer forgets."""
+        """Store the stage, which the trainer resets."""
         self.failed_in = trainer.state.stage
 
     def _start(self, phase: str) -> None:
@@ -132,14 +128,14 @@ class ThroughputMonitor(Callback):
             self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
 
-_measured = 0  # runs of this process whose peak was asked for
+_measured = 0  # calls of `peak_memory_mib` in this process
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Return the peak memory in MiB: of the device's allocator on a GPU, of the whole process on a CPU.
+    """Return the peak memory in MiB: of the allocator on a GPU, of the whole process on a CPU.
 
-    None where the operating system does not say (Windows), and for later runs of a process on a CPU: the peak of a
-    process cannot be reset, so it may be that of an earlier run.
+    Return None on Windows, and for the second and later runs of a process on a CPU: the peak of a process cannot be
+    reset, so it may be that of an earlier run.
     """
     global _measured
     _measured += 1
@@ -156,12 +152,10 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 class SteadyTensorBoardLogger(TensorBoardLogger):
-    """TensorBoard's logger, except that its failures are reported once and never end a run.
-
-    A full disk or a folder that somebody has deleted costs the curves, not the training.
+    """Log to TensorBoard; a failure (full disk, deleted folder) ends logging with a warning, not the run.
 
     Attributes:
-        failure: Why logging has stopped, or None.
+        failure: The error that stopped logging, or None.
     """
 
     failure: str | None = None
@@ -169,41 +163,29 @@ class SteadyTensorBoardLogger(TensorBoardLogger):
     @property
     def experiment(self) -> Any:
         """Return a `SummaryWriter` whose methods cannot fail."""
-        return _Attempts(self._attempt, lambda: super(SteadyTensorBoardLogger, self).experiment)
-
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        """Log numbers."""
-        self._attempt(lambda: super(SteadyTensorBoardLogger, self).log_metrics(*args, **kwargs))
+        return _SafeWriter(self._attempt, lambda: super(SteadyTensorBoardLogger, self).experiment)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Log hyper-parameters."""
         self._attempt(lambda: super(SteadyTensorBoardLogger, self).log_hyperparams(*args, **kwargs))
 
-    def log_graph(self, *args: Any, **kwargs: Any) -> None:
-        """Log the graph of the model."""
-        self._attempt(lambda: super(SteadyTensorBoardLogger, self).log_graph(*args, **kwargs))
-
     def save(self) -> None:
-        """Write what is pending."""
+        """Write pending events and the hyper-parameters."""
         self._attempt(super().save)
-
-    def finalize(self, status: str) -> None:
-        """Close the file."""
-        self._attempt(lambda: super(SteadyTensorBoardLogger, self).finalize(status))
 
     def _attempt(self, work: Callable[[], Any]) -> Any:
         if self.failure is not None:
             return None
         try:
             return work()
-        except Exception as error:  # any failure of the writer or its thread; the run matters more
+        except Exception as error:  # of the writer or its thread
             self.failure = " ".join(f"{type(error).__name__}: {error}".split())
             rank_zero_warn(f"TensorBoard's logs end here, the run continues: {self.failure}")
             return None
 
 
-class _Attempts:
-    """The methods of an object that is made when one is called; none of them can fail."""
+class _SafeWriter:
+    """A writer that is created at the first call, and whose methods pass through `attempt`."""
 
     def __init__(self, attempt: Callable[[Callable[[], Any]], Any], make: Callable[[], Any]) -> None:
         self._attempt = attempt
@@ -217,17 +199,17 @@ class _Attempts:
 
 
 class _Clock:
-    """Time that a run has taken, and how long it still takes at the speed so far.
+    """Measure the elapsed time of a run, and estimate the remaining time.
 
-    The first step compiles kernels, which can take longer than the run: the speed is that of the steps after it.
+    The first step compiles kernels, which can take longer than the run: the estimate uses the steps after it.
     """
 
     def __init__(self) -> None:
-        self._began = (time.perf_counter(), 0.0)  # when, and epochs that were done by then
+        self._began = (time.perf_counter(), 0.0)  # time and epochs done, a fraction, at the start
         self._warm: tuple[float, float] | None = None  # the same at the end of the first step
 
     def start(self, trainer: Trainer) -> None:
-        """Begin to count; a resumed run begins where it was."""
+        """Start the clock at the progress of the trainer."""
         self._began, self._warm = (time.perf_counter(), self._done(trainer)), None
 
     def step(self, trainer: Trainer) -> None:
@@ -240,7 +222,7 @@ class _Clock:
         return time.perf_counter() - self._began[0]
 
     def left(self, trainer: Trainer) -> float | None:
-        """Return the seconds until the last epoch ends; None before there is a speed."""
+        """Return the estimated seconds until the end of training; None before the first step."""
         done = self._done(trainer)
         since, before = self._began if self._warm is None or done <= self._warm[1] else self._warm
         seen = done - before
@@ -252,7 +234,7 @@ class _Clock:
         batches = trainer.num_training_batches
         share = progress.completed / batches if 0 < batches < math.inf else 0.0
         epochs: Any = trainer.fit_loop.epoch_progress.current
-        finished = int(epochs.processed)  # the current epoch counts once it is over
+        finished = int(epochs.processed)
         return finished + (share if epochs.started > finished else 0.0)
 
 
@@ -263,7 +245,7 @@ def _duration(seconds: float) -> str:
 
 
 class EpochLines(Callback):
-    """Prints one line an epoch, for a run whose output is no terminal: a log file, a pipe, a worker of a sweep."""
+    """Print one line per epoch, for output that is not a terminal."""
 
     def __init__(self) -> None:
         self._clock = _Clock()
@@ -277,7 +259,7 @@ class EpochLines(Callback):
         self._clock.step(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the epoch, counted from 1, its loss, the score on val, the time so far and the time left."""
+        """Print the epoch, its scores, the elapsed and the remaining time."""
         if not trainer.is_global_zero:
             return
         numbers, epoch, epochs = trainer.callback_metrics, trainer.current_epoch + 1, trainer.max_epochs or 0
@@ -289,15 +271,15 @@ class EpochLines(Callback):
         ):
             if key in numbers:
                 parts.append(text.format(float(numbers[key])))
-        left = self._clock.left(trainer)
         parts.append(f"{_duration(self._clock.elapsed())} elapsed")
-        parts.append("" if left is None else f"{_duration(left)} left")
-        sys.stdout.write("  ".join(part for part in parts if part) + "\n")
+        if (left := self._clock.left(trainer)) is not None:
+            parts.append(f"{_duration(left)} left")
+        sys.stdout.write("  ".join(parts) + "\n")
         sys.stdout.flush()
 
 
 class RunProgressBar(TQDMProgressBar):
-    """Lightning's progress bar with epochs counted from 1 and the time left of the whole run."""
+    """Show Lightning's progress bar with epochs counted from 1 and the remaining time of the run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +296,7 @@ class RunProgressBar(TQDMProgressBar):
         super().on_train_batch_end(trainer, *args)
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Begin the bar of an epoch. Lightning's own method would show the epoch counted from 0 for a moment."""
+        """Start the bar of an epoch; Lightning's method shows the epoch counted from 0."""
         self.train_progress_bar.reset(self.total_train_batches)
         self.train_progress_bar.initial = 0
         self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
@@ -322,7 +304,7 @@ class RunProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what stands behind the bar."""
+        """Return the values next to the bar."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         left = self._clock.left(trainer) if trainer.training else None

@@ -1,4 +1,4 @@
-"""Filter the log lines and warnings of libraries."""
+"""Filter log lines and warnings of Lightning, PyTorch and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,30 +15,27 @@ __all__ = ["quiet"]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out log lines and warnings of Lightning that do not apply here."""
+    """Suppress log lines and warnings that do not apply here."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(_no_chatter)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    in_threads, threading.excepthook = threading.excepthook, _no_thread_of_tensorboard
+    before, threading.excepthook = threading.excepthook, _no_tensorboard_traceback
     try:
         with _expected_warnings():
             yield
     finally:
-        threading.excepthook = in_threads
+        threading.excepthook = before
         logger.removeFilter(_no_chatter)
 
 
-def _no_thread_of_tensorboard(args: threading.ExceptHookArgs) -> None:
-    """Leave out the traceback of the thread that writes TensorBoard's file: our logger reports the failure."""
+def _no_tensorboard_traceback(args: threading.ExceptHookArgs) -> None:
+    """Suppress the traceback of TensorBoard's writer thread: `SteadyTensorBoardLogger` reports the failure."""
     if type(args.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
         threading.__excepthook__(args)
 
 
 def _no_chatter(record: logging.LogRecord) -> bool:
-    """Leave out Lightning's lines about devices that are not there, its advertisements, and facts of our header.
-
-    The lines that stay may hold names of files and classes; a terminal must not obey these.
-    """
+    """Suppress lines on missing devices and advertisements; escape control characters in the other lines."""
     text = record.getMessage()
     record.msg, record.args = "\n".join(map(printable, text.split("\n"))), None
     chatter = (
@@ -50,7 +47,7 @@ def _no_chatter(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _expected_warnings() -> Iterator[None]:
-    """Leave out warnings about intended states."""
+    """Suppress warnings about intended states, and print the others in one line."""
     shape = warnings.formatwarning
     with warnings.catch_warnings():
         warnings.formatwarning = lambda message, *_, **__: f"Warning: {printable(message)}\n"

@@ -13,14 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from svp_bench.core.errors import (
-    CheckpointError,
-    RecordError,
-    SvpBenchError,
-    UsageError,
-    plural,
-    printable,
-)
+from svp_bench.core.errors import CheckpointError, RecordError, SvpBenchError, UsageError, plural, printable
 from svp_bench.data.class_folders import other_kind
 from svp_bench.data.decode import Depth, UnreadableImageError, read_image
 from svp_bench.data.transforms import EvalTransform

@@ -1,4 +1,4 @@
-"""Callbacks of resumable runs: stop at a signal, and seed each training step."""
+"""Callbacks of resumable runs: save and stop at a signal, and seed each training step."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class PreemptionHandler(Callback):
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
-        self._skip = 0  # batches of the current epoch that a checkpoint within it has done
+        self._skip = 0  # batches of the current epoch that were done before the checkpoint
         self._saving_at = 0
-        self._accumulate = self._accumulated = 1  # batches of an optimizer step: of this run, of its checkpoint
+        self._accumulate = self._accumulated = 1  # batches per optimizer step, of this run and of its checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the batches of the epoch so far (0 at the end of one), and the batches of a step."""
+        """Return the batches done in the current epoch, and the batches per optimizer step."""
         return {"batches": self._saving_at, "accumulate": self._accumulate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue within the epoch."""
+        """Continue within the epoch of a checkpoint."""
         self._skip, self._accumulated = int(state_dict["batches"]), int(state_dict["accumulate"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let signals wait for the end of a step; skip the batches that were done before."""
+        """Delay signals until the end of a step; skip the batches that were done before."""
         self._accumulate = trainer.accumulate_grad_batches
         if self._skip and self._accumulated != self._accumulate:
             raise UsageError(
@@ -54,20 +54,20 @@ class PreemptionHandler(Callback):
         self._skip = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save and stop between two optimizer steps, if asked to."""
+        """Save and stop between two optimizer steps after a signal."""
         if batch_idx % trainer.accumulate_grad_batches == 0 and self._agreed(trainer, pl_module):
             self._saving_at = batch_idx
             trainer.save_checkpoint(self.checkpoint)
             raise Preempted
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop after the last checkpoint, if asked to; the test can be repeated."""
+        """Stop before the test after a signal; --resume then tests."""
         INTERRUPTS.waits = False
         if self._agreed(trainer, pl_module):
             raise Preempted
 
     def _agreed(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Return whether any process was asked to stop: all stop at the same step."""
+        """Return whether any process received a signal, so that all stop at the same step."""
         asked = INTERRUPTS.asked is not None
         if trainer.world_size == 1:
             return asked
@@ -76,12 +76,12 @@ class PreemptionHandler(Callback):
 
 
 class PerStepSeed(Callback):
-    """Seed PyTorch before each training step from (seed, epoch, batch, process), so that a resumed run repeats them."""
+    """Seed PyTorch before each training step from (seed, epoch, batch, process), so that resuming changes no number."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed the CPU's and the device's generator."""
+        """Seed the generators of the CPU and the device."""
         entropy = [self.seed, trainer.current_epoch, batch_idx, trainer.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1)))

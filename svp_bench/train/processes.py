@@ -1,4 +1,4 @@
-"""Agree on the name of a run between its processes, and recognise a lost one."""
+"""Share the name of a run between its processes, and detect that one of them was killed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ _PATIENCE = timedelta(minutes=10)  # for the first process, which reads the exis
 
 
 def agreed_name(holding: ExitStack, decide: Callable[[], str], resume: bool) -> str:
-    """Return the name of a run, which its first process decides, in every one of its processes.
+    """Return the name of a run, which the first process decides, in all processes.
 
-    Lightning launches the others from the first, whose environment they inherit. torchrun launches all alike: they ask
-    the store that it provides.
+    Processes that Lightning launches inherit it through the environment; those of torchrun read it from its store.
 
     Args:
-        holding: As long as it lasts, processes that are launched inherit the name.
-        decide: Called by the first process.
+        holding: Removes the name from the environment when it closes.
+        decide: Returns the name; called by the first process.
         resume: Whether the name may be that of an earlier run.
 
     Raises:
-        UsageError: If the first process has failed, or someone else has launched these, who would not find each other.
+        UsageError: If the first process has failed, or another launcher started these with `resume`.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _agreed_by_store(holding, decide)
@@ -54,7 +53,7 @@ def _agreed_by_store(holding: ExitStack, decide: Callable[[], str]) -> str:
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
-    holding.callback(lambda: store)  # where the first process is the store itself, it must stay until training meets
+    holding.callback(lambda: store)  # the first process may host the store, which the others still need
     shared = PrefixStore("svp-bench", store)
     if rank > 0:
         name = str(shared.get("run").decode())
@@ -74,7 +73,7 @@ def _agreed_by_store(holding: ExitStack, decide: Callable[[], str]) -> str:
 def _send(store: Any, name: str, size: int) -> None:
     """Send the name to the other processes, and wait until they have read it: the first may host the store."""
     store.set("run", name)
-    with suppress(RuntimeError):  # one that never came is missed later, when they meet
+    with suppress(RuntimeError):  # a process that is missing is reported when training starts
         store.wait([f"read-{rank}" for rank in range(1, size)], timedelta(minutes=1))
 
 
@@ -89,5 +88,5 @@ _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe")
 
 
 def is_of_a_lost_process(error: Exception) -> bool:
-    """Return whether an error means that another process of the run was killed."""
+    """Return whether an error shows that another process of the run was killed."""
     return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None

@@ -1,4 +1,4 @@
-"""Provenance of a number: versions, commit, changed files, processor, device."""
+"""Collect the provenance of a number: versions, commit, changed files, processor, device."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ __all__ = [
 ]
 
 _LIBRARIES = ("torch", "lightning", "timm", "torchmetrics", "numpy", "pillow", "jsonargparse")
-_CODE, _READ = "svp_bench", ("tasks", "configs")  # a changed README does not make a number dirty
+_CODE, _READ = "svp_bench", ("tasks", "configs")  # changes elsewhere do not make a number dirty
 _SOURCES = "method_source.json"
-_SHOWN = 4  # changed files in one line
+_SHOWN = 4  # changed files in a warning
 
 
 def library_versions() -> dict[str, str]:
@@ -63,10 +63,7 @@ def commit_and_dirty() -> tuple[str | None, bool | None]:
 
 
 def changed_cards(read: Iterable[Path]) -> list[str]:
-    """Return which of the checkout's cards and configs that a run reads differ from the commit, by their paths in it.
-
-    Those that it does not read say nothing about its number; those outside of the checkout are no part of it.
-    """
+    """Return the paths of the cards and configs in the checkout that a run reads and that differ from the commit."""
     root = checkout_root()
     if root is None:
         return []
@@ -76,11 +73,11 @@ def changed_cards(read: Iterable[Path]) -> list[str]:
 
 
 def dirty_warning(commit: str | None, cards: Sequence[str]) -> str:
-    """Return the warning before a run whose record an audit would fail.
+    """Return the warning that an audit will fail the record of a run.
 
     Args:
-        commit: Of the checkout.
-        cards: `changed_cards` of the run.
+        commit: Commit of the checkout.
+        cards: The result of `changed_cards`.
     """
     root = checkout_root()
     files = [*((_changed(root, _CODE) if root else None) or []), *cards]
@@ -94,11 +91,12 @@ def dirty_warning(commit: str | None, cards: Sequence[str]) -> str:
 
 
 def _changed(root: Path, *places: str) -> list[str] | None:
-    """Return the changed, new and (if asked for) ignored files below some places of a repository."""
+    """Return the changed and new files below some places of a repository, sorted; None without git."""
     separator = () if "--" in places else ("--",)
     status = git(root, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", *separator, *places)
-    lines = None if status is None else status.decode("utf-8", "surrogateescape").split("\0")
-    return None if lines is None else sorted({line[3:] for line in lines if line})
+    if status is None:
+        return None
+    return sorted({line[3:] for line in status.decode("utf-8", "surrogateescape").split("\0") if line})
 
 
 @cache
@@ -122,7 +120,7 @@ def device_name(device: torch.device) -> str:
 
 
 def save_sources(folder: Path, sources: Mapping[str, str]) -> None:
-    """Write the digests of a custom method's files into a run's folder; nothing for a shipped method.
+    """Write the digests of a custom method's files into a run's folder.
 
     Raises:
         RecordError: If the folder cannot be written.
@@ -132,7 +130,7 @@ def save_sources(folder: Path, sources: Mapping[str, str]) -> None:
 
 
 def read_sources(folder: Path) -> dict[str, str]:
-    """Return what `save_sources` wrote; empty if it wrote nothing."""
+    """Return the digests that `save_sources` wrote; empty for a shipped method."""
     try:
         sources = json.loads((folder / _SOURCES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -141,5 +139,5 @@ def read_sources(folder: Path) -> dict[str, str]:
 
 
 def changed_sources(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """Return which files differ, "scale.py, helper.py"; "" if none does."""
+    """Return the names of the files that differ: "helper.py, scale.py"; "" if none does."""
     return ", ".join(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))

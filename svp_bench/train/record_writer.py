@@ -1,4 +1,4 @@
-"""Build the record of a run: status, scores, and everything that determined them."""
+"""Build the record of a run: status, scores, and the facts that determined them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Recorder"]
 
 @dataclass(frozen=True)
 class Recorder:
-    """Writer of a run's record.
+    """Build the record of a run, and write the tables of its predictions.
 
     Attributes:
         run_id: The run's name.
@@ -57,7 +57,7 @@ class Recorder:
     watch: RecipeWatch
 
     def scan_backend(self) -> BackendChoice:
-        """Return the scan backend that runs, and why.
+        """Return the scan backend that runs, and the reason.
 
         Raises:
             UnavailableError: If a backend was asked for by name and cannot run on the device.
@@ -66,28 +66,29 @@ class Recorder:
 
     def outcome(self) -> tuple[str, str | None]:
         """Return the status and its reason: `limit_*`, `fast_dev_run` and early ends make a run truncated."""
-        trainer = self.resolved.config["trainer"]
-        cut = [
-            f"trainer.{name} {trainer[name]}"
-            for name in ("limit_train_batches", "limit_test_batches", "limit_val_batches")
-            if trainer.get(name) is not None and repr(trainer[name]) != "1.0"  # 1.0: all; 1: one batch
-        ]
-        if trainer.get("fast_dev_run"):
-            cut.append("trainer.fast_dev_run")
-        if trainer.get("overfit_batches"):
-            cut.append(f"trainer.overfit_batches {trainer['overfit_batches']}")
-        planned = self.trainer.max_epochs
-        if self.trainer.interrupted:
+        trainer, config = self.trainer, self.resolved.config["trainer"]
+        if trainer.interrupted:
             return "interrupted", "stopped by the user"
-        if not cut and planned is not None and planned > 0 and self.trainer.current_epoch < planned:
-            cut.append(f"stopped after {self.trainer.current_epoch} of {plural(planned, 'epoch')}")
-        if not cut and planned is not None:
-            steps = planned * math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-            if self.trainer.global_step < steps:
-                cut.append(f"stopped after {self.trainer.global_step} of {plural(steps, 'step')}")
-        if self.data.stage == "select" and not cut and self.monitor.validated_at != self.trainer.global_step:
-            cut.append("val was not scored after the last epoch")
-        return ("truncated", ", ".join(cut)) if cut else ("complete", None)
+        cut = [
+            f"trainer.{name} {config[name]}"
+            for name in ("limit_train_batches", "limit_test_batches", "limit_val_batches")
+            if config.get(name) is not None and repr(config[name]) != "1.0"  # 1.0: all; 1: one batch
+        ]
+        if config.get("fast_dev_run"):
+            cut.append("trainer.fast_dev_run")
+        if config.get("overfit_batches"):
+            cut.append(f"trainer.overfit_batches {config['overfit_batches']}")
+        if cut:
+            return "truncated", ", ".join(cut)
+        epochs = trainer.max_epochs or 0
+        steps = epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        if trainer.current_epoch < epochs:
+            return "truncated", f"stopped after {trainer.current_epoch} of {plural(epochs, 'epoch')}"
+        if trainer.global_step < steps:
+            return "truncated", f"stopped after {trainer.global_step} of {plural(steps, 'step')}"
+        if self.data.stage == "select" and self.monitor.validated_at != trainer.global_step:
+            return "truncated", "val was not scored after the last epoch"
+        return "complete", None
 
     def parameters(self) -> Parameters:
         """Count the parameters."""
@@ -97,45 +98,35 @@ class Recorder:
         trainable = sum(p.numel() for p in trained.values())
         return Parameters(trainable=trainable, head=head, adapter=trainable - head, total=total)
 
-    def scores(self) -> tuple[Metrics, Correct]:
-        """Return the scores on the test split, and one bit per image.
+    def scores(self, role: str) -> tuple[Metrics, Correct]:
+        """Return the scores on the split of a role, test or val, and one bit per image.
 
         Raises:
-            SvpBenchError: If some image was not scored once.
+            SvpBenchError: If an image was not scored exactly once.
         """
-        evaluation = self._of_the_whole_split("test", self.model.tested)
-        digest = self.data.test_split_digest
-        assert digest is not None
-        return evaluation.for_record(), Correct.of(evaluation.right, self.data.splits["test"], digest)
-
-    def selection_scores(self) -> tuple[Metrics | None, Correct | None]:
-        """Return the scores on val after the last epoch, and one bit per image."""
-        if self.model.validated is None:
-            return None, None
-        evaluation = self._of_the_whole_split("val", self.model.validated)
-        bits = Correct.of(evaluation.right, self.data.splits["val"], self.data.split_digest("val"))
-        return evaluation.for_record(), bits
-
-    def _of_the_whole_split(self, role: str, evaluation: Evaluation | None) -> Evaluation:
-        expected = self.data.report.counts[self.data.splits[role]]
-        index = torch.empty(0) if evaluation is None else evaluation.scores.index
-        if evaluation is None or not torch.equal(index, torch.arange(expected)):
+        evaluation, split = self._evaluation(role), self.data.splits[role]
+        expected, index = self.data.report.counts[split], evaluation.scores.index
+        if not torch.equal(index, torch.arange(expected)):
             raise SvpBenchError(
                 f"the {role} split gave {plural(len(index), 'image')}, not each of the {expected} once; please "
                 "report this"
             )
+        return evaluation.for_record(), Correct.of(evaluation.right, split, self.data.split_digest(role))
+
+    def _evaluation(self, role: str) -> Evaluation:
+        evaluation = self.model.tested if role == "test" else self.model.validated
+        assert evaluation is not None
         return evaluation
 
     def write_tables(self, role: str, folder: Path) -> None:
-        """Write confusions, accuracies of classes and all predictions into the run's folder; print the paths."""
-        evaluation = self.model.tested if role == "test" else self.model.validated
-        assert evaluation is not None
+        """Write the confusion matrix, class accuracies and predictions into the run's folder; print the paths."""
+        evaluation = self._evaluation(role)
         try:
             confusion, per_class = write_tables(evaluation, self.data.class_names, folder, role)
             names = self.data.image_names(role)
             images = write_predictions(evaluation, names, self.data.class_names, folder, role)
         except RecordError as error:
-            reason = str(error).partition("; ")[0]  # the rest of it names the folder of records
+            reason = str(error).partition("; ")[0]  # the remedy after it is that of another folder
             rank_zero_warn(f"{reason}; the record is complete, the tables of its predictions are not")
             return
         print(f"Confusion matrix: {confusion}; accuracy of each class: {per_class}", flush=True)
@@ -144,14 +135,12 @@ class Recorder:
     def record(self, status: str, reason: str | None, tested: bool) -> Record:
         """Return the record; `tested`: whether the test split was scored."""
         model, data, resolved = self.model, self.data, self.resolved
-        metrics: Metrics | None = None
-        correct: Correct | None = None
-        val_correct: Correct | None = None
+        metrics, correct, val_correct = None, None, None
         if tested:
-            metrics, correct = self.scores()
+            metrics, correct = self.scores("test")
         elif data.stage == "select" and status == "complete":
-            metrics, val_correct = self.selection_scores()
-        looked = data._report is not None
+            metrics, val_correct = self.scores("val")
+        looked = data._report is not None  # whether the files were read before an error
         backend = self.scan_backend()
         saved = self.run_dir / CHECKPOINT
         peak = self.monitor.peak_mib

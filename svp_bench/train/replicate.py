@@ -1,8 +1,7 @@
-"""`svp-bench replicate`: training as `fit` does it, with the test split read after every epoch, on purpose.
+"""`svp-bench replicate`: train as `fit` does, but score the test split after every epoch.
 
-Papers print the best test epoch; this measures the gain of that. It uses two classes of its own: a data module that
-validates on the test split, and a module whose logs name it. `fit` builds `VisionDataModule` itself, whose test loader
-does not exist before the weights are final. The output is not a record (`records.replication`).
+Some papers report the best test epoch; this measures the gain of that. The output is not a record
+(`records.replication`). `fit` cannot do this: the test loader of its data module exists after the training only.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
-from svp_bench.config.compose import Composed
 from svp_bench.core.errors import SvpBenchError, UsageError, plural
 from svp_bench.data.loading import Batch
 from svp_bench.data.module import VisionDataModule
@@ -23,29 +21,28 @@ from svp_bench.records.replication import Curve, Replication, write_replication
 from svp_bench.records.store import refuse_unwritable
 from svp_bench.train.metrics import Evaluation
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.parser import resolve
-from svp_bench.train.run import FitRun, run
+from svp_bench.train.run import FitRun
 
-__all__ = ["run_replication"]
+__all__ = ["ReplicationRun"]
 
-_TAG = "test_each_epoch"  # of the curves in TensorBoard, in the place of "val"
+_TAG = "test_each_epoch"  # name of the curves in TensorBoard, instead of "val"
 _NEVER = {
-    "resume": "a replication starts anew",
-    "no_test": "a replication is about nothing but the test split",
+    "resume": "a replication cannot be continued",
+    "no_test": "a replication scores the test split",
     "ckpt_path": "a replication trains from the start",
 }
 
 
-class _LendsTest(VisionDataModule):
-    """The data module of stage final whose test split is read after each epoch."""
+class _TestEachEpochData(VisionDataModule):
+    """A data module that validates on the test split."""
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of the test split."""
         return self._evaluation_loader("test")
 
 
-class _SaysTest(AdaptationModule):
-    """The Lightning module, with the true name for its curves of "validation"."""
+class _TestEachEpochModule(AdaptationModule):
+    """A Lightning module that logs validation scores as those of the test split."""
 
     def _log_scalars(self, role: str, evaluation: Evaluation) -> None:
         super()._log_scalars(_TAG if role == "val" else role, evaluation)
@@ -54,16 +51,16 @@ class _SaysTest(AdaptationModule):
         super()._show(_TAG if role == "val" else role, evaluation)
 
 
-class _ReplicationRun(FitRun):
-    """One replication."""
+class ReplicationRun(FitRun):
+    """Train, and score the test split after every epoch."""
 
-    module_type = _SaysTest
-    data_type = _LendsTest
+    module_type = _TestEachEpochModule
+    data_type = _TestEachEpochData
     saved_config = "replication.yaml"
     resumable = False
 
     def prepare(self) -> None:
-        """Refuse flags that a replication does not have, then prepare as a fit does."""
+        """Refuse flags that a replication does not take, then prepare as `fit` does."""
         self.scores: list[Metrics] = []
         self.incomplete = False
         self.watchers = [*self.watchers, LambdaCallback(on_train_epoch_end=self._collect)]
@@ -77,12 +74,12 @@ class _ReplicationRun(FitRun):
         refuse_unwritable(self.config.results_root / "replications", "--results_root")
 
     def name_run(self) -> None:
-        """Put the run's folder below runs/replications."""
+        """Set the run's folder below runs/replications."""
         super().name_run()
         self.run_dir = self.config.runs_root / "replications" / self.data.card.name / self.run_id
 
     def main(self) -> None:
-        """Train, reading the test split after each epoch, and write the result."""
+        """Train, score the test split after each epoch, and write the result."""
         self.set_up()
         with self.alone():
             self.announce()
@@ -92,7 +89,7 @@ class _ReplicationRun(FitRun):
             self._write()
 
     def _collect(self, trainer: Trainer, model: LightningModule) -> None:
-        """Add the scores on the test split after an epoch, if it was read."""
+        """Collect the scores of an epoch."""
         evaluation = self.model.validated
         if evaluation is not None and self.monitor.validated_at == trainer.global_step:
             self.scores.append(evaluation.for_record())
@@ -122,8 +119,3 @@ class _ReplicationRun(FitRun):
             "Next: svp-bench table (it also prints the tax)",
             flush=True,
         )
-
-
-def run_replication(composed: Composed) -> None:
-    """Run one replication."""
-    run(resolve(composed), run_type=_ReplicationRun)

@@ -1,19 +1,19 @@
 """`svp-bench rerun`: repeat a run from its record alone, and compare the numbers.
 
-The record's resolved config is run with its seed. Before training, splits (by digest), weights (by digest) and the
-resolved cell must be those of the record; other differences (commit, versions, cards, device) are printed.
+The run has the config and the seed of the record. Splits (by digest), weights (by digest) and the resolved config must
+equal those of the record before training begins; other differences (commit, versions, cards, device) are printed.
 
 The exit status is 0 if the numbers agree:
 
 - bit-equal: the same images are right, and the mean loss is the same to the last digit; or
-- something that is known to change the last digits differs (device, threads, number of devices, scan backend,
-  versions, commit, or a setting that no digest holds), and the images that differ are about evenly divided: by the
-  exact McNemar test on the recorded bits, p >= 0.05. Selection records without bits: the two accuracies are at most
-  1.96 binomial standard errors of val apart. The mean losses may differ by a tenth of the recorded one or 0.02 nats,
-  whichever is more, plus ln 2 for each image that differs, divided by the number of images.
+- a fact differs that changes the last digits (device, threads, number of devices, scan backend, versions, commit, or a
+  setting that no digest covers), and the exact McNemar test on the recorded bits has p >= 0.05. Selection records
+  without bits: the two accuracies differ by at most 1.96 binomial standard errors of val. The mean losses may differ by
+  the larger of a tenth of the recorded loss and 0.02 nats, plus ln 2 for each image that differs, divided by the number
+  of images.
 
-Otherwise it is 1; always if the source of a custom method differs from the recorded one. The rerun's record goes to a
-results folder of its own, so that no table counts a seed twice.
+Otherwise it is 1; always if the source of a custom method differs from the recorded one. The record of the rerun is
+written to another results folder, so that no table counts a seed twice.
 """
 
 from __future__ import annotations
@@ -56,15 +56,14 @@ from svp_bench.train.run import FitRun, first_difference, run
 
 __all__ = ["run_rerun"]
 
-_Z = 1.959963984540054  # of a normal distribution, at 95 %
-_LEVEL = 0.05  # below this p the images that differ are not evenly divided
+_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+_LEVEL = 0.05  # of the McNemar test
 _NAMED_WEIGHTS = ("hub", "embedded", "none")
-_LOSS_SHARE, _LOSS_NATS = 0.1, 0.02  # tolerance of two mean losses, next to that of differing images
+_LOSS_SHARE, _LOSS_NATS = 0.1, 0.02  # tolerance of the mean loss
 _FACTS = ("device", "cpu", "device_count", "scan_backend", "package_version", "commit")
-_MOVE_NOTHING = ("data.num_workers", "model.scan_backend")  # the backend that ran is a fact of its own
-_NOT_GIVEN = ("seed_everything", "data.seed", "model.seed", "config", "ckpt_path", "resume", "no_test")
+_WITHOUT_EFFECT = ("data.num_workers", "model.scan_backend")  # the backend that ran is in _FACTS
+_REFUSED = ("seed_everything", "data.seed", "model.seed", "config", "ckpt_path", "resume", "no_test")
 _CHANGES = "code: uncommitted changes, in the record or here"
-_FREE = tuple(key for key in CELL_EXCLUDED if key not in _NOT_GIVEN)
 
 
 def run_rerun(record: Record, places: Mapping[str, str], further: Sequence[str] = ()) -> int:
@@ -76,10 +75,10 @@ def run_rerun(record: Record, places: Mapping[str, str], further: Sequence[str] 
         further: Flags that change no number.
 
     Returns:
-        The exit status: 0 if the numbers agree, by the rule of this module, else 1.
+        The exit status: 0 if the numbers agree by the rule above, else 1.
 
     Raises:
-        SvpBenchError: If the run cannot be repeated here: its data, weights, method or settings are not available.
+        SvpBenchError: If the data, weights, method or settings of the run are not available.
     """
     if record.status != "complete":
         raise RecordError(f"{record.run_id} is {record.status}: it has no number that could be repeated")
@@ -90,18 +89,30 @@ def run_rerun(record: Record, places: Mapping[str, str], further: Sequence[str] 
             f"{places['results_root']} holds the record itself, and tables would count its seed twice; give the rerun "
             "another --results_root"
         )
-    _need_free(further)
-    _need_method(record)
-    _need_weights_file(record, places)
+    _check_flags(further)
+    settings = dict(flat(record.config))
+    _check_method(record, str(settings.get("model.method.class_path")))
+    weights = str(settings.get("model.checkpoint"))
+    if "model.checkpoint" not in places and weights not in _NAMED_WEIGHTS and not Path(weights).is_file():
+        raise CheckpointError(
+            f"the run began with the weights {weights} ({_short(record.checkpoint_digest)}), which are not here; give "
+            "their place with --model.checkpoint PATH"
+        )
     flags = [f"--{key}={value}" for key, value in {**places, "seed_everything": record.seed}.items()]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(_plain(record.config), sort_keys=False), encoding="utf-8")
+        file.write_text(yaml.safe_dump(record.config, sort_keys=False), encoding="utf-8")
         try:
             composed = compose(split_flags(["--config", str(file), *further, *flags]))
-            composed.search = record.search  # its values are in the config; their origin is not
+            composed.search = record.search
             config = resolve(composed)
-            _need_same_cell(record, config)
+            if config.config_digest != record.config_digest:
+                different = first_difference(config.config, record.config)
+                which = f"{different[0]} = {different[1]}, in the record {different[2]}" if different else "unknown"
+                raise ConfigError(
+                    f"svp-bench {__version__} resolves the record's config to another setting ({which}); "
+                    f"{_other_version(record)}"
+                )
             done = run(config, run_type=lambda config, watchers: _RepeatedRun(config, watchers, record))
         except SvpBenchError as error:
             raise type(error)(str(error).replace(str(file), f"the config of {record.run_id}")) from None
@@ -111,11 +122,11 @@ def run_rerun(record: Record, places: Mapping[str, str], further: Sequence[str] 
     return _compare(record, read_record(path))
 
 
-# -------------------------------------------------------------------------------------------------- before the training
+# --- before training --------------------------------------------------------------------------------------------------
 
 
 class _RepeatedRun(FitRun):
-    """A fit whose data and weights must be those of a record."""
+    """A fit that refuses other data and weights than those of a record."""
 
     next_step = None
     resumable = False
@@ -125,10 +136,10 @@ class _RepeatedRun(FitRun):
         self.record = record
 
     def prepare(self) -> None:
-        """Prepare as a fit does, and compare splits and code with the record."""
+        """Prepare as `fit` does, and compare splits and code with the record."""
         super().prepare()
         notes = _differing_code(self.record, self)
-        _need_same_splits(self.record, self.data, self.config.config["data"].get("root"))
+        _check_splits(self.record, self.data, self.config.config["data"].get("root"))
         self._print_header(notes)
 
     @rank_zero_only
@@ -155,23 +166,11 @@ class _RepeatedRun(FitRun):
             raise CheckpointError(f"{model.checkpoint} has another head than the run began with; {remedy}")
 
 
-def _need_same_cell(record: Record, config: ResolvedConfig) -> None:
-    if config.config_digest == record.config_digest:
-        return
-    different = first_difference(config.config, record.config)
-    which = f"{different[0]} = {different[1]}, in the record {different[2]}" if different else "unknown"
-    raise ConfigError(
-        f"svp-bench {__version__} resolves the record's config to another setting ({which}); rerun it with the version "
-        f"that wrote it, {record.package_version}{_at(record.commit)}"
-    )
-
-
-def _need_same_splits(record: Record, data: VisionDataModule, root: str | None) -> None:
+def _check_splits(record: Record, data: VisionDataModule, root: str | None) -> None:
     if dict(data.splits) != dict(record.splits):
         raise ConfigError(
             f"the protocol {record.protocol} (version {data.protocol.version}) reads {dict(data.splits)}, the record's "
-            f"(version {record.protocol_version}) {dict(record.splits)}; rerun it with the version that wrote it, "
-            f"{record.package_version}{_at(record.commit)}"
+            f"(version {record.protocol_version}) {dict(record.splits)}; {_other_version(record)}"
         )
     source = open_source(data.card, Path(root) if root else None, suite=data.suite)
     digest = inspect(data.card, source, list(data.splits_read)).digest
@@ -180,6 +179,11 @@ def _need_same_splits(record: Record, data: VisionDataModule, root: str | None) 
             f"{source.origin} has other splits of {record.task} ({_short(digest)}) than the run read "
             f"({_short(record.data_digest)}, variant {record.data_variant}); give their folder with --data.root DIR"
         )
+
+
+def _other_version(record: Record) -> str:
+    commit = f" (commit {record.commit})" if record.commit else ""
+    return f"rerun it with the version that wrote it, {record.package_version}{commit}"
 
 
 def _differing_code(record: Record, now: FitRun) -> list[str]:
@@ -205,8 +209,8 @@ def _differing_code(record: Record, now: FitRun) -> list[str]:
     return notes
 
 
-def _need_free(further: Sequence[str]) -> None:
-    """Refuse flags that would make it another run."""
+def _check_flags(further: Sequence[str]) -> None:
+    """Refuse flags that would change the setting."""
     flags = split_flags(further)
     if flags.configs or flags.method or flags.selected_config:
         raise UsageError("rerun takes no --config, --method or --selected_config: the record has all settings")
@@ -214,14 +218,13 @@ def _need_free(further: Sequence[str]) -> None:
     if stray:
         raise UsageError(f"rerun takes one record, not also {stray[0]!r}; give the record first, then the flags")
     for key in flags.values:
-        if key not in _FREE:
+        if key not in CELL_EXCLUDED or key in _REFUSED:
             raise UsageError(f"rerun takes no --{key}: it would be another run than the record's; use svp-bench fit")
 
 
-def _need_method(record: Record) -> None:
-    """Import the method's class, as a fit would."""
+def _check_method(record: Record, class_path: str) -> None:
+    """Check that the class of the method can be imported."""
     make_importable()
-    class_path = str(dict(flat(record.config)).get("model.method.class_path"))
     try:
         import_object(class_path)
     except Exception as error:  # the user's module may raise anything
@@ -234,22 +237,7 @@ def _need_method(record: Record) -> None:
         ) from None
 
 
-def _need_weights_file(record: Record, places: Mapping[str, str]) -> None:
-    source = str(dict(flat(record.config)).get("model.checkpoint"))
-    if "model.checkpoint" not in places and source not in _NAMED_WEIGHTS and not Path(source).is_file():
-        raise CheckpointError(
-            f"the run began with the weights {source} ({_short(record.checkpoint_digest)}), which are not here; give "
-            "their place with --model.checkpoint PATH"
-        )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-# --------------------------------------------------------------------------------------------------- after the training
+# --- after training ---------------------------------------------------------------------------------------------------
 
 
 def _compare(old: Record, new: Record) -> int:
@@ -298,8 +286,8 @@ def _compare_numbers(old: Record, new: Record, before: Metrics, after: Metrics, 
 
 
 def _within_noise(old: Record, new: Record, before: Metrics, after: Metrics) -> tuple[bool, str, str, int]:
-    """Return whether two runs agree; how they differ; the bound that decides; the number of images that differ."""
-    if old.correct is None or new.correct is None:  # an older selection record has no bits
+    """Return whether the accuracies agree, the difference, the bound that decides, and how many images differ."""
+    if old.correct is None or new.correct is None:  # a selection record
         images, apart = abs(after.correct - before.correct), abs(after.top1 - before.top1)
         limit = _Z * one_standard_error((before.top1 + after.top1) / 2, before.count)
         where = f"1.96 binomial standard errors of {plural(before.count, 'image')} (± {limit:.2f} points; no bits)"
@@ -326,16 +314,16 @@ def _within_noise(old: Record, new: Record, before: Metrics, after: Metrics) -> 
 
 
 def _differences(old: Record, new: Record) -> list[str]:
-    """Return one line for each difference between two runs of a cell and seed that can change the last digits."""
+    """Return one line for each fact that differs and can change the last digits."""
     digests = "the package's files", _short(old.package_digest), _short(new.package_digest)
     names = {**old.libraries, **new.libraries}
     ours, theirs = dict(flat(old.config)), dict(flat(new.config))
-    moving = [k for k, kind in CELL_EXCLUDED.items() if kind.startswith("device") and k not in _MOVE_NOTHING]
+    keys = [key for key, kind in CELL_EXCLUDED.items() if kind.startswith("device") and key not in _WITHOUT_EFFECT]
     pairs = [
         *((fact, getattr(old, fact), getattr(new, fact)) for fact in _FACTS),
         *([digests] if old.package_digest is not None else []),
         *((name, old.libraries.get(name, "none"), new.libraries.get(name, "none")) for name in names),
-        *((key, str(ours.get(key)), str(theirs.get(key))) for key in moving),
+        *((key, str(ours.get(key)), str(theirs.get(key))) for key in keys),
     ]
     lines = [_differs(*pair) for pair in pairs if pair[1] != pair[2]]
     return [*lines, _CHANGES] if old.dirty or new.dirty else lines
@@ -348,7 +336,3 @@ def _differs(name: str, theirs: Any, ours: Any) -> str:
 
 def _short(digest: str | None) -> str:
     return f"sha256:{digest.removeprefix('sha256:')[:12]}" if digest else "none"
-
-
-def _at(commit: str | None) -> str:
-    return f" (commit {commit})" if commit else ""

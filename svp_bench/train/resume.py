@@ -1,7 +1,7 @@
-"""Find the run to resume, lock it, and check that its checkpoint holds everything that training continues with.
+"""Find the run to resume, lock it, and check its checkpoint.
 
-A resumed run ends at the same weights, bit for bit on a CPU: batches and every random number of a training step follow
-from (seed, epoch, step), and the checkpoint holds the rest (weights, optimizer, schedule, progress, monitors).
+A resumed run ends with the same weights, bit for bit on a CPU: batches and random numbers follow from (seed, epoch,
+step), and the checkpoint contains the rest (weights, optimizer, schedule, progress, counts).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Found(NamedTuple):
 
     Attributes:
         folder: Its folder.
-        checkpoint: Its last checkpoint, or None if it was stopped before the first.
-        record: What it has recorded so far, or None.
+        checkpoint: Its last checkpoint, or None.
+        record: Its record, or None.
     """
 
     folder: Path
@@ -50,65 +50,64 @@ class Found(NamedTuple):
 
     @classmethod
     def at(cls, folder: Path, records: Path) -> Found:
-        """Look at a run's folder and at its record, which is in the folder `records`."""
-        place, checkpoint = records / f"{folder.name}.json", folder / CHECKPOINT
-        return cls(
-            folder,
-            checkpoint if checkpoint.is_file() else None,
-            read_record(place) if place.is_file() else None,
-        )
+        """Read the run in `folder`, whose record is in the folder `records`."""
+        file, checkpoint = records / f"{folder.name}.json", folder / CHECKPOINT
+        record = read_record(file) if file.is_file() else None
+        return cls(folder, checkpoint if checkpoint.is_file() else None, record)
 
     @property
     def finished(self) -> bool:
-        """Return whether there is nothing left to do."""
+        """Whether the run is complete."""
         return self.record is not None and self.record.status == "complete"
 
 
 class Start:
-    """The weights and data that a run would begin with now; computed when a run is there to compare them with.
+    """The initial weights and the data of a config, to compare with those of earlier runs; computed when needed.
 
     Args:
         config: The resolved config.
-        data: The data module; its files are read, its images are not.
+        data: The data module; the digests of its files are computed, no image is decoded.
 
     Attributes:
-        passed_over: Why a run of the same setting and seed is not resumed, or None.
+        mismatch: Why an earlier run of the same setting and seed is not resumed, or None.
     """
 
     def __init__(self, config: Mapping[str, Any], data: VisionDataModule) -> None:
         self._config, self._data = config, data
         self._saved: tuple[tuple[Path, int, int], Checkpoint] | None = None
-        self.passed_over: str | None = None
+        self.mismatch: str | None = None
 
     def is_of(self, found: Found, config: Mapping[str, Any]) -> bool:
-        """Whether a run of the same setting began from these weights and, if it is complete, on these data.
+        """Return whether a run of the same setting began from these weights and, if it is complete, on these data.
 
         Raises:
-            CheckpointError: If its checkpoint is damaged, or the weights of now cannot be had.
+            CheckpointError: If its checkpoint is damaged, or the initial weights cannot be loaded.
         """
         record, checkpoint = found.record, str(self._config["model"]["checkpoint"])
         other = None
         if record is not None and (found.finished or found.checkpoint is None):
             theirs = record.checkpoint_digest, (record.checkpoint_load or {}).get("kept")
-            ours: tuple[str | None, Any] = None, None  # of random weights
+            ours: tuple[str | None, Any] = None, None  # random weights
             if checkpoint != "none":
                 backbone, head = self._weights
                 ours = backbone, [f"head {head}"] if head else None
             if theirs != ours:
                 other = "weights"
-            elif found.finished and self._meaning_of(record) != self._meaning:
+            elif found.finished and self._data_facts != (
+                *(record.data_digest, record.task_version, record.protocol, record.protocol_version),
+            ):
                 other = "data or cards"
         elif found.checkpoint is not None:
             about = self.saved(found.checkpoint).metadata
             other = None if (about.backbone_digest, about.head_digest) == self._weights else "weights"
-        elif config.get("model", {}).get("checkpoint") != checkpoint:  # stopped before it had anything to save
+        elif config.get("model", {}).get("checkpoint") != checkpoint:  # it has no checkpoint yet
             other = "weights"
         if other:
-            self.passed_over = self.passed_over or f"{found.folder.name} began from other {other}"
+            self.mismatch = self.mismatch or f"{found.folder.name} began from other {other}"
         return other is None
 
     def saved(self, checkpoint: Path) -> Checkpoint:
-        """Read a checkpoint, once as long as it does not change."""
+        """Read a checkpoint; again only if the file has changed."""
         status = checkpoint.stat()
         version = checkpoint, status.st_mtime_ns, status.st_size
         if self._saved is None or self._saved[0] != version:
@@ -117,7 +116,7 @@ class Start:
 
     @cached_property
     def _weights(self) -> tuple[str, str | None]:
-        """Digests of the backbone and, if it is the checkpoint's, of the head."""
+        """Digest of the backbone, and of the head if it comes from the checkpoint."""
         model, data = self._config["model"], self._data
         with torch.random.fork_rng(devices=[]):
             backbone = initial_backbone(
@@ -131,17 +130,13 @@ class Start:
         return backbone_digest(backbone), backbone.load_report.head_digest if backbone.load_report else None
 
     @cached_property
-    def _meaning(self) -> tuple[Any, ...]:
-        """Return what a complete run's record must say for its number to be the one that is asked for."""
+    def _data_facts(self) -> tuple[Any, ...]:
+        """Digest of the splits, and versions of the cards."""
         data = self._data
         root = self._config["data"].get("root")
         source = open_source(data.card, Path(root) if root else None, suite=data.suite, protocol=data.protocol)
         digest = inspect(data.card, source, list(data.splits_read)).digest
         return digest, data.card.version, data.protocol.name, data.protocol.version
-
-    @staticmethod
-    def _meaning_of(record: Record) -> tuple[Any, ...]:
-        return record.data_digest, record.task_version, record.protocol, record.protocol_version
 
 
 def find_run(
@@ -154,15 +149,15 @@ def find_run(
 ) -> Found | None:
     """Return the newest unfinished run of a setting and seed, else the newest finished one, else None.
 
-    A run that another results folder has a record of is left alone: its name is taken.
+    A run whose record is in another results folder is skipped.
 
     Args:
-        folder: Where the runs of the task are, `runs/<suite>/<task>`.
-        records: Where its records are.
+        folder: Folder of the task's runs, `runs/<suite>/<task>`.
+        records: Folder of its records.
         seed: The run's seed.
-        same_setting: Whether a saved config is of the same setting.
-        sources: `Resolved.sources`, which a run must have begun with; None for any.
-        same_start: Whether a run of the same setting, with its saved config, began from the same weights and data.
+        same_setting: Returns whether a saved config has the same setting.
+        sources: The `ResolvedConfig.sources` that the run must have; None for any.
+        same_start: Returns whether a run, given with its saved config, began from the same weights and data.
     """
     finished: Found | None = None
     for path in sorted(folder.glob(f"*-seed{seed}-*"), key=_started, reverse=True):
@@ -181,14 +176,14 @@ def find_run(
 
 
 def _recorded_elsewhere(folder: Path, config: Mapping[str, Any], records: Path) -> bool:
-    """Whether the results folder that a run's config names is another one, and has its record."""
+    """Return whether a run's config names another results folder, and its record is there."""
     root, task = config.get("results_root"), f"{folder.parent.parent.name}/{folder.parent.name}"
     place = Path(str(root)) / "records" / task
     return root is not None and place.resolve() != records.resolve() and (place / f"{folder.name}.json").is_file()
 
 
 def _started(folder: Path) -> tuple[str, int]:
-    """Return the time stamp in a run's name, in seconds, and when its config was written, which tells two apart."""
+    """Return the time stamp in a run's name and, for runs of the same second, the time of its config."""
     config = folder / "config.yaml"
     return folder.name.split("-")[1], config.stat().st_mtime_ns if config.is_file() else 0
 
@@ -201,26 +196,26 @@ def _config_of(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-class Claimed(Exception):  # not an error: another process does the work
+class Claimed(Exception):  # not an error: the other process does the work
     """Raised if another process holds a lock."""
 
 
 @contextmanager
 def held(lock: Path) -> Iterator[None]:
-    """Hold a lock file. The lock ends with the process, however it ends.
+    """Hold a lock file; the lock ends with the process.
 
     Raises:
         Claimed: If another process holds it.
     """
     try:
         import fcntl
-    except ImportError:  # Windows: nothing like it that ends with the process
+    except ImportError:  # Windows
         yield
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked data workers do not inherit it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked data workers, as flock is
         except BlockingIOError:
             raise Claimed from None
         except OSError:  # a file system without locks
@@ -230,7 +225,7 @@ def held(lock: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder: no two processes train the same run.
+    """Lock a run's folder, so that no two processes train the same run.
 
     Raises:
         UsageError: If another process holds it.
@@ -243,12 +238,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def claim_setting(holding: ExitStack, lock: Path) -> None:
-    """Lock a setting and seed as long as `holding` lasts: two `--resume` that find no run must not begin two.
+    """Lock a setting and seed, so that two commands with `--resume` do not begin the same run.
 
-    As in `claim_run`, the first process holds it for all processes of a run.
+    The first process of a run holds the lock for all of its processes.
 
     Args:
-        holding: Releases the lock.
+        holding: Releases the lock when it closes.
         lock: The lock file of the task, setting and seed.
 
     Raises:
@@ -274,13 +269,12 @@ def claim_run(
     sources: Mapping[str, str] | None = None,
     same_start: Callable[[Found, Mapping[str, Any]], bool] = lambda found, config: True,
 ) -> Found | None:
-    """Find the run to resume, as `find_run`, and lock it as long as `holding` lasts.
+    """Find the run to resume as `find_run` does, and lock it until `holding` closes.
 
-    It is looked at again once it is held: another process may have finished it just before. Of the processes of a
-    cluster's launcher (srun), which share no more than the file system, the first holds it for all.
+    The first process of a run holds the lock for all of its processes.
 
     Raises:
-        UsageError: If another process is training it, or the only one began with another source of its method.
+        UsageError: If another process is training the run, or its method had other source files.
     """
     found = find_run(folder, records, seed, same_setting, sources, same_start)
     if found is None and sources is not None:
@@ -294,36 +288,31 @@ def claim_run(
     if found is None or found.finished or not is_first_process():
         return found
     holding.enter_context(locked(found.folder))
-    return Found.at(found.folder, records)
+    return Found.at(found.folder, records)  # another process may have finished it meanwhile
 
 
-# --- the content of a checkpoint ---------------------------------------------------------------------------------
+# --- content of a checkpoint -----------------------------------------------------------------------------------------
 
 
 def check_resumable(
     saved: Checkpoint, trainer: Trainer, model: AdaptationModule, callbacks: Sequence[Callback]
 ) -> None:
-    """Check that a checkpoint holds everything that training continues with.
+    """Check that a checkpoint has the complete state of the training.
 
     Args:
         saved: The checkpoint.
-        trainer: The trainer that will continue.
-        model: What is trained.
-        callbacks: Those that must find their state in it.
+        trainer: The new trainer.
+        model: The Lightning module.
+        callbacks: Callbacks whose state must be in it.
 
     Raises:
-        CheckpointError: If a part is missing or of another form; names it.
+        CheckpointError: If a part is missing or of another type; names it.
     """
 
     def need(part: str, value: Any, fits: bool, expected: str) -> Any:
         if not fits:
             raise wrong_part(str(saved.path), part, value, expected, REMEDY)
         return value
-
-    def need_form(part: str, given: Any, fresh: Any) -> None:
-        odd = _difference(part, given, fresh)
-        if odd:
-            raise wrong_part(str(saved.path), *odd, REMEDY)
 
     def need_mappings(part: str, count: int | None = None) -> list[dict[str, Any]]:
         value, expected = saved.content.get(part), f"a list of {count}" if count else "a list"
@@ -352,33 +341,34 @@ def check_resumable(
         *(("callbacks", callback.state_key, callback.state_dict()) for callback in callbacks),
     ):
         states = need(part, value := saved.content.get(part), isinstance(value, dict), "a mapping")
-        need_form(f"{part}.{key}", states.get(key), fresh)
+        if different := _difference(f"{part}.{key}", states.get(key), fresh):
+            raise wrong_part(str(saved.path), *different, REMEDY)
 
 
 def _numbers(groups: Any) -> list[Any]:
-    """Return the numbers of the parameters in an optimizer's groups, as far as they are such."""
+    """Return the numbers of the parameters in an optimizer's groups."""
     lists = [group.get("params") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
     return [number for numbers in lists if isinstance(numbers, list) for number in numbers]
 
 
 def _shape_of_moments(state: Any) -> tuple[int, ...]:
-    """Return the shape of Adam's moments of a parameter; (-1,) if they are not all there."""
+    """Return the shape of Adam's moments of a parameter; (-1,) if one is missing."""
     parts = [state.get(key) for key in ("exp_avg", "exp_avg_sq")] if isinstance(state, dict) and "step" in state else []
     shapes = {tuple(part.shape) for part in parts if isinstance(part, Tensor)}
     return shapes.pop() if len(parts) == 2 and len(shapes) == 1 else (-1,)
 
 
 def _difference(part: str, given: Any, fresh: Any) -> tuple[str, Any, str] | None:
-    """Return (part, what it is, what was expected) where a state has not the form of a fresh one; None if it has.
+    """Return (part, its value, its expected type) where a state first differs in type from a new one, or None.
 
-    More keys, and anything where a fresh one has nothing, are fine.
+    Further keys are allowed, and any value where the new state has None.
     """
     if isinstance(fresh, Mapping):
         if not isinstance(given, Mapping):
             return part, given, "a mapping"
         for key, value in fresh.items():
-            if odd := _difference(f"{part}.{key}", given.get(key), value):
-                return odd
+            if different := _difference(f"{part}.{key}", given.get(key), value):
+                return different
     elif fresh is not None and type(given) is not type(fresh):
         kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         return part, given, kinds.get(type(fresh), "a value")

@@ -1,4 +1,4 @@
-"""`svp-bench fit | validate | test`: run a resolved config and write the record at the end."""
+"""`svp-bench fit | validate | test`: run a resolved config, and write its record."""
 
 from __future__ import annotations
 
@@ -17,14 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from svp_bench.core.errors import (
-    ConfigError,
-    RecordError,
-    SvpBenchError,
-    UsageError,
-    one_line,
-    plural,
-)
+from svp_bench.core.errors import ConfigError, RecordError, SvpBenchError, UsageError, one_line, plural
 from svp_bench.core.interrupts import INTERRUPTS, Preempted
 from svp_bench.core.resources import custom_tasks_flags
 from svp_bench.data.transforms import sides
@@ -62,12 +55,12 @@ def run(
     """Run a resolved config.
 
     Args:
-        config: Of fit, validate or test.
-        watchers: Callbacks of the caller; they must not change the run.
-        run_type: The class of the run; that of the subcommand by default.
+        config: The resolved config of fit, validate or test.
+        watchers: Callbacks of the caller that do not change the run.
+        run_type: The class of the run; by default `FitRun` or `ScoreRun`.
 
     Raises:
-        SvpBenchError: For everything that a user can fix.
+        SvpBenchError: For every error that a user can fix.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
     done = (run_type or (FitRun if config.subcommand == "fit" else ScoreRun))(config, watchers)
@@ -79,15 +72,15 @@ def run(
         raise
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves ctrl-C ignored
+            signal.signal(signal.SIGINT, on_interrupt)  # Lightning does not restore it
     return done
 
 
 class FitRun(BaseRun):
-    """Train; in stage final test once with the final weights; always write the record."""
+    """Train; in stage final test once with the final weights; write the record in any case."""
 
     saved_config = "config.yaml"
-    next_step: str | None = "svp-bench table"  # after a complete final run
+    next_step: str | None = "svp-bench table"  # printed after a complete final run
 
     def main(self) -> None:
         """Train, test and write the record."""
@@ -117,17 +110,17 @@ class FitRun(BaseRun):
                 self._print_stopped()
 
     def set_up(self) -> None:
-        """Check weights, scan backend and data before the run leaves a trace."""
+        """Check weights, scan backend and data before anything is written."""
         self.check_weights()
         if external_classes(self.trainer):
-            self.model.cache_features = False  # they may change the backbone, or look into it, in each step
-        self.recorder.scan_backend()  # a backend asked for by name runs on this device, or the run ends here
+            self.model.cache_features = False  # they may need, or change, the backbone in each step
+        self.recorder.scan_backend()  # raises if the requested backend cannot run on this device
         self.model.run_id = self.run_id
-        self.data.trainer = self.trainer  # the batch size is checked against devices and accumulation
+        self.data.trainer = self.trainer  # for the check of the batch size
         self.data.setup("fit")
 
     def check_weights(self) -> None:
-        """Refuse a selected config whose values were selected with other weights."""
+        """Refuse a selected config of other weights."""
         selected, checkpoint = self.config.composed.selected, self.model.checkpoint
         digest = None if checkpoint == "none" else self.model.backbone_digest
         if selected is not None and selected.checkpoint_digest != digest:
@@ -137,7 +130,7 @@ class FitRun(BaseRun):
             )
 
     def _fit(self, checkpoint: Path | None) -> None:
-        """Train, test, and write the record, unless the run is to be resumed."""
+        """Train, test, and write the record, except if the run was preempted."""
         status, reason = "failed", None
         tested = preempted = False
         try:
@@ -145,14 +138,17 @@ class FitRun(BaseRun):
         except Preempted:
             preempted = True
             raise
-        except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
+        except (KeyboardInterrupt, SystemExit):  # Lightning raises SystemExit for ctrl-C
             status, reason = "interrupted", "stopped by the user"
             raise
         except Exception as error:
             status, reason = "failed", one_line(f"{type(error).__name__}: {error}")
             if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
                 raise ConfigError(f"trainer.callbacks: {one_line(error)}") from None
-            if self._groups_added():
+            schedules = [
+                one.scheduler for one in self.trainer.lr_scheduler_configs if hasattr(one.scheduler, "base_lrs")
+            ]
+            if any(len(one.base_lrs) < len(one.optimizer.param_groups) for one in schedules):
                 raise ConfigError(
                     "trainer.callbacks: a callback added a parameter group to the optimizer, for which the schedule "
                     "has no learning rate; train these parameters in a method instead"
@@ -165,13 +161,8 @@ class FitRun(BaseRun):
             raise
         finally:
             if not preempted:
-                INTERRUPTS.shield()  # no signal interrupts the writing of the record
+                INTERRUPTS.shield()  # a signal must not interrupt the writing of the record
                 self._finish(status, reason, tested)
-
-    def _groups_added(self) -> bool:
-        """Return whether the optimizer has parameter groups that its schedule does not know."""
-        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        return any(len(one.base_lrs) < len(one.optimizer.param_groups) for one in schedules if hasattr(one, "base_lrs"))
 
     def _train_and_test(self, checkpoint: Path | None) -> tuple[str, str | None, bool]:
         """Train and test; return status, its reason, and whether the test split was scored."""
@@ -192,7 +183,7 @@ class FitRun(BaseRun):
         return status, reason, True
 
     def _need_same_data(self, saved: Checkpoint) -> None:
-        """Refuse to resume with other images than those that the run began with."""
+        """Refuse to resume with other splits than those that the run began with."""
         if saved.metadata.data_digest != self.data.report.digest:
             raise UsageError(
                 f"{saved.path}: the run began with other splits of {self.data.card.name} than those found here; "
@@ -200,7 +191,7 @@ class FitRun(BaseRun):
             )
 
     def alone(self) -> AbstractContextManager[None]:
-        """Lock the run's folder against other runs; a resumed run is locked already, and its processes are one run."""
+        """Lock the run's folder, once for all processes of the run; a resumed run is locked already."""
         locked_already = self.resumed is not None and is_first_process()
         free = self.dry or locked_already or not self.trainer.is_global_zero
         return nullcontext() if free else locked(self.run_dir)
@@ -263,7 +254,7 @@ class FitRun(BaseRun):
     def _finish(self, status: str, reason: str | None, tested: bool) -> None:
         root = self.config.results_root
         record = self.recorder.record(status, reason, tested)
-        again = self.resumed is not None and self.resumed.record is not None  # of the part before an interruption
+        again = self.resumed is not None and self.resumed.record is not None
         path = (continue_record if again else write_record)(record, root)
         role = "test" if record.kind == "final" else "val"
         if record.metrics is not None:
@@ -299,8 +290,8 @@ class ScoreRun(BaseRun):
     def test(self) -> None:
         """Test the final weights of a run trained with `--no_test`, and complete its record.
 
-        Weights without a record, of another stage, or of an earlier epoch are refused: the test split selects nothing.
-        A run that has a score is tested again without changing its record.
+        Weights without a record, of another stage or of an earlier epoch are refused. A run that has a score is tested
+        again without changing its record.
         """
         saved = self._read_checkpoint()
         path, about = saved.path, saved.metadata
@@ -313,7 +304,7 @@ class ScoreRun(BaseRun):
         if saved.epoch + 1 != old.epochs:
             epochs = f"{saved.epoch + 1} of {plural(old.epochs, 'epoch')}"
             raise UsageError(f"{path}: not the final weights of its run ({epochs})")
-        self.model.on_load_checkpoint(dict(saved.content))  # names a weight that is missing or of another shape
+        self.model.on_load_checkpoint(dict(saved.content))  # raises if a weight is missing or has another shape
         if old.weights_digest is not None and weights_digest(saved.content) != old.weights_digest:
             raise UsageError(
                 f"{path}: not the weights that its run ended with: their digest is not the weights_digest of {where}"
@@ -327,7 +318,7 @@ class ScoreRun(BaseRun):
 
     @rank_zero_only
     def _complete_record(self, old: Record, where: Path) -> None:
-        metrics, correct = self.recorder.scores()
+        metrics, correct = self.recorder.scores("test")
         print(describe(metrics, old.splits["test"]))
         if old.status != "unscored":
             same = "the same" if old.metrics and old.metrics.correct == metrics.correct else "another number"
@@ -347,8 +338,6 @@ class ScoreRun(BaseRun):
             raise UsageError(
                 f"{self.config.subcommand} needs --ckpt_path runs/…/checkpoints/last.ckpt, and --config its config.yaml"
             )
-        if not Path(path).is_file():
-            raise UsageError(f"no checkpoint {str(path)!r}; they are in runs/<task>/<run>/checkpoints/")
         self.checkpoints.known = Checkpoint.read(path)
         return self.checkpoints.known
 
@@ -373,7 +362,7 @@ class ScoreRun(BaseRun):
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return (key, our value, their value) where the cells of two configs first differ, by key; None if equal."""
+    """Return (key, our value, their value) of the first key in which two cells differ; None if they are equal."""
     one, other = dict(flat(cell_config(ours))), dict(flat(cell_config(theirs)))
     keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
     return (keys[0], one.get(keys[0]), other.get(keys[0])) if keys else None
