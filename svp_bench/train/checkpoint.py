@@ -15,11 +15,10 @@ from msgspec import Meta
 from torch import Tensor
 
 from svp_bench.core.atomic import replacing
-from svp_bench.core.errors import CheckpointError, ConfigError, SvpBenchError, UsageError, printable
+from svp_bench.core.errors import CheckpointError, ConfigError, SvpBenchError, UsageError, printable, show
 from svp_bench.core.registry import import_object, make_importable
 from svp_bench.core.validate import Positive, Text, convert
 from svp_bench.core.yaml import read_yaml
-from svp_bench.data.reading import show
 from svp_bench.data.transforms import INTERPOLATIONS, RESIZES
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import Method, build_method

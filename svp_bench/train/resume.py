@@ -314,14 +314,13 @@ def check_resumable(
             raise wrong_part(str(saved.path), part, value, expected, REMEDY)
         return value
 
-    def need_mappings(part: str, count: int | None = None) -> list[dict[str, Any]]:
-        value, expected = saved.content.get(part), f"a list of {count}" if count else "a list"
-        right = isinstance(value, list) and len(value) == (count or len(value)) > 0
-        parts: list[dict[str, Any]] = need(part, value, right, expected)
-        return [need(f"{part}[{i}]", entry, isinstance(entry, dict), "a mapping") for i, entry in enumerate(parts)]
+    def only_mapping(part: str) -> dict[str, Any]:
+        value = saved.content.get(part)
+        (entry,) = need(part, value, isinstance(value, list) and len(value) == 1, "a list of 1")
+        mapping: dict[str, Any] = need(f"{part}[0]", entry, isinstance(entry, dict), "a mapping")
+        return mapping
 
-    (optimizer,) = need_mappings("optimizer_states", 1)
-    (schedule,) = need_mappings("lr_schedulers", 1)
+    optimizer, schedule = only_mapping("optimizer_states"), only_mapping("lr_schedulers")
     need("lr_schedulers.last_epoch", last := schedule.get("last_epoch"), isinstance(last, int), "a whole number")
     parameters = [*trained_parameters(model.model).values()]
     groups, state = optimizer.get("param_groups"), optimizer.get("state")
