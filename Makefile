@@ -186,6 +186,10 @@ bench-gpu: $(STAMP) ## measure an H100 against the scan's floor and the baseline
 	$(BIN)/python benchmarks/gpu.py $(if $(wildcard $(BASELINES_GPU)/installed.stamp),--baselines $(BASELINES_GPU)/bin/python) \
 	  $(if $(FORK),--fork "$(FORK)")
 
+.PHONY: bench-frozen
+bench-frozen: $(STAMP) ## linear probing with frozen features computed once, against once per epoch (about five minutes)
+	$(BIN)/python benchmarks/frozen.py --output benchmarks/results/frozen.json
+
 .PHONY: bench-sweep
 bench-sweep: $(STAMP) ## 40 tiny runs as one sweep against 40 fit processes (about ten minutes)
 	$(BIN)/python benchmarks/sweep.py --output benchmarks/results/sweep.json
