@@ -1,4 +1,4 @@
-"""Provide the parts that all checks share: findings, the record store, the audited case, and text helpers."""
+"""The parts that all checks share: findings, the record store, the audited case, and text helpers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from svp_bench.tasks.cards import ProtocolCard, TaskCard, load_protocol, load_su
 Verdict = Literal["pass", "note", "fail"]
 Line = tuple[Verdict, str]
 SHOWN = 6  # names in one line
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # safe as a part of a path
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # safe in a path
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Finding:
 
 
 class Cards(NamedTuple):
-    """The cards of a run, None where the one here is not the one of the run, and the findings about them."""
+    """The cards of a run, None where the one here differs, and the findings about them."""
 
     task: TaskCard | None
     protocol: ProtocolCard | None
@@ -77,16 +77,11 @@ class RecordStore:
             found[family_of(record)].append(record)
         return found
 
-    @property
-    def selected_folder(self) -> Path:
-        """The folder of selected configs."""
-        return self.root / "selected_configs"
-
     @cached_property
     def selected_configs(self) -> Mapping[Path, SelectedConfig]:
-        """Path → selected config, of all that are sound."""
+        """Path → selected config, of all that are valid."""
         found = {}
-        for path in sorted(self.selected_folder.rglob("*.json")):
+        for path in sorted((self.root / "selected_configs").rglob("*.json")):
             with suppress(RecordError):
                 found[path] = read_selected_config(path)
         return found
@@ -99,7 +94,7 @@ class Case:
     Attributes:
         record: The record.
         path: Its file.
-        store: The records of its results folder, None if it lies outside of one.
+        store: The records of its results folder; None if it lies in no results folder.
     """
 
     record: Record
@@ -126,7 +121,7 @@ class Case:
     @cached_property
     def cards(self) -> Cards:
         """The task and the protocol card, compared with those of the run."""
-        record, lines, known, protocol = self.record, list[Line](), None, None
+        record, lines, task_card, protocol = self.record, list[Line](), None, None
         name = f"{record.protocol} version {record.protocol_version}"
         try:
             task, suite_protocol = _task_card(record.task, tasks_dirs())
@@ -139,12 +134,12 @@ class Case:
         elif edited := self._edited("task", task):
             lines.append(("fail", edited))
         else:
-            known = task
+            task_card = task
         try:
             card = _protocol_card(record.protocol, tasks_dirs())
         except UsageError:
             lines.append(("note", f"{name}: there is no such card here, so its splits and budget were not checked"))
-            return Cards(known, None, tuple(lines))
+            return Cards(task_card, None, tuple(lines))
         if card.version != record.protocol_version:
             text = f"{name}; the card here is version {card.version}, so splits and budget were not checked"
             lines.append(("note", text))
@@ -154,10 +149,10 @@ class Case:
             protocol = card
             own = "" if record.protocol == suite_protocol else f"; the protocol of the suite is {suite_protocol}"
             lines.append(("note" if own else "pass", f"{name}, as the card here{own}"))
-        return Cards(known, protocol, tuple(lines))
+        return Cards(task_card, protocol, tuple(lines))
 
     def _edited(self, kind: str, card: TaskCard | ProtocolCard) -> str:
-        """Return how a card differs from the one of the run with the same version, or ""."""
+        """Return the finding if a card differs from that of the run in spite of the same version, else ""."""
         stated, here = (self.record.card_digests or {}).get(kind), card_digest(card)
         if stated is None or stated == here:
             return ""
@@ -166,7 +161,7 @@ class Case:
 
     @cached_property
     def selected(self) -> tuple[SelectedConfig | None, str]:
-        """The selected config of a searched run and its place; or None and the reason, "" without a search."""
+        """The selected config of a searched run and its path; else None and the reason, "" without a search."""
         search = self.record.search
         if search is None:
             return None, ""
@@ -189,16 +184,16 @@ class Case:
 
     @property
     def split_counts(self) -> Mapping[str, int]:
-        """Images of each split by the task card; empty if it does not describe the data of the run."""
+        """Number of images of each split on the task card; empty if the data of the run differ from the card."""
         card = self.cards.task
         if card is None or self.record.data_status != "as_card":
             return {}
-        forms: Mapping[str, Mapping[str, int]] = {"card": card.counts, **card.variants}
-        return forms.get(self.record.data_variant, {})
+        variants: Mapping[str, Mapping[str, int]] = {"card": card.counts, **card.variants}
+        return variants.get(self.record.data_variant, {})
 
 
 def verdicts(problems: Iterable[str], good: str, bad: Verdict = "fail") -> Iterator[Line]:
-    """Yield all problems, or that all is good."""
+    """Yield the problems, or the line `good` if there are none."""
     found = list(problems)
     yield from ((bad, text) for text in found)
     if not found:
@@ -216,7 +211,7 @@ def _protocol_card(name: str, folders: tuple[Path, ...]) -> ProtocolCard:
 
 
 def family_of(record: Record) -> tuple[Any, ...]:
-    """Return the key of all settings of a method on one task that tables compare."""
+    """Return the key of the runs of a method on one task that tables compare: all but settings and seed."""
     return (
         *(record.task, record.task_version, record.protocol, record.protocol_version, record.backbone),
         *(record.checkpoint_digest, record.method, record.data_variant, record.data_digest),
@@ -237,7 +232,7 @@ def get(config: Mapping[str, Any], key: str) -> Any:
 
 
 def fold_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return folds, fold and seed of the division in a config; 0 for a value that is missing or not a number."""
+    """Return the number of folds, the fold and the seed of a config; 0 for a missing or wrong value."""
     folds, fold, seed = (
         value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
         for value in (get(config, key) for key in FOLD_KEYS)
@@ -247,11 +242,9 @@ def fold_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def split_text(splits: Mapping[str, str]) -> str:
     """Return "train on SPLIT, test on SPLIT"."""
-    return ", ".join(f"{role} on {split}" for role, split in sorted(splits.items(), key=_role)) or "no split"
-
-
-def _role(item: tuple[str, str]) -> int:
-    return {"train": 0, "val": 1, "test": 2}.get(item[0], 3)
+    order = ("test", "val", "train")
+    roles = sorted(splits, key=lambda role: -order.index(role) if role in order else 1)
+    return ", ".join(f"{role} on {splits[role]}" for role in roles) or "no split"
 
 
 def short(digest: str | None) -> str:
@@ -267,7 +260,7 @@ def some(names: Iterable[str]) -> str:
 
 
 def start_of(record: Record) -> datetime | None:
-    """Return when a run started, from its id; None if the id has no time."""
+    """Return the start time in a run id, or None."""
     for part in record.run_id.split("-"):
         try:
             return datetime.strptime(part, "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)

@@ -1,4 +1,4 @@
-"""Check one record against its config, the cards and the shipped recipe: one function a check, in `CHECKS`."""
+"""Check a record against its config, the cards and the shipped recipe; `CHECKS` lists all checks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NAMED_WEIGHTS = ("hub", "embedded", "none")
 
 
 def check_place(case: Case) -> Iterator[Line]:
-    """The file lies where tables look for its record."""
+    """Check that the file is where tables read it."""
     record, root = case.record, results_root_of(case.path)
     scored = f"its {record.correct.count} bits give the score, " if record.correct else ""
     yield "pass", f"schema {record.schema}; {scored}its digests match its config"
@@ -47,7 +47,7 @@ def check_place(case: Case) -> Iterator[Line]:
 
 
 def check_status(case: Case) -> Iterator[Line]:
-    """The run is complete, and its config does not cut it short."""
+    """Check that the run is complete, and its config does not shorten it."""
     record, problems = case.record, []
     asked = {key: get(record.config, f"trainer.{key}") for key in _CUTS}
     cut = [f"trainer.{key} {value}" for key, value in asked.items() if _cuts(value)]
@@ -63,12 +63,12 @@ def check_status(case: Case) -> Iterator[Line]:
 
 
 def _cuts(value: Any) -> bool:
-    """Return whether a `limit_*` leaves something out: 1.0 and null are all, 1 is one batch."""
+    """Return whether a limit leaves images out: 1.0 and null mean all, 1 is one batch."""
     return value is not None and value is not False and repr(value) not in ("1.0", "0.0", "0")
 
 
 def check_facts(case: Case) -> Iterator[Line]:
-    """The facts outside of the config are those of the config: digests do not cover the seed."""
+    """Check that the facts of the record agree with its config."""
     record, config = case.record, case.record.config
     source = str(get(config, "model.checkpoint"))
     facts: list[tuple[str, Any, Any]] = [
@@ -84,7 +84,7 @@ def check_facts(case: Case) -> Iterator[Line]:
     for key, value in arguments.items() if isinstance(arguments, Mapping) else ():
         facts.append((f"method_args.{key}", record.method_args.get(key, value), value))
     problems = [f"{key} is {ours!r}, but the config states {theirs!r}" for key, ours, theirs in facts if ours != theirs]
-    digests = {"setting_digest": record.setting_digest, **(record.migrated_from or {})}  # run ids are never renamed
+    digests = {"setting_digest": record.setting_digest, **(record.migrated_from or {})}  # a migration keeps run ids
     digest = digests["setting_digest"].removeprefix("sha256:")[:8]
     start, _, end = record.run_id.partition("-seed")
     if not start.startswith(f"{record.method}-") or not end.startswith(f"{record.seed}-{digest}-"):
@@ -100,13 +100,13 @@ def check_facts(case: Case) -> Iterator[Line]:
 
 @cache
 def _shipped_classes(folder: Path) -> dict[str, str]:
-    """Return the class of each shipped method → the name of the method."""
+    """Return class → name of each shipped method."""
     names = sorted(path.stem for path in (folder / "method").glob("*.yaml"))
     return {str(recipe(name).get("model.method.class_path")): name for name in names}
 
 
 def check_method_code(case: Case) -> Iterator[Line]:
-    """A method from outside of the package has its files stated; other sources are other cells."""
+    """Check that the files of a custom method are stated; other files are another cell."""
     record, name = case.record, str(get(case.record.config, "model.method.class_path"))
     ours = record.method_source or {}
     if not name.startswith("svp_bench."):
@@ -124,13 +124,13 @@ def check_method_code(case: Case) -> Iterator[Line]:
 
 
 def check_selected_on(case: Case) -> Iterator[Line]:
-    """The recipe was not selected on a test split."""
+    """Check that the values of the recipe were not selected on a test split."""
     if get(case.record.config, "selected_on") == "test":
         yield "note", "the authors of the recipe selected its values on test splits (selected_on: test); tables mark it"
 
 
 def check_comparable(case: Case) -> Iterator[Line]:
-    """Nothing ran that tables cannot compare."""
+    """Check that no user class changed the run behind its config."""
     record, callbacks = case.record, get(case.record.config, "trainer.callbacks")
     for reason in record.not_comparable or ():
         yield "fail", f"{reason}; tables leave the run out"
@@ -144,12 +144,12 @@ def check_comparable(case: Case) -> Iterator[Line]:
 
 
 def check_protocol(case: Case) -> Iterator[Line]:
-    """The cards here are those of the run."""
+    """Check that the cards here equal those of the run."""
     yield from case.cards.lines
 
 
 def check_scores(case: Case) -> Iterator[Line]:
-    """Loss, accuracies and calibration error can be those of one model."""
+    """Check that loss, accuracies and calibration error are possible for a model."""
     card, metrics = case.cards.task, case.record.metrics
     if metrics is not None:
         problems = impossible_scores(metrics, (card.classes or None) if card is not None else None)
@@ -157,7 +157,7 @@ def check_scores(case: Case) -> Iterator[Line]:
 
 
 def check_splits(case: Case) -> Iterator[Line]:
-    """The run read the splits of its stage and protocol, and scored nothing else."""
+    """Check that the run read and scored only the splits of its stage and protocol."""
     record, protocol, problems = case.record, case.cards.protocol, []
     stage, roles = _STAGES[record.kind]
     folds, fold, fold_seed = fold_of(record.config)
@@ -191,7 +191,7 @@ def check_splits(case: Case) -> Iterator[Line]:
 
 
 def check_images(case: Case) -> Iterator[Line]:
-    """Images, classes and the digest of the scored split are those of the card and of other records."""
+    """Check that images, classes and digest of the scored split equal those of the card and of other records."""
     record, card = case.record, case.cards.task
     metrics, correct = record.metrics, record.correct
     if card is None or metrics is None:
@@ -221,12 +221,12 @@ def _scored_split(record: Record) -> tuple[str | None, ...]:
 
 
 def _is_count(number: float, count: int) -> bool:
-    """Return whether a number of images is whole; its percentage may have gone through float32."""
+    """Return whether a number of images is whole, with the tolerance of float32."""
     return abs(number - round(number)) <= max(1e-3, 1e-6 * count)
 
 
 def check_data(case: Case) -> Iterator[Line]:
-    """The images are those of the card."""
+    """Check that the data are those of the card."""
     record, digest = case.record, short(case.record.data_digest)
     if record.data_variant == "synthetic":
         yield "fail", "synthetic images, not the data set: the number carries no information about the task"
@@ -243,7 +243,7 @@ def check_data(case: Case) -> Iterator[Line]:
 
 
 def check_weights(case: Case) -> Iterator[Line]:
-    """The weights before and after training are stated."""
+    """Check that the weights before and after training are stated."""
     record = case.record
     if record.checkpoint_digest is None:
         yield "note", "random weights: this run says nothing about transfer; tables keep it separate, unranked"
@@ -263,11 +263,11 @@ def check_weights(case: Case) -> Iterator[Line]:
 
 
 def check_budget(case: Case) -> Iterator[Line]:
-    """The run has at most the epochs of the config of its task, else of the protocol."""
+    """Check that the run has at most the epochs of its task's config, or else of the protocol."""
     record, protocol, key = case.record, case.cards.protocol, "trainer.max_epochs"
     if protocol is None:
         return
-    own = shipped_layer(f"{record.task}.yaml")  # a short split may have more epochs than the other tasks
+    own = shipped_layer(f"{record.task}.yaml")  # tasks with small splits may train longer
     source = f"configs/{record.task}.yaml" if key in own else protocol.name
     allowed, used = own.get(key, dict(flat(protocol.training)).get(key)), get(record.config, key)
     if not isinstance(allowed, int) or not isinstance(used, int):
@@ -281,7 +281,7 @@ def check_budget(case: Case) -> Iterator[Line]:
 
 
 def check_settings(case: Case) -> Iterator[Line]:
-    """The hyper-parameters are the shipped ones, or a search selected them."""
+    """Check that the hyper-parameters are the shipped ones, or were selected by a search."""
     record, search = case.record, case.record.search
     if not recipe(record.method):
         yield "note", f"there is no recipe of the method {record.method} here to compare with"
@@ -291,7 +291,7 @@ def check_settings(case: Case) -> Iterator[Line]:
 
 
 def check_code(case: Case) -> Iterator[Line]:
-    """The code is that of a known commit."""
+    """Check that the code is a known commit."""
     record = case.record
     version = f"the record states svp-bench {record.package_version}"
     if record.dirty:
@@ -307,7 +307,7 @@ def check_code(case: Case) -> Iterator[Line]:
 
 
 def check_code_digest(case: Case) -> Iterator[Line]:
-    """The files of the package are those of the commit, and of other records of the same code."""
+    """Check that the files of the package equal those of the commit and of other records of it."""
     record = case.record
     if record.package_digest is None or record.dirty:
         return
@@ -323,14 +323,12 @@ def check_code_digest(case: Case) -> Iterator[Line]:
     code = f"commit {record.commit}" if record.commit else f"version {record.package_version}, installed"
     for digest, run_id in others.items():
         if digest not in (None, record.package_digest):
-            yield (
-                "fail",
-                f"{run_id} states the same {code}, and other files of the package ({short(digest)}, here {ours})",
-            )
+            theirs = f"{short(digest)}, here {ours}"
+            yield "fail", f"{run_id} states the same {code}, and other files of the package ({theirs})"
 
 
 def results_root_of(path: Path) -> Path | None:
-    """Return the results folder of a file, None if it does not lie where a record belongs."""
+    """Return the results folder R of a file R/records/SUITE/TASK/FILE, else None."""
     absolute = path.absolute()
     return absolute.parents[3] if len(absolute.parents) > 3 and absolute.parents[2].name == "records" else None
 

@@ -13,7 +13,7 @@ from svp_bench.records.record import Record
 
 
 def check_copied_weights(case: Case) -> Iterator[Line]:
-    """No run of another seed, task or score ended with the same weights."""
+    """Check that no run of another seed, task or score has the same final weights."""
     record = case.record
     if record.weights_digest is None or not record.epochs:
         return
@@ -23,17 +23,13 @@ def check_copied_weights(case: Case) -> Iterator[Line]:
         if (other.task, other.seed) != (record.task, record.seed):
             yield "fail", f"the same weights as {other.run_id} ({other.task}, seed {other.seed}): one is a copy"
         elif record.correct and other.correct and record.correct.split_digest == other.correct.split_digest:
-            same_machine = _machine(other) == _machine(record)
-            if same_machine and record.correct.bits != other.correct.bits:
+            machine, same = ((one.device, one.scan_backend, one.precision) for one in (record, other))
+            if machine == same and record.correct.bits != other.correct.bits:
                 yield "fail", f"the same weights and test images as {other.run_id}, with other images correct"
 
 
-def _machine(record: Record) -> tuple[Any, ...]:
-    return record.device, record.scan_backend, record.precision
-
-
 def check_seeds(case: Case) -> Iterator[Line]:
-    """The seeds of the cell are all here, and none is a copy of another."""
+    """Check that all seeds of the cell are here, and none is a copy of another."""
     record = case.record
     if case.store is None:
         yield "note", "the record lies in no results folder: other seeds are unknown (--results_root R)"
@@ -62,12 +58,12 @@ def check_seeds(case: Case) -> Iterator[Line]:
 
 
 def _scores(record: Record) -> tuple[Any, ...]:
-    """Return the bits and the loss to the last digit, which two seeds never share by chance."""
+    """Return the bits and the loss; two seeds do not share both by chance."""
     return record.metrics and (record.metrics.correct, record.metrics.loss), record.correct and record.correct.bits
 
 
 def check_repeated(case: Case) -> Iterator[Line]:
-    """No seed of the cell was run again for a better score: tables show the newest run."""
+    """Check that no seed of the cell was run again for a better score; tables show the newest run."""
     record = case.record
     same = [other for other in case.cell if other.seed == record.seed]
     ended = Counter(other.status for other in same if other.status != "complete")
@@ -124,7 +120,7 @@ def _same_code(one: Record, other: Record) -> bool:
 
 
 def check_alike(case: Case) -> Iterator[Line]:
-    """All runs of the cell have the same parameters, and all runs of the split the same images of each class."""
+    """Check that runs of the cell have the same parameters, and runs of the split the same class counts."""
     record, problems = case.record, []
     for other in case.stored:
         if other.kind != record.kind:
@@ -142,7 +138,7 @@ def check_alike(case: Case) -> Iterator[Line]:
 
 
 def check_tested(case: Case) -> Iterator[Line]:
-    """No other setting of the method was tested on the task, on this track."""
+    """Check that no other setting of the method was tested on the task and track."""
     record = case.record
     if case.store is None or record.kind != "final":
         return
@@ -162,7 +158,7 @@ def check_tested(case: Case) -> Iterator[Line]:
 
 
 def _setting(record: Record) -> str:
-    """Return the key of a tested setting; all seeds of a nested search are one."""
+    """Return the digest of a tested setting; all seeds of a nested search have the same."""
     return record.setting_digest if record.search and record.search.nested else record.config_digest
 
 

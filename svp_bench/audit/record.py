@@ -1,11 +1,8 @@
 """Audit records: `svp-bench audit`. No images, no weights and no torch are needed.
 
-Each line is `pass` (checked), `note` (a reader should know it) or `fail` (the number is not what a table claims, or it
-cannot be checked). Facts that come from the record alone are given as "the record states". `checks`, `compare` and
-`search` contain the checks, one function each; this module finds the files and renders the findings.
-
-An audit cannot see runs whose records were deleted, nor numbers, digests or commits that were invented, nor when a
-value was fixed; its last line states that. `svp-bench rerun` repeats a run.
+Each line is `pass` (checked), `note` (a reader should know it) or `fail` (a table must not use the number, or it cannot
+be checked). Facts from the record alone are given as "the record states". `checks`, `compare` and `search` contain the
+checks, one function each; this module finds the files and renders the findings. The last line states the limits.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from svp_bench.records.store import read_json, read_record, record_files
 
 __all__ = ["Audit", "Finding", "Report", "audit", "render"]
 
-_NO_RECORDS = ("selected_configs", "replications", "tables")  # folders of a results folder with other JSON files
+_NO_RECORDS = ("selected_configs", "replications", "tables")  # folders with other JSON files
 _LIMITS = (
     "An audit compares the files with each other and with the cards here. No record can prove that no run was deleted, "
     "that numbers, digests, times and commit were not invented, or when a value was fixed."
@@ -37,7 +34,7 @@ class Audit:
 
     Attributes:
         path: The file.
-        findings: One a line.
+        findings: One per line.
         record: Its record; None if the file is not a valid record.
     """
 
@@ -56,7 +53,7 @@ class Report:
     """The result of `audit`.
 
     Attributes:
-        audits: One a file.
+        audits: One per file.
         skipped: JSON files below the given folders that are not records.
     """
 
@@ -73,13 +70,12 @@ def audit(paths: Sequence[Path | str], results_root: Path | str | None = None) -
     """Audit records.
 
     Args:
-        paths: Files, and folders: of a results folder, all files below its `records/`; of another, all JSON files
-            that are records (a schema number and a run id, or a place where a record belongs).
-        results_root: Folder of the other records and the selected configs; by default the one that a record lies in
-            (`R/records/<suite>/<task>/<run>.json`).
+        paths: Files, results folders, or folders with records among other JSON files.
+        results_root: Folder of the other records and the selected configs; by default the results folder of each
+            record.
 
     Returns:
-        One audit a file; one that cannot be read has a failing line, and the others continue.
+        One audit per file; a file that cannot be read has a failing line.
 
     Raises:
         UsageError: If a folder contains no record, or `results_root` is not a folder.
@@ -87,7 +83,7 @@ def audit(paths: Sequence[Path | str], results_root: Path | str | None = None) -
     if results_root is not None and not Path(results_root).is_dir():
         raise UsageError(f"--results_root {results_root} is not a folder; give the one that contains records/")
     stores: dict[Path, RecordStore] = {}
-    files: dict[Path, None] = {}  # in order, none twice
+    files: dict[Path, None] = {}  # an ordered set
     skipped: set[Path] = set()
     for given in paths:
         found, others = _files(Path(given))
@@ -142,7 +138,7 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _is_record(file: Path, folder: Path) -> bool:
-    """Return whether a JSON file is a record, or lies where one belongs, so that a broken one is reported."""
+    """Return whether a JSON file is a record, or lies where one belongs: then a broken one is reported."""
     if results_root_of(file) is not None:
         return True
     if any(part in _NO_RECORDS for part in file.relative_to(folder).parts[:-1]):
@@ -167,7 +163,7 @@ def _audit_file(path: Path, store: RecordStore | None) -> Audit:
 
 
 def _same_id(one: Audit, all_of_them: Sequence[Audit]) -> Iterator[Finding]:
-    """Yield a finding for each other audited file with the run id of a record."""
+    """Yield a finding for each other audited file with the same run id."""
     record = one.record
     for other in all_of_them:
         if other.path == one.path or other.record is None or record is None:

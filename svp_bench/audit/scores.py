@@ -1,4 +1,4 @@
-"""Scores that no class probabilities can give: bounds between loss, accuracies and calibration error of one split."""
+"""Bounds between loss, accuracies and calibration error of one split: scores that no model can have."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from svp_bench.records.record import Metrics
 
 __all__ = ["impossible_scores"]
 
-_PERCENT = 1e-3  # scores in percent may have gone through float32
-_LOSS = 1e-5  # so may a loss, relative to 1 + its bound
+_PERCENT = 1e-3  # tolerance of float32 for scores in percent
+_LOSS = 1e-5  # and for a loss, relative to 1 + its bound
 _FIRST = 5
 
 
 def impossible_scores(metrics: Metrics, classes: int | None = None) -> list[str]:
-    """Return why the scores of a record cannot be those of any model, a line each.
+    """Return why the scores of a record are impossible, one line each.
 
     An image that is wrong gives its label a probability of at most 1/2, one whose label is not among the first five at
     most 1/6, and one that is right at least 1 / classes. With g the gap between an image's confidence and 1 (right) or
@@ -23,7 +23,7 @@ def impossible_scores(metrics: Metrics, classes: int | None = None) -> list[str]
 
     Args:
         metrics: The scores.
-        classes: Number of classes; None if only `metrics.per_class`, where it is there, can tell.
+        classes: Number of classes if `metrics.per_class` is None; None if unknown.
     """
     count, wrong = metrics.count, metrics.count - metrics.correct
     classes = len(metrics.per_class.count) if metrics.per_class is not None else classes

@@ -26,7 +26,7 @@ from svp_bench.records.selection import (
 
 
 def check_track(case: Case) -> Iterator[Line]:
-    """Report the track: default settings, or a search."""
+    """Report whether the settings are the default ones or those of a search."""
     search, config = case.record.search, case.selected[0]
     if search is None:
         yield "pass", "default: the record states no search"
@@ -38,7 +38,7 @@ def check_track(case: Case) -> Iterator[Line]:
 
 
 def check_config(case: Case) -> Iterator[Line]:
-    """The selected config is here, was written before the run, and is the one that the run and the search state."""
+    """Check that the selected config exists, was written before the run, and agrees with the record."""
     config, where = case.selected
     if config is not None:
         good = f"{where}, selected {config.created}, before the run; the config has its values"
@@ -83,7 +83,7 @@ def _context_problems(record: Record, config: SelectedConfig, who: str) -> Itera
 
 
 def _split_problems(case: Case, config: SelectedConfig) -> Iterator[str]:
-    """Yield where splits, folds and number of images of the selection are not those of the cards and of the search."""
+    """Yield how splits, folds and numbers of images of the selection differ from the cards and the search."""
     protocol, counts, folds = case.cards.protocol, case.split_counts, config.folds
     new = config.version >= RULE_VERSION
     declared, small = (config.search["folds"], config.search["small_val"]) if new else ("none", 0)
@@ -108,7 +108,7 @@ def _split_problems(case: Case, config: SelectedConfig) -> Iterator[str]:
 
 
 def check_trials(case: Case) -> Iterator[Line]:
-    """Each trial has selection records with the stated scores."""
+    """Check that each trial has selection records with the stated scores."""
     config, store = case.selected[0], case.store
     if config is None or store is None:
         return
@@ -120,7 +120,7 @@ def check_trials(case: Case) -> Iterator[Line]:
             continue
         if all(record is not None and record.status == "complete" for record in found):
             problems.append(f"trial {number} is stated as failed ({trial.status}), but its records are complete")
-        names = zip(trial.run_ids, found, strict=True)  # a run that ended before it had a record has no name
+        names = zip(trial.run_ids, found, strict=True)  # "" for a run without a record
         problems += [f"trial {number}: its record {one} is missing" for one, record in names if one and record is None]
     named = Counter(run_id for trial in config.trials for run_id in trial.run_ids if run_id)
     problems += [f"{plural(count, 'trial')} are one run, {run_id}" for run_id, count in named.items() if count > 1]
@@ -172,14 +172,14 @@ def _trial_problems(config: SelectedConfig, trial: Trial, found: Sequence[Record
 
 
 def check_outside(case: Case) -> Iterator[Line]:
-    """The search counts all runs on val of its settings and seeds: a missing one is a second draw, or one that lost."""
+    """Check that the selected config names all runs on val of its settings and seeds."""
     config, _ = case.selected
     if config is None or case.store is None:
         return
     of_task = [one for one in case.store.selected_configs.values() if one.task == config.task]
     search = (config.search_digest, config.search_seed)
-    sound = [config, *(one for one in of_task if (one.search_digest, one.search_seed) != search)]
-    named = {run_id for one in sound for trial in one.trials for run_id in trial.run_ids}
+    configs = [config, *(one for one in of_task if (one.search_digest, one.search_seed) != search)]
+    named = {run_id for one in configs for trial in one.trials for run_id in trial.run_ids}
     hidden: list[str] = []
     extra: list[str] = []
     tested: list[str] = []
@@ -201,16 +201,13 @@ def check_outside(case: Case) -> Iterator[Line]:
 
 
 def _belongs(config: SelectedConfig, record: Record) -> bool:
-    """Return whether a run on val is of a setting, seed, split and time of the search."""
+    """Return whether a run on val has a setting, seed, split and time of the search."""
     same = (record.checkpoint_digest, record.data_digest) == (config.checkpoint_digest, config.data_digest)
     if not same or record.seed not in config.seeds or record.created > config.created:
         return False
     folds, fold, seed = fold_of(record.config)
-    if config.folds and (
-        (folds, seed) != (config.folds, config.search_seed or 0) or fold >= config.folds * config.repeats
-    ):
-        return False
-    if folds and not config.folds:
+    division = (folds, seed) == (config.folds, config.search_seed or 0) and fold < config.folds * config.repeats
+    if not (division if config.folds else not folds):
         return False
     ours = dict(flat(record.config))
     if any(not any(differ(ours.get(key), value) for key, value in trial.values.items()) for trial in config.trials):
@@ -221,7 +218,7 @@ def _belongs(config: SelectedConfig, record: Record) -> bool:
 
 
 def _contains(declared: Any, value: Any) -> bool:
-    """Return whether a list of values or a range contains a value."""
+    """Return whether a search space, a list or a range, contains a value."""
     if not isinstance(declared, Mapping):
         return any(not differ(one, value) for one in declared)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -229,7 +226,7 @@ def _contains(declared: Any, value: Any) -> bool:
 
 
 def check_rule(case: Case) -> Iterator[Line]:
-    """Report the rule, which `read_selected_config` applies again, and ties that it breaks by the order."""
+    """Report the selection rule, which `read_selected_config` checks, and ties that it breaks by order."""
     config, _ = case.selected
     if config is None:
         return
@@ -247,7 +244,7 @@ def check_rule(case: Case) -> Iterator[Line]:
 
 
 def check_grid(case: Case) -> Iterator[Line]:
-    """The best setting does not lie at an end of the grid."""
+    """Check that the best setting is not at an edge of the grid."""
     config, _ = case.selected
     if config is not None and config.at_edge:
         yield "note", f"the best lies at the end of the grid: {some(config.at_edge)}; values beyond may be better"
@@ -260,7 +257,7 @@ def check_other_searches(case: Case) -> Iterator[Line]:
         return
     ours, folders, completed = where.split("/")[1], set(), dict[str, int]()
     for path, one in case.store.selected_configs.items():
-        folder = path.relative_to(case.store.selected_folder).parts[0]
+        folder = path.relative_to(case.store.root).parts[1]
         if one.task == config.task and one.method == config.method and folder != ours:
             folders.add(folder)
         elif one.task == config.task and one.method != config.method and folder == ours:

@@ -258,15 +258,4 @@ class BaseRun:
     @property
     def recorder(self) -> Recorder:
         """The writer of this run's record."""
-        return Recorder(
-            run_id=self.run_id,
-            run_dir=self.run_dir,
-            resolved=self.config,
-            commit=self.commit,
-            dirty=self.dirty,
-            model=self.model,
-            data=self.data,
-            trainer=self.trainer,
-            monitor=self.monitor,
-            watch=self.watch,
-        )
+        return Recorder(self)

@@ -40,16 +40,16 @@ __all__ = [
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run's folder
 METADATA_KEY = "svp_bench"  # our key in a Lightning checkpoint
-_UNREADABLE = "; get the file again, or give another"  # how `load_pickle_safely` ends its message on a damaged file
+_UNREADABLE = "; get the file again, or give another"  # the end of messages of `load_pickle_safely`
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write each checkpoint into a new file and rename it: a killed process leaves the old or the new checkpoint.
+    """Write checkpoints atomically, so that a killed process leaves the old or the new one.
 
-    Lightning's own writes into the system's temporary folder; moving a file between file systems is not atomic.
+    Lightning's own class writes into the system's temporary folder, and a move between file systems is not atomic.
 
     Attributes:
-        known: A checkpoint that was read already; Lightning gets it instead of reading the file again.
+        known: A checkpoint that was read already; Lightning receives it instead of reading the file again.
     """
 
     def __init__(self) -> None:
@@ -64,11 +64,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         try:
-            for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-                left.unlink(missing_ok=True)
+            for old in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+                old.unlink(missing_ok=True)
             with replacing(path) as file:
                 torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # torch makes a full disk a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             reason = str(error).strip().splitlines()[0]
             raise SvpBenchError(
                 f"cannot write the checkpoint {path} ({reason}); an older one, if there is one, is untouched: "
@@ -76,7 +76,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from None
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Return a checkpoint, read with the restricted unpickler, onto the CPU."""
+        """Return a checkpoint on the CPU, read with the restricted unpickler."""
         known, self.known = self.known, None
         content: dict[str, Any] = (
             known.content if known is not None and known.path == Path(path) else load_pickle_safely(Path(path))
@@ -86,7 +86,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """Facts of the run that wrote a checkpoint. Older checkpoints lack those with a default.
+    """The facts of the run that wrote a checkpoint. Those with a default are missing in older checkpoints.
 
     Attributes:
         task: Full name of the task.
@@ -94,21 +94,21 @@ class CheckpointMetadata:
         stage: final or select.
         backbone: timm name of the backbone.
         backbone_digest: "sha256:…" of its weights.
-        checkpoint: Their source.
+        checkpoint: Source of these weights.
         init_seed: Seed of the random initial weights.
         method: "module.Class" of the method.
         method_args: Its settings.
         num_classes: Number of classes.
         image_size: Height and width of the images.
         run_id: The run's name.
-        data_digest: "sha256:…" of the splits that the run reads.
+        data_digest: "sha256:…" of the splits that the run read.
         head_hidden: Width of the head's first layer, if it has two.
         head_digest: "sha256:…" of the initial head, if it came from the checkpoint.
         pos_embed_grid: Rows and columns of patches.
         input_attention: Attention on the normalised image.
-        ema_decay: Decay of the averaged weights, if there are any.
-        ema_evaluate: Whether these are evaluated.
-        transform: How an image is resized: resize, crop_ratio and interpolation; and the depth of deep images.
+        ema_decay: Decay of the weight average, if there is one.
+        ema_evaluate: Whether the average is evaluated.
+        transform: Settings of the image transform: resize, crop_ratio, interpolation, and bit depth.
         class_names: Names of the classes.
     """
 
@@ -144,7 +144,7 @@ class CheckpointMetadata:
             remedy: What to do if it is damaged.
 
         Raises:
-            CheckpointError: If a part is missing or of another kind.
+            CheckpointError: If a part is missing or of another type.
         """
         if not isinstance(value, Mapping):
             raise wrong_part(where, METADATA_KEY, value, "the metadata of the run", remedy)
@@ -163,14 +163,14 @@ class CheckpointMetadata:
 
 
 def wrong_part(where: str, part: str, value: object, expected: str, remedy: str | None = None) -> CheckpointError:
-    """Return the error for a part of a checkpoint that is missing (None) or of another kind.
+    """Return the error for a part of a checkpoint that is missing (None) or of another type.
 
     Args:
         where: The file.
         part: Name of the part.
         value: Its value.
-        expected: What it should be.
-        remedy: What to do; to get the file again, by default.
+        expected: Its expected type or value.
+        remedy: What to do; by default, get the file again.
     """
     given = "is missing" if value is None else f"is {show(value)}"
     return CheckpointError(
@@ -203,9 +203,9 @@ class Checkpoint:
 
     Attributes:
         path: The file.
-        content: Its content, as Lightning takes it.
+        content: Its content, for Lightning.
         metadata: Facts of its run.
-        epoch: The epoch that it was written in, from 0.
+        epoch: The epoch in which it was written, from 0.
         global_step: Optimizer steps so far.
     """
 
@@ -221,11 +221,11 @@ class Checkpoint:
 
         Args:
             path: The file.
-            remedy: What to do if it is damaged; to get it again, by default.
+            remedy: What to do if it is damaged; by default, get the file again.
 
         Raises:
             UsageError: If there is no such file.
-            CheckpointError: If it is unreadable, of another program, or a part is missing or of another kind.
+            CheckpointError: If it is unreadable, of another program, or a part is missing or of another type.
         """
         path = Path(path)
         if not path.is_file():
@@ -262,7 +262,7 @@ class Checkpoint:
             UsageError: If its class is neither registered here nor importable.
             CheckpointError: If it refuses its settings.
         """
-        about, path = self.metadata, self.path
+        about = self.metadata
         names = {entry.target.replace(":", "."): entry.name for entry in METHODS}
         found = METHODS.get(names[about.method]) if about.method in names else self._custom_method(method_file)
         name = names.get(about.method, found.__name__)
@@ -270,7 +270,7 @@ class Checkpoint:
             return build_method(found, name, dict(about.method_args))
         except (TypeError, ValueError, ConfigError) as error:
             expected = f"settings of {name} ({error})"
-            raise wrong_part(str(path), f"{METADATA_KEY}.method_args", dict(about.method_args), expected) from None
+            raise wrong_part(str(self.path), f"{METADATA_KEY}.method_args", dict(about.method_args), expected) from None
 
     def _custom_method(self, method_file: str | None) -> type[Method]:
         class_path, path = self.metadata.method, self.path
@@ -303,16 +303,16 @@ def _named_in_config(path: Path) -> str | None:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], where: str, part: str, remedy: str | None = None) -> None:
-    """Check that tensors of a checkpoint can be weights (`check_tensor`).
+    """Check tensors of a checkpoint with `check_tensor`.
 
     Args:
         tensors: By name.
         where: The file.
-        part: What they are in it, for messages.
-        remedy: What to do if one is not.
+        part: Name of the part that contains them.
+        remedy: What to do if one is refused.
 
     Raises:
-        CheckpointError: If one is not; names it.
+        CheckpointError: If one is refused; names it.
     """
     for name, value in tensors.items():
         try:
@@ -328,10 +328,10 @@ def _is_state_dict(value: object) -> bool:
 
 
 def weights_digest(content: Mapping[str, Any]) -> str:
-    """Return the digest of the weights in a checkpoint: names, types, shapes and bytes of all tensors that it holds.
+    """Return the digest of the weights in a checkpoint: names, types, shapes and bytes of all tensors.
 
     Args:
-        content: A checkpoint, or the parts of one that hold weights: `state_dict`, and `ema` if weights are averaged.
+        content: A checkpoint, or its parts with weights: `state_dict`, and `ema` if weights are averaged.
     """
     sha = hashlib.sha256()
     for part in ("state_dict", "ema"):
@@ -343,7 +343,7 @@ def weights_digest(content: Mapping[str, Any]) -> str:
 
 
 def file_weights_digest(path: str | Path) -> str:
-    """Return `weights_digest` of a checkpoint file; that of a record's `checkpoint_file` equals its `weights_digest`.
+    """Return the `weights_digest` of a checkpoint file, which a record states too.
 
     Raises:
         CheckpointError: If the file is missing, unreadable, or not a checkpoint of a run.

@@ -1,4 +1,4 @@
-"""Detect user classes that changed the recipe or the weights of a run, so that its record would not describe it."""
+"""Detect callbacks and other user classes that change the recipe or the weights of a run behind its record."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,7 +21,7 @@ from svp_bench.train.module import AdaptationModule
 
 __all__ = ["RecipeWatch", "external_classes", "refuse_hidden_changes"]
 
-# Lightning's own that change neither weights nor settings. The record names everything else.
+# Classes of Lightning that change neither weights nor settings; the record names all others.
 _HARMLESS = {
     *("ModelSummary", "RichModelSummary", "ProgressBar", "TQDMProgressBar", "RichProgressBar", "ModelCheckpoint"),
     *("OnExceptionCheckpoint", "LearningRateMonitor", "DeviceStatsMonitor", "ThroughputMonitor", "Timer"),
@@ -34,7 +35,7 @@ _HARMLESS = {
 _OWN_PACKAGES = ("svp_bench.",)
 _LIGHTNING = ("lightning.pytorch.", "lightning.fabric.", "pytorch_lightning.", "lightning_fabric.")
 
-# What a record could not describe: the class, why, and what to do instead.
+# Callbacks that a record cannot describe: class, reason, remedy.
 _REFUSED: Mapping[str, tuple[str, str]] = {
     "LearningRateFinder": (
         "it sets another learning rate than the record would state",
@@ -61,7 +62,7 @@ def refuse_hidden_changes(trainer: Trainer, *, trains: bool) -> None:
 
     Args:
         trainer: The trainer.
-        trains: Whether it will train; callbacks only matter then.
+        trains: Whether it will train; else callbacks are accepted.
 
     Raises:
         UsageError: If there is one; names the remedy.
@@ -75,13 +76,13 @@ def refuse_hidden_changes(trainer: Trainer, *, trains: bool) -> None:
     if given != "popen":
         raise UsageError(
             f"trainer.strategy: {_name(trainer.strategy)} with processes by {given} (ddp_{given}, "
-            "ddp_notebook …) is refused: they do not hand the state of a run back, so its record would be wrong; "
+            "ddp_notebook …) is refused: they do not return the state of a run, so its record would be wrong; "
             "use --trainer.strategy ddp"
         )
 
 
 def external_classes(trainer: Trainer) -> list[str]:
-    """Return the full names, sorted, of the classes in a trainer that are neither ours nor known to change nothing."""
+    """Return the full names of the classes in a trainer that are neither of svp-bench nor known to be harmless."""
     strategy: Any = trainer.strategy
     parts = [
         *(_callbacks(trainer)),
@@ -107,17 +108,18 @@ def _is_known(value: object) -> bool:
 
 
 class RecipeWatch(Callback):
-    """Watches that a run trains by its recipe, and that its checkpoint holds the weights that are scored.
+    """Check that a run trains by its recipe, and that its checkpoint has the weights that are scored.
 
-    Must stand behind the callbacks of others. Before each optimizer step it compares learning rate, weight decay and
-    the trained parameters with the recipe; when the test begins it compares the weights with those after the last step.
+    It must be the last callback. Before each optimizer step it compares learning rate, weight decay and the trained
+    parameters with the recipe; at the test it compares the weights with those after the last step.
 
     Args:
-        checkpoint: The run's last checkpoint, to be written again where others have changed the weights since.
+        checkpoint: The run's last checkpoint; written again if the weights were changed after it.
 
     Attributes:
-        reasons: What differed, in order, one line each: why the run is not comparable.
+        reasons: Why the run is not comparable, one line each.
         scored: Digest of the weights that were tested, or None.
+        first: A callback for the first place, which stores batches and gradients before other callbacks see them.
     """
 
     def __init__(self, checkpoint: Path | None) -> None:
@@ -125,61 +127,70 @@ class RecipeWatch(Callback):
         self.reasons: list[str] = []
         self.scored: str | None = None
         self._settings: dict[str, Any] = {}
-        self._last: str | None = None  # digest after the last optimizer step of the run
+        self._last: str | None = None  # digest of the weights after the last optimizer step
         self._frozen: dict[str, Tensor] = {}
         self._frozen_digest: str | None = None
-        self.first = _First(self)
-        self._outside = False  # whether there are classes from outside; only then the following is watched
-        self._weights: dict[str, Tensor] = {}  # as the last optimizer step, or the first test batch, left them
+        self.first = _First(
+            on_train_batch_start=lambda trainer, module, batch, *_: self._store(batch._asdict()),
+            on_test_batch_start=lambda trainer, module, batch, *_: self._store(batch._asdict()),
+            on_after_backward=lambda trainer, module: self._store(_gradients(module)),
+            on_before_optimizer_step=lambda trainer, module, _: self._store(_gradients(module)),
+        )
+        self._external = False  # whether there are user classes; only then the following is compared
+        self._weights: dict[str, Tensor] = {}  # after the last optimizer step, or at the first test batch
         self._modes: set[str] = set()
         self._build: list[Any] = []
-        self.noted: dict[str, Tensor] = {}  # batch or gradients before the hooks of others
+        self._stored: dict[str, Tensor] = {}  # batch or gradients
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run would not see again."""
+        """Return the state that a resumed run continues from."""
         return {"reasons": list(self.reasons), "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the state of an earlier part of the run."""
+        """Restore the state of a checkpoint."""
         self.reasons, self._last = list(state_dict["reasons"]), state_dict["last"]
 
     def begin(self, trainer: Trainer, model: AdaptationModule, data: VisionDataModule) -> None:
-        """Note the settings before any callback has run."""
+        """Store settings and weights before any callback has run."""
         self._settings = _settings(trainer, model, data)
         frozen = _frozen(model)
         self._frozen_digest = weights_digest({"state_dict": frozen})
-        self._outside = bool(external_classes(trainer))
-        if self._outside:  # averaging rounds frozen weights, for one
+        self._external = bool(external_classes(trainer))
+        if self._external:
             self._frozen = {name: value.detach().cpu().clone() for name, value in frozen.items()}
             self._weights = _copied(trained_parameters(model.model))
             self._modes, self._build = _modes(model), _build(model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the settings, and each optimizer step from here on."""
+        """Compare the settings, and from now on each optimizer step."""
         if not self._settings or not isinstance(pl_module, AdaptationModule):
             return
         self._compare_settings(trainer, pl_module)
         (optimizer,) = trainer.optimizers
-        trained = {name: id(parameter) for name, parameter in trained_parameters(pl_module.model).items()}
-        expected = _Expected(trainer, pl_module, self._settings)
+        trained = {id(parameter) for parameter in trained_parameters(pl_module.model).values()}
+        schedule, by_epoch = pl_module.schedule, pl_module.schedule_config.interval == "epoch"
         last_step = int(trainer.estimated_stepping_batches)
+        assert schedule is not None
 
-        if trainer.ckpt_path is not None:  # a resumed run begins with other weights than `begin` saw
-            self._weights = _copied(trained_parameters(pl_module.model)) if self._outside else {}
+        if trainer.ckpt_path is not None and self._external:  # the checkpoint was loaded after `begin`
+            self._weights = _copied(trained_parameters(pl_module.model))
 
         def note(reason: str) -> None:
             self._note(f"{reason} (first in epoch {trainer.current_epoch}, step {trainer.global_step})", reason)
 
         def before(optimizer: Optimizer, _: Any, kwargs: dict[str, Any]) -> None:
-            for reason in expected.differences(optimizer, set(trained.values())):
+            rate = self._settings["model.learning_rate"] * schedule(
+                trainer.current_epoch if by_epoch else trainer.global_step
+            )
+            for reason in _differences(optimizer, self._settings, rate, trained):
                 note(reason)
-            if not self._outside:
+            if not self._external:
                 return
             if _modes(pl_module) != self._modes:
                 note("other parts than by the recipe were in training mode")
             if _build(pl_module) != self._build:
                 note("parts of the model were replaced or hooked")
-            closure = kwargs.get("closure")  # the forward and backward pass, with the hooks of others inside
+            closure = kwargs.get("closure")  # the forward and backward pass with the hooks of all callbacks
 
             def watched() -> Any:
                 result = closure() if closure else None
@@ -193,7 +204,7 @@ class RecipeWatch(Callback):
                 watched()
 
         def after(*_: Any) -> None:
-            if self._outside:
+            if self._external:
                 self._weights = _copied(trained_parameters(pl_module.model))
             if trainer.global_step + 1 >= last_step:
                 self._last = _trained_digest(pl_module.weights())
@@ -202,19 +213,19 @@ class RecipeWatch(Callback):
         optimizer.register_step_post_hook(after)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the settings once more."""
+        """Compare the settings."""
         if self._settings and isinstance(pl_module, AdaptationModule):
             self._compare_settings(trainer, pl_module)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Take the digest of the weights that are about to be scored, and watch that they score every batch."""
+        """Compute the digest of the final weights, and check that every batch is scored with them."""
         if not isinstance(pl_module, AdaptationModule):
             return
         if batch_idx == 0:
             self.settle(trainer, pl_module)
-        if not self._outside or not self._settings:
+        if not self._external or not self._settings:
             return
         now = {name: value for name, value in pl_module.state_dict().items() if name.startswith("model.")}
         if batch_idx == 0:
@@ -229,29 +240,26 @@ class RecipeWatch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compare the batch with that of the loader."""
-        if self._outside:
-            self._compare("a training batch", batch._asdict())
+        self._compare("a training batch", batch._asdict())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the gradients with those of the loss."""
-        if self._outside:
-            self._compare("gradients", _gradients(pl_module))
+        self._compare("gradients", _gradients(pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Compare the gradients with those of the loss."""
-        if self._outside:
-            self._compare("gradients", _gradients(pl_module))
+        self._compare("gradients", _gradients(pl_module))
 
-    def remember(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors as they are before the callbacks of others see them."""
-        self.noted = _copied(tensors) if self._outside else {}
+    def _store(self, tensors: Mapping[str, Tensor]) -> None:
+        if self._external:
+            self._stored = _copied(tensors)
 
-    def _compare(self, what: str, tensors: Mapping[str, Tensor]) -> None:
-        if not _same(self.noted, tensors):
-            self._note(f"a callback changed {what}")
+    def _compare(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        if self._external and not _same(self._stored, tensors):
+            self._note(f"a callback changed {name}")
 
     def settle(self, trainer: Trainer, model: AdaptationModule) -> None:
-        """Take the digest of the final weights, and write them into the checkpoint where it holds others.
+        """Compute the digest of the final weights, and write them into the checkpoint if it has others.
 
         Raises:
             CheckpointError: If the checkpoint cannot be read.
@@ -280,35 +288,18 @@ class RecipeWatch(Callback):
                 self._note(f"{key} was changed from {value} to {now[key]}")
 
     def begin_test(self, data: VisionDataModule) -> None:
-        """Note a test split that somebody could read before the weights were final."""
+        """Add a reason if the test split was accessible before the weights were final."""
         if data.test_unlocked:
             self._note("the test split was unlocked before the weights were final")
 
     def _note(self, reason: str, kind: str | None = None) -> None:
-        """Add a reason once; of one kind only the first."""
+        """Add a reason, unless one that begins with `kind` is known."""
         if not any(known.startswith(kind or reason) for known in self.reasons):
             self.reasons.append(reason)
 
 
-class _First(Callback):
-    """Stands before the callbacks of others and keeps what they are given, for `RecipeWatch` to compare behind them."""
-
-    def __init__(self, watch: RecipeWatch) -> None:
-        self._watch = watch
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._watch.remember(batch._asdict())
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._watch.remember(batch._asdict())
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._watch.remember(_gradients(pl_module))
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._watch.remember(_gradients(pl_module))
+class _First(LambdaCallback):
+    """The callback `RecipeWatch.first`; a class of svp-bench, so that `external_classes` leaves it out."""
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -327,12 +318,12 @@ def _gradients(module: LightningModule) -> dict[str, Tensor]:
 
 
 def _modes(model: AdaptationModule) -> set[str]:
-    """Return the names of the backbone's parts in training mode."""
+    """Return the names of the modules in training mode."""
     return {name for name, part in model.model.named_modules() if part.training}
 
 
 def _build(model: AdaptationModule) -> list[Any]:
-    """Return what a forward pass calls: the parts with their hooks, and methods that are set on an instance."""
+    """Return what a forward pass calls: modules, number of their hooks, and methods that are set on an instance."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     parts = [
         (name, id(part), [len(getattr(part, kind)) for kind in kinds], "forward" in vars(part))
@@ -351,7 +342,7 @@ _TRAINER = ("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradi
 
 
 def _settings(trainer: Trainer, model: AdaptationModule, data: VisionDataModule) -> dict[str, Any]:
-    """Return the settings that must stay as they are, by config key."""
+    """Return the settings that must not change, by config key."""
     found: dict[str, Any] = {}
     for group, owner, names in (("model", model, _RECIPE), ("data", data, _DATA), ("trainer", trainer, _TRAINER)):
         for name in names:
@@ -361,7 +352,7 @@ def _settings(trainer: Trainer, model: AdaptationModule, data: VisionDataModule)
 
 
 def _trained_digest(weights: Mapping[str, Any]) -> str:
-    """Return the digest without the average of `model.ema`, which follows each optimizer step."""
+    """Return the digest of the weights without their average, which is updated after each optimizer step."""
     return weights_digest({"state_dict": weights["state_dict"]})
 
 
@@ -370,32 +361,25 @@ def _frozen(model: AdaptationModule) -> dict[str, Tensor]:
     return {n: v for n, v in model.state_dict().items() if n.startswith("model.") and n not in trained}
 
 
-class _Expected:
-    """What an optimizer step must look like, by the recipe."""
+def _differences(optimizer: Optimizer, settings: Mapping[str, Any], rate: float, trained: set[int]) -> Iterator[str]:
+    """Yield how an optimizer differs from the recipe before a step.
 
-    def __init__(self, trainer: Trainer, model: AdaptationModule, settings: Mapping[str, Any]) -> None:
-        self._trainer = trainer
-        self._settings = settings
-        self._by_epoch = model.schedule_config.interval == "epoch"
-        assert model.schedule is not None
-        self._schedule = model.schedule
-
-    def differences(self, optimizer: Optimizer, trained: set[int]) -> Iterator[str]:
-        """Yield what differs before a step."""
-        step = self._trainer.current_epoch if self._by_epoch else self._trainer.global_step
-        expected = self._settings["model.learning_rate"] * self._schedule(step)
-        found: set[int] = set()
-        for group in optimizer.param_groups:
-            found.update(map(id, group["params"]))
-            if abs(group["lr"] - expected) > 1e-6 * abs(expected) + 1e-15:
-                yield "the learning rate was not that of the recipe"
-            if group["weight_decay"] not in (0.0, self._settings["model.weight_decay"]):
-                yield "the weight decay was not that of the recipe"
-            betas = group.get("betas")
-            if betas is not None and tuple(betas) != tuple(self._settings["model.optimizer"].betas):
-                yield "the betas of the optimizer were not those of the recipe"
-            for key in ("eps", "momentum", "dampening", "nesterov", "amsgrad", "maximize"):
-                if group.get(key) != optimizer.defaults.get(key):
-                    yield f"{key} of the optimizer was not that of the recipe"
-        if found != trained:
-            yield "the optimizer did not train the parameters of the method"
+    Args:
+        optimizer: The optimizer.
+        settings: The result of `_settings`.
+        rate: The expected learning rate.
+        trained: `id` of the parameters that the method trains.
+    """
+    for group in optimizer.param_groups:
+        if abs(group["lr"] - rate) > 1e-6 * abs(rate) + 1e-15:
+            yield "the learning rate was not that of the recipe"
+        if group["weight_decay"] not in (0.0, settings["model.weight_decay"]):
+            yield "the weight decay was not that of the recipe"
+        betas = group.get("betas")
+        if betas is not None and tuple(betas) != tuple(settings["model.optimizer"].betas):
+            yield "the betas of the optimizer were not those of the recipe"
+        for key in ("eps", "momentum", "dampening", "nesterov", "amsgrad", "maximize"):
+            if group.get(key) != optimizer.defaults.get(key):
+                yield f"{key} of the optimizer was not that of the recipe"
+    if {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} != trained:
+        yield "the optimizer did not train the parameters of the method"

@@ -1,4 +1,4 @@
-"""Recognise an out-of-memory error, and report a number of images that fits, found by halving it on real steps."""
+"""Detect an out-of-memory error, and report a number of images that fits, found by halving it on real steps."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _Context = Callable[[], AbstractContextManager[Any]]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error of CUDA's allocator, cuBLAS, the driver or the CPU allocator means "out of memory"."""
+    """Return whether an error means "out of memory": of CUDA's allocator, cuBLAS, the driver or the CPU allocator."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 class AllocationFailure(NamedTuple):
-    """The facts of an out-of-memory error: the bytes asked for, if it states them, and whether the host's ran out."""
+    """The facts of an out-of-memory error: requested bytes, if known, and whether the memory of the host ran out."""
 
     requested: int | None
     on_host: bool
 
     @classmethod
     def from_error(cls, error: BaseException) -> AllocationFailure:
-        """Read an error, and release the tensors that its frames hold; they go once the `except` clause has ended."""
+        """Read an error, and release the tensors of its frames, which are freed after the `except` clause."""
         found = _REQUESTED.search(str(error))
         requested = None if found is None else round(float(found[1]) * _UNITS[found[2].lower()])
         on_host = isinstance(error, MemoryError) or _HOST.search(str(error)) is not None
@@ -69,9 +69,15 @@ def explain_run(
     role: str,
     resume: bool,
 ) -> OutOfMemoryError:
-    """Return the error that ends a run whose step on split `role` failed, with flags under which one fits.
+    """Return the error for a run that ran out of memory, with flags under which a step fits.
 
-    The trainer is torn down by now; the module goes to the CPU. `resume`: whether `--resume` continues the run.
+    Args:
+        failure: The facts of the error.
+        trainer: The trainer, after its teardown.
+        module: The Lightning module; it is moved to the CPU.
+        data: The data module.
+        role: Split of the failed step: train, val or test.
+        resume: Whether `--resume` continues the run.
     """
     device = trainer.strategy.root_device
     start = f"out of memory ({role}, {module.backbone_name}, {trainer.precision})"
@@ -80,9 +86,9 @@ def explain_run(
     try:
         asked = data.images_at_once(role)
         smaller = [one for one in _smaller_batches(data, trainer.accumulate_grad_batches, role) if one[0] < asked]
-    except Exception:  # it came before the data were read
+    except Exception:  # the data were not read yet
         return OutOfMemoryError(f"{start}; {_capacity(device)}")
-    if trainer.world_size > 1:  # measuring would leave the other processes waiting
+    if trainer.world_size > 1:  # the other processes would wait
         flag = smaller[0][1] if smaller else "a smaller batch"
         found = f"{_capacity(device)}. Not measured with several processes; try {flag}"
     else:
@@ -94,14 +100,14 @@ def explain_run(
 
 
 def explain_prediction(failure: AllocationFailure, module: AdaptationModule, images: int) -> OutOfMemoryError:
-    """Return the error that ends a prediction on the CPU of so many images at a time."""
+    """Return the error for a prediction that ran out of memory with `images` images at a time on the CPU."""
     smaller = [(images >> power, f"--batch_size {images >> power}") for power in range(1, images.bit_length())]
     found = _measure(module, torch.device("cpu"), smaller, False, nullcontext)
     return OutOfMemoryError(f"out of memory (predict): {failure.describe(module, images)}. {found}")
 
 
 def _smaller_batches(data: VisionDataModule, accumulate: int, role: str) -> Iterator[tuple[int, str]]:
-    """Yield (images at a time, flags): first those that keep the batch of a step, then smaller batches."""
+    """Yield (images at a time, flags): first with the same batch size, then with smaller ones."""
     batch = data.batch_size if role == "train" else data.eval_batch_size
     powers = range(1, batch.bit_length())
     options = [(f"--data.eval_batch_size {batch >> power}", {"batch_size": batch >> power}) for power in powers]
@@ -112,14 +118,14 @@ def _smaller_batches(data: VisionDataModule, accumulate: int, role: str) -> Iter
     for flag, given in options:
         try:
             yield data.images_at_once(role, **given), flag
-        except ConfigError:  # the batch, or the last one of an epoch, cannot be divided so
+        except ConfigError:  # the batch, or the last one of an epoch, cannot be divided by it
             continue
 
 
 def _measure(
     module: AdaptationModule, device: torch.device, smaller: Sequence[tuple[int, str]], trains: bool, context: _Context
 ) -> str:
-    """Return what the device has, and the first flag of `smaller` whose step fits."""
+    """Return the memory of the device, and the first flags of `smaller` with which a step fits."""
     for images, flag in [(0, ""), *smaller]:
         module.cpu().zero_grad(set_to_none=True)
         gc.collect()
@@ -140,7 +146,7 @@ def _measure(
 
 
 def _step(module: AdaptationModule, count: int, trains: bool, context: _Context) -> None:
-    """Run one step of training, next to AdamW's state, or of evaluation on blank images."""
+    """Run one step of training with AdamW's state, or of evaluation, on blank images."""
     height, width = module.model.patch_embed.img_size
     images = torch.zeros(count, 3, height, width, dtype=torch.uint8, device=module.device)
     if not trains:

@@ -1,4 +1,4 @@
-"""Parse a composed config and its command line into one checked, resolved config, with jsonargparse."""
+"""Parse a composed config and its command line into a validated, resolved config with jsonargparse."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _CLASSES = {
     "trainer.profiler": ("profiler", lightning_profilers),
 }
 _FRACTIONS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches")
-_CALL_ONLY = ("config", "ckpt_path", "weights_only", "verbose", "no_test", "resume")  # not settings of the run
+_CALL_ONLY = ("config", "ckpt_path", "weights_only", "verbose", "no_test", "resume")  # not part of the config
 _SUMMARIES = {"fit": "Adapt a backbone to a task.", "validate": "Score a checkpoint on val.", "test": "Score on test."}
-# A null may override a number of a lower layer (no gradient clipping), so a saved config keeps it.
-_RENAMED = tuple(map(int, metadata.version("jsonargparse").split(".")[:2])) >= (4, 49)
-_KEEP_NULLS = {"skip_unset" if _RENAMED else "skip_none": False}
+_JSONARGPARSE_4_49 = tuple(map(int, metadata.version("jsonargparse").split(".")[:2])) >= (4, 49)
+# null may override a value of a lower layer (no gradient clipping), so a saved config has it
+_KEEP_NULLS = {"skip_unset" if _JSONARGPARSE_4_49 else "skip_none": False}
 
-# YAML for the arguments of Lightning's Timer
+# for the arguments of Lightning's Timer
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(value.name))
 yaml.SafeDumper.add_representer(
     timedelta, lambda dumper, value: dumper.represent_dict({"seconds": value.total_seconds()})
@@ -69,18 +69,18 @@ class ResolvedConfig:
 
     Attributes:
         subcommand: fit, validate or test.
-        config: The resolved config, as a record holds it.
+        config: The resolved config, as in the record.
         method: The method's name.
-        search: The search that selected some of its values, or None.
+        search: The search that selected values of the config, or None.
         seed: The run's seed.
         results_root: Folder of the records.
         runs_root: Folder of logs and checkpoints.
         sources: Digests of the files behind classes that are not shipped, by name; see `source_files`.
-        read: The cards and config files that it was composed from.
+        read: The cards and config files that were read.
         card_digests: `card_digest` of the "task" and the "protocol" card.
         composed: The layers.
         arguments: The parsed arguments.
-        notices: Lines for the user about values that were derived or changed.
+        notices: Lines for the user about derived or changed values.
     """
 
     subcommand: str
@@ -113,16 +113,16 @@ class ResolvedConfig:
         return setting_digest(self.config, self.search)
 
     def instantiate(self) -> Namespace:
-        """Build the method, callbacks, loggers and plugins in the place of their class paths.
+        """Return the arguments with method, callbacks, loggers and plugins built from their class paths.
 
         Raises:
             ConfigError: If a class refuses its arguments.
         """
         parser = build_parser(self.subcommand)
-        build = parser.instantiate if _RENAMED else parser.instantiate_classes
+        build = parser.instantiate if _JSONARGPARSE_4_49 else parser.instantiate_classes
         try:
             objects: Namespace = build(self.arguments)
-        except (MisconfigurationException, ValueError) as error:  # jsonargparse turns the one into the other
+        except (MisconfigurationException, ValueError) as error:  # jsonargparse raises ValueError for both
             if isinstance(error, ValueError) and "Does not validate against" not in str(error):
                 raise
             text = re.sub(r".*Errors:(.*)Given value.*", r"\1", " ".join(str(error).split()))
@@ -161,7 +161,7 @@ def build_parser(subcommand: str) -> ArgumentParser:
     parser.add_class_arguments(AdaptationModule, "model", skip=derived["model"], **added)
     parser.add_class_arguments(VisionDataModule, "data", skip=derived["data"], **added)
     parser.add_class_arguments(Trainer, "trainer", skip=set(_FRACTIONS), **added)
-    for name in _FRACTIONS:  # int first, or 1 would be 1.0: typing may have cached Union[float, int]
+    for name in _FRACTIONS:  # int first, so that 1 stays one batch; typing may have cached Union[float, int]
         default = inspect.signature(Trainer).parameters[name].default
         text = "number of batches, or share of them as a fraction"
         parser.add_argument(f"--trainer.{name}", type=int | float | None, default=default, help=text)
@@ -174,11 +174,11 @@ def build_parser(subcommand: str) -> ArgumentParser:
 
 @quiet()
 def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
-    """Parse and check a composed config with its command line; builds nothing.
+    """Parse and validate a composed config with its command line.
 
     Raises:
         UsageError: If a name or file is unknown.
-        ConfigError: If a key or value does not fit.
+        ConfigError: If a key or value is refused.
     """
     make_importable(composed.flags.method, *composed.flags.configs)
     _refuse_environment(subcommand)
@@ -190,7 +190,7 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
     except ArgumentError as error:
         raise _explained(str(error), composed) from None
     _check_values(arguments, parser, composed)
-    notices = _settle(arguments, composed)
+    notices = _set_derived(arguments, composed)
     _resolve_precision(arguments.trainer)
     arguments.trainer.use_distributed_sampler = False  # the data module's samplers divide the work
     if arguments.model.scan_backend != "auto":
@@ -199,7 +199,7 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
     for key in _CALL_ONLY:
         config.pop(key, None)
     sources = source_files(class_paths(config))
-    _need_same_context(composed, config, sources)
+    _check_selected_config(composed, config, sources)
     card = load_task(str(config["data"]["task"]))
     suite = load_suite(card.suite)
     protocol = load_protocol(str(config["data"].get("protocol") or suite.protocol))
@@ -223,7 +223,7 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
 
 
 def _refuse_environment(subcommand: str) -> None:
-    """Refuse LightningCLI's environment variables: a run's settings come from files and flags only."""
+    """Refuse environment variables of LightningCLI, which svp-bench does not read."""
     prefix = f"PL_{subcommand.upper()}__"
     if found := next((name for name in sorted(os.environ) if name.startswith(prefix)), None):
         flag = found.removeprefix(prefix).lower().replace("__", ".")
@@ -264,14 +264,14 @@ def _method_arguments(composed: Composed) -> list[str]:
     origin = composed.origins.get("model.method.class_path", "the config")
     try:
         return list(inspect.signature(import_object(str(class_path))).parameters)
-    except (ValueError, TypeError):  # not a class with a signature; the parser explains it
+    except (ValueError, TypeError):  # it has no signature; the parser reports it
         return []
     except ImportError as error:
         raise ConfigError(
             f"{origin}: model.method: cannot import {class_path!r} ({error}); its module may lie next to the method "
             "file, in the working directory, or be installed"
         ) from None
-    except Exception as error:  # what the user's module raises while it is imported, e.g. a SyntaxError
+    except Exception as error:  # the user's module may raise anything
         where = f"{error.filename}:{error.lineno}: " if isinstance(error, SyntaxError) else ""
         text = f"{where}{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
         raise ConfigError(f"{origin}: the module of the method {class_path!r} fails: {text}") from None
@@ -286,7 +286,7 @@ _WRONG_TYPE = re.compile(
 
 
 def _explained(message: str, composed: Composed) -> ConfigError:
-    """Return jsonargparse's error in one line: origin, key, allowed, given, nearest match."""
+    """Return the error of jsonargparse in one line: origin, key, allowed values, given value, nearest match."""
     text = re.sub(r"^Parser key \"([^\"]+)\":", r"\1:", " ".join(message.split()))
     nested = r"^model\.method: Problem with given class_path '[^']+': Parser key \"([^\"]+)\":"
     text = re.sub(nested, r"model.method.init_args.\1:", text)
@@ -310,7 +310,7 @@ def _explained(message: str, composed: Composed) -> ConfigError:
 
 
 def _explained_class(key: str, text: str, where: str | None) -> ConfigError | None:
-    """Return the error for a class of the trainer that is unknown, lacks an argument or has an unknown one."""
+    """Return the error for a class that is unknown, or for its missing or unknown argument."""
     kind, module = _CLASSES[key]
     start = f"{where or key}: "
     if unknown := re.search(r"Expected a dot import path string: (\w+)", text):
@@ -331,7 +331,7 @@ def _explained_class(key: str, text: str, where: str | None) -> ConfigError | No
 
 
 def _check_values(arguments: Namespace, parser: ArgumentParser, composed: Composed) -> None:
-    """Refuse values that Lightning accepts and a run here cannot have.
+    """Refuse values that Lightning accepts but svp-bench does not.
 
     Raises:
         ConfigError: If there is one.
@@ -368,16 +368,13 @@ def _check_values(arguments: Namespace, parser: ArgumentParser, composed: Compos
         raise ConfigError(f"{f'{where}: ' if where else ''}{key} {text}")
 
 
-def _settle(arguments: Namespace, composed: Composed) -> list[str]:
-    """Set numbers that follow from others: the image size of a backbone, a clipped warm-up. Return notices."""
+def _set_derived(arguments: Namespace, composed: Composed) -> list[str]:
+    """Set derived values: transform, image size and warm-up. Return the notices."""
     model, data, epochs = arguments.model, arguments.data, arguments.trainer.max_epochs
     notices: list[str] = []
     protocol = load_protocol(data.protocol or load_suite(load_task(data.task).suite).protocol)
-    transform = data.transform
-    transform.resize, transform.interpolation = (
-        transform.resize or protocol.resize,
-        transform.interpolation or protocol.interpolation,
-    )
+    data.transform.resize = data.transform.resize or protocol.resize
+    data.transform.interpolation = data.transform.interpolation or protocol.interpolation
     if data.image_size is None and protocol.image_size is not None:
         data.image_size = protocol.image_size
     elif data.image_size is None:
@@ -389,7 +386,7 @@ def _settle(arguments: Namespace, composed: Composed) -> list[str]:
         )
     origins = composed.origin("model.warmup_epochs"), composed.origin("trainer.max_epochs")
     files = [origin and origin.rpartition(":")[0] for origin in origins]
-    # a warm-up is inherited if neither a flag nor the file of the epochs sets it
+    # the warm-up is inherited if neither a flag nor the file that sets max_epochs sets it
     warmup = clipped_warmup(model.warmup_epochs, epochs, inherited=origins[0] is not None and files[0] != files[1])
     if warmup < model.warmup_epochs:
         notices.append(warmup_notice(model.warmup_epochs, epochs, warmup))
@@ -407,8 +404,8 @@ def _resolve_precision(trainer: Namespace) -> None:
         )
 
 
-def _need_same_context(composed: Composed, config: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Refuse a selected config whose values were selected in another setting.
+def _check_selected_config(composed: Composed, config: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Refuse a selected config whose values were selected with other settings.
 
     Raises:
         UsageError: If the seed or another value differs.

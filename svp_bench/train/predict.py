@@ -1,4 +1,4 @@
-"""`svp-bench predict`: the classes of images by a trained run."""
+"""`svp-bench predict`: classify images with a trained run."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = ["find_images", "run_predict"]
 
 
 def find_images(places: Sequence[str]) -> tuple[list[Path], dict[str, int]]:
-    """Return the image files among `places`, and kind of other file → how many were skipped.
+    """Return the image files in `places`, and kind of other file → number of skipped files.
 
-    Files are taken as given; folders are searched to the bottom, in order, for what is an image by its content or
-    its ending. Links to folders are not followed.
+    Files are taken as given. Folders are searched recursively, in order, for images by content or ending; links to
+    folders are not followed.
 
     Raises:
-        UsageError: If a place does not exist, or a folder holds no images.
+        UsageError: If a place does not exist, or a folder has no images.
     """
     found: list[Path] = []
     skipped: dict[str, int] = {}
@@ -47,7 +47,7 @@ def find_images(places: Sequence[str]) -> tuple[list[Path], dict[str, int]]:
         for file in sorted(Path(folder) / name for folder, _, names in os.walk(place) for name in names):
             try:
                 kind = other_kind(file)
-            except SvpBenchError:  # a dangling link, or no permission: listed with the reason
+            except SvpBenchError:  # a dangling link, or no permission: its row has the reason
                 kind = None
             if kind is None:
                 inside.append(file)
@@ -73,40 +73,40 @@ def run_predict(
     batch_size: int = 32,
     method_file: str | None = None,
 ) -> int:
-    """Write one CSV row an image: path, then class, name and probability of the `top` best classes, then the error.
+    """Write a CSV row for each image: path, then class, name and probability of the `top` best classes, then the error.
 
-    The classes are called as in the run; where nobody knows their names, "class 0", "class 1" … An image that cannot
-    be read has a row with the reason in the last column.
+    Classes have the names of the run, or "class 0", "class 1" … if these are unknown. The row of an image that cannot
+    be read has the reason in the last column.
 
     Args:
         ckpt: The run's checkpoint.
         places: Images and folders of images.
         output: CSV file; standard output if None.
-        checkpoint: Where the backbone's weights are now, if not where the run had them.
-        top: How many classes a row names.
+        checkpoint: Path of the backbone's weights, if they were moved.
+        top: Number of classes in a row.
         batch_size: Images at a time.
-        method_file: The file of the run's own method, if its class lies next to it.
+        method_file: The file of a custom method, if its class lies next to it.
 
     Returns:
-        The exit status: 0 if all images were read, 1 if one was not.
+        The exit status: 0 if all images were read, else 1.
 
     Raises:
-        SvpBenchError: For everything that a user can fix.
+        SvpBenchError: For every error that a user can fix.
     """
     if batch_size < 1:
         raise UsageError(f"--batch_size is at least 1, not {batch_size}")
     images, skipped = find_images(places)
     saved = Checkpoint.read(ckpt)
     module, about = AdaptationModule.from_checkpoint(saved, checkpoint, method_file), saved.metadata
-    names = about.class_names or displayed_class_names(load_task(about.task))  # older checkpoints do not say
+    names = about.class_names or displayed_class_names(load_task(about.task))  # older checkpoints have no names
     if len(names) != about.num_classes:
         raise CheckpointError(
             f"{ckpt}: a run of {plural(about.num_classes, 'class')}, but the card of {about.task} has {len(names)} now"
         )
     protocol = load_protocol(about.protocol)
-    seen = dict(about.transform or {"resize": protocol.resize, "interpolation": protocol.interpolation})
-    depth = Depth(*seen.pop("depth", ()))
-    transform = EvalTransform(about.image_size, **seen)
+    settings = dict(about.transform or {"resize": protocol.resize, "interpolation": protocol.interpolation})
+    depth = Depth(*settings.pop("depth", ()))
+    transform = EvalTransform(about.image_size, **settings)
     top = min(top, module.num_classes)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -118,27 +118,27 @@ def run_predict(
         part = images[start : start + batch_size]
         read = [_read(path, transform, depth) for path in part]
         arrays = [one for one in read if not isinstance(one, str)]
-        rows: Iterator[list[str]] = iter(())
+        rows: Iterator[tuple[list[int], list[float]]] = iter(())
         failure: AllocationFailure | None = None
         try:
             if arrays:
                 with torch.inference_mode():
                     best = module(torch.from_numpy(np.stack(arrays))).softmax(dim=-1).topk(top)
-                rows = iter(
-                    [_cells(*row, names) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-                )
+                rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             failure = AllocationFailure.from_error(error)
-        if failure is not None:  # outside of the clause, which would keep the error and its tensors
+        if failure is not None:  # not in the except clause, which would keep the error and its tensors
             raise explain_prediction(failure, module, len(arrays))
         for path, one in zip(part, read, strict=True):
             if isinstance(one, str):
                 errors.append(printable(f"{path}: {one}"))
                 writer.writerow([csv_text(str(path)), *[""] * len(columns), csv_text(one)])
             else:
-                writer.writerow([csv_text(str(path)), *next(rows), ""])
+                pairs = zip(*next(rows), strict=True)
+                cells = [cell for label, p in pairs for cell in (label, csv_text(names[label]), f"{p:.4f}")]
+                writer.writerow([csv_text(str(path)), *cells, ""])
     seconds = time.perf_counter() - began
     if output is None:
         sys.stdout.write(text.getvalue())
@@ -152,7 +152,7 @@ def run_predict(
 
 
 def _report(count: int, errors: Sequence[str], skipped: dict[str, int], output: str | None, seconds: float) -> None:
-    """Print a summary: below the CSV on standard error, else on standard output."""
+    """Print a summary; on standard error if the CSV is on standard output."""
     stream = sys.stderr if output is None else sys.stdout
     read = count - len(errors)
     where = "" if output is None else f", in {printable(output)}"
@@ -165,19 +165,11 @@ def _report(count: int, errors: Sequence[str], skipped: dict[str, int], output: 
         sys.stderr.write(f"Could not read {len(errors)} of them (column error): {'; '.join(errors[:3])}{more}\n")
 
 
-def _cells(labels: Sequence[int], values: Sequence[float], names: Sequence[str]) -> list[str]:
-    return [
-        cell
-        for label, p in zip(labels, values, strict=True)
-        for cell in (str(label), csv_text(names[label]), f"{p:.4f}")
-    ]
-
-
 def _read(path: Path, transform: EvalTransform, depth: Depth) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | str:
-    """Return an image at the model's size, or why it cannot be read."""
+    """Return an image at the size of the model, or the reason why it cannot be read."""
     try:
         return transform(read_image(path, depth).image)
     except (OSError, UnreadableImageError) as error:
         return f"not a readable image: {getattr(error, 'strerror', None) or error}"
-    except Exception as error:  # of the resize: no memory for a very long and narrow image, for one
+    except Exception as error:  # of the resize, e.g. no memory for a very long and narrow image
         return f"not a readable image: {type(error).__name__}"

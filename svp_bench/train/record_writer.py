@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from svp_bench import __version__
 from svp_bench.core.errors import RecordError, SvpBenchError, plural
-from svp_bench.data.module import VisionDataModule
 from svp_bench.methods.build import trained_parameters
 from svp_bench.ops import BackendChoice
 from svp_bench.records.code import package_digest
 from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, timestamp
-from svp_bench.train.callbacks import ThroughputMonitor, peak_memory_mib
+from svp_bench.train.callbacks import peak_memory_mib
 from svp_bench.train.checkpoint import CHECKPOINT
-from svp_bench.train.comparable import RecipeWatch, external_classes
+from svp_bench.train.comparable import external_classes
 from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
-from svp_bench.train.module import AdaptationModule
-from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.provenance import cpu_name, device_name, library_versions
+
+if TYPE_CHECKING:
+    from svp_bench.train.base import BaseRun
 
 __all__ = ["Recorder"]
 
 
-@dataclass(frozen=True)
 class Recorder:
     """Build the record of a run, and write the tables of its predictions.
 
-    Attributes:
-        run_id: The run's name.
-        run_dir: Its folder.
-        resolved: Its resolved config.
-        commit: Commit of the checkout, or None.
-        dirty: Whether code, cards or configs differ from it.
-        model: The Lightning module.
-        data: The data module.
-        trainer: The trainer.
-        monitor: Times, throughput and peak memory.
-        watch: Differences from the recipe, and the digest of the weights that were scored.
+    Args:
+        run: The run, with model, data and trainer.
     """
 
-    run_id: str
-    run_dir: Path
-    resolved: ResolvedConfig
-    commit: str | None
-    dirty: bool | None
-    model: AdaptationModule
-    data: VisionDataModule
-    trainer: Trainer
-    monitor: ThroughputMonitor
-    watch: RecipeWatch
+    def __init__(self, run: BaseRun) -> None:
+        self.run, self.resolved = run, run.config
+        self.model, self.data, self.trainer, self.monitor = run.model, run.data, run.trainer, run.monitor
 
     def scan_backend(self) -> BackendChoice:
         """Return the scan backend that runs, and the reason.
@@ -142,12 +124,12 @@ class Recorder:
             metrics, val_correct = self.scores("val")
         looked = data._report is not None  # whether the files were read before an error
         backend = self.scan_backend()
-        saved = self.run_dir / CHECKPOINT
+        saved = self.run.run_dir / CHECKPOINT
         peak = self.monitor.peak_mib
         source = str(model.checkpoint)
         return Record(
             schema=SCHEMA,
-            run_id=self.run_id,
+            run_id=self.run.run_id,
             created=timestamp(),
             task=data.card.name,
             task_version=data.card.version,
@@ -174,8 +156,8 @@ class Recorder:
             setting_digest=resolved.setting_digest,
             search=resolved.search,
             package_version=__version__,
-            commit=self.commit,
-            dirty=self.dirty,
+            commit=self.run.commit,
+            dirty=self.run.dirty,
             libraries=library_versions(),
             scan_backend=backend.name,
             scan_reason=backend.reason,
@@ -197,9 +179,9 @@ class Recorder:
             package_digest=package_digest(),
             cpu=cpu_name(),
             card_digests=dict(resolved.card_digests),
-            weights_digest=self.watch.scored if status in ("complete", "unscored") else None,
+            weights_digest=self.run.watch.scored if status in ("complete", "unscored") else None,
             external_classes=external_classes(self.trainer),
-            not_comparable=list(self.watch.reasons) or None,
+            not_comparable=list(self.run.watch.reasons) or None,
             checkpoint_load=model.load_report.for_record() if model.load_report else None,
             frozen_features={role: found.describe() for role, found in (model.features or {}).items()} or None,
         )
