@@ -1,5 +1,5 @@
-"""One self-contained HTML page from the records: tables, plots and every record behind them. No torch, no network.
+"""The HTML report: one self-contained page with tables, plots and all records behind them.
 
-`view` derives plain data (`model`) from tables and records, `figures` draws them as Plotly specifications, `curves`
-reads the event files of runs, `assets` holds what is inlined, and `page` puts the page together.
+`view` derives the data of the page (`model`) from tables, `figures` builds Plotly specifications, `curves` reads the
+event files of runs, `assets` loads the inlined libraries, and `page` renders the page.
 """

@@ -1,7 +1,7 @@
-"""Load the JavaScript and CSS libraries that the page includes, for inline scripts.
+"""Load the JavaScript and CSS libraries that the page inlines.
 
 Plotly.js (MIT) comes from the package plotly, DataTables with jQuery (MIT) from itables: both ship a bundle for
-offline use. Their notices stay in their texts; the page also shows `NOTICES`.
+offline use. The page shows their `NOTICES`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["LICENCES", "NOTICES", "Notice", "datatables_css", "datatables_js", "
 
 
 class Notice(NamedTuple):
-    """The author of a part of the page: its name, the copyright line, and "MIT" or "ISC"."""
+    """The name, the copyright line and the licence, "MIT" or "ISC", of a part of the page."""
 
     work: str
     holder: str
@@ -69,10 +69,10 @@ _DEFAULT = re.compile(r"(?:^|,)\s*([\w$]+)\s+as\s+default\s*(?:,|$)")
 
 
 def in_script(text: str) -> str:
-    r"""Return JavaScript without `</script`, `<!--` and `<script`, for an inline <script>.
+    r"""Return JavaScript for an inline <script>: `</script`, `<!--` and `<script` begin with `\x3C`.
 
-    The last two would switch the HTML parser into a state in which `</script>` no longer ends the script. In strings
-    and regular expressions, where they occur, `\x3C` means the same.
+    They occur in strings and regular expressions, where this means the same. After `<!--` and `<script`, an HTML parser
+    no longer ends the script at `</script>`.
     """
     return re.sub(r"<(?=!--|/?script)", r"\\x3C", text, flags=re.IGNORECASE)
 
@@ -85,7 +85,7 @@ def plotly_js() -> str:
 
 
 def datatables_js() -> str:
-    """Return DataTables with jQuery for an inline script; it defines `DataTable` as a global, not as a module.
+    """Return DataTables with jQuery for an inline script; it defines the global `DataTable`.
 
     Raises:
         UnavailableError: If the installed itables ships another kind of bundle.
@@ -109,13 +109,13 @@ def datatables_css() -> str:
 
 
 def _itables(name: str) -> str:
-    spec = find_spec("itables")  # finds it without importing it, and pandas with it
+    spec = find_spec("itables")  # importing it would import pandas
     if spec is None or spec.origin is None:
         raise UnavailableError("the report needs the package itables; install svp-bench with its dependencies")
     return (Path(spec.origin).parent / "html" / name).read_text(encoding="utf-8")
 
 
 def script_hash(text: str) -> str:
-    """Return the source expression by which a content security policy allows the inline script `text`."""
+    """Return the source expression of an inline script for a content security policy."""
     digest = base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
     return f"'sha256-{digest}'"

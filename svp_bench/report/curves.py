@@ -1,4 +1,4 @@
-"""Read learning curves from the TensorBoard event files of runs, thinned for a plot."""
+"""Read learning curves from the TensorBoard event files of runs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ TAGS = ("train/loss", "train/top1", "val/loss", "val/top1")
 """The logged scalars that are shown; `top1` is a fraction in the files, and percent in a `Curve`."""
 
 POINTS = 60
-"""Most points of a curve."""
-
+"""Maximum number of points of a curve."""
 
 Curve = Mapping[str, tuple[tuple[int, float], ...]]
 """Learning curves of a run: tag → (step, value), by step."""
 
 
 def read_curves(records: Iterable[Record], runs_root: Path | str) -> dict[tuple[str, str], Curve]:
-    """Return (task, run id) → curves of every record whose run has event files below `runs_root`."""
+    """Return (task, run id) → curves of each record whose run has event files below `runs_root`."""
     found = {}
     for record in records if Path(runs_root).is_dir() else ():
         curve = read_curve(Path(runs_root) / record.task / record.run_id)
@@ -34,20 +33,17 @@ def read_curves(records: Iterable[Record], runs_root: Path | str) -> dict[tuple[
 
 
 def read_curve(folder: Path) -> Curve | None:
-    """Return the curves of the run in `folder`; None without event files, or without a scalar of `TAGS` in them.
-
-    A truncated file is read up to its end.
-    """
+    """Return the curves of the run in `folder`, or None; a truncated event file is read up to its end."""
     if not any(folder.glob("events.out.tfevents.*")):
         return None
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-    logger = logging.getLogger("tensorboard")  # it warns of every step that a resumed run logs twice
+    logger = logging.getLogger("tensorboard")  # it warns about steps that a resumed run logged twice
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         events = EventAccumulator(str(folder), size_guidance={SCALARS: 0, "images": 1, "tensors": 1})
-        with suppress(OSError, ValueError, struct.error):  # events before the truncation are loaded
+        with suppress(OSError, ValueError, struct.error):  # the events before a truncation are loaded
             events.Reload()
         curve = {}
         for tag in (tag for tag in TAGS if tag in events.Tags()[SCALARS]):
@@ -59,7 +55,7 @@ def read_curve(folder: Path) -> Curve | None:
 
 
 def thin(points: list[tuple[int, float]], most: int = POINTS) -> tuple[tuple[int, float], ...]:
-    """Return at most `most` points: the mean step and value of equal shares, and the last point unchanged."""
+    """Return at most `most` points: means of steps and values over equal shares, and the last point."""
     if len(points) <= most:
         return tuple(points)
     shares, body, thinned = most - 1, points[:-1], []

@@ -1,11 +1,10 @@
-"""Build the plots as Plotly specifications: plain dictionaries, which the page draws with the colours of its theme.
+"""Build the plots as Plotly specifications: plain dictionaries that the script of the page draws.
 
-Rows differ by colour (the palette of Okabe and Ito, for all kinds of colour vision), shape of the marker and name. A
-colour that begins with "@" is one of the theme: "@ink", "@muted", "@grid". Text from records is escaped, because Plotly
-interprets a little HTML.
+Rows differ by colour (palette of Okabe and Ito), marker and name. The colours "@ink", "@muted" and "@grid" are those of
+the page's theme. Text from records is escaped, because Plotly interprets some HTML.
 
-A specification is {"data", "layout", "height", "quoted"}. "quoted" replaces layout and height while published numbers
-are shown; its data are added, or with "replace" replace the data. It is None without published numbers.
+A specification is {"data", "layout", "height", "quoted"}. "quoted" is used while published numbers are shown:
+its layout and height replace the others; its data are added, or with "replace" replace the others too. It may be None.
 """
 
 from __future__ import annotations
@@ -18,22 +17,12 @@ from typing import Any
 from svp_bench.core.errors import plural, printable
 from svp_bench.report.model import Point, QuotedView, RowView, SectionView, SuiteView, TaskView, TradeOff, Value
 
-__all__ = [
-    "COLOURS",
-    "SHAPES",
-    "columns_of",
-    "figures_of",
-    "group_figure",
-    "plain",
-    "slug",
-    "task_figure",
-    "trade_off_figure",
-]
+__all__ = ["COLOURS", "SHAPES", "columns_of", "figures_of", "plain", "slug"]
 
 Figure = dict[str, Any]
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C")
-"""Okabe and Ito's palette (2008) with a grey for its black, without its yellow, which vanishes on white."""
+"""The palette of Okabe and Ito (2008) with grey instead of black, without yellow, which is not visible on white."""
 
 _ON_COLOUR = ("#000000", "#000000", "#000000", "#FFFFFF", "#000000", "#000000", "#000000")
 SHAPES = {
@@ -48,15 +37,15 @@ SHAPES = {
     "hexagon": "M0,-6L5.2,-3V3L0,6L-5.2,3V-3Z",
     "hourglass": "M-5,-5H5L-5,5H5Z",
 }
-"""Marker → SVG path around the middle, for a row's name; ten, so that colour and shape distinguish seventy rows."""
+"""Marker of Plotly → SVG path for the name of a row; seven colours and ten shapes distinguish seventy rows."""
 
-_LINE = 26  # pixels of a row in a plot of rows
-_TALL = 360  # pixels of a plot of accuracy over a cost
-_NAME = 22  # characters of a name before it is wrapped
+_LINE = 26  # height of a row in pixels
+_TALL = 360  # height of a plot of accuracy over a cost in pixels
+_NAME = 22  # characters of a line of a name
 
 
 def plain(text: str) -> str:
-    """Return `text` so that Plotly shows it unchanged."""
+    """Return a text escaped for Plotly."""
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -104,16 +93,12 @@ def _error(values: Sequence[Value], **style: Any) -> dict[str, Any]:
 
 
 def _rows_figure(data: list[Figure], rows: Sequence[RowView], x: Mapping[str, Any], quoted: Figure | None) -> Figure:
-    """Return a figure with one line a row, the first on top, and one more for published numbers."""
-    layout, height = _rows_layout(rows, x, quoted=False)
-    added = None
-    if quoted is not None:
-        wider, taller = _rows_layout(rows, x, quoted=True)
-        added = {"data": [quoted], "layout": wider, "height": taller}
-    return {"data": data, "layout": layout, "height": height, "quoted": added}
+    """Return a figure with one line per row, the first on top, and one more for published numbers."""
+    added = None if quoted is None else {"data": [quoted], **_rows_layout(rows, x, quoted=True)}
+    return {"data": data, **_rows_layout(rows, x, quoted=False), "quoted": added}
 
 
-def _rows_layout(rows: Sequence[RowView], x: Mapping[str, Any], quoted: bool) -> tuple[dict[str, Any], int]:
+def _rows_layout(rows: Sequence[RowView], x: Mapping[str, Any], quoted: bool) -> dict[str, Any]:
     wrapped = [textwrap.wrap(printable(row.label), _NAME) for row in rows]
     names = ["<br>".join(map(plain, lines)) or "–" for lines in wrapped]
     names += ["<i>published,<br>not measured here</i>"] if quoted else []
@@ -134,7 +119,7 @@ def _rows_layout(rows: Sequence[RowView], x: Mapping[str, Any], quoted: bool) ->
         "showlegend": False,
         "bargap": 0.3,
     }
-    return layout, lines + 52
+    return {"layout": layout, "height": lines + 52}
 
 
 def _quoted_trace(xs: Sequence[float], ys: Sequence[float], texts: Sequence[str]) -> Figure:
@@ -143,7 +128,7 @@ def _quoted_trace(xs: Sequence[float], ys: Sequence[float], texts: Sequence[str]
 
 
 def _quoted_line(line: int, quoted: Sequence[QuotedView], column: str) -> Figure | None:
-    """Return the published numbers of a column, on the line `line`."""
+    """Return the published numbers of a column as points on a line."""
     found = [(float(view.scores[column]), _quoted_text(view, column)) for view in quoted if column in view.scores]
     return _quoted_trace([x for x, _ in found], [line] * len(found), [text for _, text in found]) if found else None
 
@@ -154,10 +139,10 @@ def _quoted_text(view: QuotedView, column: str) -> str:
     return "<br>".join([score, method, plain(view.row.source)])
 
 
-def group_figure(
+def _group_figure(
     section: SectionView, values: Mapping[str, Value | None], column: str, quoted: Sequence[QuotedView], level: float
 ) -> Figure:
-    """Return bars of a mean, from zero, with the interval over new seeds; missing results are named."""
+    """Return bars of a mean with the interval over new seeds; a text marks missing results."""
     rows = section.rows
     shown = [(line, row, value) for line, row in enumerate(rows) if (value := values[row.label]) is not None]
     missing = [line for line, row in enumerate(rows) if values[row.label] is None]
@@ -187,11 +172,11 @@ def group_figure(
     return _rows_figure(data, rows, x, _quoted_line(len(rows), quoted, column))
 
 
-def task_figure(section: SectionView, task: TaskView, quoted: Sequence[QuotedView], level: float) -> Figure:
-    """Return every seed of a task as a point, and the mean with its interval over new seeds."""
+def _task_figure(section: SectionView, task: TaskView, quoted: Sequence[QuotedView], level: float) -> Figure:
+    """Return each seed of a task as a point, and the mean with its interval over new seeds."""
     rows = section.rows
     cells = [(line, row, row.cells[task.name]) for line, row in enumerate(rows) if task.name in row.cells]
-    runs = [  # below the mean and apart, so that equal seeds stay visible
+    runs = [  # below the mean and side by side, so that equal seeds are visible
         (line + 0.16 + 0.22 * place / max(len(cell.runs) - 1, 1), row, run)
         for line, row, cell in cells
         for place, run in enumerate(cell.runs)
@@ -230,29 +215,23 @@ def task_figure(section: SectionView, task: TaskView, quoted: Sequence[QuotedVie
     return _rows_figure(data, rows, {"fixedrange": True}, _quoted_line(len(rows), quoted, task.id))
 
 
-def trade_off_figure(trade: TradeOff, quoted: Sequence[QuotedView], column: str, level: float) -> Figure:
-    """Return accuracy over a cost, a point a row, with the interval over new seeds and the Pareto front."""
-    published = [
-        (view.size, view)
-        for view in quoted
-        if view.size is not None and column in view.scores and trade.axis.id == "parameters"
-    ]
+def _trade_off_figure(trade: TradeOff, quoted: Sequence[QuotedView], column: str, level: float) -> Figure:
+    """Return accuracy over a cost, one point per row, with the interval over new seeds and the Pareto front."""
     costs = [point.x for point in trade.points]
     figure = {**_cost_figure(trade, _CostScale(costs), level), "quoted": None}
-    if published:
-        scale = _CostScale([*costs, *(size for size, _ in published)])
-        texts = [
-            f"{_quoted_text(view, column)}<br>parameters as printed: {plain(view.parameters)}" for _, view in published
-        ]
-        scores = [float(view.scores[column]) for _, view in published]
-        trace = _quoted_trace([scale.place(size) for size, _ in published], scores, texts)
+    views = [view for view in quoted if view.size is not None and column in view.scores]
+    if views and trade.axis.id == "parameters":
+        sizes = [view.size or 0.0 for view in views]
+        scale = _CostScale([*costs, *sizes])
+        texts = [f"{_quoted_text(view, column)}<br>parameters as printed: {plain(view.parameters)}" for view in views]
+        trace = _quoted_trace(list(map(scale.place, sizes)), [float(view.scores[column]) for view in views], texts)
         again = _cost_figure(trade, scale, level)
         figure["quoted"] = {**again, "replace": True, "data": [*again["data"], trace]}
     return figure
 
 
 class _CostScale:
-    """Place costs on an axis: by powers of ten, with zero on the left; linear where they are near each other."""
+    """An axis of costs: logarithmic with zero on the left, or linear if all costs are within a factor of ten."""
 
     def __init__(self, costs: Sequence[float]) -> None:
         positive = [cost for cost in costs if cost > 0]
@@ -314,26 +293,26 @@ def _point_trace(point: Point, scale: _CostScale, trade: TradeOff, level: float)
 
 
 def figures_of(suite: SuiteView, level: float) -> dict[str, Figure]:
-    """Return every plot of a suite, by the id of its place in the page."""
+    """Return the id of the element in the page → plot, for a suite."""
     found: dict[str, Figure] = {}
     for section in suite.sections:
         for column, values in columns_of(suite, section).items():
             if any(value is not None for value in values.values()):
                 name = f"{section.id}-mean-{slug(suite, column)}"
-                found[name] = group_figure(section, values, column, suite.quoted, level)
+                found[name] = _group_figure(section, values, column, suite.quoted, level)
         for task in suite.tasks:
             if any(task.name in row.cells for row in section.rows):
-                found[f"{section.id}-task-{task.id}"] = task_figure(section, task, suite.quoted, level)
+                found[f"{section.id}-task-{task.id}"] = _task_figure(section, task, suite.quoted, level)
         for trade in (section.parameters, *(t for setup in section.setups for t in (setup.training, setup.inference))):
             if trade.points:
-                found[trade.id] = trade_off_figure(trade, suite.quoted, suite.means[0], level)
+                found[trade.id] = _trade_off_figure(trade, suite.quoted, suite.means[0], level)
     return found
 
 
 def columns_of(suite: SuiteView, section: SectionView) -> dict[str, dict[str, Value | None]]:
-    """Return name of a mean → label → value; of a suite with a single group, the mean over the tasks only.
+    """Return name of a mean → label → value.
 
-    Groups that no row has complete are left out, and so is then the mean of the groups.
+    A suite with one group has the mean over the tasks only. Means that no row has are left out, except for that one.
     """
     groups = {group: {row.label: row.groups[group] for row in section.rows} for group in suite.card.groups}
     means = {
@@ -347,5 +326,5 @@ def columns_of(suite: SuiteView, section: SectionView) -> dict[str, dict[str, Va
 
 
 def slug(suite: SuiteView, column: str) -> str:
-    """Return a short name of a column for ids: of the means "tasks" and "groups"."""
+    """Return the name of a column in ids."""
     return {suite.means[0]: "all-tasks", suite.means[1]: "all-groups"}.get(column, column)

@@ -1,4 +1,4 @@
-"""The data of the page without HTML: objects of `tables` with their ids, styles, values and places of records."""
+"""The data of the page: objects of `tables` with ids, styles, values and the places of their records."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class Value:
 
     @property
     def shown(self) -> Bounds | None:
-        """The interval of a whisker: over new seeds, else over test images."""
+        """The interval of error bars: over new seeds, else over test images."""
         return self.these or self.images
 
 
 class Run(NamedTuple):
-    """One seed of a cell: the seed, its accuracy in percent, and the place of its record in the pool."""
+    """A run of a cell: its seed, its accuracy in percent, and the place of its record in the pool."""
 
     seed: int
     top1: float
@@ -72,15 +72,15 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class CellView:
-    """One task of a row.
+    """A task of a row.
 
     Attributes:
         table: The cell.
         value: Mean of the seeds.
-        runs: One a seed.
-        standing: "best" (better than every other row, beyond chance), "second", "tied" (not distinguished from the
-            highest, where others are), or "".
-        verdict: "▲" or "▼" where it is distinguished from the cell of the control, or "".
+        runs: One per seed.
+        standing: "best" (significantly better than all other rows), "second", "tied" (not significantly worse than the
+            highest, if other rows are), or "".
+        verdict: "▲" or "▼" if it differs significantly from the cell of the control, else "".
     """
 
     table: Cell
@@ -96,7 +96,7 @@ class CellView:
 
     @property
     def binomial(self) -> float:
-        """Standard error in points from the number of test images alone."""
+        """Binomial standard error in points, from the number of test images."""
         return one_standard_error(self.table.mean, self.table.images)
 
 
@@ -106,8 +106,8 @@ class RowView:
 
     Attributes:
         table: The row.
-        style: Number of its colour and marker, the same for this label in the whole page.
-        cells: Task → cell; a missing result has no entry.
+        style: Number of its colour and marker, by label.
+        cells: Task → cell; without missing results.
         missing: Tasks without a cell.
         task_mean: Over all tasks; None if a result is missing.
         present: Over the tasks with a result.
@@ -172,7 +172,7 @@ class TradeOff:
 
 @dataclass(frozen=True)
 class SetupView:
-    """Measurements on one kind of machine; times of different ones do not compare.
+    """Measurements on one kind of machine.
 
     Attributes:
         title: Device, processes, precision and scan backend.
@@ -202,7 +202,7 @@ class SectionView:
         comparison_notes: Notes on the differences to the control, and the mean ranks.
         rows: Ranked ones first.
         parameters: Accuracy over trained parameters.
-        setups: One a kind of machine; the one with the most rows first.
+        setups: One per kind of machine; the one with the most rows first.
         majority: Task or name of a mean → accuracy of the majority class.
     """
 
@@ -219,7 +219,7 @@ class SectionView:
 
 
 class QuotedView(NamedTuple):
-    """A published method: a row of it, column → accuracy as printed, parameters as printed, and their number."""
+    """A published method: one of its rows, column → accuracy as printed, parameters as printed and as a number."""
 
     row: PublishedRow
     scores: Mapping[str, str]
@@ -237,7 +237,7 @@ class TaskView(NamedTuple):
 
 
 class CurveRun(NamedTuple):
-    """The learning curves of a run: place of its record, id of its section ("" outside of tables), label, style."""
+    """The learning curves of a run, with place of its record, id of its section ("" if excluded), label and style."""
 
     record: int
     section: str
@@ -255,8 +255,8 @@ class SuiteView:
         tasks: In the order of the columns.
         sections: Pre-trained weights first.
         quoted: Published numbers.
-        curves: Learning curves of the runs with event files, in the order of the pool.
-        without: Number of records without event files.
+        curves: Learning curves, in the order of the pool.
+        without: Number of runs without event files.
     """
 
     table: Table
@@ -278,7 +278,7 @@ class SuiteView:
 
     @property
     def excluded(self) -> dict[str, int]:
-        """Why records do not enter → how many."""
+        """Reason → number of excluded records."""
         return dict(sorted(Counter(out.why for out in self.table.left_out).items()))
 
 
@@ -289,7 +289,7 @@ class ReportView:
     Attributes:
         suites: Those with the most records on pre-trained weights first.
         pool: All records of the page.
-        level: Of the intervals.
+        level: Confidence level of the intervals.
         strays: Files and records that belong to no suite.
         runs_root: Folder of the event files.
     """
@@ -322,7 +322,7 @@ class RecordPool:
         return f"records/{self.records[place].task}/{self.records[place].run_id}.json"
 
     def to_json(self) -> dict[str, Any]:
-        """Return {"fields": names, "values": each value once, "records": a list of places of values a record}."""
+        """Return {"fields": names, "values": each value once, "records": for each record the indices of its values}."""
         facts = [self._facts(place) for place in range(len(self.records))]
         fields = list(dict.fromkeys(name for fact in facts for name in fact))
         places: dict[str, int] = {}
@@ -340,7 +340,7 @@ class RecordPool:
         return {"fields": fields, "values": values, "records": rows}
 
     def _facts(self, place: int) -> dict[str, Any]:
-        """Return the facts of a record without its config and bits, which its file has."""
+        """Return the facts of a record without its config and bits."""
         record = self.records[place]
         facts = {key: value for key, value in record.to_json().items() if key not in _IN_THE_FILE}
         facts["metrics"] = {key: value for key, value in facts["metrics"].items() if key != "per_class"}

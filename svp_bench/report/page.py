@@ -75,11 +75,11 @@ def write_report(
 
     Args:
         results_root: The folder that contains `records/`.
-        suites: Suites to show. None: those with records and, with `published`, with published numbers.
-        published: Show the published numbers from the start; otherwise they are behind a switch in the page.
-        output: The page; None: `report_path`.
+        suites: Suites to show; by default those with records and, with `published`, those with published numbers.
+        published: Show the published numbers from the start; otherwise a switch in the page shows them.
+        output: The page; by default `report_path`.
         runs_root: Folder of the runs, whose event files contain the learning curves.
-        control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
+        control: Method or label of the row that all others are compared with; by default `linear`.
 
     Raises:
         UsageError: If `results_root` is missing, a suite is unknown, no table has a row named `control`, or `output` is
@@ -136,7 +136,7 @@ def _summary(report: ReportView, target: Path, text: str) -> str:
 
 
 def _link(results_root: Path, folder: Path) -> str:
-    """Return the address of the results root as seen from the page: relative where a path can be."""
+    """Return the address of the results root, relative to the page if possible."""
     try:
         return quote(Path(os.path.relpath(results_root.resolve(), folder.resolve())).as_posix())
     except ValueError:  # on another drive of Windows
@@ -233,7 +233,7 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """Return the content security policy: these scripts and no others, styles of the page, and no network at all."""
+    """Return a content security policy that allows these scripts, inline styles, and no network."""
     hashes = " ".join(assets.script_hash(script) for script in scripts)
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -242,7 +242,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _breakable(label: str) -> Markup:
-    """Return a name that a narrow column may break where its words end."""
+    """Return a name with allowed line breaks after its words."""
     return Markup(re.sub(r"([_=./,]+)", r"\1<wbr>", str(escape(printable(label)))))
 
 
@@ -251,7 +251,7 @@ def _point(trade: TradeOff, row: RowView) -> Point | None:
 
 
 def _domain_of(section: SectionView) -> tuple[int, int]:
-    """Return whole percents around all means and intervals of the leaderboard."""
+    """Return the range of the leaderboard's axis in whole percents."""
     values = [row.present for row in section.rows]
     ends = [end for value in values for pair in (value.shown, value.new) if pair for end in pair]
     ends += [value.mean for value in values]

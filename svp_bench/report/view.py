@@ -1,4 +1,4 @@
-"""Derive the data of the page from tables and their records: places in the pool, intervals, costs and fronts."""
+"""Derive the data of the page from tables and their records."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def report_view(
     """Derive the data of the page.
 
     Args:
-        tables: One a suite, all of one level.
-        titles: Task → title of its card; a task without one is called by its id.
+        tables: One per suite, all with the same confidence level.
+        titles: Task → title of its card; by default its id.
         curves: (task, run id) → learning curves.
         strays: Files that belong to no suite.
-        runs_root: Folder of the curves; the page names it.
+        runs_root: Folder of the event files, for the page.
     """
     rows = [row for table in tables for section in table.sections for row in section.rows]
     styles = {label: number for number, label in enumerate(sorted({row.label for row in rows}))}
@@ -103,7 +103,7 @@ def report_view(
 
 
 def _weight(table: Table) -> tuple[int, str]:
-    """Suites with many records on pre-trained weights and real data come first."""
+    """Return the sort key of a suite: those with the most records of pre-trained weights and real data come first."""
     rows = [row for section in table.sections if not section.random for row in section.rows if not row.synthetic]
     return -sum(len(cell.records) for row in rows for cell in row.cells.values()), table.suite.name
 
@@ -165,12 +165,12 @@ def _section(name: str, section: Section, table: Table, pool: RecordPool, styles
 
 
 def _standings(section: Section) -> dict[tuple[str, str], str]:
-    """Return (task, label) → "best", "second" or "tied", as LaTeX tables mark them."""
+    """Return (task, label) → "best", "second" or "tied", as in LaTeX tables."""
     found: dict[tuple[str, str], str] = {}
     for task, known in zip(section.suite.tasks, column_marks(section), strict=False):  # those of the means come after
         if known is None:
             continue
-        all_tied = len(known.tied) == sum(task in row.cells for row in section.rows)  # then no mark helps
+        all_tied = len(known.tied) == sum(task in row.cells for row in section.rows)
         tied = () if all_tied else known.tied
         for standing, labels in (("best", [known.best]), ("second", [known.second]), ("tied", tied)):
             found.update({(task, label): standing for label in labels if label is not None})
@@ -214,7 +214,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def _trade_off(name: str, axis: Axis, costs: Mapping[str, float], rows: Sequence[RowView], why: str) -> TradeOff:
-    """Return the complete rows that have a cost."""
+    """Return accuracy over a cost for the complete rows that have a cost; `why` is the reason for the others."""
     shown = [(row, costs[row.label], row.task_mean) for row in rows if row.label in costs and row.task_mean is not None]
     on_front = front([(cost, value.mean) for _, cost, value in shown])
     missing = {}
@@ -246,7 +246,7 @@ def _setup(record: Record) -> tuple[str, int, str, str]:
 
 
 def _setups(name: str, rows: Sequence[RowView]) -> tuple[SetupView, ...]:
-    """Return the times by kind of machine: a row counts on the machines that ran all of its tasks."""
+    """Return the measurements by kind of machine; a row is shown if all of its tasks ran on that kind."""
     runs = [run for row in rows for cell in row.table.cells.values() for run in cell.records]
     setups = sorted({_setup(run) for run in runs})
     found = [_measured(f"{name}-{number}", setup, rows) for number, setup in enumerate(setups, 1)]
