@@ -10,13 +10,13 @@ import pytest
 import timm
 import torch
 from helpers import BACKBONE, assert_error, command, run, settle, small
-from lightning.pytorch import LightningModule
 from test_custom_images import fill
 
 from svp_bench.config.compose import compose, split_flags
 from svp_bench.records.store import read_record
 from svp_bench.sweep.jobs import Job
 from svp_bench.sweep.runner import Runner
+from svp_bench.train.module import AdaptationModule
 from svp_bench.train.parser import resolve
 
 LINEAR = ("--method", "linear")
@@ -115,12 +115,12 @@ def stopped(argv: list[str], monkeypatch: pytest.MonkeyPatch, epoch: int = 1) ->
     """Start a run that fails after some epochs; return its folder."""
     known = set(Path("runs").glob("*/*/*"))
 
-    def fail(self: LightningModule) -> None:
+    def fail(self: AdaptationModule) -> None:
         if self.current_epoch >= epoch:
             raise RuntimeError("the power went")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LightningModule, "on_train_epoch_start", fail)
+        patch.setattr(AdaptationModule, "on_train_epoch_start", fail)
         with pytest.raises(RuntimeError, match="the power went"):
             command(*argv)
     (folder,) = set(Path("runs").glob("*/*/*")) - known
@@ -194,7 +194,7 @@ def test_own_images_take_the_backbones_size_unless_one_is_set(place: Path) -> No
     assert config_of(*own, *nano)["data"]["image_size"] == 64
     assert config_of(*own)["data"]["image_size"] == 224
     assert config_of(*own, *nano, "--data.image_size", "32")["data"]["image_size"] == 32
-    assert config_of("--config", "configs/vtab/cifar.yaml", *nano)["data"]["image_size"] is None  # the protocol's
+    assert config_of("--config", "configs/vtab/cifar.yaml", *nano)["data"]["image_size"] == 224  # the protocol's
     given = ("fit", *own, *LINEAR, "--model.backbone", BACKBONE, "--model.checkpoint", "none")
     outcome = run(*given, "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--data.batch_size", "8")
     assert any(f"data.image_size is 32, the size that {BACKBONE} was trained with" in n for n in outcome.notices)
