@@ -81,6 +81,7 @@ def test_further_records_join_the_archive(tmp_path: Path) -> None:
         (gzip.compress(b'{"task": "vtab/dtd", "run_id": "../x"}\n'), "does not belong into the archive of vtab"),
         (gzip.compress(2 * b'{"task": "vtab/dtd", "run_id": "x"}\n'), "is there twice"),
     ],
+    ids=["other bytes", "cut", "not a record", "another suite", "path", "twice"],  # compressed bytes hold the time
 )
 def test_a_broken_archive_is_one_problem(tmp_path: Path, content: bytes, reason: str) -> None:
     record = make_record("demo/size")
