@@ -13,7 +13,7 @@ import pytest
 from helpers import METHODS, SMALL, TASK, command, draw, run, settle, small
 
 from svp_bench import __version__
-from svp_bench.cli.commands import HEAVY, SUBCOMMANDS
+from svp_bench.cli.commands import RUN_COMMANDS, SUBCOMMANDS
 from svp_bench.cli.main import main
 from svp_bench.config.keys import known_keys
 from svp_bench.tasks.cards import list_tasks
@@ -48,7 +48,7 @@ def fresh(*argv: str, cwd: Path | None = None) -> tuple[int, list[str], str]:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--help"], ["usage: svp-bench COMMAND", *HEAVY, *SUBCOMMANDS]),
+        (["--help"], ["usage: svp-bench COMMAND", *RUN_COMMANDS, *SUBCOMMANDS]),
         (["--version"], [f"svp-bench {__version__}\n"]),
         (["tasks"], [*list_tasks(), "classes", "natural", "structured"]),
         (["tasks", "demo"], ["demo/digits", "797"]),
@@ -91,7 +91,7 @@ def test_every_way_in_is_the_same(way: list[str], tmp_path: Path) -> None:
         assert here.status == status
 
 
-@pytest.mark.parametrize("subcommand", [*HEAVY])
+@pytest.mark.parametrize("subcommand", [*RUN_COMMANDS])
 @pytest.mark.parametrize("flag", ["--help", "-h", "--help=all"])
 def test_help_of_the_heavy_subcommands_needs_no_config(subcommand: str, flag: str) -> None:
     outcome = command(subcommand, flag)
@@ -142,7 +142,7 @@ def test_help_imports_no_torch() -> None:
 def test_the_subcommands_of_the_help_are_those_that_run() -> None:
     out = run("--help").out
     listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ") and not line.startswith("  svp-")]
-    assert listed == [*HEAVY, *SUBCOMMANDS]
+    assert listed == [*RUN_COMMANDS, *SUBCOMMANDS]
     assert run("help").out == run("-h").out == out
 
 

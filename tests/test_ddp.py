@@ -135,7 +135,7 @@ def decide():
     return f"run-of-{sys.argv[1]}"
 
 try:
-    with ExitStack() as holding: print(agreed_name(holding, decide, resume=True))
+    with ExitStack() as exit_stack: print(agreed_name(exit_stack, decide, resume=True))
 except UsageError as error: print(error)
 """
 
@@ -169,15 +169,15 @@ def test_where_the_first_fails_none_waits_for_it() -> None:
 def test_what_lightning_launches_inherits_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SVP_BENCH_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    with ExitStack() as holding:
-        assert agreed_name(holding, lambda: "svp-1", resume=True) == "svp-1"
+    with ExitStack() as exit_stack:
+        assert agreed_name(exit_stack, lambda: "svp-1", resume=True) == "svp-1"
         monkeypatch.setenv("LOCAL_RANK", "1")
-        assert agreed_name(holding, lambda: "svp-2", resume=True) == "svp-1"
+        assert agreed_name(exit_stack, lambda: "svp-2", resume=True) == "svp-1"
     assert "SVP_BENCH_RUN_ID" not in os.environ
-    with ExitStack() as holding:  # launched by somebody else
-        assert agreed_name(holding, lambda: "svp-2", resume=False) == "svp-2"
+    with ExitStack() as exit_stack:  # launched by somebody else
+        assert agreed_name(exit_stack, lambda: "svp-2", resume=False) == "svp-2"
         with pytest.raises(UsageError, match=r"--resume: LOCAL_RANK is set, but neither .+; use torchrun"):
-            agreed_name(holding, lambda: "svp-2", resume=True)
+            agreed_name(exit_stack, lambda: "svp-2", resume=True)
 
 
 def by_torchrun(*extra: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The subcommands: each is a typed function in a module of this package, imported when it is called."""
+"""The subcommands: each is a typed function in a module of this package, imported when it is needed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-__all__ = ["HEAVY", "SUBCOMMANDS", "Subcommand"]
+__all__ = ["RUN_COMMANDS", "SUBCOMMANDS", "Subcommand"]
 
-HEAVY = {
+RUN_COMMANDS = {
     "fit": "adapt a backbone to a task; in stage final, test once and write the record",
     "validate": "score a checkpoint on val (stage select)",
     "test": "score the final weights of a run made with --no_test",
@@ -18,11 +18,11 @@ HEAVY = {
 
 @dataclass(frozen=True)
 class Subcommand:
-    """A subcommand that imports no torch before its arguments are parsed.
+    """A subcommand that parses its arguments before it imports torch, if at all.
 
     Attributes:
         name: As typed.
-        module: Module of this package that has a function of this name.
+        module: Module of this package with a function of the same name.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Subcommand:
 
     @property
     def function(self) -> Callable[..., int]:
-        """The function that runs it."""
+        """The function to call."""
         found: Callable[..., int] = getattr(import_module(f"svp_bench.cli.{self.module}"), self.name)
         return found
 
@@ -41,7 +41,7 @@ class Subcommand:
         return line[:1].lower() + line[1:]
 
     def run(self, arguments: Sequence[str]) -> int:
-        """Run it with the arguments after the subcommand; return the exit status."""
+        """Call the function with the arguments after the subcommand; return the exit status."""
         from svp_bench.cli.parser import call_function
 
         return call_function(self.function, self.name, arguments)

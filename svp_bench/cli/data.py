@@ -1,4 +1,4 @@
-"""The subcommand about images on disk."""
+"""The subcommand `data`: check and create images on disk."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def _check(tasks: tuple[str, ...] = (), /, *, root: str | None = None) -> int:
     from svp_bench.data.sources import inspect, measured, open_source
     from svp_bench.tasks.cards import list_suites, list_tasks, load_task
 
+    folder = Path(root) if root else None
     names = [task for name in tasks or list_suites() for task in ([name] if "/" in name else list_tasks(name))]
     rows = [("task", "status", "splits", "notes")]
     status = 0
-    folder = Path(root) if root else None
     for name in names:
         try:
             shipped = load_task(name)

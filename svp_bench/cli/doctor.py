@@ -1,4 +1,4 @@
-"""The subcommand that reports which backends run on this machine."""
+"""The subcommand `doctor`: report which scan backends run on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entry point: `svp-bench SUBCOMMAND …`. Most subcommands import no torch; every expected failure is one line."""
+"""Entry point `svp-bench`. Most subcommands import no torch; an expected error is printed as one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from svp_bench import __version__
-from svp_bench.cli.commands import HEAVY, SUBCOMMANDS
+from svp_bench.cli.commands import RUN_COMMANDS, SUBCOMMANDS
 from svp_bench.core.errors import SvpBenchError, UsageError, printable, unknown_name
 from svp_bench.core.interrupts import INTERRUPTS, Preempted, ignore_from_now_on
 from svp_bench.core.resources import CUSTOM_TASKS
@@ -18,7 +18,7 @@ from svp_bench.core.terminal import readable_output
 
 __all__ = ["entry_point", "main"]
 
-_RENAMED = {  # accepted with a notice
+_RENAMED = {  # older names
     "--choice": "--selected_config",
     "own/pictures": "custom/images",
     "configs/own/pictures.yaml": "configs/custom/images.yaml",
@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [_current_name(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     before = os.environ.get(CUSTOM_TASKS)
     try:
-        status = _dispatch(_with_own_tasks(arguments))
-        sys.stdout.flush()  # a closed pipe shows here, not when Python shuts down
+        status = _dispatch(_set_tasks_dirs(arguments))
+        sys.stdout.flush()  # raises BrokenPipeError here, not when Python exits
         return status
     except SystemExit as stop:  # `--help` of a parser
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _current_name(argument: str) -> str:
-    """Return an argument with current names of flags, tasks and configs; an older name prints a notice."""
+    """Return an argument with older names replaced, and print a notice."""
     parts = argument.partition("=")
     for part in parts:
         if part in _RENAMED:
@@ -70,13 +70,13 @@ def _current_name(argument: str) -> str:
     return "".join(_RENAMED.get(part, part) for part in parts)
 
 
-def _with_own_tasks(arguments: Sequence[str]) -> list[str]:
-    """Take `--tasks_dir DIR` out of a command line, for this process and those it starts; name cards that are paths.
+def _set_tasks_dirs(arguments: Sequence[str]) -> list[str]:
+    """Set `$SVP_BENCH_TASKS` from `--tasks_dir DIR` and from paths of cards; return the other arguments.
 
-    A card's path in the place of a task's name brings the folder of its suite along.
+    The path of a card is replaced by the name of the task.
 
     Raises:
-        UsageError: If the flag lacks its value, or no suite card lies where that of a given card belongs.
+        UsageError: If the flag lacks its value, or the suite card of a given card is missing.
     """
     folders = [name for name in os.environ.get(CUSTOM_TASKS, "").split(os.pathsep) if name]
     rest: list[str] = []
@@ -100,7 +100,7 @@ def _with_own_tasks(arguments: Sequence[str]) -> list[str]:
 
 
 def _task_names(text: str, folders: list[str]) -> str:
-    """Return task names, comma-separated, as they are; a card's path becomes the task's name, its folder is added."""
+    """Return comma-separated task names; the path of a card becomes a name, and its folder is added to `folders`."""
     names = []
     for name in text.split(","):
         if name.endswith((".yaml", ".yml")) and "/" in name.replace(os.sep, "/"):
@@ -128,15 +128,15 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"svp-bench {__version__}")
         return 0
     subcommand, rest = arguments[0], arguments[1:]
-    if subcommand in HEAVY:
-        with INTERRUPTS.taken() if subcommand == "fit" else nullcontext():  # importing torch takes seconds
+    if subcommand in RUN_COMMANDS:
+        with INTERRUPTS.taken() if subcommand == "fit" else nullcontext():  # also while torch is imported
             try:
                 return _run_training(subcommand, rest)
             except Preempted:
                 INTERRUPTS.print_stopped_early()
                 return 0
     if subcommand not in SUBCOMMANDS:
-        raise unknown_name("command", subcommand, [*HEAVY, *SUBCOMMANDS], listing="svp-bench --help")
+        raise unknown_name("command", subcommand, [*RUN_COMMANDS, *SUBCOMMANDS], listing="svp-bench --help")
     return SUBCOMMANDS[subcommand].run(rest)
 
 
@@ -153,7 +153,7 @@ def _run_training(subcommand: str, rest: list[str]) -> int:
 
         build_parser(subcommand).print_help()
         return 0
-    composed = compose(split_flags(rest), subcommand)  # fails in a second, before torch is imported
+    composed = compose(split_flags(rest), subcommand)  # reports most errors before torch is imported
     if sys.stdout.isatty():
         print("Loading PyTorch, weights and images …", flush=True)
     from svp_bench.train.parser import resolve
@@ -169,7 +169,7 @@ def _help() -> str:
         "",
         "Adapt pre-trained Vision Mamba models and compare the methods, honestly.",
         "",
-        *(f"  {name:<10} {summary}" for name, summary in HEAVY.items()),
+        *(f"  {name:<10} {summary}" for name, summary in RUN_COMMANDS.items()),
         *(f"  {name:<10} {subcommand.summary}" for name, subcommand in SUBCOMMANDS.items()),
         "",
         "task cards of your own: --tasks_dir DIR with any command, or $SVP_BENCH_TASKS",
@@ -184,10 +184,7 @@ def _help() -> str:
 
 
 def _need_home() -> None:
-    """Give a process without a home or a user's name ones: libraries ask for both when they are imported.
-
-    So it is in a container that runs under a number nobody knows, or where HOME is unset.
-    """
+    """Set USER and HOME if they are missing, as in a container with an unknown user: libraries need them."""
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
     try:
         getpass.getuser()
@@ -208,8 +205,7 @@ def _need_home() -> None:
 
 def entry_point() -> None:
     """Run the command of this process and exit."""
-    # GNU OpenMP, read when torch is imported: idle threads soon sleep instead of spinning. On a machine that has other
-    # work, spinning threads make a step several times slower; on a quiet one it is the same.
+    # GNU OpenMP: idle threads sleep instead of spinning, which makes a step several times slower on a busy machine
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     readable_output()
     _need_home()

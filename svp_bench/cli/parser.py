@@ -1,8 +1,8 @@
 """Run a typed function as a subcommand: the signature gives the arguments, the docstring their help.
 
-Positional-only parameters are positional arguments, keyword-only ones are flags, and `*rest` takes the flags of `fit`.
-`bool` is a switch, `Literal` lists the values, `list` is a flag that may be repeated, `tuple` one with several values.
-`Annotated` adds a converter (a function of the text) or a name: `--flag` or the metavar.
+Positional-only parameters are positional arguments, keyword-only ones are flags, and `*rest` receives flags of `fit`.
+`bool` is a switch, `Literal` lists the values, `list` is a flag that may be repeated, `tuple` has several values.
+`Annotated` adds a converter of the text or a name: `--flag` or the metavar.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from svp_bench.core.errors import UsageError, nearest, printable, unknown_name
 __all__ = ["CommandLine", "Parser", "call_action", "call_function", "print_table", "whole_number"]
 
 CommandLine = NewType("CommandLine", tuple[str, ...])
-"""Type of a parameter that receives the subcommand and its arguments as typed."""
+"""Type of a parameter that receives the unparsed subcommand and arguments."""
 
 _OF_FIT = ("--config", "--method", "--selected_config", "--no_test", "--resume", "--seed_everything")
 _ARGUMENT = re.compile(r"^    \*?(\w+): (.+?)(?=^    \*?\w|\Z)", re.MULTILINE | re.DOTALL)
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises `UsageError` instead of leaving the process.
 
     Attributes:
-        forwards: Whether flags that it does not know are for `fit`.
+        forwards: Whether unknown flags are passed to `fit`.
     """
 
     forwards = False
@@ -162,7 +162,7 @@ def _add_argument(options: Parser, parameter: inspect.Parameter, hint: Any, text
 
 
 def _lower(text: str) -> str:
-    """Return a sentence as the rest of a line: "CPU threads" keeps its capitals."""
+    """Return a sentence that begins in lower case, except for an acronym."""
     return text if text[1:2].isupper() else text[:1].lower() + text[1:]
 
 
@@ -179,7 +179,7 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text in aligned columns; control characters as escapes."""
+    """Print rows in aligned columns, with control characters escaped."""
     rows = [list(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

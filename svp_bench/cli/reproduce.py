@@ -1,4 +1,4 @@
-"""Subcommands that check a number: audit its record, repeat its run, measure the gain of selecting on test."""
+"""Subcommands that check a number: `audit`, `rerun` and `replicate`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rerun(
     results_root: str = "results/reruns",
     runs_root: str = "runs/reruns",
 ) -> int:
-    """Repeat a run from its record, and compare the numbers.
+    """Repeat the run of a record, and compare the numbers.
 
     Flags of fit that change no number may follow too: --trainer.accelerator, --trainer.devices, --model.scan_backend,
     --data.num_workers … Exit status: 0 if the numbers agree, else 1.
@@ -48,7 +48,7 @@ def rerun(
     """
     from svp_bench.records.store import read_record
 
-    loaded = read_record(record)  # before torch is imported
+    loaded = read_record(record)  # reports an error before torch is imported
     from svp_bench.train.rerun import run_rerun
 
     given = {"data.root": data_root, "model.checkpoint": checkpoint}
@@ -65,7 +65,7 @@ def replicate(*arguments: str) -> int:
         print("It reads the test split after every epoch, and reports the best epoch next to the last.")
         print("Tables refuse its output.")
         return 0
-    composed = compose(split_flags(arguments))  # fails in a second, before torch is imported
+    composed = compose(split_flags(arguments))  # reports most errors before torch is imported
     from svp_bench.train.parser import resolve
     from svp_bench.train.replicate import ReplicationRun
     from svp_bench.train.run import run

@@ -1,4 +1,4 @@
-"""Subcommands that run many runs: `sweep` and `tune`."""
+"""Subcommands of many runs: `sweep` and `tune`."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def sweep(
 
     selected = tuple(_tasks(suite, tasks))
     for method in methods:
-        method_layer(method)  # a mistyped name ends it in a second
+        method_layer(method)  # reports an unknown name before torch is imported
     flags = split_flags(rest)
     from svp_bench.sweep.plan import Request, execute_sweep
 

@@ -1,4 +1,4 @@
-"""The subcommands that read records: tables, and plans for more of them."""
+"""Subcommands that read records: `table` and `power`."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def power(
     Args:
         effect: Difference of the mean over the tasks, e.g. 1.0.
         suite: A suite; may be repeated; by default all that have records.
-        method: The method or row whose noise counts; by default all rows.
-        control: With --method: the noise is that of their differences, seed by seed.
-        level: Of the interval that should exclude zero.
-        power: Wanted probability that it does.
+        method: The method or row whose variance counts; by default all rows.
+        control: With --method: the variance of their differences, seed by seed, counts.
+        level: Level of the interval that should exclude zero.
+        power: Desired probability that it does.
         results_root: The folder that contains records/.
     """
     if power <= 1 - level:

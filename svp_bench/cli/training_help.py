@@ -6,7 +6,7 @@ import re
 import textwrap
 from typing import Any
 
-from svp_bench.cli.commands import HEAVY
+from svp_bench.cli.commands import RUN_COMMANDS
 from svp_bench.config.keys import settings
 from svp_bench.core.resources import configs_dir
 from svp_bench.core.yaml import read_yaml
@@ -49,7 +49,12 @@ _TRAINER = (
 def training_help(subcommand: str) -> str:
     """Return the help of a subcommand that trains or tests."""
     base = dict(flat(read_yaml(configs_dir() / "base.yaml").value))
-    lines = [f"usage: svp-bench {subcommand} --config FILE [--method NAME] [--KEY VALUE …]", "", HEAVY[subcommand], ""]
+    lines = [
+        f"usage: svp-bench {subcommand} --config FILE [--method NAME] [--KEY VALUE …]",
+        "",
+        RUN_COMMANDS[subcommand],
+        "",
+    ]
     lines += _rows([*_OWN[subcommand], *_PLACES])
     for group in ("model", "data"):
         lines += ["", f"{group}:", *_rows(_setting_rows(group, base))]

@@ -37,8 +37,7 @@ from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.preemption import PerStepSeed, PreemptionHandler
 from svp_bench.train.processes import agreed_name
 from svp_bench.train.provenance import changed_cards, commit_and_dirty
-from svp_bench.train.record_writer import Recorder
-from svp_bench.train.resume import Found, Start, claim_run, claim_setting
+from svp_bench.train.resume import FoundRun, InitialState, claim_run, claim_setting
 
 __all__ = ["BaseRun"]
 
@@ -78,7 +77,7 @@ class BaseRun:
         self.preemption: PreemptionHandler | None = None
         self.run_id = ""
         self.run_dir = Path()
-        self.resumed: Found | None = None
+        self.resumed: FoundRun | None = None
         self.saved: Checkpoint | None = None
         self.checkpoints = AtomicCheckpointIO()
 
@@ -88,10 +87,10 @@ class BaseRun:
         Raises:
             SvpBenchError: For every error that a user can fix.
         """
-        with ExitStack() as self.holding:  # the run's lock, its name in the environment, the signal handlers
+        with ExitStack() as self.exit_stack:  # the run's lock, its name in the environment, the signal handlers
             try:
                 if self.trains and self.resumable:
-                    self.holding.enter_context(INTERRUPTS.taken())
+                    self.exit_stack.enter_context(INTERRUPTS.taken())
                 self.prepare()
                 self.build()
                 self.main()
@@ -133,7 +132,7 @@ class BaseRun:
             digests = setting_digest(other, config.search), config_digest(other)
             return digests == (config.setting_digest, config.config_digest)
 
-        start = Start(config.config, self.data)
+        start = InitialState(config.config, self.data)
 
         def decide() -> str:
             if resume:
@@ -141,18 +140,20 @@ class BaseRun:
                     claims = config.runs_root / "claims"
                     refuse_unwritable(claims, "--runs_root")
                     parts = [task, config.setting_digest, config.seed, str(config.config["model"]["checkpoint"])]
-                    claim_setting(self.holding, claims / f"resume-{canonical_digest(parts)[7:39]}.lock")
-                found = claim_run(self.holding, runs, records, config.seed, same_setting, config.sources, start.is_of)
+                    claim_setting(self.exit_stack, claims / f"resume-{canonical_digest(parts)[7:39]}.lock")
+                found = claim_run(
+                    self.exit_stack, runs, records, config.seed, same_setting, config.sources, start.is_of
+                )
                 if found is not None:
                     return found.folder.name
                 reason = f" ({start.mismatch})" if start.mismatch else ""
                 rank_zero_info(f"Note: --resume: no run of this setting and seed in {runs}{reason}; this one begins.")
             return new_run_id(config.method, config.seed, config.setting_digest)
 
-        self.run_id = agreed_name(self.holding, decide, resume)
+        self.run_id = agreed_name(self.exit_stack, decide, resume)
         self.run_dir = runs / self.run_id
         if resume and self.run_dir.is_dir():
-            self.resumed = Found.at(self.run_dir, records)
+            self.resumed = FoundRun.at(self.run_dir, records)
             if self.resumed.checkpoint is not None and not self.resumed.finished:
                 self.saved = start.saved(self.resumed.checkpoint)
 
@@ -254,8 +255,3 @@ class BaseRun:
         role = evaluates.get(stage, "train") if stage else "train"
         resume = self.trains and self.resumable and (self.run_dir / CHECKPOINT).is_file()
         raise explain_run(failure, self.trainer, self.model, self.data, role, resume)
-
-    @property
-    def recorder(self) -> Recorder:
-        """The writer of this run's record."""
-        return Recorder(self)

@@ -224,7 +224,7 @@ class RecipeWatch(Callback):
         if not isinstance(pl_module, AdaptationModule):
             return
         if batch_idx == 0:
-            self.settle(trainer, pl_module)
+            self.check_final_weights(trainer, pl_module)
         if not self._external or not self._settings:
             return
         now = {name: value for name, value in pl_module.state_dict().items() if name.startswith("model.")}
@@ -258,7 +258,7 @@ class RecipeWatch(Callback):
         if self._external and not _same(self._stored, tensors):
             self._note(f"a callback changed {name}")
 
-    def settle(self, trainer: Trainer, model: AdaptationModule) -> None:
+    def check_final_weights(self, trainer: Trainer, model: AdaptationModule) -> None:
         """Compute the digest of the final weights, and write them into the checkpoint if it has others.
 
         Raises:

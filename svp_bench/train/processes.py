@@ -19,13 +19,13 @@ _RUN_ID = "SVP_BENCH_RUN_ID"  # set by the first process for those that Lightnin
 _PATIENCE = timedelta(minutes=10)  # for the first process, which reads the existing runs
 
 
-def agreed_name(holding: ExitStack, decide: Callable[[], str], resume: bool) -> str:
+def agreed_name(exit_stack: ExitStack, decide: Callable[[], str], resume: bool) -> str:
     """Return the name of a run, which the first process decides, in all processes.
 
     Processes that Lightning launches inherit it through the environment; those of torchrun read it from its store.
 
     Args:
-        holding: Removes the name from the environment when it closes.
+        exit_stack: Removes the name from the environment when it closes.
         decide: Returns the name; called by the first process.
         resume: Whether the name may be that of an earlier run.
 
@@ -33,7 +33,7 @@ def agreed_name(holding: ExitStack, decide: Callable[[], str], resume: bool) -> 
         UsageError: If the first process has failed, or another launcher started these with `resume`.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return _agreed_by_store(holding, decide)
+        return _agreed_by_store(exit_stack, decide)
     if "LOCAL_RANK" in os.environ:
         inherited = os.environ.get(_RUN_ID)
         if inherited is None and resume:
@@ -44,16 +44,16 @@ def agreed_name(holding: ExitStack, decide: Callable[[], str], resume: bool) -> 
         return inherited or decide()
     name = decide()
     os.environ[_RUN_ID] = name
-    holding.callback(os.environ.pop, _RUN_ID, None)
+    exit_stack.callback(os.environ.pop, _RUN_ID, None)
     return name
 
 
-def _agreed_by_store(holding: ExitStack, decide: Callable[[], str]) -> str:
+def _agreed_by_store(exit_stack: ExitStack, decide: Callable[[], str]) -> str:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public all the same
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
-    holding.callback(lambda: store)  # the first process may host the store, which the others still need
+    exit_stack.callback(lambda: store)  # the first process may host the store, which the others still need
     shared = PrefixStore("svp-bench", store)
     if rank > 0:
         name = str(shared.get("run").decode())

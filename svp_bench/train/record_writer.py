@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,28 +14,18 @@ from svp_bench.methods.build import trained_parameters
 from svp_bench.ops import BackendChoice
 from svp_bench.records.code import package_digest
 from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, timestamp
+from svp_bench.train.base import BaseRun
 from svp_bench.train.callbacks import peak_memory_mib
 from svp_bench.train.checkpoint import CHECKPOINT
 from svp_bench.train.comparable import external_classes
 from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
 from svp_bench.train.provenance import cpu_name, device_name, library_versions
 
-if TYPE_CHECKING:
-    from svp_bench.train.base import BaseRun
-
-__all__ = ["Recorder"]
+__all__ = ["RecordedRun"]
 
 
-class Recorder:
-    """Build the record of a run, and write the tables of its predictions.
-
-    Args:
-        run: The run, with model, data and trainer.
-    """
-
-    def __init__(self, run: BaseRun) -> None:
-        self.run, self.resolved = run, run.config
-        self.model, self.data, self.trainer, self.monitor = run.model, run.data, run.trainer, run.monitor
+class RecordedRun(BaseRun):
+    """A run that can build its record, and write the tables of its predictions."""
 
     def scan_backend(self) -> BackendChoice:
         """Return the scan backend that runs, and the reason.
@@ -48,7 +37,7 @@ class Recorder:
 
     def outcome(self) -> tuple[str, str | None]:
         """Return the status and its reason: `limit_*`, `fast_dev_run` and early ends make a run truncated."""
-        trainer, config = self.trainer, self.resolved.config["trainer"]
+        trainer, config = self.trainer, self.config.config["trainer"]
         if trainer.interrupted:
             return "interrupted", "stopped by the user"
         cut = [
@@ -80,7 +69,7 @@ class Recorder:
         trainable = sum(p.numel() for p in trained.values())
         return Parameters(trainable=trainable, head=head, adapter=trainable - head, total=total)
 
-    def scores(self, role: str) -> tuple[Metrics, Correct]:
+    def scores_of(self, role: str) -> tuple[Metrics, Correct]:
         """Return the scores on the split of a role, test or val, and one bit per image.
 
         Raises:
@@ -114,22 +103,22 @@ class Recorder:
         print(f"Confusion matrix: {confusion}; accuracy of each class: {per_class}", flush=True)
         print(f"Predictions of all images: {images}", flush=True)
 
-    def record(self, status: str, reason: str | None, tested: bool) -> Record:
+    def build_record(self, status: str, reason: str | None, tested: bool) -> Record:
         """Return the record; `tested`: whether the test split was scored."""
-        model, data, resolved = self.model, self.data, self.resolved
+        model, data, resolved = self.model, self.data, self.config
         metrics, correct, val_correct = None, None, None
         if tested:
-            metrics, correct = self.scores("test")
+            metrics, correct = self.scores_of("test")
         elif data.stage == "select" and status == "complete":
-            metrics, val_correct = self.scores("val")
+            metrics, val_correct = self.scores_of("val")
         looked = data._report is not None  # whether the files were read before an error
         backend = self.scan_backend()
-        saved = self.run.run_dir / CHECKPOINT
+        saved = self.run_dir / CHECKPOINT
         peak = self.monitor.peak_mib
         source = str(model.checkpoint)
         return Record(
             schema=SCHEMA,
-            run_id=self.run.run_id,
+            run_id=self.run_id,
             created=timestamp(),
             task=data.card.name,
             task_version=data.card.version,
@@ -156,8 +145,8 @@ class Recorder:
             setting_digest=resolved.setting_digest,
             search=resolved.search,
             package_version=__version__,
-            commit=self.run.commit,
-            dirty=self.run.dirty,
+            commit=self.commit,
+            dirty=self.dirty,
             libraries=library_versions(),
             scan_backend=backend.name,
             scan_reason=backend.reason,
@@ -179,9 +168,9 @@ class Recorder:
             package_digest=package_digest(),
             cpu=cpu_name(),
             card_digests=dict(resolved.card_digests),
-            weights_digest=self.run.watch.scored if status in ("complete", "unscored") else None,
+            weights_digest=self.watch.scored if status in ("complete", "unscored") else None,
             external_classes=external_classes(self.trainer),
-            not_comparable=list(self.run.watch.reasons) or None,
+            not_comparable=list(self.watch.reasons) or None,
             checkpoint_load=model.load_report.for_record() if model.load_report else None,
             frozen_features={role: found.describe() for role, found in (model.features or {}).items()} or None,
         )

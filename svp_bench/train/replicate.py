@@ -81,7 +81,7 @@ class ReplicationRun(FitRun):
     def main(self) -> None:
         """Train, score the test split after each epoch, and write the result."""
         self.set_up()
-        with self.alone():
+        with self.run_lock():
             self.announce()
             rank_zero_info("Note: the test split is read after every epoch; tables refuse the best score")
             self.save_config()
@@ -98,7 +98,7 @@ class ReplicationRun(FitRun):
 
     @rank_zero_only
     def _write(self) -> None:
-        status, reason = self.recorder.outcome()
+        status, reason = self.outcome()
         scores = self.scores
         if status == "interrupted":
             raise KeyboardInterrupt
@@ -106,7 +106,7 @@ class ReplicationRun(FitRun):
             raise SvpBenchError(f"the test split was never read to its end ({reason}); nothing is written")
         if status == "complete" and self.incomplete:
             status, reason = "truncated", "the test split was not read after each epoch"
-        facts = self.recorder.record("unscored" if status == "complete" else status, reason, tested=False)
+        facts = self.build_record("unscored" if status == "complete" else status, reason, tested=False)
         times = {{"val_seconds": "test_seconds"}.get(name, name): value for name, value in facts.times.items()}
         curve = Curve(scores[0].count, tuple(found.top1 for found in scores))
         done = Replication(dataclasses.replace(facts, times=times), curve)

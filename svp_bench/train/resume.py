@@ -29,13 +29,23 @@ from svp_bench.train.module import AdaptationModule, initial_backbone
 from svp_bench.train.processes import is_first_process
 from svp_bench.train.provenance import changed_sources, read_sources
 
-__all__ = ["Claimed", "Found", "Start", "check_resumable", "claim_run", "claim_setting", "find_run", "held", "locked"]
+__all__ = [
+    "Claimed",
+    "FoundRun",
+    "InitialState",
+    "check_resumable",
+    "claim_run",
+    "claim_setting",
+    "find_run",
+    "held",
+    "locked",
+]
 
 REMEDY = "delete it, and the run begins anew; or leave --resume out"
 _LOCK = "lock"
 
 
-class Found(NamedTuple):
+class FoundRun(NamedTuple):
     """A run to resume.
 
     Attributes:
@@ -49,7 +59,7 @@ class Found(NamedTuple):
     record: Record | None
 
     @classmethod
-    def at(cls, folder: Path, records: Path) -> Found:
+    def at(cls, folder: Path, records: Path) -> FoundRun:
         """Read the run in `folder`, whose record is in the folder `records`."""
         file, checkpoint = records / f"{folder.name}.json", folder / CHECKPOINT
         record = read_record(file) if file.is_file() else None
@@ -61,7 +71,7 @@ class Found(NamedTuple):
         return self.record is not None and self.record.status == "complete"
 
 
-class Start:
+class InitialState:
     """The initial weights and the data of a config, to compare with those of earlier runs; computed when needed.
 
     Args:
@@ -77,7 +87,7 @@ class Start:
         self._saved: tuple[tuple[Path, int, int], Checkpoint] | None = None
         self.mismatch: str | None = None
 
-    def is_of(self, found: Found, config: Mapping[str, Any]) -> bool:
+    def is_of(self, found: FoundRun, config: Mapping[str, Any]) -> bool:
         """Return whether a run of the same setting began from these weights and, if it is complete, on these data.
 
         Raises:
@@ -145,8 +155,8 @@ def find_run(
     seed: int,
     same_setting: Callable[[Mapping[str, Any]], bool],
     sources: Mapping[str, str] | None = None,
-    same_start: Callable[[Found, Mapping[str, Any]], bool] = lambda found, config: True,
-) -> Found | None:
+    same_start: Callable[[FoundRun, Mapping[str, Any]], bool] = lambda found, config: True,
+) -> FoundRun | None:
     """Return the newest unfinished run of a setting and seed, else the newest finished one, else None.
 
     A run whose record is in another results folder is skipped.
@@ -159,14 +169,14 @@ def find_run(
         sources: The `ResolvedConfig.sources` that the run must have; None for any.
         same_start: Returns whether a run, given with its saved config, began from the same weights and data.
     """
-    finished: Found | None = None
+    finished: FoundRun | None = None
     for path in sorted(folder.glob(f"*-seed{seed}-*"), key=_started, reverse=True):
         config = _config_of(path)
         if config is None or config.get("seed_everything") != seed or not same_setting(config):
             continue
         if sources is not None and read_sources(path) != sources:
             continue
-        found = Found.at(path, records)
+        found = FoundRun.at(path, records)
         if (found.record is None and _recorded_elsewhere(path, config, records)) or not same_start(found, config):
             continue
         if not found.finished:
@@ -237,13 +247,13 @@ def locked(folder: Path) -> Iterator[None]:
         raise UsageError(f"another process is training the run {folder.name} right now") from None
 
 
-def claim_setting(holding: ExitStack, lock: Path) -> None:
+def claim_setting(exit_stack: ExitStack, lock: Path) -> None:
     """Lock a setting and seed, so that two commands with `--resume` do not begin the same run.
 
     The first process of a run holds the lock for all of its processes.
 
     Args:
-        holding: Releases the lock when it closes.
+        exit_stack: Releases the lock when it closes.
         lock: The lock file of the task, setting and seed.
 
     Raises:
@@ -252,7 +262,7 @@ def claim_setting(holding: ExitStack, lock: Path) -> None:
     if not is_first_process():
         return
     try:
-        holding.enter_context(held(lock))
+        exit_stack.enter_context(held(lock))
     except Claimed:
         raise UsageError(
             "--resume: another process is running this setting and seed right now; once it has ended, the same command "
@@ -261,15 +271,15 @@ def claim_setting(holding: ExitStack, lock: Path) -> None:
 
 
 def claim_run(
-    holding: ExitStack,
+    exit_stack: ExitStack,
     folder: Path,
     records: Path,
     seed: int,
     same_setting: Callable[[Mapping[str, Any]], bool],
     sources: Mapping[str, str] | None = None,
-    same_start: Callable[[Found, Mapping[str, Any]], bool] = lambda found, config: True,
-) -> Found | None:
-    """Find the run to resume as `find_run` does, and lock it until `holding` closes.
+    same_start: Callable[[FoundRun, Mapping[str, Any]], bool] = lambda found, config: True,
+) -> FoundRun | None:
+    """Find the run to resume as `find_run` does, and lock it until `exit_stack` closes.
 
     The first process of a run holds the lock for all of its processes.
 
@@ -287,8 +297,8 @@ def claim_run(
             )
     if found is None or found.finished or not is_first_process():
         return found
-    holding.enter_context(locked(found.folder))
-    return Found.at(found.folder, records)  # another process may have finished it meanwhile
+    exit_stack.enter_context(locked(found.folder))
+    return FoundRun.at(found.folder, records)  # another process may have finished it meanwhile
 
 
 # --- content of a checkpoint -----------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from svp_bench.train.metrics import describe
 from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.processes import is_first_process, is_of_a_lost_process
 from svp_bench.train.provenance import changed_sources, dirty_warning, save_sources
+from svp_bench.train.record_writer import RecordedRun
 from svp_bench.train.resume import check_resumable, locked
 
 __all__ = ["FitRun", "ScoreRun", "first_difference", "run"]
@@ -76,7 +77,7 @@ def run(
     return done
 
 
-class FitRun(BaseRun):
+class FitRun(RecordedRun):
     """Train; in stage final test once with the final weights; write the record in any case."""
 
     saved_config = "config.yaml"
@@ -101,7 +102,7 @@ class FitRun(BaseRun):
             check_resumable(self.saved, self.trainer, self.model, states)
             self.checkpoints.known, checkpoint = self.saved, self.saved.path
             self.saved = None
-        with self.alone():
+        with self.run_lock():
             self.announce()
             self.save_config()
             try:
@@ -114,7 +115,7 @@ class FitRun(BaseRun):
         self.check_weights()
         if external_classes(self.trainer):
             self.model.cache_features = False  # they may need, or change, the backbone in each step
-        self.recorder.scan_backend()  # raises if the requested backend cannot run on this device
+        self.scan_backend()  # raises if the requested backend cannot run on this device
         self.model.run_id = self.run_id
         self.data.trainer = self.trainer  # for the check of the batch size
         self.data.setup("fit")
@@ -170,13 +171,13 @@ class FitRun(BaseRun):
         self.watch.begin(trainer, model, data)
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
         self.watch.begin_test(data)
-        status, reason = self.recorder.outcome()
+        status, reason = self.outcome()
         if status != "complete":
             return status, reason, False
         if data.stage == "select" and model.validated is None:
             trainer.validate(model, datamodule=data, verbose=False)  # resumed after the last epoch
         if data.stage != "final" or self.config.arguments.no_test:
-            self.watch.settle(trainer, model)
+            self.watch.check_final_weights(trainer, model)
             return (status, reason, False) if data.stage != "final" else ("unscored", "--no_test", False)
         data.unlock_test()
         trainer.test(model, datamodule=data, verbose=False)
@@ -190,11 +191,11 @@ class FitRun(BaseRun):
                 "give their folder with --data.root, or begin a new run without --resume"
             )
 
-    def alone(self) -> AbstractContextManager[None]:
-        """Lock the run's folder, once for all processes of the run; a resumed run is locked already."""
+    def run_lock(self) -> AbstractContextManager[None]:
+        """Lock the run's folder, once for all processes of the run."""
         locked_already = self.resumed is not None and is_first_process()
-        free = self.dry or locked_already or not self.trainer.is_global_zero
-        return nullcontext() if free else locked(self.run_dir)
+        no_lock = self.dry or locked_already or not self.trainer.is_global_zero
+        return nullcontext() if no_lock else locked(self.run_dir)
 
     @rank_zero_only
     def _print_stopped(self) -> None:
@@ -209,8 +210,8 @@ class FitRun(BaseRun):
     def announce(self) -> None:
         """Print the header of a run."""
         model, data = self.model, self.data
-        counts = self.recorder.parameters()
-        backend = self.recorder.scan_backend()
+        counts = self.parameters()
+        backend = self.scan_backend()
         weights = "random weights" if model.checkpoint == "none" else f"weights {model.checkpoint}"
         height, width = sides(data.image_size)
         loaded = model.load_report.describe() if model.load_report else None
@@ -253,7 +254,7 @@ class FitRun(BaseRun):
     @rank_zero_only
     def _finish(self, status: str, reason: str | None, tested: bool) -> None:
         root = self.config.results_root
-        record = self.recorder.record(status, reason, tested)
+        record = self.build_record(status, reason, tested)
         again = self.resumed is not None and self.resumed.record is not None
         path = (continue_record if again else write_record)(record, root)
         role = "test" if record.kind == "final" else "val"
@@ -263,7 +264,7 @@ class FitRun(BaseRun):
         if record.not_comparable:
             print(f"Not comparable, tables leave it out: {'; '.join(record.not_comparable)}", flush=True)
         if record.metrics is not None:
-            self.recorder.write_tables(role, self.run_dir)
+            self.write_tables(role, self.run_dir)
         if record.kind == "final" and status == "complete" and self.next_step:
             flags = [*(() if str(root) == "results" else ("--results_root", str(root))), *custom_tasks_flags()]
             print(" ".join([f"Next: {self.next_step}", *map(shlex.quote, flags)]), flush=True)
@@ -272,7 +273,7 @@ class FitRun(BaseRun):
             print(f"Next: svp-bench test --config {self.run_dir / 'config.yaml'} --ckpt_path {checkpoint}", flush=True)
 
 
-class ScoreRun(BaseRun):
+class ScoreRun(RecordedRun):
     """Validate or test a checkpoint."""
 
     def main(self) -> None:
@@ -309,7 +310,7 @@ class ScoreRun(BaseRun):
             raise UsageError(
                 f"{path}: not the weights that its run ended with: their digest is not the weights_digest of {where}"
             )
-        self.recorder.scan_backend()
+        self.scan_backend()
         self.data.setup("test")
         self._need_same_run(old, where)
         self.data.unlock_test()
@@ -318,7 +319,7 @@ class ScoreRun(BaseRun):
 
     @rank_zero_only
     def _complete_record(self, old: Record, where: Path) -> None:
-        metrics, correct = self.recorder.scores("test")
+        metrics, correct = self.scores_of("test")
         print(describe(metrics, old.splits["test"]))
         if old.status != "unscored":
             same = "the same" if old.metrics and old.metrics.correct == metrics.correct else "another number"
@@ -330,7 +331,7 @@ class ScoreRun(BaseRun):
         )
         replace_record(done, self.config.results_root)
         print(f"Completed {where}")
-        self.recorder.write_tables("test", self.config.runs_root / old.task / old.run_id)
+        self.write_tables("test", self.config.runs_root / old.task / old.run_id)
 
     def _read_checkpoint(self) -> Checkpoint:
         path = self.config.arguments.ckpt_path
