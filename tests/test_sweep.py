@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import queue
 import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from helpers import assert_error, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from svp_bench.core.errors import ConfigError, RecordError, UnavailableError, UsageError
 from svp_bench.records.bits import pack_bits
@@ -31,7 +34,8 @@ from svp_bench.records.selection_rule import choose, decide, edges
 from svp_bench.stats.inference import one_standard_error
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.local_pool import Done, Event, Pool, WorkerProcess
-from svp_bench.sweep.scheduler import CellJobs, Sweep
+from svp_bench.sweep.progress import ProgressView
+from svp_bench.sweep.scheduler import CellJobs, Running, Sweep
 from svp_bench.sweep.search import Plan, SearchSpace, load_search, make_sampler
 
 LR = "model.learning_rate"
@@ -638,6 +642,46 @@ def test_a_sweep_that_stops_leaves_the_rest_for_later(tmp_path: Path) -> None:
     assert len(sweep.done) == 3
     assert sweep.stopping
     assert len(sweep.due) + len(sweep.stopped) == 8 - 3
+
+
+def test_the_view_shows_counts_best_score_and_time_left(tmp_path: Path) -> None:
+    class Timed(RandomPool):
+        def outcome(self, job: Job) -> Outcome:
+            if job.stage == "final" or job.values[WD] == 0.3:
+                return Outcome("failed", reason="the loss became nan", run_id="r", seconds=99.0)
+            scored = super().outcome(job)
+            return dataclasses.replace(scored, top1=50.0 if job.values[LR] == 1e-3 else 62.5, seconds=10.0)
+
+    space = f"{{default: {{{LR}: [1.0e-3, 1.0e-2], {WD}: [0.1, 0.3]}}}}"
+    search = load_search(str(declare(tmp_path, spaces=space)))
+    sweep = Sweep(cells(1)[:1], (0,), (), tmp_path, search=search)
+    shown = io.StringIO()
+    with ProgressView(Console(file=shown, force_terminal=True, width=100), sweep, "2 workers") as view:
+
+        def tick() -> None:
+            view.tick()
+            view._progress.refresh()
+
+        sweep.run(Timed(random.Random(0), 1, 0, 0, 0), view.report, tick)
+        assert not any("on val" in line for line in view._progress.lines)  # the search is over
+    text = shown.getvalue()
+    for fact in ("1 failed", "best on val so far: 62.50 % (vtab/dtd, linear, seed 0)", "left", "2 workers"):
+        assert fact in text, fact
+
+
+def test_the_time_left_weights_jobs_by_method_and_stage(tmp_path: Path) -> None:
+    sweep = Sweep(cells(2)[:2], (0, 1, 2), (), tmp_path)
+    view = ProgressView(Console(file=io.StringIO()), sweep, "")
+    assert view.seconds_left() is None
+    for seconds in (10.0, 1000.0, 5.0):  # linear, full, and one that was there already
+        job = next(job for job in sweep.due if (job.method == "full") == (seconds == 1000.0))
+        sweep.due.remove(job)
+        sweep.done.append(Done(job, Outcome("complete", seconds=seconds, found=seconds == 5.0)))
+    assert [job.method for job in sweep.due] == ["linear", "full", "full"]
+    assert view.seconds_left() == 10 + 2 * 1000
+    job = sweep.due.pop()
+    sweep.running[job.key] = Running(job, time.monotonic() - 400)
+    assert view.seconds_left() == pytest.approx(10 + 1000 + 600, abs=5)
 
 
 def test_a_process_that_always_dies_is_given_up(tmp_path: Path) -> None:

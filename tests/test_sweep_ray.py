@@ -5,10 +5,12 @@ Everything that Ray does stands in processes of its own: its signal handlers, th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,14 @@ def test_a_node_must_see_the_folders_of_the_sweep(tmp_path: Path) -> None:
     assert reason_of_a_node(tmp_path, version="0.0") == f"has svp-bench {__version__}, and the sweep 0.0"
 
 
+def test_an_actor_that_is_closed_ends_its_process_at_once(tmp_path: Path) -> None:
+    actor = _Actor((), __version__, tmp_path, {"log": tmp_path / "log", "environment": {}})
+    assert actor.start() is None
+    actor.close()
+    actor._process.wait(60)
+    assert actor.news(60)[-1] == {"event": "ended", "how": "by signal SIGKILL"}
+
+
 # ---- sweeps
 
 
@@ -173,6 +183,25 @@ def test_a_sweep_on_ray_survives_a_killed_worker_and_equals_a_local_one(tmp_path
     assert scores(tmp_path / "results") == scores(local / "results")
     wait_for(lambda: not list(workers_in(tmp_path)))
     assert not list(tmp_path.rglob(".ray-*"))
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_busy_workers_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    sweep = start(tmp_path, "--engine", "ray", "--workers", "1", "--threads", "1", "--trainer.max_epochs", "500")
+    until_runs_began(tmp_path, 1)
+    (worker,) = workers_in(tmp_path)
+    os.kill(worker, signal.SIGSTOP)  # so that it cannot save
+    try:
+        for _ in range(2):
+            sweep.send_signal(signal.SIGINT)
+            time.sleep(1)
+        out, _ = sweep.communicate(timeout=100)
+        assert sweep.returncode == 130, out
+        wait_for(lambda: not list(workers_in(tmp_path)), seconds=5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 CLUSTER = """

@@ -174,6 +174,41 @@ def test_a_second_sweep_finds_all_of_it(undisturbed: Path, monkeypatch: pytest.M
     assert "Time: about" in longer.out
 
 
+@pytest.mark.usefixtures("here")
+def test_a_dry_run_shows_the_disk_space_of_final_runs(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(undisturbed)
+    again = run("sweep", *SWEEP, "--search", "search.yaml", "--dry_run")
+    assert "no new checkpoint" in again.out
+    longer = run("sweep", *SWEEP, "--search", "search.yaml", "--dry_run", "--seeds", "0,1,2,3")
+    assert re.search(r"offset +0 +4 +2 +0 +2 +\d+ (s|min) +\d[\d.]* \w+", longer.out), longer.out
+    assert re.search(r"Disk: about \d.*; \d.* free", longer.out), longer.out
+    unsearched = run("sweep", *SWEEP, "--search", "search.yaml", "--dry_run", "--results_root", "empty")
+    assert re.search(r"Disk: about \d", unsearched.out), unsearched.out  # of the final runs to come
+
+
+def test_the_disk_space_is_that_of_a_checkpoint(undisturbed: Path) -> None:
+    runner, common = Runner(), (*FLAGS, "--results_root", "r", "--runs_root", "u")
+    for method in ("linear", "offset"):
+        estimate = runner.checkpoint_bytes(Job("demo/digits-5shot", method, 0, "final", common=common))
+        for checkpoint in undisturbed.glob(f"runs/demo/digits-5shot/{method}-*/checkpoints/*.ckpt"):
+            assert 0.5 < estimate / checkpoint.stat().st_size < 1.5, (method, estimate, checkpoint.stat().st_size)
+    sizes = [
+        runner.checkpoint_bytes(Job("demo/digits-5shot", "linear", 0, "final", common=(*common, *more)))
+        for more in ((), ("--model.optimizer.name", "sgd"), ("--model.ema.decay", "0.99"))
+    ]
+    assert [size / sizes[0] * 3 for size in sizes] == [3, 2, 4]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_task_without_data_is_listed_and_the_others_run() -> None:
+    flags = ["--tasks", "demo/digits-5shot,vtab/dtd", "--methods", "linear", *FLAGS]
+    for more in ([], ["--dry_run"]):
+        done = command("sweep", *flags, "--no_report", *more)
+        assert done.status == 1, done.out + done.err
+        assert re.search(r"annot run: vtab/dtd, linear: .*svp-bench data", done.out), done.out
+    assert [record.status for record in read_records("results")[0]] == ["complete"]
+
+
 def test_a_sweeps_run_is_the_run_that_fit_makes(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,7 @@ def sweep(
         runs_root: Where logs and checkpoints are written.
         search: Select hyper-parameters on val first, e.g. configs/search/default.yaml.
         only_search: Stop once the configs are selected.
-        dry_run: Print the runs, those that exist already, and a time estimate.
+        dry_run: Print the runs, those that exist already, the time and the disk space.
         retry_failed: Run again the runs that failed in an earlier sweep.
         no_report: Write neither tables nor the report at the end.
         engine: Where the runs are executed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
 import signal
 import threading
 from collections import defaultdict
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from svp_bench.config.compose import Flags, method_layer
-from svp_bench.core.errors import SvpBenchError, UsageError, plural, printable, unknown_name
+from svp_bench.core.errors import SvpBenchError, UsageError, file_size, plural, printable, unknown_name
 from svp_bench.core.terminal import plain_console
 from svp_bench.records.digests import cell_config, flat
 from svp_bench.records.selection import context_of
@@ -211,7 +212,7 @@ def _print_search(console: Console, search: SearchSpace | None, cells: Sequence[
 
 
 def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -> None:
-    """Print the jobs of a sweep by method, those that have records already, and the time."""
+    """Print the jobs of a sweep by method, those that have records already, the time and the disk space."""
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(int))
     epoch: dict[tuple[str, ...], list[float]] = defaultdict(list)  # seconds of an epoch, with its part of the test
     for record in read_records(request.results_root)[0]:
@@ -225,6 +226,7 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -
         row["trials" if job.stage == "select" else "runs"] += 1
         try:
             found = runner.look(job)
+            size = runner.checkpoint_bytes(job) if job.stage == "final" else 0  # that of a trial is deleted
         except UsageError as error:  # an impossible setting of a grid: the sweep will list it as failed
             console.print(f"Cannot run: {job.name}: {error}", soft_wrap=True, markup=False)
             row["failed"] += 1
@@ -236,22 +238,25 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -
             row["failed"] += 1
             continue
         row["to do"] += 1
+        row["bytes"] += size
         config = runner.resolved(job).config
         of = str(config["model"]["backbone"]), job.method, "selection" if job.stage == "select" else "final"
         if times := epoch.get((*of, job.task)) or epoch.get(of):
             row["seconds"] += median(times) * int(config["trainer"]["max_epochs"])
         else:
             unknown += 1
+    for job in sweep.to_come:
+        rows[job.method]["bytes"] += runner.checkpoint_bytes(job)
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for name in ("method", "trials", "runs", "there", "failed", "to do", "time"):
+    for name in ("method", "trials", "runs", "there", "failed", "to do", "time", "disk"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for method, row in rows.items():
         time = duration(row["seconds"]) if row["seconds"] else ("unknown" if row["to do"] else "–")
         counts = [str(row[key]) for key in ("trials", "runs", "there", "failed", "to do")]
-        table.add_row(method, *counts, time)
+        table.add_row(method, *counts, time, file_size(row["bytes"]) if row["bytes"] else "–")
     console.print(table)
     if sweep.to_come:
-        console.print(f"{plural(sweep.to_come, 'final run')} to come after the searches.")
+        console.print(f"{plural(len(sweep.to_come), 'final run')} to come after the searches.")
     slots, total = request.workers or 1, sum(row["seconds"] for row in rows.values())
     if total:
         several = f" with {plural(slots, 'worker')}, if they do not slow each other" if slots > 1 else ""
@@ -262,6 +267,10 @@ def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -
         )
     elif unknown:
         console.print("Time: unknown, since there are no records of these backbones and methods.")
+    disk, folder = sum(row["bytes"] for row in rows.values()), Path(request.runs_root).absolute()
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
+    needed = f"about {file_size(disk)} for checkpoints of final runs" if disk else "no new checkpoint of a final run"
+    console.print(f"Disk: {needed}; {file_size(free)} are free.", soft_wrap=True)
     for cell in sweep.blocked:
         console.print(printable(f"Cannot run: {cell.task}, {cell.label}: {cell.blocked}"), soft_wrap=True)
 

@@ -132,6 +132,10 @@ class _Actor:
         """Ask the worker process to save and end."""
         self._process.stop()
 
+    def close(self) -> None:
+        """End the worker process at once."""
+        self._process.close(busy=True)
+
 
 @dataclass
 class _RayWorker(Worker):
@@ -285,7 +289,10 @@ class RayPool(Pool):
                 worker.actor.stop.remote()
 
     def close(self) -> None:
-        """End the actors, and Ray if it was started here; worker processes save and end once their actor is gone."""
+        """End the workers, busy ones at once, and Ray if it was started here."""
+        with contextlib.suppress(Exception):  # an idle process ends once its actor is gone, a busy one would save first
+            if busy := [worker.actor.close.remote() for worker in self._workers if worker.job is not None]:
+                self._ray.wait(busy, num_returns=len(busy), timeout=_CALL)
         for worker in self._workers:
             with contextlib.suppress(Exception):
                 self._ray.kill(worker.actor)

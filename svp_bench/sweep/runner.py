@@ -5,6 +5,7 @@ A worker stays warm: imports, compiled kernels, decoded images and weights are c
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +19,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from svp_bench.config.compose import compose, split_flags
 from svp_bench.core.errors import SvpBenchError, UsageError, one_line
+from svp_bench.core.registry import import_object
 from svp_bench.data.folds import CrossValidationConfig, fold_positions
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, inspect, measured, open_source
-from svp_bench.methods.build import create_backbone
+from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.digests import canonical_digest, cell_config, flat, setting_digest
 from svp_bench.records.record import Record
@@ -78,8 +80,24 @@ class Runner:
         self._data: dict[tuple[Any, ...], DataReport] = {}
         self._folds: dict[tuple[Any, ...], tuple[tuple[int, ...], str]] = {}
         self._weights: dict[tuple[Any, ...], Weights] = {}
+        self._trained: dict[str, tuple[int, int]] = {}  # parameters of a model, and those of its head for one class
 
     # --- looking -----------------------------------------------------------------------------------------------------
+
+    def checkpoint_bytes(self, job: Job) -> int:
+        """Return the approximate size of a job's checkpoint: trained parameters in float32, and optimizer state."""
+        config = self.resolved(job).config
+        model, data = config["model"], VisionDataModule.from_config(config["data"])
+        key = json.dumps([model, data.image_size], sort_keys=True, default=str)
+        if key not in self._trained:
+            method = import_object(model["method"]["class_path"])(**(model["method"].get("init_args") or {}))
+            backbone = create_backbone(str(model["backbone"]), num_classes=1, img_size=data.image_size)
+            sizes = {name: p.numel() for name, p in trained_parameters(adapt(backbone, method)).items()}
+            self._trained[key] = sum(sizes.values()), sum(sizes[name] for name in sizes if name.startswith("head."))
+        parameters, head = self._trained[key]
+        copies = 3 if model["optimizer"]["name"] == "adamw" else 2
+        copies += model["ema"]["decay"] is not None
+        return 4 * copies * (parameters + head * (data.num_classes - 1))
 
     def resolved(self, job: Job) -> ResolvedConfig:
         """Return the job's resolved config; parsed once for all seeds and values of a task and method."""

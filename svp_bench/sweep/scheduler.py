@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from svp_bench.core.errors import SvpBenchError, plural
@@ -97,12 +98,25 @@ class CellJobs:
     selected: str | None = None
     blocked: str | None = None
 
+    @property
+    def searching(self) -> bool:
+        """Whether its search is open."""
+        return self.sampler is not None and self.selected is None and self.blocked is None
+
+    @property
+    def best(self) -> float | None:
+        """The best mean score on val so far, of the settings with the most runs; None before the first."""
+        scores = [[run.top1 for run in one.outcomes.values() if run.top1 is not None] for one in self.trials]
+        most = max(map(len, scores), default=0)
+        return max(fmean(of) for of in scores if len(of) == most) if most else None
+
 
 @dataclass
 class Running:
     """A job in the pool, and its progress."""
 
     job: Job
+    began: float = field(default_factory=time.monotonic)
     epoch: int = 0
     epochs: int = 0
 
@@ -202,10 +216,11 @@ class Sweep:
 
     def _refit(self, cell: CellJobs) -> None:
         """Make the final runs of a cell due."""
-        if self.only_search:
-            return
-        for seed in self.seeds if cell.seed is None else (cell.seed,):
-            self.due.append(Job(cell.task, cell.method, seed, "final", cell.values, cell.selected, self.common))
+        self.due.extend(self._final_jobs(cell))
+
+    def _final_jobs(self, cell: CellJobs) -> list[Job]:
+        seeds = () if self.only_search else self.seeds if cell.seed is None else (cell.seed,)
+        return [Job(cell.task, cell.method, seed, "final", cell.values, cell.selected, self.common) for seed in seeds]
 
     def _ask(self, cell: CellJobs, sampler: Sampler) -> bool:
         """Make the next trials of a search due; return whether there are any."""
@@ -358,7 +373,6 @@ class Sweep:
         return len(self.due) + len(self.later) + len(self.running)
 
     @property
-    def to_come(self) -> int:
-        """Final runs that follow once a search is over."""
-        searching = [cell for cell in self.cells if cell.sampler and not cell.selected and not cell.blocked]
-        return 0 if self.only_search else sum(1 if cell.seed is not None else len(self.seeds) for cell in searching)
+    def to_come(self) -> list[Job]:
+        """Final runs that follow once a search is over, as yet without its selected config."""
+        return [job for cell in self.cells if cell.searching for job in self._final_jobs(cell)]
