@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers import assert_error, command, run, settle, small
 
-from svp_bench.cli.main import _need_home
+from svp_bench.cli.main import _ensure_home
 
 
 @pytest.fixture(autouse=True)
@@ -84,11 +84,11 @@ def test_a_process_without_a_home_gets_one(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HOME", str(tmp_path / "missing"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    _need_home()
+    _ensure_home()
     assert os.access(os.environ["HOME"], os.W_OK)
     assert Path(os.environ["HOME"]).parent == tmp_path
     home = os.environ["HOME"]
-    _need_home()
+    _ensure_home()
     assert os.environ["HOME"] == home
 
 

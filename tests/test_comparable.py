@@ -13,7 +13,7 @@ import torch
 import yaml
 from helpers import Outcome, assert_error, command, run, settle, small
 
-from svp_bench.train.checkpoint import file_weights_digest, weights_digest
+from svp_bench.train.checkpoint import Checkpoint, weights_digest
 from svp_bench.train.module import AdaptationModule
 
 LINEAR = ("--method", "linear")
@@ -129,7 +129,7 @@ def checkpoint(outcome: Outcome) -> Path:
 def test_the_record_has_the_digest_of_its_checkpoint(place: Path, extra: dict[str, str]) -> None:
     outcome = run(*small(*LINEAR, **extra))
     record, path = outcome.record, checkpoint(outcome)
-    assert record["weights_digest"] == file_weights_digest(path)
+    assert record["weights_digest"] == weights_digest(Checkpoint.read(path).content)
     assert record["external_classes"] == []
     assert "not_comparable" not in record
     content = torch.load(path, weights_only=True)
@@ -142,7 +142,7 @@ def test_the_record_has_the_digest_of_its_checkpoint(place: Path, extra: dict[st
 def test_unscored_and_selection_records_have_the_digest_too(place: Path) -> None:
     for extra in (("--no_test",), ("--data.stage", "select")):
         outcome = run(*small(*LINEAR, *extra))
-        assert outcome.record["weights_digest"] == file_weights_digest(checkpoint(outcome))
+        assert outcome.record["weights_digest"] == weights_digest(Checkpoint.read(checkpoint(outcome)).content)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_what_others_change_is_recorded_and_not_compared(
     outcome = run(*with_callback(class_path, **init_args))
     record = outcome.record
     assert record["status"] == "complete"
-    assert record["weights_digest"] == file_weights_digest(checkpoint(outcome))
+    assert record["weights_digest"] == weights_digest(Checkpoint.read(checkpoint(outcome)).content)
     assert [name.rpartition(".")[2] for name in record["external_classes"]] == [class_path.rpartition(".")[2]]
     told = "; ".join(record["not_comparable"])
     assert all(reason in told for reason in reasons), told

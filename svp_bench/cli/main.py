@@ -183,7 +183,7 @@ def _help() -> str:
     return "\n".join(lines)
 
 
-def _need_home() -> None:
+def _ensure_home() -> None:
     """Set USER and HOME if they are missing, as in a container with an unknown user: libraries need them."""
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
     try:
@@ -208,7 +208,7 @@ def entry_point() -> None:
     # GNU OpenMP: idle threads sleep instead of spinning, which makes a step several times slower on a busy machine
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     readable_output()
-    _need_home()
+    _ensure_home()
     INTERRUPTS.ends_process = True
     status = main()
     ignore_from_now_on()

@@ -33,7 +33,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointMetadata",
     "check_tensors",
-    "file_weights_digest",
     "weights_digest",
     "wrong_part",
 ]
@@ -340,12 +339,3 @@ def weights_digest(content: Mapping[str, Any]) -> str:
             sha.update(f"{part} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return f"sha256:{sha.hexdigest()}"
-
-
-def file_weights_digest(path: str | Path) -> str:
-    """Return the `weights_digest` of a checkpoint file, which a record states too.
-
-    Raises:
-        CheckpointError: If the file is missing, unreadable, or not a checkpoint of a run.
-    """
-    return weights_digest(Checkpoint.read(path).content)

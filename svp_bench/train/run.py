@@ -97,7 +97,7 @@ class FitRun(RecordedRun):
         self.data.compare_with_first_use(self.config.results_root)
         checkpoint: Path | None = None
         if self.saved is not None:
-            self._need_same_data(self.saved)
+            self._check_splits(self.saved)
             states = [self.monitor, *([self.preemption] if self.preemption else [])]
             check_resumable(self.saved, self.trainer, self.model, states)
             self.checkpoints.known, checkpoint = self.saved, self.saved.path
@@ -183,7 +183,7 @@ class FitRun(RecordedRun):
         trainer.test(model, datamodule=data, verbose=False)
         return status, reason, True
 
-    def _need_same_data(self, saved: Checkpoint) -> None:
+    def _check_splits(self, saved: Checkpoint) -> None:
         """Refuse to resume with other splits than those that the run began with."""
         if saved.metadata.data_digest != self.data.report.digest:
             raise UsageError(
@@ -312,7 +312,7 @@ class ScoreRun(RecordedRun):
             )
         self.scan_backend()
         self.data.setup("test")
-        self._need_same_run(old, where)
+        self._check_same_run(old, where)
         self.data.unlock_test()
         self.within_memory(lambda: self.trainer.test(self.model, datamodule=self.data, ckpt_path=path, verbose=False))
         self._complete_record(old, where)
@@ -342,7 +342,7 @@ class ScoreRun(RecordedRun):
         self.checkpoints.known = Checkpoint.read(path)
         return self.checkpoints.known
 
-    def _need_same_run(self, old: Record, where: Path) -> None:
+    def _check_same_run(self, old: Record, where: Path) -> None:
         """Refuse to complete a record with a score of other settings or data."""
         if old.status != "unscored":
             return
