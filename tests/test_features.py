@@ -126,8 +126,8 @@ def test_a_run_is_the_same_with_and_without(place: Path, method: tuple[str, ...]
     ids=lambda flags: flags[0],
 )
 def test_nothing_is_cached_where_images_or_blocks_differ_between_epochs(place: Path, flags: tuple[str, ...]) -> None:
-    Path("mine.py").write_text("from lightning.pytorch import Callback\nclass MyCallback(Callback):\n    pass\n")
-    flags = tuple(flag.replace("MyCallback", "mine.MyCallback") for flag in flags)
+    Path("watching.py").write_text("from lightning.pytorch import Callback\nclass MyCallback(Callback):\n    pass\n")
+    flags = tuple(flag.replace("MyCallback", "watching.MyCallback") for flag in flags)
     record = run(*small(*LATE, *flags, trainer__max_epochs="2")).record
     assert "train" not in record.get("frozen_features", {})
 
