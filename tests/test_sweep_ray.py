@@ -5,15 +5,14 @@ Everything that Ray does stands in processes of its own: its signal handlers, th
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 from helpers import assert_error, command, wait_for
@@ -21,7 +20,8 @@ from helpers import assert_error, command, wait_for
 from svp_bench import __version__
 from svp_bench.core.errors import UsageError
 from svp_bench.records.store import read_records
-from svp_bench.sweep.ray_pool import _Actor, share_out
+from svp_bench.sweep.jobs import Job
+from svp_bench.sweep.ray_pool import RayPool, _Actor, _RayWorker, share_out
 
 FLAGS = [
     *("--model.backbone", "vim_nano_patch8_64", "--model.checkpoint", "none", "--data.image_size", "32"),
@@ -108,6 +108,19 @@ def test_an_actor_that_is_closed_ends_its_process_at_once(tmp_path: Path) -> Non
     assert actor.news(60)[-1] == {"event": "ended", "how": "by signal SIGKILL"}
 
 
+def test_a_pool_that_is_closed_ends_busy_workers_at_once() -> None:
+    """Killing the actor alone would let a busy process save first."""
+    ray, pool = MagicMock(), RayPool.__new__(RayPool)
+    idle, busy = (_RayWorker(number, actor=MagicMock()) for number in range(2))
+    busy.job = Job("vtab/dtd", "linear", 0, "final")
+    pool._ray, pool._workers, pool._marks = ray, [idle, busy], []
+    pool.close()
+    assert not idle.actor.close.remote.called
+    ended = busy.actor.close.remote.return_value
+    assert ray.mock_calls[0].args == ([ended],)  # waits for the end, then kills the actors
+    assert ray.mock_calls[1:] == [call.kill(idle.actor), call.kill(busy.actor), call.shutdown()]
+
+
 # ---- sweeps
 
 
@@ -183,25 +196,6 @@ def test_a_sweep_on_ray_survives_a_killed_worker_and_equals_a_local_one(tmp_path
     assert scores(tmp_path / "results") == scores(local / "results")
     wait_for(lambda: not list(workers_in(tmp_path)))
     assert not list(tmp_path.rglob(".ray-*"))
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_ends_busy_workers_at_once(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    sweep = start(tmp_path, "--engine", "ray", "--workers", "1", "--threads", "1", "--trainer.max_epochs", "500")
-    until_runs_began(tmp_path, 1)
-    (worker,) = workers_in(tmp_path)
-    os.kill(worker, signal.SIGSTOP)  # so that it cannot save
-    try:
-        for _ in range(2):
-            sweep.send_signal(signal.SIGINT)
-            time.sleep(1)
-        out, _ = sweep.communicate(timeout=100)
-        assert sweep.returncode == 130, out
-        wait_for(lambda: not list(workers_in(tmp_path)), seconds=5)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker, signal.SIGKILL)
 
 
 CLUSTER = """
