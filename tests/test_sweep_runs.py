@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from helpers import SWEEP_FLAGS as FLAGS
-from helpers import command, run, wait_for
+from helpers import assert_error, command, run, wait_for
 from synthetic_records import make_record
 
 from svp_bench.config.compose import compose, split_flags
@@ -207,6 +207,14 @@ def test_a_task_without_data_is_listed_and_the_others_run() -> None:
         assert done.status == 1, done.out + done.err
         assert re.search(r"annot run: vtab/dtd, linear: .*svp-bench data", done.out), done.out
     assert [record.status for record in read_records("results")[0]] == ["complete"]
+
+
+@pytest.mark.usefixtures("here")
+def test_missing_weights_end_a_sweep_before_it_begins() -> None:
+    flags = ["--tasks", "demo/digits-5shot", "--methods", "linear", *FLAGS, "--model.checkpoint", "nothing.pth"]
+    assert "no checkpoint file 'nothing.pth'" in assert_error(command("sweep", *flags), 1)
+    assert read_records("results") == ([], [])
+    assert not list(Path("runs").rglob("*.log"))
 
 
 def test_a_sweeps_run_is_the_run_that_fit_makes(

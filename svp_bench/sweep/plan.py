@@ -168,7 +168,10 @@ def _prepare(cells: Sequence[CellJobs], common: tuple[str, ...], search: SearchS
             runner.report(resolved)
         except SvpBenchError as error:
             cell.blocked = str(error)
-        if search is None or cell.blocked:
+        if cell.blocked:
+            continue
+        cell.checkpoint_digest, _ = runner.weights(resolved)  # missing weights end the sweep before it begins
+        if search is None:
             continue
         known = dict(flat(resolved.config))
         keys = [dimension.key for dimension in search.space(cell.label)]
@@ -178,7 +181,6 @@ def _prepare(cells: Sequence[CellJobs], common: tuple[str, ...], search: SearchS
                 raise unknown_name(what, key, known, where=str(search.path))
         cell.default = {key: known[key] for key in keys}
         cell.context = context_of(cell_config(resolved.config), keys, resolved.sources)
-        cell.checkpoint_digest, _ = runner.weights(resolved)
         cell.plan = runner.plan(search, resolved)
         _, fold = cell.plan.runs([0], 0)[0]
         cell.data_digest = runner.report(runner.resolved(replace(job, values=fold))).digest
