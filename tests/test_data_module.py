@@ -208,7 +208,7 @@ def test_stage_select_validates_on_val_in_order(root: Path) -> None:
     assert indices(val) == [[0, 1], [2, 3, 4]]
     labels = torch.cat([batch.labels for batch in val])
     assert labels.tolist() == read_list(root / "dtd" / "val200.txt", 47).labels.tolist()
-    assert data.test_split_digest is None
+    assert "test" not in data.splits
 
 
 def test_validate_alone_decodes_only_val(root: Path) -> None:
@@ -336,7 +336,7 @@ def test_data_as_the_card_says_make_no_warning() -> None:
 
 def test_the_digest_of_the_test_list_is_that_of_its_lines(root: Path) -> None:
     expected = split_digest("test", read_list(root / "dtd" / "test.txt", 47))
-    assert ready(root).test_split_digest == expected
+    assert ready(root).split_digest("test") == expected
 
 
 def test_the_digest_of_a_run_is_that_of_the_lists_of_its_stage(own: Path) -> None:

@@ -12,7 +12,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from svp_bench.core.errors import RecordError
-from svp_bench.train import record_writer as recording
+from svp_bench.train import recorded as recording
 from svp_bench.train.module import AdaptationModule
 
 LINE = small("--method", "linear", "--trainer.log_every_n_steps", "1", trainer__max_epochs="3")

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import Outcome, assert_error, command, run, settle, small
 from PIL import Image
 
 from svp_bench.data.decode import UnreadableImageError, decode
+from svp_bench.train.checkpoint import Checkpoint
 
 CASES = max(300, int(os.environ.get("SVP_BENCH_FUZZ", "0")) // 2)
 METHOD = """\
@@ -43,6 +45,18 @@ def rows(text: str) -> list[dict[str, str]]:
 
 def predict(checkpoint: str, *more: str) -> Outcome:
     return command("predict", "--ckpt", checkpoint, *more)
+
+
+def test_a_checkpoint_of_an_older_version_keeps_its_transform(place: Path) -> None:
+    """Its metadata call the transform "view"; the protocol's would be another one."""
+    outcome = run(*small("--method", "linear", "--data.transform.resize", "centre_crop"))
+    path = outcome.folder / "checkpoints/last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["svp_bench"]["view"] = content["svp_bench"].pop("transform")
+    torch.save(content, "older.ckpt")
+    about = [Checkpoint.read(file).metadata for file in (path, Path("older.ckpt"))]
+    assert about[0].transform == about[1].transform
+    assert (about[1].transform or {})["resize"] == "centre_crop"
 
 
 def test_what_cannot_be_read_is_a_row_with_the_reason(place: Path) -> None:

@@ -330,9 +330,9 @@ def test_mixing_a_batch_is_timms_mixup(alphas: tuple[float, float], step: int) -
     images, labels = torch.randn(6, 3, 20, 24), torch.randint(classes, (6,))
     logits = torch.randn(6, classes)
     order = [0, 5, 1, 4, 2, 3]  # as the sampler pairs them
-    drawn = draw_mix(AugmentConfig(mixup=alphas[0], cutmix=alphas[1]), 3, 1, step, 20, 24)
-    ours = mix(images[order], drawn)
-    targets = soft_targets(labels[order], classes, drawn)
+    sampled = draw_mix(AugmentConfig(mixup=alphas[0], cutmix=alphas[1]), 3, 1, step, 20, 24)
+    ours = mix(images[order], sampled)
+    targets = soft_targets(labels[order], classes, sampled)
 
     theirs = Mixup(*alphas, label_smoothing=smoothing, num_classes=classes)
     with seeded(3, 3, 1, step):
@@ -344,9 +344,9 @@ def test_mixing_a_batch_is_timms_mixup(alphas: tuple[float, float], step: int) -
 
 def test_draws_of_mixing_have_the_right_shares() -> None:
     mixing = AugmentConfig(mixup=0.8, cutmix=1.0, mix_probability=0.5, mix_switch_probability=0.25)
-    drawn = [draw_mix(mixing, 0, epoch, step, 32, 32) for epoch in range(20) for step in range(100)]
-    mixed = [one for one in drawn if one.share != 1]
-    assert len(mixed) / len(drawn) == pytest.approx(0.5, abs=0.05)
+    sampled = [draw_mix(mixing, 0, epoch, step, 32, 32) for epoch in range(20) for step in range(100)]
+    mixed = [one for one in sampled if one.share != 1]
+    assert len(mixed) / len(sampled) == pytest.approx(0.5, abs=0.05)
     assert sum(one.box is not None for one in mixed) / len(mixed) == pytest.approx(0.25, abs=0.05)
     for one in mixed:
         if one.box is not None:

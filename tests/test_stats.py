@@ -252,8 +252,8 @@ def test_the_percentile_bootstrap_over_three_seeds_does_not() -> None:
     for _ in range(400):
         values = generator.normal(0, 1, (19, 3)) * stds[:, None]
         picks = generator.integers(0, 3, (400, 19, 3))
-        drawn = values[np.arange(19)[None, :, None], picks].mean((1, 2))
-        low, high = np.quantile(drawn, [0.025, 0.975])
+        sampled = values[np.arange(19)[None, :, None], picks].mean((1, 2))
+        low, high = np.quantile(sampled, [0.025, 0.975])
         hits.append(low <= 0 <= high)
     assert np.mean(hits) < 0.9
 
@@ -433,9 +433,9 @@ def test_the_smallest_p_after_holm() -> None:
 def test_sign_flip_of_many() -> None:
     differences = np.random.default_rng(7).normal(0.35, 1, 40)
     exact = sign_flip(differences.tolist())
-    drawn = sign_flip([*differences, 1e-13])  # 41: Monte Carlo
-    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / 99_999))
-    assert drawn == sign_flip([*differences[::-1], 1e-13])
+    sampled = sign_flip([*differences, 1e-13])  # 41: Monte Carlo
+    assert sampled == pytest.approx(exact, abs=4 * math.sqrt(exact / 99_999))
+    assert sampled == sign_flip([*differences[::-1], 1e-13])
     assert sign_flip([1.0] * 50) == 1 / 100_000
     assert sign_flip([1.0] * 40) == 2.0**-39
 
@@ -499,18 +499,18 @@ def test_mcnemar_and_the_difference_over_images() -> None:
     assert ends(estimate) == pytest.approx((100 * (first - second - half), 100 * (first - second + half)))
     assert (estimate.n, estimate.df, estimate.level) == (500, None, 0.9)
     # On many images it is the resampling of images
-    drawn = 100 * (a.astype(float) - b)[generator.integers(0, 500, (10_000, 500))].mean(1)
-    assert ends(estimate) == pytest.approx(np.quantile(drawn, [0.05, 0.95]), abs=0.35)
+    sampled = 100 * (a.astype(float) - b)[generator.integers(0, 500, (10_000, 500))].mean(1)
+    assert ends(estimate) == pytest.approx(np.quantile(sampled, [0.05, 0.95]), abs=0.35)
 
 
 def test_several_pairs_share_their_images() -> None:
     generator = np.random.default_rng(4)
     pairs = [(generator.random(300) < 0.8, generator.random(300) < 0.7) for _ in range(4)]
     each = 100 * np.mean([a.astype(float) - b for a, b in pairs], axis=0)
-    drawn = each[generator.integers(0, 300, (10_000, 300))].mean(axis=1)
+    sampled = each[generator.integers(0, 300, (10_000, 300))].mean(axis=1)
     found = difference_over_images(pairs, 0.9)
     assert found.value == pytest.approx(each.mean())
-    assert ends(found) == pytest.approx(np.quantile(drawn, (0.05, 0.95)), abs=0.6)
+    assert ends(found) == pytest.approx(np.quantile(sampled, (0.05, 0.95)), abs=0.6)
     # Four times the same pair knows no more than once
     one = difference_over_images(pairs[:1], 0.9)
     assert ends(difference_over_images(pairs[:1] * 4, 0.9)) == pytest.approx(ends(one))

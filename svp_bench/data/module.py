@@ -360,27 +360,19 @@ class VisionDataModule(LightningDataModule):
             raise RuntimeError("the data were not looked at yet; call setup() first")
         return self._report
 
-    @property
-    def test_split_digest(self) -> str | None:
-        """Digest of the test list, after `setup`; None in a stage that does not test."""
-        return self.split_digest("test") if "test" in self.splits else None
-
     def split_digest(self, role: str) -> str:
         """Return the digest of the split that plays a role, after `setup`."""
-        return self._images(role).digest
+        return self.split(role).digest
 
     def image_names(self, role: str) -> Sequence[str]:
         """Return what names each image of a split, in its order: a path below the data's folder, or a number."""
-        return self._images(role).keys()
+        return self.split(role).keys()
 
-    def _images(self, role: str) -> Images:
+    def split(self, role: str) -> Images:
+        """Return the images of the split that plays a role, after `setup`."""
         if self._source is None:
             raise RuntimeError("the data were not looked at yet; call setup() first")
         return self._source.get(self.splits[role])
-
-    def split(self, role: str) -> Images:
-        """Return the split that plays a role, after `setup`."""
-        return self._images(role)
 
     def in_order(self, role: str, size: int) -> Iterator[Batch]:
         """Yield the images of a split in its order, in batches of one size, in this process; after `setup`."""
@@ -391,7 +383,7 @@ class VisionDataModule(LightningDataModule):
     def _dataset(self, role: str) -> ImageDataset:
         """Return the images of a role: decoded and cached, unless they are for test, cropped by chance or too many."""
         if role not in self._datasets:
-            images = self._images(role)
+            images = self.split(role)
             augmenter = None
             if role == "train" and self.augment.changes_images:
                 augmenter = Augmenter(self.augment, self.eval_transform, self.seed)
@@ -525,7 +517,7 @@ class VisionDataModule(LightningDataModule):
         Raises:
             ConfigError: If a batch of training cannot be shared out so.
         """
-        count = len(self._images(role))
+        count = len(self.split(role))
         world_size, _, accumulated = self._processes()
         if role != "train":
             in_one_step = math.ceil((batch_size or self.eval_batch_size) / world_size) * world_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,7 +45,7 @@ __all__ = ["BaseRun"]
 T = TypeVar("T")
 
 
-class BaseRun:
+class BaseRun(ABC):
     """The parts that fit, validate and test share.
 
     Args:
@@ -231,9 +232,9 @@ class BaseRun:
             return [EpochLines()]
         return [RunProgressBar()] if settings["enable_progress_bar"] is not False and not has_bar else []
 
+    @abstractmethod
     def main(self) -> None:
         """Run the subcommand on the built model, data and trainer."""
-        raise NotImplementedError
 
     def within_memory(self, work: Callable[[], T]) -> T:
         """Run `work`; if memory runs out, measure how many images fit into it.

@@ -147,6 +147,8 @@ class CheckpointMetadata:
         """
         if not isinstance(value, Mapping):
             raise wrong_part(where, METADATA_KEY, value, "the metadata of the run", remedy)
+        if "transform" not in value and "view" in value:  # its older name
+            value = {**value, "transform": value["view"]}
         known = {field.name: value[field.name] for field in fields(cls) if value.get(field.name) is not None}
         try:
             found = convert(known, cls, f"{where}: damaged, or not written by svp-bench", CheckpointError, "metadata")

@@ -39,7 +39,7 @@ from svp_bench.train.metrics import describe
 from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.processes import is_first_process, is_of_a_lost_process
 from svp_bench.train.provenance import changed_sources, dirty_warning, save_sources
-from svp_bench.train.record_writer import RecordedRun
+from svp_bench.train.recorded import RecordedRun
 from svp_bench.train.resume import check_resumable, locked
 
 __all__ = ["FitRun", "ScoreRun", "first_difference", "run"]
