@@ -69,7 +69,7 @@ def test_the_data_module_holds_out_each_labelled_image_once() -> None:
         data.setup("fit")
         assert set(data.splits) == {"train", "val"}
         assert data.splits_read == ("trainval",)
-        train, val = data._images("train"), data._images("val")
+        train, val = data.split("train"), data.split("val")
         assert (len(train), len(val)) == (40, 10)
         assert sorted(val.labels.tolist()) == list(range(10))
         assert not {*train.keys()} & {*val.keys()}
