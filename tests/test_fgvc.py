@@ -14,13 +14,12 @@ import pytest
 from helpers import run, settle, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_files import draw_native
+from native_files import write_json_split, write_native
 from PIL import Image
 from synthetic_records import make_record
 
 from svp_bench.core.errors import CardError, DataError
-from svp_bench.data import draw_task, inspect, open_source
-from svp_bench.data.sources import SYNTHETIC_MARK, FileImages, Source
+from svp_bench.data.sources import FileImages, Source, inspect, open_source
 from svp_bench.records.store import write_record
 from svp_bench.tasks.cards import TaskCard, class_names, list_tasks, load_protocol, load_suite, load_task
 
@@ -39,9 +38,8 @@ CUB = load_task("fgvc/cub")
 
 
 def draw(root: Path, card: TaskCard = CUB, *quirks: str, native: bool = False) -> Path:
-    """Draw a task without the mark of synthetic images: its counts then decide its variant."""
-    folder = draw_native(card, root, COUNTS) if native else draw_task(card, root, counts=COUNTS, size=12)
-    (folder / SYNTHETIC_MARK).unlink()
+    """Write the files of a task; its counts decide its variant."""
+    folder = (write_native if native else write_json_split)(card, root, COUNTS)
     add_quirks(folder, *quirks)
     return folder
 
@@ -378,7 +376,7 @@ def test_as_on_the_card(tmp_path: Path) -> None:
 
 
 def test_val_of_the_official_form_is_every_tenth_in_official_order(tmp_path: Path) -> None:
-    draw_native(CUB, tmp_path, {"train": 30, "val": 5, "test": 4})
+    write_native(CUB, tmp_path, {"train": 30, "val": 5, "test": 4})
     lines = (tmp_path / "CUB_200_2011" / "images.txt").read_text().splitlines()
     split = (tmp_path / "CUB_200_2011" / "train_test_split.txt").read_text().splitlines()
     official = [line.split()[1] for line, flag in zip(lines, split, strict=True) if flag.endswith(" 1")]
@@ -624,7 +622,7 @@ def test_names_come_from_the_annotations_of_cars(tmp_path: Path) -> None:
 
 def test_a_run_calls_the_classes_by_the_datas_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle(tmp_path, monkeypatch)
-    folder = draw_task(CUB, tmp_path / "data", counts=COUNTS, size=16)
+    folder = draw(tmp_path / "data")
     rename_folders(folder, "{0}.Kind_{0}/{1}")
     outcome = run(*small("--method", "linear", config="configs/fgvc/cub.yaml"))
     assert "Kind_" in (outcome.folder / "test_per_class.csv").read_text()
@@ -662,7 +660,7 @@ def test_wrong_cards_are_refused(tmp_path: Path, changes: dict[str, Any], messag
 
 def test_a_run_from_drawing_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle(tmp_path, monkeypatch)
-    add_quirks(draw_task(CUB, tmp_path / "data", counts=COUNTS, size=16), "text_ids", "val_in_train")
+    draw(tmp_path / "data", CUB, "text_ids", "val_in_train")
     outcome = run(*small(config="configs/fgvc/cub.yaml"))
     record = outcome.record
     assert (record["task"], record["protocol"], record["splits"]) == (
@@ -670,7 +668,7 @@ def test_a_run_from_drawing_to_the_table(tmp_path: Path, monkeypatch: pytest.Mon
         "fgvc-final",
         {"train": "trainval", "test": "test"},
     )
-    assert (record["data_variant"], record["data_status"], record["metrics"]["count"]) == ("synthetic", "different", 7)
+    assert (record["data_variant"], record["data_status"], record["metrics"]["count"]) == ("card", "different", 7)
     select = run(*small("--data.stage", "select", config="configs/fgvc/cub.yaml")).record
     assert (select["kind"], select["splits"], select["metrics"]["count"]) == (
         "selection",

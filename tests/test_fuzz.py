@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_files import draw_native
+from native_files import write_json_split, write_native
 from PIL import Image
 from safetensors.torch import save_file
 from synthetic_records import make_record
@@ -28,8 +28,9 @@ import svp_bench
 from svp_bench.config.compose import compose, split_flags
 from svp_bench.core.errors import SvpBenchError
 from svp_bench.core.resources import configs_dir, tasks_dir
-from svp_bench.data import draw_task, open_source
+from svp_bench.data.sources import open_source
 from svp_bench.data.split_files import read_list
+from svp_bench.data.synthetic import draw_task
 from svp_bench.models.checkpoints import load_checkpoint
 from svp_bench.records.bits import unpack_bits
 from svp_bench.records.digests import setting_digest
@@ -200,7 +201,7 @@ def test_list_files(folder: Path, data: st.DataObject) -> None:
 def test_json_splits(folder: Path, data: st.DataObject) -> None:
     root, card = folder / "data", load_task("fgvc/cub")
     if not root.exists():
-        draw_task(card, root, counts={"train": 6, "val": 3, "test": 4}, size=12)
+        write_json_split(card, root, {"train": 6, "val": 3, "test": 4})
     (place,) = {path.parent for path in root.rglob("train.json")}
     path = place / data.draw(st.sampled_from(["train.json", "val.json", "test.json"]))
     original = path.read_bytes()
@@ -230,7 +231,7 @@ def test_json_splits(folder: Path, data: st.DataObject) -> None:
 def test_own_text_files(folder: Path, data: st.DataObject) -> None:
     root, card = folder / "data", load_task("fgvc/cub")
     if not root.exists():
-        draw_native(card, root, {"train": 6, "val": 3, "test": 4})
+        write_native(card, root, {"train": 6, "val": 3, "test": 4})
         (path,) = root.rglob("images.txt")
         (path.parent / "classes.txt").write_text("".join(f"{number} {number:03d}.Bird\n" for number in range(1, 201)))
     names = ["images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"]

@@ -15,8 +15,8 @@ from svp_bench.core.atomic import read_regular
 from svp_bench.core.errors import CardError, DataError, plural
 from svp_bench.data.locate import find_folder
 from svp_bench.data.native import NATIVE_FORMS, Ids, NativeForm, enter, names_of_folders
-from svp_bench.data.reading import Refit, joined_names, readable, reader_options, show, synthetic_notes
-from svp_bench.data.sources import FileImages, Source
+from svp_bench.data.reading import Refit, is_synthetic, joined_names, readable, reader_options, show
+from svp_bench.data.sources import FileImages, Source, read_split_files
 from svp_bench.data.split_files import MAX_SPLIT_BYTES, ImageList
 from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
 
@@ -71,14 +71,15 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
         f"next to the images of {card.source}"
     )
     folder = find_folder(card, suite, root, [_SPLIT_FILES, *([native.files] if native else [])], remedy)
+    if is_synthetic(folder):
+        return read_split_files(card, folder)
     official = native if not any((folder / name).exists() for name in _SPLIT_FILES) else None
     parts, listings = _read_parts(folder, official, remedy)
     train, val, test = parts
     labels = _labels(card, parts, listings, options.first_id)
-    synthetic = synthetic_notes(folder)
-    notes = [*synthetic]
+    notes: tuple[str, ...] = ()
     if len(labels) < card.classes:
-        notes.append(f"{listings[0]} has {plural(len(labels), 'class')}, the card states {card.classes}")
+        notes = (f"{listings[0]} has {plural(len(labels), 'class')}, the card states {card.classes}",)
     splits = {
         "train": {path: class_id for path, class_id in train.items() if path not in val},
         "val": val,
@@ -97,7 +98,8 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
             place, name, ImageList(tuple(splits[name]), of_split), listed_in.get(name, listings[0])
         )
     names = _names(card, labels, folder, train | val | test, native, options.first_id)
-    return Source(str(folder), images, tuple(notes), bool(synthetic), _OFFICIAL if official else "card", names)
+    variant = _OFFICIAL if official else "card"
+    return Source(str(folder), images, notes, variant=variant, class_names=names)
 
 
 def _read_parts(folder: Path, official: NativeForm | None, remedy: str) -> tuple[list[Ids], list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svp_bench.core.errors import DataError
-from svp_bench.data.reading import joined_names
+from svp_bench.data.reading import SYNTHETIC_MARK, joined_names
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 __all__ = ["ROOT_VARIABLE", "data_root", "find_folder", "locate"]
@@ -54,7 +54,7 @@ def find_folder(
 
     The places are the names of the task's folder below the root, below the names of the suite's folder, and below that
     folder doubled; and the root itself, if it has such a name. A place with all files of a form goes before one with
-    some, and the first form before the second.
+    some, and the first form before the second; a marked folder of synthetic images comes last.
 
     Args:
         card: The task's card.
@@ -76,7 +76,7 @@ def find_folder(
         places.insert(0, base)
     if shared:
         places += [folder for folder in above if folder not in places]
-    for form in forms:
+    for form in (*forms, [SYNTHETIC_MARK]):
         for enough in (all, any):
             for place in places:
                 if enough((place / file).exists() for file in form):

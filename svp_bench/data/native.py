@@ -29,15 +29,11 @@ class NativeForm:
         read: Reads them: folder → training, val and test images.
         names: Returns the data set's names of its classes, as class id → name, empty if it has none: of its folder,
             and of all its images as path → class id.
-        images: Folder of the images in the data set's folder, "" if the paths begin at the latter.
-        path: Form of a path, for synthetic images: of `number` and `class_id`.
     """
 
     files: tuple[str, ...]
     read: Callable[[Path], Parts]
     names: Callable[[Path, Mapping[str, int]], Mapping[int, str]]
-    images: str
-    path: str
 
 
 # --- CUB-200-2011 and NABirds: text files ----------------------------------------------------------------------------
@@ -202,22 +198,10 @@ def names_of_folders(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
 
 # Keyed by the form of the files, not by the data set: two data sets share the first.
 NATIVE_FORMS: Mapping[str, NativeForm] = {
-    "text_files": NativeForm(
-        _TEXT_FILES, _read_text_files, _names_of_text_files, "images", "{class_id:03d}/{number:06d}.jpg"
-    ),
-    "flowers_mat": NativeForm(
-        ("setid.mat", "imagelabels.mat"), _read_flowers_mat, lambda folder, ids: {}, "", "jpg/image_{number:05d}.jpg"
-    ),
-    "list_mats": NativeForm(
-        ("train_list.mat", "test_list.mat"),
-        _read_list_mats,
-        names_of_folders,
-        "Images",
-        "n{class_id:08d}-kind/n{class_id:08d}_{number}.jpg",
-    ),
-    "annotations_mat": NativeForm(
-        (_ANNOTATIONS,), _read_annotations_mat, _names_of_annotations, "", "car_ims/{number:06d}.jpg"
-    ),
+    "text_files": NativeForm(_TEXT_FILES, _read_text_files, _names_of_text_files),
+    "flowers_mat": NativeForm(("setid.mat", "imagelabels.mat"), _read_flowers_mat, lambda folder, ids: {}),
+    "list_mats": NativeForm(("train_list.mat", "test_list.mat"), _read_list_mats, names_of_folders),
+    "annotations_mat": NativeForm((_ANNOTATIONS,), _read_annotations_mat, _names_of_annotations),
 }
 
 

@@ -22,13 +22,13 @@ __all__ = [
     "Positions",
     "Refit",
     "foreign_errors",
+    "is_synthetic",
     "joined_names",
     "need_regular",
     "readable",
     "reader_options",
     "show",
     "split_positions",
-    "synthetic_notes",
     "whole_numbers",
 ]
 
@@ -76,9 +76,9 @@ def split_positions(
 # --- folders and files -----------------------------------------------------------------------------------------------
 
 
-def synthetic_notes(folder: Path) -> tuple[str, ...]:
-    """Return the note about synthetic images, if the folder has their mark."""
-    return (f"the images in {folder} are synthetic, not real",) if (folder / SYNTHETIC_MARK).exists() else ()
+def is_synthetic(folder: Path) -> bool:
+    """Return whether a task's folder has the mark of synthetic images; these are read as split files."""
+    return (folder / SYNTHETIC_MARK).exists()
 
 
 @contextmanager

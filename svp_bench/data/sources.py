@@ -27,7 +27,7 @@ from svp_bench.core.registry import Registry
 from svp_bench.data.decode import Decoded, Depth, UnreadableImageError, convert, read_image
 from svp_bench.data.inspection import MISSING, Examined, load_examined, save_examined
 from svp_bench.data.locate import locate
-from svp_bench.data.reading import SYNTHETIC_MARK, NoOptions, Positions, reader_options, synthetic_notes
+from svp_bench.data.reading import SYNTHETIC_MARK, NoOptions, Positions, is_synthetic, reader_options
 from svp_bench.data.split_files import ImageList, combined_digest, read_list, split_digest
 from svp_bench.tasks.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
 
@@ -48,6 +48,7 @@ __all__ = [
     "need_readable",
     "open_source",
     "open_split_files",
+    "read_split_files",
 ]
 
 READERS = Registry("reader")
@@ -485,15 +486,20 @@ def open_split_files(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
         DataError: If no folder is found, or a split file is malformed.
     """
     reader_options(card, NoOptions, card.counts)
-    folder = locate(card, suite, root)
+    return read_split_files(card, locate(card, suite, root))
+
+
+def read_split_files(card: TaskCard, folder: Path) -> Source:
+    """Return the splits of a task from the split files that its folder has."""
     files = {name: folder / f"{name}.txt" for name in card.counts}
     splits = {
         name: FileImages(folder, name, read_list(path, card.classes, task=card.name))
         for name, path in files.items()
         if path.exists()
     }
-    notes = synthetic_notes(folder)
-    return Source(str(folder), splits, notes, synthetic=bool(notes))
+    synthetic = is_synthetic(folder)
+    notes = (f"the images in {folder} are synthetic, not real",) if synthetic else ()
+    return Source(str(folder), splits, notes, synthetic)
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------

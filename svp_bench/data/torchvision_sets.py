@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +17,14 @@ from svp_bench.data.reading import (
     Positions,
     Refit,
     foreign_errors,
+    is_synthetic,
     need_regular,
     reader_options,
     show,
     split_positions,
-    synthetic_notes,
     whole_numbers,
 )
-from svp_bench.data.sources import ArrayImages, FileImages, Images, Source
+from svp_bench.data.sources import ArrayImages, FileImages, Images, Source, read_split_files
 from svp_bench.data.split_files import ImageList, plain_path
 from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
 
@@ -40,14 +39,12 @@ class TorchvisionSet:
         files: What its root folder holds when the data set is there.
         splits: "train", "test" and, where it has one, "val" → the arguments for it.
         content: Returns its images, uint8 (N, H, W, 3) or a list of their files, and their labels.
-        pickles: Whether torchvision loads pickles.
         downloads: Splits that are downloaded each for itself; one of them brings all where this is one.
     """
 
     files: tuple[str, ...]
     splits: Mapping[str, Mapping[str, object]]
     content: Callable[[Any], tuple[Any, Any]]
-    pickles: bool = False
     downloads: tuple[str, ...] = ("train",)
 
     def download_command(self, name: str, folder: Path) -> str:
@@ -67,40 +64,6 @@ def _gtsrb(dataset: Any) -> tuple[Any, Any]:
     return files, labels
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Refuses everything but plain values and numpy arrays."""
-
-    _ALLOWED = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-            *(
-                (f"numpy.{core}.{place}", name)
-                for core in ("core", "_core")
-                for place, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
-            ),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise DataError(f"the pickle asks for {module}.{name}; only plain values and arrays are read")
-        return super().find_class(module, name)
-
-
-def _refuse_code(dataset_class: Any, folder: Path) -> None:
-    """Look through the pickles that torchvision would load: the checksums were what made that safe."""
-    lists = [file for attribute in ("train_list", "test_list") for file, _ in getattr(dataset_class, attribute)]
-    for name in (*lists, dataset_class.meta["filename"]):
-        path = folder / dataset_class.base_folder / name
-        with foreign_errors(path, "draw the data again"), open(path, "rb") as file:
-            try:
-                _ArraysOnly(file, encoding="latin1").load()
-            except DataError as error:
-                raise DataError(f"{path}: {error}") from None
-
-
 _CIFAR_SPLITS: Mapping[str, Mapping[str, object]] = {"train": {"train": True}, "test": {"train": False}}
 _SPLITS: Mapping[str, Mapping[str, object]] = {"train": {"split": "train"}, "test": {"split": "test"}}
 
@@ -115,8 +78,8 @@ def _files(dataset: Any) -> tuple[Any, Any]:
 
 # Keyed by torchvision's class.
 TORCHVISION_SETS: Mapping[str, TorchvisionSet] = {
-    "CIFAR10": TorchvisionSet(("cifar-10-batches-py",), _CIFAR_SPLITS, _cifar, pickles=True),
-    "CIFAR100": TorchvisionSet(("cifar-100-python",), _CIFAR_SPLITS, _cifar, pickles=True),
+    "CIFAR10": TorchvisionSet(("cifar-10-batches-py",), _CIFAR_SPLITS, _cifar),
+    "CIFAR100": TorchvisionSet(("cifar-100-python",), _CIFAR_SPLITS, _cifar),
     "DTD": TorchvisionSet(("dtd/dtd",), {**_SPLITS, "val": {"split": "val"}}, _files),
     "Food101": TorchvisionSet(("food-101",), _SPLITS, _files),
     "GTSRB": TorchvisionSet(("gtsrb/GTSRB",), _SPLITS, _gtsrb, downloads=("train", "test")),
@@ -151,8 +114,7 @@ def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
     - `official`: the data set has a val split of its own;
 
     and `refit`, the split that is meant by "refit". A split holds its images in file order. Files whose checksum
-    torchvision knows must have it, unless the folder is marked as synthetic: then they are read instead, and a pickle
-    that would run code is refused.
+    torchvision knows must have it, which also makes its pickles safe to load.
 
     Raises:
         CardError: If an option or split is unknown or missing.
@@ -166,14 +128,11 @@ def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
 
     remedy = f"them with `{known.download_command(name, (root or Path('data')) / card.folder)}`"
     folder = find_folder(card, suite, root, [known.files], remedy, shared=True)
+    if is_synthetic(folder):
+        return read_split_files(card, folder)
     from torchvision import datasets  # type: ignore[import-untyped]
 
     dataset_class = getattr(datasets, name)
-    notes = synthetic_notes(folder)
-    if notes:
-        if known.pickles:
-            _refuse_code(dataset_class, folder)
-        dataset_class = _without_checksums(dataset_class)
     for path in known.files:  # torchvision opens what is there
         place = folder / path
         for file in [place, *place.iterdir()] if place.is_dir() else [place]:
@@ -200,7 +159,7 @@ def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
         first, second = _four_fifths(train, options, card)
     splits = split_positions(first, second, np.arange(len(test.labels)), options.refit)
     images = {name: (test if name == "test" else train).take(name, splits[name]) for name in card.counts}
-    return Source(str(folder), images, notes, bool(notes), "card")
+    return Source(str(folder), images, variant="card")
 
 
 @dataclass(frozen=True)
@@ -258,16 +217,3 @@ def _four_fifths(pool: _Pool, options: _Options, card: TaskCard) -> list[Positio
             keys.append((hashlib.sha256((head or path).encode()).hexdigest(), path))
         order = np.array(sorted(range(count), key=keys.__getitem__), dtype=np.int64)
     return [np.sort(part) for part in np.split(order, [count * 4 // 5])]
-
-
-def _without_checksums(dataset_class: Any) -> Any:
-    """Return the class for synthetic data, whose checksums differ: torchvision takes a checksum of None for "any"."""
-    changes: dict[str, Any] = {}
-    for attribute in ("train_list", "test_list"):
-        if hasattr(dataset_class, attribute):
-            changes[attribute] = [[file, None] for file, _ in getattr(dataset_class, attribute)]
-    if hasattr(dataset_class, "meta"):
-        changes["meta"] = {**dataset_class.meta, "md5": None}
-    if hasattr(dataset_class, "split_list"):
-        changes["split_list"] = {split: [url, file, None] for split, (url, file, _) in dataset_class.split_list.items()}
-    return type(dataset_class.__name__, (dataset_class,), changes) if changes else dataset_class
