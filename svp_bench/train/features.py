@@ -10,12 +10,11 @@ of training nor on interruptions, so a resumed run ends at the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -23,9 +22,13 @@ from svp_bench.core.errors import file_size, plural
 from svp_bench.data.cache import cached
 from svp_bench.data.module import MEMORY_LIMIT_BYTES, VisionDataModule
 from svp_bench.models import TokenState, VisionMamba
+from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.models.hooks import is_plain
 from svp_bench.models.layers import PatchEmbed, RMSNorm
 from svp_bench.models.vim import Block, Mixer
+
+if TYPE_CHECKING:
+    from svp_bench.train.module import AdaptationModule
 
 __all__ = ["FrozenFeatures", "compute_features", "frozen_blocks"]
 
@@ -39,9 +42,11 @@ def frozen_blocks(model: VisionMamba) -> int | None:
 
     Returns:
         0..depth; depth + 1 if the final norm is frozen too, so that only the head trains; None if the embedding is not
-        frozen.
+        frozen, or a forward pass of the whole model may differ from that of its parts.
     """
     points, frozen = model.points, 0
+    if not is_plain(model, VisionMamba) or any(callable(getattr(VisionMamba, name, None)) for name in vars(model)):
+        return None
     if points.patch_embed or model.cls_token.requires_grad or model.pos_embed.requires_grad:
         return None
     if not _is_frozen(model.patch_embed):
@@ -104,39 +109,57 @@ class FrozenFeatures:
         return f"{what} of {plural(len(self.hidden), 'image')}, {file_size(self.nbytes)}"
 
 
-def compute_features(
-    model: VisionMamba,
-    data: VisionDataModule,
-    role: str,
-    blocks: int,
-    prepare: Callable[[Tensor], Tensor],
-    precision: Callable[[], AbstractContextManager[Any]],
-    key: tuple[Any, ...],
-) -> FrozenFeatures | None:
-    """Compute the frozen part for all images of a split, or take it from an earlier run of this process.
+def compute_features(module: AdaptationModule) -> dict[str, FrozenFeatures]:
+    """Compute the frozen part for the splits of a training, by role, where it is the same in every epoch.
 
-    Args:
-        model: The adapted backbone, on its device.
-        data: The data module, set up.
-        role: "train" or "val".
-        blocks: As of `frozen_blocks`, at least 1.
-        prepare: From uint8 images to the input of the backbone.
-        precision: Context of the forward pass.
-        key: What else the values depend on: weights of the backbone, precision, backend, …
-
-    Returns:
-        None if the values do not fit into memory.
+    Each process computes and stores all images. A resumed run decides as the run that it continues.
     """
-    images, pooled = data.split(role), blocks > model.depth
-    tokens = model.patch_embed.num_patches + 1
-    if not pooled and len(images) * tokens * model.embed_dim * 8 > MEMORY_LIMIT_BYTES:
+    found: dict[str, FrozenFeatures] = {}
+    if module.cache_features is False:
+        return found
+    trainer: Any = module.trainer
+    epochs, data, blocks = trainer.max_epochs or 1, trainer.datamodule, frozen_blocks(module.model)
+    reason = None
+    if not isinstance(data, VisionDataModule):
+        reason = "the images do not come from a VisionDataModule"
+    elif epochs <= trainer.world_size:
+        reason = f"it gains nothing in {plural(epochs, 'epoch')} of {plural(trainer.world_size, 'process')}"
+    elif not blocks:  # the embedding alone costs next to nothing
+        reason = "the frozen part of the backbone ends before its first block"
+    else:
+        if data.augment.changes_images or data.augment.random_erasing or data.augment.mixes:
+            reason = "the training images are augmented"
+        elif (features := _compute(module, data, "train", blocks)) is not None:
+            found["train"] = features
+        else:
+            reason = "the values do not fit into memory"
+        averaged = module.ema_config.evaluate  # another model is validated
+        if "val" in data.splits and not averaged and (features := _compute(module, data, "val", blocks)) is not None:
+            found["val"] = features
+    if reason and module.cache_features is True:
+        rank_zero_warn(f"model.cache_features true has no effect on the training: {reason}")
+    return found
+
+
+def _compute(module: AdaptationModule, data: VisionDataModule, role: str, blocks: int) -> FrozenFeatures | None:
+    """Compute the frozen part for all images of a split; None if the values do not fit into memory."""
+    model, trainer, images = module.model, module.trainer, data.split(role)
+    pooled, tokens = blocks > model.depth, model.patch_embed.num_patches + 1
+    bytes_per_number = torch.finfo(model.cls_token.dtype).bits // 8
+    size = len(images) * tokens * model.embed_dim * 2 * bytes_per_number
+    if not pooled and size * trainer.world_size > MEMORY_LIMIT_BYTES:
         return None
+    precision = str(trainer.precision)
+    backend = module.scan_decision(module.device, precision).name
+    normalisation = [buffer.flatten().tolist() for buffer in (module.get_buffer("mean"), module.get_buffer("std"))]
+    # the weights as they are now: a method may have changed them when it was attached
+    key = (backbone_digest(model), str(normalisation), module.input_attention, precision, backend, module.device.type)
 
     def compute() -> FrozenFeatures:
         hidden = residual = torch.empty(0)
-        with torch.no_grad(), precision():
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
             for batch in data.in_order(role, _BATCH):
-                state = model.embed(prepare(batch.images.to(model.cls_token.device)))
+                state = model.embed(module.prepare(batch.images.to(module.device)))
                 state = model.run_blocks(state, 0, min(blocks, model.depth))
                 stream = state.hidden if state.residual is None else state.residual
                 first, second = (model.pool(state), stream[:, :0]) if pooled else (state.hidden, stream)
@@ -147,4 +170,5 @@ def compute_features(
                 hidden[batch.index], residual[batch.index] = first.cpu(), second.cpu()
         return FrozenFeatures(blocks, hidden, None if pooled else residual, model.cls_index)
 
+    rank_zero_info(f"Note: the frozen part of the backbone is computed once for the {len(images)} images of {role}.")
     return cached(images, ("features", data.eval_transform, blocks, *key), compute)

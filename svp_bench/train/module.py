@@ -32,7 +32,7 @@ from svp_bench.models.layers import hidden_head, simam
 from svp_bench.ops import BackendChoice, choose
 from svp_bench.records.defaults import clipped_warmup
 from svp_bench.train.checkpoint import METADATA_KEY, Checkpoint, CheckpointMetadata
-from svp_bench.train.features import FrozenFeatures, compute_features, frozen_blocks
+from svp_bench.train.features import FrozenFeatures, compute_features
 from svp_bench.train.metrics import (
     Evaluation,
     ImageScores,
@@ -80,8 +80,9 @@ class AdaptationModule(LightningModule):
         scan_backend: auto, or a name of `svp_bench.list_backends()`.
         grad_checkpointing: Keep the input of each layer alone and compute the layer again in the backward pass: less
             memory, the same numbers, about a third more time.
-        cache_features: Compute the frozen part of the forward pass once per image, where that is exact (no
-            augmentation, nothing random in the frozen blocks): the same numbers, up to rounding, in less time.
+        cache_features: auto: compute the frozen part of the forward pass once per image, where that is exact (no
+            augmentation, nothing random in the frozen blocks): the same numbers, up to rounding, in less time; true:
+            warn where it is not; false: never.
         compile: Let torch.compile fuse what lies between the scan and the convolution. The first step takes minutes.
         seed: Of the random initial weights (head, adapter, and the backbone without a checkpoint).
         optimizer: Settings of the optimizer.
@@ -112,7 +113,7 @@ class AdaptationModule(LightningModule):
         drop_path: float = 0.0,
         scan_backend: str = "auto",
         grad_checkpointing: bool = False,
-        cache_features: bool = True,
+        cache_features: bool | Literal["auto"] = "auto",
         compile: bool = False,  # named as torch's
         seed: int = 0,
         optimizer: OptimizerConfig = OptimizerConfig(),
@@ -135,7 +136,7 @@ class AdaptationModule(LightningModule):
         sizes: Any = {"num_classes": num_classes, "img_size": image_size}
         self.model = self._build(head, {**sizes, "drop_path_rate": drop_path, "scan_backend": scan_backend})
         self.model.set_grad_checkpointing(grad_checkpointing)
-        self.cache_features = cache_features and not compile
+        self.cache_features = cache_features
         self.features: dict[str, FrozenFeatures] | None = None  # by role; None before the first epoch
         if compile:
             self.model.compile(dynamic=False)  # in place: the names of the parameters stay
@@ -172,14 +173,20 @@ class AdaptationModule(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Uint8 (B, 3, H, W) → logits (B, classes)."""
-        return self._logits(self.normalise(images))
+        return self._logits(self.prepare(images))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Return the input of the backbone, float (B, 3, H, W), for uint8 images (B, 3, H, W)."""
+        return self._attend(self.normalise(images))
+
+    def _attend(self, images: Tensor) -> Tensor:
+        return images if self.input_attention is None else simam(images)
 
     def _logits(self, images: Tensor) -> Tensor:
-        """Normalised float (B, 3, H, W) → logits (B, classes)."""
-        if self.input_attention is not None:
-            images = simam(images)
+        """Input of the backbone, float (B, 3, H, W) → logits (B, classes)."""
         if self.ema is not None and self.ema_config.evaluate and not self.training:
-            averaged = {name: weight.to(images.device) for name, weight in self.ema.weights.items()}
+            trained = trained_parameters(self.model)
+            averaged = {name: weight.to(trained[name]) for name, weight in self.ema.weights.items()}
             logits: Tensor = torch.func.functional_call(self.model, averaged, (images,))
         else:
             logits = self.model(images)
@@ -206,41 +213,14 @@ class AdaptationModule(LightningModule):
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        """Forget the features of another training."""
+        self.features = None
+
     def on_train_epoch_start(self) -> None:
         """Compute what the frozen part gives for each image, before the first epoch."""
         if self.features is None:
-            self.features = {}
-            for role in self._cacheable_roles():
-                self._compute_features(role)
-
-    def _cacheable_roles(self) -> list[str]:
-        """Return the splits whose frozen part is the same in every epoch, and worth computing apart."""
-        trainer: Any = self.trainer
-        epochs_left = (trainer.max_epochs or 1) - self.current_epoch
-        if not self.cache_features or trainer.world_size > 1 or epochs_left < 2:
-            return []
-        augment = trainer.datamodule.augment
-        roles = [] if augment.changes_images or augment.random_erasing or augment.mixes else ["train"]
-        return [*roles, *(["val"] if "val" in trainer.datamodule.splits and not self.ema_config.evaluate else [])]
-
-    def _compute_features(self, role: str) -> None:
-        blocks = frozen_blocks(self.model)
-        if not blocks:  # the embedding alone costs next to nothing
-            return
-        trainer: Any = self.trainer
-        precision = trainer.precision_plugin.forward_context
-        backend = self.scan_decision(self.device, str(trainer.precision)).name
-        key = (self.backbone_digest, self.input_attention, str(trainer.precision), backend, self.device.type)
-        images = len(trainer.datamodule.split(role))
-        rank_zero_info(f"Note: the frozen part of the backbone is computed once for the {images} images of {role}.")
-        found = compute_features(self.model, trainer.datamodule, role, blocks, self._prepare, precision, key)
-        if found is not None and self.features is not None:
-            self.features[role] = found
-
-    def _prepare(self, images: Tensor) -> Tensor:
-        """Return the input of the backbone for uint8 images (B, 3, H, W)."""
-        images = self.normalise(images)
-        return images if self.input_attention is None else simam(images)
+            self.features = compute_features(self)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy of one batch, after what chance does to it on the device: random erasing, mixup, cutmix.
@@ -251,7 +231,7 @@ class AdaptationModule(LightningModule):
             logits, targets = self.features["train"].logits(self.model, batch.index), batch.labels
         else:
             images, targets = self._perturbed(batch, batch_idx)
-            logits = self._logits(images)
+            logits = self._logits(self._attend(images))
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(

@@ -10,12 +10,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from svp_bench.core.errors import ConfigError, RecordError, SvpBenchError, UsageError, one_line, plural
 from svp_bench.core.interrupts import INTERRUPTS, Preempted
@@ -43,8 +43,6 @@ from svp_bench.train.recorded import RecordedRun
 from svp_bench.train.resume import check_resumable, locked
 
 __all__ = ["FitRun", "ScoreRun", "first_difference", "run"]
-
-T = TypeVar("T")
 
 
 @quiet()
@@ -113,8 +111,10 @@ class FitRun(RecordedRun):
     def set_up(self) -> None:
         """Check weights, scan backend and data before anything is written."""
         self.check_weights()
-        if external_classes(self.trainer):
-            self.model.cache_features = False  # they may need, or change, the backbone in each step
+        if external := external_classes(self.trainer):  # they may need, or change, the backbone in each step
+            if self.model.cache_features is True:
+                rank_zero_warn(f"model.cache_features true has no effect with {', '.join(external)}")
+            self.model.cache_features = False
         self.scan_backend()  # raises if the requested backend cannot run on this device
         self.model.run_id = self.run_id
         self.data.trainer = self.trainer  # for the check of the batch size
