@@ -151,7 +151,7 @@ def test_the_digits_are_kept_apart_by_their_numbers() -> None:
     source = open_source(load_task("demo/digits"))
     leaking = replace(source, splits={**source.splits, "test": source.get("val")})
     stages = {"final": {"train": "trainval", "test": "test"}}
-    with pytest.raises(DataError, match=r"the list 'val': 200 of its images are also in the list '(val|trainval)'"):
+    with pytest.raises(DataError, match=r"the split 'val': 200 of its images are also in the split '(val|trainval)'"):
         leaking.checked(stages)
 
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from svp_bench.core.errors import UsageError
-from svp_bench.data.transforms import INTERPOLATIONS, resize_squash, to_rgb
+from svp_bench.data.decode import convert
+from svp_bench.data.transforms import INTERPOLATIONS, resize_squash
 
 
 def gradient(width: int = 8, height: int = 6) -> Image.Image:
@@ -60,24 +61,24 @@ def test_an_unknown_interpolation_names_the_nearest() -> None:
 
 def test_grey_palette_and_one_bit_keep_their_colours() -> None:
     grey = gradient().convert("L")
-    assert np.array_equal(np.asarray(to_rgb(grey)), np.repeat(np.asarray(grey)[..., None], 3, axis=-1))
+    assert np.array_equal(np.asarray(convert(grey).image), np.repeat(np.asarray(grey)[..., None], 3, axis=-1))
     palette = gradient().quantize(256)
-    assert np.array_equal(np.asarray(to_rgb(palette)), np.asarray(palette.convert("RGB")))
-    assert np.asarray(to_rgb(grey.convert("1"))).max() == 255
+    assert np.array_equal(np.asarray(convert(palette).image), np.asarray(palette.convert("RGB")))
+    assert np.asarray(convert(grey.convert("1")).image).max() == 255
 
 
 def test_cmyk_comes_back_close_to_its_colours() -> None:
     image = gradient()
-    back = np.asarray(to_rgb(reopened(image.convert("CMYK"), "TIFF")))
+    back = np.asarray(convert(reopened(image.convert("CMYK"), "TIFF")).image)
     assert np.abs(back.astype(int) - np.asarray(image)).max() <= 1
 
 
 def test_transparency_is_composited_over_white() -> None:
     image = gradient().convert("RGBA")
     image.putalpha(0)
-    assert np.asarray(to_rgb(reopened(image, "PNG"))).min() == 255
+    assert np.asarray(convert(reopened(image, "PNG")).image).min() == 255
     image.putalpha(255)
-    assert np.array_equal(np.asarray(to_rgb(reopened(image, "PNG"))), np.asarray(gradient()))
+    assert np.array_equal(np.asarray(convert(reopened(image, "PNG")).image), np.asarray(gradient()))
 
 
 def test_a_palette_with_transparency_makes_no_warning() -> None:
@@ -85,34 +86,34 @@ def test_a_palette_with_transparency_makes_no_warning() -> None:
     image = reopened(palette, "PNG", transparency=bytes(range(16)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.asarray(to_rgb(image)).min() > 230  # hardly anything is opaque
+        assert np.asarray(convert(image).image).min() > 230  # hardly anything is opaque
 
 
 def test_16_bit_grey_keeps_its_high_byte() -> None:
     wide = (np.arange(256, dtype=np.uint16) << 8 | 0x37).reshape(16, 16)
     image = reopened(Image.fromarray(wide), "PNG")
-    assert np.asarray(to_rgb(image))[..., 1].reshape(-1).tolist() == list(range(256))
+    assert np.asarray(convert(image).image)[..., 1].reshape(-1).tolist() == list(range(256))
     as_32_bit = Image.fromarray(wide.astype(np.int32))
-    assert np.array_equal(np.asarray(to_rgb(as_32_bit)), np.asarray(to_rgb(image)))
+    assert np.array_equal(np.asarray(convert(as_32_bit).image), np.asarray(convert(image).image))
 
 
 def test_pixels_without_an_agreed_range_are_refused() -> None:
     with pytest.raises(ValueError, match="pixels from -3 to 70000; add an offset"):
-        to_rgb(Image.fromarray(np.array([[-3, 70000]], np.int32)))
+        convert(Image.fromarray(np.array([[-3, 70000]], np.int32)))
     for value in (np.nan, np.inf):
         with pytest.raises(ValueError, match="NaN or infinite"):
-            to_rgb(Image.fromarray(np.array([[value, 1]], np.float32)))
+            convert(Image.fromarray(np.array([[value, 1]], np.float32)))
 
 
 def test_the_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter
-    assert to_rgb(reopened(gradient(8, 6), "JPEG", exif=exif)).size == (6, 8)
+    assert convert(reopened(gradient(8, 6), "JPEG", exif=exif)).image.size == (6, 8)
 
 
 def test_to_rgb_is_the_conversion_of_single_images() -> None:
     values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     for deep, levels, brightest in ((values, 256, 255), (values // 16, 256, 255), (values // 32 + 10, 128, 137)):
-        found = np.asarray(to_rgb(Image.fromarray(deep)))
+        found = np.asarray(convert(Image.fromarray(deep)).image)
         assert found.shape == (64, 64, 3)
         assert (len(np.unique(found)), found.max()) == (levels, brightest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ def test_runs_of_one_process_share_features_of_the_same_weights(place: Path, mon
         real(self, *line)
 
     monkeypatch.setattr(features.FrozenFeatures, "__init__", counted)
-    monkeypatch.setattr(cache, "_cache", None)
+    monkeypatch.setattr(cache, "_limit", 0)
+    monkeypatch.setattr(cache, "_values", OrderedDict())
     cache.cache_between_runs()
     line = small(*LINEAR, trainer__max_epochs="2")
     first = run(*line)

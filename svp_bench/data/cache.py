@@ -25,39 +25,15 @@ class Sized(Protocol):
 
 
 T = TypeVar("T", bound=Sized)
-
-
-class _Cache:
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.values: OrderedDict[Hashable, Any] = OrderedDict()
-        self.examined: dict[Hashable, Examined] = {}
-
-    def get(self, key: Hashable, compute: Callable[[], T]) -> T:
-        if key in self.values:
-            self.values.move_to_end(key)
-            found: T = self.values[key]
-            return found
-        value = compute()
-        while self.values and sum(v.nbytes for v in self.values.values()) + value.nbytes > self.limit:
-            self.values.popitem(last=False)  # least recently used
-        if value.nbytes <= self.limit:
-            self.values[key] = value
-        return value
-
-
-_cache: _Cache | None = None
+_limit = 0  # bytes
+_values: OrderedDict[Hashable, Any] = OrderedDict()
 
 
 def cache_between_runs(limit: int = 2 * 2**30) -> None:
-    """Cache decoded images and features, of at most `limit` bytes in all, until the process ends."""
-    global _cache
-    _cache = _Cache(limit)
-
-
-def _name(images: Images) -> Hashable:
-    place = images.where(0) if len(images) else ""
-    return type(images).__name__, images.name, images.digest, place
+    """Cache decoded images and features, of less than `limit` bytes in all, until the process ends."""
+    global _limit
+    _limit = limit
+    _values.clear()
 
 
 def cached(images: Images, key: Hashable, compute: Callable[[], T]) -> T:
@@ -68,16 +44,20 @@ def cached(images: Images, key: Hashable, compute: Callable[[], T]) -> T:
         key: Everything else that the value depends on.
         compute: Computes it.
     """
-    return compute() if _cache is None else _cache.get((_name(images), images.depth, key), compute)
+    place = images.where(0) if len(images) else ""
+    name = type(images).__name__, images.name, images.digest, place, images.depth, key
+    if name in _values:
+        _values.move_to_end(name)
+        found: T = _values[name]
+        return found
+    value = compute()
+    if value.nbytes < _limit:
+        _values[name] = value
+        while sum(one.nbytes for one in _values.values()) >= _limit:
+            _values.popitem(last=False)  # least recently used
+    return value
 
 
 def examined(images: Images, note: Note | None = None) -> Examined:
     """Return what examining the images of a split finds, or found in an earlier run of this process."""
-    if _cache is None:
-        return images.examine(note)
-    if (name := _name(images)) not in _cache.examined:
-        found = images.examine(note)
-        if found.problems:
-            return found
-        _cache.examined[name] = found
-    return _cache.examined[name]
+    return cached(images, "examined", lambda: images.examine(note))

@@ -100,14 +100,10 @@ class Subset(Images):
         self.name = name
         self.positions = positions
         self._whole = whole
+        self.listing = whole.listing
         self.labels = whole.labels[positions]
         text = f"{name}\n{whole.digest}\n{' '.join(map(str, positions.tolist()))}"
         self.digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def listing(self) -> str:
-        """What lists the images: what lists the whole split."""
-        return self._whole.listing
 
     def keys(self) -> Sequence[str]:
         """Return the keys of its images."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ class Examined:
                 notes[note] = notes.get(note, 0) + 1
         largest = (max(values) if values else None for values in (whole, real))
         return cls(digests, tuple(problems), notes, len(whole), len(real), *largest)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes for a cache; with problems too large for any, as the files may be repaired."""
+        return sys.maxsize if self.problems else self.digests.nbytes
 
     def keys(self) -> list[bytes]:
         """Return the digest of each image."""

@@ -93,6 +93,8 @@ class VisionDataModule(LightningDataModule):
         class_names: What to call them, in the order of their labels; the data's own names, if any, after `setup`.
         eval_transform: From a stored image to the model's size.
         splits: Role ("train", "val", "test") → name of the split that plays it in this stage.
+        content_digests: Split → digest of the decoded pixels of its images, of this stage; after `setup`.
+        image_notes: What was skipped or converted → how many images of this stage; after `setup`.
         splits_read: The source's splits that this stage reads: those of `splits`, or the one that folds divide.
 
     Raises:
@@ -143,8 +145,8 @@ class VisionDataModule(LightningDataModule):
         self._source: Source | None = None
         self._report: DataReport | None = None
         self.depth = Depth()
-        self._content_digests: dict[str, str] = {}
-        self._image_notes: dict[str, int] = {}
+        self.content_digests: dict[str, str] = {}
+        self.image_notes: dict[str, int] = {}
         self._datasets: dict[str, ImageDataset] = {}
         self._test_unlocked = False
 
@@ -250,19 +252,19 @@ class VisionDataModule(LightningDataModule):
         depth = Depth.of(*(_largest(found.values(), name) for name in ("largest_whole", "largest_real")))
         for images in source.splits.values():
             images.depth = depth
-        self._content_digests = {name: content_digest(found[name]) for name in names}
+        self.content_digests = {name: content_digest(found[name]) for name in names}
         self.depth = depth
-        self._image_notes = {f"skipped: {kind}": len(paths) for kind, paths in source.skipped.items()}
+        self.image_notes = {f"skipped: {kind}": len(paths) for kind, paths in source.skipped.items()}
         for name in names:
             done = {**found[name].notes, **depth.notes(found[name].whole, found[name].real)}
             for note, count in done.items():
-                self._image_notes[note] = self._image_notes.get(note, 0) + count
+                self.image_notes[note] = self.image_notes.get(note, 0) + count
         notes = self._compare(source, found, parts, report)
-        if self._image_notes:
+        if self.image_notes:
             first = [path for paths in source.skipped.values() for path in paths][:3]
             rank_zero_warn(
                 f"images of {self.card.name}: "
-                + ", ".join(f"{note} ({count})" for note, count in self._image_notes.items())
+                + ", ".join(f"{note} ({count})" for note, count in self.image_notes.items())
                 + (f"; skipped are {', '.join(map(printable, first))} …" if first else "")
             )
         return report if not notes else replace(report, status="different", notes=(*report.notes, *notes))
@@ -307,7 +309,7 @@ class VisionDataModule(LightningDataModule):
                 continue
             held = splits[self.splits[role]]
             if pairs := overlap(held, train):
-                self._image_notes[f"images of {held[0].name} that are also in {train[0].name}"] = len(pairs)
+                self.image_notes[f"images of {held[0].name} that are also in {train[0].name}"] = len(pairs)
                 text = first_overlap(held, train, pairs)
                 if self.card.suite == "custom" and not self.allow_overlap:
                     raise DataError(
@@ -317,7 +319,7 @@ class VisionDataModule(LightningDataModule):
                 if not as_pinned:
                     notes.append(text)
         if pairs := two_labels(train):
-            self._image_notes[f"images of {train[0].name} that have two labels"] = len(pairs)
+            self.image_notes[f"images of {train[0].name} that have two labels"] = len(pairs)
         if parts and (difference := joined(train, splits[parts[0]], splits[parts[1]])):
             notes.append(difference)
         return notes
@@ -333,7 +335,7 @@ class VisionDataModule(LightningDataModule):
             return
         path = results_root / "content" / f"{self.card.name}.json"
         try:
-            notes = differences_from_first_use(path, self._content_digests)
+            notes = differences_from_first_use(path, self.content_digests)
         except OSError as error:
             rank_zero_warn(
                 f"{path} cannot be written ({error.strerror}): later runs cannot compare their data with these"
@@ -342,16 +344,6 @@ class VisionDataModule(LightningDataModule):
         if notes:
             rank_zero_warn(f"{'; '.join(notes)}; records will say data_status: different")
             self._report = replace(report, status="different", notes=(*report.notes, *notes))
-
-    @property
-    def content_digests(self) -> Mapping[str, str]:
-        """Split → digest of the decoded pixels of its images, for the splits of this stage; after `setup`."""
-        return self._content_digests
-
-    @property
-    def image_notes(self) -> Mapping[str, int]:
-        """What was skipped or converted → how many images, over the splits of this stage; after `setup`."""
-        return self._image_notes
 
     @property
     def report(self) -> DataReport:

@@ -78,21 +78,18 @@ class Images(ABC):
         name: Name of the split, e.g. "train800".
         labels: int64 (N,).
         digest: "sha256:…" of what defines the split.
+        listing: The file or description that lists the images, for messages.
         depth: Bits that deep images use; None until all images of the data set were examined.
     """
 
     name: str
     labels: npt.NDArray[np.int64]
     digest: str
+    listing: str
     depth: Depth | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def listing(self) -> str:
-        """The file or description that lists the images, for messages."""
-        return f"the list {self.name!r}"
 
     def keys(self) -> Sequence[str]:
         """Return a key of each image that is unique in its source, in any split: its path or number."""
@@ -143,15 +140,10 @@ class FileImages(Images):
         Image.init()  # all formats, before threads race for the rarer ones: the loser would not know its file's format
         self.folder = folder
         self.name = name
-        self._listing = listing or str(folder / f"{name}.txt")
+        self.listing = listing or str(folder / f"{name}.txt")
         self.paths = images.paths
         self.labels = images.labels
         self.digest = split_digest(name, images)
-
-    @property
-    def listing(self) -> str:
-        """The file or description that lists the images."""
-        return self._listing
 
     def keys(self) -> Sequence[str]:
         """Return the paths, which have one spelling each."""
@@ -231,6 +223,7 @@ class ArrayImages(Images):
         what: str = "digit",
     ) -> None:
         self.name = name
+        self.listing = f"the split {name!r}"
         self._what = what
         self.labels = labels[positions]
         self._pixels = pixels[positions]

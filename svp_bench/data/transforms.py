@@ -12,7 +12,6 @@ from PIL import Image
 
 from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.core.ranges import check_one_of, check_range
-from svp_bench.data.decode import convert
 
 __all__ = [
     "CROP_RATIO",
@@ -24,7 +23,6 @@ __all__ = [
     "shorter_side",
     "sides",
     "to_array",
-    "to_rgb",
 ]
 
 RESIZES = ("squash", "centre_crop")
@@ -36,15 +34,6 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an opened image as 8-bit RGB: see `svp_bench.data.decode`.
-
-    Raises:
-        ValueError: If its pixels are negative or not finite.
-    """
-    return convert(image).image
 
 
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -102,7 +91,7 @@ class TransformConfig:
 
     resize: Literal["squash", "centre_crop"] | None = None
     interpolation: Literal["bicubic", "bilinear", "lanczos"] | None = None
-    crop_ratio: float = 0.875
+    crop_ratio: float = CROP_RATIO
 
     def __post_init__(self) -> None:
         check_one_of("data.transform.resize", self.resize, RESIZES)
