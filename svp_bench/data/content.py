@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from svp_bench.core.errors import printable
 from svp_bench.data.inspection import Examined
 from svp_bench.data.sources import Images
 
-__all__ = ["content_digest", "differences_from_first_use", "first_overlap", "joined", "overlap", "two_labels"]
+__all__ = ["content_digest", "differences_from_first_use", "first_overlap", "overlap", "two_labels"]
 
 Split = tuple[Images, Examined]
 _MAX_BYTES = 2**20
@@ -32,33 +31,11 @@ def overlap(held: Split, seen: Split) -> list[tuple[int, int]]:
     return [(index, first[key]) for index, key in enumerate(held[1].keys()) if key in first]
 
 
-def two_labels(split: Split) -> list[tuple[int, int]]:
-    """Return (position, earlier position) for each image that a split has before with another label."""
+def two_labels(split: Split) -> int:
+    """Return how many images a split has before with another label."""
     first: dict[bytes, int] = {}
-    labels = split[0].labels
-    pairs = []
-    for index, key in enumerate(split[1].keys()):
-        before = first.setdefault(key, index)
-        if labels[before] != labels[index]:
-            pairs.append((index, before))
-    return pairs
-
-
-def joined(refit: Split, train: Split, val: Split) -> str | None:
-    """Compare `refit` with train and val together, as pixels and labels; return the difference, or None."""
-
-    def content(images: Images, examined: Examined) -> Counter[tuple[bytes, int]]:
-        return Counter(zip(examined.keys(), images.labels.tolist(), strict=True))
-
-    both = content(*train) + content(*val)
-    ours = content(*refit)
-    if ours == both:
-        return None
-    names = f"{train[0].name} and {val[0].name} together"
-    return (
-        f"{refit[0].name} does not hold the images and labels of {names}: "
-        f"{(ours - both).total()} are only in {refit[0].name}, {(both - ours).total()} only in {names}"
-    )
+    pairs = zip(split[1].keys(), split[0].labels.tolist(), strict=True)
+    return sum(label != first.setdefault(key, label) for key, label in pairs)
 
 
 def first_overlap(held: Split, seen: Split, pairs: list[tuple[int, int]]) -> str:
