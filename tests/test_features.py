@@ -183,6 +183,12 @@ def test_a_stopped_run_continues_to_the_same_weights(place: Path, monkeypatch: p
     assert all(torch.equal(content(whole)[name], value) for name, value in content(again).items())
 
 
+def empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch the cache between runs off, with all that it holds, until the test ends."""
+    monkeypatch.setattr(cache, "_limit", 0)
+    monkeypatch.setattr(cache, "_values", OrderedDict())
+
+
 def test_runs_of_one_process_share_features_of_the_same_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
     real = features.FrozenFeatures.__init__
@@ -192,8 +198,7 @@ def test_runs_of_one_process_share_features_of_the_same_weights(place: Path, mon
         real(self, *line)
 
     monkeypatch.setattr(features.FrozenFeatures, "__init__", counted)
-    monkeypatch.setattr(cache, "_limit", 0)
-    monkeypatch.setattr(cache, "_values", OrderedDict())
+    empty_cache(monkeypatch)
     cache.cache_between_runs()
     line = small(*LINEAR, trainer__max_epochs="2")
     first = run(*line)
@@ -255,14 +260,14 @@ def changing(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_methods_that_change_frozen_weights_share_no_features(changing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_cache", None)
+    empty_cache(monkeypatch)
     cache.cache_between_runs()
     losses = []
     for factor in ("1.0", "3.0"):
         flags = ("--method", "changing.yaml", "--model.method.factor", factor)
         losses.append(run(*small(*flags, trainer__max_epochs="2")).record["metrics"]["loss"])
     assert losses[0] != losses[1]
-    monkeypatch.setattr(cache, "_cache", None)
+    empty_cache(monkeypatch)
     alone = run(*small("--method", "changing.yaml", "--model.method.factor", "3.0", trainer__max_epochs="2"))
     assert alone.record["metrics"]["loss"] == losses[1]
 
