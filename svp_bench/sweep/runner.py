@@ -32,7 +32,7 @@ from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.search import Plan, SearchSpace
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 from svp_bench.train.parser import ResolvedConfig, resolve
-from svp_bench.train.resume import Claimed, find_run, held
+from svp_bench.train.resume import AlreadyLockedError, find_run, lock_file
 from svp_bench.train.run import run
 
 __all__ = ["Runner", "with_values"]
@@ -223,7 +223,7 @@ class Runner:
         began = time.perf_counter()
         try:
             outcome = self._run(job, report, retry)
-        except Claimed:
+        except AlreadyLockedError:
             outcome = Outcome("claimed", reason="another process runs it")
         except KeyboardInterrupt:
             outcome = Outcome("stopped", reason="interrupted")
@@ -240,7 +240,7 @@ class Runner:
         # no two processes of any sweep over this runs folder run the same cell and seed at once
         cell = [resolved.task, resolved.method, resolved.seed, cell_config(resolved.config), setting]
         name = canonical_digest(cell).removeprefix("sha256:")[:32]
-        with held(resolved.runs_root / "claims" / f"{name}.lock"):
+        with lock_file(resolved.runs_root / "claims" / f"{name}.lock"):
             found = self.look(job)  # another process may have finished it just before
             if found is not None and found.status == "complete":
                 return found

@@ -6,6 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.preemption import PerStepSeed, PreemptionHandler
 from svp_bench.train.processes import agreed_name
 from svp_bench.train.provenance import changed_cards, commit_and_dirty
-from svp_bench.train.resume import FoundRun, InitialState, claim_run, claim_setting
+from svp_bench.train.resume import FoundRun, InitialState, find_run, lock_run, lock_setting
 
 __all__ = ["BaseRun"]
 
@@ -140,10 +141,9 @@ class BaseRun(ABC):
                     claims = config.runs_root / "claims"
                     refuse_unwritable(claims, "--runs_root")
                     parts = [task, config.setting_digest, config.seed, str(config.config["model"]["checkpoint"])]
-                    claim_setting(self.exit_stack, claims / f"resume-{canonical_digest(parts)[7:39]}.lock")
-                found = claim_run(
-                    self.exit_stack, runs, records, config.seed, same_setting, config.sources, start.is_of
-                )
+                    lock_setting(self.exit_stack, claims / f"resume-{canonical_digest(parts)[7:39]}.lock")
+                find = partial(find_run, runs, records, config.seed, same_setting, same_start=start.is_of)
+                found = lock_run(self.exit_stack, records, find, config.sources)
                 if found is not None:
                     return found.folder.name
                 reason = f" ({start.mismatch})" if start.mismatch else ""

@@ -118,12 +118,14 @@ class RecipeWatch(Callback):
     Attributes:
         reasons: Why the run is not comparable, one line each.
         scored: Digest of the weights that were tested, or None.
+        training: Whether training has begun.
     """
 
     def __init__(self, checkpoint: Path | None) -> None:
         self.checkpoint = checkpoint
         self.reasons: list[str] = []
         self.scored: str | None = None
+        self.training = False
         self._settings: dict[str, Any] = {}
         self._last: str | None = None  # digest of the weights after the last optimizer step
         self._frozen: dict[str, Tensor] = {}  # if there are user classes
@@ -149,6 +151,7 @@ class RecipeWatch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the settings, and from now on each optimizer step."""
+        self.training = True
         if not self._settings or not isinstance(pl_module, AdaptationModule):
             return
         self._compare_settings(trainer, pl_module)
@@ -183,7 +186,9 @@ class RecipeWatch(Callback):
         if self._settings and isinstance(pl_module, AdaptationModule):
             self._compare_settings(trainer, pl_module)
 
-    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Compute the digest of the final weights."""
         if batch_idx == 0 and isinstance(pl_module, AdaptationModule):
             self.check_final_weights(trainer, pl_module)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
 
 from svp_bench.core.errors import ConfigError, UsageError
 from svp_bench.core.yaml import read_yaml
@@ -30,19 +29,19 @@ from svp_bench.train.processes import is_first_process
 from svp_bench.train.provenance import changed_sources, read_sources
 
 __all__ = [
-    "Claimed",
+    "REMEDY",
+    "AlreadyLockedError",
     "FoundRun",
     "InitialState",
     "check_resumable",
-    "claim_run",
-    "claim_setting",
     "find_run",
-    "held",
+    "lock_file",
+    "lock_run",
+    "lock_setting",
     "locked",
 ]
 
 REMEDY = "delete it, and the run begins anew; or leave --resume out"
-_LOCK = "lock"
 
 
 class FoundRun(NamedTuple):
@@ -206,16 +205,16 @@ def _config_of(folder: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-class Claimed(Exception):  # not an error: the other process does the work
-    """Raised if another process holds a lock."""
+class AlreadyLockedError(Exception):
+    """Raised if another process holds a lock; it does the work."""
 
 
 @contextmanager
-def held(lock: Path) -> Iterator[None]:
-    """Hold a lock file; the lock ends with the process.
+def lock_file(lock: Path) -> Iterator[None]:
+    """Lock a file; the lock ends with the process.
 
     Raises:
-        Claimed: If another process holds it.
+        AlreadyLockedError: If another process has locked it.
     """
     try:
         import fcntl
@@ -227,7 +226,7 @@ def held(lock: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked data workers, as flock is
         except BlockingIOError:
-            raise Claimed from None
+            raise AlreadyLockedError from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -238,57 +237,53 @@ def locked(folder: Path) -> Iterator[None]:
     """Lock a run's folder, so that no two processes train the same run.
 
     Raises:
-        UsageError: If another process holds it.
+        UsageError: If another process has locked it.
     """
     try:
-        with held(folder / _LOCK):
+        with lock_file(folder / "lock"):
             yield
-    except Claimed:
+    except AlreadyLockedError:
         raise UsageError(f"another process is training the run {folder.name} right now") from None
 
 
-def claim_setting(exit_stack: ExitStack, lock: Path) -> None:
-    """Lock a setting and seed, so that two commands with `--resume` do not begin the same run.
+def lock_setting(exit_stack: ExitStack, lock: Path) -> None:
+    """Lock a setting and seed until `exit_stack` closes, so that two commands with `--resume` begin one run.
 
     The first process of a run holds the lock for all of its processes.
 
-    Args:
-        exit_stack: Releases the lock when it closes.
-        lock: The lock file of the task, setting and seed.
-
     Raises:
-        UsageError: If another process holds it.
+        UsageError: If another process has locked it.
     """
     if not is_first_process():
         return
     try:
-        exit_stack.enter_context(held(lock))
-    except Claimed:
+        exit_stack.enter_context(lock_file(lock))
+    except AlreadyLockedError:
         raise UsageError(
             "--resume: another process is running this setting and seed right now; once it has ended, the same command "
             "continues from there"
         ) from None
 
 
-def claim_run(
-    exit_stack: ExitStack,
-    folder: Path,
-    records: Path,
-    seed: int,
-    same_setting: Callable[[Mapping[str, Any]], bool],
-    sources: Mapping[str, str] | None = None,
-    same_start: Callable[[FoundRun, Mapping[str, Any]], bool] = lambda found, config: True,
+def lock_run(
+    exit_stack: ExitStack, records: Path, find: Callable[[Mapping[str, str] | None], FoundRun | None], sources: Any
 ) -> FoundRun | None:
-    """Find the run to resume as `find_run` does, and lock it until `exit_stack` closes.
+    """Find the run to resume, and lock it until `exit_stack` closes.
 
     The first process of a run holds the lock for all of its processes.
+
+    Args:
+        exit_stack: Releases the lock when it closes.
+        records: Folder of the task's records.
+        find: `find_run` with all arguments but `sources`.
+        sources: The `ResolvedConfig.sources` that the run must have.
 
     Raises:
         UsageError: If another process is training the run, or its method had other source files.
     """
-    found = find_run(folder, records, seed, same_setting, sources, same_start)
-    if found is None and sources is not None:
-        other = find_run(folder, records, seed, same_setting, None, same_start)
+    found = find(sources)
+    if found is None:
+        other = find(None)
         if other is not None and not other.finished:
             raise UsageError(
                 f"--resume: the run {other.folder.name} began with another source of its method "
@@ -301,13 +296,10 @@ def claim_run(
     return FoundRun.at(found.folder, records)  # another process may have finished it meanwhile
 
 
-# --- content of a checkpoint -----------------------------------------------------------------------------------------
-
-
 def check_resumable(
     saved: Checkpoint, trainer: Trainer, model: AdaptationModule, callbacks: Sequence[Callback]
 ) -> None:
-    """Check that a checkpoint has the complete state of the training.
+    """Check the parts of a checkpoint without which Lightning would restore another state and report nothing.
 
     Args:
         saved: The checkpoint.
@@ -318,53 +310,27 @@ def check_resumable(
     Raises:
         CheckpointError: If a part is missing or of another type; names it.
     """
-
-    def need(part: str, value: Any, fits: bool, expected: str) -> Any:
-        if not fits:
-            raise wrong_part(str(saved.path), part, value, expected, REMEDY)
-        return value
-
-    def only_mapping(part: str) -> dict[str, Any]:
-        value = saved.content.get(part)
-        (entry,) = need(part, value, isinstance(value, list) and len(value) == 1, "a list of 1")
-        mapping: dict[str, Any] = need(f"{part}[0]", entry, isinstance(entry, dict), "a mapping")
-        return mapping
-
-    optimizer, schedule = only_mapping("optimizer_states"), only_mapping("lr_schedulers")
-    need("lr_schedulers.last_epoch", last := schedule.get("last_epoch"), isinstance(last, int), "a whole number")
-    parameters = [*trained_parameters(model.model).values()]
-    groups, state = optimizer.get("param_groups"), optimizer.get("state")
-    all_there = _numbers(groups) == list(range(len(parameters)))
-    need("optimizer_states.param_groups", groups, all_there, f"all {len(parameters)} trained parameters")
-    moments = need("optimizer_states.state", state, isinstance(state, dict), "a mapping")
+    content, where = saved.content, str(saved.path)
+    if not content.get("lr_schedulers"):
+        raise wrong_part(where, "lr_schedulers", content.get("lr_schedulers"), "the state of the schedule", REMEDY)
+    shapes = sorted(tuple(parameter.shape) for parameter in trained_parameters(model.model).values())
     if saved.global_step and model.optimizer_config.name == "adamw":
-        shapes = sorted(_shape_of_moments(moments.get(number)) for number in range(len(parameters)))
-        fits = shapes == sorted(tuple(parameter.shape) for parameter in parameters)
-        need("optimizer_states.state", moments, fits, "the moments of each trained parameter")
-    for number, parts in moments.items():
-        values = parts.items() if isinstance(parts, dict) else ()
-        tensors = {f"{number}.{key}": value for key, value in values if isinstance(value, Tensor)}
-        check_tensors(tensors, str(saved.path), "optimizer_states.state", REMEDY)
+        try:
+            (optimizer,) = content["optimizer_states"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments = {f"{number}.{key}": state[key] for number, state in optimizer["state"].items()}
+                check_tensors(moments, where, "optimizer_states.state", REMEDY)
+                if sorted(tuple(value.shape) for value in moments.values()) != shapes:
+                    raise ValueError(key)
+        except (KeyError, ValueError, TypeError, AttributeError):
+            expected = "the moments of each trained parameter"
+            raise wrong_part(where, "optimizer_states", content.get("optimizer_states"), expected, REMEDY) from None
     for part, key, fresh in (
         ("loops", "fit_loop", trainer.fit_loop.state_dict()),
         *(("callbacks", callback.state_key, callback.state_dict()) for callback in callbacks),
     ):
-        states = need(part, value := saved.content.get(part), isinstance(value, dict), "a mapping")
-        if different := _difference(f"{part}.{key}", states.get(key), fresh):
-            raise wrong_part(str(saved.path), *different, REMEDY)
-
-
-def _numbers(groups: Any) -> list[Any]:
-    """Return the numbers of the parameters in an optimizer's groups."""
-    lists = [group.get("params") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
-    return [number for numbers in lists if isinstance(numbers, list) for number in numbers]
-
-
-def _shape_of_moments(state: Any) -> tuple[int, ...]:
-    """Return the shape of Adam's moments of a parameter; (-1,) if one is missing."""
-    parts = [state.get(key) for key in ("exp_avg", "exp_avg_sq")] if isinstance(state, dict) and "step" in state else []
-    shapes = {tuple(part.shape) for part in parts if isinstance(part, Tensor)}
-    return shapes.pop() if len(parts) == 2 and len(shapes) == 1 else (-1,)
+        if different := _difference(part, content.get(part), {key: fresh}):
+            raise wrong_part(where, *different, REMEDY)
 
 
 def _difference(part: str, given: Any, fresh: Any) -> tuple[str, Any, str] | None:
