@@ -71,34 +71,6 @@ def png_of_16_bit_colour(values: Array, kind: int) -> io.BytesIO:
     return io.BytesIO(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
-@pytest.mark.parametrize(
-    ("values", "kind"),
-    [
-        (np.uint16(1), "PNG"),
-        (np.uint16(257), "TIFF"),
-        (np.uint16(256), "PNG"),
-        (np.int32(1), "TIFF"),
-        (np.float32(1), "TIFF"),
-        (np.float32(1 / 255), "TIFF"),
-    ],
-)
-def test_a_deep_copy_of_an_image_has_its_digest(values: Any, kind: str) -> None:
-    grey = noise(0)
-    plain = decode(saved(Image.fromarray(grey.astype(np.uint8)), "PNG"))
-    assert decode(saved(Image.fromarray((grey * values).astype(values.dtype)), kind)).digest == plain.digest
-    other = grey.copy()
-    other[3, 4] ^= 1
-    assert decode(saved(Image.fromarray((other * values).astype(values.dtype)), kind)).digest != plain.digest
-
-
-@pytest.mark.parametrize("kind", [2, 6])
-def test_a_deep_copy_in_colour_has_its_digest(kind: int) -> None:
-    values = noise(3 if kind == 2 else 4)
-    plain = decode(saved(Image.fromarray(values.astype(np.uint8)), "PNG"))
-    assert decode(png_of_16_bit_colour(values * 257, kind)).digest == plain.digest
-    assert decode(png_of_16_bit_colour(values * 257 - (values > 0), kind)).digest != plain.digest
-
-
 # --- depth -----------------------------------------------------------------------------------------------------------
 
 

@@ -113,8 +113,7 @@ class Decoded:
         notes: What was done to it beyond copying, e.g. "rotated by EXIF".
         whole: The largest value, if whole numbers of more than 8 bits are stored.
         real: The largest value, if floating-point numbers are stored.
-        digest: BLAKE2b (16 bytes) of size and pixels; of a deep image before it was scaled, unless it is a copy of one
-            of 8 bits.
+        digest: BLAKE2b (16 bytes) of size and pixels; of a deep image before it was scaled.
     """
 
     image: Image.Image
@@ -223,30 +222,23 @@ def convert(image: Image.Image, depth: Depth | None = None, file: BinaryIO | Non
     whole = real = None
     if deep is None:
         rgb, composited = _to_rgb(image, notes)
-        copied: Image.Image | None = rgb
     else:
-        colours = deep[..., :-1] if image.mode == "RGBA" else deep  # without alpha
-        largest = _largest(colours)
+        largest = _largest(deep[..., :-1] if image.mode == "RGBA" else deep)  # without alpha
         whole, real = (None, largest) if deep.dtype.kind == "f" else (largest, None)
         depth = (depth or Depth()).filled(Depth.of(whole, real))
         bits = depth.real if deep.dtype.kind == "f" else depth.whole
         if largest > (1 if bits == 0 else 2 ** (bits or 8) - 1):
             notes.append("values above the depth of the data set clipped")
         rgb, composited = _composed(image, depth.to_bytes(deep), deep)
-        copied, exact = None, _eight_bits(colours)
-        if exact is not None:  # a copy of an image of 8 bits: it has the digest of that one
-            exact = np.concatenate([exact, exact[..., :1]], axis=-1) if image.mode == "RGBA" else exact
-            copied = _composed(image, exact, deep)[0]
     if composited:
         notes.append("composited over white")
     if (left := _orientation(image)) in _TURNS:
         rgb = rgb.transpose(_TURNS[left])
-        copied = copied and copied.transpose(_TURNS[left])
     if turn in _TURNS or left in _TURNS:
         notes.append("rotated by EXIF")
-    form = f"{rgb.size}" if deep is None or copied else f"{deep.shape} {deep.dtype}"
+    form = f"{rgb.size}" if deep is None else f"{deep.shape} {deep.dtype}"
     hasher = hashlib.blake2b(form.encode(), digest_size=16)
-    hasher.update((copied or rgb).tobytes() if deep is None or copied else np.ascontiguousarray(deep).tobytes())
+    hasher.update(rgb.tobytes() if deep is None else np.ascontiguousarray(deep).tobytes())
     return Decoded(rgb, tuple(notes), whole, real, hasher.digest())
 
 
@@ -327,22 +319,6 @@ def _deep_values(image: Image.Image, low: Image.Image | None) -> npt.NDArray[Any
         low.load()
         colour: npt.NDArray[np.uint16] = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
         return colour
-    return None
-
-
-def _eight_bits(deep: npt.NDArray[Any]) -> npt.NDArray[np.uint8] | None:
-    """Return the 8-bit values that a deep image holds and nothing else, as they are or scaled to its range, or None."""
-    largest = deep.max(initial=0)
-    if deep.dtype.kind == "f":
-        values = deep * 255 if largest <= 1 else deep
-        whole = np.rint(values)
-        fits = largest <= 255 and bool((np.abs(values - whole) < 1e-3).all())
-        return whole.astype(np.uint8) if fits else None
-    if largest <= 255:
-        return deep.astype(np.uint8)
-    for factor in (257, 256) if largest <= 65535 else ():
-        if not (deep % factor).any():
-            return (deep // factor).astype(np.uint8)
     return None
 
 

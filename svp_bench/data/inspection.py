@@ -20,7 +20,7 @@ from svp_bench.data.decode import Decoded
 __all__ = ["MISSING", "Examined", "load_examined", "save_examined"]
 
 MISSING = "missing"
-_VERSION = 2  # of what `decode` yields: a change of the pixels or notes raises it
+_VERSION = 3  # of what `decode` yields: a change of the pixels or notes raises it
 _MAX_BYTES = 2**30
 
 

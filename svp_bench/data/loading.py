@@ -24,7 +24,7 @@ from svp_bench.data.samplers import Positions
 from svp_bench.data.sources import Images, in_threads
 from svp_bench.data.transforms import EvalTransform
 
-__all__ = ["Batch", "CachedDataset", "ImageDataset", "Loader", "outlive_signals", "to_arrays"]
+__all__ = ["Batch", "ImageDataset", "Loader", "outlive_signals", "to_arrays"]
 
 
 class Batch(NamedTuple):
@@ -42,21 +42,27 @@ class Batch(NamedTuple):
 
 
 class ImageDataset(Dataset[Batch]):
-    """The images of one split, decoded when asked for; indexed by a list of positions, it returns a whole batch."""
+    """The images of one split; indexed by a list of positions, it returns a whole batch.
 
-    def __init__(self, images: Images, transform: EvalTransform, augmenter: Augmenter | None = None) -> None:
+    Args:
+        images: The split.
+        transform: Brings an image to the model's size.
+        augmenter: Changes training images, if any.
+        in_memory: Decode all images at once into one uint8 tensor, else when they are asked for.
+    """
+
+    def __init__(
+        self, images: Images, transform: EvalTransform, augmenter: Augmenter | None = None, in_memory: bool = False
+    ) -> None:
         self._images = images
         self._transform = transform
         self._augmenter = augmenter
         self._labels = torch.from_numpy(images.labels)
+        self._cache = torch.from_numpy(cached(images, transform, self._decode_all)) if in_memory else None
+        self.ready_made = in_memory and augmenter is None  # a batch is a matter of indexing
 
     def __len__(self) -> int:
         return len(self._labels)
-
-    @property
-    def ready_made(self) -> bool:
-        """Whether a batch is a matter of indexing."""
-        return False
 
     def __getitem__(self, positions: list[int] | int) -> Batch:
         index = torch.as_tensor(positions).reshape(-1)  # a single one: Lightning's overfit_batches
@@ -67,14 +73,11 @@ class ImageDataset(Dataset[Batch]):
             return self._pixels(index)
         # Lightning's own sampler, of overfit_batches, knows no epoch: the images stay the same
         keys = positions if isinstance(positions, Positions) else Positions(index.tolist())
-        return torch.from_numpy(
-            np.stack(
-                [
-                    self._augmenter(self._original(position), keys.epoch, position, copy)
-                    for position, copy in zip(keys, keys.copies, strict=True)
-                ]
-            )
-        )
+        images = [
+            self._augmenter(self._original(position), keys.epoch, position, copy)
+            for position, copy in zip(keys, keys.copies, strict=True)
+        ]
+        return torch.from_numpy(np.stack(images))
 
     def _original(self, position: int) -> Image.Image:
         """Return what augmentation begins with: the stored image if it crops it, else the image at its size."""
@@ -85,35 +88,18 @@ class ImageDataset(Dataset[Batch]):
         return Image.fromarray(image.transpose(1, 2, 0))
 
     def _pixels(self, index: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.stack([self._decode(position) for position in index.tolist()]))
+        if self._cache is not None:
+            return self._cache[index]
+        return torch.from_numpy(np.stack([self._transform(self._images.load(at)) for at in index.tolist()]))
 
-    def _decode(self, position: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        return self._transform(self._images.load(position))
-
-
-class CachedDataset(ImageDataset):
-    """The images of one split, decoded at once into one uint8 tensor."""
-
-    def __init__(self, images: Images, transform: EvalTransform, augmenter: Augmenter | None = None) -> None:
-        super().__init__(images, transform, augmenter)
-        self._cache = torch.from_numpy(cached(images, transform, self._decode_all))
-
-    def _decode_all(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    def _decode_all(self) -> NDArray[np.uint8]:
         images = np.empty((len(self), 3, *self._transform.sides), dtype=np.uint8)
 
         def decode(position: int) -> None:
-            images[position] = self._decode(position)
+            images[position] = self._transform(self._images.load(position))
 
         in_threads(decode, len(self), f"decoding the images of {self._images.name}", rank_zero_info)
         return images
-
-    @property
-    def ready_made(self) -> bool:
-        """Whether a batch is a matter of indexing."""
-        return self._augmenter is None
-
-    def _pixels(self, index: torch.Tensor) -> torch.Tensor:
-        return self._cache[index]
 
 
 class Loader(DataLoader[Batch]):

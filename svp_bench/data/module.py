@@ -29,7 +29,7 @@ from svp_bench.data.content import content_digest, differences_from_first_use, f
 from svp_bench.data.decode import Depth
 from svp_bench.data.folds import CrossValidationConfig, with_fold
 from svp_bench.data.inspection import Examined
-from svp_bench.data.loading import Batch, CachedDataset, ImageDataset, Loader, outlive_signals, to_arrays
+from svp_bench.data.loading import Batch, ImageDataset, Loader, outlive_signals, to_arrays
 from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler
 from svp_bench.data.sources import DataReport, Images, Source, cpu_count, inspect, measured, need_readable, open_source
 from svp_bench.data.transforms import CROP_RATIO, EvalTransform, TransformConfig, sides
@@ -350,8 +350,7 @@ class VisionDataModule(LightningDataModule):
                     f"{images.name} would take {bytes_decoded / 2**30:.1f} GiB decoded; its images are decoded "
                     f"anew in each epoch"
                 )
-            kind = CachedDataset if keep else ImageDataset
-            self._datasets[role] = kind(images, self.eval_transform, augmenter)
+            self._datasets[role] = ImageDataset(images, self.eval_transform, augmenter, in_memory=keep)
         return self._datasets[role]
 
     # --- loaders -----------------------------------------------------------------------------------------------------

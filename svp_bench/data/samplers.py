@@ -100,14 +100,10 @@ class GlobalBatchSampler:
         bounds = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
         if drop_last and len(bounds) > 1 and bounds[-1][1] - bounds[-1][0] < batch_size:
             bounds.pop()
-        smallest = bounds[-1][1] - bounds[-1][0]
-        if smallest < pieces:
-            raise ValueError(f"the last batch has {smallest} images, fewer than {world_size} x {accumulate} parts")
-        unit = 2 if pairs else 1
+        smallest, unit = bounds[-1][1] - bounds[-1][0], 2 if pairs else 1
         if -(-smallest // unit) < pieces:
-            raise ValueError(
-                f"the last batch has {smallest} images, fewer pairs than {world_size} x {accumulate} parts"
-            )
+            fewer = "fewer pairs than" if pairs else "fewer than"
+            raise ValueError(f"the last batch has {smallest} images, {fewer} {world_size} x {accumulate} parts")
         self.count = count
         self.batch_size = batch_size
         self.seed = seed

@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,33 +42,7 @@ Plane = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 
-class Dice:
-    """Random numbers of one image.
-
-    Args:
-        words: What tells the image from all others.
-    """
-
-    def __init__(self, words: str) -> None:
-        key = int.from_bytes(hashlib.sha256(words.encode()).digest()[:16], "little")
-        self._stream = np.random.Philox(key=key)
-
-    def below(self, bound: int) -> int:
-        """Return a whole number of 0 … bound - 1."""
-        return int(self._stream.random_raw()) % bound
-
-    def between(self, low: float, high: float) -> float:
-        """Return a number in [low, high)."""
-        return low + (high - low) * ((int(self._stream.random_raw()) >> 11) * 2.0**-53)
-
-    def bytes(self, count: int) -> npt.NDArray[np.uint8]:
-        """Return uint8 (count,)."""
-        words = self._stream.random_raw(-(-count // 8)).astype("<u8")
-        return np.frombuffer(words.tobytes(), dtype=np.uint8)[:count]
-
-
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """Coordinates of an object: u along its direction, v to the right of it, in units of its size."""
 
     u: Plane
@@ -155,56 +129,56 @@ _PATTERNS: dict[str, Callable[[Frame, float], Mask]] = {  # `part` in [0, 1): ho
 # --- painting --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Canvas:
-    """An image in the making: a ground, then objects on it.
+    """An image in the making: random numbers, a ground, then objects on it.
 
-    Attributes:
-        dice: Of the image.
-        pixels: float64 (3, SIZE · _FINE, SIZE · _FINE), in grey values.
+    Args:
+        words: What tells the image from all others.
     """
 
-    dice: Dice
-    pixels: Plane = field(init=False)
-    _light: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._light = self.dice.below(2) == 1  # dark objects on a light ground, or the other way round
+    def __init__(self, words: str) -> None:
+        key = int.from_bytes(hashlib.sha256(words.encode()).digest()[:16], "little")
+        self._stream = np.random.Philox(key=key)
+        self._light = self.below(2) == 1  # dark objects on a light ground, or the other way round
         low, high = (150, 230) if self._light else (20, 100)
-        across, down = self.dice.between(-0.4, 0.4), self.dice.between(-0.4, 0.4)
+        across, down = self.between(-0.4, 0.4), self.between(-0.4, 0.4)
         slope = (_AXIS[None, :] - SIZE / 2) * across + (_AXIS[:, None] - SIZE / 2) * down
-        self.pixels = np.stack([slope + self.dice.between(low, high) for _ in range(3)])
+        self._pixels = np.stack([slope + self.between(low, high) for _ in range(3)])  # in grey values
 
-    def colour(self) -> tuple[float, float, float]:
-        """Return a colour that stands out from the ground."""
-        low, high = (0, 110) if self._light else (140, 255)
-        red, green, blue = (self.dice.between(low, high) for _ in range(3))
-        return red, green, blue
+    def below(self, bound: int) -> int:
+        """Return a whole number of 0 … bound - 1."""
+        return int(self._stream.random_raw()) % bound
 
-    def paint(self, mask: Mask, colour: tuple[float, float, float]) -> None:
-        """Colour what a mask covers."""
-        for plane, value in zip(self.pixels, colour, strict=True):
-            plane[mask] = value
+    def between(self, low: float, high: float) -> float:
+        """Return a number in [low, high)."""
+        return low + (high - low) * ((int(self._stream.random_raw()) >> 11) * 2.0**-53)
 
-    def kind(self) -> Shape:
+    def shape(self) -> Shape:
         """Return one of the shapes."""
-        return _SHAPES[self.dice.below(len(_SHAPES))]
+        return _SHAPES[self.below(len(_SHAPES))]
+
+    def paint(self, mask: Mask) -> None:
+        """Give what a mask covers a colour that stands out from the ground."""
+        low, high = (0, 110) if self._light else (140, 255)
+        for plane, value in zip(self._pixels, [self.between(low, high) for _ in range(3)], strict=True):
+            plane[mask] = value
 
     def sprite(self, shape: Shape, x: float, y: float, size: float) -> None:
         """Paint a shape in a random direction and colour."""
-        self.paint(shape(_frame(x, y, size, self.dice.below(360))), self.colour())
+        self.paint(shape(_frame(x, y, size, self.below(360))))
 
     def specks(self) -> None:
         """Paint up to eight small dots, which mean nothing."""
-        for _ in range(self.dice.below(9)):
-            x, y = self.dice.between(2, SIZE - 2), self.dice.between(2, SIZE - 2)
-            self.paint(_disc(_frame(x, y, 1.5, 0)), self.colour())
+        for _ in range(self.below(9)):
+            x, y = self.between(2, SIZE - 2), self.between(2, SIZE - 2)
+            self.paint(_disc(_frame(x, y, 1.5, 0)))
 
     def finish(self) -> npt.NDArray[np.uint8]:
         """Return uint8 (SIZE, SIZE, 3): samples averaged, noise added."""
-        fine = self.pixels
+        fine = self._pixels
         mean = (fine[:, ::2, ::2] + fine[:, ::2, 1::2] + fine[:, 1::2, ::2] + fine[:, 1::2, 1::2]) * 0.25
-        noise = self.dice.bytes(3 * SIZE * SIZE).reshape(3, SIZE, SIZE) % (2 * _NOISE + 1)
+        words = self._stream.random_raw(3 * SIZE * SIZE // 8).astype("<u8")
+        noise = np.frombuffer(words.tobytes(), dtype=np.uint8).reshape(3, SIZE, SIZE) % (2 * _NOISE + 1)
         grey = np.clip(np.floor(mean) + noise - float(_NOISE), 0, 255).astype(np.uint8)
         return np.ascontiguousarray(grey.transpose(1, 2, 0))
 
@@ -213,10 +187,9 @@ class Canvas:
 
 
 def _textures(canvas: Canvas, label: int) -> None:
-    dice = canvas.dice
-    x, y = dice.between(0, SIZE), dice.between(0, SIZE)
-    at = _frame(x, y, dice.between(7, 14), dice.below(360))
-    canvas.paint(tuple(_PATTERNS.values())[label](at, dice.between(0, 1)), canvas.colour())
+    x, y = canvas.between(0, SIZE), canvas.between(0, SIZE)
+    at = _frame(x, y, canvas.between(7, 14), canvas.below(360))
+    canvas.paint(tuple(_PATTERNS.values())[label](at, canvas.between(0, 1)))
 
 
 _CELLS = 4  # a side
@@ -225,26 +198,23 @@ _CELL = (SIZE - 2 * _MARGIN) / _CELLS
 
 
 def _location(canvas: Canvas, label: int) -> None:
-    dice = canvas.dice
     canvas.specks()
     row, column = divmod(label, _CELLS)
-    x = _MARGIN + _CELL * (column + dice.between(0.1, 0.9))
-    y = _MARGIN + _CELL * (row + dice.between(0.1, 0.9))
-    canvas.sprite(canvas.kind(), x, y, dice.between(4, 8))
+    x = _MARGIN + _CELL * (column + canvas.between(0.1, 0.9))
+    y = _MARGIN + _CELL * (row + canvas.between(0.1, 0.9))
+    canvas.sprite(canvas.shape(), x, y, canvas.between(4, 8))
 
 
 def _orientation(canvas: Canvas, label: int) -> None:
-    dice = canvas.dice
     canvas.specks()
-    size = dice.between(11, 22)
-    x, y = dice.between(size, SIZE - size), dice.between(size, SIZE - size)
-    at = _frame(x, y, size, 45 * label - 15 + dice.below(31))
-    canvas.paint(_key(at, 2 * dice.below(2) - 1), canvas.colour())
+    size = canvas.between(11, 22)
+    x, y = canvas.between(size, SIZE - size), canvas.between(size, SIZE - size)
+    at = _frame(x, y, size, 45 * label - 15 + canvas.below(31))
+    canvas.paint(_key(at, 2 * canvas.below(2) - 1))
 
 
 def _count(canvas: Canvas, label: int) -> None:
-    dice = canvas.dice
-    typical = dice.between(4, 9)  # of the image, so that the area painted is weakly related to the number
+    typical = canvas.between(4, 9)  # of the image, so that the area painted is weakly related to the number
     placed: list[tuple[float, float, float]] = []
     tries = 0
     while len(placed) <= label:
@@ -252,47 +222,40 @@ def _count(canvas: Canvas, label: int) -> None:
         if tries % 100 == 0:
             typical *= 0.9
             placed.clear()
-        size = typical * dice.between(0.75, 1.25)
-        x, y = dice.between(size, SIZE - size), dice.between(size, SIZE - size)
+        size = typical * canvas.between(0.75, 1.25)
+        x, y = canvas.between(size, SIZE - size), canvas.between(size, SIZE - size)
         if all((x - ox) * (x - ox) + (y - oy) * (y - oy) > (size + o + 1) * (size + o + 1) for ox, oy, o in placed):
             placed.append((x, y, size))
     for x, y, size in placed:
-        canvas.sprite(canvas.kind(), x, y, size)
+        canvas.sprite(canvas.shape(), x, y, size)
 
 
 def _size(canvas: Canvas, label: int) -> None:
-    dice = canvas.dice
-    large = dice.between(7, 12)
-    small = large / dice.between(1.12, 1.5)
-    apart = large + small + dice.between(1, 8)
-    degrees = (0, 180, 90, 270)[label] - 30 + dice.below(61)  # from the small one to the large one
+    large = canvas.between(7, 12)
+    small = large / canvas.between(1.12, 1.5)
+    apart = large + small + canvas.between(1, 8)
+    degrees = (0, 180, 90, 270)[label] - 30 + canvas.below(61)  # from the small one to the large one
     across, down = apart * _COSINE[degrees % 360], apart * _COSINE[(degrees - 90) % 360]
-    x = dice.between(max(small, large - across), min(SIZE - small, SIZE - large - across))
-    y = dice.between(max(small, large - down), min(SIZE - small, SIZE - large - down))
-    shape = canvas.kind()  # one for both: a disc and a triangle have no sizes to compare
+    x = canvas.between(max(small, large - across), min(SIZE - small, SIZE - large - across))
+    y = canvas.between(max(small, large - down), min(SIZE - small, SIZE - large - down))
+    shape = canvas.shape()  # one for both: a disc and a triangle have no sizes to compare
     canvas.sprite(shape, x, y, small)
     canvas.sprite(shape, x + across, y + down, large)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A synthetic task.
-
-    Attributes:
-        classes: Names, in the order of the labels.
-        paint: Paints the image of a label onto a ground.
-    """
+class Kind(NamedTuple):
+    """A synthetic task: the names of its classes, and what paints the image of a label onto a ground."""
 
     classes: tuple[str, ...]
     paint: Callable[[Canvas, int], None]
 
 
-KINDS: dict[str, Kind] = {
+_ROWS_AND_COLUMNS = tuple(f"row {row}, column {column}" for row in range(1, 5) for column in range(1, 5))
+_DIRECTIONS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
+KINDS = {
     "textures": Kind(tuple(_PATTERNS), _textures),
-    "location": Kind(tuple(f"row {row}, column {column}" for row in range(1, 5) for column in range(1, 5)), _location),
-    "orientation": Kind(
-        ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right"), _orientation
-    ),
+    "location": Kind(_ROWS_AND_COLUMNS, _location),
+    "orientation": Kind(_DIRECTIONS, _orientation),
     "count": Kind(("one", "two", "three", "four", "five", "six"), _count),
     "size": Kind(("larger on the right", "larger on the left", "larger below", "larger above"), _size),
 }
@@ -311,7 +274,7 @@ def draw_numbered(kind: str, seed: int, number: int) -> tuple[npt.NDArray[np.uin
     """
     what = KINDS[kind]
     label = number % len(what.classes)
-    canvas = Canvas(Dice(f"svp-bench drawn {VERSION} {kind} {seed} {number}"))
+    canvas = Canvas(f"svp-bench drawn {VERSION} {kind} {seed} {number}")
     what.paint(canvas, label)
     return canvas.finish(), label
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import io
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.machinery import all_suffixes
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -48,43 +50,34 @@ def package_digest() -> str:
 def package_digest_at(commit: str) -> str | None:
     """Return what `package_digest` is for a commit of this checkout; None without a repository or that commit."""
     root = checkout_root()
-    listed = git(root, "ls-tree", "-r", "-z", commit, "--", "svp_bench/") if root else None
-    if root is None or not listed:
-        return None
-    entries = [entry.split("\t", 1) for entry in listed.decode("utf-8", "surrogateescape").split("\0") if entry]
-    blobs = {name.removeprefix("svp_bench/"): meta.split()[2] for meta, name in entries}
-    blobs = {name: blob for name, blob in blobs.items() if all(map(_counts, name.split("/")))}
-    content = git(root, "cat-file", "--batch", given="\n".join(blobs.values()).encode() + b"\n")
+    content = git(root, "archive", "--format=tar", commit, "svp_bench") if root else None
     if content is None:
         return None
-    files, place = {}, 0
-    for name in blobs:  # "<id> blob <size>\n<content>\n"
-        end = content.index(b"\n", place)
-        size = int(content[place:end].split()[2])
-        files[name] = _digest(content[end + 1 : end + 1 + size])
-        place = end + size + 2
-    return canonical_digest(files)
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        blobs = {entry.name.removeprefix("svp_bench/"): archive.extractfile(entry) for entry in archive}
+    return canonical_digest(
+        {name: _digest(blob.read()) for name, blob in blobs.items() if blob and all(map(_counts, name.split("/")))}
+    )
 
 
-def git(root: Path, *arguments: str, given: bytes = b"", timeout: float = 60) -> bytes | None:
+def git(root: Path, *arguments: str, timeout: float = 60) -> bytes | None:
     """Run git on the repository whose top folder is `root`; None if that fails, or `root` is inside another one.
 
     Variables like GIT_DIR, which point git to another repository, are not passed on.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    command = ["git", "-C", str(root)]
+
+    def run(*words: str) -> bytes | None:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, timeout=timeout, env=environment)
+        return None if done.returncode else done.stdout
+
     try:
-        top = subprocess.run(
-            [*command, "rev-parse", "--show-toplevel"], capture_output=True, timeout=timeout, env=environment
-        )
-        if top.returncode or Path(os.fsdecode(top.stdout.rstrip(b"\n"))).resolve() != root.resolve():
+        top = run("rev-parse", "--show-toplevel")
+        if top is None or Path(os.fsdecode(top.rstrip(b"\n"))).resolve() != root.resolve():
             return None
-        done = subprocess.run(
-            [*command, *arguments], input=given, capture_output=True, timeout=timeout, env=environment
-        )
+        return run(*arguments)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return None if done.returncode else done.stdout
 
 
 def _counts(name: str) -> bool:
@@ -188,29 +181,15 @@ def _file(module: str) -> Path | None:
     known = getattr(sys.modules.get(module), "__file__", None)
     if isinstance(known, str) and Path(known).is_file():
         return Path(known).resolve()
-    parent, _, last = module.rpartition(".")
-    if not parent:
-        try:
-            spec = importlib.util.find_spec(module)
-        except (ImportError, ValueError, AttributeError):
-            return None
-        origin = spec.origin if spec is not None else None
-        return Path(origin).resolve() if origin and Path(origin).is_file() else None
-    for folder in _folders(parent):
-        for path in (folder / last / "__init__.py", *(folder / f"{last}{end}" for end in all_suffixes())):
-            if path.is_file():
-                return path.resolve()
-    return None
-
-
-def _folders(package: str) -> list[Path]:
-    """Return where the submodules of a package lie; a folder without `__init__.py` is a package too."""
-    path = _file(package)
-    if path is not None:
-        return [path.parent] if path.name == "__init__.py" else []
-    parent, _, last = package.rpartition(".")
-    above = _folders(parent) if parent else [Path(place or ".") for place in sys.path]
-    return [folder / last for folder in above if (folder / last).is_dir()]
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        for name in rest:  # the finder of a path imports no package
+            spec = spec and PathFinder.find_spec(name, spec.submodule_search_locations or [])
+    except (ImportError, ValueError, AttributeError):
+        return None
+    origin = spec.origin if spec is not None else None
+    return Path(origin).resolve() if origin and Path(origin).is_file() else None
 
 
 @cache
