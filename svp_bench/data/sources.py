@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -381,7 +381,7 @@ class DataReport:
     """
 
     variant: str
-    status: str
+    status: Literal["as_card", "different"]
     notes: tuple[str, ...]
     digest: str
     counts: Mapping[str, int]
@@ -464,8 +464,8 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
     same_lists = variant == "card" and counts == dict(card.counts)
     if same_lists and card.digest is not None and source.digest != card.digest:
         notes.append(f"the digest is {source.digest}, the card states {card.digest}")
-    status = "different" if notes else "as_card"
-    return DataReport("synthetic" if source.synthetic else variant, status, tuple(notes), digest, counts)
+    variant = "synthetic" if source.synthetic else variant
+    return DataReport(variant, "different" if notes else "as_card", tuple(notes), digest, counts)
 
 
 # --- the reader of split files ---------------------------------------------------------------------------------------

@@ -19,6 +19,12 @@ __all__ = ["MOVED", "group_settings", "is_flat", "migrate_config", "migrate_reco
 
 _TASKS = {"own/pictures": "custom/images"}
 _PROTOCOLS = {"own-final": "custom-final"}
+_RECORD_VALUES: Mapping[str, Mapping[str, str]] = {
+    "task": _TASKS,
+    "suite": {"own": "custom"},
+    "protocol": _PROTOCOLS,
+    "data_variant": {"drawn": "synthetic"},
+}
 _VALUES = {"data.task": _TASKS, "data.protocol": _PROTOCOLS, "data.resize": {"straight": "squash"}}
 
 MOVED: Mapping[str, tuple[str, Any]] = {
@@ -143,8 +149,7 @@ def migrate_record(data: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     config = data.get("config")
     if not isinstance(config, Mapping) or not is_flat(config):
         return data
-    search = data.get("search")
-    keys = _Keys(search) if isinstance(search, Mapping) else None
+    keys = _Keys.of(data.get("search"))
     _refuse_edited(
         data, {"config_digest": config_digest(config), "setting_digest": setting_digest(config, keys)}, where
     )
@@ -174,33 +179,21 @@ def from_schema_1(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         RecordError: If a digest does not belong to the config, so that the change would hide an edited record.
     """
-    tuned = data.get("tuned")
-    _check_digests(data, tuned, where)
-    new: dict[str, Any] = {}
-    for key, value in data.items():
-        if key == "lists":
-            new["splits"] = value
-        elif key == "tuned":
-            new["search"] = _search(tuned)
-        elif key in ("correct", "val_correct") and isinstance(value, Mapping):
-            renamed = {"list": "split", "list_digest": "split_digest"}
-            new[key] = {renamed.get(name, name): item for name, item in value.items()}
-        elif key == "config" and isinstance(value, Mapping):
-            new[key] = migrate_config(value)
-        elif key == "data_variant" and value == "drawn":
-            new[key] = "synthetic"
-        elif key == "task":
-            new[key] = _TASKS.get(value, value) if isinstance(value, str) else value
-        elif key == "suite" and value == "own":
-            new[key] = "custom"
-        elif key == "protocol":
-            new[key] = _PROTOCOLS.get(value, value) if isinstance(value, str) else value
-        else:
-            new[key] = value
-    new["schema"] = 2
+    _check_digests(data, data.get("tuned"), where)
+    new = {**data, "schema": 2}
+    if "lists" in new:
+        new["splits"] = new.pop("lists")
+    if "tuned" in new:
+        new["search"] = _search(new.pop("tuned"))
+    for key in ("correct", "val_correct"):
+        if isinstance(bits := new.get(key), Mapping):
+            new[key] = {name.replace("list", "split"): value for name, value in bits.items()}
+    for key, values in _RECORD_VALUES.items():
+        if isinstance(new.get(key), str):
+            new[key] = values.get(new[key], new[key])
     if isinstance(new.get("config"), Mapping):
-        keys = _Keys(new["search"]) if isinstance(new.get("search"), Mapping) else None
-        new |= _regrouped(new, keys)
+        new["config"] = migrate_config(new["config"])
+        new |= _regrouped(new, _Keys.of(new.get("search")))
         old = {key: data[key] for key in ("config_digest", "setting_digest") if key in data}
         new["migrated_from"] = {"schema": "1", **old}
     return new
@@ -212,6 +205,10 @@ class _Keys:
     def __init__(self, search: Mapping[str, Any]) -> None:
         self.keys = tuple(key for key in search.get("keys") or () if isinstance(key, str))
         self.declaration = str(search.get("declaration"))
+
+    @classmethod
+    def of(cls, search: object) -> _Keys | None:
+        return cls(search) if isinstance(search, Mapping) else None
 
 
 def _search(tuned: Any) -> Any:

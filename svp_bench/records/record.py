@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -43,6 +43,7 @@ __all__ = [
     "PerClass",
     "Record",
     "SearchSummary",
+    "Status",
     "new_run_id",
     "timestamp",
 ]
@@ -52,19 +53,11 @@ ENCODING = "base64+packbits"
 CREATED = "%Y-%m-%dT%H:%M:%S+00:00"
 METHOD = re.compile(r"[a-z][a-z0-9_]*")
 
+Status = Literal["complete", "unscored", "truncated", "failed", "interrupted"]
 _RunId = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="a name of letters, digits, '-' and '_'")
 ]
 _Task = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]*/[a-z0-9][a-z0-9_-]*$", description="'<suite>/<task>'")]
-_Kind = Annotated[str, Meta(pattern="^(final|selection)$", description="one of final, selection")]
-_Status = Annotated[
-    str,
-    Meta(
-        pattern="^(complete|unscored|truncated|failed|interrupted)$",
-        description="one of complete, unscored, truncated, failed, interrupted",
-    ),
-]
-_DataStatus = Annotated[str, Meta(pattern="^(as_card|different)$", description="one of as_card, different")]
 _Encoding = Annotated[str, Meta(pattern=rf"^{re.escape(ENCODING)}$", description=f"one of {ENCODING}")]
 _Method = Annotated[str, Meta(pattern=rf"^{METHOD.pattern}$", description="a method's name")]
 
@@ -265,8 +258,8 @@ class Record:
     task: _Task
     task_version: Positive
     suite: Text
-    kind: _Kind
-    status: _Status
+    kind: Literal["final", "selection"]
+    status: Status
     status_reason: Text | None
     method: _Method
     method_args: Mapping[str, Any]
@@ -278,7 +271,7 @@ class Record:
     stage: Text
     splits: Mapping[str, str]
     data_variant: Text
-    data_status: _DataStatus
+    data_status: Literal["as_card", "different"]
     data_notes: Sequence[str]
     data_digest: Digest | None
     seed: int

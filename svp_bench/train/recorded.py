@@ -13,7 +13,7 @@ from svp_bench.core.errors import RecordError, SvpBenchError, plural
 from svp_bench.methods.build import trained_parameters
 from svp_bench.ops import BackendChoice
 from svp_bench.records.code import package_digest
-from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, timestamp
+from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, Status, timestamp
 from svp_bench.train.base import BaseRun
 from svp_bench.train.callbacks import peak_memory_mib
 from svp_bench.train.checkpoint import CHECKPOINT
@@ -35,7 +35,7 @@ class RecordedRun(BaseRun):
         """
         return self.model.scan_decision(self.trainer.strategy.root_device, str(self.trainer.precision))
 
-    def outcome(self) -> tuple[str, str | None]:
+    def outcome(self) -> tuple[Status, str | None]:
         """Return the status and its reason: `limit_*`, `fast_dev_run` and early ends make a run truncated."""
         trainer, config = self.trainer, self.config.config["trainer"]
         if trainer.interrupted:
@@ -103,7 +103,7 @@ class RecordedRun(BaseRun):
         print(f"Confusion matrix: {confusion}; accuracy of each class: {per_class}", flush=True)
         print(f"Predictions of all images: {images}", flush=True)
 
-    def build_record(self, status: str, reason: str | None, tested: bool) -> Record:
+    def build_record(self, status: Status, reason: str | None, tested: bool) -> Record:
         """Return the record; `tested`: whether the test split was scored."""
         model, data, resolved = self.model, self.data, self.config
         metrics, correct, val_correct = None, None, None

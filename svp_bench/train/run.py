@@ -22,7 +22,7 @@ from svp_bench.core.interrupts import INTERRUPTS, Preempted
 from svp_bench.core.resources import custom_tasks_flags
 from svp_bench.data.transforms import sides
 from svp_bench.records.digests import cell_config, flat
-from svp_bench.records.record import Record
+from svp_bench.records.record import Record, Status
 from svp_bench.records.store import (
     check_writable,
     continue_record,
@@ -132,7 +132,8 @@ class FitRun(RecordedRun):
 
     def _fit(self, checkpoint: Path | None) -> None:
         """Train, test, and write the record, except if the run was preempted."""
-        status, reason = "failed", None
+        status: Status = "failed"
+        reason = None
         tested = preempted = False
         try:
             status, reason, tested = self.within_memory(lambda: self._train_and_test(checkpoint))
@@ -167,7 +168,7 @@ class FitRun(RecordedRun):
                 INTERRUPTS.shield()  # a signal must not interrupt the writing of the record
                 self._finish(status, reason, tested)
 
-    def _train_and_test(self, checkpoint: Path | None) -> tuple[str, str | None, bool]:
+    def _train_and_test(self, checkpoint: Path | None) -> tuple[Status, str | None, bool]:
         """Train and test; return status, its reason, and whether the test split was scored."""
         model, data, trainer = self.model, self.data, self.trainer
         self.watch.begin(trainer, model, data)
@@ -254,7 +255,7 @@ class FitRun(RecordedRun):
             raise SvpBenchError(f"{reason}; choose another folder with --runs_root DIR") from None
 
     @rank_zero_only
-    def _finish(self, status: str, reason: str | None, tested: bool) -> None:
+    def _finish(self, status: Status, reason: str | None, tested: bool) -> None:
         root = self.config.results_root
         record = self.build_record(status, reason, tested)
         again = self.resumed is not None and self.resumed.record is not None
