@@ -35,26 +35,20 @@ def test_an_epoch_is_a_line_without_a_terminal(
 def test_the_time_left_is_that_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("svp_bench.train.callbacks.time.perf_counter", lambda: now[0])
-    epoch = SimpleNamespace(processed=2, started=2)  # resumed after two epochs of ten
-    batch = SimpleNamespace(completed=0)
-    loop = SimpleNamespace(
-        epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=batch)),
-        epoch_progress=SimpleNamespace(current=epoch),
-    )
-    trainer = SimpleNamespace(fit_loop=loop, num_training_batches=4, max_epochs=10)
+    trainer: Any = SimpleNamespace(global_step=8, estimated_stepping_batches=40)  # resumed after two epochs of ten
     clock = _Clock()
-    clock.start(trainer)  # type: ignore[arg-type]
-    assert clock.left(trainer) is None  # type: ignore[arg-type]
-    now[0], epoch.started, batch.completed = 105.0, 3, 2
-    assert clock.left(trainer) == pytest.approx(75.0)  # type: ignore[arg-type]  # half an epoch took 5 s, 7.5 are left
-    now[0], epoch.processed, batch.completed = 110.0, 3, 4
-    assert clock.left(trainer) == pytest.approx(70.0)  # type: ignore[arg-type]
-    clock.start(trainer)  # type: ignore[arg-type]  # again from epoch 3: a first step of 90 s, all others take 1 s
-    now[0], epoch.started, batch.completed = 200.0, 4, 1
-    clock.step(trainer)  # type: ignore[arg-type]
-    now[0], batch.completed = 203.0, 4
-    clock.step(trainer)  # type: ignore[arg-type]
-    assert clock.left(trainer) == pytest.approx(24.0)  # type: ignore[arg-type]  # 6 epochs of 4 steps
+    clock.start(trainer)
+    assert clock.left(trainer) is None
+    now[0], trainer.global_step = 105.0, 10
+    assert clock.left(trainer) == pytest.approx(75.0)  # two steps took 5 s, 30 are left
+    now[0], trainer.global_step = 110.0, 12
+    assert clock.left(trainer) == pytest.approx(70.0)
+    clock.start(trainer)  # again from epoch 3: a first step of 90 s, all others take 1 s
+    now[0], trainer.global_step = 200.0, 13
+    clock.step(trainer)
+    now[0], trainer.global_step = 203.0, 16
+    clock.step(trainer)
+    assert clock.left(trainer) == pytest.approx(24.0)  # 6 epochs of 4 steps
     assert [_duration(seconds) for seconds in (0.4, 61, 3599.6, 7325)] == ["0:00", "1:01", "1:00:00", "2:02:05"]
 
 

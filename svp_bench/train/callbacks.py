@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +30,8 @@ class ThroughputMonitor(Callback):
     """
 
     def __init__(self) -> None:
+        global _runs
+        _runs += 1
         self.seconds: dict[str, float] = {}
         self.images = 0
         self.epochs = 0
@@ -126,7 +127,7 @@ class ThroughputMonitor(Callback):
             self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
 
-_measured = 0  # calls of `peak_memory_mib` in this process
+_runs = 0  # of this process
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
@@ -135,11 +136,9 @@ def peak_memory_mib(device: torch.device) -> float | None:
     Return None on Windows, and for the second and later runs of a process on a CPU: the peak of a process cannot be
     reset, so it may be that of an earlier run.
     """
-    global _measured
-    _measured += 1
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if _measured > 1:
+    if _runs > 1:
         return None
     try:
         import resource
@@ -202,18 +201,14 @@ class _Clock:
     The first step compiles kernels, which can take longer than the run: the estimate uses the steps after it.
     """
 
-    def __init__(self) -> None:
-        self._began = (time.perf_counter(), 0.0)  # time and epochs done, a fraction, at the start
-        self._warm: tuple[float, float] | None = None  # the same at the end of the first step
-
     def start(self, trainer: Trainer) -> None:
         """Start the clock at the progress of the trainer."""
-        self._began, self._warm = (time.perf_counter(), self._done(trainer)), None
+        self._began = self._warm = time.perf_counter(), trainer.global_step
 
     def step(self, trainer: Trainer) -> None:
         """Note the end of the first step."""
-        if self._warm is None:
-            self._warm = (time.perf_counter(), self._done(trainer))
+        if self._warm is self._began and trainer.global_step > self._began[1]:
+            self._warm = time.perf_counter(), trainer.global_step
 
     def elapsed(self) -> float:
         """Return the seconds since the start."""
@@ -221,19 +216,10 @@ class _Clock:
 
     def left(self, trainer: Trainer) -> float | None:
         """Return the estimated seconds until the end of training; None before the first step."""
-        done = self._done(trainer)
-        since, before = self._began if self._warm is None or done <= self._warm[1] else self._warm
-        seen = done - before
-        return (time.perf_counter() - since) / seen * ((trainer.max_epochs or 0) - done) if seen > 0 else None
-
-    @staticmethod
-    def _done(trainer: Trainer) -> float:
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        batches = trainer.num_training_batches
-        share = progress.completed / batches if 0 < batches < math.inf else 0.0
-        epochs: Any = trainer.fit_loop.epoch_progress.current
-        finished = int(epochs.processed)
-        return finished + (share if epochs.started > finished else 0.0)
+        since, before = self._began if self._warm[1] == trainer.global_step else self._warm
+        done = trainer.global_step - before
+        rest = trainer.estimated_stepping_batches - trainer.global_step
+        return (time.perf_counter() - since) / done * rest if done else None
 
 
 def _duration(seconds: float) -> str:
