@@ -35,7 +35,7 @@ def forget() -> None:
     """Forget modules and digests, as a new process would."""
     for name in ("own_probe", "strength", "own_package", "own_package.parts", "own_package.deep.inner"):
         sys.modules.pop(name, None)
-    for cached in (code._file_digest, code._imports, code._run_by_path):
+    for cached in (code._file_digest, code._imports):
         cached.cache_clear()
     shutil.rmtree("__pycache__", ignore_errors=True)  # its clock is in whole seconds
 
@@ -101,15 +101,14 @@ def test_other_ways_to_a_file_of_the_user_count_too(place: Path) -> None:
     for name in ("inner", "compiled_part"):
         Path("namespace").mkdir(exist_ok=True)
         Path(f"namespace/{name}.py").write_text("import code\n", encoding="utf-8")
-    Path("loaded.py").write_text("", encoding="utf-8")
     Path("bisect_it.so").write_bytes(b"\0")
     Path("own_probe.py").write_text(
-        "import runpy, json\nfrom namespace import inner\nimport namespace.compiled_part as part\n"
-        "def late():\n    import bisect_it\n    return runpy.run_path('loaded.py'), 'nowhere.py'\n",
+        "import json\nfrom namespace import inner\nimport namespace.compiled_part as part\n"
+        "def late():\n    import bisect_it\n",
         encoding="utf-8",
     )
     assert list(code.source_files(["own_probe.Probe"])) == [
-        *("bisect_it.so", "loaded.py", "namespace/compiled_part.py", "namespace/inner.py", "own_probe.py")
+        *("bisect_it.so", "namespace/compiled_part.py", "namespace/inner.py", "own_probe.py")
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from datetime import datetime, timezone
 from math import isclose
@@ -23,6 +23,7 @@ from svp_bench.records.selection import (
     context_of,
     recorded_context,
 )
+from svp_bench.records.selection_rule import contains
 
 
 def check_track(case: Case) -> Iterator[Line]:
@@ -214,15 +215,7 @@ def _belongs(config: SelectedConfig, record: Record) -> bool:
         return True
     spaces = config.search["spaces"]
     space = spaces[config.method] if config.method in spaces else spaces[FALLBACK]
-    return all(_contains(declared, ours.get(key)) for key, declared in space.items())
-
-
-def _contains(declared: Any, value: Any) -> bool:
-    """Return whether a search space, a list or a range, contains a value."""
-    if not isinstance(declared, Mapping):
-        return any(not differ(one, value) for one in declared)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and bool(declared["low"] <= value <= declared["high"])
+    return all(contains(declared, ours.get(key)) for key, declared in space.items())
 
 
 def check_rule(case: Case) -> Iterator[Line]:

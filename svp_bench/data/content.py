@@ -12,7 +12,7 @@ from svp_bench.core.errors import printable
 from svp_bench.data.inspection import Examined
 from svp_bench.data.sources import Images
 
-__all__ = ["content_digest", "differences_from_first_use", "first_overlap", "overlap", "two_labels"]
+__all__ = ["content_digest", "differences_from_first_use", "overlap", "two_labels"]
 
 Split = tuple[Images, Examined]
 _MAX_BYTES = 2**20
@@ -23,12 +23,20 @@ def content_digest(examined: Examined) -> str:
     return "sha256:" + hashlib.sha256(examined.digests.tobytes()).hexdigest()
 
 
-def overlap(held: Split, seen: Split) -> list[tuple[int, int]]:
-    """Return (position in `held`, position in `seen`) for each image of `held` that has the pixels of one of `seen`."""
+def overlap(held: Split, seen: Split) -> tuple[int, str]:
+    """Return how many images of `held` have the pixels of one of `seen`, and a sentence about them."""
+    (images, found), (others, other_found) = held, seen
     first: dict[bytes, int] = {}
-    for index, key in enumerate(seen[1].keys()):
+    for index, key in enumerate(other_found.keys()):
         first.setdefault(key, index)
-    return [(index, first[key]) for index, key in enumerate(held[1].keys()) if key in first]
+    pairs = [(index, first[key]) for index, key in enumerate(found.keys()) if key in first]
+    if not pairs:
+        return 0, ""
+    one, other = pairs[0]
+    return len(pairs), printable(
+        f"{len(pairs)} of the {len(images)} images of {images.name} have the same pixels as images of {others.name}, "
+        f"the first is {images.where(one)} = {others.where(other)}"
+    )
 
 
 def two_labels(split: Split) -> int:
@@ -36,15 +44,6 @@ def two_labels(split: Split) -> int:
     first: dict[bytes, int] = {}
     pairs = zip(split[1].keys(), split[0].labels.tolist(), strict=True)
     return sum(label != first.setdefault(key, label) for key, label in pairs)
-
-
-def first_overlap(held: Split, seen: Split, pairs: list[tuple[int, int]]) -> str:
-    """Return the sentence about images that are in two splits."""
-    one, other = pairs[0]
-    return printable(
-        f"{len(pairs)} of the {len(held[0])} images of {held[0].name} have the same pixels as images of "
-        f"{seen[0].name}, the first is {held[0].where(one)} = {seen[0].where(other)}"
-    )
 
 
 def differences_from_first_use(path: Path, digests: Mapping[str, str]) -> list[str]:

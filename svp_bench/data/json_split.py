@@ -13,7 +13,7 @@ import numpy as np
 
 from svp_bench.core.atomic import read_regular
 from svp_bench.core.errors import CardError, DataError, plural
-from svp_bench.data.locate import find_folder
+from svp_bench.data.locate import locate
 from svp_bench.data.native import NATIVE_FORMS, Ids, NativeForm, enter, names_of_folders
 from svp_bench.data.reading import Refit, is_synthetic, joined_names, readable, reader_options, show
 from svp_bench.data.sources import FileImages, Source, read_split_files
@@ -70,7 +70,7 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
         f"{joined_names(_SPLIT_FILES)} of the VPT split (links in the README of https://github.com/KMnP/vpt){also} "
         f"next to the images of {card.source}"
     )
-    folder = find_folder(card, suite, root, [_SPLIT_FILES, *([native.files] if native else [])], remedy)
+    folder = locate(card, suite, root, [_SPLIT_FILES, *([native.files] if native else [])], remedy)
     if is_synthetic(folder):
         return read_split_files(card, folder)
     official = native if not any((folder / name).exists() for name in _SPLIT_FILES) else None

@@ -10,7 +10,7 @@ from svp_bench.core.errors import DataError
 from svp_bench.data.reading import SYNTHETIC_MARK, joined_names
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
-__all__ = ["ROOT_VARIABLE", "data_root", "find_folder", "locate"]
+__all__ = ["ROOT_VARIABLE", "data_root", "locate"]
 
 ROOT_VARIABLE = "SVP_BENCH_DATA"
 
@@ -23,50 +23,35 @@ def data_root(root: Path | None) -> tuple[Path, str]:
     return Path(os.path.abspath(given.expanduser())), f"{source} is {given}"
 
 
-def locate(card: TaskCard, suite: SuiteCard, root: Path | None = None) -> Path:
-    """Return the folder that holds the split files of a task.
-
-    `root` itself may be the task's folder; else its sub-folders `<task>`, `<suite>/<task>` and `<suite>/<suite>/<task>`
-    are tried (an archive unpacked into a folder of its own name doubles it).
-
-    Args:
-        card: The task's card.
-        suite: The card of its suite.
-        root: The data root; by default $SVP_BENCH_DATA, else `data/` in the working directory.
-
-    Raises:
-        DataError: If no place holds a split file; names all that were tried.
-    """
-    files = [f"{name}.txt" for name in card.counts]
-    return find_folder(card, suite, root, [files], suite.archive or f"the images of {card.source} as lists and folders")
-
-
-def find_folder(
+def locate(
     card: TaskCard,
     suite: SuiteCard,
-    root: Path | None,
-    forms: Sequence[Sequence[str]],
-    remedy: str,
+    root: Path | None = None,
+    forms: Sequence[Sequence[str]] = (),
+    remedy: str = "",
     *,
     shared: bool = False,
 ) -> Path:
     """Return the folder of a task's data.
 
     The places are the names of the task's folder below the root, below the names of the suite's folder, and below that
-    folder doubled; and the root itself, if it has such a name. A place with all files of a form goes before one with
-    some, and the first form before the second; a marked folder of synthetic images comes last.
+    folder doubled (an archive unpacked into a folder of its own name); and the root itself, if it has such a name. A
+    place with all files of a form goes before one with some, and the first form before the second; a marked folder of
+    synthetic images comes last.
 
     Args:
         card: The task's card.
         suite: The card of its suite.
-        root: The data root, as in `locate`.
-        forms: Files or folders that the data set consists of, in each form that it may have.
+        root: The data root; by default $SVP_BENCH_DATA, else `data/` in the working directory.
+        forms: Files or folders that the data set consists of, in each form that it may have; by default split files.
         remedy: What to get, for the message.
         shared: Whether the root or the suite's folder may itself hold the data set, next to others.
 
     Raises:
         DataError: If no place has any of the files; names all that were tried.
     """
+    forms = forms or [[f"{name}.txt" for name in card.counts]]
+    remedy = remedy or suite.archive or f"the images of {card.source} as lists and folders"
     base, origin = data_root(root)
     names = (card.folder, *card.other_folders)
     suites = (suite.folder, *suite.other_folders)

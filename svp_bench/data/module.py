@@ -25,7 +25,7 @@ from svp_bench.core.errors import ConfigError, DataError, UsageError, plural, pr
 from svp_bench.core.ranges import check_range
 from svp_bench.data.augment import AugmentConfig, Augmenter
 from svp_bench.data.cache import examined
-from svp_bench.data.content import content_digest, differences_from_first_use, first_overlap, overlap, two_labels
+from svp_bench.data.content import content_digest, differences_from_first_use, overlap, two_labels
 from svp_bench.data.decode import Depth
 from svp_bench.data.folds import CrossValidationConfig, with_fold
 from svp_bench.data.inspection import Examined
@@ -274,9 +274,9 @@ class VisionDataModule(LightningDataModule):
             if role not in self.splits:
                 continue
             held = splits[self.splits[role]]
-            if pairs := overlap(held, train):
-                self.image_notes[f"images of {held[0].name} that are also in {train[0].name}"] = len(pairs)
-                text = first_overlap(held, train, pairs)
+            count, text = overlap(held, train)
+            if count:
+                self.image_notes[f"images of {held[0].name} that are also in {train[0].name}"] = count
                 if self.card.suite == "custom" and not self.allow_overlap:
                     raise DataError(
                         f"{text}; remove them from one of the two, or keep them with --data.allow_overlap true "

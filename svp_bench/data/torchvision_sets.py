@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svp_bench.core.errors import CardError, DataError, UnavailableError, plural
-from svp_bench.data.locate import find_folder
+from svp_bench.data.locate import locate
 from svp_bench.data.reading import (
     Positions,
     Refit,
@@ -127,7 +127,7 @@ def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
         raise CardError(f"{card.path}:1: the rule for val is {options.val!r}, but {name} {has}")
 
     remedy = f"them with `{known.download_command(name, (root or Path('data')) / card.folder)}`"
-    folder = find_folder(card, suite, root, [known.files], remedy, shared=True)
+    folder = locate(card, suite, root, [known.files], remedy, shared=True)
     if is_synthetic(folder):
         return read_split_files(card, folder)
     from torchvision import datasets  # type: ignore[import-untyped]

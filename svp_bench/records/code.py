@@ -164,7 +164,6 @@ def _closure(modules: Sequence[str], installed: str | None = None) -> dict[str, 
             depth = current.count(".") + (path.name == "__init__.py")
             files["/".join(path.parts[-1 - depth :])] = _file_digest(path)
             queue += _imports(path, current)
-            files.update(_run_by_path(path))
         queue += [current.rpartition(".")[0]] if "." in current else []  # a package runs before its modules
     return files
 
@@ -216,14 +215,6 @@ def _imports(path: Path, module: str) -> tuple[str, ...]:
     """Return the modules that a file imports, anywhere in it; those that its text names, not computed names."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     return tuple(_named(_tree(path), package))
-
-
-@cache
-def _run_by_path(path: Path) -> dict[str, str]:
-    """Return the Python files next to a file that a string in it names, for `runpy` or a loader, by name → digest."""
-    texts = {node.value for node in ast.walk(_tree(path)) if isinstance(node, ast.Constant)}
-    names = {text for text in texts if isinstance(text, str) and text.endswith(".py") and not os.path.isabs(text)}
-    return {name: _file_digest(path.parent / name) for name in sorted(names) if (path.parent / name).is_file()}
 
 
 def _tree(path: Path) -> ast.AST:

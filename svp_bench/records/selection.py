@@ -28,7 +28,7 @@ from svp_bench.records.bits import count_ones
 from svp_bench.records.digests import canonical_digest, cell_config, plain
 from svp_bench.records.migrate import group_settings, migrate_config
 from svp_bench.records.record import SearchSummary
-from svp_bench.records.selection_rule import RULES, Trial, choose, decide, edges, grid_settings, is_number
+from svp_bench.records.selection_rule import RULES, Trial, choose, contains, decide, edges, grid_settings
 from svp_bench.records.store import read_json, read_record, write_atomically
 
 __all__ = [
@@ -236,7 +236,7 @@ def _problems(selected: SelectedConfig) -> list[str]:
         problems.append(f"there are {plural(len(trials), 'trial')}, and the search declares {search['budget']}")
     if len(trials) > search["budget"]:
         problems.append(f"there are {plural(len(trials), 'trial')}, more than the budget of {search['budget']}")
-    if any(not _inside(setting, space) for setting in settings[1:]):
+    if any(not contains(space[key], value) for setting in settings[1:] for key, value in setting.items()):
         problems.append("a trial lies outside of the declared space")
     if search["rule"] not in RULES:
         return [*problems, f"the rule {search['rule']!r} is not known here; known: {', '.join(RULES)}"]
@@ -308,18 +308,6 @@ def _trial_facts(selected: SelectedConfig, trial: Trial, space: Mapping[str, Any
         if not math.isfinite(loss) or loss < 0:
             problems.append(f"has the loss {loss}, which is not a cross entropy")
     return problems
-
-
-def _inside(setting: Mapping[str, Any], space: Mapping[str, Any]) -> bool:
-    """Whether each value of a setting is in the list, or in the range, that its space declares."""
-    for key, declared in space.items():
-        value = setting[key]
-        if isinstance(declared, Mapping):
-            if not is_number(value) or not declared.get("low", value) <= value <= declared.get("high", value):
-                return False
-        elif value not in declared:
-            return False
-    return True
 
 
 def trial_problems(selected: SelectedConfig, results_root: Path | str) -> list[str]:

@@ -17,9 +17,10 @@ from msgspec import Meta
 from svp_bench.core.errors import UsageError, plural
 from svp_bench.core.validate import Count
 from svp_bench.records.bits import count_ones, unpack_bits
+from svp_bench.records.defaults import other as differ
 from svp_bench.stats.inference import one_standard_error
 
-__all__ = ["RULES", "Decision", "Trial", "choose", "decide", "edges", "grid_settings", "is_number"]
+__all__ = ["RULES", "Decision", "Trial", "choose", "contains", "decide", "edges", "grid_settings", "is_number"]
 
 RULES = ("one_standard_error", "best_on_val")
 _NO_SCORE = "no setting of the search has a score on val"
@@ -206,6 +207,13 @@ def edges(trials: Sequence[Trial], decision: Decision) -> tuple[str, ...]:
 def is_number(value: Any) -> bool:
     """Return whether a value of a config is a number; true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def contains(declared: Any, value: Any) -> bool:
+    """Return whether the list or the range that a search space declares for a key contains a value."""
+    if isinstance(declared, Mapping):
+        return is_number(value) and bool(declared.get("low", value) <= value <= declared.get("high", value))
+    return any(not differ(one, value) for one in declared)
 
 
 def choose(trials: Sequence[Trial], count: int, rule: str = RULES[0]) -> tuple[int, float, str]:
