@@ -319,23 +319,6 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
     torch.save(trained(depth=1).state_dict(), path)
     text = refusal(nano(), path)
     assert re.search(r"17 missing \(layers\.1\.mixer\.A_b_log, .* and 13 more\)", text)
-    assert text.endswith("the file looks like a Vim of width 32 and depth 1")
-
-
-@pytest.mark.parametrize(
-    ("name", "theirs"),
-    [
-        ("vim_nano_patch8_64", "vim_tiny (width 192, depth 24)"),
-        ("vim_tiny_patch16_224", "vim_nano (width 64, depth 8)"),
-    ],
-)
-def test_another_architecture_is_named(name: str, theirs: str, tmp_path: Path) -> None:
-    other = "vim_tiny_patch16_224" if name == "vim_nano_patch8_64" else "vim_nano_patch8_64"
-    path = tmp_path / "other.safetensors"
-    save_file(timm.create_model(other).state_dict(), path)
-    text = refusal(timm.create_model(name), path)
-    assert f"does not fit {name}: " in text
-    assert text.endswith(f"; the file looks like {theirs}")
 
 
 def test_weights_of_something_else(tmp_path: Path) -> None:
@@ -344,7 +327,6 @@ def test_weights_of_something_else(tmp_path: Path) -> None:
     text = refusal(nano(), path)
     assert "missing" in text
     assert "2 left over (conv1.weight, fc.bias)" in text
-    assert "looks like" not in text
 
 
 # ---------------------------------------------------------------------------------- files that must not be trusted
@@ -374,12 +356,13 @@ def test_pickled_code_is_refused_and_not_run(form: str, tmp_path: Path) -> None:
     save_evil(path, marker, form)
     text = refusal(nano(), path)
     assert not marker.exists()
+    if form == "pickle":
+        assert "not a checkpoint" in text
+        return
     assert re.search(r"refused: it holds pickled code or objects \((posix|nt)\.mkdir\)", text)
     assert "nothing of it was run" in text
-    assert "not a checkpoint" not in text
-    if form != "pickle":
-        torch.load(path, weights_only=False)
-        assert marker.exists()  # the file is as evil as it should be
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # the file is as evil as it should be
 
 
 def test_namespace_is_allowed_only_while_loading(tmp_path: Path) -> None:

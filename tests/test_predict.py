@@ -56,7 +56,8 @@ def test_a_checkpoint_of_an_older_version_keeps_its_transform(place: Path) -> No
     torch.save(content, "older.ckpt")
     about = [Checkpoint.read(file).metadata for file in (path, Path("older.ckpt"))]
     assert about[0].transform == about[1].transform
-    assert (about[1].transform or {})["resize"] == "centre_crop"
+    assert about[1].transform is not None
+    assert about[1].transform.resize == "centre_crop"
 
 
 def test_what_cannot_be_read_is_a_row_with_the_reason(place: Path) -> None:

@@ -451,7 +451,9 @@ def test_a_gutted_checkpoint_names_what_is_missing(
         ({"svp_bench.image_size": "big"}, "'image_size' must be a list, not 'big'"),
         ({"svp_bench.image_size": [32]}, "'image_size' must be a list of length 2"),
         ({"svp_bench.transform": 3}, "'transform' must be a mapping"),
-        ({"svp_bench.transform": {"resize": "x"}}, "svp_bench.transform is {'resize': 'x'}, expected resize"),
+        ({"svp_bench.transform.resize": "x"}, "'transform.resize' must be one of squash, centre_crop, not 'x'"),
+        ({"svp_bench.transform.depth": [65, None]}, "'transform.depth[0]' must be"),
+        ({"svp_bench.transform.crop_ratio": 2}, "'transform.crop_ratio' must be"),
         ({"svp_bench.num_classes": True}, "'num_classes' must be int, not True"),
         ({"svp_bench.num_classes": 7}, "expected 7 names"),
         ({"svp_bench.method_args": [1]}, "'method_args' must be a mapping of keys, not [1]"),
@@ -473,11 +475,11 @@ def test_a_checkpoint_of_other_content_is_one_line(
 ) -> None:
     content = copy.deepcopy(unfinished.checked[0].content)
     for key, value in changes.items():
-        part, _, inner = key.partition(".")
-        if inner:
-            content[part][inner] = value
-        else:
-            content[part] = value
+        *folders, last = key.split(".")
+        node = content
+        for folder in folders:
+            node = node[folder]
+        node[last] = value
     torch.save(content, tmp_path / "odd.ckpt")
     image = str(next((unfinished.folder / "data").rglob("*.jpg")))
     assert words in assert_error(command("predict", "--ckpt", str(tmp_path / "odd.ckpt"), "--images", image), 1)

@@ -536,24 +536,6 @@ class VisionMamba(nn.Module):
         intermediates = list(zip(taken, prefixes, strict=True)) if return_prefix_tokens else taken
         return intermediates if intermediates_only else (self._final_norm(state)[:, state.cls_index], intermediates)
 
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> Any:
-        """Return the patch tokens after blocks n, or after the last n (older timm name of `forward_intermediates`)."""
-        return self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt="NCHW" if reshape else "NLC",
-            intermediates_only=True,
-        )
-
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:

@@ -19,7 +19,7 @@ from svp_bench.core.errors import CheckpointError, ConfigError, SvpBenchError, U
 from svp_bench.core.registry import import_object, make_importable
 from svp_bench.core.validate import Positive, Text, convert
 from svp_bench.core.yaml import read_yaml
-from svp_bench.data.transforms import INTERPOLATIONS, RESIZES
+from svp_bench.data.transforms import CROP_RATIO, INTERPOLATIONS, RESIZES
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import Method, build_method
 from svp_bench.models.weight_files import check_tensor, load_pickle_safely
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run's folder
+Bits = Annotated[int, Meta(ge=0, le=64)]
 METADATA_KEY = "svp_bench"  # our key in a Lightning checkpoint
 _UNREADABLE = "; get the file again, or give another"  # the end of messages of `load_pickle_safely`
 
@@ -84,6 +85,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 @dataclass(frozen=True)
+class TransformMetadata:
+    """The image transform of a run; `depth`: the bits of whole and floating-point values, as of `Depth`."""
+
+    resize: Literal[RESIZES]  # type: ignore[valid-type]
+    interpolation: Literal[tuple(INTERPOLATIONS)]  # type: ignore[valid-type]
+    crop_ratio: Annotated[float, Meta(gt=0, le=1)] = CROP_RATIO
+    depth: tuple[Bits | None, Bits | None] = (None, None)
+
+
+@dataclass(frozen=True)
 class CheckpointMetadata:
     """The facts of the run that wrote a checkpoint. Those with a default are missing in older checkpoints.
 
@@ -107,7 +118,7 @@ class CheckpointMetadata:
         input_attention: Attention on the normalised image.
         ema_decay: Decay of the weight average, if there is one.
         ema_evaluate: Whether the average is evaluated.
-        transform: Settings of the image transform: resize, crop_ratio, interpolation, and bit depth.
+        transform: The image transform.
         class_names: Names of the classes.
     """
 
@@ -130,7 +141,7 @@ class CheckpointMetadata:
     input_attention: Text | None = None
     ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
     ema_evaluate: bool | None = None
-    transform: Mapping[str, Any] | None = None
+    transform: TransformMetadata | None = None
     class_names: tuple[str, ...] | None = None
 
     @classmethod
@@ -157,9 +168,6 @@ class CheckpointMetadata:
         names = found.class_names
         if names is not None and len(names) != found.num_classes:
             raise wrong_part(where, f"{METADATA_KEY}.class_names", names, f"{found.num_classes} names", remedy)
-        if found.transform is not None and not _is_transform(found.transform):
-            expected = "resize, crop_ratio, interpolation and depth"
-            raise wrong_part(where, f"{METADATA_KEY}.transform", found.transform, expected, remedy)
         return found
 
 
@@ -182,20 +190,6 @@ def wrong_part(where: str, part: str, value: object, expected: str, remedy: str 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_transform(value: Mapping[str, Any]) -> bool:
-    depth, ratio = value.get("depth", [None, None]), value.get("crop_ratio", 1.0)
-    return (
-        {*value} <= {"resize", "interpolation", "crop_ratio", "depth"}
-        and isinstance(depth, (list, tuple))
-        and len(depth) == 2
-        and all(bits is None or (_is_count(bits) and bits <= 64) for bits in depth)
-        and value.get("resize") in RESIZES
-        and value.get("interpolation") in INTERPOLATIONS
-        and isinstance(ratio, (int, float))
-        and 0 < ratio <= 1
-    )
 
 
 @dataclass(frozen=True)

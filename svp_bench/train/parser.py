@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -181,7 +180,6 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
         ConfigError: If a key or value is refused.
     """
     make_importable(composed.flags.method, *composed.flags.configs)
-    _refuse_environment(subcommand)
     parser = build_parser(subcommand)
     _check_method_keys(composed)
     text = yaml.safe_dump(composed.values, sort_keys=False)
@@ -220,14 +218,6 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
         arguments=arguments,
         notices=tuple(notices),
     )
-
-
-def _refuse_environment(subcommand: str) -> None:
-    """Refuse environment variables of LightningCLI, which svp-bench does not read."""
-    prefix = f"PL_{subcommand.upper()}__"
-    if found := next((name for name in sorted(os.environ) if name.startswith(prefix)), None):
-        flag = found.removeprefix(prefix).lower().replace("__", ".")
-        raise UsageError(f"{found} is set, but settings are not read from the environment; unset it, give --{flag}")
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

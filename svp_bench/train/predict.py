@@ -19,7 +19,7 @@ from svp_bench.data.decode import Depth, UnreadableImageError, read_image
 from svp_bench.data.transforms import EvalTransform
 from svp_bench.records.store import csv_text, write_atomically
 from svp_bench.tasks.cards import displayed_class_names, load_protocol, load_task
-from svp_bench.train.checkpoint import Checkpoint
+from svp_bench.train.checkpoint import Checkpoint, TransformMetadata
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.oom import is_out_of_memory, out_of_memory
 
@@ -104,9 +104,9 @@ def run_predict(
             f"{ckpt}: a run of {plural(about.num_classes, 'class')}, but the card of {about.task} has {len(names)} now"
         )
     protocol = load_protocol(about.protocol)
-    settings = dict(about.transform or {"resize": protocol.resize, "interpolation": protocol.interpolation})
-    depth = Depth(*settings.pop("depth", ()))
-    transform = EvalTransform(about.image_size, **settings)
+    found = about.transform or TransformMetadata(protocol.resize, protocol.interpolation)
+    depth = Depth(*found.depth)
+    transform = EvalTransform(about.image_size, found.resize, found.interpolation, found.crop_ratio)
     top = min(top, module.num_classes)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
