@@ -86,11 +86,7 @@ def test_all_that_the_card_says_is_known_at_once() -> None:
         ({"task": "vtab/caltech"}, UsageError, "unknown task 'vtab/caltech'; did you mean 'vtab/caltech101'"),
         ({"protocol": "vtab-finale"}, UsageError, "unknown protocol 'vtab-finale'; did you mean 'vtab-final'"),
         ({"stage": "finale"}, UsageError, "unknown stage 'finale'; did you mean 'final'"),
-        (
-            {"protocol": "demo-final"},
-            UsageError,
-            "the protocol 'demo-final' reads the split 'trainval' for train, which vtab/dtd lacks; it has: train800",
-        ),
+        ({"protocol": "demo-final"}, UsageError, "the protocol 'demo-final' reads the split 'trainval' for train"),
         ({"batch_size": 0}, ConfigError, "data.batch_size 0 is out of range, allowed: 1 and above"),
         ({"eval_batch_size": 0}, ConfigError, "data.eval_batch_size 0 is out of range, allowed: 1 and above"),
         ({"num_workers": -1}, ConfigError, "data.num_workers -1 is out of range, allowed: 0 to 1024"),
@@ -280,11 +276,7 @@ def test_a_image_broken_inside_stays_one_line(own: Path, num_workers: int) -> No
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (
-            "test.txt",
-            "images/test/000000.jpg 47\n",
-            r"test\.txt:1: label 47 is out of range, the card of vtab/dtd has 47",
-        ),
+        ("test.txt", "images/test/000000.jpg 47\n", r"test\.txt:1: label 47 is out of range, the card of vtab/dtd has"),
         ("test.txt", None, r"has no list 'test' \(test\.txt\)"),
         ("images/test/000003.jpg", None, "1 of the 11 images of .*test.txt are missing"),
         ("images/test/000003.jpg", "<html>", r"000003\.jpg: not a readable image"),
@@ -379,18 +371,8 @@ def test_each_process_tests_its_own_images(root: Path) -> None:
 @pytest.mark.parametrize(
     ("batch_size", "world_size", "accumulate", "message"),
     [
-        (
-            6,
-            2,
-            2,
-            "data.batch_size 6 cannot be divided by 2 processes x 2 accumulated batches = 4 parts; 12 or 20 would",
-        ),
-        (
-            1,
-            2,
-            1,
-            "data.batch_size 1 cannot be divided by 2 processes x 1 accumulated batch = 2 parts; 4 or 8 would fit",
-        ),
+        (6, 2, 2, "data.batch_size 6 cannot be divided by 2 processes x 2 accumulated batches = 4 parts; 12 or 20"),
+        (1, 2, 1, "data.batch_size 1 cannot be divided by 2 processes x 1 accumulated batch = 2 parts; 4 or 8 would"),
         (
             6,
             2,
@@ -398,12 +380,7 @@ def test_each_process_tests_its_own_images(root: Path) -> None:
             "data.batch_size 6 leaves a last batch of 1 of the 19 images, fewer than 2 processes x 1 accumulated "
             "batch = 2 parts; 4 or 8 would fit, or leave it out with --data.drop_last true",
         ),
-        (
-            32,
-            8,
-            4,
-            "train800val200 has 19 images, fewer than 8 processes x 4 accumulated batches = 32 parts; use fewer",
-        ),
+        (32, 8, 4, "train800val200 has 19 images, fewer than 8 processes x 4 accumulated batches = 32 parts; use"),
     ],
 )
 def test_a_batch_size_that_cannot_be_shared_names_those_that_can(
@@ -412,7 +389,7 @@ def test_a_batch_size_that_cannot_be_shared_names_those_that_can(
     data = attach(make(root, batch_size=batch_size), world_size=world_size, accumulate=accumulate)
     with pytest.raises(ConfigError, match=re.escape(message)):
         data.setup("fit")
-    fit = re.search(r"(\d+) or (\d+) would", message)
+    fit = re.search(r"; (\d+) or (\d+)", message)
     for size in fit.groups() if fit else ():
         data = attach(make(root, batch_size=int(size)), world_size=world_size, accumulate=accumulate)
         data.setup("fit")

@@ -151,10 +151,7 @@ def test_tasks_without_files_are_refused(tmp_path: Path) -> None:
     [
         ({"counts": {"trian800": 4}}, "vtab/dtd 'trian800'; did you mean 'train800'"),
         ({"counts": {"test": 0}}, "count 0 of 'test' is out of range"),
-        (
-            {"counts": {"train800": 4, "val200": 2, "train800val200": 7}},
-            r"count 7 of 'train800val200' does not fit: train800 \+ val200 make 6",
-        ),
+        ({"counts": {"train800": 4, "val200": 2, "train800val200": 7}}, r"count 7 of 'train800val200' does not fit:"),
         ({"size": 7}, "synthetic images need a size of at least 8, not 7"),
         ({"seed": -1}, "seed -1 is out of range; a seed is 0 or above"),
     ],
