@@ -26,7 +26,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from svp_bench.core.errors import CheckpointError, SvpBenchError, plural
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler
-from svp_bench.models.weight_files import load_pickle_safely
 from svp_bench.train import resume
 from svp_bench.train import run as cli
 from svp_bench.train.checkpoint import AtomicCheckpointIO, Checkpoint
@@ -518,19 +517,6 @@ def test_a_gutted_or_truncated_checkpoint_stops_a_run_that_goes_on(
             assert told.endswith("; delete it, and the run begins anew; or leave --resume out")
     finally:
         unfinished.checkpoint.write_bytes(whole)
-
-
-def test_a_checkpoint_is_read_once(unfinished: Unfinished, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(unfinished.folder)
-    reads: list[Path] = []
-    real = load_pickle_safely
-    monkeypatch.setattr("svp_bench.train.checkpoint.load_pickle_safely", lambda path: reads.append(path) or real(path))
-    before = unfinished.checkpoint.read_bytes()
-    outcome = run(*small(*FLAGS, "--resume"))
-    assert outcome.record["epochs"] == EPOCHS
-    assert len(reads) == 2  # to resume, and to compare the weights that are scored
-    outcome.record_path.unlink()
-    unfinished.checkpoint.write_bytes(before)
 
 
 def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

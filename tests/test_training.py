@@ -866,7 +866,5 @@ def test_a_module_is_loaded_from_its_checkpoint(place: Path) -> None:
     assert not module.training
     assert same({f"model.{n}": p for n, p in module.model.named_parameters() if p.requires_grad}, state(outcome))
     assert module(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, CLASSES)
-    with pytest.raises(UsageError, match=r"not learning_rate: .*svp-bench fit"):
-        AdaptationModule.load_from_checkpoint(path, learning_rate=0.1)
     with pytest.raises(UsageError, match=r"no checkpoint 'missing\.ckpt'"):
         AdaptationModule.load_from_checkpoint("missing.ckpt")

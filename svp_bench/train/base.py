@@ -38,7 +38,7 @@ from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.preemption import PerStepSeed, PreemptionHandler
 from svp_bench.train.processes import agreed_name
 from svp_bench.train.provenance import changed_cards, commit_and_dirty
-from svp_bench.train.resume import FoundRun, InitialState, find_run, lock_run, lock_setting
+from svp_bench.train.resume import REMEDY, FoundRun, InitialState, find_run, lock_run, lock_setting
 
 __all__ = ["BaseRun"]
 
@@ -80,7 +80,6 @@ class BaseRun(ABC):
         self.run_dir = Path()
         self.resumed: FoundRun | None = None
         self.saved: Checkpoint | None = None
-        self.checkpoints = AtomicCheckpointIO()
 
     def execute(self) -> None:
         """Run the subcommand.
@@ -155,7 +154,7 @@ class BaseRun(ABC):
         if resume and self.run_dir.is_dir():
             self.resumed = FoundRun.at(self.run_dir, records)
             if self.resumed.checkpoint is not None and not self.resumed.finished:
-                self.saved = start.saved(self.resumed.checkpoint)
+                self.saved = Checkpoint.read(self.resumed.checkpoint, REMEDY)
 
     # --- model and trainer --------------------------------------------------------------------------------------------
 
@@ -185,7 +184,7 @@ class BaseRun(ABC):
             *self._progress(settings, given),
             self.watch,
         ]
-        settings["plugins"] = [*(settings["plugins"] or []), self.checkpoints]
+        settings["plugins"] = [*(settings["plugins"] or []), AtomicCheckpointIO()]
         if not self.trains:
             settings["logger"] = False
         elif settings["logger"] in (None, True) and not self.dry:

@@ -47,14 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically, so that a killed process leaves the old or the new one.
 
     Lightning's own class writes into the system's temporary folder, and a move between file systems is not atomic.
-
-    Attributes:
-        known: A checkpoint that was read already; Lightning receives it instead of reading the file again.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: Checkpoint | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
@@ -77,10 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Return a checkpoint on the CPU, read with the restricted unpickler."""
-        known, self.known = self.known, None
-        content: dict[str, Any] = (
-            known.content if known is not None and known.path == Path(path) else load_pickle_safely(Path(path))
-        )
+        content: dict[str, Any] = load_pickle_safely(Path(path))
         return content
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError
+from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError
 from svp_bench.core.ranges import check_one_of, check_range
 from svp_bench.data.augment import draw_mix, erase, mix, soft_targets
 from svp_bench.data.decode import Depth
@@ -451,14 +451,13 @@ class AdaptationModule(LightningModule):
         }
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # what else Lightning's takes has no meaning here
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's other arguments have no meaning here
         cls,
-        checkpoint_path: str | Path,
+        checkpoint_path: str | Path | Checkpoint,
         map_location: torch.device | str | None = None,
         *,
         checkpoint: str | None = None,
         method_file: str | None = None,
-        **others: Any,
     ) -> AdaptationModule:
         """Rebuild the module of a run from its checkpoint, in eval mode: backbone, method, head and trained weights.
 
@@ -466,29 +465,16 @@ class AdaptationModule(LightningModule):
         `svp-bench fit --resume` continues a run.
 
         Args:
-            checkpoint_path: `runs/…/checkpoints/last.ckpt`.
+            checkpoint_path: `runs/…/checkpoints/last.ckpt`, or its content.
             map_location: Device to put it on.
-            checkpoint: Where the weights of the backbone are now, if not where the run had them.
-            method_file: The file of the run's own method, if its class lies next to it.
-            others: Lightning's other arguments; none is taken.
+            checkpoint: Path of the backbone's weights, if they were moved.
+            method_file: The file of a custom method, if its class lies next to it.
 
         Raises:
             CheckpointError: If the file is not an svp-bench checkpoint, is damaged, or the backbone's weights differ.
-            UsageError: If there is no such file, its method is not known here, or another argument is given.
+            UsageError: If there is no such file, or its method is not known here.
         """
-        if given := sorted(key for key, value in others.items() if value is not None):
-            raise UsageError(
-                "load_from_checkpoint takes checkpoint_path, map_location, checkpoint and method_file, not "
-                f"{given[0]}: the checkpoint defines the module; for other settings use svp-bench fit"
-            )
-        module = cls.from_checkpoint(Checkpoint.read(checkpoint_path), checkpoint, method_file)
-        return module if map_location is None else module.to(map_location)
-
-    @classmethod
-    def from_checkpoint(
-        cls, saved: Checkpoint, checkpoint: str | None = None, method_file: str | None = None
-    ) -> AdaptationModule:
-        """Rebuild the module of a run from its checkpoint, in eval mode; arguments as of `load_from_checkpoint`."""
+        saved = checkpoint_path if isinstance(checkpoint_path, Checkpoint) else Checkpoint.read(checkpoint_path)
         about = saved.metadata
         module = cls(
             method=saved.build_method(method_file),
@@ -504,7 +490,7 @@ class AdaptationModule(LightningModule):
         )
         module.on_load_checkpoint(saved.content)
         module.load_state_dict(saved.content["state_dict"], strict=False)  # strictness is on_load_checkpoint's
-        return module.eval()
+        return module.eval().to(map_location or "cpu")
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Check that the file is of this backbone and method, and holds exactly the trained part.

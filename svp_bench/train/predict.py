@@ -97,7 +97,8 @@ def run_predict(
         raise UsageError(f"--batch_size is at least 1, not {batch_size}")
     images, skipped = find_images(places)
     saved = Checkpoint.read(ckpt)
-    module, about = AdaptationModule.from_checkpoint(saved, checkpoint, method_file), saved.metadata
+    module = AdaptationModule.load_from_checkpoint(saved, checkpoint=checkpoint, method_file=method_file)
+    about = saved.metadata
     names = about.class_names or displayed_class_names(load_task(about.task))  # older checkpoints have no names
     if len(names) != about.num_classes:
         raise CheckpointError(

@@ -83,7 +83,6 @@ class InitialState:
 
     def __init__(self, config: Mapping[str, Any], data: VisionDataModule) -> None:
         self._config, self._data = config, data
-        self._saved: tuple[tuple[Path, int, int], Checkpoint] | None = None
         self.mismatch: str | None = None
 
     def is_of(self, found: FoundRun, config: Mapping[str, Any]) -> bool:
@@ -107,21 +106,13 @@ class InitialState:
             ):
                 other = "data or cards"
         elif found.checkpoint is not None:
-            about = self.saved(found.checkpoint).metadata
+            about = Checkpoint.read(found.checkpoint, REMEDY).metadata
             other = None if (about.backbone_digest, about.head_digest) == self._weights else "weights"
         elif config.get("model", {}).get("checkpoint") != checkpoint:  # it has no checkpoint yet
             other = "weights"
         if other:
             self.mismatch = self.mismatch or f"{found.folder.name} began from other {other}"
         return other is None
-
-    def saved(self, checkpoint: Path) -> Checkpoint:
-        """Read a checkpoint; again only if the file has changed."""
-        status = checkpoint.stat()
-        version = checkpoint, status.st_mtime_ns, status.st_size
-        if self._saved is None or self._saved[0] != version:
-            self._saved = version, Checkpoint.read(checkpoint, REMEDY)
-        return self._saved[1]
 
     @cached_property
     def _weights(self) -> tuple[str, str | None]:

@@ -98,8 +98,7 @@ class FitRun(RecordedRun):
             self._check_splits(self.saved)
             states = [self.monitor, *([self.preemption] if self.preemption else [])]
             check_resumable(self.saved, self.trainer, self.model, states)
-            self.checkpoints.known, checkpoint = self.saved, self.saved.path
-            self.saved = None
+            checkpoint, self.saved = self.saved.path, None
         with self.run_lock():
             self.announce()
             self.save_config()
@@ -342,8 +341,7 @@ class ScoreRun(RecordedRun):
             raise UsageError(
                 f"{self.config.subcommand} needs --ckpt_path runs/…/checkpoints/last.ckpt, and --config its config.yaml"
             )
-        self.checkpoints.known = Checkpoint.read(path)
-        return self.checkpoints.known
+        return Checkpoint.read(path)
 
     def _check_same_run(self, old: Record, where: Path) -> None:
         """Refuse to complete a record with a score of other settings or data."""
