@@ -613,7 +613,7 @@ def test_a_search_that_is_not_what_it_claims_fails(tmp_path: Path, options: dict
     assert any(re.search(expected, text) for text in found), found
 
 
-def test_a_choice_that_was_removed_or_changed_afterwards_fails(tmp_path: Path) -> None:
+def test_a_selected_config_that_was_removed_or_changed_afterwards_fails(tmp_path: Path) -> None:
     path = searched(tmp_path)
     (file,) = (tmp_path / "selected_configs").rglob("*.json")
     text = file.read_text(encoding="utf-8")
@@ -632,7 +632,7 @@ def test_a_trial_that_read_the_test_list_fails(tmp_path: Path) -> None:
     assert any("read test images" in line for line in failures(path))
 
 
-def test_a_searched_record_alone_cannot_show_its_choice(tmp_path: Path) -> None:
+def test_a_searched_record_alone_cannot_show_its_selected_config(tmp_path: Path) -> None:
     path = searched(tmp_path / "results")
     alone = tmp_path / path.name
     path.rename(alone)

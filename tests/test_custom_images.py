@@ -1,4 +1,4 @@
-"""Own images: a folder for each class, no card to write."""
+"""Custom images: a folder for each class, no card to write."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_split_is_a_partition_and_one_more_image_moves_at_most_one_of_each_lis
         (root / f"c{label}").mkdir()
         for number in range(count):
             (root / f"c{label}" / f"{number}.jpg").write_text(f"{label} {number}")
-    first = open_class_folders(CARD, None, root)  # type: ignore[arg-type]  # the suite's card says nothing to it
+    first = open_class_folders(CARD, None, root)  # type: ignore[arg-type]  # it does not use the suite's card
     parts = [set(paths(first, name)) for name in ("train", "val", "test")]
     assert sum(map(len, parts)) == len(set.union(*parts)) == sum(counts)
     for name in first.splits:
@@ -178,7 +178,7 @@ def make_double(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (make_empty, "holds no folder with images; own images lie in DIR/<class>/, or in DIR/train/<class>/"),
         (make_lonely, "cow has 1 image; to be split, a class needs at least 3"),
@@ -194,9 +194,9 @@ def make_double(root: Path) -> None:
         (make_double, "has both val and valid; keep one of them"),
     ],
 )
-def test_folders_that_cannot_be_read_say_why(make: object, said: str, tmp_path: Path) -> None:
+def test_errors_of_folders_state_the_reason(make: object, message: str, tmp_path: Path) -> None:
     make(tmp_path / "images")  # type: ignore[operator]
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         measured(CARD, tmp_path / "images")
 
 

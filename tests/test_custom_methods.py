@@ -165,7 +165,7 @@ def test_what_a_hook_records_is_shared_with_nobody() -> None:
     assert len(seen) == 3
 
 
-class Shelf:
+class Holder:
     """Where hooks of `Elsewhere` find the adapter, which no deep copy follows."""
 
     held: ClassVar[dict[str, Any]] = {}
@@ -178,7 +178,7 @@ class Elsewhere(Adding):
         how, self.how = self.how, "lambda"
         super().attach(model)
         model.points.tokens.clear()
-        Shelf.held = {"adapter": self.adapter}
+        Holder.held = {"adapter": self.adapter}
         adapter = self.adapter
 
         def attribute(_: int, state: TokenState) -> TokenState:
@@ -193,7 +193,7 @@ class Elsewhere(Adding):
             return _add(adapter, 0, state)
 
         hooks: dict[str, Callable[[int, TokenState], TokenState]] = {
-            "class": lambda _, state: _add(Shelf.held["adapter"], _, state),
+            "class": lambda _, state: _add(Holder.held["adapter"], _, state),
             "attribute": attribute,
             "weakref": lambda _, state: _add(reference(), _, state),  # type: ignore[arg-type]
             "cache": lambda _, state: _add(cached(), _, state),

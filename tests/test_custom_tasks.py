@@ -195,7 +195,7 @@ def test_other_processes_of_the_command_line_see_them(cards: Path) -> None:
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "sweep"])
-def test_uncommitted_cards_are_said_before_anything_is_trained(
+def test_uncommitted_cards_are_reported_before_anything_is_trained(
     cards: Path, monkeypatch: pytest.MonkeyPatch, subcommand: str
 ) -> None:
     from svp_bench.sweep import plan as sweeping

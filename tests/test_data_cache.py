@@ -1,4 +1,4 @@
-"""What is kept between the runs of one process."""
+"""The cache between the runs of one process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from svp_bench.core.errors import DataError
 from svp_bench.data import cache
 from svp_bench.data.module import VisionDataModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:the data of:UserWarning")  # drawn data differ from the card
+pytestmark = pytest.mark.filterwarnings("ignore:the data of:UserWarning")  # synthetic data differ from the card
 
 
 @pytest.fixture(autouse=True)
-def _nothing_kept() -> Iterator[None]:
+def _empty_cache() -> Iterator[None]:
     yield
     cache.cache_between_runs(0)
 
@@ -28,13 +28,13 @@ def images(root: Path, size: int = 16) -> np.ndarray:
     return data._dataset("train")._cache.numpy()  # type: ignore[attr-defined]
 
 
-def test_without_being_asked_nothing_is_kept(tmp_path: Path) -> None:
+def test_the_cache_is_off_by_default(tmp_path: Path) -> None:
     draw(tmp_path)
     assert images(tmp_path) is not images(tmp_path)
     assert not cache._values
 
 
-def test_decoded_images_are_kept_by_place_list_and_view(tmp_path: Path) -> None:
+def test_decoded_images_are_cached_by_folder_split_and_transform(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         draw(tmp_path / name, seed=seed)
     fresh = {name: images(tmp_path / name) for name in ("a", "b")}
@@ -47,12 +47,12 @@ def test_decoded_images_are_kept_by_place_list_and_view(tmp_path: Path) -> None:
     assert images(tmp_path / "a", size=8).shape == (COUNTS["train800"], 3, 8, 8)
 
 
-def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_images_are_dropped_first(tmp_path: Path) -> None:
     draw(tmp_path)
     one = 3 * 16 * 16 * COUNTS["train800"]
     cache.cache_between_runs(limit=2 * one + 1000)  # val has fewer images than train
     first = images(tmp_path)
-    images(tmp_path, size=24)  # larger than all that may be kept
+    images(tmp_path, size=24)  # larger than the cache
     assert sum(array.nbytes for array in cache._values.values()) < 2 * one + 1000
     assert (images(tmp_path) == first).all()
 

@@ -55,9 +55,7 @@ def test_an_image_that_is_repeated_is_never_on_both_sides() -> None:
 def test_leave_one_out_and_no_further() -> None:
     keys, labels = list("abcde"), np.array([0, 0, 1, 1, 1])
     assert sorted(part[0] for part in parts(keys, labels, 5)) == [0, 1, 2, 3, 4]
-    with pytest.raises(
-        DataError, match=r"6 folds of the 5 labelled images .* --data.cross_validation.folds is at most 5 here"
-    ):
+    with pytest.raises(DataError, match=r"6 folds of the 5 labelled images .*folds is at most 5 here"):
         parts(keys, labels, 6)
 
 
@@ -83,7 +81,7 @@ def test_the_data_module_holds_out_each_labelled_image_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"fold": 1}, "data.cross_validation.fold 1 needs data.cross_validation.folds N"),
         ({"folds": 1}, "data.cross_validation.folds 1 is out of range"),
@@ -91,8 +89,8 @@ def test_the_data_module_holds_out_each_labelled_image_once() -> None:
         ({"folds": 5, "seed": -1}, "data.cross_validation.seed -1 is out of range"),
     ],
 )
-def test_wrong_folds_are_one_line(arguments: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_folds_are_one_line(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         CrossValidationConfig(**arguments)  # type: ignore[arg-type]
 
 

@@ -113,7 +113,7 @@ _blanks = st.text(" \t", min_size=1, max_size=3)
 @given(
     st.lists(st.tuples(_path, _blanks, st.integers(0, 9), st.sampled_from(["\n", "\r\n", "\n\n", " \n"])), min_size=1)
 )
-def test_whatever_the_blanks_and_ends_paths_labels_and_digest_are_the_same(
+def test_blanks_and_line_ends_change_no_path_label_or_digest(
     lines: list[tuple[str, str, int, str]],
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:

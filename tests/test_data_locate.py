@@ -88,7 +88,7 @@ def test_nothing_found_names_what_was_tried_and_what_to_do(tmp_path: Path) -> No
     assert "\n" not in text
 
 
-def test_the_message_says_where_the_root_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_states_where_the_root_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"\(the default data root is data\)"):
         locate(CARD, SUITE)
     monkeypatch.setenv("SVP_BENCH_DATA", "elsewhere")

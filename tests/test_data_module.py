@@ -67,7 +67,7 @@ def indices(loader: Any) -> list[list[int]]:
 # --- before any data are there ---------------------------------------------------------------------------------------
 
 
-def test_all_that_the_card_says_is_known_at_once() -> None:
+def test_the_facts_of_the_card_are_known_at_once() -> None:
     data = VisionDataModule("vtab/caltech101")
     assert (data.num_classes, data.image_size, data.stage) == (102, 224, "final")
     assert (data.card.name, data.suite.name, data.protocol.name) == ("vtab/caltech101", "vtab", "vtab-final")
@@ -161,7 +161,7 @@ def test_images_are_decoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_above_the_memory_limit_images_are_decoded_anew_by_workers(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept = list(ready(root).train_dataloader())
+    cached = list(ready(root).train_dataloader())
     monkeypatch.setattr(module_file, "MEMORY_LIMIT_BYTES", 19 * 3 * SIZE * SIZE - 1)
     with caplog.at_level("INFO"):
         data = ready(root, num_workers=1)
@@ -170,7 +170,7 @@ def test_above_the_memory_limit_images_are_decoded_anew_by_workers(
     assert loader.num_workers == 1
     fresh = list(loader)
     assert all(
-        torch.equal(a, b) for one, other in zip(kept, fresh, strict=True) for a, b in zip(one, other, strict=True)
+        torch.equal(a, b) for one, other in zip(cached, fresh, strict=True) for a, b in zip(one, other, strict=True)
     )
 
 
@@ -189,10 +189,7 @@ def test_digits_need_no_folder() -> None:
 def test_stage_final_has_no_val_loader(root: Path) -> None:
     data = ready(root)
     assert data.val_dataloader() == []
-    with pytest.raises(
-        UsageError,
-        match=r"stage 'final' has no val split: vtab-final trains on 'train800val200'; validate with",
-    ):
+    with pytest.raises(UsageError, match=r"stage 'final' has no val split.+'train800val200'; validate with --"):
         data.require_val()
 
 
@@ -222,10 +219,7 @@ def test_there_is_no_test_loader_before_it_is_unlocked(root: Path) -> None:
 
 def test_stage_select_never_unlocks_test(root: Path) -> None:
     data = ready(root, stage="select")
-    with pytest.raises(
-        UsageError,
-        match=r"stage 'select' has no test list: hyper-parameters are chosen on 'val200'; test with --data\.stage f",
-    ):
+    with pytest.raises(UsageError, match=r"stage 'select' has no test list.+'val200'; test with --data\.stage f"):
         data.unlock_test()
     with pytest.raises(UsageError, match="there is no test loader yet"):
         data.test_dataloader()
@@ -248,13 +242,13 @@ def test_workers_start_by_themselves_for_long_lists(root: Path, monkeypatch: pyt
     assert data.test_dataloader().num_workers == 0  # 11 images
     monkeypatch.setattr(module_file, "_FEW_IMAGES", 11)
     assert data.test_dataloader().num_workers == 8
-    assert data.train_dataloader().num_workers == 0  # kept in memory
+    assert data.train_dataloader().num_workers == 0  # cached in memory
     assert attach(data, world_size=4).test_dataloader().num_workers == 3
     assert attach(data, world_size=16).test_dataloader().num_workers == 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_image_broken_inside_stays_one_line(own: Path, num_workers: int) -> None:
+def test_an_image_broken_inside_stays_one_line(own: Path, num_workers: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")
@@ -320,7 +314,7 @@ def test_differences_are_warned_of_once(root: Path) -> None:
     assert data.report.counts == {**COUNTS, "train800val200": 19}
 
 
-def test_data_as_the_card_says_make_no_warning() -> None:
+def test_data_as_on_the_card_give_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the data of")
         VisionDataModule("demo/digits-5shot", image_size=8).setup("fit")

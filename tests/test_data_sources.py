@@ -23,12 +23,12 @@ DTD = load_task("vtab/dtd")
 
 
 def small(card: TaskCard = DTD, **changes: object) -> TaskCard:
-    """Return a card that says what `drawn` holds."""
+    """Return a card that states what `synthetic` holds."""
     return replace(card, counts={"train800": 6, "val200": 3, "train800val200": 9, "test": 5}, **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def drawn(tmp_path: Path) -> Path:
+def synthetic(tmp_path: Path) -> Path:
     folder = draw_task(DTD, tmp_path, counts=COUNTS, size=16)
     (folder / "SYNTHETIC.txt").unlink()  # as if they were real
     return folder
@@ -41,43 +41,39 @@ def images(folder: Path, name: str = "train800") -> FileImages:
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_reader_lists_offers_labels_digests_and_images(drawn: Path) -> None:
-    source = open_source(DTD, drawn.parent)
+def test_the_reader_lists_offers_labels_digests_and_images(synthetic: Path) -> None:
+    source = open_source(DTD, synthetic.parent)
     assert list(source.splits) == list(DTD.counts)
-    assert source.origin == str(drawn)
+    assert source.origin == str(synthetic)
     train = source.get("train800")
-    lines = read_list(drawn / "train800.txt", DTD.classes)
+    lines = read_list(synthetic / "train800.txt", DTD.classes)
     assert train.labels.tolist() == lines.labels.tolist()
     assert train.digest == split_digest("train800", lines)
     assert source.digest == combined_digest({name: source.get(name).digest for name in DTD.counts})
     image = train.load(2)
     assert image.mode == "RGB"
-    with Image.open(drawn / lines.paths[2]) as stored:
+    with Image.open(synthetic / lines.paths[2]) as stored:
         assert np.array_equal(np.asarray(image), np.asarray(stored.convert("RGB")))
-    assert train.where(2) == str(drawn / "images/train800/000002.jpg")
+    assert train.where(2) == str(synthetic / "images/train800/000002.jpg")
 
 
-def test_a_grey_file_comes_back_in_rgb(drawn: Path) -> None:
-    Image.new("L", (4, 4), 9).save(drawn / "images/test/000000.jpg")
-    image = open_source(DTD, drawn.parent).get("test").load(0)
+def test_a_grey_file_comes_back_in_rgb(synthetic: Path) -> None:
+    Image.new("L", (4, 4), 9).save(synthetic / "images/test/000000.jpg")
+    image = open_source(DTD, synthetic.parent).get("test").load(0)
     assert image.mode == "RGB"
 
 
-def test_a_list_that_is_not_there_is_named(drawn: Path) -> None:
-    (drawn / "test.txt").unlink()
-    source = open_source(DTD, drawn.parent)
-    with pytest.raises(
-        DataError, match=r"/dtd has no list 'test' \(test\.txt\); it has: train800, val200, train800val200"
-    ):
+def test_a_list_that_is_not_there_is_named(synthetic: Path) -> None:
+    (synthetic / "test.txt").unlink()
+    source = open_source(DTD, synthetic.parent)
+    with pytest.raises(DataError, match=r"/dtd has no list 'test' \(test\.txt\); it has: train800, val200"):
         source.get("test")
 
 
-def test_a_label_out_of_range_names_the_card(drawn: Path) -> None:
-    (drawn / "val200.txt").write_text("images/val200/000000.jpg 47\n")
-    with pytest.raises(
-        DataError, match=r"val200\.txt:1: label 47 is out of range, the card of vtab/dtd has 47 classes"
-    ):
-        open_source(DTD, drawn.parent)
+def test_a_label_out_of_range_names_the_card(synthetic: Path) -> None:
+    (synthetic / "val200.txt").write_text("images/val200/000000.jpg 47\n")
+    with pytest.raises(DataError, match=r"val200\.txt:1: label 47 is out of range, the card of vtab/dtd has 47"):
+        open_source(DTD, synthetic.parent)
 
 
 def test_the_reader_lists_has_no_options() -> None:
@@ -87,9 +83,7 @@ def test_the_reader_lists_has_no_options() -> None:
 
 
 def test_an_unknown_reader_names_the_nearest() -> None:
-    with pytest.raises(
-        CardError, match=r"dtd\.yaml:1: unknown reader 'list'; allowed: class_folders, digits, json_split, split_files"
-    ):
+    with pytest.raises(CardError, match=r"dtd\.yaml:1: unknown reader 'list'; allowed: class_folders, digits"):
         open_source(replace(DTD, reader=ReaderSpec("list", {})))
 
 
@@ -107,47 +101,46 @@ def line_of(folder: Path, name: str, number: int = 0) -> str:
 
 @pytest.mark.parametrize("name", ["train800", "val200", "train800val200"])
 @pytest.mark.parametrize("spell", ["{}", "./{}"])
-def test_a_test_image_that_is_trained_or_chosen_on_is_refused(drawn: Path, name: str, spell: str) -> None:
-    add(drawn, name, spell.format(line_of(drawn, "test")))
+def test_a_test_image_that_is_trained_or_chosen_on_is_refused(synthetic: Path, name: str, spell: str) -> None:
+    add(synthetic, name, spell.format(line_of(synthetic, "test")))
     with pytest.raises(DataError) as caught:
-        open_source(DTD, drawn.parent)
-    first = drawn / "images/test/000000.jpg"
-    assert str(caught.value) == (
-        f"{drawn / 'test.txt'}: 1 of its images are also in {drawn / name}.txt, which must not see them; the first "
-        f"is {first}; get the lists again"
-    )
+        open_source(DTD, synthetic.parent)
+    first = synthetic / "images/test/000000.jpg"
+    text = f"{synthetic / 'test.txt'}: 1 of its images are also in {synthetic / name}.txt, "
+    assert str(caught.value).startswith(text)
+    assert f"the first is {first}; " in str(caught.value)
 
 
-def test_a_image_of_val_in_train_is_refused(drawn: Path) -> None:
-    add(drawn, "train800", line_of(drawn, "val200"))
+def test_an_image_of_val_in_train_is_refused(synthetic: Path) -> None:
+    add(synthetic, "train800", line_of(synthetic, "val200"))
     with pytest.raises(DataError, match=r"val200\.txt: 1 of its images are also in .+train800\.txt, which must not"):
-        open_source(DTD, drawn.parent)
+        open_source(DTD, synthetic.parent)
 
 
-def test_lists_that_join_others_may_repeat_them(drawn: Path) -> None:
-    lines = [line_of(drawn, "train800", number) for number in range(6)]
-    lines += [line_of(drawn, "val200", number) for number in range(3)]
-    (drawn / "train800val200.txt").write_text("".join(f"{line}\n" for line in lines))
-    report = inspect(small(), open_source(small(), drawn.parent), ["train800val200", "test"])
+def test_lists_that_join_others_may_repeat_them(synthetic: Path) -> None:
+    lines = [line_of(synthetic, "train800", number) for number in range(6)]
+    lines += [line_of(synthetic, "val200", number) for number in range(3)]
+    (synthetic / "train800val200.txt").write_text("".join(f"{line}\n" for line in lines))
+    report = inspect(small(), open_source(small(), synthetic.parent), ["train800val200", "test"])
     assert (report.status, report.notes) == ("as_card", ())
 
 
 @pytest.mark.parametrize(("first", "second"), [("train800", "train800"), ("train800val200", "train800")])
-def test_one_image_with_two_labels_is_refused(drawn: Path, first: str, second: str) -> None:
-    path, label = line_of(drawn, first).split()
-    add(drawn, second, f"{path} {(int(label) + 1) % 47}")
+def test_one_image_with_two_labels_is_refused(synthetic: Path, first: str, second: str) -> None:
+    path, label = line_of(synthetic, first).split()
+    add(synthetic, second, f"{path} {(int(label) + 1) % 47}")
     with pytest.raises(DataError, match=rf"{second}|{first}\.txt: .+ has label \d+, in .+ it has \d+; get the lists"):
-        open_source(DTD, drawn.parent)
+        open_source(DTD, synthetic.parent)
 
 
-def test_a_repeated_line_is_noted(drawn: Path) -> None:
-    add(drawn, "test", line_of(drawn, "test"))
-    source = open_source(DTD, drawn.parent)
-    note = f"{drawn / 'test.txt'} repeats 1 image, the first is {drawn / 'images/test/000000.jpg'}"
+def test_a_repeated_line_is_noted(synthetic: Path) -> None:
+    add(synthetic, "test", line_of(synthetic, "test"))
+    source = open_source(DTD, synthetic.parent)
+    note = f"{synthetic / 'test.txt'} repeats 1 image, the first is {synthetic / 'images/test/000000.jpg'}"
     assert note in inspect(DTD, source, ["test"]).notes
 
 
-def test_the_digits_are_kept_apart_by_their_numbers() -> None:
+def test_the_digits_are_identified_by_number() -> None:
     source = open_source(load_task("demo/digits"))
     leaking = replace(source, splits={**source.splits, "test": source.get("val")})
     stages = {"final": {"train": "trainval", "test": "test"}}
@@ -168,43 +161,43 @@ def test_an_empty_list_in_use_is_refused() -> None:
 # --- integrity -------------------------------------------------------------------------------------------------------
 
 
-def test_a_large_split_is_decoded_once_until_a_file_changes(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SVP_BENCH_CACHE", str(drawn.parent / "cache"))
+def test_a_large_split_is_decoded_once_until_a_file_changes(synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVP_BENCH_CACHE", str(synthetic.parent / "cache"))
     monkeypatch.setattr(sources, "_WORTH_CACHING", 1)
     decoded: list[object] = []
     read = sources.read_image
     monkeypatch.setattr(sources, "read_image", lambda *given: decoded.append(given) or read(*given))
-    first = images(drawn).examine()
-    again = images(drawn).examine()
+    first = images(synthetic).examine()
+    again = images(synthetic).examine()
     assert len(decoded) == len(first.digests) == 6
     assert np.array_equal(first.digests, again.digests)
     assert (first.problems, first.notes) == (again.problems, again.notes)
-    path = drawn / "images/train800/000003.jpg"
+    path = synthetic / "images/train800/000003.jpg"
     path.write_bytes(in_format("PNG"))
-    changed = images(drawn).examine()
+    changed = images(synthetic).examine()
     assert len(decoded) == 12
     assert [index for index in range(6) if (changed.digests[index] != first.digests[index]).any()] == [3]
     path.write_bytes(b"no image")
-    assert [index for index, _ in images(drawn).examine().problems] == [3]
-    assert [index for index, _ in images(drawn).examine().problems] == [3]  # what is broken is not cached
+    assert [index for index, _ in images(synthetic).examine().problems] == [3]
+    assert [index for index, _ in images(synthetic).examine().problems] == [3]  # what is broken is not cached
 
 
-def test_missing_images_are_counted_and_the_first_named(drawn: Path) -> None:
+def test_missing_images_are_counted_and_the_first_named(synthetic: Path) -> None:
     for number in (1, 4):
-        (drawn / f"images/train800/{number:06d}.jpg").unlink()
-    (drawn / "images/train800/000000.jpg").write_bytes(b"")  # a second trouble does not hide the first
+        (synthetic / f"images/train800/{number:06d}.jpg").unlink()
+    (synthetic / "images/train800/000000.jpg").write_bytes(b"")  # a second trouble does not hide the first
     with pytest.raises(DataError) as caught:
-        images(drawn).verify()
-    assert str(caught.value).startswith(f"2 of the 6 images of {drawn / 'train800.txt'} are missing, ")
-    assert f"the first is {drawn / 'images/train800/000001.jpg'}; " in str(caught.value)
-    assert str(drawn / "images/train800/000004.jpg") in str(caught.value)
-    assert f"{drawn / 'images/train800/000000.jpg'}: not a readable image: an empty file" in str(caught.value)
+        images(synthetic).verify()
+    assert str(caught.value).startswith(f"2 of the 6 images of {synthetic / 'train800.txt'} are missing, ")
+    assert f"the first is {synthetic / 'images/train800/000001.jpg'}; " in str(caught.value)
+    assert str(synthetic / "images/train800/000004.jpg") in str(caught.value)
+    assert f"{synthetic / 'images/train800/000000.jpg'}: not a readable image: an empty file" in str(caught.value)
 
 
-def test_a_path_through_a_file_is_missing(drawn: Path) -> None:
-    (drawn / "train800.txt").write_text("train800.txt/a.jpg 0\n")
+def test_a_path_through_a_file_is_missing(synthetic: Path) -> None:
+    (synthetic / "train800.txt").write_text("train800.txt/a.jpg 0\n")
     with pytest.raises(DataError, match=r"1 of the 1 images of .* are missing"):
-        images(drawn).verify()
+        images(synthetic).verify()
 
 
 def in_format(kind: str, **options: object) -> bytes:
@@ -233,97 +226,103 @@ def cut(kind: str, share: float = 0.6, **options: object) -> Callable[[], bytes]
     ],
     ids=["empty", "html", "stub", "jpeg", "jpeg-end", "png", "gif", "webp", "bmp"],
 )
-def test_broken_images_are_named_with_the_reason(drawn: Path, content: Callable[[], bytes], reason: str) -> None:
-    path = drawn / "images/train800/000003.jpg"
+def test_broken_images_are_named_with_the_reason(synthetic: Path, content: Callable[[], bytes], reason: str) -> None:
+    path = synthetic / "images/train800/000003.jpg"
     path.write_bytes(content())
-    with pytest.raises(
-        DataError, match=rf"000003\.jpg: not a readable image: .*{reason}.*; get the file again"
-    ) as caught:
-        images(drawn).verify()
+    with pytest.raises(DataError, match=rf"000003\.jpg: not a readable image: .*{reason}.*; get the file") as caught:
+        images(synthetic).verify()
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"000003\.jpg: cannot be decoded \(.+\); get the file again"):
-        images(drawn).load(3)
+        images(synthetic).load(3)
 
 
-def test_further_broken_images_are_counted(drawn: Path) -> None:
+def test_further_broken_images_are_counted(synthetic: Path) -> None:
     for number in (2, 3, 5):
-        (drawn / f"images/train800/{number:06d}.jpg").write_bytes(b"no image")
+        (synthetic / f"images/train800/{number:06d}.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"000002\.jpg: not a .*; .*000003\.jpg: not a .*; .*000005\.jpg: not a"):
-        images(drawn).verify()
+        images(synthetic).verify()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("padding", [b"", b"\0\0\0\0"])
-def test_whole_files_pass_also_with_something_behind_their_end(drawn: Path, kind: str, padding: bytes) -> None:
-    (drawn / "images/train800/000003.jpg").write_bytes(in_format(kind) + padding)
-    images(drawn).verify()
+def test_whole_files_pass_also_with_something_behind_their_end(synthetic: Path, kind: str, padding: bytes) -> None:
+    (synthetic / "images/train800/000003.jpg").write_bytes(in_format(kind) + padding)
+    images(synthetic).verify()
 
 
-def test_a_folder_in_place_of_a_image_is_named(drawn: Path) -> None:
-    path = drawn / "images/train800/000003.jpg"
+def test_a_folder_in_place_of_an_image_is_named(synthetic: Path) -> None:
+    path = synthetic / "images/train800/000003.jpg"
     path.unlink()
     path.mkdir()
     with pytest.raises(DataError, match=r"000003\.jpg: not a readable image: a folder, not a file"):
-        images(drawn).verify()
+        images(synthetic).verify()
 
 
 # --- card against disk -----------------------------------------------------------------------------------------------
 
 
-def test_data_as_the_card_says(drawn: Path) -> None:
-    card = small(digest=open_source(small(), drawn.parent).digest)
-    source = open_source(card, drawn.parent)
+def test_data_as_on_the_card(synthetic: Path) -> None:
+    card = small(digest=open_source(small(), synthetic.parent).digest)
+    source = open_source(card, synthetic.parent)
     report = inspect(card, source, ["train800", "test"])
     assert (report.variant, report.status, report.notes) == ("card", "as_card", ())
     assert report.counts == card.counts
 
 
-def test_the_digest_is_over_the_lists_in_use_and_the_cards_over_all(drawn: Path) -> None:
-    card = small(digest=open_source(small(), drawn.parent).digest)
-    source = open_source(card, drawn.parent)
+def reverse_lines(path: Path) -> None:
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+
+
+def test_the_digest_is_over_the_lists_in_use_and_the_cards_over_all(synthetic: Path) -> None:
+    card = small(digest=open_source(small(), synthetic.parent).digest)
+    source = open_source(card, synthetic.parent)
     used = ["train800val200", "test"]
     whole, final = inspect(card, source, sorted(source.splits)), inspect(card, source, used)
     assert (whole.digest, whole.status) == (card.digest, "as_card")
     assert final.digest == combined_digest({name: source.get(name).digest for name in used}) != card.digest
     assert final.status == "as_card"
-    (drawn / "val200.txt").unlink()
-    assert inspect(card, open_source(card, drawn.parent), used).digest == final.digest
-    (drawn / "test.txt").write_text("".join(reversed((drawn / "test.txt").read_text().splitlines(keepends=True))))
-    assert inspect(card, open_source(card, drawn.parent), used).digest != final.digest
+    (synthetic / "val200.txt").unlink()
+    assert inspect(card, open_source(card, synthetic.parent), used).digest == final.digest
+    (synthetic / "test.txt").write_text(
+        "".join(reversed((synthetic / "test.txt").read_text().splitlines(keepends=True)))
+    )
+    assert inspect(card, open_source(card, synthetic.parent), used).digest != final.digest
 
 
-def test_a_list_that_is_not_in_use_still_has_to_be_as_pinned(drawn: Path) -> None:
-    card = small(digest=open_source(small(), drawn.parent).digest)
-    (drawn / "val200.txt").write_text("".join(reversed((drawn / "val200.txt").read_text().splitlines(keepends=True))))
-    source = open_source(card, drawn.parent)
+def test_a_list_that_is_not_in_use_still_has_to_be_as_pinned(synthetic: Path) -> None:
+    card = small(digest=open_source(small(), synthetic.parent).digest)
+    (synthetic / "val200.txt").write_text(
+        "".join(reversed((synthetic / "val200.txt").read_text().splitlines(keepends=True)))
+    )
+    source = open_source(card, synthetic.parent)
     report = inspect(card, source, ["train800val200", "test"])
     assert report.notes == (f"the digest is {source.digest}, the card states {card.digest}",)
 
 
-def test_an_unpinned_digest_is_not_compared(drawn: Path) -> None:
-    assert inspect(small(digest=None), open_source(small(), drawn.parent), []).status == "as_card"
+def test_an_unpinned_digest_is_not_compared(synthetic: Path) -> None:
+    assert inspect(small(digest=None), open_source(small(), synthetic.parent), []).status == "as_card"
 
 
-def test_another_digest_is_a_difference(drawn: Path) -> None:
+def test_another_digest_is_a_difference(synthetic: Path) -> None:
     card = small(digest="sha256:" + "0" * 64)
-    report = inspect(card, open_source(card, drawn.parent), list(card.counts))
+    report = inspect(card, open_source(card, synthetic.parent), list(card.counts))
     assert report.status == "different"
     assert len(report.notes) == 1
     assert report.notes[0] == f"the digest is {report.digest}, the card states {card.digest}"
 
 
-def test_the_counts_of_a_variant_are_recognised(drawn: Path) -> None:
+def test_the_counts_of_a_variant_are_recognised(synthetic: Path) -> None:
     as_zip = dict(small().counts)
     card = small(digest="sha256:" + "0" * 64, variants={"other": {**as_zip, "test": 4}, "zip": as_zip})
     card = replace(card, counts={**as_zip, "test": 6})
-    report = inspect(card, open_source(card, drawn.parent), [])
+    report = inspect(card, open_source(card, synthetic.parent), [])
     assert (report.variant, report.status, report.notes) == ("zip", "as_card", ())
 
 
-def test_other_counts_are_differences_named_with_card_and_variants(drawn: Path) -> None:
+def test_other_counts_are_differences_named_with_card_and_variants(synthetic: Path) -> None:
     card = replace(DTD, variants={"zip": {**DTD.counts, "test": 1881}})
-    report = inspect(card, open_source(card, drawn.parent), ["test"])
+    report = inspect(card, open_source(card, synthetic.parent), ["test"])
     assert (report.variant, report.status) == ("card", "different")
     assert report.notes == (
         "train800 has 6 images, the card states 800",
@@ -333,17 +332,17 @@ def test_other_counts_are_differences_named_with_card_and_variants(drawn: Path) 
     )
 
 
-def test_a_missing_list_that_is_not_used_is_a_difference_one_that_is_used_stops(drawn: Path) -> None:
-    (drawn / "val200.txt").unlink()
-    source = open_source(small(), drawn.parent)
+def test_a_missing_list_that_is_not_used_is_a_difference_one_that_is_used_stops(synthetic: Path) -> None:
+    (synthetic / "val200.txt").unlink()
+    source = open_source(small(), synthetic.parent)
     report = inspect(small(), source, ["train800val200", "test"])
     assert report.status == "different"
-    assert report.notes == (f"{drawn} lacks val200 (not needed in this stage)",)
+    assert report.notes == (f"{synthetic} lacks val200 (not needed in this stage)",)
     with pytest.raises(DataError, match="has no list 'val200'"):
         inspect(small(), source, ["train800", "val200"])
 
 
-def test_drawn_images_never_pass_for_real_ones(tmp_path: Path) -> None:
+def test_synthetic_images_never_pass_for_real_ones(tmp_path: Path) -> None:
     folder = draw_task(small(), tmp_path, counts=COUNTS, size=16)
     report = inspect(small(), open_source(small(), tmp_path), [])
     assert (report.variant, report.status) == ("synthetic", "different")
@@ -460,7 +459,7 @@ def test_results_come_in_order_and_progress_is_noted(monkeypatch: pytest.MonkeyP
     assert len(notes) == 15  # none when all is done
 
 
-def test_a_quick_job_says_nothing() -> None:
+def test_a_quick_job_prints_nothing() -> None:
     notes: list[str] = []
     in_threads(lambda index: index, 200, "counting", notes.append)
     assert notes == []

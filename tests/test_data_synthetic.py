@@ -25,7 +25,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_the_folder_has_the_form_of_the_community_archive(tmp_path: Path) -> None:
     folder = draw_task(CARD, tmp_path, counts=COUNTS, size=20)
     assert folder == tmp_path / "dtd"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dtd"]  # nothing is left beside it
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dtd"]  # nothing else is left
     full = {**COUNTS, "train800val200": 17}
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["SYNTHETIC.txt", "images", *(f"{n}.txt" for n in full)]
@@ -97,7 +97,7 @@ def test_the_images_are_learnable(classes: int) -> None:
 
 
 @pytest.mark.parametrize("name", list_tasks("vtab"))
-def test_each_card_of_the_suite_can_be_drawn_and_read(tmp_path: Path, name: str) -> None:
+def test_each_card_of_the_suite_has_synthetic_images(tmp_path: Path, name: str) -> None:
     card = load_task(name)
     draw_task(card, tmp_path, counts={"train800": 2, "val200": 1, "test": 2}, size=8)
     source = open_source(card, tmp_path)
@@ -112,7 +112,7 @@ def test_each_card_of_the_suite_can_be_drawn_and_read(tmp_path: Path, name: str)
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_existing_data_are_never_drawn_over(tmp_path: Path) -> None:
+def test_existing_data_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "dtd").mkdir()
     (tmp_path / "dtd" / "train800.txt").write_text("mine 0\n")
     with pytest.raises(DataError, match=r"/dtd exists already and is not empty; give another"):

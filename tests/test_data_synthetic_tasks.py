@@ -1,4 +1,4 @@
-"""Drawn tasks: what an image shows is what its label says, and a card gives the same bytes everywhere."""
+"""Synthetic tasks: images show what their labels state, and a card gives the same bytes everywhere."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def objects(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float64]]:
     rows, columns = np.mgrid[:SIZE, :SIZE]
     terms = np.stack([rows, columns, np.ones_like(rows)], axis=-1).reshape(-1, 3).astype(float)
     values = image.reshape(-1, 3).astype(float)
-    kept = np.ones(len(values), dtype=bool)
+    ground = np.ones(len(values), dtype=bool)
     for limit in (60.0, 30.0, 22.0, 22.0):  # what does not fit is no ground
-        plane, *_ = np.linalg.lstsq(terms[kept], values[kept], rcond=None)
+        plane, *_ = np.linalg.lstsq(terms[ground], values[ground], rcond=None)
         far = np.abs(values - terms @ plane).max(axis=1)
-        kept = far < limit
+        ground = far < limit
     found, number = ndimage.label(ndimage.median_filter((far >= 22).reshape(SIZE, SIZE).astype(np.uint8), 3))
     things = [np.argwhere(found == one + 1).astype(float) for one in range(number)]
     return sorted(things, key=len, reverse=True)
@@ -53,12 +53,12 @@ def test_the_largest_thing_lies_in_the_cell_of_its_label() -> None:
     assert agreement("location", read) > 0.9
 
 
-def test_there_are_as_many_things_as_the_label_says() -> None:
+def test_the_label_is_the_number_of_objects() -> None:
     read = {n: len([t for t in objects(draw_numbered("count", 5, n)[0]) if len(t) > 8]) - 1 for n in range(MANY)}
     assert agreement("count", read) > 0.9
 
 
-def test_the_larger_thing_lies_where_the_label_says() -> None:
+def test_the_label_is_the_side_of_the_larger_object() -> None:
     read = {}
     for number in range(MANY):
         things = objects(draw_numbered("size", 5, number)[0])
@@ -70,7 +70,7 @@ def test_the_larger_thing_lies_where_the_label_says() -> None:
     assert agreement("size", read) > 0.9
 
 
-def test_the_bow_points_where_the_label_says() -> None:
+def test_the_label_is_the_direction_of_the_bow() -> None:
     """The bow holds more of the key than the shaft: seen from the middle of its extent, the mean lies towards it."""
     read = {}
     for number in range(MANY):
@@ -94,21 +94,21 @@ def spectrum(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     return np.array([[values.mean(), values.std(), values.max()] for values in inside]).ravel()
 
 
-def test_patterns_can_be_told_apart_and_no_place_of_a_pixel_says_which() -> None:
-    drawn = [draw_numbered("textures", 5, number) for number in range(640)]
-    assert len({image.tobytes() for image, _ in drawn}) == len(drawn)
-    features = np.stack([spectrum(image) for image, _ in drawn])
-    labels = np.array([label for _, label in drawn])
+def test_patterns_differ_in_their_spectrum_and_not_by_single_pixels() -> None:
+    images = [draw_numbered("textures", 5, number) for number in range(640)]
+    assert len({image.tobytes() for image, _ in images}) == len(images)
+    features = np.stack([spectrum(image) for image, _ in images])
+    labels = np.array([label for _, label in images])
     reader = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
     assert reader.fit(features[:480], labels[:480]).score(features[480:], labels[480:]) > 0.5  # guessing: 0.125
     for label in range(8):
-        grey = np.stack([image.mean(axis=2) for image, of in drawn if of == label])
+        grey = np.stack([image.mean(axis=2) for image, of in images if of == label])
         assert grey.mean(axis=0).std() < 0.35 * grey.std(axis=(1, 2)).mean()
 
 
 @given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 10**9), number=st.integers(0, 10**9))
 @settings(max_examples=40, deadline=None)
-def test_a_image_is_a_pure_function_of_its_numbers(kind: str, seed: int, number: int) -> None:
+def test_an_image_is_a_pure_function_of_its_numbers(kind: str, seed: int, number: int) -> None:
     image, label = draw_numbered(kind, seed, number)
     again, _ = draw_numbered(kind, seed, number)
     assert image.shape == (SIZE, SIZE, 3)
@@ -154,7 +154,7 @@ def test_another_seed_draws_other_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"options": {"kind": "sizes"}}, "'kind' must be one of textures, .+, not 'sizes'"),
         ({"options": {"kind": None}}, "the key 'kind' is missing"),
@@ -167,7 +167,7 @@ def test_another_seed_draws_other_images() -> None:
         ({"counts": {"train": 4, "val": 4, "trainval": 9}}, "trainval is train and val together, 8, not 9"),
     ],
 )
-def test_cards_that_cannot_be_drawn_are_refused(changes: dict[str, object], said: str) -> None:
-    with pytest.raises(CardError, match=said) as caught:
+def test_wrong_cards_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(CardError, match=message) as caught:
         opened(**changes)
     assert str(caught.value).startswith(f"{load_task('demo/size').path}:1: ")

@@ -127,7 +127,7 @@ def test_the_protocol_has_the_lists_of_both_stages() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_task_is_drawn_and_read_in_both_forms(tmp_path: Path, name: str) -> None:
+def test_each_task_is_read_in_both_forms(tmp_path: Path, name: str) -> None:
     card = load_task(name)
     draw(tmp_path / "json", card)
     source = open_source(card, tmp_path / "json")
@@ -178,7 +178,7 @@ def test_a_class_that_val_lacks_shifts_no_label(tmp_path: Path) -> None:
     assert images(source, "val") != {path: anew[value] for path, value in val.items()}
 
 
-def test_val_inside_train_is_taken_out_of_train_and_kept_in_trainval(tmp_path: Path) -> None:
+def test_val_inside_train_is_taken_out_of_train_and_stays_in_trainval(tmp_path: Path) -> None:
     card = load_task("fgvc/stanford_cars")
     folder = draw(tmp_path, card, "val_in_train")
     train, val = entries(folder, "train"), entries(folder, "val")
@@ -226,9 +226,7 @@ def test_no_data_names_all_places_and_what_to_get(tmp_path: Path) -> None:
 def test_images_in_none_of_the_roots(tmp_path: Path) -> None:
     folder = draw(tmp_path)
     (folder / "images").rename(folder / "photos")
-    with pytest.raises(
-        DataError, match=r"train\.json: its images are in none of .+/images, .+/Images, .+CUB_200_2011 "
-    ):
+    with pytest.raises(DataError, match=r"train\.json: its images are in none of .+/images, .+/Images, .+CUB_200_2011"):
         open_source(CUB, tmp_path)
 
 
@@ -346,7 +344,7 @@ def test_more_classes_than_the_card_stop_it_and_fewer_are_a_difference(tmp_path:
         max_size=4,
     )
 )
-def test_whatever_a_split_holds_it_is_read_or_refused_in_one_line(tmp_path: Path, content: dict[str, Any]) -> None:
+def test_any_split_is_read_or_refused_in_one_line(tmp_path: Path, content: dict[str, Any]) -> None:
     folder = tmp_path / "CUB_200_2011"
     if not folder.exists():
         draw(tmp_path)
@@ -527,7 +525,7 @@ def test_own_text_files_may_be_written_as_lists_may(tmp_path: Path, form: str) -
 
 
 def rename_folders(folder: Path, form: str) -> None:
-    """Give the folders of CUB's drawn images names, in all files of the JSON split."""
+    """Give the folders of CUB's images names, in all files of the JSON split."""
     for name in COUNTS:
         (folder / f"{name}.json").write_text(
             json.dumps({form.format(*path.split("/")): value for path, value in entries(folder, name).items()})
@@ -557,9 +555,7 @@ def test_ids_that_the_card_has_no_name_for_are_refused(tmp_path: Path) -> None:
     card = load_task("fgvc/oxford_flowers")
     folder = draw(tmp_path, card)
     change(folder / "train.json", **{next(iter(entries(folder, "train"))): 103})
-    with pytest.raises(
-        DataError, match=r"train\.json: class id 103 is out of range, those of fgvc/oxford_flowers are 1\.\.102"
-    ):
+    with pytest.raises(DataError, match=r"train\.json: class id 103 is out of range, those of fgvc/oxford_flowers are"):
         open_source(card, tmp_path)
 
 
@@ -651,7 +647,7 @@ def test_wrong_cards_are_refused(tmp_path: Path, changes: dict[str, Any], messag
         open_source(replace(CUB, **changes), tmp_path)
 
 
-# --- from the front door ---------------------------------------------------------------------------------------------
+# --- through the command line ----------------------------------------------------------------------------------------
 
 
 def test_a_run_from_drawing_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -695,7 +691,7 @@ def test_drawing_and_checking_from_the_command_line(tmp_path: Path) -> None:
         assert "are synthetic, not real" in checked.out
 
 
-def test_a_image_that_cannot_be_read_names_its_split(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_names_its_split(tmp_path: Path) -> None:
     folder = draw(tmp_path)
     for path in list(entries(folder, "test"))[:2]:
         (folder / "images" / path).write_bytes(b"no image")

@@ -1,6 +1,6 @@
-"""Whatever a file holds: success, or one clear line. Never another exception, and never a wrong acceptance.
+"""Any content of a file: success, or one clear line. Never another exception, and never a wrong acceptance.
 
-A few hundred cases run with the other tests; `make fuzz` runs 10,000 (SVP_BENCH_FUZZ says how many in all).
+A few hundred cases run with the other tests; `make fuzz` runs 10,000 (SVP_BENCH_FUZZ: how many in all).
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def test_vtab_calls_its_classes_as_the_same_sets_of_hta(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["cifar10", "cifar100", "dtd", "food101", "svhn"])
-def test_class_names_stand_in_the_order_of_the_labels(task: str) -> None:
+def test_class_names_have_the_order_of_the_labels(task: str) -> None:
     names = class_names(load_task(f"hta/{task}"))
     assert names is not None
     assert names == sorted(names)  # as the sources number them
@@ -157,8 +157,8 @@ def test_each_set_is_read(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hta/cifar10", "hta/dtd", "hta/gtsrb", "hta/svhn"])
-def test_labels_and_images_are_those_that_were_drawn(tmp_path: Path, name: str) -> None:
-    # The hue of a drawn image follows its class: the labels that are read must say the same as the pixels.
+def test_labels_belong_to_their_images(tmp_path: Path, name: str) -> None:
+    # The hue of a synthetic image follows its class.
     card, _ = draw(tmp_path, name)
     source = open_source(card, tmp_path)
     hits = 0
@@ -245,7 +245,7 @@ def test_torchvisions_root_may_be_the_tasks_folder_or_a_shared_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", THROUGH_TORCHVISION)
-def test_a_missing_set_says_how_to_download_it(tmp_path: Path, name: str) -> None:
+def test_the_error_of_a_missing_set_states_how_to_download_it(tmp_path: Path, name: str) -> None:
     card = load_task(name)
     with pytest.raises(DataError) as caught:
         open_source(card, tmp_path)

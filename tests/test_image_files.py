@@ -145,7 +145,7 @@ def test_broken_exif_does_not_hide_a_whole_image() -> None:
     assert pixels(content).shape == (6, 10, 3)
 
 
-def test_what_is_transparent_is_white_whatever_is_stored_under_it() -> None:
+def test_transparent_pixels_are_white() -> None:
     for mode in ("RGBA", "LA"):
         image = make_image().convert(mode)
         image.putalpha(0)
@@ -219,7 +219,7 @@ def test_ordinary_images_are_what_pillow_reads(seed: int, kind: str, grey: bool)
 @pytest.mark.parametrize(
     ("kind", "is_read"), [("JPEG", True), ("GIF", True), ("TGA", False), ("DDS", False), ("PCX", False)]
 )
-def test_only_stated_formats_are_read_whatever_the_name(kind: str, is_read: bool, tmp_path: Path) -> None:
+def test_formats_are_identified_by_content(kind: str, is_read: bool, tmp_path: Path) -> None:
     make_image().save(tmp_path / "image.txt", kind)
     assert (identify(tmp_path / "image.txt") == kind) == is_read
 
@@ -356,7 +356,7 @@ def test_a_training_image_that_is_a_test_image_marks_the_run(
     assert record["image_notes"]["images of test that are also in train800val200"] == 1
 
 
-def test_other_pixels_than_in_the_first_run_are_told(tmp_path: Path) -> None:
+def test_other_pixels_than_in_the_first_run_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "content" / "x.json"
     assert differences_from_first_use(path, {"train": "sha256:a", "test": "sha256:b"}) == []
     assert differences_from_first_use(path, {"test": "sha256:b", "val": "sha256:c"}) == []

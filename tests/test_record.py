@@ -209,7 +209,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
     assert read_records(tmp_path) == ([record], [])
 
 
-def test_keys_stand_in_the_order_of_the_schema(tmp_path: Path) -> None:
+def test_keys_have_the_order_of_the_schema(tmp_path: Path) -> None:
     one, other = make_record(), make_record()
     backwards = json.loads(json.dumps(other.config), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
     other = dataclasses.replace(other, config=backwards, libraries=dict(reversed(other.libraries.items())))

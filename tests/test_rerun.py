@@ -259,7 +259,7 @@ def test_a_loss_beyond_the_tolerance_does_not_agree_though_the_bits_do(elsewhere
     assert "nats are allowed" in outcome.out
 
 
-def test_other_files_of_the_package_are_said(elsewhere: Path, data: str) -> None:
+def test_other_files_of_the_package_are_reported(elsewhere: Path, data: str) -> None:
     outcome = again(changed(elsewhere, with_loss(1e-6, package_digest="sha256:" + "1" * 64)), data)
     assert "differs    the package's files: sha256:111111111111 in the record, sha256:" in outcome.out
     assert "differs    the package's files: sha256:111111111111" in outcome.out
@@ -272,7 +272,7 @@ def test_uncommitted_changes_count_as_other_code(elsewhere: Path, data: str, mon
     assert "differs    code: uncommitted changes" in outcome.out
 
 
-# ---- what is not at hand stops it before the training
+# ---- missing parts stop it before the training
 
 
 def untrained(outcome: Outcome, status: int) -> str:
@@ -335,7 +335,7 @@ def test_a_record_that_cannot_be_repeated(
     assert "/config.yaml" not in text
 
 
-def test_a_version_that_resolves_the_config_otherwise_says_so(elsewhere: Path, data: str) -> None:
+def test_a_version_that_resolves_the_config_otherwise_is_reported(elsewhere: Path, data: str) -> None:
     def older(record: Record) -> Record:
         config = json.loads(json.dumps(record.config))
         del config["model"]["learning_rate"]  # as if the key had come later, with another default
@@ -382,7 +382,7 @@ def test_wrong_use_is_one_line(elsewhere: Path, data: str, flags: tuple[str, ...
     assert expected in untrained(again(elsewhere, data, *flags), 2)
 
 
-def test_the_rerun_never_lies_beside_the_record_itself(
+def test_the_rerun_is_never_written_next_to_the_record(
     original: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(original.parents[4])

@@ -1,4 +1,4 @@
-"""What a record says of code: a method's own files and those of the package, and what follows if they change."""
+"""What a record states of code: a method's own files and those of the package, and what follows if they change."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_every_class_and_function_of_the_cell_is_looked_at(place: Path) -> None:
     assert code.class_paths(config) == ["a.B", "c.D", "strength.STRENGTH"]
 
 
-# ---- what follows from them
+# ---- their effects
 
 
 def test_an_edited_method_is_another_cell_everywhere(place: Path) -> None:
@@ -160,14 +160,13 @@ def test_an_edited_method_is_another_cell_everywhere(place: Path) -> None:
     again = command("rerun", str(old), "--data.root", "data")
     assert again.status == 1
     assert "Does not agree on the method's source: strength.py" in again.out
-    assert "the method's source: strength.py here differs" in again.out
     same = command("rerun", str(outcome.record_path), "--data.root", "data")
     assert same.status == 0, same.out
     assert "method's source" not in same.out
-    said = {
+    texts = {
         finding.text for one in audit(["results"]).audits for finding in one.findings if finding.subject == "identity"
     }
-    assert any("strength.py" in text and "another source" in text for text in said)
+    assert any("strength.py" in text and "another source" in text for text in texts)
 
 
 def test_a_changed_method_does_not_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +229,7 @@ def test_a_sweep_runs_an_edited_method_anew(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_choice_is_that_of_the_source_that_was_searched(place: Path) -> None:
+def test_a_selected_config_belongs_to_the_searched_source(place: Path) -> None:
     Path("search.yaml").write_text(
         "name: small\nversion: 1\nsampler: grid\nbudget: 2\n"
         "spaces:\n  default: {model.learning_rate: [1.0e-3, 1.0e-2]}\n",
@@ -314,17 +313,17 @@ def test_caches_and_what_a_wheel_carries_are_no_part_of_the_package(repository: 
 
 
 @pytest.mark.parametrize("flag", ["--assume-unchanged", "--skip-worktree", None])
-def test_changed_code_is_seen_whatever_git_was_told(repository: Path, flag: str | None) -> None:
+def test_changed_code_is_seen_with_any_setting_of_git(repository: Path, flag: str | None) -> None:
     commit = git(repository, "rev-parse", "HEAD")
     assert provenance.commit_and_dirty() == (commit, False)
     if flag:
         git(repository, "update-index", flag, "svp_bench/a.py")
     (repository / "svp_bench" / "a.py").write_text("A = 2\n", encoding="utf-8")
     assert provenance.commit_and_dirty() == (commit, True)
-    said = provenance.dirty_warning(commit, [])
-    assert ("git ls-files -v" if flag else "svp_bench/a.py") in said
-    assert "audit" in said
-    assert "Commit the changes" in said
+    texts = provenance.dirty_warning(commit, [])
+    assert ("git ls-files -v" if flag else "svp_bench/a.py") in texts
+    assert "audit" in texts
+    assert "Commit the changes" in texts
 
 
 def test_another_repository_in_the_environment_is_not_asked(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
