@@ -520,23 +520,6 @@ def test_a_changed_card_is_read_or_refused(shared_toy: Path, file: str, changes:
     assert read is None or [task.name for task in read] == ["toy/one", "toy/two", "toy/three"]
 
 
-@QUICK
-@given(file=FILES, value=VALUES)
-def test_any_other_yaml_is_refused(shared_toy: Path, file: str, value: Any) -> None:
-    assert read_with(shared_toy, file, yaml.safe_dump(value)) is None
-
-
-@QUICK
-@given(
-    file=FILES,
-    text=st.text(alphabet="ab:-[]{}!&*|>'\"%@#?,.~<=01_ \n\t\r\x00\x85\u2028é", max_size=40),
-    at=st.integers(0, 400),
-)
-def test_any_text_in_a_card_is_read_or_refused(shared_toy: Path, file: str, text: str, at: int) -> None:
-    good = (shared_toy / file).read_text(encoding="utf-8")
-    read_with(shared_toy, file, good[:at] + text + good[at:])
-
-
 @given(
     classes=st.integers(1, 10**6),
     test=st.integers(1, 10**9),

@@ -180,7 +180,7 @@ def make_double(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_empty, "holds no folder with images; own images lie in DIR/<class>/, or in DIR/train/<class>/"),
+        (make_empty, "holds no folder with images .*; own images lie in DIR/<class>/, or in DIR/train/<class>/"),
         (make_lonely, "cow has 1 image; to be split, a class needs at least 3"),
         (make_hollow, "cow holds no image"),
         (make_untested, "has train, val and no folder called test; add one, or put all images into class folders"),

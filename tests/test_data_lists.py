@@ -124,20 +124,6 @@ def test_blanks_and_line_ends_change_no_path_label_or_digest(
     assert split_digest("train800", messy) == split_digest("train800", clean)
 
 
-@settings(deadline=None)  # a busy machine is no failure
-@given(st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused_in_one_line(raw: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            images = read(Path(folder), raw)
-        except DataError as error:
-            refusal = str(error)
-        else:
-            assert len(images.paths) == len(images.labels) > 0
-            return
-    assert len(refusal.splitlines()) == 1
-
-
 def test_the_digest_sees_name_paths_labels_and_order(tmp_path: Path) -> None:
     first = read(tmp_path, "a 1\nb 2\n")
     digests = {

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import run, settle, small
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from native_files import write_json_split, write_native
 from PIL import Image
 from synthetic_records import make_record
@@ -334,29 +332,6 @@ def test_more_classes_than_the_card_stop_it_and_fewer_are_a_difference(tmp_path:
         open_source(replace(CUB, classes=11), tmp_path)
     assert any("has 12 classes, the card states 200" in note for note in open_source(CUB, tmp_path).notes)
     assert open_source(replace(CUB, classes=12), tmp_path).notes == ()
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(
-    st.dictionaries(
-        st.text(max_size=5),
-        st.one_of(st.integers(-5, 5), st.text(max_size=3), st.floats(), st.none(), st.booleans()),
-        max_size=4,
-    )
-)
-def test_any_split_is_read_or_refused_in_one_line(tmp_path: Path, content: dict[str, Any]) -> None:
-    folder = tmp_path / "CUB_200_2011"
-    if not folder.exists():
-        draw(tmp_path)
-    (folder / "val.json").write_text(json.dumps(content))
-    try:
-        source, refusal = open_source(CUB, tmp_path), ""
-    except DataError as error:
-        source, refusal = None, str(error)
-    if source is None:
-        assert len(refusal.splitlines()) == 1
-    else:
-        assert len(source.get("val")) == len(content)
 
 
 def test_as_on_the_card(tmp_path: Path) -> None:

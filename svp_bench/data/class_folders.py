@@ -24,7 +24,6 @@ import stat
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -54,6 +53,7 @@ _SPLITS = ("train", "val", "trainval", "test")
 _LAYOUTS = "own images lie in DIR/<class>/, or in DIR/train/<class>/ and DIR/test/<class>/"
 
 Classes = dict[str, list[str]]  # name of a class → paths below the root, sorted
+Skipped = dict[str, list[str]]  # kind of a file that is not an image → paths below the root
 
 
 def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> Source:
@@ -72,8 +72,8 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
     folder, origin = data_root(root)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder ({origin}); {_LAYOUTS}")
-    tree = _Tree(folder)
-    parts = tree.parts()
+    kinds: Skipped = {}
+    parts = _parts(folder, kinds)
     names = tuple(parts["train"])
     if len(names) < 2:
         raise DataError(
@@ -87,7 +87,7 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
     paths = sorted(path for name in ("trainval", "test") for of in parts[name].values() for path in of)
     contents = _contents(folder, paths)
     splits = {name: _ContentImages(folder, name, _listed(parts[name], names), contents) for name in _SPLITS}
-    skipped = {kind: tuple(sorted(found)) for kind, found in sorted(tree.skipped.items())}
+    skipped = {kind: tuple(sorted(found)) for kind, found in sorted(kinds.items())}
     return Source(str(folder), splits, class_names=names, skipped=skipped)
 
 
@@ -105,120 +105,103 @@ def _listed(classes: Classes, names: Sequence[str]) -> ImageList:
     return ImageList(tuple(path for path, _ in entries), np.array([label for _, label in entries], dtype=np.int64))
 
 
-def _fifth(paths: list[str], place: Path, least: int) -> tuple[list[str], list[str]]:
-    """Return a fifth of a class, at least one, and the rest; both in the order of their digests."""
-    if len(paths) < least:
-        raise DataError(f"{place} has {plural(len(paths), 'image')}; to be split, a class needs at least {least}")
+def _divide(paths: list[str], place: Path, held: int) -> list[list[str]]:
+    """Return a fifth of a class, at least one image, `held` times, and the rest, in the order of their digests."""
+    if len(paths) <= held:
+        raise DataError(f"{place} has {plural(len(paths), 'image')}; to be split, a class needs at least {held + 1}")
 
     def digest(path: str) -> bytes:  # file systems spell accents in two ways
         return hashlib.sha256(unicodedata.normalize("NFC", path).encode()).digest()
 
-    ordered = sorted(paths, key=digest)
-    count = max(1, round(_SHARE * len(paths)))
-    return ordered[:count], ordered[count:]
+    ordered, count = sorted(paths, key=digest), max(1, round(_SHARE * len(paths)))
+    parts = [ordered[number * count : (number + 1) * count] for number in range(held)]
+    return [sorted(part) for part in (*parts, ordered[held * count :])]
 
 
 # --- folders and files -----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Tree:
-    """The folders below a root, and the files there that are not images: kind → paths."""
-
-    root: Path
-    skipped: dict[str, list[str]] = field(default_factory=dict)
-
-    def parts(self) -> dict[str, Classes]:
-        """Return the classes of train, val and test."""
-        given: dict[str, str] = {}  # part → name of its folder
-        for name in self.folders(""):
-            part = _PARTS.get(name.lower())
-            if part is None or not self.folders(name):  # a class may be called "train" too
-                continue
-            if part in given:
-                raise DataError(f"{self.root} has both {given[part]} and {name}; keep one of them")
-            given[part] = name
-        parts: dict[str, Classes] = {"train": {}, "val": {}, "test": {}}
-        if not given:
-            for name, paths in self.classes("").items():
-                test, rest = _fifth(paths, self.root / name, 3)
-                parts["test"][name] = sorted(test)
-                parts["val"][name], parts["train"][name] = sorted(rest[: len(test)]), sorted(rest[len(test) :])
-            return parts
-        if lacking := [part for part in ("train", "test") if part not in given]:
-            raise DataError(
-                f"{self.root} has {', '.join(given.values())} and no folder called {lacking[0]}; add one, or put all "
-                "images into class folders side by side, to have them split"
-            )
-        parts |= {part: self.classes(name) for part, name in given.items()}
-        train = self.root / given["train"]
-        for part in given:
-            for name in parts[part]:
-                if name not in parts["train"]:
-                    where = str(self.root / given[part])
-                    raise unknown_name(f"class (not in {train})", name, parts["train"], where=where, error=DataError)
-        if "val" not in given:
-            for name, paths in parts["train"].items():
-                val, rest = _fifth(paths, train / name, 2)
-                parts["val"][name], parts["train"][name] = sorted(val), sorted(rest)
+def _parts(root: Path, skipped: Skipped) -> dict[str, Classes]:
+    """Return the classes of train, val and test."""
+    given: dict[str, str] = {}  # part → name of its folder
+    for name in _folders(root):
+        part = _PARTS.get(name.lower())
+        if part is None or not _folders(root / name):  # a class may be called "train" too
+            continue
+        if part in given:
+            raise DataError(f"{root} has both {given[part]} and {name}; keep one of them")
+        given[part] = name
+    parts: dict[str, Classes] = {"train": {}, "val": {}, "test": {}}
+    if not given:
+        for name, paths in _classes(root, "", skipped).items():
+            parts["test"][name], parts["val"][name], parts["train"][name] = _divide(paths, root / name, 2)
         return parts
+    if lacking := [part for part in ("train", "test") if part not in given]:
+        raise DataError(
+            f"{root} has {', '.join(given.values())} and no folder called {lacking[0]}; add one, or put all images "
+            "into class folders side by side, to have them split"
+        )
+    parts |= {part: _classes(root, name, skipped) for part, name in given.items()}
+    train = root / given["train"]
+    for part in given:
+        for name in parts[part]:
+            if name not in parts["train"]:
+                where = str(root / given[part])
+                raise unknown_name(f"class (not in {train})", name, parts["train"], where=where, error=DataError)
+    if "val" not in given:
+        for name, paths in parts["train"].items():
+            parts["val"][name], parts["train"][name] = _divide(paths, train / name, 1)
+    return parts
 
-    def folders(self, below: str) -> list[str]:
-        """Return the names of the folders in a folder."""
-        place = self.root / below
-        with readable(place), os.scandir(place) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
-    def classes(self, part: str) -> Classes:
-        """Return the classes of a folder, by name (NFC), each with at least one image."""
-        place = self.root / part
-        classes: Classes = {}
-        spelled: dict[str, str] = {}
-        for name in self.folders(part):
-            shown = unicodedata.normalize("NFC", name)
-            before = spelled.setdefault(shown.casefold(), name)
-            if before != name:
-                raise DataError(
-                    f"{place} has two folders whose names differ only in case or in how accents are spelled: "
-                    f"{before!a} and {name!a}; rename one, or put both into one"
-                )
-            classes[shown] = sorted(self.images(f"{part}/{name}" if part else name, ()))
-        empty = [name for name, paths in classes.items() if not paths]
-        if empty or not classes:
-            kinds = ", ".join(f"{len(paths)} {kind}" for kind, paths in sorted(self.skipped.items()))
-            shown = f" (skipped: {kinds})" if kinds else ""
-            if len(empty) == len(classes):
-                raise DataError(f"{place} holds no folder with images{shown}; {_LAYOUTS}, as {', '.join(ENDINGS)}")
+def _folders(place: Path) -> list[str]:
+    with readable(place), os.scandir(place) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _classes(root: Path, part: str, skipped: Skipped) -> Classes:
+    """Return the classes of a folder, by name (NFC), each with at least one image."""
+    place = root / part
+    classes: Classes = {}
+    spelled: dict[str, str] = {}
+    for name in _folders(place):
+        shown = unicodedata.normalize("NFC", name)
+        before = spelled.setdefault(shown.casefold(), name)
+        if before != name:
             raise DataError(
-                f"{place / empty[0]} holds no image ({', '.join(ENDINGS)}){shown}; take the folder away, or fill it"
+                f"{place} has two folders whose names differ only in case or in how accents are spelled: "
+                f"{before!a} and {name!a}; rename one, or put both into one"
             )
-        return dict(sorted(classes.items()))
+        classes[shown] = sorted(_images(root, f"{part}/{name}" if part else name, (), skipped))
+    empty = [name for name, paths in classes.items() if not paths]
+    if empty or not classes:
+        kinds = ", ".join(f"{len(paths)} {kind}" for kind, paths in sorted(skipped.items()))
+        found = f"({', '.join(ENDINGS)}){f' (skipped: {kinds})' if kinds else ''}"
+        if len(empty) == len(classes):
+            raise DataError(f"{place} holds no folder with images {found}; {_LAYOUTS}")
+        raise DataError(f"{place / empty[0]} holds no image {found}; take the folder away, or fill it")
+    return dict(sorted(classes.items()))
 
-    def images(self, below: str, above: tuple[str, ...]) -> Iterator[str]:
-        """Yield the paths of all images in a folder and its folders, relative to the root, with forward slashes."""
-        place = self.root / below
-        real = os.path.realpath(place)
-        if real in above or len(above) > 50:
-            raise DataError(f"{place}: this link leads back to a folder that it is in; take it away")
-        with readable(place), os.scandir(place) as entries:
-            found = [(entry.name, entry.is_dir()) for entry in entries]
-        for name, is_folder in sorted(found):
-            path = f"{below}/{name}"
-            if is_folder and name.startswith("."):
-                continue
-            if is_folder:
-                yield from self.images(path, (*above, real))
-            elif kind := other_kind(self.root / path):
-                self.skipped.setdefault(kind, []).append(path)
-            else:
-                try:
-                    path.encode()
-                except UnicodeEncodeError:
-                    encoding = sys.getfilesystemencoding()
-                    raise DataError(
-                        f"{self.root}: the name {path!r} is not {encoding}; rename the file, or set PYTHONUTF8=1"
-                    ) from None
-                yield path
+
+def _images(root: Path, below: str, above: tuple[str, ...], skipped: Skipped) -> Iterator[str]:
+    """Yield the paths of all images in a folder and its folders, relative to the root, with forward slashes."""
+    place = root / below
+    real = os.path.realpath(place)
+    if real in above or len(above) > 50:
+        raise DataError(f"{place}: this link leads back to a folder that it is in; take it away")
+    with readable(place), os.scandir(place) as entries:
+        found = sorted((entry.name, entry.is_dir()) for entry in entries)
+    for name, is_folder in found:
+        path = f"{below}/{name}"
+        if is_folder:
+            yield from () if name.startswith(".") else _images(root, path, (*above, real), skipped)
+        elif kind := other_kind(root / path):
+            skipped.setdefault(kind, []).append(path)
+        elif path.encode(errors="replace").decode() == path:
+            yield path
+        else:
+            encoding = sys.getfilesystemencoding()
+            raise DataError(f"{root}: the name {path!r} is not {encoding}; rename the file, or set PYTHONUTF8=1")
 
 
 def other_kind(path: Path) -> str | None:
