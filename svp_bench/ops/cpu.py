@@ -140,10 +140,10 @@ class _Problem:
         assert A_first is not None
         self.batch, self.length, self.channels = first.shape
         self.states = A_first.shape[-1]
-        self.wide = _up(self.channels, kernels.TILE)
+        self.wide = _up(self.channels, kernels.UNIT)
         self.padded = _up(self.states, 8)
-        self.tiles = self.wide // kernels.TILE
-        self.groups = min(self.tiles, max(1, -(-_TASKS // self.batch)))
+        self.tiles, self.units = self.wide // kernels.TILE, self.wide // kernels.UNIT
+        self.groups = min(self.units, max(1, -(-_TASKS // self.batch)))
         self.chunks = _up(self.length, kernels.CHUNK) // kernels.CHUNK
         self.z = None if z is None else _rows(z, self.wide)
         self.layout = (kernels.SHARED, kernels.DIRECTION)
@@ -184,7 +184,7 @@ class _Problem:
         if save:
             shape = (self.batch, self.tiles, self.chunks, self.padded, self.wide // self.tiles)
             saved = [out.new_empty(shape) for _ in self.directions]
-        tasks = self.batch * self.tiles
+        tasks = self.batch * self.units
         own = [{**fields, "saved": saved[i] if save else None} for i, fields in enumerate(self.directions)]
         _Block({**self.shared, "tasks": tasks, "out": out}, own, *self.layout).run("scan_forward", tasks)
         return out[..., : self.channels].to(dtype), saved
@@ -277,7 +277,7 @@ def _conv_block(
     """Return the shared fields, the padded channels, and the fields of each direction."""
     from svp_bench.ops import cpu_kernels as kernels
 
-    wide = _up(x.shape[-1], kernels.TILE)
+    wide = _up(x.shape[-1], kernels.UNIT)
     rows = _rows(x, wide)
     count = len(reverse)
     first = parameters[0]
@@ -295,7 +295,7 @@ def _conv_block(
 def _run_conv(name: str, shared: dict[str, Any], own: Sequence[dict[str, Any]], lanes: int, numel: int) -> None:
     from svp_bench.ops import cpu_kernels as kernels
 
-    tasks = lanes // kernels.TILE
+    tasks = lanes // kernels.UNIT
     if numel:
         _Block({**shared, "tasks": tasks}, own, kernels.CONV_SHARED, kernels.CONV_DIRECTION).run(name, tasks)
 

@@ -26,15 +26,18 @@ from svp_bench.ops.simd import (
     LANES,
     add,
     broadcast,
-    exp2_4,
-    exp2_bounded_4,
+    exp2_coefficients,
+    exp2_product_4,
+    exp2_product_any_4,
     fma,
     gather,
+    inside,
     larger,
     load,
     load_float,
     load_int,
     mul,
+    polynomial_4,
     prefetch,
     silu,
     silu_4,
@@ -52,8 +55,10 @@ from svp_bench.ops.simd import (
 )
 
 TILE = LANES
+UNIT = 16  # channels of a task: a cache line, which two threads must not share
+HALVES = UNIT // TILE
 CHUNK = 16  # steps between two saved states
-BLOCK = 12  # tiles whose steps of a chunk fit in the second-level cache
+BLOCK = 12 * HALVES  # tiles whose steps of a chunk fit in the second-level cache
 _LINE = 4 * TILE  # bytes of a tile
 LN2 = np.float32(0.6931471805599453)
 LOG2E = np.float32(1.4426950408889634)
@@ -101,38 +106,80 @@ def _turn(A, A_row, states, padded, place):
     return largest
 
 
-def _forward_states(decays):
+def _decays_of(powers):
     @njit
-    def run(h, A, dts, B, B_step, C, C_step, y, y_step, steps):
-        """Advance four states through a chunk: h is read and written, C · h added to y."""
-        a0, a1, a2, a3 = load(A), load(A + _LINE), load(A + 2 * _LINE), load(A + 3 * _LINE)
-        h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
-        for _i in range(steps):
-            dt, w, total = load(dts), load(dts + CHUNK * _LINE), load(y)
-            e0, e1, e2, e3 = decays(mul(dt, a0), mul(dt, a1), mul(dt, a2), mul(dt, a3))
-            w0, w1, w2, w3 = (
-                mul(w, broadcast(B)),
-                mul(w, broadcast(B + 4)),
-                mul(w, broadcast(B + 8)),
-                mul(w, broadcast(B + 12)),
-            )
-            h0, h1, h2, h3 = fma(e0, h0, w0), fma(e1, h1, w1), fma(e2, h2, w2), fma(e3, h3, w3)
-            total = fma(h1, broadcast(C + 4), fma(h0, broadcast(C), total))
-            store(y, fma(h3, broadcast(C + 12), fma(h2, broadcast(C + 8), total)))
-            dts += _LINE
-            B += B_step
-            C += C_step
-            y += y_step
-        store(h, h0)
-        store(h + _LINE, h1)
-        store(h + 2 * _LINE, h2)
-        store(h + 3 * _LINE, h3)
+    def run(a, dts, decay, steps):
+        for i in range(0, steps, 4):
+            at = dts + i * _LINE
+            e0, e1, e2, e3 = powers(load(at), load(at + _LINE), load(at + 2 * _LINE), load(at + 3 * _LINE), a)
+            _put(decay + i * _LINE, e0, e1, e2, e3)
 
     return run
 
 
-_forward_states_any = _forward_states(exp2_4)
-_forward_states_bounded = _forward_states(exp2_bounded_4)
+_decays_any = _decays_of(exp2_product_any_4)
+_decays_bounded = _decays_of(exp2_product_4)
+
+
+@njit
+def _decays_near(a, dts, decay, steps):
+    c1, c2, c3, c4, c5 = exp2_coefficients(a)
+    for i in range(0, steps, 4):
+        at = dts + i * _LINE
+        e0, e1, e2, e3 = polynomial_4(
+            load(at), load(at + _LINE), load(at + 2 * _LINE), load(at + 3 * _LINE), c1, c2, c3, c4, c5
+        )
+        _put(decay + i * _LINE, e0, e1, e2, e3)
+
+
+@njit
+def _decays(A, dts, top, bounded, near, decay, steps):
+    """Write the decays of four states for the steps of a chunk, (4, CHUNK, T). `top` is the largest |Δ| of the chunk.
+
+    Most exponents of a trained model lie in [-1, 0], where the power of two is a polynomial without further steps.
+    """
+    for j in range(4):
+        a = load(A + j * _LINE)
+        if near and inside(mul(top, a), -ONE, ZERO):
+            _decays_near(a, dts, decay, steps)
+        elif bounded:
+            _decays_bounded(a, dts, decay, steps)
+        else:
+            _decays_any(a, dts, decay, steps)
+        decay += CHUNK * _LINE
+
+
+def _advance_states(save):
+    @njit
+    def run(h, decay, w, B, B_step, C, C_step, y, y_step, steps):
+        """Advance four states through a chunk and add C · h to y, if not 0. h, (4, T), is read and written; if `save`,
+        each step's states follow it instead."""
+        h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
+        for _i in range(steps):
+            v = load(w)
+            w0, w1 = mul(v, broadcast(B)), mul(v, broadcast(B + 4))
+            w2, w3 = mul(v, broadcast(B + 8)), mul(v, broadcast(B + 12))
+            h0, h1 = fma(load(decay), h0, w0), fma(load(decay + CHUNK * _LINE), h1, w1)
+            h2, h3 = fma(load(decay + 2 * CHUNK * _LINE), h2, w2), fma(load(decay + 3 * CHUNK * _LINE), h3, w3)
+            if save:
+                h += 4 * _LINE
+                _put(h, h0, h1, h2, h3)
+            if y:
+                total = fma(h1, broadcast(C + 4), fma(h0, broadcast(C), load(y)))
+                store(y, fma(h3, broadcast(C + 12), fma(h2, broadcast(C + 8), total)))
+                y += y_step
+            w += _LINE
+            decay += _LINE
+            B += B_step
+            C += C_step
+        if not save:
+            _put(h, h0, h1, h2, h3)
+
+    return run
+
+
+_advance = _advance_states(False)
+_advance_and_save = _advance_states(True)
 
 
 @njit
@@ -145,7 +192,7 @@ def _turn_group(mine, start, stop, states, padded, As):
 
 
 def scan_forward(block):
-    """Compute y = SiLU(z) times the mean of the scans of all directions; a task is one image × one tile.
+    """Compute y = SiLU(z) times the mean of the scans of all directions; a task is one image × one unit.
 
     `saved`, if not 0, receives the state before each chunk, (B, tiles, chunks, NP, T).
     """
@@ -157,147 +204,103 @@ def scan_forward(block):
     plus = load_int(block + _SOFTPLUS)
     chunks = load_int(block + _CHUNKS)
     tasks = load_int(block + _TASKS)
-    tiles = channels // TILE
-    scratch = np.empty((2 * padded + length + 2 * CHUNK + 1) * TILE, np.float32)
+    tiles, units = channels // TILE, channels // UNIT
+    scratch = np.empty((2 * padded + length + 6 * CHUNK + 1) * TILE, np.float32)
     h = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE
     A = h + padded * _LINE
     dts = A + padded * _LINE  # Δ of a chunk's steps, then Δ u
-    y = dts + 2 * CHUNK * _LINE
+    decay = dts + 2 * CHUNK * _LINE
+    y = decay + 4 * CHUNK * _LINE
     scale = splat(np.float32(1.0 / directions))
     while True:
         task = take(block + _COUNTER)
         if task >= tasks:
             break
-        b, tile = task // tiles, task % tiles
-        for k in range(directions):
-            mine = block + _FIRST + k * _NEXT
-            u_step, delta_step = load_int(mine + _U_ROW), load_int(mine + _DELTA_ROW)
-            B_step, C_step, y_step = load_int(mine + _B_ROW), load_int(mine + _C_ROW), _LINE
-            u = load_int(mine + _U) + b * load_int(mine + _U_BATCH) + tile * _LINE
-            delta = load_int(mine + _DELTA) + b * load_int(mine + _DELTA_BATCH) + tile * _LINE
-            B = load_int(mine + _B) + b * load_int(mine + _B_BATCH)
-            C = load_int(mine + _C) + b * load_int(mine + _C_BATCH)
-            y_k = y
-            if load_int(mine + _REVERSE):
-                last = length - 1
-                u, delta, B, C = u + last * u_step, delta + last * delta_step, B + last * B_step, C + last * C_step
-                y_k = y + last * _LINE
-                u_step, delta_step, B_step, C_step, y_step = -u_step, -delta_step, -B_step, -C_step, -y_step
-            A_row = load_int(mine + _A_ROW)
-            largest = _turn(load_int(mine + _A) + tile * TILE * A_row, A_row, states, padded, A)
-            saved = load_int(mine + _SAVED)
-            D = load(load_int(mine + _D) + tile * _LINE)
-            bias = load(load_int(mine + _BIAS) + tile * _LINE)
-            _clear(h, padded)
-            for chunk in range(chunks):
-                first = chunk * CHUNK
-                steps = min(CHUNK, length - first)
-                if saved:
-                    place = saved + ((b * tiles + tile) * chunks + chunk) * padded * _LINE
-                    for n in range(padded):
-                        store(place + n * _LINE, load(h + n * _LINE))
-                for s in range(first + CHUNK, min(first + 2 * CHUNK, length)):
-                    prefetch(delta + s * delta_step)
-                    prefetch(u + s * u_step)
-                top = splat(ZERO)
-                for i in range(0, steps, 4):
-                    s0, s1 = first + i, first + min(i + 1, steps - 1)
-                    s2, s3 = first + min(i + 2, steps - 1), first + min(i + 3, steps - 1)
-                    dt0, dt1 = add(load(delta + s0 * delta_step), bias), add(load(delta + s1 * delta_step), bias)
-                    dt2, dt3 = add(load(delta + s2 * delta_step), bias), add(load(delta + s3 * delta_step), bias)
-                    if plus:
-                        dt0, dt1, dt2, dt3 = softplus_4(dt0, dt1, dt2, dt3)
-                    u0, u1, u2, u3 = (
-                        load(u + s0 * u_step),
-                        load(u + s1 * u_step),
-                        load(u + s2 * u_step),
-                        load(u + s3 * u_step),
-                    )
-                    top = larger(larger(larger(larger(top, dt0), dt1), dt2), dt3)
-                    place = dts + i * _LINE
-                    _put(place, dt0, dt1, dt2, dt3)
-                    _put(place + CHUNK * _LINE, mul(dt0, u0), mul(dt1, u1), mul(dt2, u2), mul(dt3, u3))
-                    p0, p1, p2, p3 = y_k + s0 * y_step, y_k + s1 * y_step, y_k + s2 * y_step, y_k + s3 * y_step
-                    y0, y1, y2, y3 = mul(D, u0), mul(D, u1), mul(D, u2), mul(D, u3)
-                    if k > 0:
-                        y0, y1, y2, y3 = add(y0, load(p0)), add(y1, load(p1)), add(y2, load(p2)), add(y3, load(p3))
-                    store(p0, y0)
-                    store(p1, y1)
-                    store(p2, y2)
-                    store(p3, y3)
-                B_at, C_at, y_at = B + first * B_step, C + first * C_step, y_k + first * y_step
-                if within(mul(top, largest), BOUND):
+        b, first_tile = task // units, task % units * HALVES
+        for tile in range(first_tile, first_tile + HALVES):
+            for k in range(directions):
+                mine = block + _FIRST + k * _NEXT
+                u_step, delta_step = load_int(mine + _U_ROW), load_int(mine + _DELTA_ROW)
+                B_step, C_step, y_step = load_int(mine + _B_ROW), load_int(mine + _C_ROW), _LINE
+                u = load_int(mine + _U) + b * load_int(mine + _U_BATCH) + tile * _LINE
+                delta = load_int(mine + _DELTA) + b * load_int(mine + _DELTA_BATCH) + tile * _LINE
+                B = load_int(mine + _B) + b * load_int(mine + _B_BATCH)
+                C = load_int(mine + _C) + b * load_int(mine + _C_BATCH)
+                y_k = y
+                if load_int(mine + _REVERSE):
+                    last = length - 1
+                    u, delta, B, C = u + last * u_step, delta + last * delta_step, B + last * B_step, C + last * C_step
+                    y_k = y + last * _LINE
+                    u_step, delta_step, B_step, C_step, y_step = -u_step, -delta_step, -B_step, -C_step, -y_step
+                A_row = load_int(mine + _A_ROW)
+                largest = _turn(load_int(mine + _A) + tile * TILE * A_row, A_row, states, padded, A)
+                saved = load_int(mine + _SAVED)
+                D = load(load_int(mine + _D) + tile * _LINE)
+                bias = load(load_int(mine + _BIAS) + tile * _LINE)
+                _clear(h, padded)
+                for chunk in range(chunks):
+                    first = chunk * CHUNK
+                    steps = min(CHUNK, length - first)
+                    if saved:
+                        place = saved + ((b * tiles + tile) * chunks + chunk) * padded * _LINE
+                        for n in range(padded):
+                            store(place + n * _LINE, load(h + n * _LINE))
+                    for s in range(first + CHUNK, min(first + 2 * CHUNK, length)):
+                        prefetch(delta + s * delta_step)
+                        prefetch(u + s * u_step)
+                    top = splat(ZERO)
+                    for i in range(0, steps, 4):
+                        s0, s1 = first + i, first + min(i + 1, steps - 1)
+                        s2, s3 = first + min(i + 2, steps - 1), first + min(i + 3, steps - 1)
+                        dt0, dt1 = add(load(delta + s0 * delta_step), bias), add(load(delta + s1 * delta_step), bias)
+                        dt2, dt3 = add(load(delta + s2 * delta_step), bias), add(load(delta + s3 * delta_step), bias)
+                        if plus:
+                            dt0, dt1, dt2, dt3 = softplus_4(dt0, dt1, dt2, dt3)
+                        u0, u1, u2, u3 = (
+                            load(u + s0 * u_step),
+                            load(u + s1 * u_step),
+                            load(u + s2 * u_step),
+                            load(u + s3 * u_step),
+                        )
+                        top = larger(larger(larger(larger(top, dt0), dt1), dt2), dt3)
+                        place = dts + i * _LINE
+                        _put(place, dt0, dt1, dt2, dt3)
+                        _put(place + CHUNK * _LINE, mul(dt0, u0), mul(dt1, u1), mul(dt2, u2), mul(dt3, u3))
+                        p0, p1, p2, p3 = y_k + s0 * y_step, y_k + s1 * y_step, y_k + s2 * y_step, y_k + s3 * y_step
+                        y0, y1, y2, y3 = mul(D, u0), mul(D, u1), mul(D, u2), mul(D, u3)
+                        if k > 0:
+                            y0, y1, y2, y3 = add(y0, load(p0)), add(y1, load(p1)), add(y2, load(p2)), add(y3, load(p3))
+                        store(p0, y0)
+                        store(p1, y1)
+                        store(p2, y2)
+                        store(p3, y3)
+                    B_at, C_at, y_at = B + first * B_step, C + first * C_step, y_k + first * y_step
+                    bounded = within(mul(top, largest), BOUND)
                     for n in range(0, padded, 4):
-                        _forward_states_bounded(
-                            *(h + n * _LINE, A + n * _LINE, dts, B_at + 4 * n, B_step, C_at + 4 * n, C_step),
+                        _decays(A + n * _LINE, dts, top, bounded, plus, decay, steps)
+                        _advance(
+                            *(h + n * _LINE, decay, dts + CHUNK * _LINE, B_at + 4 * n, B_step, C_at + 4 * n, C_step),
                             *(y_at, y_step, steps),
                         )
-                else:
-                    for n in range(0, padded, 4):
-                        _forward_states_any(
-                            *(h + n * _LINE, A + n * _LINE, dts, B_at + 4 * n, B_step, C_at + 4 * n, C_step),
-                            *(y_at, y_step, steps),
-                        )
-        z = load_int(block + _Z)
-        out = load_int(block + _OUT) + (b * length * channels + tile * TILE) * 4
-        z_row, row = load_int(block + _Z_ROW), channels * 4
-        if z:
-            z += b * load_int(block + _Z_BATCH) + tile * _LINE
-        for t0 in range(0, length, 4):
-            t1, t2, t3 = min(t0 + 1, length - 1), min(t0 + 2, length - 1), min(t0 + 3, length - 1)
-            y0, y1 = mul(load(y + t0 * _LINE), scale), mul(load(y + t1 * _LINE), scale)
-            y2, y3 = mul(load(y + t2 * _LINE), scale), mul(load(y + t3 * _LINE), scale)
+            z = load_int(block + _Z)
+            out = load_int(block + _OUT) + (b * length * channels + tile * TILE) * 4
+            z_row, row = load_int(block + _Z_ROW), channels * 4
             if z:
-                z0, z1, z2, z3 = silu_4(
-                    load(z + t0 * z_row), load(z + t1 * z_row), load(z + t2 * z_row), load(z + t3 * z_row)
-                )
-                y0, y1, y2, y3 = mul(y0, z0), mul(y1, z1), mul(y2, z2), mul(y3, z3)
-            store(out + t0 * row, y0)
-            store(out + t1 * row, y1)
-            store(out + t2 * row, y2)
-            store(out + t3 * row, y3)
+                z += b * load_int(block + _Z_BATCH) + tile * _LINE
+            for t0 in range(0, length, 4):
+                t1, t2, t3 = min(t0 + 1, length - 1), min(t0 + 2, length - 1), min(t0 + 3, length - 1)
+                y0, y1 = mul(load(y + t0 * _LINE), scale), mul(load(y + t1 * _LINE), scale)
+                y2, y3 = mul(load(y + t2 * _LINE), scale), mul(load(y + t3 * _LINE), scale)
+                if z:
+                    z0, z1, z2, z3 = silu_4(
+                        load(z + t0 * z_row), load(z + t1 * z_row), load(z + t2 * z_row), load(z + t3 * z_row)
+                    )
+                    y0, y1, y2, y3 = mul(y0, z0), mul(y1, z1), mul(y2, z2), mul(y3, z3)
+                store(out + t0 * row, y0)
+                store(out + t1 * row, y1)
+                store(out + t2 * row, y2)
+                store(out + t3 * row, y3)
     scratch[0] = ZERO  # keeps the array alive until here
-
-
-def _again_states(decays):
-    @njit
-    def run(h, decay, A, dts, B, B_step, C, C_step, y, steps):
-        """Advance four states through a chunk; store states and decays, add C · h to y if y is not 0."""
-        a0, a1, a2, a3 = load(A), load(A + _LINE), load(A + 2 * _LINE), load(A + 3 * _LINE)
-        h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
-        for _i in range(steps):
-            h += 4 * _LINE
-            dt, w = load(dts), load(dts + CHUNK * _LINE)
-            e0, e1, e2, e3 = decays(mul(dt, a0), mul(dt, a1), mul(dt, a2), mul(dt, a3))
-            w0, w1, w2, w3 = (
-                mul(w, broadcast(B)),
-                mul(w, broadcast(B + 4)),
-                mul(w, broadcast(B + 8)),
-                mul(w, broadcast(B + 12)),
-            )
-            h0, h1, h2, h3 = fma(e0, h0, w0), fma(e1, h1, w1), fma(e2, h2, w2), fma(e3, h3, w3)
-            store(decay, e0)
-            store(decay + _LINE, e1)
-            store(decay + 2 * _LINE, e2)
-            store(decay + 3 * _LINE, e3)
-            store(h, h0)
-            store(h + _LINE, h1)
-            store(h + 2 * _LINE, h2)
-            store(h + 3 * _LINE, h3)
-            if y:
-                total = fma(h1, broadcast(C + 4), fma(h0, broadcast(C), load(y)))
-                store(y, fma(h3, broadcast(C + 12), fma(h2, broadcast(C + 8), total)))
-                y += _LINE
-            dts += _LINE
-            decay += 4 * _LINE
-            B += B_step
-            C += C_step
-
-    return run
-
-
-_again_states_any = _again_states(exp2_4)
-_again_states_bounded = _again_states(exp2_bounded_4)
 
 
 def _back_states(need_A):
@@ -313,7 +316,7 @@ def _back_states(need_A):
         dts += last * _LINE
         B, C = B + last * B_step, C + last * C_step
         h += steps * 4 * _LINE
-        decay += last * 4 * _LINE
+        decay += last * _LINE
         for_B, for_C = for_B + last * 4 * _LINE, for_C + last * 4 * _LINE
         h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
         for _i in range(steps):
@@ -333,8 +336,8 @@ def _back_states(need_A):
             drive = fma(g1, broadcast(B + 4), fma(g0, broadcast(B), drive))
             drive = fma(g3, broadcast(B + 12), fma(g2, broadcast(B + 8), drive))
             store(dts + 3 * CHUNK * _LINE, drive)
-            g0, g1 = mul(g0, load(decay)), mul(g1, load(decay + _LINE))
-            g2, g3 = mul(g2, load(decay + 2 * _LINE)), mul(g3, load(decay + 3 * _LINE))
+            g0, g1 = mul(g0, load(decay)), mul(g1, load(decay + CHUNK * _LINE))
+            g2, g3 = mul(g2, load(decay + 2 * CHUNK * _LINE)), mul(g3, load(decay + 3 * CHUNK * _LINE))
             h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
             t0, t1, t2, t3 = mul(g0, h0), mul(g1, h1), mul(g2, h2), mul(g3, h3)  # gradients of Δ A
             rate = fma(t3, a3, fma(t2, a2, fma(t1, a1, fma(t0, a0, rate))))
@@ -343,7 +346,7 @@ def _back_states(need_A):
                 dt = load(dts)
                 d0, d1, d2, d3 = fma(t0, dt, d0), fma(t1, dt, d1), fma(t2, dt, d2), fma(t3, dt, d3)
             dts -= _LINE
-            decay -= 4 * _LINE
+            decay -= _LINE
             for_B -= 4 * _LINE
             for_C -= 4 * _LINE
             B -= B_step
@@ -396,12 +399,14 @@ def scan_backward(block):
     groups = load_int(block + _GROUPS)
     tasks = load_int(block + _TASKS)
     need_A = load_int(block + _NEED_A)
-    tiles = channels // TILE
-    most = tiles // groups + 1
+    tiles, units = channels // TILE, channels // UNIT
+    most = (units // groups + 1) * HALVES
     z, dz, dout = load_int(block + _Z), load_int(block + _DZ), load_int(block + _DOUT)
     z_row, dout_row, row = load_int(block + _Z_ROW), load_int(block + _DOUT_ROW), channels * 4
-    own = 8 * CHUNK * _LINE  # bytes of a tile's lines: Δ, Δ u, gradient of y, two sums, slopes of Δ and the gate, y
-    count = most * (2 * padded + 1) + BLOCK * (1 + 8 * CHUNK) + CHUNK * (2 * padded + 8) + 4 + 1
+    own = (
+        8 * CHUNK + 2
+    ) * _LINE  # bytes of a tile's lines: Δ, Δ u, gradient of y, two sums, slopes of Δ and the gate, y
+    count = most * (2 * padded + 1) + BLOCK * (3 + 8 * CHUNK) + CHUNK * (2 * padded + 8) + 4 + 1
     scratch = np.empty(count * TILE, np.float32)
     g = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE
     As = g + most * padded * _LINE
@@ -418,7 +423,7 @@ def scan_backward(block):
         if task >= tasks:
             break
         b, group = task // groups, task % groups
-        start, stop = group * tiles // groups, (group + 1) * tiles // groups
+        start, stop = group * units // groups * HALVES, (group + 1) * units // groups * HALVES
         dout_at = dout + b * load_int(block + _DOUT_BATCH)
         z_at, dz_at = z + b * load_int(block + _Z_BATCH), dz + b * length * row
         for k in range(directions):
@@ -487,28 +492,17 @@ def scan_backward(block):
                         A, line = As + (tile - start) * (padded + 1) * _LINE, lines + (tile - left) * own
                         dA = load_int(mine + _DA) + (b * tiles + tile) * padded * _LINE
                         saved = load_int(mine + _SAVED) + ((b * tiles + tile) * chunks + chunk) * padded * _LINE
-                        bounded = within(mul(load(tops + (tile - left) * _LINE), load(A + padded * _LINE)), BOUND)
+                        top = load(tops + (tile - left) * _LINE)
+                        bounded = within(mul(top, load(A + padded * _LINE)), BOUND)
                         y = line + 7 * part if dz else 0
                         for n in range(0, padded, 4):
                             place = saved + n * _LINE
                             _put(h, load(place), load(place + _LINE), load(place + 2 * _LINE), load(place + 3 * _LINE))
-                            again = (
-                                *(
-                                    h,
-                                    decay,
-                                    A + n * _LINE,
-                                    line,
-                                    B_at + 4 * n,
-                                    sign * B_step,
-                                    C_at + 4 * n,
-                                    sign * C_step,
-                                ),
-                                *(y, steps),
+                            _decays(A + n * _LINE, line, top, bounded, plus, decay, steps)
+                            _advance_and_save(
+                                *(h, decay, line + part, B_at + 4 * n, sign * B_step, C_at + 4 * n, sign * C_step),
+                                *(y, _LINE, steps),
                             )
-                            if bounded:
-                                _again_states_bounded(*again)
-                            else:
-                                _again_states_any(*again)
                             back = (
                                 *(
                                     g + ((tile - start) * padded + n) * _LINE,
@@ -580,13 +574,13 @@ def _taps_4(place, step, taps, width, v0, v1, v2, v3):
 
 
 def conv_forward(block):
-    """Compute the depth-wise causal convolution (and SiLU) in each direction; a task is one image × one tile.
+    """Compute the depth-wise causal convolution (and SiLU) in each direction; a task is one image × one unit.
 
     The tile is copied to a scratch place between zeros, so that no tap has to look where it reads.
     """
     length, channels = load_int(block + _CV_LENGTH), load_int(block + _CV_CHANNELS)
     directions, silu_after = load_int(block + _CV_DIRECTIONS), load_int(block + _CV_SILU)
-    width, tasks, tiles = load_int(block + _CV_WIDTH), load_int(block + _TASKS), channels // TILE
+    width, tasks, units = load_int(block + _CV_WIDTH), load_int(block + _TASKS), channels // UNIT
     x_row, row = load_int(block + _CV_X_ROW), channels * 4
     margin = width + 2
     scratch = np.zeros((2 * margin + length + width + 1) * TILE, np.float32)
@@ -596,28 +590,29 @@ def conv_forward(block):
         task = take(block + _COUNTER)
         if task >= tasks:
             break
-        b, tile = task // tiles, task % tiles
-        at = tile * _LINE
-        x = load_int(block + _CV_X) + b * load_int(block + _CV_X_BATCH) + at
-        for t in range(length):
-            store(copy + t * _LINE, load(x + t * x_row))
-        for k in range(directions):
-            mine = block + _CV_FIRST + k * _CV_NEXT
-            step = _LINE if load_int(mine + _CV_REVERSE) else -_LINE
-            _turn_taps(load_int(mine + _CV_WEIGHT) + at * width, width, taps)
-            bias = load(load_int(mine + _CV_BIAS) + at)
-            out = load_int(mine + _CV_OUT) + b * length * row + at
-            for t in range(0, length, 4):
-                v0, v1, v2, v3 = _taps_4(copy + t * _LINE, step, taps, width, bias, bias, bias, bias)
-                if silu_after:
-                    v0, v1, v2, v3 = silu_4(v0, v1, v2, v3)
-                store(out + t * row, v0)
-                if t + 1 < length:
-                    store(out + (t + 1) * row, v1)
-                if t + 2 < length:
-                    store(out + (t + 2) * row, v2)
-                if t + 3 < length:
-                    store(out + (t + 3) * row, v3)
+        b, first_tile = task // units, task % units * HALVES
+        for tile in range(first_tile, first_tile + HALVES):
+            at = tile * _LINE
+            x = load_int(block + _CV_X) + b * load_int(block + _CV_X_BATCH) + at
+            for t in range(length):
+                store(copy + t * _LINE, load(x + t * x_row))
+            for k in range(directions):
+                mine = block + _CV_FIRST + k * _CV_NEXT
+                step = _LINE if load_int(mine + _CV_REVERSE) else -_LINE
+                _turn_taps(load_int(mine + _CV_WEIGHT) + at * width, width, taps)
+                bias = load(load_int(mine + _CV_BIAS) + at)
+                out = load_int(mine + _CV_OUT) + b * length * row + at
+                for t in range(0, length, 4):
+                    v0, v1, v2, v3 = _taps_4(copy + t * _LINE, step, taps, width, bias, bias, bias, bias)
+                    if silu_after:
+                        v0, v1, v2, v3 = silu_4(v0, v1, v2, v3)
+                    store(out + t * row, v0)
+                    if t + 1 < length:
+                        store(out + (t + 1) * row, v1)
+                    if t + 2 < length:
+                        store(out + (t + 2) * row, v2)
+                    if t + 3 < length:
+                        store(out + (t + 3) * row, v3)
     scratch[0] = ZERO  # keeps the array alive until here
 
 
@@ -625,7 +620,7 @@ def conv_backward(block):
     """Compute the gradients of `conv_forward`; of weight, (B, W, E), and bias, (B, E), per image and if not 0."""
     length, channels = load_int(block + _CV_LENGTH), load_int(block + _CV_CHANNELS)
     directions, silu_after = load_int(block + _CV_DIRECTIONS), load_int(block + _CV_SILU)
-    width, tasks, tiles = load_int(block + _CV_WIDTH), load_int(block + _TASKS), channels // TILE
+    width, tasks, units = load_int(block + _CV_WIDTH), load_int(block + _TASKS), channels // UNIT
     x_row, row, dx = load_int(block + _CV_X_ROW), channels * 4, load_int(block + _CV_DX)
     margin = width + 2
     size = (2 * margin + length) * _LINE
@@ -637,72 +632,73 @@ def conv_backward(block):
         task = take(block + _COUNTER)
         if task >= tasks:
             break
-        b, tile = task // tiles, task % tiles
-        at = tile * _LINE
-        x = load_int(block + _CV_X) + b * load_int(block + _CV_X_BATCH) + at
-        for t in range(length):
-            store(copy + t * _LINE, load(x + t * x_row))
-        for k in range(directions):
-            mine = block + _CV_FIRST + k * _CV_NEXT
-            step = _LINE if load_int(mine + _CV_REVERSE) else -_LINE
-            taps_k = taps + k * width * _LINE
-            _turn_taps(load_int(mine + _CV_WEIGHT) + at * width, width, taps_k)
-            bias = load(load_int(mine + _CV_BIAS) + at)
-            dout = load_int(mine + _CV_DOUT) + b * load_int(mine + _CV_DOUT_BATCH) + at
-            dout_row = load_int(mine + _CV_DOUT_ROW)
-            own = g + k * size
-            for t in range(0, length, 4):
-                t1, t2, t3 = min(t + 1, length - 1), min(t + 2, length - 1), min(t + 3, length - 1)
-                v0, v1, v2, v3 = (
-                    load(dout + t * dout_row),
-                    load(dout + t1 * dout_row),
-                    load(dout + t2 * dout_row),
-                    load(dout + t3 * dout_row),
-                )
-                if silu_after:
-                    s0, s1, s2, s3 = _taps_4(copy + t * _LINE, step, taps_k, width, bias, bias, bias, bias)
-                    s0, s1, s2, s3 = silu_slope_4(s0, s1, s2, s3)[4:]
-                    v0, v1, v2, v3 = mul(v0, s0), mul(v1, s1), mul(v2, s2), mul(v3, s3)
-                store(own + t * _LINE, v0)
-                if t + 1 < length:
-                    store(own + (t + 1) * _LINE, v1)
-                if t + 2 < length:
-                    store(own + (t + 2) * _LINE, v2)
-                if t + 3 < length:
-                    store(own + (t + 3) * _LINE, v3)
-            dweight, dbias = load_int(mine + _CV_DWEIGHT), load_int(mine + _CV_DBIAS)
-            if dweight:
-                for back in range(width):
-                    even, odd = splat(ZERO), splat(ZERO)
-                    place = copy + back * step
-                    for t in range(0, length - 1, 2):
-                        even = fma(load(own + t * _LINE), load(place + t * _LINE), even)
-                        odd = fma(load(own + (t + 1) * _LINE), load(place + (t + 1) * _LINE), odd)
-                    if length % 2:
-                        even = fma(load(own + (length - 1) * _LINE), load(place + (length - 1) * _LINE), even)
-                    store(dweight + (b * width + width - 1 - back) * row + at, add(even, odd))
-            if dbias:
-                total = splat(ZERO)
-                for t in range(length):
-                    total = add(total, load(own + t * _LINE))
-                store(dbias + b * row + at, total)
-        if dx:
-            for t in range(0, length, 4):
-                v0, v1, v2, v3 = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
-                for k in range(directions):
-                    mine = block + _CV_FIRST + k * _CV_NEXT
-                    # the taps run the other way: step t was read by the steps after it
-                    step = -_LINE if load_int(mine + _CV_REVERSE) else _LINE
-                    taps_k = taps + k * width * _LINE
-                    v0, v1, v2, v3 = _taps_4(g + k * size + t * _LINE, step, taps_k, width, v0, v1, v2, v3)
-                place = dx + (b * length + t) * row + at
-                store(place, v0)
-                if t + 1 < length:
-                    store(place + row, v1)
-                if t + 2 < length:
-                    store(place + 2 * row, v2)
-                if t + 3 < length:
-                    store(place + 3 * row, v3)
+        b, first_tile = task // units, task % units * HALVES
+        for tile in range(first_tile, first_tile + HALVES):
+            at = tile * _LINE
+            x = load_int(block + _CV_X) + b * load_int(block + _CV_X_BATCH) + at
+            for t in range(length):
+                store(copy + t * _LINE, load(x + t * x_row))
+            for k in range(directions):
+                mine = block + _CV_FIRST + k * _CV_NEXT
+                step = _LINE if load_int(mine + _CV_REVERSE) else -_LINE
+                taps_k = taps + k * width * _LINE
+                _turn_taps(load_int(mine + _CV_WEIGHT) + at * width, width, taps_k)
+                bias = load(load_int(mine + _CV_BIAS) + at)
+                dout = load_int(mine + _CV_DOUT) + b * load_int(mine + _CV_DOUT_BATCH) + at
+                dout_row = load_int(mine + _CV_DOUT_ROW)
+                own = g + k * size
+                for t in range(0, length, 4):
+                    t1, t2, t3 = min(t + 1, length - 1), min(t + 2, length - 1), min(t + 3, length - 1)
+                    v0, v1, v2, v3 = (
+                        load(dout + t * dout_row),
+                        load(dout + t1 * dout_row),
+                        load(dout + t2 * dout_row),
+                        load(dout + t3 * dout_row),
+                    )
+                    if silu_after:
+                        s0, s1, s2, s3 = _taps_4(copy + t * _LINE, step, taps_k, width, bias, bias, bias, bias)
+                        s0, s1, s2, s3 = silu_slope_4(s0, s1, s2, s3)[4:]
+                        v0, v1, v2, v3 = mul(v0, s0), mul(v1, s1), mul(v2, s2), mul(v3, s3)
+                    store(own + t * _LINE, v0)
+                    if t + 1 < length:
+                        store(own + (t + 1) * _LINE, v1)
+                    if t + 2 < length:
+                        store(own + (t + 2) * _LINE, v2)
+                    if t + 3 < length:
+                        store(own + (t + 3) * _LINE, v3)
+                dweight, dbias = load_int(mine + _CV_DWEIGHT), load_int(mine + _CV_DBIAS)
+                if dweight:
+                    for back in range(width):
+                        even, odd = splat(ZERO), splat(ZERO)
+                        place = copy + back * step
+                        for t in range(0, length - 1, 2):
+                            even = fma(load(own + t * _LINE), load(place + t * _LINE), even)
+                            odd = fma(load(own + (t + 1) * _LINE), load(place + (t + 1) * _LINE), odd)
+                        if length % 2:
+                            even = fma(load(own + (length - 1) * _LINE), load(place + (length - 1) * _LINE), even)
+                        store(dweight + (b * width + width - 1 - back) * row + at, add(even, odd))
+                if dbias:
+                    total = splat(ZERO)
+                    for t in range(length):
+                        total = add(total, load(own + t * _LINE))
+                    store(dbias + b * row + at, total)
+            if dx:
+                for t in range(0, length, 4):
+                    v0, v1, v2, v3 = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
+                    for k in range(directions):
+                        mine = block + _CV_FIRST + k * _CV_NEXT
+                        # the taps run the other way: step t was read by the steps after it
+                        step = -_LINE if load_int(mine + _CV_REVERSE) else _LINE
+                        taps_k = taps + k * width * _LINE
+                        v0, v1, v2, v3 = _taps_4(g + k * size + t * _LINE, step, taps_k, width, v0, v1, v2, v3)
+                    place = dx + (b * length + t) * row + at
+                    store(place, v0)
+                    if t + 1 < length:
+                        store(place + row, v1)
+                    if t + 2 < length:
+                        store(place + 2 * row, v2)
+                    if t + 3 < length:
+                        store(place + 3 * row, v3)
     scratch[0] = ZERO  # keeps the array alive until here
 
 
