@@ -26,18 +26,15 @@ from svp_bench.ops.simd import (
     LANES,
     add,
     broadcast,
-    exp2_coefficients,
-    exp2_product_4,
-    exp2_product_any_4,
+    exp2_4,
+    exp2_bounded_4,
     fma,
     gather,
-    inside,
     larger,
     load,
     load_float,
     load_int,
     mul,
-    polynomial_4,
     prefetch,
     silu,
     silu_4,
@@ -59,6 +56,7 @@ UNIT = 16  # channels of a task: a cache line, which two threads must not share
 HALVES = UNIT // TILE
 CHUNK = 16  # steps between two saved states
 BLOCK = 12 * HALVES  # tiles whose steps of a chunk fit in the second-level cache
+PAD = 2 if HALVES > 1 else 0  # lines between the tiles of a block
 _LINE = 4 * TILE  # bytes of a tile
 LN2 = np.float32(0.6931471805599453)
 LOG2E = np.float32(1.4426950408889634)
@@ -106,80 +104,38 @@ def _turn(A, A_row, states, padded, place):
     return largest
 
 
-def _decays_of(powers):
+def _forward_states(decays):
     @njit
-    def run(a, dts, decay, steps):
-        for i in range(0, steps, 4):
-            at = dts + i * _LINE
-            e0, e1, e2, e3 = powers(load(at), load(at + _LINE), load(at + 2 * _LINE), load(at + 3 * _LINE), a)
-            _put(decay + i * _LINE, e0, e1, e2, e3)
-
-    return run
-
-
-_decays_any = _decays_of(exp2_product_any_4)
-_decays_bounded = _decays_of(exp2_product_4)
-
-
-@njit
-def _decays_near(a, dts, decay, steps):
-    c1, c2, c3, c4, c5 = exp2_coefficients(a)
-    for i in range(0, steps, 4):
-        at = dts + i * _LINE
-        e0, e1, e2, e3 = polynomial_4(
-            load(at), load(at + _LINE), load(at + 2 * _LINE), load(at + 3 * _LINE), c1, c2, c3, c4, c5
-        )
-        _put(decay + i * _LINE, e0, e1, e2, e3)
-
-
-@njit
-def _decays(A, dts, top, bounded, near, decay, steps):
-    """Write the decays of four states for the steps of a chunk, (4, CHUNK, T). `top` is the largest |Δ| of the chunk.
-
-    Most exponents of a trained model lie in [-1, 0], where the power of two is a polynomial without further steps.
-    """
-    for j in range(4):
-        a = load(A + j * _LINE)
-        if near and inside(mul(top, a), -ONE, ZERO):
-            _decays_near(a, dts, decay, steps)
-        elif bounded:
-            _decays_bounded(a, dts, decay, steps)
-        else:
-            _decays_any(a, dts, decay, steps)
-        decay += CHUNK * _LINE
-
-
-def _advance_states(save):
-    @njit
-    def run(h, decay, w, B, B_step, C, C_step, y, y_step, steps):
-        """Advance four states through a chunk and add C · h to y, if not 0. h, (4, T), is read and written; if `save`,
-        each step's states follow it instead."""
+    def run(h, A, dts, B, B_step, C, C_step, y, y_step, steps):
+        """Advance four states through a chunk: h is read and written, C · h added to y."""
+        a0, a1, a2, a3 = load(A), load(A + _LINE), load(A + 2 * _LINE), load(A + 3 * _LINE)
         h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
         for _i in range(steps):
-            v = load(w)
-            w0, w1 = mul(v, broadcast(B)), mul(v, broadcast(B + 4))
-            w2, w3 = mul(v, broadcast(B + 8)), mul(v, broadcast(B + 12))
-            h0, h1 = fma(load(decay), h0, w0), fma(load(decay + CHUNK * _LINE), h1, w1)
-            h2, h3 = fma(load(decay + 2 * CHUNK * _LINE), h2, w2), fma(load(decay + 3 * CHUNK * _LINE), h3, w3)
-            if save:
-                h += 4 * _LINE
-                _put(h, h0, h1, h2, h3)
-            if y:
-                total = fma(h1, broadcast(C + 4), fma(h0, broadcast(C), load(y)))
-                store(y, fma(h3, broadcast(C + 12), fma(h2, broadcast(C + 8), total)))
-                y += y_step
-            w += _LINE
-            decay += _LINE
+            dt, w, total = load(dts), load(dts + CHUNK * _LINE), load(y)
+            e0, e1, e2, e3 = decays(mul(dt, a0), mul(dt, a1), mul(dt, a2), mul(dt, a3))
+            w0, w1, w2, w3 = (
+                mul(w, broadcast(B)),
+                mul(w, broadcast(B + 4)),
+                mul(w, broadcast(B + 8)),
+                mul(w, broadcast(B + 12)),
+            )
+            h0, h1, h2, h3 = fma(e0, h0, w0), fma(e1, h1, w1), fma(e2, h2, w2), fma(e3, h3, w3)
+            total = fma(h1, broadcast(C + 4), fma(h0, broadcast(C), total))
+            store(y, fma(h3, broadcast(C + 12), fma(h2, broadcast(C + 8), total)))
+            dts += _LINE
             B += B_step
             C += C_step
-        if not save:
-            _put(h, h0, h1, h2, h3)
+            y += y_step
+        store(h, h0)
+        store(h + _LINE, h1)
+        store(h + 2 * _LINE, h2)
+        store(h + 3 * _LINE, h3)
 
     return run
 
 
-_advance = _advance_states(False)
-_advance_and_save = _advance_states(True)
+_forward_states_any = _forward_states(exp2_4)
+_forward_states_bounded = _forward_states(exp2_bounded_4)
 
 
 @njit
@@ -205,12 +161,11 @@ def scan_forward(block):
     chunks = load_int(block + _CHUNKS)
     tasks = load_int(block + _TASKS)
     tiles, units = channels // TILE, channels // UNIT
-    scratch = np.empty((2 * padded + length + 6 * CHUNK + 1) * TILE, np.float32)
+    scratch = np.empty((2 * padded + length + 2 * CHUNK + 1) * TILE, np.float32)
     h = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE
     A = h + padded * _LINE
     dts = A + padded * _LINE  # Δ of a chunk's steps, then Δ u
-    decay = dts + 2 * CHUNK * _LINE
-    y = decay + 4 * CHUNK * _LINE
+    y = dts + 2 * CHUNK * _LINE
     scale = splat(np.float32(1.0 / directions))
     while True:
         task = take(block + _COUNTER)
@@ -275,13 +230,18 @@ def scan_forward(block):
                         store(p2, y2)
                         store(p3, y3)
                     B_at, C_at, y_at = B + first * B_step, C + first * C_step, y_k + first * y_step
-                    bounded = within(mul(top, largest), BOUND)
-                    for n in range(0, padded, 4):
-                        _decays(A + n * _LINE, dts, top, bounded, plus, decay, steps)
-                        _advance(
-                            *(h + n * _LINE, decay, dts + CHUNK * _LINE, B_at + 4 * n, B_step, C_at + 4 * n, C_step),
-                            *(y_at, y_step, steps),
-                        )
+                    if within(mul(top, largest), BOUND):
+                        for n in range(0, padded, 4):
+                            _forward_states_bounded(
+                                *(h + n * _LINE, A + n * _LINE, dts, B_at + 4 * n, B_step, C_at + 4 * n, C_step),
+                                *(y_at, y_step, steps),
+                            )
+                    else:
+                        for n in range(0, padded, 4):
+                            _forward_states_any(
+                                *(h + n * _LINE, A + n * _LINE, dts, B_at + 4 * n, B_step, C_at + 4 * n, C_step),
+                                *(y_at, y_step, steps),
+                            )
             z = load_int(block + _Z)
             out = load_int(block + _OUT) + (b * length * channels + tile * TILE) * 4
             z_row, row = load_int(block + _Z_ROW), channels * 4
@@ -303,6 +263,47 @@ def scan_forward(block):
     scratch[0] = ZERO  # keeps the array alive until here
 
 
+def _again_states(decays):
+    @njit
+    def run(h, decay, A, dts, B, B_step, C, C_step, y, steps):
+        """Advance four states through a chunk; store states and decays, add C · h to y if y is not 0."""
+        a0, a1, a2, a3 = load(A), load(A + _LINE), load(A + 2 * _LINE), load(A + 3 * _LINE)
+        h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
+        for _i in range(steps):
+            h += 4 * _LINE
+            dt, w = load(dts), load(dts + CHUNK * _LINE)
+            e0, e1, e2, e3 = decays(mul(dt, a0), mul(dt, a1), mul(dt, a2), mul(dt, a3))
+            w0, w1, w2, w3 = (
+                mul(w, broadcast(B)),
+                mul(w, broadcast(B + 4)),
+                mul(w, broadcast(B + 8)),
+                mul(w, broadcast(B + 12)),
+            )
+            h0, h1, h2, h3 = fma(e0, h0, w0), fma(e1, h1, w1), fma(e2, h2, w2), fma(e3, h3, w3)
+            store(decay, e0)
+            store(decay + _LINE, e1)
+            store(decay + 2 * _LINE, e2)
+            store(decay + 3 * _LINE, e3)
+            store(h, h0)
+            store(h + _LINE, h1)
+            store(h + 2 * _LINE, h2)
+            store(h + 3 * _LINE, h3)
+            if y:
+                total = fma(h1, broadcast(C + 4), fma(h0, broadcast(C), load(y)))
+                store(y, fma(h3, broadcast(C + 12), fma(h2, broadcast(C + 8), total)))
+                y += _LINE
+            dts += _LINE
+            decay += 4 * _LINE
+            B += B_step
+            C += C_step
+
+    return run
+
+
+_again_states_any = _again_states(exp2_4)
+_again_states_bounded = _again_states(exp2_bounded_4)
+
+
 def _back_states(need_A):
     @njit
     def run(g, h, decay, A, dA, dts, B, B_step, C, C_step, for_B, for_C, steps):
@@ -316,7 +317,7 @@ def _back_states(need_A):
         dts += last * _LINE
         B, C = B + last * B_step, C + last * C_step
         h += steps * 4 * _LINE
-        decay += last * _LINE
+        decay += last * 4 * _LINE
         for_B, for_C = for_B + last * 4 * _LINE, for_C + last * 4 * _LINE
         h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
         for _i in range(steps):
@@ -336,8 +337,8 @@ def _back_states(need_A):
             drive = fma(g1, broadcast(B + 4), fma(g0, broadcast(B), drive))
             drive = fma(g3, broadcast(B + 12), fma(g2, broadcast(B + 8), drive))
             store(dts + 3 * CHUNK * _LINE, drive)
-            g0, g1 = mul(g0, load(decay)), mul(g1, load(decay + CHUNK * _LINE))
-            g2, g3 = mul(g2, load(decay + 2 * CHUNK * _LINE)), mul(g3, load(decay + 3 * CHUNK * _LINE))
+            g0, g1 = mul(g0, load(decay)), mul(g1, load(decay + _LINE))
+            g2, g3 = mul(g2, load(decay + 2 * _LINE)), mul(g3, load(decay + 3 * _LINE))
             h0, h1, h2, h3 = load(h), load(h + _LINE), load(h + 2 * _LINE), load(h + 3 * _LINE)
             t0, t1, t2, t3 = mul(g0, h0), mul(g1, h1), mul(g2, h2), mul(g3, h3)  # gradients of Δ A
             rate = fma(t3, a3, fma(t2, a2, fma(t1, a1, fma(t0, a0, rate))))
@@ -346,7 +347,7 @@ def _back_states(need_A):
                 dt = load(dts)
                 d0, d1, d2, d3 = fma(t0, dt, d0), fma(t1, dt, d1), fma(t2, dt, d2), fma(t3, dt, d3)
             dts -= _LINE
-            decay -= _LINE
+            decay -= 4 * _LINE
             for_B -= 4 * _LINE
             for_C -= 4 * _LINE
             B -= B_step
@@ -403,10 +404,8 @@ def scan_backward(block):
     most = (units // groups + 1) * HALVES
     z, dz, dout = load_int(block + _Z), load_int(block + _DZ), load_int(block + _DOUT)
     z_row, dout_row, row = load_int(block + _Z_ROW), load_int(block + _DOUT_ROW), channels * 4
-    own = (
-        8 * CHUNK + 2
-    ) * _LINE  # bytes of a tile's lines: Δ, Δ u, gradient of y, two sums, slopes of Δ and the gate, y
-    count = most * (2 * padded + 1) + BLOCK * (3 + 8 * CHUNK) + CHUNK * (2 * padded + 8) + 4 + 1
+    own = (8 * CHUNK + PAD) * _LINE  # of a tile: Δ, Δ u, gradient of y, two sums, slopes of Δ and the gate, y
+    count = most * (2 * padded + 1) + BLOCK * (1 + PAD + 8 * CHUNK) + CHUNK * (2 * padded + 8) + 4 + 1
     scratch = np.empty(count * TILE, np.float32)
     g = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE
     As = g + most * padded * _LINE
@@ -492,17 +491,28 @@ def scan_backward(block):
                         A, line = As + (tile - start) * (padded + 1) * _LINE, lines + (tile - left) * own
                         dA = load_int(mine + _DA) + (b * tiles + tile) * padded * _LINE
                         saved = load_int(mine + _SAVED) + ((b * tiles + tile) * chunks + chunk) * padded * _LINE
-                        top = load(tops + (tile - left) * _LINE)
-                        bounded = within(mul(top, load(A + padded * _LINE)), BOUND)
+                        bounded = within(mul(load(tops + (tile - left) * _LINE), load(A + padded * _LINE)), BOUND)
                         y = line + 7 * part if dz else 0
                         for n in range(0, padded, 4):
                             place = saved + n * _LINE
                             _put(h, load(place), load(place + _LINE), load(place + 2 * _LINE), load(place + 3 * _LINE))
-                            _decays(A + n * _LINE, line, top, bounded, plus, decay, steps)
-                            _advance_and_save(
-                                *(h, decay, line + part, B_at + 4 * n, sign * B_step, C_at + 4 * n, sign * C_step),
-                                *(y, _LINE, steps),
+                            again = (
+                                *(
+                                    h,
+                                    decay,
+                                    A + n * _LINE,
+                                    line,
+                                    B_at + 4 * n,
+                                    sign * B_step,
+                                    C_at + 4 * n,
+                                    sign * C_step,
+                                ),
+                                *(y, steps),
                             )
+                            if bounded:
+                                _again_states_bounded(*again)
+                            else:
+                                _again_states_any(*again)
                             back = (
                                 *(
                                     g + ((tile - start) * padded + n) * _LINE,

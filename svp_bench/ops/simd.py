@@ -158,11 +158,6 @@ def take(builder, address):
 
 # 2^f on [-1/2, 1/2]: minimax of degree 5 with p(0) = 1, relative error 9e-8
 _EXP2 = (1.0, 0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.001326472731307149)
-# 2^f on [-1, 0], without the 1: minimax of degree 5, relative error 1e-7
-_EXP2_NEAR = (
-    *(0.6931437205177031, 0.2401801386738773, 0.0552973484817189, 0.009205788686206993, 0.0009449003480735164),
-)
-_MAGIC = 12582912.0  # 1.5 · 2²³: adding it rounds to an integer in the low bits
 # log1p(y) / y on [0, 1]: minimax of degree 8 with p(0) = 1, relative error 3e-8
 _LOG1P = (
     *(1.0, -0.49999648332595825, 0.3332132399082184, -0.24857163429260254, 0.191536545753479),
@@ -194,15 +189,12 @@ def _exp2(builder, xs, bounded=False):
         for sign, limit in ((">", _splat(-126.0)), ("<", _splat(126.0))):
             xs = [builder.select(builder.fcmp_ordered(sign, x, limit), x, limit) for x in xs]
         return _or_nan(builder, given, _exp2(builder, xs, bounded=True))
-    shifted = [builder.fadd(x, _splat(_MAGIC)) for x in xs]
-    rounded = [builder.fsub(x, _splat(_MAGIC)) for x in shifted]
-    return _times_power(builder, _horner(builder, _each(builder.fsub, xs, rounded), _EXP2), shifted)
-
-
-def _times_power(builder, values, shifted):
-    """Return values · 2^n, with n in the low bits of `shifted`."""
+    magic = _splat(12582912.0)  # 1.5 · 2²³: adding it rounds to an integer in the low bits
+    shifted = [builder.fadd(x, magic) for x in xs]
+    rounded = [builder.fsub(x, magic) for x in shifted]
+    fractions = _each(builder.fsub, xs, rounded)
     exponents = [builder.shl(builder.bitcast(x, _INTS), _splat_int(23)) for x in shifted]
-    values = [builder.bitcast(x, _INTS) for x in values]
+    values = [builder.bitcast(x, _INTS) for x in _horner(builder, fractions, _EXP2)]
     return [builder.bitcast(x, _VECTOR) for x in _each(builder.add, values, exponents)]
 
 
@@ -233,24 +225,6 @@ def _silu(builder, xs):
     return values, _each(builder.fmul, gates, rests)
 
 
-def _tuple_of(count: int, arguments: int) -> Callable:
-    """Declare an intrinsic of vectors that returns `count` vectors, from a function of (builder, *vectors)."""
-
-    def declare(function: Callable) -> Callable:
-        def definition(context, *vectors):
-            def build(context, builder, signature, values):
-                return context.make_tuple(builder, types.UniTuple(vector, count), function(builder, *values))
-
-            return types.UniTuple(vector, count)(*[vector] * arguments), build
-
-        names = ["context", *[*inspect.signature(function).parameters][1:]]
-        definition.__signature__ = inspect.Signature([inspect.Parameter(name, 1) for name in names])
-        definition.__name__, definition.__doc__ = function.__name__, function.__doc__
-        return intrinsic(definition)
-
-    return declare
-
-
 def _four(function: Callable) -> Callable:
     """Return an intrinsic of four vectors; the function returns lists of four, joined to one tuple."""
 
@@ -267,40 +241,9 @@ def _four(function: Callable) -> Callable:
     return operation
 
 
-@_tuple_of(4, 5)
-def exp2_product_any_4(builder, x0, x1, x2, x3, a):
-    """Return 2^(x a) of four vectors x, for any values."""
-    return _exp2(builder, [builder.fmul(x, a) for x in (x0, x1, x2, x3)])
-
-
-@_tuple_of(4, 5)
-def exp2_product_4(builder, x0, x1, x2, x3, a):
-    """Return 2^(x a) of four vectors x; every |x a| must be at most 126."""
-    shifted = [_fma(builder, x, a, _splat(_MAGIC)) for x in (x0, x1, x2, x3)]
-    integers = [builder.fsub(_splat(_MAGIC), x) for x in shifted]  # negative
-    fractions = [_fma(builder, x, a, i) for x, i in zip((x0, x1, x2, x3), integers, strict=True)]
-    return _times_power(builder, _horner(builder, fractions, _EXP2), shifted)
-
-
-@_tuple_of(5, 1)
-def exp2_coefficients(builder, a):
-    """Return the coefficients c1 … c5 of 2^(x a) ≈ 1 + c1 x + … + c5 x⁵, for x a in [-1, 0]."""
-    power, found = a, []
-    for k, coefficient in enumerate(_EXP2_NEAR):
-        power = builder.fmul(power, a) if k else a
-        found.append(builder.fmul(power, _splat(coefficient)))
-    return found
-
-
-@_tuple_of(4, 9)
-def polynomial_4(builder, x0, x1, x2, x3, c1, c2, c3, c4, c5):
-    """Return 1 + c1 x + … + c5 x⁵ of four vectors x."""
-    xs, values = (x0, x1, x2, x3), [c5] * 4
-    for coefficient in (c4, c3, c2, c1, _splat(1.0)):
-        values = [_fma(builder, value, x, coefficient) for value, x in zip(values, xs, strict=True)]
-    return values
-
-
+exp2_4 = _four(_exp2)
+# without the bounds: every |x| must be at most 126
+exp2_bounded_4 = _four(lambda builder, xs: _exp2(builder, xs, bounded=True))
 softplus_4 = _four(lambda builder, xs: _softplus(builder, xs)[0])
 softplus_slope_4 = _four(lambda builder, xs: [*chain(*_softplus(builder, xs))])
 silu_4 = _four(lambda builder, xs: _silu(builder, xs)[0])
@@ -325,16 +268,6 @@ def larger(builder, a, b):
     # as integers, the bits of floats without sign have their order, with NaN above all
     a, b = builder.bitcast(a, _INTS), builder.and_(builder.bitcast(b, _INTS), _splat_int(0x7FFFFFFF))
     return builder.bitcast(builder.select(builder.icmp_signed(">", a, b), a, b), _VECTOR)
-
-
-@_operation(types.boolean, vector, types.float32, types.float32)
-def inside(builder, x, low, high):
-    """Return whether every lane is in [low, high] (False with NaN)."""
-    above = builder.fcmp_ordered(">=", x, _repeat(builder, low))
-    bits = builder.bitcast(
-        builder.and_(above, builder.fcmp_ordered("<=", x, _repeat(builder, high))), ir.IntType(LANES)
-    )
-    return builder.icmp_unsigned("==", bits, ir.IntType(LANES)(2**LANES - 1))
 
 
 @_operation(types.boolean, vector, types.float32)
