@@ -185,10 +185,7 @@ def _or_nan(builder, xs, values):
 
 def _exp2(builder, xs, bounded=False):
     if not bounded:
-        given = xs
-        for sign, limit in ((">", _splat(-126.0)), ("<", _splat(126.0))):
-            xs = [builder.select(builder.fcmp_ordered(sign, x, limit), x, limit) for x in xs]
-        return _or_nan(builder, given, _exp2(builder, xs, bounded=True))
+        return _or_nan(builder, xs, _exp2(builder, _limit(builder, _limit(builder, xs, -126.0), 126.0), bounded=True))
     magic = _splat(12582912.0)  # 1.5 · 2²³: adding it rounds to an integer in the low bits
     shifted = [builder.fadd(x, magic) for x in xs]
     rounded = [builder.fsub(x, magic) for x in shifted]
@@ -198,23 +195,33 @@ def _exp2(builder, xs, bounded=False):
     return [builder.bitcast(x, _VECTOR) for x in _each(builder.add, values, exponents)]
 
 
+def _limit(builder, xs, limit):
+    """Return max(x, limit) for a negative limit, else min(x, limit); the limit for NaN."""
+    sign = ">" if limit < 0 else "<"
+    return [builder.select(builder.fcmp_ordered(sign, x, _splat(limit)), x, _splat(limit)) for x in xs]
+
+
 def _sigmoid(builder, xs):
-    powers = _exp2(builder, [builder.fmul(x, _splat(-1.4426950408889634)) for x in xs])
+    """σ(x), for NaN some number: callers multiply by x."""
+    exponents = [builder.fmul(x, _splat(-1.4426950408889634)) for x in xs]
+    powers = _exp2(builder, _limit(builder, _limit(builder, exponents, -126.0), 126.0), bounded=True)
     return [builder.fdiv(_splat(1.0), builder.fadd(_splat(1.0), power)) for power in powers]
 
 
 def _softplus(builder, xs):
     """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), and its slope, the sigmoid."""
     zero, one = _splat(0.0), _splat(1.0)
-    positive = [builder.fcmp_ordered(">", x, zero) for x in xs]
-    sizes = [builder.select(p, x, builder.fsub(zero, x)) for p, x in zip(positive, xs, strict=True)]
-    ys = _exp2(builder, [builder.fmul(size, _splat(-1.4426950408889634)) for size in sizes])
+    sizes = [builder.and_(builder.bitcast(x, _INTS), _splat_int(0x7FFFFFFF)) for x in xs]
+    sizes = [builder.bitcast(x, _VECTOR) for x in sizes]
+    exponents = [builder.fmul(size, _splat(-1.4426950408889634)) for size in sizes]
+    ys = _exp2(builder, _limit(builder, exponents, -126.0), bounded=True)
     small = [builder.fcmp_ordered("<", size, _splat(87.0)) for size in sizes]  # beyond, exp underflows to 0
     ys = [builder.select(s, y, zero) for s, y in zip(small, ys, strict=True)]
     tails = _each(builder.fmul, ys, _horner(builder, ys, _LOG1P))
-    heads = [builder.select(p, x, zero) for p, x in zip(positive, xs, strict=True)]
-    slopes = [builder.fdiv(builder.select(p, one, y), builder.fadd(one, y)) for p, y in zip(positive, ys, strict=True)]
-    return _or_nan(builder, xs, _each(builder.fadd, heads, tails)), _or_nan(builder, xs, slopes)
+    heads = [builder.select(builder.fcmp_ordered("<", x, zero), zero, x) for x in xs]  # NaN stays NaN
+    tops = [builder.select(builder.fcmp_ordered(">", x, zero), one, y) for x, y in zip(xs, ys, strict=True)]
+    slopes = [builder.fdiv(top, builder.fadd(one, y)) for top, y in zip(tops, ys, strict=True)]
+    return _each(builder.fadd, heads, tails), _or_nan(builder, xs, slopes)
 
 
 def _silu(builder, xs):
