@@ -1,6 +1,6 @@
 """Vim on CPUs against the floor of its matrix products, and the scan against its baselines: ratios of one run.
 
-    python benchmarks/cpu.py [--quick] [--baselines PYTHON] [--output FILE.json]
+    python benchmarks/cpu.py [--quick] [--baselines PYTHON] [--output FOLDER]
 
 Every ratio is of medians taken in turns, on the threads that PyTorch uses. Read benchmarks/README.md first.
 """
@@ -302,6 +302,13 @@ def peak_memory(size: str, *flags: str) -> float:
     return float(answer.stdout.splitlines()[-1])
 
 
+def instruction_set() -> str:
+    """Return the widest instructions of PyTorch's operators and the vectors of our kernels."""
+    from svp_bench.ops.simd import LANES
+
+    return f"{torch.backends.cpu.get_cpu_capability()}, vectors of {LANES} floats"
+
+
 def machine() -> dict[str, Any]:
     model = platform.processor()
     info = Path("/proc/cpuinfo")
@@ -311,6 +318,7 @@ def machine() -> dict[str, Any]:
         )
     return {
         "cpu": model,
+        "isa": instruction_set(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
@@ -323,48 +331,54 @@ def machine() -> dict[str, Any]:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    lines = [", ".join(f"{k} {v}" for k, v in result["machine"].items()), ""]
-    lines += ["Whole model, batch 8, 224², float32      ours      floor     ratio"]
+    """Return one table: each measurement of ours next to its floor or baseline, and ours divided by it."""
+    machine = result["machine"]
+    rows: list[tuple[str, float, str, float | None]] = []
     for size, row in result["model"].items():
-        for what in ("step", "forward"):
-            ours, floor, ratio = row[what], row[f"floor_{what}"], row[f"{what}_ratio"]
-            label = "SVP step" if what == "step" else "forward"
-            lines.append(f"  Vim-{size:<6} {label:<26} {ours:8.3f} s {floor:8.3f} s {ratio:8.2f}")
-        lines.append(f"  Vim-{size:<6} {'forward with prompts':<26} {row['forward_with_prompts']:8.3f} s")
-    if "full" in result:
-        lines.append(f"  full fine-tuning over SVP, time a matrix FLOP: {result['full']['per_flop_ratio']:.2f}")
-    if "grad_checkpointing" in result:
-        row = result["grad_checkpointing"]
-        lines.append(
-            f"  gradient checkpointing, Vim-S step: {row['plain']:.2f} s and {row['plain_gib']:.2f} GiB without, "
-            f"{row['checkpointed']:.2f} s and {row['checkpointed_gib']:.2f} GiB with it"
-        )
-    if "memory_gib" in result:
-        lines.append(f"  peak memory of the Vim-S step: {result['memory_gib']:.2f} GiB")
-    lines += ["", "One-way scan, batch 8, dim 768, length 197, 16 states     forward   fwd + bwd"]
-    scan = result["scan"]
-    for name in scan["forward"]:
-        lines.append(
-            f"  {name:<52} {1e3 * scan['forward'][name]:8.1f} ms {1e3 * scan['forward_backward'][name]:8.1f} ms"
-        )
+        for what, label in (("step", "SVP step"), ("forward", "forward")):
+            rows.append((f"Vim-{size}, {label}", row[what], "floor", row[f"floor_{what}"]))
+        rows.append((f"Vim-{size}, forward with prompts", row["forward_with_prompts"], "", None))
     if "unbind_step" in result:
         row = result["unbind_step"]
-        lines += ["", "SVP step of Vim-S; the unbind form extrapolated from 1 and 4 blocks"]
-        lines.append(
-            f"  ours {row['cpu']:.2f} s, unbind form {row['unbind']:.1f} s: {row['unbind_over_cpu']:.1f} times"
-        )
-    lines += ["", "Two-way scan, forward and backward, dim 384            seconds   µs a token"]
+        rows.append(("Vim-small, SVP step", row["cpu"], "unbind, extrapolated", row["unbind"]))
+    if "full" in result:
+        rows.append(("Vim-small, full fine-tuning step", result["full"]["full"], "SVP step", result["full"]["svp"]))
+    if "grad_checkpointing" in result:
+        row = result["grad_checkpointing"]
+        rows.append(("Vim-small, checkpointed SVP step", row["checkpointed"], "without", row["plain"]))
+    for key, what in (("forward", "forward"), ("forward_backward", "forward + backward")):
+        times = result["scan"][key]
+        rows += [(f"one-way scan, {what}", times["cpu"], name, times[name]) for name in times if name != "cpu"]
     for row in result["scaling"]:
-        label = f"batch {row['batch']}, length {row['length']}"
-        lines.append(f"  {label:<52} {row['seconds']:8.4f} {1e6 * row['per_token']:8.2f}")
+        label = f"two-way scan, batch {row['batch']}, length {row['length']}"
+        rows.append((f"{label}: {1e6 * row['per_token']:.2f} µs/token", row["seconds"], "", None))
+    lines = [", ".join(f"{k} {v}" for k, v in machine.items()), "batch 8, 224², float32", ""]
+    lines.append(f"{'':52}{'ours':>10}  {'baseline':<22}{'':>10}{'ours / baseline':>17}")
+    for label, ours, name, baseline in rows:
+        line = f"{label:<52}{_time(ours)}  {name:<22}"
+        lines.append((line + f"{_time(baseline)}{_ratio(ours / baseline):>17}" if baseline else line).rstrip())
+    if "full" in result:
+        lines.append(f"full fine-tuning over SVP, time per matrix FLOP: {result['full']['per_flop_ratio']:.2f}")
+    if "grad_checkpointing" in result:
+        row = result["grad_checkpointing"]
+        sizes = f"{row['plain_gib']:.2f} GiB, checkpointed {row['checkpointed_gib']:.2f} GiB"
+        lines.append(f"peak memory of the Vim-small step: {sizes}")
     return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:8.3f} s" if seconds >= 0.1 else f"{1e3 * seconds:7.1f} ms"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"1 / {1 / value:.0f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="Vim-tiny only, fewer rounds, no extrapolations")
     parser.add_argument("--baselines", help="a Python that has mambapy (`make bench` makes one)")
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    parser.add_argument("--output", type=Path, help="folder of the JSON file, cpu_<instructions>.json")
     parser.add_argument("--as-baseline", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", action="store_true", help=argparse.SUPPRESS)
@@ -394,9 +408,11 @@ def main() -> None:
     result["scaling"] = scaling(rounds)
     print(report(result))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\nWritten: {arguments.output}")
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        name = arguments.output / f"cpu_{torch.backends.cpu.get_cpu_capability().lower()}"
+        name.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        name.with_suffix(".txt").write_text(report(result) + "\n")
+        print(f"\nWritten: {name}.json and .txt")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from svp_bench.ops import (
     list_backends,
     memory,
     selective_scan,
+    threads,
 )
 
 Inputs = dict[str, Tensor | None]
@@ -644,8 +646,8 @@ def large_ops() -> list[Tensor]:
 @needs_cpu_kernels
 def test_reruns_and_numbers_of_threads_change_no_bit() -> None:
     digests = []
-    for threads in (1, 1, 2, 2, 1):
-        with torch_threads(threads):
+    for count in (1, 1, 2, 2, 1):
+        with torch_threads(count):
             digests.append([digest([t]) for t in large_ops()])
     assert all(found == digests[0] for found in digests)
 
@@ -763,6 +765,46 @@ def test_the_switch_leaves_the_allocator_alone(value: str | None, monkeypatch: p
     else:
         assert {option for option, _ in calls} == {-1, -3}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         assert told.startswith("cached by the process")
+
+
+# ------------------------------------------------------------------------------------- threads without GNU OpenMP
+
+
+@needs_cpu_kernels
+def test_without_gnu_openmp_the_kernels_run_on_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(2, 33, 48), torch.randn(48, 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = bidirectional_conv(x, (weight, None), (weight, None), backend="cpu")
+        monkeypatch.setattr(threads, "_gomp", lambda: "libgomp.so.1 needs another libc")
+        found = bidirectional_conv(x, (weight, None), (weight, None), backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert threads.pool_name() == "a thread pool of their own (libgomp.so.1 needs another libc)"
+
+
+@pytest.mark.parametrize(
+    ("files", "report", "reason"),
+    [
+        ([], "ATen parallel backend: native thread pool", "without OpenMP"),
+        ([], "ATen parallel backend: OpenMP", "carries no GNU OpenMP"),
+        (["libgomp-1.so.1"], "ATen parallel backend: OpenMP", "libgomp-1.so.1 of PyTorch cannot be used: "),
+    ],
+)
+def test_the_reason_why_openmp_is_not_used(
+    files: list[str], report: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lib").mkdir()
+    for name in files:
+        (tmp_path / "lib" / name).write_bytes(b"not a library")
+    fake = SimpleNamespace(
+        __file__=str(tmp_path / "__init__.py"),
+        __config__=SimpleNamespace(parallel_info=lambda: report),
+    )
+    monkeypatch.setattr(threads, "torch", fake)
+    assert reason in str(threads._gomp.__wrapped__())
 
 
 # Tensors of 39 MB: glibc maps each freshly from the system, whatever it has learned from others, unless told to keep.

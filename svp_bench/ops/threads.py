@@ -21,16 +21,20 @@ _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @cache
-def _gomp() -> ctypes.CDLL | None:
-    """Return PyTorch's GNU OpenMP, or None."""
+def _gomp() -> ctypes.CDLL | str:
+    """Return PyTorch's GNU OpenMP, or the reason why it cannot be used."""
     if "OpenMP" not in torch.__config__.parallel_info():
-        return None
+        return "this PyTorch is built without OpenMP"
     for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")):
-        library = ctypes.CDLL(str(path))
-        library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        library.GOMP_parallel.restype = None
+        try:
+            library = ctypes.CDLL(str(path))
+            parallel = library.GOMP_parallel
+        except (OSError, AttributeError) as error:  # e.g. built for another libc
+            return f"{path.name} of PyTorch cannot be used: {error}"
+        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        parallel.restype = None
         return library
-    return None
+    return "this PyTorch carries no GNU OpenMP"
 
 
 @cache
@@ -53,8 +57,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def pool_name() -> str:
-    """Return the name of the thread pool of the kernels, for `svp-bench doctor`."""
-    return "PyTorch's OpenMP threads" if _gomp() is not None else "a thread pool of their own"
+    """Return the thread pool of the kernels, for `svp-bench doctor`; if it is not PyTorch's, with the reason."""
+    library = _gomp()
+    return f"a thread pool of their own ({library})" if isinstance(library, str) else "PyTorch's OpenMP threads"
 
 
 def run_kernel(kernel: int, block: int, tasks: int) -> None:
@@ -70,7 +75,7 @@ def run_kernel(kernel: int, block: int, tasks: int) -> None:
         _KERNEL(kernel)(block)
         return
     library = _gomp()
-    if library is not None:
+    if not isinstance(library, str):
         library.GOMP_parallel(kernel, block, threads, 0)
         return
     others = [_executor(os.getpid(), threads - 1).submit(_KERNEL(kernel), block) for _ in range(threads - 1)]
