@@ -105,12 +105,12 @@ def test_forms_of_pickled_files(form: str, legacy: bool, tmp_path: Path) -> None
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     model = nano()
     report = svp_bench.load_checkpoint(model, path)
-    assert (report.path, report.head_replaced, report.pos_embed_resized) == (path, True, None)
+    assert (report.path, bool(report.dropped), report.pos_embed_resized) == (path, True, None)
     assert report.dropped == ("head.bias", "head.weight")
     assert model.load_report == report
     assert_equal(model, {name: value.float() for name, value in state.items()}, but=("head.",))
     kept = svp_bench.load_checkpoint(model, path, head="keep")
-    assert (kept.kept, kept.head_replaced) == (("head.bias", "head.weight"), False)
+    assert (kept.kept, kept.dropped) == (("head.bias", "head.weight"), ())
     assert_equal(model, {name: value.float() for name, value in state.items()})
     assert all(value.dtype == torch.float32 for value in model.state_dict().values())
 
@@ -153,7 +153,7 @@ def test_the_head_of_a_file_is_left_out(head: Any, theirs: int, ours: int, tmp_p
     model = nano(ours)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = load_checkpoint(model, path, head)
-    assert report.head_replaced
+    assert report.dropped
     assert (report.dropped, report.kept) == (("head.bias", "head.weight"), ())
     assert report.for_record() is None  # as usual: hub weights have a head of a thousand classes
     assert_equal(model, source.state_dict(), but=("head.",))
@@ -218,7 +218,7 @@ def test_a_two_layer_head_is_dropped(tmp_path: Path) -> None:
     torch.save({"model": state}, path)
     model = nano()
     head = model.head.weight.clone()  # type: ignore[operator, union-attr]
-    assert load_checkpoint(model, path).head_replaced
+    assert load_checkpoint(model, path).dropped
     assert_equal(model, state, but=("head.",))
     assert torch.equal(model.head.weight, head)  # type: ignore[arg-type]
 
@@ -228,7 +228,7 @@ def test_a_file_without_head(tmp_path: Path) -> None:
     path = tmp_path / "vim.pth"
     torch.save(source.state_dict(), path)
     model = nano(5)
-    assert not load_checkpoint(model, path).head_replaced
+    assert not load_checkpoint(model, path).dropped
     assert_equal(model, source.state_dict(), but=("head.",))
 
 

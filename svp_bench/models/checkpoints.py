@@ -72,11 +72,6 @@ class LoadReport:
     head_digest: str | None = None
 
     @property
-    def head_replaced(self) -> bool:
-        """Whether the file has a head that was left out."""
-        return bool(self.dropped)
-
-    @property
     def resized(self) -> tuple[str, ...]:
         """Return the change of grid as text, e.g. ("pos_embed 14x14 -> 4x16",)."""
         return (f"pos_embed {' -> '.join(map(_by, self.pos_embed_resized))}",) if self.pos_embed_resized else ()

@@ -391,36 +391,24 @@ class VisionMamba(nn.Module):
             nn.init.zeros_(head.bias)
             head.to(device=self.cls_token.device, dtype=self.cls_token.dtype).train(self.training)
 
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Change the image size or the patch size in place, as timm's ViTs do.
-
-        Position embeddings and patch weights are resized (bicubic); the row of the class token is copied.
-
-        Args:
-            img_size: Height and width; unchanged if None.
-            patch_size: Side of a patch; unchanged if None. Only without overlap.
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Change the image size (height and width) in place, as timm's ViTs do; resize the position embedding.
 
         Raises:
-            ConfigError: If the model carries a method, or the patches do not fit.
+            ConfigError: If the model carries a method, or the images are smaller than a patch.
         """
         self._refuse_method("set_input_size")
-        old = self.patch_embed
-        size = old.img_size if img_size is None else to_2tuple(img_size)
-        new = old if patch_size is None else old.with_patch_size(to_2tuple(patch_size))
-        embed = PatchEmbed(size, new.patch_size[0], new.stride, self.in_chans, self.embed_dim)
-        embed.proj, grid = new.proj, embed.grid_size  # with its hooks and replacements
+        old, size = self.patch_embed, to_2tuple(img_size)
+        embed = PatchEmbed(size, old.patch_size[0], old.stride, self.in_chans, self.embed_dim)
+        embed.proj, grid = old.proj, embed.grid_size  # with its hooks and replacements
         if min(grid) < 1:
-            raise ConfigError(f"set_input_size: {size[0]}×{size[1]} is smaller than a patch of {new.patch_size[0]}")
+            raise ConfigError(f"set_input_size: {size[0]}×{size[1]} is smaller than a patch of {old.patch_size[0]}")
         self.patch_embed = embed.train(old.training)
         if grid != old.grid_size:
             with torch.no_grad():
                 rows = resize_positions(self.pos_embed, old.grid_size, grid)
             self.pos_embed = nn.Parameter(rows, requires_grad=self.pos_embed.requires_grad)
         self.cls_index = embed.num_patches // 2
-        for info in self.feature_info:
-            info["reduction"] = embed.stride
 
     def _refuse_method(self, function: str) -> None:
         if self.adapter is not None or len(self.points):
