@@ -68,22 +68,6 @@ class ScaledForTheTest(Callback):
         scale(pl_module, 2)
 
 
-class BetweenEpochs(Callback):
-    def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.current_epoch == 0:
-            scale(pl_module, 0.5)
-
-
-class OtherStart(Callback):
-    def on_fit_start(self, trainer, pl_module):
-        scale(pl_module, 2)
-
-
-class Epsilon(Callback):
-    def on_train_start(self, trainer, pl_module):
-        trainer.optimizers[0].param_groups[0]["eps"] = 0.1
-
-
 class OtherRate(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         trainer.optimizers[0].param_groups[0]["lr"] = 0.1
@@ -166,9 +150,6 @@ def test_unscored_and_selection_records_have_the_digest_too(place: Path) -> None
     [
         ("outsiders.ScaledAtTheEnd", {}, ["after the last optimizer step", "written again"]),
         ("outsiders.ScaledForTheTest", {}, ["after the last optimizer step", "written again"]),
-        ("outsiders.BetweenEpochs", {}, ["weights were changed between optimizer steps (first in epoch 1,"]),
-        ("outsiders.OtherStart", {}, ["weights were changed between optimizer steps (first in epoch 0, step 0)"]),
-        ("outsiders.Epsilon", {}, ["eps of the optimizer was not that of the recipe"]),
         ("outsiders.OtherRate", {}, ["learning rate was not that of the recipe (first in epoch 0, step 0)"]),
         ("outsiders.RateBeforeTheOptimizer", {}, ["model.learning_rate was changed from 0.001 to 0.5"]),
         ("outsiders.OtherDecay", {}, ["weight decay"]),
@@ -274,24 +255,3 @@ def test_averages_resume(
     assert again.record["weights_digest"] == whole.record["weights_digest"]
     assert again.record["metrics"] == whole.record["metrics"]
     assert again.record["not_comparable"] == whole.record["not_comparable"]
-
-
-@pytest.mark.parametrize("resumed", [False, True])
-def test_a_callback_that_changes_nothing_leaves_a_run_comparable(
-    place: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
-) -> None:
-    given = with_callback("outsiders.Quiet")
-    if resumed:
-        real, seen = AdaptationModule.training_step, [0]
-
-        def training_step(self: AdaptationModule, batch: Any, batch_idx: int) -> torch.Tensor:
-            seen[0] += 1
-            if seen[0] == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(self, batch, batch_idx)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(AdaptationModule, "training_step", training_step)
-            assert "Stopped by SIGTERM" in run(*given).out
-        given.append("--resume")
-    assert "not_comparable" not in run(*given).record

@@ -460,10 +460,32 @@ class VisionDataModule(LightningDataModule):
             return 1, 0, 1
         return trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
 
-    def _check_batch_size(self, count: int) -> None:
+    def images_at_once(self, role: str, batch_size: int | None = None, accumulate: int | None = None) -> int:
+        """Return how many images one process gets at a time, at most; after `setup`.
+
+        Args:
+            role: "train", "val" or "test".
+            batch_size: As of `data.batch_size`, or for val and test of `data.eval_batch_size`; what is set by default.
+            accumulate: Batches that are accumulated for a step of training; as many as the Trainer does by default.
+
+        Raises:
+            ConfigError: If a batch of training cannot be shared out so.
+        """
+        count = len(self.split(role))
+        world_size, _, accumulated = self._processes()
+        if role != "train":
+            in_one_step = math.ceil((batch_size or self.eval_batch_size) / world_size) * world_size
+            return math.ceil(count / (math.ceil(count / in_one_step) * world_size))  # as EvalBatchSampler cuts the list
+        batch_size, accumulate = batch_size or self.batch_size, accumulate or accumulated
+        self._check_batch_size(count, batch_size, accumulate)
+        unit = 2 if self.augment.mixes else 1  # mixed images stay in pairs
+        units = math.ceil(min(batch_size, count) / unit)
+        return min(unit * math.ceil(math.ceil(units / accumulate) / world_size), batch_size, count)
+
+    def _check_batch_size(self, count: int, batch_size: int | None = None, accumulate: int | None = None) -> None:
         """Refuse a batch size that cannot be shared out so that every process has images in every step."""
-        world_size, _, accumulate = self._processes()
-        batch_size = self.batch_size
+        world_size, _, accumulated = self._processes()
+        batch_size, accumulate = batch_size or self.batch_size, accumulate or accumulated
         parts = world_size * accumulate
         given = f"data.batch_size {batch_size}"
         shared = (

@@ -29,11 +29,12 @@ from svp_bench.train.callbacks import (
     RunProgressBar,
     SteadyTensorBoardLogger,
     ThroughputMonitor,
+    peak_memory_mib,
 )
 from svp_bench.train.checkpoint import CHECKPOINT, AtomicCheckpointIO, Checkpoint
 from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.oom import TRAINING_FLAGS, is_out_of_memory, out_of_memory
+from svp_bench.train.oom import AllocationFailure, explain_run, is_out_of_memory
 from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.preemption import PerStepSeed, PreemptionHandler
 from svp_bench.train.processes import agreed_name
@@ -179,6 +180,7 @@ class BaseRun(ABC):
         given = settings.get("callbacks") or []
         given = [given] if isinstance(given, Callback) else list(given)
         settings["callbacks"] = [
+            self.watch.first,
             *given,
             *self._callbacks(),
             *self._progress(settings, given),
@@ -234,7 +236,7 @@ class BaseRun(ABC):
         """Run the subcommand on the built model, data and trainer."""
 
     def within_memory(self, work: Callable[[], T]) -> T:
-        """Run `work`.
+        """Run `work`; if memory runs out, measure how many images fit into it.
 
         Raises:
             OutOfMemoryError: If memory ran out.
@@ -244,16 +246,12 @@ class BaseRun(ABC):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            evaluates = {
-                RunningStage.VALIDATING: "val",
-                RunningStage.SANITY_CHECKING: "val",
-                RunningStage.TESTING: "test",
-            }
-            stage, batch = self.monitor.failed_in, self.data.eval_batch_size
-            role = evaluates.get(stage, "train") if stage else "train"
-            flags = TRAINING_FLAGS if role == "train" else f"a smaller --data.eval_batch_size than {batch}"
-            if self.trains and self.resumable and (self.run_dir / CHECKPOINT).is_file():
-                flags += "; continue with --resume"
-            where = f"{role}, {self.model.backbone_name}, {self.trainer.precision}"
-            explained = out_of_memory(error, where, self.trainer.strategy.root_device, flags)
-        raise explained  # not in the except clause, which would keep the tensors of the step
+            failure = AllocationFailure.from_error(error)
+        # not in the except clause, which would keep the error and with it the tensors of the step
+        INTERRUPTS.waits = INTERRUPTS.waits or self.trains  # a signal must not prevent the record
+        self.monitor.peak_mib = peak_memory_mib(self.trainer.strategy.root_device)
+        evaluates = {RunningStage.VALIDATING: "val", RunningStage.SANITY_CHECKING: "val", RunningStage.TESTING: "test"}
+        stage = self.monitor.failed_in
+        role = evaluates.get(stage, "train") if stage else "train"
+        resume = self.trains and self.resumable and (self.run_dir / CHECKPOINT).is_file()
+        raise explain_run(failure, self.trainer, self.model, self.data, role, resume)

@@ -27,6 +27,7 @@ class ThroughputMonitor(Callback):
         epochs: Completed training epochs.
         validated_at: Number of optimizer steps when val was last scored, or None.
         failed_in: Stage of the trainer when an exception ended it, or None.
+        peak_mib: Peak memory of a run that ran out of memory, read before the probes that follow; else None.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,7 @@ class ThroughputMonitor(Callback):
         self.epochs = 0
         self.validated_at: int | None = None
         self.failed_in: RunningStage | None = None
+        self.peak_mib: float | None = None
         self._started: dict[str, float] = {}
         self._epoch = (0.0, 0)  # start time of the epoch, and images seen before it
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -109,8 +110,8 @@ def _is_known(value: object) -> bool:
 class RecipeWatch(Callback):
     """Check that a run trains by its recipe, and that its checkpoint has the weights that are scored.
 
-    It must be the last callback. Before each optimizer step it compares the optimizer with the recipe and, if there are
-    user classes, the weights with those after the step before; at the test, with those after the last step.
+    It must be the last callback. Before each optimizer step it compares learning rate, weight decay and the trained
+    parameters with the recipe; at the test it compares the weights with those after the last step.
 
     Args:
         checkpoint: The run's last checkpoint; written again if the weights were changed after it.
@@ -119,6 +120,7 @@ class RecipeWatch(Callback):
         reasons: Why the run is not comparable, one line each.
         scored: Digest of the weights that were tested, or None.
         training: Whether training has begun.
+        first: A callback for the first place, which stores batches and gradients before other callbacks see them.
     """
 
     def __init__(self, checkpoint: Path | None) -> None:
@@ -128,9 +130,19 @@ class RecipeWatch(Callback):
         self.training = False
         self._settings: dict[str, Any] = {}
         self._last: str | None = None  # digest of the weights after the last optimizer step
-        self._frozen: dict[str, Tensor] = {}  # if there are user classes
+        self._frozen: dict[str, Tensor] = {}
         self._frozen_digest: str | None = None
-        self._weights: dict[str, Tensor] = {}  # trained weights after the last step, if there are user classes
+        self.first = _First(
+            on_train_batch_start=lambda trainer, module, batch, *_: self._store(batch._asdict()),
+            on_test_batch_start=lambda trainer, module, batch, *_: self._store(batch._asdict()),
+            on_after_backward=lambda trainer, module: self._store(_gradients(module)),
+            on_before_optimizer_step=lambda trainer, module, _: self._store(_gradients(module)),
+        )
+        self._external = False  # whether there are user classes; only then the following is compared
+        self._weights: dict[str, Tensor] = {}  # after the last optimizer step, or at the first test batch
+        self._modes: set[str] = set()
+        self._build: list[Any] = []
+        self._stored: dict[str, Tensor] = {}  # batch or gradients
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run continues from."""
@@ -145,9 +157,11 @@ class RecipeWatch(Callback):
         self._settings = _settings(trainer, model, data)
         frozen = _frozen(model)
         self._frozen_digest = weights_digest({"state_dict": frozen})
-        if external_classes(trainer):
+        self._external = bool(external_classes(trainer))
+        if self._external:
             self._frozen = {name: value.detach().cpu().clone() for name, value in frozen.items()}
             self._weights = _copied(trained_parameters(model.model))
+            self._modes, self._build = _modes(model), _build(model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the settings, and from now on each optimizer step."""
@@ -156,25 +170,45 @@ class RecipeWatch(Callback):
             return
         self._compare_settings(trainer, pl_module)
         (optimizer,) = trainer.optimizers
-        trained = trained_parameters(pl_module.model)
+        trained = {id(parameter) for parameter in trained_parameters(pl_module.model).values()}
         schedule, by_epoch = pl_module.schedule, pl_module.schedule_config.interval == "epoch"
         last_step = int(trainer.estimated_stepping_batches)
         assert schedule is not None
-        if trainer.ckpt_path is not None and self._weights:  # the checkpoint was loaded after `begin`
-            self._weights = _copied(trained)
 
-        def before(optimizer: Optimizer, *_: Any) -> None:
-            at = trainer.current_epoch if by_epoch else trainer.global_step
-            rate = self._settings["model.learning_rate"] * schedule(at)
-            reasons = [*_differences(optimizer, self._settings["model.weight_decay"], rate, trained)]
-            if any(not torch.equal(old.to(trained[name]), trained[name]) for name, old in self._weights.items()):
-                reasons.append("the weights were changed between optimizer steps")
-            for reason in reasons:
-                self._note(f"{reason} (first in epoch {trainer.current_epoch}, step {trainer.global_step})", reason)
+        if trainer.ckpt_path is not None and self._external:  # the checkpoint was loaded after `begin`
+            self._weights = _copied(trained_parameters(pl_module.model))
+
+        def note(reason: str) -> None:
+            self._note(f"{reason} (first in epoch {trainer.current_epoch}, step {trainer.global_step})", reason)
+
+        def before(optimizer: Optimizer, _: Any, kwargs: dict[str, Any]) -> None:
+            rate = self._settings["model.learning_rate"] * schedule(
+                trainer.current_epoch if by_epoch else trainer.global_step
+            )
+            for reason in _differences(optimizer, self._settings, rate, trained):
+                note(reason)
+            if not self._external:
+                return
+            if _modes(pl_module) != self._modes:
+                note("other parts than by the recipe were in training mode")
+            if _build(pl_module) != self._build:
+                note("parts of the model were replaced or hooked")
+            closure = kwargs.get("closure")  # the forward and backward pass with the hooks of all callbacks
+
+            def watched() -> Any:
+                result = closure() if closure else None
+                if not _same(self._weights, trained_parameters(pl_module.model)):
+                    note("the weights were changed between optimizer steps")
+                return result
+
+            if closure:
+                kwargs["closure"] = watched
+            else:
+                watched()
 
         def after(*_: Any) -> None:
-            if self._weights:
-                self._weights = _copied(trained)
+            if self._external:
+                self._weights = _copied(trained_parameters(pl_module.model))
             if trainer.global_step + 1 >= last_step:
                 self._last = _trained_digest(pl_module.weights())
 
@@ -189,9 +223,43 @@ class RecipeWatch(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Compute the digest of the final weights."""
-        if batch_idx == 0 and isinstance(pl_module, AdaptationModule):
+        """Compute the digest of the final weights, and check that every batch is scored with them."""
+        if not isinstance(pl_module, AdaptationModule):
+            return
+        if batch_idx == 0:
             self.check_final_weights(trainer, pl_module)
+        if not self._external or not self._settings:
+            return
+        now = {name: value for name, value in pl_module.state_dict().items() if name.startswith("model.")}
+        if batch_idx == 0:
+            self._weights = _copied(now)
+        elif not _same(self._weights, now):
+            self._note("the weights were changed during the test")
+        if pl_module.training or _modes(pl_module):
+            self._note("parts of the model were in training mode during the test")
+        if _build(pl_module) != self._build:
+            self._note("parts of the model were replaced or hooked for the test")
+        self._compare("a test batch", batch._asdict())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Compare the batch with that of the loader."""
+        self._compare("a training batch", batch._asdict())
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the gradients with those of the loss."""
+        self._compare("gradients", _gradients(pl_module))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Compare the gradients with those of the loss."""
+        self._compare("gradients", _gradients(pl_module))
+
+    def _store(self, tensors: Mapping[str, Tensor]) -> None:
+        if self._external:
+            self._stored = _copied(tensors)
+
+    def _compare(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        if self._external and not _same(self._stored, tensors):
+            self._note(f"a callback changed {name}")
 
     def check_final_weights(self, trainer: Trainer, model: AdaptationModule) -> None:
         """Compute the digest of the final weights, and write them into the checkpoint if it has others.
@@ -233,8 +301,39 @@ class RecipeWatch(Callback):
             self.reasons.append(reason)
 
 
+class _First(LambdaCallback):
+    """The callback `RecipeWatch.first`; a class of svp-bench, so that `external_classes` leaves it out."""
+
+
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def _same(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
+    """Return whether tensors hold the same numbers, on any device and in any precision."""
+    return before.keys() == now.keys() and all(
+        torch.equal(old.to(now[name]), now[name].detach()) for name, old in before.items()
+    )
+
+
+def _gradients(module: LightningModule) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def _modes(model: AdaptationModule) -> set[str]:
+    """Return the names of the modules in training mode."""
+    return {name for name, part in model.model.named_modules() if part.training}
+
+
+def _build(model: AdaptationModule) -> list[Any]:
+    """Return what a forward pass calls: modules, number of their hooks, and methods that are set on an instance."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    parts = [
+        (name, id(part), [len(getattr(part, kind)) for kind in kinds], "forward" in vars(part))
+        for name, part in model.model.named_modules()
+    ]
+    own = [name for name in vars(model) if callable(getattr(AdaptationModule, name, None))]
+    return [parts, len(model.model.points), own]
 
 
 _RECIPE = (
@@ -265,19 +364,25 @@ def _frozen(model: AdaptationModule) -> dict[str, Tensor]:
     return {n: v for n, v in model.state_dict().items() if n.startswith("model.") and n not in trained}
 
 
-def _differences(
-    optimizer: Optimizer, weight_decay: float, rate: float, trained: Mapping[str, Tensor]
-) -> Iterator[str]:
-    """Yield how an optimizer differs from the recipe before a step with the learning rate `rate`."""
-    constant = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "weight_decay")}
+def _differences(optimizer: Optimizer, settings: Mapping[str, Any], rate: float, trained: set[int]) -> Iterator[str]:
+    """Yield how an optimizer differs from the recipe before a step.
+
+    Args:
+        optimizer: The optimizer.
+        settings: The result of `_settings`.
+        rate: The expected learning rate.
+        trained: `id` of the parameters that the method trains.
+    """
     for group in optimizer.param_groups:
         if abs(group["lr"] - rate) > 1e-6 * abs(rate) + 1e-15:
             yield "the learning rate was not that of the recipe"
-        if group["weight_decay"] not in (0.0, weight_decay):
+        if group["weight_decay"] not in (0.0, settings["model.weight_decay"]):
             yield "the weight decay was not that of the recipe"
-        for key, value in constant.items():
-            if group.get(key) != value:
+        betas = group.get("betas")
+        if betas is not None and tuple(betas) != tuple(settings["model.optimizer"].betas):
+            yield "the betas of the optimizer were not those of the recipe"
+        for key in ("eps", "momentum", "dampening", "nesterov", "amsgrad", "maximize"):
+            if group.get(key) != optimizer.defaults.get(key):
                 yield f"{key} of the optimizer was not that of the recipe"
-    ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if ids != {id(parameter) for parameter in trained.values()}:
+    if {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} != trained:
         yield "the optimizer did not train the parameters of the method"

@@ -21,7 +21,7 @@ from svp_bench.records.store import csv_text, write_atomically
 from svp_bench.tasks.cards import displayed_class_names, load_protocol, load_task
 from svp_bench.train.checkpoint import Checkpoint, TransformMetadata
 from svp_bench.train.module import AdaptationModule
-from svp_bench.train.oom import is_out_of_memory, out_of_memory
+from svp_bench.train.oom import AllocationFailure, explain_prediction, is_out_of_memory
 
 __all__ = ["find_images", "run_predict"]
 
@@ -120,6 +120,7 @@ def run_predict(
         read = [_read(path, transform, depth) for path in part]
         arrays = [one for one in read if not isinstance(one, str)]
         rows: Iterator[tuple[list[int], list[float]]] = iter(())
+        failure: AllocationFailure | None = None
         try:
             if arrays:
                 with torch.inference_mode():
@@ -128,8 +129,9 @@ def run_predict(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            flags = f"a smaller --batch_size than {batch_size}"
-            raise out_of_memory(error, "predict", torch.device("cpu"), flags) from None
+            failure = AllocationFailure.from_error(error)
+        if failure is not None:  # not in the except clause, which would keep the error and its tensors
+            raise explain_prediction(failure, module, len(arrays))
         for path, one in zip(part, read, strict=True):
             if isinstance(one, str):
                 errors.append(printable(f"{path}: {one}"))

@@ -114,6 +114,7 @@ class RecordedRun(BaseRun):
         looked = data._report is not None  # whether the files were read before an error
         backend = self.scan_backend()
         saved = self.run_dir / CHECKPOINT
+        peak = self.monitor.peak_mib
         source = str(model.checkpoint)
         return Record(
             schema=SCHEMA,
@@ -159,7 +160,7 @@ class RecordedRun(BaseRun):
             times={name: round(value, 3) for name, value in self.monitor.seconds.items()},
             epochs=self.monitor.epochs,
             images_per_second=self.monitor.images_per_second,
-            peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device),
+            peak_memory_mib=peak_memory_mib(self.trainer.strategy.root_device) if peak is None else peak,
             image_notes=dict(data.image_notes) or None,
             content_digests=dict(data.content_digests) or None,
             checkpoint_file=saved.relative_to(resolved.runs_root).as_posix() if saved.is_file() else None,
