@@ -420,6 +420,13 @@ def test_a_synthetic_folder_is_read_as_split_files(tmp_path: Path, name: str) ->
     assert (source.origin, inspect(card, source, ["train"]).variant) == (str(folder), "synthetic")
 
 
+def test_a_mark_without_split_files_is_refused(tmp_path: Path) -> None:
+    card, folder = draw(tmp_path, "hta/cifar10")
+    (folder / SYNTHETIC_MARK).touch()
+    with pytest.raises(DataError, match=r"SYNTHETIC\.txt marks .+`svp-bench data draw hta/cifar10`.+delete the mark"):
+        open_source(card, tmp_path)
+
+
 def test_the_real_data_go_before_synthetic_images(tmp_path: Path) -> None:
     card, folder = draw(tmp_path / "HTA", "hta/cifar10")
     assert (draw_task(card, tmp_path, counts=COUNTS, size=8) / SYNTHETIC_MARK).is_file()

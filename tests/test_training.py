@@ -28,7 +28,7 @@ from svp_bench.core.errors import UsageError
 from svp_bench.data import module as data_module
 from svp_bench.data import sources
 from svp_bench.data.module import VisionDataModule
-from svp_bench.data.sources import SYNTHETIC_MARK
+from svp_bench.data.reading import SYNTHETIC_MARK
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.bits import unpack_bits
 from svp_bench.records.digests import config_digest, setting_digest

@@ -19,8 +19,6 @@ from svp_bench.records.archive import SUFFIX
 from svp_bench.records.record import Record
 from svp_bench.records.store import read_json, read_record, record_files
 
-__all__ = ["Audit", "Finding", "Report", "audit", "render"]
-
 _NO_RECORDS = ("selected_configs", "replications", "tables")  # folders with other JSON files
 _LIMITS = (
     "An audit compares the files with each other and with the cards here. No record can prove that no run was deleted, "

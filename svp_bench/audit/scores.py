@@ -7,8 +7,6 @@ import math
 from svp_bench.core.errors import plural
 from svp_bench.records.record import Metrics
 
-__all__ = ["impossible_scores"]
-
 _PERCENT = 1e-3  # tolerance of float32 for scores in percent
 _LOSS = 1e-5  # and for a loss, relative to 1 + its bound
 _FIRST = 5

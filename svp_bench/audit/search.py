@@ -19,11 +19,10 @@ from svp_bench.records.selection import (
     FALLBACK,
     RULE_VERSION,
     SelectedConfig,
-    Trial,
     context_of,
     recorded_context,
 )
-from svp_bench.records.selection_rule import contains
+from svp_bench.records.selection_rule import Trial, contains
 
 
 def check_track(case: Case) -> Iterator[Line]:

@@ -31,8 +31,6 @@ from svp_bench.core.errors import ConfigError
 from svp_bench.core.ranges import check_one_of, check_range
 from svp_bench.data.transforms import EvalTransform, shorter_side, to_array
 
-__all__ = ["AugmentConfig", "Augmenter", "Mix", "draw_mix", "erase", "mirror", "mix", "seeded", "soft_targets"]
-
 
 class _Draw(IntEnum):
     """Random quantities, each with its own stream."""

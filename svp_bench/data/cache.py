@@ -13,8 +13,6 @@ from typing import Any, Protocol, TypeVar
 from svp_bench.data.inspection import Examined
 from svp_bench.data.sources import Images, Note
 
-__all__ = ["cache_between_runs", "cached", "examined"]
-
 
 class Sized(Protocol):
     """A value of known size."""

@@ -38,8 +38,6 @@ from svp_bench.data.sources import FileImages, Source, in_threads
 from svp_bench.data.split_files import ImageList
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
-__all__ = ["open_class_folders", "other_kind"]
-
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # in any case of letters
 # Raw photos and documents whose content passes for TIFF: what Pillow would read of them is a small preview.
 _NOT_READ = (".arw", ".cr2", ".dng", ".nef", ".orf", ".pef", ".rw2", ".svs", ".ndpi", ".psd")

@@ -12,8 +12,6 @@ from svp_bench.core.errors import printable
 from svp_bench.data.inspection import Examined
 from svp_bench.data.sources import Images
 
-__all__ = ["content_digest", "differences_from_first_use", "overlap", "two_labels"]
-
 Split = tuple[Images, Examined]
 _MAX_BYTES = 2**20
 

@@ -24,8 +24,6 @@ from PIL import Image, UnidentifiedImageError
 
 from svp_bench.core.atomic import open_regular
 
-__all__ = ["FORMATS", "Decoded", "Depth", "UnreadableImageError", "decode", "identify", "read_image"]
-
 # Not EPS and WMF, which run other programs, and not what has no mark of its own (TGA), which a text may pass for.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
 MAX_PIXELS = 178_956_970  # Pillow's own limit: twice its `MAX_IMAGE_PIXELS`

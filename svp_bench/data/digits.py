@@ -14,8 +14,6 @@ from svp_bench.data.reading import Positions, reader_options, split_positions
 from svp_bench.data.sources import Source, array_splits
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
-__all__ = ["open_digits"]
-
 _TRAINING = 1000  # of 1,797; the others are the test split
 _TRAIN = 800
 

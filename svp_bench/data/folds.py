@@ -15,8 +15,6 @@ from svp_bench.core.ranges import check_range
 from svp_bench.data.decode import Decoded
 from svp_bench.data.sources import Images, Source
 
-__all__ = ["CrossValidationConfig", "Subset", "fold_positions", "with_fold"]
-
 
 @dataclass(frozen=True)
 class CrossValidationConfig:

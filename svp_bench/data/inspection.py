@@ -17,8 +17,6 @@ from svp_bench.core.atomic import read_regular, replacing
 from svp_bench.core.resources import cache_dir
 from svp_bench.data.decode import Decoded
 
-__all__ = ["MISSING", "Examined", "load_examined", "save_examined"]
-
 MISSING = "missing"
 _VERSION = 3  # of what `decode` yields: a change of the pixels or notes raises it
 _MAX_BYTES = 2**30

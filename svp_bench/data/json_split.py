@@ -12,15 +12,13 @@ from typing import Any, Literal
 import numpy as np
 
 from svp_bench.core.atomic import read_regular
-from svp_bench.core.errors import CardError, DataError, plural
+from svp_bench.core.errors import CardError, DataError, plural, show
 from svp_bench.data.locate import locate
 from svp_bench.data.native import NATIVE_FORMS, Ids, NativeForm, enter, names_of_folders
-from svp_bench.data.reading import Refit, is_synthetic, joined_names, readable, reader_options, show
+from svp_bench.data.reading import Refit, is_synthetic, joined_names, readable, reader_options
 from svp_bench.data.sources import FileImages, Source, read_split_files
 from svp_bench.data.split_files import MAX_SPLIT_BYTES, ImageList
 from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
-
-__all__ = ["open_json_split"]
 
 _SPLIT_FILES = ("train.json", "val.json", "test.json")
 _IMAGE_ROOTS = ("images", "Images", "")

@@ -24,8 +24,6 @@ from svp_bench.data.samplers import Positions
 from svp_bench.data.sources import Images, in_threads
 from svp_bench.data.transforms import EvalTransform
 
-__all__ = ["Batch", "ImageDataset", "Loader", "outlive_signals", "to_arrays"]
-
 
 class Batch(NamedTuple):
     """What the loaders yield.

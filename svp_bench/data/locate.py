@@ -10,8 +10,6 @@ from svp_bench.core.errors import DataError
 from svp_bench.data.reading import SYNTHETIC_MARK, joined_names
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
-__all__ = ["ROOT_VARIABLE", "data_root", "locate"]
-
 ROOT_VARIABLE = "SVP_BENCH_DATA"
 
 

@@ -43,8 +43,6 @@ from svp_bench.tasks.cards import (
     load_task,
 )
 
-__all__ = ["MEMORY_LIMIT_BYTES", "VisionDataModule"]
-
 MEMORY_LIMIT_BYTES = 4 * 2**30  # a list that is larger when decoded is decoded anew in each epoch, by worker processes
 # What Lightning warns of and what is meant to be so here: no loader of val, and no workers where nothing is decoded.
 _WRONG_GUESSES = (r"Total length of `list` across ranks is zero", r"The '\w+_dataloader' does not have many workers")

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from svp_bench.core.errors import DataError, plural
-from svp_bench.data.reading import foreign_errors, need_regular, show, whole_numbers
+from svp_bench.core.errors import DataError, plural, show
+from svp_bench.data.reading import foreign_errors, need_regular, whole_numbers
 from svp_bench.data.split_files import plain_path, text_lines
-
-__all__ = ["NATIVE_FORMS", "Ids", "NativeForm", "class_id_of", "enter", "names_of_folders"]
 
 Ids = dict[str, int]  # path of an image -> class id, in the order of the list
 Parts = tuple[Ids, Ids | None, Ids]  # training, val (None if there is none) and test images

@@ -16,22 +16,6 @@ from svp_bench.core.errors import CardError, DataError, SvpBenchError, show, unk
 from svp_bench.core.validate import convert
 from svp_bench.tasks.cards import TaskCard
 
-__all__ = [
-    "SYNTHETIC_MARK",
-    "NoOptions",
-    "Positions",
-    "Refit",
-    "foreign_errors",
-    "is_synthetic",
-    "joined_names",
-    "need_regular",
-    "readable",
-    "reader_options",
-    "show",
-    "split_positions",
-    "whole_numbers",
-]
-
 SYNTHETIC_MARK = "SYNTHETIC.txt"  # in task folders of synthetic images, to mark their numbers
 Refit = Literal["train", "trainval"]  # the split that "refit" stands for
 Positions = npt.NDArray[np.int64]

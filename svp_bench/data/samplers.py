@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EvalBatchSampler", "GlobalBatchSampler", "Positions", "permutation"]
-
 
 def permutation(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """Return the order of `count` images in one epoch: int64 (count,), a pure function of its arguments.

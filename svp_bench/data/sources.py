@@ -31,26 +31,6 @@ from svp_bench.data.reading import SYNTHETIC_MARK, NoOptions, Positions, is_synt
 from svp_bench.data.split_files import ImageList, combined_digest, read_list, split_digest
 from svp_bench.tasks.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
 
-__all__ = [
-    "READERS",
-    "SYNTHETIC_MARK",
-    "ArrayImages",
-    "DataReport",
-    "FileImages",
-    "Images",
-    "Note",
-    "Source",
-    "array_splits",
-    "cpu_count",
-    "in_threads",
-    "inspect",
-    "measured",
-    "need_readable",
-    "open_source",
-    "open_split_files",
-    "read_split_files",
-]
-
 READERS = Registry("reader")
 for _name, _target in (
     ("split_files", "sources:open_split_files"),  # text files of `path label` lines
@@ -192,15 +172,12 @@ class FileImages(Images):
 
     def hint(self, index: int) -> str:
         """Return the file next to a missing image whose name differs in case, or in how accents are spelled."""
-        path = self.folder / self.paths[index]
-        other = path.with_suffix(path.suffix.swapcase())
-        if other != path and other.is_file():
-            return f" (there is {other.name}, in other case)"
-        for form in ("NFC", "NFD"):
-            name = unicodedata.normalize(form, self.paths[index])
-            if name != self.paths[index] and (self.folder / name).is_file():
-                return f" (there is a file whose name has its accents spelled as Unicode {form}; rename it)"
-        return ""
+        path = self.paths[index]
+        head, dot, suffix = path.rpartition(".")
+        others = {f"{head}{dot}{suffix.swapcase()}": "in other case"}
+        others |= {unicodedata.normalize(form, path): f"with accents as Unicode {form}" for form in ("NFC", "NFD")}
+        found = [(name, how) for name, how in others.items() if name != path and (self.folder / name).is_file()]
+        return f" (there is {Path(found[0][0]).name}, {found[0][1]})" if found else ""
 
 
 class ArrayImages(Images):
@@ -491,6 +468,12 @@ def read_split_files(card: TaskCard, folder: Path) -> Source:
         if path.exists()
     }
     synthetic = is_synthetic(folder)
+    if synthetic and not splits:
+        mark = folder / SYNTHETIC_MARK
+        raise DataError(
+            f"{mark} marks synthetic images, and there are no split files; draw them again with `svp-bench data draw "
+            f"{card.name}` into another folder, or delete the mark if the data are real"
+        )
     notes = (f"the images in {folder} are synthetic, not real",) if synthetic else ()
     return Source(str(folder), splits, notes, synthetic)
 

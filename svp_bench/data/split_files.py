@@ -19,8 +19,6 @@ from svp_bench.core.atomic import read_regular
 from svp_bench.core.errors import DataError, plural, show
 from svp_bench.data.reading import readable
 
-__all__ = ["MAX_SPLIT_BYTES", "ImageList", "combined_digest", "plain_path", "read_list", "split_digest", "text_lines"]
-
 MAX_SPLIT_BYTES = 256 * 2**20  # of a file that lists the images of a split: some ten million lines
 # Label of at most 18 digits: fits int64, and keeps `int` away from texts that it refuses for their length.
 _LINE = re.compile(r"(?P<path>.*[^ \t])[ \t]+(?P<label>-?[0-9]{1,18})")

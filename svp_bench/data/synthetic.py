@@ -22,8 +22,6 @@ from svp_bench.core.errors import DataError, UsageError, unknown_name
 from svp_bench.data.reading import SYNTHETIC_MARK
 from svp_bench.tasks.cards import TaskCard
 
-__all__ = ["DEFAULT_SIZE", "draw_image", "draw_task"]
-
 DEFAULT_SIZE = 48
 _GREY_EVERY = 10  # the images whose number ends in 7 are stored in grey
 _KINDS = ("split_files", "json_split", "torchvision")  # readers of files; all read a marked folder as split files

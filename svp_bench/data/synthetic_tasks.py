@@ -27,8 +27,6 @@ from svp_bench.data.reading import reader_options, split_positions
 from svp_bench.data.sources import Source, array_splits
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
-__all__ = ["KINDS", "SIZE", "VERSION", "Kind", "draw_numbered", "open_synthetic"]
-
 VERSION = 1  # increases with every change of the images
 SIZE = 64  # pixels a side
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from svp_bench.core.errors import CardError, DataError, UnavailableError, plural
+from svp_bench.core.errors import CardError, DataError, UnavailableError, plural, show
 from svp_bench.data.locate import locate
 from svp_bench.data.reading import (
     Positions,
@@ -20,15 +20,12 @@ from svp_bench.data.reading import (
     is_synthetic,
     need_regular,
     reader_options,
-    show,
     split_positions,
     whole_numbers,
 )
 from svp_bench.data.sources import ArrayImages, FileImages, Images, Source, read_split_files
 from svp_bench.data.split_files import ImageList, plain_path
 from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
-
-__all__ = ["TORCHVISION_SETS", "TorchvisionSet", "open_torchvision"]
 
 
 @dataclass(frozen=True)

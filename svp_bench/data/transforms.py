@@ -13,18 +13,6 @@ from PIL import Image
 from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.core.ranges import check_one_of, check_range
 
-__all__ = [
-    "CROP_RATIO",
-    "INTERPOLATIONS",
-    "RESIZES",
-    "EvalTransform",
-    "TransformConfig",
-    "resize_squash",
-    "shorter_side",
-    "sides",
-    "to_array",
-]
-
 RESIZES = ("squash", "centre_crop")
 CROP_RATIO = 0.875  # of timm and torchvision: 224 of 256
 

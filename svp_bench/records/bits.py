@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["count_ones", "pack_bits", "unpack_bits"]
-
 
 def pack_bits(right: NDArray[np.bool_]) -> str:
     """Pack booleans of shape (n,) into base64 text: eight to a byte, the first in the highest bit, zeros at the end."""

@@ -20,8 +20,6 @@ from typing import Any
 from svp_bench.core.resources import checkout_root
 from svp_bench.records.digests import canonical_digest, cell_config
 
-__all__ = ["class_paths", "git", "package_digest", "package_digest_at", "source_files"]
-
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RECORDED = {"torch", "lightning", "timm", "torchmetrics", "numpy", "PIL", "jsonargparse", "numba"}  # in `libraries`
 

@@ -18,17 +18,6 @@ from svp_bench.records.digests import canonical_digest, flat, setting_config
 from svp_bench.records.record import Record
 from svp_bench.tasks.cards import ProtocolCard, load_protocol
 
-__all__ = [
-    "clipped_warmup",
-    "other",
-    "override_texts",
-    "overrides",
-    "recipe",
-    "row_digest",
-    "row_setting",
-    "shipped_layer",
-]
-
 WARMUP_RUNS = 5  # an inherited warm-up is at most one part in this many of the run
 _EPOCHS = "trainer.max_epochs"
 _WARMUP = "model.warmup_epochs"

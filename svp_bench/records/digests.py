@@ -13,20 +13,6 @@ from typing import Any, Protocol
 from svp_bench.core.errors import RecordError
 from svp_bench.tasks.cards import ProtocolCard, TaskCard
 
-__all__ = [
-    "CELL_EXCLUDED",
-    "SETTING_EXCLUDED",
-    "SelectedKeys",
-    "canonical_digest",
-    "card_digest",
-    "cell_config",
-    "config_digest",
-    "flat",
-    "plain",
-    "setting_config",
-    "setting_digest",
-]
-
 # Callbacks and plugins stay in: some change the weights (averaging, precision).
 CELL_EXCLUDED: Mapping[str, str] = {
     # seeds: the runs of one cell differ in nothing else

@@ -15,8 +15,6 @@ from svp_bench.core.resources import tasks_dirs
 from svp_bench.records.digests import canonical_digest, cell_config, config_digest, setting_config, setting_digest
 from svp_bench.tasks.cards import ProtocolCard, load_protocol, load_suite
 
-__all__ = ["MOVED", "group_settings", "is_flat", "migrate_config", "migrate_record"]
-
 _TASKS = {"own/pictures": "custom/images"}
 _PROTOCOLS = {"own-final": "custom-final"}
 _RECORD_VALUES: Mapping[str, Mapping[str, str]] = {

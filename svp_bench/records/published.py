@@ -18,8 +18,6 @@ from svp_bench.core.errors import RecordError, plural, unknown_name
 from svp_bench.core.resources import published_dir
 from svp_bench.tasks.cards import SuiteCard
 
-__all__ = ["COLUMNS", "WHOLE", "PublishedRow", "load_published", "mean_names", "read_published"]
-
 COLUMNS = ("source", "backbone", "pretrain", "method", "task_or_group", "metric", "value", "citation")
 WHOLE = "all"
 """`task_or_group` of facts about the method as a whole, such as its parameter count."""

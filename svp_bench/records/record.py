@@ -33,21 +33,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = [
-    "CREATED",
-    "METHOD",
-    "SCHEMA",
-    "Correct",
-    "Metrics",
-    "Parameters",
-    "PerClass",
-    "Record",
-    "SearchSummary",
-    "Status",
-    "new_run_id",
-    "timestamp",
-]
-
 SCHEMA = 2
 ENCODING = "base64+packbits"
 CREATED = "%Y-%m-%dT%H:%M:%S+00:00"

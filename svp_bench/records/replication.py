@@ -22,8 +22,6 @@ from svp_bench.records.record import Metrics, Record
 from svp_bench.records.schema import parse_record
 from svp_bench.records.store import Problem, read_json, write_atomically
 
-__all__ = ["SCHEMA", "Curve", "Replication", "read_replications", "write_replication"]
-
 SCHEMA = "svp-bench/replication-1"
 _NOT_SHARED = ("schema", "kind", "metrics", "correct")  # keys of a record
 _DERIVED = ("best_test", "best_epoch", "final")

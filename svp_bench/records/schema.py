@@ -16,8 +16,6 @@ from svp_bench.records.digests import config_digest, setting_digest
 from svp_bench.records.migrate import migrate_record
 from svp_bench.records.record import CREATED, SCHEMA, Metrics, Record
 
-__all__ = ["parse_record"]
-
 _TOP1_TOLERANCE = 1e-3  # percent: top1 may have gone through float32
 _OTHER_FILES = {  # what might be taken for a record, by its schema
     "svp-bench/replication-1": "a replication, with its best epoch chosen on test; tables refuse it",

@@ -31,21 +31,6 @@ from svp_bench.records.record import SearchSummary
 from svp_bench.records.selection_rule import RULES, Trial, choose, contains, decide, edges, grid_settings
 from svp_bench.records.store import read_json, read_record, write_atomically
 
-__all__ = [
-    "AUTO_FOLDS",
-    "FALLBACK",
-    "FOLD_KEYS",
-    "RULE_VERSION",
-    "SelectedConfig",
-    "Trial",
-    "context_of",
-    "read_selected_config",
-    "recorded_context",
-    "selected_config_path",
-    "trial_problems",
-    "write_selected_config",
-]
-
 SCHEMAS = {1: "svp-bench/choice-1", 2: "svp-bench/choice-2"}  # by the version of the rules
 RULE_VERSION = 2  # of new searches: see `decide`; version 1 is `choose`
 FOLD_KEYS = ("data.cross_validation.folds", "data.cross_validation.fold", "data.cross_validation.seed")

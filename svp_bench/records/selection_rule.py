@@ -20,8 +20,6 @@ from svp_bench.records.bits import count_ones, unpack_bits
 from svp_bench.records.defaults import other as differ
 from svp_bench.stats.inference import one_standard_error
 
-__all__ = ["RULES", "Decision", "Trial", "choose", "contains", "decide", "edges", "grid_settings", "is_number"]
-
 RULES = ("one_standard_error", "best_on_val")
 _NO_SCORE = "no setting of the search has a score on val"
 

@@ -19,14 +19,13 @@ from svp_bench.core.errors import SvpBenchError, plural
 from svp_bench.records.record import timestamp
 from svp_bench.records.selection import (
     SelectedConfig,
-    Trial,
     read_selected_config,
     recorded_context,
     selected_config_path,
     trial_problems,
     write_selected_config,
 )
-from svp_bench.records.selection_rule import decide, edges
+from svp_bench.records.selection_rule import Trial, decide, edges
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.local_pool import Done, Pool, Progress
 from svp_bench.sweep.search import Plan, Sampler, SearchSpace, make_sampler

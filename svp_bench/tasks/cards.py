@@ -29,21 +29,6 @@ from svp_bench.core.resources import tasks_dirs
 from svp_bench.core.validate import Count, Digest, Positive, convert
 from svp_bench.core.yaml import Node, read_text, read_yaml
 
-__all__ = [
-    "ProtocolCard",
-    "ReaderSpec",
-    "SuiteCard",
-    "TaskCard",
-    "class_names",
-    "displayed_class_names",
-    "list_parts",
-    "list_suites",
-    "list_tasks",
-    "load_protocol",
-    "load_suite",
-    "load_task",
-]
-
 _T = TypeVar("_T")
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
