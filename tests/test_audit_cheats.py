@@ -13,8 +13,8 @@ from synthetic_records import LIST, OTHER_LIST, unscored
 from test_audit import RATE, TASK, edited, failures, lines, record, searched, selection
 
 from svp_bench.audit import checks
+from svp_bench.audit.checks import impossible_scores
 from svp_bench.audit.record import audit
-from svp_bench.audit.scores import impossible_scores
 from svp_bench.records.digests import card_digest
 from svp_bench.records.record import Metrics, Parameters, PerClass, Record
 from svp_bench.records.selection import SelectedConfig

@@ -322,7 +322,7 @@ def test_data_as_on_the_card_give_no_warning() -> None:
 
 def test_the_digest_of_the_test_list_is_that_of_its_lines(root: Path) -> None:
     expected = split_digest("test", read_list(root / "dtd" / "test.txt", 47))
-    assert ready(root).split_digest("test") == expected
+    assert ready(root).split("test").digest == expected
 
 
 def test_the_digest_of_a_run_is_that_of_the_lists_of_its_stage(own: Path) -> None:

@@ -302,8 +302,8 @@ PLAIN: list[dict[str, Any]] = json.loads(a_selected_config().text())["trials"]
     ("change", "expected"),
     [
         ({"schema": "svp-bench/choice-9"}, "is not a selected config"),
-        ({"schema": "svp-bench/choice-2"}, "the key 'search_seed' is missing"),
-        ({"search": {**DECLARED, "rule_version": 2}}, "'search.rule_version' is not part of svp-bench/choice-1"),
+        ({"schema": "svp-bench/choice-2"}, "'search': the key 'rule_version' is missing"),
+        ({"search": {**DECLARED, "rule_version": 2}}, "unknown declaration key 'rule_version'"),
         ({"chosen": 2}, "'chosen' is 2, and there are 2 trials"),
         ({"chosen": None}, "'chosen' must be int"),
         ({"reasons": "x"}, r"unknown selected config key 'reasons'; did you mean 'reason'\?"),
@@ -457,7 +457,7 @@ def test_a_search_for_all_seeds_repeats_its_folds(tmp_path: Path) -> None:
         ({"images": [[0]]}, "'images' has not one entry for each fold and repeat"),
         ({"search_seed": None}, "'search_seed' is that of a nested search"),
         ({"search_seed": "x"}, "'search_seed' must be int"),
-        ({"schema": "svp-bench/choice-1"}, "'search_seed' is not part of svp-bench/choice-1"),
+        ({"schema": "svp-bench/choice-1"}, "unknown declaration key"),
         ({"folds": 4}, "'images' has not one entry"),
     ],
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,7 @@ class VisionDataModule(LightningDataModule):
         splits: Role ("train", "val", "test") → name of the split that plays it in this stage.
         content_digests: Split → digest of the decoded pixels of its images, of this stage; after `setup`.
         image_notes: What was skipped or converted → how many images of this stage; after `setup`.
+        test_unlocked: Whether `unlock_test` was called.
         splits_read: The source's splits that this stage reads: those of `splits`, or the one that folds divide.
 
     Raises:
@@ -139,7 +140,7 @@ class VisionDataModule(LightningDataModule):
         self.content_digests: dict[str, str] = {}
         self.image_notes: dict[str, int] = {}
         self._datasets: dict[str, ImageDataset] = {}
-        self._test_unlocked = False
+        self.test_unlocked = False
 
     @classmethod
     def from_config(cls, data: Mapping[str, Any]) -> VisionDataModule:
@@ -313,14 +314,6 @@ class VisionDataModule(LightningDataModule):
             raise RuntimeError("the data were not looked at yet; call setup() first")
         return self._report
 
-    def split_digest(self, role: str) -> str:
-        """Return the digest of the split that plays a role, after `setup`."""
-        return self.split(role).digest
-
-    def image_names(self, role: str) -> Sequence[str]:
-        """Return what names each image of a split, in its order: a path below the data's folder, or a number."""
-        return self.split(role).keys()
-
     def split(self, role: str) -> Images:
         """Return the images of the split that plays a role, after `setup`."""
         if self._source is None:
@@ -404,12 +397,7 @@ class VisionDataModule(LightningDataModule):
                 f"stage {self.stage!r} has no test list: hyper-parameters are chosen on {self.splits['val']!r}; "
                 f"test with --data.stage final"
             )
-        self._test_unlocked = True
-
-    @property
-    def test_unlocked(self) -> bool:
-        """Whether `unlock_test` was called."""
-        return self._test_unlocked
+        self.test_unlocked = True
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of the test list.
@@ -417,7 +405,7 @@ class VisionDataModule(LightningDataModule):
         Raises:
             UsageError: If `unlock_test` was not called.
         """
-        if not self._test_unlocked:
+        if not self.test_unlocked:
             raise UsageError(
                 "there is no test loader yet: the test images are read once, after the weights are final "
                 "(`unlock_test()`, which `svp-bench fit` and `svp-bench test` call by themselves)"

@@ -20,7 +20,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from svp_bench.core.errors import RecordError, plural
 from svp_bench.core.validate import Count, Text, convert
@@ -41,8 +41,8 @@ _NEW = ("search_seed", "folds", "repeats", "images", "ties", "at_edge")
 
 
 @dataclass(frozen=True)
-class _Declaration:
-    """Types of `SelectedConfig.search`, in both versions."""
+class _Declaration1:
+    """Types of `SelectedConfig.search`, in version 1."""
 
     name: Text
     version: Count
@@ -51,11 +51,15 @@ class _Declaration:
     rule: Text
     seeds: tuple[Count, ...]
     spaces: Mapping[str, Any]
-    rule_version: int = 1
-    folds: int | str | None = None
-    repeats: Count = 0
-    small_val: Count = 0
-    nested: bool = False
+
+
+@dataclass(frozen=True)
+class _Declaration2(_Declaration1):
+    rule_version: Literal[2]
+    folds: int | str
+    repeats: Count
+    small_val: Count
+    nested: bool
 
 
 @dataclass(frozen=True)
@@ -177,20 +181,14 @@ class SelectedConfig:
         if not isinstance(data, Mapping) or data.get("schema") not in versions:
             known = " or ".join(map(repr, versions))
             raise RecordError(f"{where}: is not a selected config of a search (its schema is not {known})")
-        version = versions[data["schema"]]
         facts = {key: value for key, value in data.items() if key != "schema"}
         selected = convert(facts, cls, where, RecordError, "selected config")
-        declared = convert(facts["search"], _Declaration, f"{where}: 'search'", RecordError, "declaration")
-        added = [field.name for field in dataclasses.fields(_Declaration) if field.default is not dataclasses.MISSING]
-        parts = [("", facts, _NEW), ("search.", facts["search"], added)]
-        parts += [(f"trials[{i}].", trial, _NEW_IN_TRIALS) for i, trial in enumerate(facts["trials"])]
-        for prefix, part, names in parts:
-            for name in names:
-                if (name in part) != (version == RULE_VERSION):
-                    wrong = f"is not part of {data['schema']}" if name in part else "is missing"
-                    raise RecordError(f"{where}: the key {prefix + name!r} {wrong}")
-        if declared.rule_version != version:
-            raise RecordError(f"{where}: 'search.rule_version' does not fit the schema {data['schema']!r}")
+        declaration = _Declaration1 if versions[data["schema"]] == 1 else _Declaration2
+        convert(facts["search"], declaration, f"{where}: 'search'", RecordError, "declaration")
+        written = json.loads(selected.text())
+        for key in {**written, **data}:
+            if written.get(key) != data.get(key):
+                raise RecordError(f"{where}: {key!r} has a key too many or too few for {data['schema']}")
         if not 0 <= selected.chosen < len(selected.trials):
             count = plural(len(selected.trials), "trial")
             raise RecordError(f"{where}: 'chosen' is {selected.chosen}, and there are {count}")

@@ -82,7 +82,7 @@ class RecordedRun(BaseRun):
                 f"the {role} split gave {plural(len(index), 'image')}, not each of the {expected} once; please "
                 "report this"
             )
-        return evaluation.for_record(), Correct.of(evaluation.right, split, self.data.split_digest(role))
+        return evaluation.for_record(), Correct.of(evaluation.right, split, self.data.split(role).digest)
 
     def _evaluation(self, role: str) -> Evaluation:
         evaluation = self.model.tested if role == "test" else self.model.validated
@@ -94,7 +94,7 @@ class RecordedRun(BaseRun):
         evaluation = self._evaluation(role)
         try:
             confusion, per_class = write_tables(evaluation, self.data.class_names, folder, role)
-            names = self.data.image_names(role)
+            names = self.data.split(role).keys()
             images = write_predictions(evaluation, names, self.data.class_names, folder, role)
         except RecordError as error:
             reason = str(error).partition("; ")[0]  # the remedy after it is that of another folder
