@@ -104,7 +104,7 @@ class HookPoints:
         self.tensor: dict[tuple[int, str], list[TensorHook]] = defaultdict(list)
 
     def on_tokens(self, hook: TokenHook, first: int = 0) -> None:
-        """Call `hook` before each block from `first` on; what lies before can be computed once for all epochs.
+        """Call `hook` before each block from `first` on; the blocks before can be computed once for all epochs.
 
         Raises:
             ValueError: If there is no such block.

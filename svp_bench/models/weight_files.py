@@ -220,7 +220,7 @@ def load_pickle_safely(path: Path) -> Any:
 
 
 def _kind_of_file(path: Path) -> str | None:
-    """Describe what is often downloaded instead of a checkpoint; None for anything else."""
+    """Name a file that is often downloaded instead of a checkpoint; None for any other."""
     try:
         with path.open("rb") as file:
             start = file.read(256).lstrip()

@@ -39,7 +39,7 @@ from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.preemption import PerStepSeed, PreemptionHandler
 from svp_bench.train.processes import agreed_name
 from svp_bench.train.provenance import changed_cards, commit_and_dirty
-from svp_bench.train.resume import REMEDY, FoundRun, InitialState, find_run, lock_run, lock_setting
+from svp_bench.train.resume import FoundRun, InitialState, find_run, lock_run, lock_setting, read_resumed
 
 __all__ = ["BaseRun"]
 
@@ -155,7 +155,7 @@ class BaseRun(ABC):
         if resume and self.run_dir.is_dir():
             self.resumed = FoundRun.at(self.run_dir, records)
             if self.resumed.checkpoint is not None and not self.resumed.finished:
-                self.saved = Checkpoint.read(self.resumed.checkpoint, REMEDY)
+                self.saved = read_resumed(self.resumed.checkpoint)
 
     # --- model and trainer --------------------------------------------------------------------------------------------
 

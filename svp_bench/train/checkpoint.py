@@ -29,6 +29,7 @@ from svp_bench.train.provenance import changed_sources, read_sources
 __all__ = [
     "CHECKPOINT",
     "METADATA_KEY",
+    "UNREADABLE",
     "AtomicCheckpointIO",
     "Checkpoint",
     "CheckpointMetadata",
@@ -40,7 +41,7 @@ __all__ = [
 CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run's folder
 Bits = Annotated[int, Meta(ge=0, le=64)]
 METADATA_KEY = "svp_bench"  # our key in a Lightning checkpoint
-_UNREADABLE = "; get the file again, or give another"  # the end of messages of `load_pickle_safely`
+UNREADABLE = "; get the file again, or give another"  # the end of messages about damaged files
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -135,33 +136,32 @@ class CheckpointMetadata:
     class_names: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, value: object, where: str, remedy: str | None = None) -> CheckpointMetadata:
+    def of(cls, value: object, where: str) -> CheckpointMetadata:
         """Validate the metadata of a checkpoint.
 
         Args:
             value: The part `METADATA_KEY` of a checkpoint.
             where: The file, for messages.
-            remedy: What to do if it is damaged.
 
         Raises:
             CheckpointError: If a part is missing or of another type.
         """
         if not isinstance(value, Mapping):
-            raise wrong_part(where, METADATA_KEY, value, "the metadata of the run", remedy)
+            raise wrong_part(where, METADATA_KEY, value, "the metadata of the run")
         if "transform" not in value and "view" in value:  # its older name
             value = {**value, "transform": value["view"]}
         known = {field.name: value[field.name] for field in fields(cls) if value.get(field.name) is not None}
         try:
             found = convert(known, cls, f"{where}: damaged, or not written by svp-bench", CheckpointError, "metadata")
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{f'; {remedy}' if remedy else _UNREADABLE}") from None
+            raise CheckpointError(f"{error}{UNREADABLE}") from None
         names = found.class_names
         if names is not None and len(names) != found.num_classes:
-            raise wrong_part(where, f"{METADATA_KEY}.class_names", names, f"{found.num_classes} names", remedy)
+            raise wrong_part(where, f"{METADATA_KEY}.class_names", names, f"{found.num_classes} names")
         return found
 
 
-def wrong_part(where: str, part: str, value: object, expected: str, remedy: str | None = None) -> CheckpointError:
+def wrong_part(where: str, part: str, value: object, expected: str) -> CheckpointError:
     """Return the error for a part of a checkpoint that is missing (None) or of another type.
 
     Args:
@@ -169,12 +169,10 @@ def wrong_part(where: str, part: str, value: object, expected: str, remedy: str 
         part: Name of the part.
         value: Its value.
         expected: Its expected type or value.
-        remedy: What to do; by default, get the file again.
     """
     given = "is missing" if value is None else f"is {show(value)}"
     return CheckpointError(
-        f"{where}: damaged, or not written by svp-bench: {part} {given}, expected {expected}"
-        f"{f'; {remedy}' if remedy else _UNREADABLE}"
+        f"{where}: damaged, or not written by svp-bench: {part} {given}, expected {expected}{UNREADABLE}"
     )
 
 
@@ -201,12 +199,8 @@ class Checkpoint:
     global_step: int
 
     @classmethod
-    def read(cls, path: str | Path, remedy: str | None = None) -> Checkpoint:
+    def read(cls, path: str | Path) -> Checkpoint:
         """Read and validate a checkpoint; no code of the file is run.
-
-        Args:
-            path: The file.
-            remedy: What to do if it is damaged; by default, get the file again.
 
         Raises:
             UsageError: If there is no such file.
@@ -217,24 +211,19 @@ class Checkpoint:
             inside = path / CHECKPOINT
             hint = f"give {inside}" if inside.is_file() else "they are in runs/<task>/<run>/checkpoints/"
             raise UsageError(f"no checkpoint {str(path)!r}; {hint}")
-        try:
-            content = load_pickle_safely(path)
-        except CheckpointError as error:
-            reason = str(error).removesuffix(_UNREADABLE)
-            if remedy is None or reason == str(error):
-                raise
-            raise CheckpointError(f"{reason}; {remedy}") from None
+        content = load_pickle_safely(path)
         if not isinstance(content, dict) or METADATA_KEY not in content:
-            hint = remedy or "weights of a backbone alone go to --model.checkpoint PATH"
-            raise CheckpointError(f"{path}: not a checkpoint of svp-bench; {hint}")
-        metadata = CheckpointMetadata.of(content[METADATA_KEY], str(path), remedy)
+            raise CheckpointError(
+                f"{path}: not a checkpoint of svp-bench; weights of a backbone alone go to --model.checkpoint PATH"
+            )
+        metadata = CheckpointMetadata.of(content[METADATA_KEY], str(path))
         for key in ("epoch", "global_step"):
             if not _is_count(content.get(key)):
-                raise wrong_part(str(path), key, content.get(key), "a whole number of 0 or above", remedy)
+                raise wrong_part(str(path), key, content.get(key), "a whole number of 0 or above")
         for key in ("state_dict", *(["ema"] if metadata.ema_decay is not None else [])):
             if not _is_state_dict(content.get(key)):
-                raise wrong_part(str(path), key, content.get(key), "tensors by name", remedy)
-            check_tensors(content[key], str(path), key, remedy)
+                raise wrong_part(str(path), key, content.get(key), "tensors by name")
+            check_tensors(content[key], str(path), key)
         return cls(path, content, metadata, content["epoch"], content["global_step"])
 
     def build_method(self, method_file: str | None = None) -> Method:
@@ -287,14 +276,13 @@ def _named_in_config(path: Path) -> str | None:
         return None
 
 
-def check_tensors(tensors: Mapping[str, Tensor], where: str, part: str, remedy: str | None = None) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], where: str, part: str) -> None:
     """Check tensors of a checkpoint with `check_tensor`.
 
     Args:
         tensors: By name.
         where: The file.
         part: Name of the part that contains them.
-        remedy: What to do if one is refused.
 
     Raises:
         CheckpointError: If one is refused; names it.
@@ -303,7 +291,7 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str, part: str, remedy: 
         try:
             check_tensor(f"{part}.{name}", value, where)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{f'; {remedy}' if remedy else _UNREADABLE}") from None
+            raise CheckpointError(f"{error}{UNREADABLE}") from None
 
 
 def _is_state_dict(value: object) -> bool:

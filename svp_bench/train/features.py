@@ -75,7 +75,7 @@ def _is_frozen(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """What the frozen part of a backbone gives for each image of a split.
+    """Output of the frozen part of a backbone for each image of a split.
 
     Attributes:
         blocks: As of `frozen_blocks`.

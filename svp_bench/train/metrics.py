@@ -248,7 +248,7 @@ def evaluate(scores: ImageScores, classes: int) -> Evaluation:
 
 
 def describe(metrics: Metrics, list_name: str) -> str:
-    """Return one line for the end of a run: what the record holds, and how many classes had no images."""
+    """Return one line with the metrics of a record, and the number of classes without images."""
     parts = [f"top-1 {metrics.top1:.2f} % on {list_name} ({metrics.correct} of {metrics.count})"]
     if metrics.top5 is not None:
         parts.append(f"top-5 {metrics.top5:.2f} %")
@@ -301,7 +301,7 @@ def write_tables(evaluation: Evaluation, names: Sequence[str], folder: Path, rol
 def write_predictions(
     evaluation: Evaluation, images: Sequence[str], names: Sequence[str], folder: Path, role: str
 ) -> Path:
-    """Write `<role>_predictions.csv` into a folder: what was predicted for each image, in the order of the split.
+    """Write `<role>_predictions.csv` into a folder: the prediction of each image, in the order of the split.
 
     The columns are index, image, label, label_name, prediction, prediction_name, confidence (softmax probability of the
     prediction) and correct (1 or 0).

@@ -218,12 +218,12 @@ class AdaptationModule(LightningModule):
         self.features = None
 
     def on_train_epoch_start(self) -> None:
-        """Compute what the frozen part gives for each image, before the first epoch."""
+        """Compute the output of the frozen part for each image, before the first epoch."""
         if self.features is None:
             self.features = compute_features(self)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross entropy of one batch, after what chance does to it on the device: random erasing, mixup, cutmix.
+        """Return the cross entropy of a batch after the augmentation on the device: random erasing, mixup, cutmix.
 
         The accuracy that is logged is against each image's own class, also where it is mixed with another.
         """
@@ -392,7 +392,7 @@ class AdaptationModule(LightningModule):
     # --- checkpoints: the trained part only, checked strictly --------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trained part, and what it takes to build the rest."""
+        """Store the trained part, and the settings that the rest is built from."""
         trained = self.trained_names()
         for part in ("state_dict", "current_model_state"):  # the second is Lightning's, where a callback averages
             if part in checkpoint:
@@ -432,7 +432,7 @@ class AdaptationModule(LightningModule):
         return parts if self.ema is None else {**parts, "ema": self.ema.weights}
 
     def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint of the trained part belongs to, as plain values."""
+        """Return backbone, method and sizes as plain values; a checkpoint of the trained part fits these only."""
         return {
             "backbone": self.backbone_name,
             "backbone_digest": self.backbone_digest,

@@ -143,7 +143,7 @@ class _RepeatedRun(FitRun):
 
     @rank_zero_only
     def announce(self) -> None:
-        """Print the header of a run, and what differs from the record."""
+        """Print the header of a run, and the differences from the record."""
         super().announce()
         record = self.record
         self.differing = _differences(record, self.build_record("unscored", None, tested=False))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from svp_bench.core.errors import ConfigError, UsageError
+from svp_bench.core.errors import CheckpointError, ConfigError, UsageError
 from svp_bench.core.yaml import read_yaml
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import inspect, open_source
@@ -23,7 +23,7 @@ from svp_bench.methods.build import trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.record import Record
 from svp_bench.records.store import read_record
-from svp_bench.train.checkpoint import CHECKPOINT, Checkpoint, check_tensors, wrong_part
+from svp_bench.train.checkpoint import CHECKPOINT, UNREADABLE, Checkpoint, check_tensors, wrong_part
 from svp_bench.train.module import AdaptationModule, initial_backbone
 from svp_bench.train.processes import is_first_process
 from svp_bench.train.provenance import changed_sources, read_sources
@@ -39,6 +39,7 @@ __all__ = [
     "lock_run",
     "lock_setting",
     "locked",
+    "read_resumed",
 ]
 
 REMEDY = "delete it, and the run begins anew; or leave --resume out"
@@ -106,7 +107,7 @@ class InitialState:
             ):
                 other = "data or cards"
         elif found.checkpoint is not None:
-            about = Checkpoint.read(found.checkpoint, REMEDY).metadata
+            about = read_resumed(found.checkpoint).metadata
             other = None if (about.backbone_digest, about.head_digest) == self._weights else "weights"
         elif config.get("model", {}).get("checkpoint") != checkpoint:  # it has no checkpoint yet
             other = "weights"
@@ -287,6 +288,22 @@ def lock_run(
     return FoundRun.at(found.folder, records)  # another process may have finished it meanwhile
 
 
+@contextmanager
+def _remedy() -> Iterator[None]:
+    """Replace the remedy of errors about a damaged file by that for a run."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(error).removesuffix(UNREADABLE)}; {REMEDY}") from None
+
+
+@_remedy()
+def read_resumed(checkpoint: Path) -> Checkpoint:
+    """Read the checkpoint of a run to resume; raise CheckpointError if it is damaged."""
+    return Checkpoint.read(checkpoint)
+
+
+@_remedy()
 def check_resumable(
     saved: Checkpoint, trainer: Trainer, model: AdaptationModule, callbacks: Sequence[Callback]
 ) -> None:
@@ -303,25 +320,25 @@ def check_resumable(
     """
     content, where = saved.content, str(saved.path)
     if not content.get("lr_schedulers"):
-        raise wrong_part(where, "lr_schedulers", content.get("lr_schedulers"), "the state of the schedule", REMEDY)
+        raise wrong_part(where, "lr_schedulers", content.get("lr_schedulers"), "the state of the schedule")
     shapes = sorted(tuple(parameter.shape) for parameter in trained_parameters(model.model).values())
     if saved.global_step and model.optimizer_config.name == "adamw":
         try:
             (optimizer,) = content["optimizer_states"]
             for key in ("exp_avg", "exp_avg_sq"):
                 moments = {f"{number}.{key}": state[key] for number, state in optimizer["state"].items()}
-                check_tensors(moments, where, "optimizer_states.state", REMEDY)
+                check_tensors(moments, where, "optimizer_states.state")
                 if sorted(tuple(value.shape) for value in moments.values()) != shapes:
                     raise ValueError(key)
         except (KeyError, ValueError, TypeError, AttributeError):
             expected = "the moments of each trained parameter"
-            raise wrong_part(where, "optimizer_states", content.get("optimizer_states"), expected, REMEDY) from None
+            raise wrong_part(where, "optimizer_states", content.get("optimizer_states"), expected) from None
     for part, key, fresh in (
         ("loops", "fit_loop", trainer.fit_loop.state_dict()),
         *(("callbacks", callback.state_key, callback.state_dict()) for callback in callbacks),
     ):
         if different := _difference(part, content.get(part), {key: fresh}):
-            raise wrong_part(where, *different, REMEDY)
+            raise wrong_part(where, *different)
 
 
 def _difference(part: str, given: Any, fresh: Any) -> tuple[str, Any, str] | None:
