@@ -19,7 +19,11 @@ from svp_bench.config.keys import known_keys
 from svp_bench.tasks.cards import list_tasks
 from svp_bench.train.parser import build_parser
 
-HEAVY_PACKAGES = ("torch", "torchvision", "torchmetrics", "lightning", "timm", "jsonargparse", "tensorboard")
+UNUSED_BY_FIT = ("pandas", "sklearn", "matplotlib", "plotly", "itables", "ray", "optuna", "svp_bench.tables.build")
+HEAVY_PACKAGES = (
+    *("torch", "torchvision", "torchmetrics", "lightning", "timm", "jsonargparse", "tensorboard", "numba", "triton"),
+    *("transformers", *UNUSED_BY_FIT[1:7]),
+)
 SCRIPT = Path(sys.executable).with_name("svp-bench")
 
 PROBE = """
@@ -58,6 +62,13 @@ def fresh(*argv: str, cwd: Path | None = None) -> tuple[int, list[str], str]:
         (["methods", "svp"], ["share_layers: 8", "learning_rate: 1.0e-3"]),
         (["table"], ["ecord"]),
         (["table", "--help"], ["--published"]),
+        (["report", "--help"], ["--output"]),
+        (["audit", "--help"], ["RECORD"]),
+        (["power", "--help"], ["--effect"]),
+        (["replicate", "--help"], ["test split"]),
+        (["sweep", "--help"], ["--dry_run"]),
+        (["tune", "--help"], ["--search"]),
+        (["migrate", "--help"], ["--dry_run"]),
         (["data", "check", "demo"], ["demo/digits", "as_card", "train 800, val 200, trainval 1000, test 797"]),
         (["fit", "--config", "configs/vtab/dtdd.yaml"], []),
         (["predict", "--help"], ["--images"]),
@@ -132,6 +143,16 @@ def test_a_mistyped_flag_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, *argv], check=True, capture_output=True, text=True)
     assert "did you mean 'model.learning_rate'?" in done.stderr
+
+
+def test_fit_imports_what_it_needs_only(tmp_path: Path) -> None:
+    flags = ["--model.backbone", "vim_nano_patch8_64", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    status, heavy, _ = fresh(
+        "fit", "--config", "configs/demo/digits-5shot.yaml", "--method", "linear", *flags, cwd=tmp_path
+    )
+    assert status == 0
+    assert {"torch", "lightning", "timm"} <= {*heavy}
+    assert {*heavy} & {*UNUSED_BY_FIT} == set()
 
 
 def test_help_imports_no_torch() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from svp_bench.core.errors import plural
+from svp_bench.core.registry import importing_torch
 
 __all__ = ["doctor"]
 
@@ -17,7 +18,8 @@ def doctor() -> int:
     import os
     import platform
 
-    import torch
+    with importing_torch():
+        import torch
 
     from svp_bench._version import __version__
     from svp_bench.ops import backend_statuses, choose

@@ -13,6 +13,7 @@ from svp_bench import __version__
 from svp_bench.cli.commands import RUN_COMMANDS, SUBCOMMANDS
 from svp_bench.core.errors import SvpBenchError, UsageError, printable, unknown_name
 from svp_bench.core.interrupts import INTERRUPTS, Preempted, ignore_from_now_on
+from svp_bench.core.registry import importing_torch
 from svp_bench.core.resources import CUSTOM_TASKS
 from svp_bench.core.terminal import readable_output
 
@@ -156,8 +157,9 @@ def _run_training(subcommand: str, rest: list[str]) -> int:
     composed = compose(split_flags(rest), subcommand)  # reports most errors before torch is imported
     if sys.stdout.isatty():
         print("Loading PyTorch, weights and images …", flush=True)
-    from svp_bench.train.parser import resolve
-    from svp_bench.train.run import run
+    with importing_torch():
+        from svp_bench.train.parser import resolve
+        from svp_bench.train.run import run
 
     run(resolve(composed, subcommand))
     return 0

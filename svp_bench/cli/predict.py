@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from svp_bench.cli.parser import whole_number
+from svp_bench.core.registry import importing_torch
 
 __all__ = ["demo", "predict"]
 
@@ -44,6 +45,7 @@ def predict(
         batch_size: Images at a time; results change by rounding at most.
         method: The method file of the run, if its class is defined next to it.
     """
-    from svp_bench.train.predict import run_predict
+    with importing_torch():
+        from svp_bench.train.predict import run_predict
 
     return run_predict(ckpt, list(images), output, checkpoint, top, batch_size, method)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from svp_bench.core.registry import importing_torch
+
 __all__ = ["audit", "replicate", "rerun"]
 
 
@@ -49,7 +51,8 @@ def rerun(
     from svp_bench.records.store import read_record
 
     loaded = read_record(record)  # reports an error before torch is imported
-    from svp_bench.train.rerun import run_rerun
+    with importing_torch():
+        from svp_bench.train.rerun import run_rerun
 
     given = {"data.root": data_root, "model.checkpoint": checkpoint}
     places = {"results_root": results_root, "runs_root": runs_root}
@@ -66,9 +69,10 @@ def replicate(*arguments: str) -> int:
         print("Tables refuse its output.")
         return 0
     composed = compose(split_flags(arguments))  # reports most errors before torch is imported
-    from svp_bench.train.parser import resolve
-    from svp_bench.train.replicate import ReplicationRun
-    from svp_bench.train.run import run
+    with importing_torch():
+        from svp_bench.train.parser import resolve
+        from svp_bench.train.replicate import ReplicationRun
+        from svp_bench.train.run import run
 
     run(resolve(composed), run_type=ReplicationRun)
     return 0

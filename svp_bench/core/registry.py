@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import re
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 from svp_bench.core.errors import unknown_name
 
-__all__ = ["Entry", "Registry", "import_object", "make_importable"]
+__all__ = ["Entry", "Registry", "import_object", "importing_torch", "make_importable"]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*[a-z0-9]")
 
@@ -32,6 +34,23 @@ def import_object(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except AttributeError as error:
         raise ImportError(str(error)) from None
+
+
+@contextmanager
+def importing_torch() -> Iterator[None]:
+    """Pause garbage collection while the block imports torch and Lightning: it would take a quarter of their time.
+
+    Imported objects live as long as the process: later collections skip them.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def make_importable(*files: str | None) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from svp_bench.config.compose import Flags, method_layer
 from svp_bench.core.errors import SvpBenchError, UsageError, file_size, plural, printable, unknown_name
+from svp_bench.core.registry import importing_torch
 from svp_bench.core.terminal import plain_console
 from svp_bench.records.digests import cell_config, flat
 from svp_bench.records.selection import context_of
@@ -96,7 +97,8 @@ def execute_sweep(request: Request) -> int:
     else:
         check_writable(request.results_root)
         refuse_unwritable(Path(request.runs_root), "--runs_root")
-    from svp_bench.sweep.runner import Runner  # torch
+    with importing_torch():
+        from svp_bench.sweep.runner import Runner
 
     runner = Runner()
     read = _prepare(cells, common, search, runner)

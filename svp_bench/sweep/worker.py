@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from svp_bench.core.registry import importing_torch
 from svp_bench.core.terminal import readable_output
 
 __all__ = ["main"]
@@ -69,9 +70,10 @@ def main() -> None:
             os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
-    from svp_bench.data.cache import cache_between_runs
-    from svp_bench.sweep.jobs import Job
-    from svp_bench.sweep.runner import Runner  # torch, Lightning: some seconds, once
+    with importing_torch():  # some seconds, once
+        from svp_bench.data.cache import cache_between_runs
+        from svp_bench.sweep.jobs import Job
+        from svp_bench.sweep.runner import Runner
 
     cache_between_runs()
     runner = Runner()
