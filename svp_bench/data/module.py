@@ -208,8 +208,7 @@ class VisionDataModule(LightningDataModule):
         for guess in _WRONG_GUESSES:
             warnings.filterwarnings("ignore", guess)
         if self._source is None:
-            source = open_source(self.card, self._root, suite=self.suite, protocol=self.protocol)
-            report = inspect(self.card, source, list(self.splits_read))
+            source, report = self.inspect()
             division = self.cross_validation
             if division.folds is not None:
                 names = self.splits["train"], self.splits["val"]
@@ -232,6 +231,15 @@ class VisionDataModule(LightningDataModule):
             self._dataset("train")
         if stage in ("fit", "validate") and "val" in self.splits:
             self._dataset("val")
+
+    def inspect(self) -> tuple[Source, DataReport]:
+        """Open the data, and compare the files of the splits of this stage with the card; decode no image.
+
+        Raises:
+            DataError: If they are missing or malformed.
+        """
+        source = open_source(self.card, self._root, suite=self.suite, protocol=self.protocol)
+        return source, inspect(self.card, source, list(self.splits_read))
 
     def _examine(self, source: Source, report: DataReport) -> DataReport:
         """Decode all images of this stage once: check, count and compare them; return the report with what it adds."""

@@ -22,7 +22,7 @@ from svp_bench.core.errors import SvpBenchError, UsageError, one_line
 from svp_bench.core.registry import import_object
 from svp_bench.data.folds import CrossValidationConfig, fold_positions
 from svp_bench.data.module import VisionDataModule
-from svp_bench.data.sources import DataReport, inspect, measured, open_source
+from svp_bench.data.sources import DataReport, measured, open_source
 from svp_bench.methods.build import adapt, create_backbone, trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.digests import canonical_digest, cell_config, flat, setting_digest
@@ -174,10 +174,7 @@ class Runner:
         divided = data["cross_validation"]["folds"] is not None
         key = (resolved.task, data.get("root"), data.get("protocol"), data.get("stage"), divided)
         if key not in self._data:
-            module = VisionDataModule.from_config(data)
-            root = Path(data["root"]) if data.get("root") else None
-            source = open_source(module.card, root, suite=module.suite)
-            self._data[key] = inspect(module.card, source, list(module.splits_read))
+            self._data[key] = VisionDataModule.from_config(data).inspect()[1]
         return self._data[key]
 
     def plan(self, search: SearchSpace, resolved: ResolvedConfig) -> Plan:

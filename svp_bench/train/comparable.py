@@ -182,10 +182,9 @@ class RecipeWatch(Callback):
             self._note(f"{reason} (first in epoch {trainer.current_epoch}, step {trainer.global_step})", reason)
 
         def before(optimizer: Optimizer, _: Any, kwargs: dict[str, Any]) -> None:
-            rate = self._settings["model.learning_rate"] * schedule(
-                trainer.current_epoch if by_epoch else trainer.global_step
-            )
-            for reason in _differences(optimizer, self._settings, rate, trained):
+            at = trainer.current_epoch if by_epoch else trainer.global_step
+            rate = self._settings["model.learning_rate"] * schedule(at)
+            for reason in _differences(optimizer, self._settings["model.weight_decay"], rate, trained):
                 note(reason)
             if not self._external:
                 return
@@ -364,25 +363,19 @@ def _frozen(model: AdaptationModule) -> dict[str, Tensor]:
     return {n: v for n, v in model.state_dict().items() if n.startswith("model.") and n not in trained}
 
 
-def _differences(optimizer: Optimizer, settings: Mapping[str, Any], rate: float, trained: set[int]) -> Iterator[str]:
-    """Yield how an optimizer differs from the recipe before a step.
+def _differences(optimizer: Optimizer, weight_decay: float, rate: float, trained: set[int]) -> Iterator[str]:
+    """Yield how an optimizer differs from the recipe before a step with the learning rate `rate`.
 
-    Args:
-        optimizer: The optimizer.
-        settings: The result of `_settings`.
-        rate: The expected learning rate.
-        trained: `id` of the parameters that the method trains.
+    `trained` has the `id` of each parameter that the method trains.
     """
+    constant = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "weight_decay")}
     for group in optimizer.param_groups:
         if abs(group["lr"] - rate) > 1e-6 * abs(rate) + 1e-15:
             yield "the learning rate was not that of the recipe"
-        if group["weight_decay"] not in (0.0, settings["model.weight_decay"]):
+        if group["weight_decay"] not in (0.0, weight_decay):
             yield "the weight decay was not that of the recipe"
-        betas = group.get("betas")
-        if betas is not None and tuple(betas) != tuple(settings["model.optimizer"].betas):
-            yield "the betas of the optimizer were not those of the recipe"
-        for key in ("eps", "momentum", "dampening", "nesterov", "amsgrad", "maximize"):
-            if group.get(key) != optimizer.defaults.get(key):
+        for key, value in constant.items():
+            if group.get(key) != value:
                 yield f"{key} of the optimizer was not that of the recipe"
     if {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} != trained:
         yield "the optimizer did not train the parameters of the method"

@@ -37,7 +37,6 @@ from svp_bench.core.errors import (
 )
 from svp_bench.core.registry import import_object, make_importable
 from svp_bench.data.module import VisionDataModule
-from svp_bench.data.sources import inspect, open_source
 from svp_bench.records.bits import unpack_bits
 from svp_bench.records.digests import CELL_EXCLUDED, flat
 from svp_bench.records.record import Record
@@ -139,7 +138,7 @@ class _RepeatedRun(FitRun):
     def prepare(self) -> None:
         """Prepare as `fit` does, and compare the splits with the record."""
         super().prepare()
-        _check_splits(self.record, self.data, self.config.config["data"].get("root"))
+        _check_splits(self.record, self.data)
 
     @rank_zero_only
     def announce(self) -> None:
@@ -168,17 +167,16 @@ class _RepeatedRun(FitRun):
             raise CheckpointError(f"{model.checkpoint} has another head than the run began with; {remedy}")
 
 
-def _check_splits(record: Record, data: VisionDataModule, root: str | None) -> None:
+def _check_splits(record: Record, data: VisionDataModule) -> None:
     if dict(data.splits) != dict(record.splits):
         raise ConfigError(
             f"the protocol {record.protocol} (version {data.protocol.version}) reads {dict(data.splits)}, the record's "
             f"(version {record.protocol_version}) {dict(record.splits)}; {_other_version(record)}"
         )
-    source = open_source(data.card, Path(root) if root else None, suite=data.suite)
-    digest = inspect(data.card, source, list(data.splits_read)).digest
-    if digest != record.data_digest:
+    source, report = data.inspect()
+    if report.digest != record.data_digest:
         raise DataError(
-            f"{source.origin} has other splits of {record.task} ({_short(digest)}) than the run read "
+            f"{source.origin} has other splits of {record.task} ({_short(report.digest)}) than the run read "
             f"({_short(record.data_digest)}, variant {record.data_variant}); give their folder with --data.root DIR"
         )
 

@@ -18,7 +18,6 @@ from lightning.pytorch import Callback, Trainer
 from svp_bench.core.errors import CheckpointError, ConfigError, UsageError
 from svp_bench.core.yaml import read_yaml
 from svp_bench.data.module import VisionDataModule
-from svp_bench.data.sources import inspect, open_source
 from svp_bench.methods.build import trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.record import Record
@@ -134,10 +133,7 @@ class InitialState:
     def _data_facts(self) -> tuple[Any, ...]:
         """Digest of the splits, and versions of the cards."""
         data = self._data
-        root = self._config["data"].get("root")
-        source = open_source(data.card, Path(root) if root else None, suite=data.suite, protocol=data.protocol)
-        digest = inspect(data.card, source, list(data.splits_read)).digest
-        return digest, data.card.version, data.protocol.name, data.protocol.version
+        return data.inspect()[1].digest, data.card.version, data.protocol.name, data.protocol.version
 
 
 def find_run(
