@@ -4,7 +4,7 @@
 - EXIF orientation: applied, so an image is seen as a viewer shows it.
 - Transparency: composited over white. What is stored under it is not seen.
 - Deeper than 8 bits: see `Depth`. Negative and non-finite values are refused.
-- CMYK, YCbCr, HSV and palettes as Pillow converts them, LAB through the colour management that Pillow brings.
+- CMYK, YCbCr, HSV and palettes as Pillow converts them; LAB is not read.
 """
 
 from __future__ import annotations
@@ -266,8 +266,7 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, bool]:
             image = image.convert("LA")
         return _over_white(image.convert("RGBA"))
     if image.mode == "LAB":
-        notes.append("converted from LAB")
-        return _from_lab(image), False
+        raise ValueError("LAB colours; convert the file to RGB")
     if image.mode in ("CMYK", "HSV") or (image.mode == "YCbCr" and image.format != "JPEG"):
         notes.append(f"converted from {image.mode}")
     return image.convert("RGB"), False
@@ -278,16 +277,6 @@ def _over_white(image: Image.Image) -> tuple[Image.Image, bool]:
         return image.convert("RGB"), False
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB"), True
-
-
-def _from_lab(image: Image.Image) -> Image.Image:
-    from PIL import ImageCms
-
-    rgb = ImageCms.profileToProfile(
-        image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-    )
-    assert rgb is not None
-    return rgb
 
 
 # --- more than 8 bits ------------------------------------------------------------------------------------------------
