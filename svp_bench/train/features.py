@@ -11,7 +11,7 @@ of training nor on interruptions, so a resumed run ends at the same weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -26,9 +26,6 @@ from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.models.hooks import is_plain
 from svp_bench.models.layers import PatchEmbed, RMSNorm
 from svp_bench.models.vim import Block, Mixer
-
-if TYPE_CHECKING:
-    from svp_bench.train.module import AdaptationModule
 
 __all__ = ["FrozenFeatures", "compute_features", "frozen_blocks"]
 
@@ -109,10 +106,13 @@ class FrozenFeatures:
         return f"{what} of {plural(len(self.hidden), 'image')}, {file_size(self.nbytes)}"
 
 
-def compute_features(module: AdaptationModule) -> dict[str, FrozenFeatures]:
+def compute_features(module: Any) -> dict[str, FrozenFeatures]:
     """Compute the frozen part for the splits of a training, by role, where it is the same in every epoch.
 
     Each process computes and stores all images. A resumed run decides as the run that it continues.
+
+    Args:
+        module: The `AdaptationModule`, whose module imports this one, in training.
     """
     found: dict[str, FrozenFeatures] = {}
     if module.cache_features is False:
@@ -141,7 +141,7 @@ def compute_features(module: AdaptationModule) -> dict[str, FrozenFeatures]:
     return found
 
 
-def _compute(module: AdaptationModule, data: VisionDataModule, role: str, blocks: int) -> FrozenFeatures | None:
+def _compute(module: Any, data: VisionDataModule, role: str, blocks: int) -> FrozenFeatures | None:
     """Compute the frozen part for all images of a split; None if the values do not fit into memory."""
     model, trainer, images = module.model, module.trainer, data.split(role)
     pooled, tokens = blocks > model.depth, model.patch_embed.num_patches + 1
