@@ -6,6 +6,7 @@ import dataclasses
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -72,8 +73,8 @@ def _plain(annotation: Any) -> Any:
 def _parts(data: Any, annotation: Any) -> Iterator[tuple[str | int, Any, Any]]:
     """Yield (key, value, annotation) of each value in a dataclass, mapping or list; Ellipsis for an unknown key."""
     kind = _plain(annotation)
-    if isinstance(data, Mapping) and dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind, include_extras=True)
+    if isinstance(data, Mapping) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = _hints(kind)
         yield from ((key, value, hints.get(key, ...)) for key, value in data.items())
     elif isinstance(data, Mapping) and get_origin(kind) in (dict, Mapping):
         key_kind, value_kind = get_args(kind)
@@ -84,12 +85,24 @@ def _parts(data: Any, annotation: Any) -> Iterator[tuple[str | int, Any, Any]]:
         yield from ((index, value, get_args(kind)[0]) for index, value in enumerate(data))
 
 
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+@cache
+def _holds_dataclass(annotation: Any) -> bool:
+    """Return whether a value of this annotation can hold keys that a dataclass has to know."""
+    kind = _plain(annotation)
+    return dataclasses.is_dataclass(kind) or any(map(_holds_dataclass, get_args(kind)))
+
+
 def _unknown(data: Any, kind: Any, keys: Keys) -> Iterator[tuple[Keys, list[str]]]:
     """Yield the keys that lead to each key which its dataclass lacks, and what that has."""
     for key, value, annotation in _parts(data, kind):
         if annotation is ...:
-            yield (*keys, key), [*get_type_hints(_plain(kind))]
-        else:
+            yield (*keys, key), [*_hints(_plain(kind))]
+        elif _holds_dataclass(annotation):
             yield from _unknown(value, annotation, (*keys, key))
 
 

@@ -99,18 +99,20 @@ def row_setting(record: Record) -> dict[str, Any]:
     A small task may have more epochs than its protocol. These count here as the protocol's epochs; a run of such a task
     with the protocol's number belongs to another row. A record does not state where its epochs came from.
     """
-    setting = setting_config(record.config, record.search)
+    setting, epochs = setting_config(record.config, record.search), _row_epochs(record)
+    return setting if epochs is None else {**setting, "trainer": {**setting["trainer"], "max_epochs": epochs}}
+
+
+def _row_epochs(record: Record) -> Any:
+    """Return what stands for the epochs of a task whose config sets them; None if that of the run does."""
     own, used = shipped_layer(f"{record.task}.yaml").get(_EPOCHS), record.config.get("trainer", {}).get("max_epochs")
     usual = _epochs(record.protocol, tasks_dirs()) if own is not None else None
-    if own is None or usual is None or "max_epochs" not in setting.get("trainer", {}) or not other(own, usual):
-        return setting
+    searched = record.search is not None and _EPOCHS in record.search.keys
+    if usual is None or used is None or searched or not other(own, usual):
+        return None
     if not other(used, own):
-        epochs = usual
-    elif not other(used, usual):
-        epochs = f"{used} for each task"
-    else:
-        return setting
-    return {**setting, "trainer": {**setting["trainer"], "max_epochs": epochs}}
+        return usual
+    return f"{used} for each task" if not other(used, usual) else None
 
 
 def row_digest(record: Record) -> str:
@@ -118,8 +120,11 @@ def row_digest(record: Record) -> str:
 
     For a shipped method and tasks without epochs of their own it is the record's setting digest.
     """
+    source = record.source_digest
+    if not source and _row_epochs(record) is None:
+        return record.setting_digest
     setting = row_setting(record)
-    return canonical_digest({**setting, "source": record.source_digest} if record.source_digest else setting)
+    return canonical_digest({**setting, "source": source} if source else setting)
 
 
 @cache

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
+from functools import lru_cache
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -12,10 +15,11 @@ from svp_bench._version import __version__
 from svp_bench.core.errors import RecordError, plural
 from svp_bench.core.validate import convert
 from svp_bench.records.bits import count_ones
-from svp_bench.records.digests import config_digest, setting_digest
+from svp_bench.records.digests import config_digest, plain, setting_digest
 from svp_bench.records.migrate import migrate_record
-from svp_bench.records.record import CREATED, SCHEMA, Metrics, Record
+from svp_bench.records.record import CREATED, SCHEMA, Metrics, Record, SearchSummary
 
+_SEED = "seed_everything"
 _TOP1_TOLERANCE = 1e-3  # percent: top1 may have gone through float32
 _OTHER_FILES = {  # what might be taken for a record, by its schema
     "svp-bench/replication-1": "a replication, with its best epoch chosen on test; tables refuse it",
@@ -47,7 +51,24 @@ def parse_record(data: Any, where: str = "record") -> Record:
         data = {**data, "metrics": None}
     record = convert(data, Record, where, RecordError, "record")
     _check_facts(record, where)
-    return record
+    shared, _ = _without_seed(*_config_key(record))  # the seeds of a cell share one config in memory
+    return replace(record, config={**shared, _SEED: record.config[_SEED]} if _SEED in record.config else shared)
+
+
+def _config_key(record: Record) -> tuple[str, SearchSummary | None]:
+    """Return the config without its seed as text, and the search: what both digests depend on."""
+    config = {key: value for key, value in record.config.items() if key != _SEED}
+    try:
+        return json.dumps(config, allow_nan=False), record.search
+    except ValueError:
+        return json.dumps(plain(config, "config")), record.search  # raises, and names the key
+
+
+@lru_cache(maxsize=8192)
+def _without_seed(text: str, search: SearchSummary | None) -> tuple[dict[str, Any], dict[str, str]]:
+    config = json.loads(text)
+    digests = {"config_digest": config_digest(config), "setting_digest": setting_digest(config, search)}
+    return config, digests
 
 
 def _check_facts(record: Record, where: str) -> None:
@@ -68,10 +89,8 @@ def _check_facts(record: Record, where: str) -> None:
         raise refuse("data_digest", f"is null; a run that is {record.status} has read its splits")
     if record.status not in ("complete", "unscored") and record.status_reason is None:
         raise refuse("status_reason", f"is null; a run that is {record.status} needs a reason")
-    for key in ("config_digest", "setting_digest"):
-        digest = (
-            config_digest(record.config) if key == "config_digest" else setting_digest(record.config, record.search)
-        )
+    _, digests = _without_seed(*_config_key(record))
+    for key, digest in digests.items():
         if getattr(record, key) != digest:
             raise refuse(key, f"does not belong to the config: it should be {digest}")
     counts = record.parameters

@@ -245,11 +245,10 @@ def read_json(path: Path, where: str) -> Any:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in data:
-            raise ValueError(f"the key {key!r} is given twice")
-        data[key] = value
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in names if names.count(key) > 1)!r} is given twice")
     return data
 
 
@@ -274,14 +273,15 @@ def read_records(results_root: Path | str) -> tuple[list[Record], list[Problem]]
         where, _, reason = str(error).partition(": ")
         problems.append(Problem(Path(where).relative_to(root).as_posix(), reason))
         paths = sorted(loose)
+    on_disk = set(loose)
     for path in paths:
-        inside = path.relative_to(root)
-        if any(part.startswith(".") for part in inside.parts) or path.name.endswith(SUFFIX):
+        name = path.relative_to(root).as_posix()
+        if name.startswith(".") or "/." in name or name.endswith(SUFFIX):
             continue
-        name = inside.as_posix()
         try:
             record = _read(path, name)
-            if path.is_file() and packed(path) not in (None, record.to_json()):
+            inside = packed(path) if path in on_disk else None
+            if inside is not None and inside != record.to_json():
                 raise RecordError(f"{name}: the archive {archive_of(path).name} holds another record of this run")
             home = record_path(record, root)
             if path != home:
