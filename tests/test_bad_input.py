@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import BACKBONE, TASK, assert_error, command, files, run, settle, small
-from native_files import draw_native
+from native_files import write_native
 from PIL import Image
 
 from svp_bench.tasks.cards import load_task
@@ -394,7 +394,7 @@ def test_a_val_without_images_stops_a_run_and_is_told_by_data_check(
 ) -> None:
     """Every tenth of nine official training images is none."""
     card = load_task("fgvc/stanford_cars")
-    draw_native(card, place / "data", {"train": 6, "val": 3, "test": 4}, 16)
+    write_native(card, place / "data", {"train": 6, "val": 3, "test": 4}, 16)
     config = f"configs/{card.name}.yaml"
     told = refused(small(config=config, data__stage="select"), 1, "has no image for the list 'val'; get the data")
     assert "Stanford-cars" in told
