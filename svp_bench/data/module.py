@@ -86,7 +86,6 @@ class VisionDataModule(LightningDataModule):
         splits: Role ("train", "val", "test") → name of the split that plays it in this stage.
         content_digests: Split → digest of the decoded pixels of its images, of this stage; after `setup`.
         image_notes: What was skipped or converted → how many images of this stage; after `setup`.
-        test_unlocked: Whether `unlock_test` was called.
         splits_read: The source's splits that this stage reads: those of `splits`, or the one that folds divide.
 
     Raises:
@@ -140,7 +139,7 @@ class VisionDataModule(LightningDataModule):
         self.content_digests: dict[str, str] = {}
         self.image_notes: dict[str, int] = {}
         self._datasets: dict[str, ImageDataset] = {}
-        self.test_unlocked = False
+        self._test_unlocked = False
 
     @classmethod
     def from_config(cls, data: Mapping[str, Any]) -> VisionDataModule:
@@ -405,7 +404,12 @@ class VisionDataModule(LightningDataModule):
                 f"stage {self.stage!r} has no test list: hyper-parameters are chosen on {self.splits['val']!r}; "
                 f"test with --data.stage final"
             )
-        self.test_unlocked = True
+        self._test_unlocked = True
+
+    @property
+    def test_unlocked(self) -> bool:
+        """Whether `unlock_test` was called."""
+        return self._test_unlocked
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of the test list.
@@ -413,7 +417,7 @@ class VisionDataModule(LightningDataModule):
         Raises:
             UsageError: If `unlock_test` was not called.
         """
-        if not self.test_unlocked:
+        if not self._test_unlocked:
             raise UsageError(
                 "there is no test loader yet: the test images are read once, after the weights are final "
                 "(`unlock_test()`, which `svp-bench fit` and `svp-bench test` call by themselves)"
