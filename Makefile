@@ -194,6 +194,10 @@ bench-gpu: $(STAMP) ## measure an H100 against the scan's floor and the baseline
 bench-frozen: $(STAMP) ## linear probing with frozen features computed once, against once per epoch (about five minutes)
 	$(BIN)/python benchmarks/frozen.py --output benchmarks/results/frozen.json
 
+.PHONY: bench-scale
+bench-scale: $(STAMP) ## tables and report of 1,000 to 20,000 synthetic records: seconds and memory (about five minutes)
+	$(BIN)/python benchmarks/scale.py --output benchmarks/results/scale.json
+
 .PHONY: bench-sweep
 bench-sweep: $(STAMP) ## 40 tiny runs as one sweep against 40 fit processes (about ten minutes)
 	$(BIN)/python benchmarks/sweep.py --output benchmarks/results/sweep.json

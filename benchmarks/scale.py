@@ -83,7 +83,8 @@ def _record(
     run_id = new_run_id(
         method, seed, digest, dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc), number.to_bytes(4, "big")
     )
-    top1 = 100 * float(bits.mean())
+    top1, balanced = 100 * float(bits.mean()), 100 * float(np.mean(right[of_class > 0] / of_class[of_class > 0]))
+    per_class = PerClass(right.tolist(), of_class.tolist())
     return dataclasses.replace(
         template,
         run_id=run_id,
@@ -100,9 +101,7 @@ def _record(
         config_digest=config_digest(config),
         setting_digest=digest,
         search=None,
-        metrics=Metrics(
-            top1, 1.25, int(bits.sum()), images, top1, top1, 1.25, 10.5, PerClass(right.tolist(), of_class.tolist())
-        ),
+        metrics=Metrics(top1, 1.25, int(bits.sum()), images, top1, balanced, 1.25, 10.5, per_class),
         correct=Correct.of(bits, "test", "sha256:" + "cd" * 32),
         migrated_from=None,
     )

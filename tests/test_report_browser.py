@@ -297,9 +297,9 @@ def test_a_number_opens_its_records(reader: Reader, results: Path, tmp_path: Pat
 def test_a_seed_and_a_point_open_their_record(reader: Reader) -> None:
     reader.page.locator("#vtab-1 details.group summary").first.click()
     seed = reader.page.locator("#vtab-1 article.task").first.locator("td.links a").first
-    title = seed.get_attribute("data-title")
+    label = seed.locator("xpath=ancestor::tr/th").inner_text().strip()
     seed.click()
-    assert reader.page.locator("#record-dialog-title").inner_text() == title
+    assert reader.page.locator("#record-dialog-title").inner_text() == f"{label} on cifar, seed 0"
     assert reader.page.url.split("#")[0] == reader.address, "the page is still there"
     reader.page.keyboard.press("Escape")
     plot = reader.page.locator("[data-figure=vtab-1-task-cifar]")

@@ -123,7 +123,12 @@ def canonical_digest(value: Any) -> str:
     Raises:
         RecordError: If it has no place in JSON; names the key.
     """
-    text = json.dumps(plain(value, "config"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json_digest(plain(value, "config"))
+
+
+def json_digest(value: Any) -> str:
+    """Return `canonical_digest` of a value that was read from JSON and so needs no check."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return "sha256:" + hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
@@ -152,7 +157,7 @@ def _without(config: Mapping[str, Any], excluded: Collection[str], prefix: str =
     for key, value in config.items():
         if f"{prefix}{key}" in excluded or value is None:
             continue
-        if isinstance(value, Mapping):
+        if type(value) is dict or isinstance(value, Mapping):  # the first is faster
             inner = _without(value, excluded, f"{prefix}{key}.")
             if inner:
                 rest[key] = inner

@@ -1,12 +1,19 @@
 "use strict";
 // Plots, sortable tables, the dialog of records and the switch of published numbers. No request leaves the page: its
 // content security policy forbids them. Text from records reaches the document through textContent only.
-(() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const fields = Object.fromEntries(data.pool.fields.map((name, place) => [name, place]));
-  const fact = (record, name) => data.pool.values[data.pool.records[record][fields[name]]];
+(async () => {
   const $ = (selector, root = document) => root.querySelector(selector);
   const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const data = await read($("#data"));
+  const fields = Object.fromEntries(data.pool.fields.map((name, place) => [name, place]));
+  const fact = (record, name) => data.pool.values[data.pool.records[record][fields[name]]];
+
+  async function read(script) {
+    if (script.dataset.encoding !== "gzip") return JSON.parse(script.textContent);
+    if (!window.DecompressionStream) $("#too-old").hidden = false;
+    const packed = Uint8Array.from(atob(script.textContent), (character) => character.charCodeAt(0));
+    return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+  }
 
   function element(tag, properties = {}, ...children) {
     const made = Object.assign(document.createElement(tag), properties);
@@ -218,11 +225,19 @@
   $("#record-dialog-close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
 
+  function titleOf(source, record) {
+    if (source.dataset.title) return source.dataset.title;
+    const named = $(".sr", source); // of a mean: " · records of lora on dtd"
+    if (named) return named.textContent.replace(" · records of ", "");
+    return `${$("th", source.closest("tr")).textContent.trim()} on ${source.closest("table").dataset.task}, seed ${fact(record, "seed")}`;
+  }
+
   document.addEventListener("click", (event) => {
     const source = event.target.closest("[data-records]");
     if (!source || event.ctrlKey || event.metaKey || event.shiftKey) return; // a link's file opens in a tab as ever
     event.preventDefault();
-    if (source.dataset.records) open(source.dataset.title, source.dataset.records.split(",").map(Number));
+    const records = source.dataset.records.split(",").filter(Boolean).map(Number);
+    if (records.length) open(titleOf(source, records[0]), records);
   });
 
   // ---- tables

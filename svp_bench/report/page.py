@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 import os
@@ -55,6 +57,14 @@ def json_in_html(value: Any) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+_LARGE = 4_000_000  # characters of JSON that the page holds as plain text
+
+
+def _packed(text: str) -> str:
+    """Return the base64 text of the gzipped JSON of a large page, which is a tenth of it; "" for a small one."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode() if len(text) > _LARGE else ""
 
 
 def report_path(results_root: Path | str) -> Path:
@@ -172,6 +182,7 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         "curves": {suite.card.name: _curve_data(suite) for suite in report.suites},
         "colours": drawing.COLOURS,
     }
+    data_json = json_in_html(data)
     helpers: dict[str, Callable[..., Any]] = {
         "raw": Markup,
         "columns_of": drawing.columns_of,
@@ -227,7 +238,9 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         plotly_js=scripts[0],
         datatables_js=scripts[1],
         js=scripts[2],
-        data_json=json_in_html(data),
+        styles=sorted({row.style for suite in report.suites for section in suite.sections for row in section.rows}),
+        packed=_packed(data_json),
+        data_json=data_json,
     )
     return text
 

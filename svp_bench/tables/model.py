@@ -66,11 +66,14 @@ class Track:
         return "default: no search is recorded"
 
 
+_DEFAULT = Track("default")
+
+
 def track_of(record: Record) -> Track:
     """Return the track of a record."""
     search = record.search
     if search is None:
-        return Track("default")
+        return _DEFAULT
     return Track("searched", search.name, search.budget, search.sampler, search.selected_on, search.declaration)
 
 
@@ -130,7 +133,7 @@ class Cell:
         """Seed → top-1 accuracy in percent."""
         return {run.seed: run.metrics.top1 for run in self.records if run.metrics is not None}
 
-    @property
+    @cached_property
     def seeds(self) -> tuple[int, ...]:
         """Its seeds, sorted."""
         return tuple(self.scores)
@@ -140,13 +143,13 @@ class Cell:
         """Mean accuracy in percent."""
         return math.fsum(self.scores.values()) / len(self.scores)  # fsum: the order must not reach the last digit
 
-    @property
+    @cached_property
     def std(self) -> float | None:
         """Sample standard deviation over the seeds (n - 1), None for one seed, whose spread is unknown."""
         squares = math.fsum((x - self.mean) ** 2 for x in self.scores.values())
         return math.sqrt(squares / (len(self.scores) - 1)) if len(self.scores) > 1 else None
 
-    @property
+    @cached_property
     def different(self) -> bool:
         """Whether the data of any of the runs differed from the card."""
         return any(run.data_status == "different" for run in self.records)
@@ -156,17 +159,17 @@ class Cell:
         """Whether the data are synthetic."""
         return self.variant == SYNTHETIC
 
-    @property
+    @cached_property
     def mixed(self) -> tuple[str, ...]:
         """The names in `PROVENANCE` that differ between its seeds."""
         return tuple(name for name, fact in PROVENANCE.items() if len({fact(run) for run in self.records}) > 1)
 
-    @property
+    @cached_property
     def images(self) -> int:
         """Test images that each of its runs was scored on; the smallest number, where they differ."""
         return min(run.metrics.count for run in self.records if run.metrics is not None)
 
-    @property
+    @cached_property
     def majority(self) -> float | None:
         """Accuracy in percent of always answering the most frequent class of the test split; None if not recorded."""
         counted = [run.metrics.per_class.count for run in self.records if run.metrics and run.metrics.per_class]
@@ -271,18 +274,18 @@ class Row:
         """The cells that are shown, then the others."""
         return (*self.cells.values(), *self.apart)
 
-    @property
+    @cached_property
     def records(self) -> list[Record]:
         """The records of the cells that are shown."""
         return [run for cell in self.cells.values() for run in cell.records]
 
-    @property
+    @cached_property
     def seeds(self) -> tuple[int, int]:
         """Smallest and largest number of seeds of a cell."""
         counts = [len(cell.seeds) for cell in self.cells.values()]
         return min(counts), max(counts)
 
-    @property
+    @cached_property
     def adapter(self) -> tuple[int, int]:
         """Smallest and largest number of trainable parameters outside the head."""
         counts = [run.parameters.adapter for run in self.records]
@@ -338,7 +341,7 @@ class Contrast:
     least: float
     sources: int
 
-    @property
+    @cached_property
     def seeds(self) -> tuple[int, int]:
         """Smallest and largest number of shared seeds of a task."""
         counts = [cell.seeds.n for cell in self.tasks.values()]
@@ -394,7 +397,7 @@ class Section:
         """One of them: they have the protocol, the backbone and the checkpoint in common."""
         return self.members[0]
 
-    @property
+    @cached_property
     def checkpoint(self) -> str:
         """Where the weights came from, e.g. "hub"."""
         return ", ".join(sorted({record.checkpoint for record in self.members}))
@@ -404,18 +407,18 @@ class Section:
         """Are the weights random?"""
         return self.first.checkpoint_digest is None
 
-    @property
+    @cached_property
     def track(self) -> Track:
         """How the settings were selected."""
         selected_on = sorted({track_of(record).selected_on for record in self.members})
         return replace(track_of(self.first), selected_on=" or ".join(selected_on))
 
-    @property
+    @cached_property
     def cells(self) -> list[Cell]:
         """The cells that are shown."""
         return [cell for row in self.rows for cell in row.cells.values()]
 
-    @property
+    @cached_property
     def majorities(self) -> dict[str, float]:
         """Task → accuracy of always answering the most frequent class; tasks without, or with several, are left out."""
         found: dict[str, set[float]] = {}
