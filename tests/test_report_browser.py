@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import gzip
 import http.server
+import json
 import re
 import shutil
 import threading
@@ -413,6 +416,25 @@ def test_without_scripts_the_tables_can_be_read(read: Any) -> None:
     link = reader.page.locator("#vtab-1 td.links a").first.get_attribute("href")
     assert link.startswith("../records/vtab/")
     assert reader.overflow() <= 0
+
+
+def test_the_data_of_a_large_page_are_unpacked(
+    read: Any, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svp_bench.report.page._LARGE", 1000)
+    page = tmp_path / "large.html"
+    run("report", "--results_root", str(results), "--output", str(page))
+    packed = re.search(r'<script type="text/plain" id="data" data-encoding="gzip">(.*?)</script>', page.read_text())
+    assert packed
+    data = json.loads(gzip.decompress(base64.b64decode(packed.group(1))))
+    reader: Reader = read(page.as_uri())
+    assert (
+        reader.page.locator("#record-table_info").inner_text().endswith(f" of {len(data['pool']['records'])} entries")
+    )
+    plot = reader.page.locator("[data-figure]").first
+    plot.scroll_into_view_if_needed()
+    plot.locator(".main-svg").first.wait_for()
+    assert not reader.page.locator("#too-old").is_visible()
 
 
 def test_hostile_records_run_nothing(read: Any, tmp_path: Path) -> None:
