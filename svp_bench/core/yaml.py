@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import yaml
 from yaml.constructor import SafeConstructor
@@ -18,7 +20,10 @@ from yaml.reader import Reader
 from svp_bench.core.atomic import read_regular
 from svp_bench.core.errors import CardError, SvpBenchError, show, unknown_name
 
-__all__ = ["Node", "check_value", "read_text", "read_yaml"]
+__all__ = ["Node", "check_value", "once", "read_text", "read_yaml", "reading_once"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is some ten times faster
 _SCALARS = SafeConstructor()
@@ -99,6 +104,36 @@ def read_text(path: Path, error_class: type[SvpBenchError] = CardError) -> str:
         raise error_class(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
 
 
+_READ: list[dict[Any, Any]] = []  # what was read in a block of `reading_once`
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Read each YAML file and card once while the block lasts: a plan of thousands of runs needs few files."""
+    _READ.append({})
+    try:
+        yield
+    finally:
+        _READ.pop()
+
+
+def once(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that reads files: in a block of `reading_once` it is called once for the same arguments."""
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not _READ:
+            return function(*args, **kwargs)
+        key = (function, args, *kwargs.items())
+        if key not in _READ[-1]:
+            _READ[-1][key] = function(*args, **kwargs)
+        found: T = _READ[-1][key]
+        return found
+
+    return wrapper
+
+
+@once
 def read_yaml(path: Path, *, error: type[SvpBenchError] = CardError, label: str = "the card") -> Node:
     """Read one YAML file into a mapping node.
 

@@ -21,6 +21,7 @@ from svp_bench.config.compose import Flags, method_layer
 from svp_bench.core.errors import SvpBenchError, UsageError, file_size, plural, printable, unknown_name
 from svp_bench.core.registry import importing_torch
 from svp_bench.core.terminal import plain_console
+from svp_bench.core.yaml import reading_once
 from svp_bench.records.digests import cell_config, flat
 from svp_bench.records.selection import context_of
 from svp_bench.records.store import check_writable, read_records, refuse_unwritable
@@ -101,7 +102,8 @@ def execute_sweep(request: Request) -> int:
         from svp_bench.sweep.runner import Runner
 
     runner = Runner()
-    read = _prepare(cells, common, search, runner)
+    with reading_once():
+        read = _prepare(cells, common, search, runner)
     sweep = Sweep(
         cells,
         request.seeds,
@@ -114,7 +116,8 @@ def execute_sweep(request: Request) -> int:
     _warn_of_changes(console, read)
     _print_search(console, search, cells, request)
     if request.dry_run:
-        _print_plan(console, sweep, request, runner)
+        with reading_once():
+            _print_plan(console, sweep, request, runner)
         return 1 if sweep.blocked else 0
     settings = f"search {search.name} (K = {search.budget}, {search.sampler})" if search else "default settings"
     title = f"Sweep: {plural(len(cells), 'cell')} × {plural(len(request.seeds), 'seed')}, {settings}"

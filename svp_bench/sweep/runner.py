@@ -60,7 +60,7 @@ def with_values(resolved: ResolvedConfig, seed: int, values: Mapping[str, Any]) 
 
     A whole number becomes a fraction where the config has one, which is all that parsing changes in a plain value.
     """
-    config = deepcopy(resolved.config)
+    config = deepcopy(resolved.config) if values else {**resolved.config}
     config["seed_everything"] = seed
     for key, value in values.items():
         *parents, last = key.split(".")
@@ -80,6 +80,7 @@ class Runner:
         self._data: dict[tuple[Any, ...], DataReport] = {}
         self._folds: dict[tuple[Any, ...], tuple[tuple[int, ...], str]] = {}
         self._weights: dict[tuple[Any, ...], Weights] = {}
+        self._sizes: dict[str, int] = {}
         self._trained: dict[str, tuple[int, int]] = {}  # parameters of a model, and those of its head for one class
 
     # --- looking -----------------------------------------------------------------------------------------------------
@@ -87,6 +88,12 @@ class Runner:
     def checkpoint_bytes(self, job: Job) -> int:
         """Return the approximate size of a job's checkpoint: trained parameters in float32, and optimizer state."""
         config = self.resolved(job).config
+        cell = json.dumps([config["model"], config["data"]], sort_keys=True, default=str)
+        if cell not in self._sizes:
+            self._sizes[cell] = self._checkpoint_bytes(config)
+        return self._sizes[cell]
+
+    def _checkpoint_bytes(self, config: Mapping[str, Any]) -> int:
         model, data = config["model"], VisionDataModule.from_config(config["data"])
         key = json.dumps([model, data.image_size], sort_keys=True, default=str)
         if key not in self._trained:
@@ -103,7 +110,7 @@ class Runner:
         """Return the job's resolved config; parsed once for all seeds and values of a task and method."""
         seed = 0 if job.selected is None else job.seed  # a selected config of a nested search is for one seed
         base = self._resolve(replace(job, seed=seed, values={}))
-        plain = dict(flat(base.config))
+        plain = dict(flat(base.config)) if job.values else {}
         if any(key not in plain or key in _DECISIVE for key in job.values):
             return self._resolve(job)  # a key that only a full parse may judge
         return with_values(base, job.seed, job.values)

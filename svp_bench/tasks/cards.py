@@ -27,7 +27,7 @@ from msgspec import Meta
 from svp_bench.core.errors import CardError, UsageError, nearest, plural, show, unknown_name
 from svp_bench.core.resources import tasks_dirs
 from svp_bench.core.validate import Count, Digest, Positive, convert
-from svp_bench.core.yaml import Node, read_text, read_yaml
+from svp_bench.core.yaml import Node, once, read_text, read_yaml
 
 _T = TypeVar("_T")
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -288,6 +288,7 @@ class _Index:
         return _protocol(read_yaml(self.folder("protocol", card, self.protocols[name]) / card))
 
 
+@once
 def _index(root: Path | None) -> _Index:
     """Return the cards of all folders; CardError for a card that cannot belong to a suite."""
     if root is not None and not root.is_dir():
@@ -342,6 +343,7 @@ def list_tasks(suite: str | None = None, root: Path | None = None) -> list[str]:
     return [task for name in (index.suites if suite is None else [suite]) for task in index.suite(name).tasks]
 
 
+@once
 def load_task(name: str, root: Path | None = None) -> TaskCard:
     """Read and check the card of one task, e.g. "vtab/caltech101".
 
@@ -360,6 +362,7 @@ def load_task(name: str, root: Path | None = None) -> TaskCard:
     return _task(read_yaml(path), suite, index.protocol(suite.protocol))
 
 
+@once
 def load_suite(name: str, root: Path | None = None) -> SuiteCard:
     """Read and check the card of one suite, e.g. "vtab".
 
@@ -370,6 +373,7 @@ def load_suite(name: str, root: Path | None = None) -> SuiteCard:
     return _index(root).suite(name)
 
 
+@once
 def load_protocol(name: str, root: Path | None = None) -> ProtocolCard:
     """Read and check a protocol card, e.g. "vtab-final".
 

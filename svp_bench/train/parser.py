@@ -6,10 +6,11 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -52,6 +53,10 @@ _FRACTIONS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", 
 _CALL_ONLY = ("config", "ckpt_path", "weights_only", "verbose", "no_test", "resume")  # not part of the config
 _SUMMARIES = {"fit": "Adapt a backbone to a task.", "validate": "Score a checkpoint on val.", "test": "Score on test."}
 _JSONARGPARSE_4_49 = tuple(map(int, metadata.version("jsonargparse").split(".")[:2])) >= (4, 49)
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's are some ten times faster
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_KEPT = 64  # parsed and dumped configs
+_PLAIN: dict[str, dict[str, Any]] = {}  # arguments as text, without the task → config
 # null may override a value of a lower layer (no gradient clipping), so a saved config has it
 _KEEP_NULLS = {"skip_unset" if _JSONARGPARSE_4_49 else "skip_none": False}
 
@@ -180,22 +185,23 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
         ConfigError: If a key or value is refused.
     """
     make_importable(composed.flags.method, *composed.flags.configs)
-    parser = build_parser(subcommand)
     _check_method_keys(composed)
-    text = yaml.safe_dump(composed.values, sort_keys=False)
+    data = composed.values.get("data") or {}
+    shown = any(flag.startswith("--print_config") for flag in composed.flags.rest)
+    anywhere = {**composed.values, "data": {**data, "task": ""}}  # one parse for all tasks of a sweep
+    text = yaml.dump(composed.values if shown else anywhere, Dumper=_DUMPER, sort_keys=False)
     try:
-        arguments = parser.parse_args(["--config", text, *composed.flags.rest])
+        arguments = deepcopy(_parse(subcommand, text, composed.flags.rest))
     except ArgumentError as error:
         raise _explained(str(error), composed) from None
-    _check_values(arguments, parser, composed)
+    arguments.data.task = composed.flags.values.get("data.task") or data["task"]
+    _check_values(arguments, subcommand, composed)
     notices = _set_derived(arguments, composed)
     _resolve_precision(arguments.trainer)
     arguments.trainer.use_distributed_sampler = False  # the data module's samplers divide the work
     if arguments.model.scan_backend != "auto":
         BACKENDS.entry(arguments.model.scan_backend)
-    config = yaml.safe_load(parser.dump(arguments, skip_validation=True, format="yaml", **_KEEP_NULLS))
-    for key in _CALL_ONLY:
-        config.pop(key, None)
+    config = _plain(arguments, subcommand)
     sources = source_files(class_paths(config))
     _check_selected_config(composed, config, sources)
     card = load_task(str(config["data"]["task"]))
@@ -218,6 +224,33 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
         arguments=arguments,
         notices=tuple(notices),
     )
+
+
+@lru_cache(maxsize=_KEPT)
+def _parse(subcommand: str, config: str, flags: tuple[str, ...]) -> Namespace:
+    """Parse the text of a config and the flags on top of it."""
+    arguments: Namespace = build_parser(subcommand).parse_args(["--config", config, *flags])
+    return arguments
+
+
+def _plain(arguments: Namespace, subcommand: str) -> dict[str, Any]:
+    """Return arguments as the plain values of a config."""
+    task, arguments.data.task = arguments.data.task, ""
+    key = f"{subcommand} {arguments}"
+    arguments.data.task = task
+    if key not in _PLAIN:
+        dumped = build_parser(subcommand).dump(arguments, skip_validation=True, format="yaml", **_KEEP_NULLS)
+        _PLAIN[key] = yaml.load(dumped, Loader=_LOADER)
+        while len(_PLAIN) > _KEPT:
+            del _PLAIN[next(iter(_PLAIN))]
+    config = {key: value for key, value in deepcopy(_PLAIN[key]).items() if key not in _CALL_ONLY}
+    config["data"]["task"] = task
+    return config
+
+
+@cache
+def _defaults(subcommand: str) -> dict[str, Any]:
+    return dict(vars(build_parser(subcommand).get_defaults().as_flat()))
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -320,14 +353,14 @@ def _explained_class(key: str, text: str, where: str | None) -> ConfigError | No
     return ConfigError(one_line(f"{start}cannot use the {kind} {path!r} ({problem})"))
 
 
-def _check_values(arguments: Namespace, parser: ArgumentParser, composed: Composed) -> None:
+def _check_values(arguments: Namespace, subcommand: str, composed: Composed) -> None:
     """Refuse values that Lightning accepts but svp-bench does not.
 
     Raises:
         ConfigError: If there is one.
     """
     trainer = arguments.trainer
-    defaults = vars(parser.get_defaults().as_flat())
+    defaults = {**_defaults(subcommand)}
     method = import_object(arguments.model.method.class_path)
     for name, parameter in inspect.signature(method).parameters.items():
         defaults[f"model.method.init_args.{name}"] = parameter.default
