@@ -11,12 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers import SWEEP_FLAGS as FLAGS
 from helpers import assert_error, command, run, wait_for
+from jsonargparse import ArgumentParser
 from synthetic_records import make_record
 
 from svp_bench.config.compose import compose, split_flags
@@ -184,6 +187,25 @@ def test_a_dry_run_shows_the_disk_space_of_final_runs(undisturbed: Path, monkeyp
     assert re.search(r"Disk: about \d.*; \d.* free", longer.out), longer.out
     unsearched = run("sweep", *SWEEP, "--search", "search.yaml", "--dry_run", "--results_root", "empty")
     assert re.search(r"Disk: about \d", unsearched.out), unsearched.out  # of the final runs to come
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dry_run_reads_and_parses_once_for_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Any) -> Any:
+        return lambda *args, **more: (calls.update([name]), function(*args, **more))[1]
+
+    monkeypatch.setattr(yaml, "compose", counted("read", yaml.compose))
+    monkeypatch.setattr(ArgumentParser, "parse_args", counted("parse", ArgumentParser.parse_args))
+    cells = ("--tasks", "demo/count,demo/size", "--methods", "linear,offset", *FLAGS)
+    seen = []
+    for seeds in ("7", ",".join(map(str, range(300)))):
+        calls.clear()
+        assert run("sweep", *cells, "--seeds", seeds, "--dry_run").status == 0
+        seen.append(dict(calls))
+    assert seen[0]["read"] == seen[1]["read"]  # files
+    assert max(counts.get("parse", 0) for counts in seen) <= 2  # one for each method
 
 
 def test_the_disk_space_is_that_of_a_checkpoint(undisturbed: Path) -> None:
