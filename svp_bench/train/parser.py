@@ -55,7 +55,7 @@ _SUMMARIES = {"fit": "Adapt a backbone to a task.", "validate": "Score a checkpo
 _JSONARGPARSE_4_49 = tuple(map(int, metadata.version("jsonargparse").split(".")[:2])) >= (4, 49)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's are some ten times faster
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_KEPT = 64  # parsed and dumped configs
+_CACHED = 64  # parsed and dumped configs
 _PLAIN: dict[str, dict[str, Any]] = {}  # arguments as text, without the task → config
 # null may override a value of a lower layer (no gradient clipping), so a saved config has it
 _KEEP_NULLS = {"skip_unset" if _JSONARGPARSE_4_49 else "skip_none": False}
@@ -226,7 +226,7 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
     )
 
 
-@lru_cache(maxsize=_KEPT)
+@lru_cache(maxsize=_CACHED)
 def _parse(subcommand: str, config: str, flags: tuple[str, ...]) -> Namespace:
     """Parse the text of a config and the flags on top of it."""
     arguments: Namespace = build_parser(subcommand).parse_args(["--config", config, *flags])
@@ -241,7 +241,7 @@ def _plain(arguments: Namespace, subcommand: str) -> dict[str, Any]:
     if key not in _PLAIN:
         dumped = build_parser(subcommand).dump(arguments, skip_validation=True, format="yaml", **_KEEP_NULLS)
         _PLAIN[key] = yaml.load(dumped, Loader=_LOADER)
-        while len(_PLAIN) > _KEPT:
+        while len(_PLAIN) > _CACHED:
             del _PLAIN[next(iter(_PLAIN))]
     config = {key: value for key, value in deepcopy(_PLAIN[key]).items() if key not in _CALL_ONLY}
     config["data"]["task"] = task
