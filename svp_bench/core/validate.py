@@ -60,6 +60,7 @@ def convert(
         raise error(f"{place(keys)}: {sentence}") from None
 
 
+@cache
 def _plain(annotation: Any) -> Any:
     """Return an annotation without `Annotated` and `| None`."""
     while get_origin(annotation) is Annotated:

@@ -75,13 +75,23 @@ def build_table(
         else:
             left_out.append(LeftOut(record, *reason))
     counting: list[Record] = []
-    for runs in _grouped(sorted(entering, key=lambda run: (run.created, run.run_id)), _seed_key).values():
+    row_keys = {id(run): (run.method, row_digest(run)) for run in entering}
+    entering.sort(key=lambda run: (run.created, run.run_id))
+    for runs in _grouped(
+        entering, lambda run: (_section_key(run), row_keys[id(run)], _cell_key(run), run.seed)
+    ).values():
         counting.append(runs[-1])
         why = f"{runs[-1].run_id} is a newer run of the same cell and seed"
         left_out += [LeftOut(old, "superseded", why) for old in runs[:-1]]
     by_section = _grouped(counting, lambda run: (*_section_key(run), custom_data(run) if run.task in as_found else ""))
     sections = [
-        _section(suite, members, rules, level, custom_name(members) if key[-1] else "")
+        _section(
+            suite,
+            _grouped(members, lambda run: row_keys[id(run)]),
+            rules.get((members[0].protocol, members[0].protocol_version)),
+            level,
+            custom_name(members) if key[-1] else "",
+        )
         for key, members in sorted(by_section.items())
     ]
     sections.sort(key=lambda section: (section.random, section.data))
@@ -117,10 +127,6 @@ def _section_key(run: Record) -> tuple[Any, ...]:
     return run.protocol, run.protocol_version, run.backbone, run.checkpoint_digest or "", track_of(run)
 
 
-def _row_key(run: Record) -> tuple[str, str]:
-    return run.method, row_digest(run)
-
-
 def _cell_key(run: Record) -> tuple[str, str, str, str]:
     """Return the key of a cell within its row. Only failed runs lack a data digest, and none of them enters.
 
@@ -131,10 +137,6 @@ def _cell_key(run: Record) -> tuple[str, str, str, str]:
     return run.task, run.data_variant, run.data_digest or "", setting + run.source_digest
 
 
-def _seed_key(run: Record) -> tuple[Any, ...]:
-    return (*_section_key(run), *_row_key(run), *_cell_key(run), run.seed)
-
-
 def suite_of(problem: Problem) -> str | None:
     """Return the suite that the path of a file names, None if there is none."""
     parts = problem.path.split("/")
@@ -142,18 +144,19 @@ def suite_of(problem: Problem) -> str | None:
 
 
 def _section(
-    suite: SuiteCard, records: list[Record], rules: Mapping[tuple[str, int], ProtocolCard], level: float, data: str
+    suite: SuiteCard,
+    by_row: Mapping[tuple[str, str], list[Record]],
+    protocol: ProtocolCard | None,
+    level: float,
+    data: str,
 ) -> Section:
-    first = records[0]
-    protocol = rules.get((first.protocol, first.protocol_version))
-    by_row = _grouped(records, _row_key)
     labels = row_labels({key: members[0] for key, members in by_row.items()})
     rows = [_row(suite, key, labels[key], by_row[key], level, protocol) for key in sorted(by_row)]
     return Section(
         suite,
         level,
         protocol.selection if protocol else None,
-        tuple(_in_order(rows, ranked=first.checkpoint_digest is not None)),
+        tuple(_in_order(rows, ranked=next(iter(by_row.values()))[0].checkpoint_digest is not None)),
         data,
     )
 
