@@ -17,8 +17,6 @@ from typing import Any
 
 from svp_bench.core.errors import RecordError
 
-__all__ = ["SUFFIX", "archive_of", "archive_text", "packed", "packed_paths"]
-
 SUFFIX = ".jsonl.gz"
 _MAX_BYTES = 2**30  # of an archive, decompressed
 

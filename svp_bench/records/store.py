@@ -16,24 +16,6 @@ from svp_bench.records.archive import SUFFIX, archive_of, archive_text, packed, 
 from svp_bench.records.record import Record
 from svp_bench.records.schema import parse_record
 
-__all__ = [
-    "Problem",
-    "check_writable",
-    "continue_record",
-    "csv_text",
-    "pack",
-    "read_json",
-    "read_record",
-    "read_records",
-    "record_files",
-    "record_path",
-    "refuse_unwritable",
-    "replace_record",
-    "unpack",
-    "write_atomically",
-    "write_record",
-]
-
 _MAX_BYTES = 64 * 2**20  # of a record or another JSON file of results
 _SAME_RUN = (
     *("run_id", "created", "kind", "seed", "method", "backbone", "checkpoint_digest", "task_version", "protocol"),

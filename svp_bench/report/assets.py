@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 from svp_bench.core.errors import UnavailableError
 
-__all__ = ["LICENCES", "NOTICES", "Notice", "datatables_css", "datatables_js", "in_script", "plotly_js", "script_hash"]
-
 
 class Notice(NamedTuple):
     """The name, the copyright line and the licence, "MIT" or "ISC", of a part of the page."""

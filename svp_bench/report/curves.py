@@ -10,8 +10,6 @@ from pathlib import Path
 
 from svp_bench.records.record import Record
 
-__all__ = ["POINTS", "TAGS", "Curve", "read_curve", "read_curves", "thin"]
-
 TAGS = ("train/loss", "train/top1", "val/loss", "val/top1")
 """The logged scalars that are shown; `top1` is a fraction in the files, and percent in a `Curve`."""
 

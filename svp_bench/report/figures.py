@@ -17,8 +17,6 @@ from typing import Any
 from svp_bench.core.errors import plural, printable
 from svp_bench.report.model import Point, QuotedView, RowView, SectionView, SuiteView, TaskView, TradeOff, Value
 
-__all__ = ["COLOURS", "SHAPES", "columns_of", "figures_of", "plain", "slug"]
-
 Figure = dict[str, Any]
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C")

@@ -16,25 +16,6 @@ from svp_bench.stats.inference import one_standard_error
 from svp_bench.tables.model import Cell, Row, Section, Table, track_of
 from svp_bench.tasks.cards import SuiteCard
 
-__all__ = [
-    "Axis",
-    "Bounds",
-    "CellView",
-    "CurveRun",
-    "Point",
-    "QuotedView",
-    "RecordPool",
-    "ReportView",
-    "RowView",
-    "Run",
-    "SectionView",
-    "SetupView",
-    "SuiteView",
-    "TaskView",
-    "TradeOff",
-    "Value",
-]
-
 Bounds = tuple[float, float]
 
 

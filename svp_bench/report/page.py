@@ -48,8 +48,6 @@ from svp_bench.tables.notes import (
 from svp_bench.tables.quoted import citations
 from svp_bench.tasks.cards import load_suite, load_task
 
-__all__ = ["json_in_html", "render", "report_path", "write_report"]
-
 
 def json_in_html(value: Any) -> str:
     r"""Return JSON for a <script>: `<`, `>`, `&`, U+2028 and U+2029 are \u escapes."""

@@ -48,8 +48,6 @@ from svp_bench.tasks.cards import SuiteCard
 if TYPE_CHECKING:
     from svp_bench.stats.estimates import Estimate
 
-__all__ = ["front", "report_view"]
-
 PARAMETERS = Axis(
     "parameters",
     "trained parameters outside the head",

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Design", "power_of_t"]
-
 _SEEDS = range(2, 10_001)
 
 

@@ -14,8 +14,6 @@ from svp_bench.tables.model import track_of
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["load_results"]
-
 _FACTS = (
     *("suite", "task", "method", "backbone", "seed", "kind", "status", "top1", "config_digest", "setting_digest"),
     *("run_id", "created", "status_reason", "checkpoint", "checkpoint_digest", "protocol", "protocol_version"),

@@ -12,8 +12,6 @@ from svp_bench.core.errors import plural
 from svp_bench.records.defaults import row_setting
 from svp_bench.records.record import Record
 
-__all__ = ["custom_data", "custom_name", "row_labels", "short_value"]
-
 
 def custom_data(record: Record) -> str:
     """Return the key of a custom data set: variant and digest of the data that a run read."""

@@ -29,8 +29,6 @@ from svp_bench.tables.notes import (
 )
 from svp_bench.tables.render_text import align, without_empty, wrap
 
-__all__ = ["Pair", "compare_pair", "middle_p", "render_pairs"]
-
 
 @dataclass(frozen=True)
 class Pair:

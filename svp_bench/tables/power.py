@@ -16,8 +16,6 @@ from svp_bench.tables.model import Row, Section
 from svp_bench.tables.notes import MISSING, columns, heading, percent, short_name
 from svp_bench.tables.render_text import align, wrap
 
-__all__ = ["Noise", "design_of", "noise_of", "run_power"]
-
 _AT = (3, 5, 10, 20)  # seeds a task whose power is tabled
 _CAUTION = 0.8
 

@@ -9,8 +9,6 @@ from svp_bench.records.published import WHOLE, PublishedRow
 from svp_bench.tables.model import Table
 from svp_bench.tables.notes import MISSING, columns, one_line, shown_columns
 
-__all__ = ["citations", "not_quoted", "quoted_grid", "quoted_methods"]
-
 
 def quoted_methods(table: Table) -> list[tuple[PublishedRow, dict[str, str], str]]:
     """Return one entry a quoted method: a row of it, score column → value as printed, parameters as printed."""

@@ -33,8 +33,6 @@ from svp_bench.tables.notes import (
     weights,
 )
 
-__all__ = ["escape", "render_latex"]
-
 _SPECIAL = {
     **{char: f"\\{char}" for char in "_%&#${}"},
     **{char: f"${char}$" for char in "<>|"},  # in the default font encoding these three are other glyphs

@@ -20,8 +20,6 @@ from svp_bench.tables.render_csv import DATA_COLUMNS, SECTION_COLUMNS, csv_lines
 from svp_bench.tables.render_text import align, wrap
 from svp_bench.tasks.cards import SuiteCard
 
-__all__ = ["tax_path", "write_tax"]
-
 _WARNING = (
     "No number here is a result, and none compares with a leaderboard: the best epoch was picked on the test split, on "
     "purpose, to measure what that gains."
