@@ -198,6 +198,19 @@ def test_a_sweep_on_ray_survives_a_killed_worker_and_equals_a_local_one(tmp_path
     assert not list(tmp_path.rglob(".ray-*"))
 
 
+@pytest.mark.slow
+def test_of_200_queued_runs_none_is_lost_with_a_worker(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    seeds = ("--methods", "linear,bias", "--seeds", ",".join(map(str, range(100))), "--trainer.max_epochs", "1")
+    sweep = start(tmp_path, *seeds, "--engine", "ray", "--workers", "2", "--threads", "1")
+    until_runs_began(tmp_path, 50)
+    os.kill(next(workers_in(tmp_path)), signal.SIGKILL)
+    out, _ = sweep.communicate(timeout=1200)
+    assert sweep.returncode == 0, out[-2000:]
+    assert "200 runs complete (200 new), 0 failed" in out
+    assert len(scores(tmp_path / "results")) == 200
+
+
 CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
