@@ -101,3 +101,10 @@ def test_a_callback_that_adds_a_parameter_group_is_one_line() -> None:
     text = assert_error(command(*line("--trainer.callbacks+=groups.Adds", "--model.warmup_epochs", "0")), 2)
     assert "trainer.callbacks" in text
     assert "parameter group" in text
+
+
+def test_settings_are_not_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_FIT__TRAINER__MAX_EPOCHS", "3")
+    text = assert_error(command(*line()), 2)
+    assert "PL_FIT__TRAINER__MAX_EPOCHS" in text
+    assert "--trainer.max_epochs" in text

@@ -73,6 +73,8 @@ def test_prefix_tokens_dicts_and_early_stops() -> None:
     (early,) = model.forward_intermediates(images(), [1], stop_early=True, intermediates_only=True)
     assert not calls
     assert torch.equal(early, model.forward_intermediates(images(), [1], intermediates_only=True)[0])
+    (older,) = model.get_intermediate_layers(images(), [1], reshape=True)
+    assert torch.equal(older, early)
     with pytest.raises(ConfigError, match=r"unknown output_fmt 'NHWC'.*NCHW"):
         model.forward_intermediates(images(), output_fmt="NHWC")  # type: ignore[arg-type]
 
@@ -131,7 +133,16 @@ def test_a_flat_grid_keeps_its_directions() -> None:
     assert grid.std(dim=0).max() < 0.05
 
 
-def test_images_below_a_patch_are_refused() -> None:
+def test_set_input_size_with_other_patches() -> None:
+    model = nano()
+    model.set_input_size((64, 64), patch_size=16)
+    assert model.patch_embed.grid_size == (4, 4)
+    assert model.patch_embed.proj.weight.shape == (64, 3, 16, 16)
+    assert model.feature_info[0]["reduction"] == 16
+    assert model(images()).isfinite().all()
+    overlapping = timm.create_model("vim_tiny_patch16_stride8_224", img_size=48, depth=1)
+    with pytest.raises(ConfigError, match=r"patch_size \(8, 8\).*stride 8"):
+        overlapping.set_input_size(patch_size=8)
     with pytest.raises(ConfigError, match=r"4×4 is smaller than a patch of 8"):
         nano().set_input_size(4)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from svp_bench.core.atomic import replacing
 from svp_bench.core.errors import CheckpointError, UsageError, plural, unknown_name
 from svp_bench.models.layers import PatchEmbed, resize_positions
-from svp_bench.models.weight_files import GRID_KEY, dtype_name, first_line, read_weights, shown
+from svp_bench.models.weight_files import GRID_KEY, WRAPPER_PREFIXES, dtype_name, first_line, read_weights, shown
 
 __all__ = [
     "Head",
@@ -70,6 +72,11 @@ class LoadReport:
     kept: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
     head_digest: str | None = None
+
+    @property
+    def head_replaced(self) -> bool:
+        """Whether the file has a head that was left out."""
+        return bool(self.dropped)
 
     @property
     def resized(self) -> tuple[str, ...]:
@@ -140,9 +147,7 @@ def load_checkpoint(model: Backbone, path: str | Path, head: Head | None = None)
             cast[f"{dtype_name(file.tensors[name])} -> {dtype_name(target)}"] += 1
             if not bool(torch.isfinite(given[name]).all()):
                 raise CheckpointError(f"{path}: {name} holds numbers beyond {dtype_name(target)}, the model's type")
-    with torch.no_grad():
-        for name, value in given.items():
-            own[name].copy_(value)
+    _copy(given, own, path)
     model.load_report = LoadReport(
         path,
         resized,
@@ -152,6 +157,26 @@ def load_checkpoint(model: Backbone, path: str | Path, head: Head | None = None)
         head_digest=_digest({name: given[name] for name in own_head}) if keep else None,
     )
     return model.load_report
+
+
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor], path: Path) -> None:
+    """Copy tensors into the model; if one copy fails, restore the others."""
+    before: dict[str, Tensor] = {}
+    with torch.no_grad():
+        try:
+            for name, value in source.items():
+                before[name] = target[name].clone()
+                target[name].copy_(value)
+        except BaseException as error:
+            for name, value in before.items():
+                with suppress(RuntimeError):  # the one that cannot be written
+                    target[name].copy_(value)
+            if not isinstance(error, Exception):
+                raise
+            raise CheckpointError(
+                f"{path}: {shown([*before][-1])} could not be copied into the model ({first_line(error)}); the "
+                "model is unchanged"
+            ) from None
 
 
 def _check_head(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
@@ -224,8 +249,19 @@ def _check_names_and_shapes(
         hint = "the file also holds a method's adapter: save the backbone alone"
     elif missing and all(name.startswith(("adapter.", "head.")) for name in given):
         hint = "the trained part of a run alone goes to svp-bench predict --ckpt"
+    elif missing and (prefix := _common_prefix(missing, unexpected)):
+        hint = f"names begin with {shown(prefix)}: remove it ({', '.join(WRAPPER_PREFIXES)} are removed automatically)"
+    elif architecture := _guess_architecture(given):
+        hint = f"the file looks like {architecture}"
     problem = "; ".join([*parts, hint] if hint else parts)
     raise CheckpointError(f"{path}: does not fit {_model_name(model)}: {problem}")
+
+
+def _common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
+    """Return the text in front of every missing name in the file, if it is the same."""
+    found = {*unexpected}
+    prefixes = {name.removesuffix(missing[0]) for name in found if name.endswith(f".{missing[0]}")}
+    return next((prefix for prefix in prefixes if all(f"{prefix}{name}" in found for name in missing)), None)
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
@@ -236,6 +272,18 @@ def _model_name(model: Backbone) -> str:
     cfg: Any = getattr(model, "pretrained_cfg", None)
     name = cfg.get("architecture") if isinstance(cfg, dict) else getattr(cfg, "architecture", None)
     return str(name) if name else f"this model (width {model.embed_dim}, depth {model.depth})"
+
+
+def _guess_architecture(state: Mapping[str, Tensor]) -> str | None:
+    """Name the Vim that a state dict belongs to, from its width and depth."""
+    norm = state.get("norm_f.weight")
+    layers = [int(m[1]) for name in state if (m := re.match(r"layers\.(\d{1,4})\.mixer\.A_b_log", name))]
+    if norm is None or norm.ndim != 1 or not layers:
+        return None
+    width, depth = norm.shape[0], max(layers) + 1
+    sizes = {(192, 24): "vim_tiny", (384, 24): "vim_small", (768, 24): "vim_base", (64, 8): "vim_nano"}
+    size = sizes.get((width, depth))
+    return f"{size} (width {width}, depth {depth})" if size else f"a Vim of width {width} and depth {depth}"
 
 
 def backbone_digest(model: Backbone) -> str:

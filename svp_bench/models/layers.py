@@ -9,9 +9,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, trunc_normal_
 from torch import Tensor, nn
 
+from svp_bench.core.errors import ConfigError
 from svp_bench.models.hooks import is_plain
 
 __all__ = ["PatchEmbed", "RMSNorm", "hidden_head", "is_causal_conv", "resize_positions", "simam"]
@@ -52,6 +53,28 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"the model takes {expected} images, not {given}; create it with img_size={given}")
         patches: Tensor = self.proj(images)
         return patches.flatten(2).mT
+
+    def with_patch_size(self, size: tuple[int, int]) -> PatchEmbed:
+        """Return a copy with resized weights (bicubic) and patches of another size that do not overlap.
+
+        Raises:
+            ConfigError: If the patches of this layer overlap, or the new ones are not square.
+        """
+        if size == self.patch_size:
+            return self
+        if size[0] != size[1] or self.stride != self.patch_size[0]:
+            raise ConfigError(
+                f"patch_size {size} is not supported: patches are square, and those of this model "
+                f"({self.patch_size[0]}, stride {self.stride}) can only change if they do not overlap"
+            )
+        weight, bias = self.proj.weight, self.proj.bias
+        new = PatchEmbed(self.img_size, size[0], size[0], weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            new.proj.to(weight)
+            new.proj.weight.copy_(resample_patch_embed(weight, list(size)))
+            new.proj.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        new.proj.requires_grad_(weight.requires_grad)
+        return new
 
 
 def is_causal_conv(conv: nn.Module) -> bool:

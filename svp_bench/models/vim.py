@@ -391,24 +391,36 @@ class VisionMamba(nn.Module):
             nn.init.zeros_(head.bias)
             head.to(device=self.cls_token.device, dtype=self.cls_token.dtype).train(self.training)
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Change the image size (height and width) in place, as timm's ViTs do; resize the position embedding.
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Change the image size or the patch size in place, as timm's ViTs do.
+
+        Position embeddings and patch weights are resized (bicubic); the row of the class token is copied.
+
+        Args:
+            img_size: Height and width; unchanged if None.
+            patch_size: Side of a patch; unchanged if None. Only without overlap.
 
         Raises:
-            ConfigError: If the model carries a method, or the images are smaller than a patch.
+            ConfigError: If the model carries a method, or the patches do not fit.
         """
         self._refuse_method("set_input_size")
-        old, size = self.patch_embed, to_2tuple(img_size)
-        embed = PatchEmbed(size, old.patch_size[0], old.stride, self.in_chans, self.embed_dim)
-        embed.proj, grid = old.proj, embed.grid_size  # with its hooks and replacements
+        old = self.patch_embed
+        size = old.img_size if img_size is None else to_2tuple(img_size)
+        new = old if patch_size is None else old.with_patch_size(to_2tuple(patch_size))
+        embed = PatchEmbed(size, new.patch_size[0], new.stride, self.in_chans, self.embed_dim)
+        embed.proj, grid = new.proj, embed.grid_size  # with its hooks and replacements
         if min(grid) < 1:
-            raise ConfigError(f"set_input_size: {size[0]}×{size[1]} is smaller than a patch of {old.patch_size[0]}")
+            raise ConfigError(f"set_input_size: {size[0]}×{size[1]} is smaller than a patch of {new.patch_size[0]}")
         self.patch_embed = embed.train(old.training)
         if grid != old.grid_size:
             with torch.no_grad():
                 rows = resize_positions(self.pos_embed, old.grid_size, grid)
             self.pos_embed = nn.Parameter(rows, requires_grad=self.pos_embed.requires_grad)
         self.cls_index = embed.num_patches // 2
+        for info in self.feature_info:
+            info["reduction"] = embed.stride
 
     def _refuse_method(self, function: str) -> None:
         if self.adapter is not None or len(self.points):
@@ -523,6 +535,24 @@ class VisionMamba(nn.Module):
             return outputs
         intermediates = list(zip(taken, prefixes, strict=True)) if return_prefix_tokens else taken
         return intermediates if intermediates_only else (self._final_norm(state)[:, state.cls_index], intermediates)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> Any:
+        """Return the patch tokens after blocks n, or after the last n (older timm name of `forward_intermediates`)."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

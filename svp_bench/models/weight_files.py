@@ -10,15 +10,21 @@ A file may state the grid of its position embedding as `pos_embed_grid`, "ROWSxC
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import pickle
+import pickletools
 import re
+import struct
 import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from svp_bench.core.errors import CheckpointError
@@ -31,6 +37,9 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # DDP, torc
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "model_ema")  # the EMA copy only without another
 _MAX_NESTING = 4  # of containers
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SAFE_DTYPES = ("F32", "F16", "BF16", "F64")
+_ALLOWED_GLOBALS = ("collections.OrderedDict", "torch._utils._rebuild", "torch.storage.", "argparse.Namespace")
+_MAX_OPCODES = 10**6  # of a pickle that is searched for class names
 
 
 class WeightFile(NamedTuple):
@@ -71,10 +80,27 @@ def _is_safetensors(path: Path) -> bool:
 
 def _read_safetensors(path: Path) -> tuple[Mapping[Any, Any], object]:
     """Return tensors by name, and the stated grid or None."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 1)
+        if count > 1:
+            raise CheckpointError(f"{path}: {shown(name)} appears {count} times; save it once")
+        return dict(pairs)
+
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            return tensors, (file.metadata() or {}).get(GRID_KEY)
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("HeaderTooLarge")
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] not in _SAFE_DTYPES:
+                raise CheckpointError(
+                    f"{path}: {shown(name)} is of type {shown(entry['dtype'])}, not {', '.join(_SAFE_DTYPES)}"
+                )
+        return load_file(path), (header.get("__metadata__") or {}).get(GRID_KEY)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged header can raise anything
         raise CheckpointError(f"{path}: not a readable safetensors file ({first_line(error)})") from None
 
@@ -161,14 +187,33 @@ def _tensor_problem(value: object) -> str | None:
     if type(value) not in (Tensor, nn.Parameter):
         return f"is a {type(value).__name__}"
     assert isinstance(value, Tensor)
-    dtype, layout = dtype_name(value), str(value.layout).removeprefix("torch.")
-    if value.is_meta or value.is_nested or value.layout != torch.strided or value.dtype not in _DTYPES:
-        where = " on the meta device" if value.is_meta else ""
-        return f"is a {'nested' if value.is_nested else layout} tensor of type {dtype}{where}"
+    dtype = dtype_name(value)
+    for wrong, problem in (
+        (value.is_nested, "is a nested tensor"),
+        (value.is_quantized, f"is quantised ({dtype})"),
+        (value.layout != torch.strided, f"is sparse ({str(value.layout).removeprefix('torch.')})"),
+        (value.is_meta, "is on the meta device and holds no numbers"),
+        (value.dtype not in _DTYPES, f"is of type {dtype}"),
+    ):
+        if wrong:
+            return problem
+    if _overlaps(value):
+        return f"is a view of shape {tuple(value.shape)} and strides {value.stride()} whose numbers overlap in memory"
     memory = value.untyped_storage().nbytes()
     if value.numel() * value.element_size() > memory:
-        return f"of shape {tuple(value.shape)} has {memory} bytes of memory only"
+        return f"of shape {tuple(value.shape)} has {memory} bytes of memory"
     return None if bool(torch.isfinite(value.detach()).all()) else "holds NaN or infinite values"
+
+
+def _overlaps(value: Tensor) -> bool:
+    """Whether two elements of a strided tensor may share memory, as in an expanded one."""
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(value.shape, value.stride(), strict=True)):
+        if size > 1 and value.numel():
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def dtype_name(value: Tensor) -> str:
@@ -208,9 +253,9 @@ def load_pickle_safely(path: Path) -> Any:
             warnings.simplefilter("ignore")  # about pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything (struct.error, MemoryError, …)
-        if foreign := re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None:
+        if foreign := _foreign_class(path, error):
             raise CheckpointError(
-                f"{path}: refused: it holds pickled code or objects ({shown(foreign[1])}) in addition to tensors and "
+                f"{path}: refused: it holds pickled code or objects ({shown(foreign)}) in addition to tensors and "
                 "plain data; nothing of it was run; if you trust the file, save its state dict alone as .safetensors"
             ) from None
         kind = _kind_of_file(path)
@@ -219,13 +264,49 @@ def load_pickle_safely(path: Path) -> Any:
         ) from None
 
 
-def _kind_of_file(path: Path) -> str | None:
-    """Name a file that is often downloaded instead of a checkpoint; None for any other."""
+def _foreign_class(path: Path, error: Exception) -> str | None:
+    """Return the first class or function of a pickle that is not allowed, or None."""
+    if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL (\S+)", str(error))):
+        return match[1]
+    texts: list[str] = []
     try:
         with path.open("rb") as file:
-            start = file.read(256).lstrip()
+            for opcode, argument, _ in itertools.islice(pickletools.genops(file), _MAX_OPCODES):
+                found = None
+                if opcode.name in ("GLOBAL", "INST"):
+                    found = str(argument).replace(" ", ".")
+                elif opcode.name == "STACK_GLOBAL":
+                    found = ".".join(texts[-2:])
+                elif isinstance(argument, str):
+                    texts = [*texts[-1:], argument]
+                if found and not found.startswith(_ALLOWED_GLOBALS):
+                    return found
+    except Exception:  # not a pickle, or cut off
+        return None
+    return None
+
+
+def _kind_of_file(path: Path) -> str | None:
+    """Describe a file that is not a checkpoint; None for a damaged checkpoint."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+        if start.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                members = {name.rpartition("/")[2] for name in archive.namelist()}
+            if "constants.pkl" in members:
+                return "a TorchScript archive; save the state dict of the model"
+            return None if "data.pkl" in members else "a zip archive that torch.save did not write"
     except OSError as error:
         return first_line(error)
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, not the file itself: git lfs pull"
-    return "a page of HTML or XML" if start.startswith(b"<") else None if start else "the file is empty"
+    except Exception:  # a zip file without its directory: cut off
+        return None
+    for prefix, kind in (
+        (b"version https://git-lfs", "a pointer of Git LFS, not the file itself: git lfs pull"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", None),  # magic number of the legacy format
+        (b"\x80", "torch.save did not write it"),
+        (b"<", "a page of HTML or XML"),
+    ):
+        if start.lstrip().startswith(prefix):
+            return kind
+    return "neither torch.save nor safetensors wrote it" if start else "the file is empty"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 from collections.abc import Mapping
 from copy import deepcopy
@@ -185,6 +186,7 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
         ConfigError: If a key or value is refused.
     """
     make_importable(composed.flags.method, *composed.flags.configs)
+    _refuse_environment(subcommand)
     _check_method_keys(composed)
     data = composed.values.get("data") or {}
     shown = any(flag.startswith("--print_config") for flag in composed.flags.rest)
@@ -254,6 +256,14 @@ def _defaults(subcommand: str) -> dict[str, Any]:
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_environment(subcommand: str) -> None:
+    """Refuse environment variables of LightningCLI, which svp-bench does not read."""
+    prefix = f"PL_{subcommand.upper()}__"
+    if found := next((name for name in sorted(os.environ) if name.startswith(prefix)), None):
+        flag = found.removeprefix(prefix).lower().replace("__", ".")
+        raise UsageError(f"{found} is set, but settings are not read from the environment; unset it, give --{flag}")
 
 
 def _check_method_keys(composed: Composed) -> None:
