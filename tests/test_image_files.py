@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from svp_bench.data.content import differences_from_first_use, two_labels
+from svp_bench.data.content import differences_from_first_use, joined, two_labels
 from svp_bench.data.decode import Decoded, Depth, UnreadableImageError, decode, identify
 from svp_bench.data.sources import ArrayImages
 
@@ -360,8 +360,16 @@ def test_other_pixels_than_in_the_first_run_are_reported(tmp_path: Path) -> None
     assert "the pixels of test are not those of the first run here" in note
 
 
-def test_pixels_with_two_labels_are_counted() -> None:
-    values = noise(0).astype(np.uint8).reshape(10, 2, 3)
+def test_refit_is_train_and_val_by_content() -> None:
+    values, labels = noise(0).astype(np.uint8).reshape(10, 2, 3), np.arange(10) % 2
+
+    def part(name: str, positions: list[int], shift: int = 0) -> Any:
+        images = ArrayImages(name, values, (labels + shift) % 2, np.array(positions))
+        return images, images.examine()
+
+    train, val = part("train", [0, 1, 2]), part("val", [3, 4])
+    assert joined(part("refit", [4, 3, 2, 1, 0]), train, val) is None
+    assert "1 are only in refit, 1 only in train and val" in str(joined(part("refit", [0, 1, 2, 3, 5]), train, val))
+    assert "5 are only in refit" in str(joined(part("refit", [0, 1, 2, 3, 4], 1), train, val))
     values[1] = values[0]
-    images = ArrayImages("train", values, np.arange(10) % 2, np.array([0, 1, 2]))
-    assert two_labels((images, images.examine())) == 1
+    assert two_labels(part("train", [0, 1, 2])) == [(1, 0)]

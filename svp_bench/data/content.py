@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,11 +38,33 @@ def overlap(held: Split, seen: Split) -> tuple[int, str]:
     )
 
 
-def two_labels(split: Split) -> int:
-    """Return how many images a split has before with another label."""
+def two_labels(split: Split) -> list[tuple[int, int]]:
+    """Return (position, earlier position) for each image that a split has before with another label."""
     first: dict[bytes, int] = {}
-    pairs = zip(split[1].keys(), split[0].labels.tolist(), strict=True)
-    return sum(label != first.setdefault(key, label) for key, label in pairs)
+    labels = split[0].labels
+    pairs = []
+    for index, key in enumerate(split[1].keys()):
+        before = first.setdefault(key, index)
+        if labels[before] != labels[index]:
+            pairs.append((index, before))
+    return pairs
+
+
+def joined(refit: Split, train: Split, val: Split) -> str | None:
+    """Compare `refit` with train and val together, as pixels and labels; return the difference, or None."""
+
+    def content(images: Images, examined: Examined) -> Counter[tuple[bytes, int]]:
+        return Counter(zip(examined.keys(), images.labels.tolist(), strict=True))
+
+    both = content(*train) + content(*val)
+    ours = content(*refit)
+    if ours == both:
+        return None
+    names = f"{train[0].name} and {val[0].name} together"
+    return (
+        f"{refit[0].name} does not hold the images and labels of {names}: "
+        f"{(ours - both).total()} are only in {refit[0].name}, {(both - ours).total()} only in {names}"
+    )
 
 
 def differences_from_first_use(path: Path, digests: Mapping[str, str]) -> list[str]:

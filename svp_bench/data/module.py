@@ -25,7 +25,7 @@ from svp_bench.core.errors import ConfigError, DataError, UsageError, plural, pr
 from svp_bench.core.ranges import check_range
 from svp_bench.data.augment import AugmentConfig, Augmenter
 from svp_bench.data.cache import examined
-from svp_bench.data.content import content_digest, differences_from_first_use, overlap, two_labels
+from svp_bench.data.content import content_digest, differences_from_first_use, joined, overlap, two_labels
 from svp_bench.data.decode import Depth
 from svp_bench.data.folds import CrossValidationConfig, with_fold
 from svp_bench.data.inspection import Examined
@@ -243,8 +243,11 @@ class VisionDataModule(LightningDataModule):
     def _examine(self, source: Source, report: DataReport) -> DataReport:
         """Decode all images of this stage once: check, count and compare them; return the report with what it adds."""
         names = [*dict.fromkeys(self.splits.values())]
-        found = {name: examined(source.get(name), rank_zero_info) for name in names}
+        parts = self._parts_of_refit(source)
+        found = {name: examined(source.get(name), rank_zero_info) for name in [*names, *parts]}
         need_readable([(source.get(name), found[name]) for name in names])
+        if any(found[name].problems for name in parts):  # of a stage that this one does not need
+            parts = []
         depth = Depth.of(*(_largest(found.values(), name) for name in ("largest_whole", "largest_real")))
         for images in source.splits.values():
             images.depth = depth
@@ -255,7 +258,7 @@ class VisionDataModule(LightningDataModule):
             done = {**found[name].notes, **depth.notes(found[name].whole, found[name].real)}
             for note, count in done.items():
                 self.image_notes[note] = self.image_notes.get(note, 0) + count
-        notes = self._compare(source, found, report)
+        notes = self._compare(source, found, parts, report)
         if self.image_notes:
             first = [path for paths in source.skipped.values() for path in paths][:3]
             rank_zero_warn(
@@ -265,7 +268,31 @@ class VisionDataModule(LightningDataModule):
             )
         return report if not notes else replace(report, status="different", notes=(*report.notes, *notes))
 
-    def _compare(self, source: Source, found: Mapping[str, Examined], report: DataReport) -> list[str]:
+    def _parts_of_refit(self, source: Source) -> list[str]:
+        """Return the names of train and val if the training split should hold both, and its files are others."""
+        select, counts = self.protocol.stages.get("select", {}), self.card.counts
+        parts = [select[role] for role in ("train", "val") if role in select]
+        refit = self.splits["train"]
+        if (
+            source.synthetic
+            or self.stage != "final"
+            or len(parts) < 2
+            or refit in parts
+            or not {*parts} <= source.splits.keys()
+        ):
+            return []
+        if sum(counts.get(name, 0) for name in parts) != counts[refit] and not self.card.as_found:
+            return []
+
+        def entries(name: str) -> set[tuple[str, int]]:
+            images = source.get(name)
+            return set(zip(images.keys(), images.labels.tolist(), strict=True))
+
+        return [] if entries(refit) == set().union(*map(entries, parts)) else parts
+
+    def _compare(
+        self, source: Source, found: Mapping[str, Examined], parts: list[str], report: DataReport
+    ) -> list[str]:
         """Compare the splits by content; return what makes the data differ from their card.
 
         Raises:
@@ -288,9 +315,12 @@ class VisionDataModule(LightningDataModule):
                         f"{text}; remove them from one of the two, or keep them with --data.allow_overlap true "
                         "(records will say data_status: different)"
                     )
-                notes += [] if as_pinned else [text]
-        if count := two_labels(train):
-            self.image_notes[f"images of {train[0].name} that have two labels"] = count
+                if not as_pinned:
+                    notes.append(text)
+        if pairs := two_labels(train):
+            self.image_notes[f"images of {train[0].name} that have two labels"] = len(pairs)
+        if parts and (difference := joined(train, splits[parts[0]], splits[parts[1]])):
+            notes.append(difference)
         return notes
 
     def compare_with_first_use(self, results_root: Path) -> None:
@@ -505,12 +535,12 @@ class VisionDataModule(LightningDataModule):
         sizes = (below, below + parts) if below > count else range(parts, count + 2 * parts, parts)
         fit = [size for size in sizes if self._last(count, size) >= least]
         near = sorted(sorted(fit, key=lambda size: (abs(size - batch_size), size))[:2])
-        allowed = f"{' or '.join(map(str, near))} would fit"
+        allowed = " or ".join(map(str, near))
         if batch_size % parts:
-            raise ConfigError(f"{given} cannot be divided by {shared}; {allowed}")
+            raise ConfigError(f"{given} cannot be divided by {shared}; {allowed} would fit")
         raise ConfigError(
             f"{given} leaves a last batch of {self._last(count, batch_size)} of the {plural(count, 'image')}, "
-            f"fewer than {shared}; {allowed}, or leave it out with --data.drop_last true"
+            f"fewer than {shared}; {allowed} would fit, or leave it out with --data.drop_last true"
         )
 
     def _last(self, count: int, batch_size: int) -> int:
