@@ -26,8 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CENTRED", "FAMILIES", "GRID", "POSE", "SIZE", "VERSION", "Chance", "SyntheticBatch", "draw", "family_of"]
-
 VERSION = 1  # increased by every change of the images, beyond rounding
 SIZE = 64
 GRID = 8

@@ -31,8 +31,6 @@ from svp_bench.models.checkpoints import backbone_digest, load_checkpoint
 from svp_bench.models.weight_files import load_pickle_safely
 from svp_bench.records.store import read_json, write_atomically
 
-__all__ = ["better", "export", "main", "weights_of"]
-
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("log.csv", "held_out.csv", "curve.png", SUMMARY)
 MOST_BYTES = 4 * 1000**2

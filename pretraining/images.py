@@ -11,8 +11,6 @@ from PIL import Image, ImageDraw
 
 from pretraining.drawing import FAMILIES, SIZE, SyntheticBatch, draw, family_of
 
-__all__ = ["contact_sheet", "loss_curve"]
-
 _COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207))
 
 

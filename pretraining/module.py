@@ -15,8 +15,6 @@ from pretraining.drawing import CENTRED, GRID, POSE, SIZE
 from svp_bench.core.errors import ConfigError
 from svp_bench.methods.build import create_backbone
 
-__all__ = ["COARSE", "PARTS", "Pretraining", "TensorBatch"]
-
 COARSE = 16
 PARTS = ("pose", "coarse", "patch", "centred", "spread")  # of the loss, in the order of the log
 

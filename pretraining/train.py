@@ -42,8 +42,6 @@ from svp_bench.records.store import write_atomically
 from svp_bench.train.checkpoint import AtomicCheckpointIO
 from svp_bench.train.logging import quiet
 
-__all__ = ["HELD_OUT_SEED", "RunLog", "SyntheticData", "main", "parse", "train"]
-
 CONFIG = Path(__file__).with_name("config.yaml")
 HELD_OUT_SEED = 20_261_122  # of the validation images: no run may train on it
 CHECKPOINT = "last.ckpt"

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Card"]
-
 
 class Card(TorchDispatchMode):
     """Raise what CUDA's allocator raises once the tensors created under it take more than `limit` bytes.

@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from ptx_memory import GRANULE, WARP, Array, Counts, Fault, Memory, Watch, as_stored
 
-__all__ = ["Counts", "Fault", "Memory", "Program"]
-
 _SHARED_BASE = 1 << 12  # so that an address is not by chance right
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _KINDS = {"u": "u", "b": "u", "s": "i", "f": "f"}

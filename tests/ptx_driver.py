@@ -20,8 +20,6 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 
-__all__ = ["Driver", "install"]
-
 
 class Driver(DriverBase):  # type: ignore[misc]  # triton has no types
     """One GPU of the compute capability given (90: H100). `counts`, where set, takes what launches execute."""

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["GRANULE", "WARP", "Array", "Counts", "Fault", "Memory", "Watch", "as_stored"]
-
 Array = npt.NDArray[Any]
 WARP = 32
 

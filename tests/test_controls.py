@@ -18,7 +18,8 @@ from svp_bench.core.errors import ConfigError
 from svp_bench.methods.adapter import ACTIVATIONS, Adapter
 from svp_bench.methods.base import Method
 from svp_bench.methods.bias import BIASES, Bias
-from svp_bench.methods.build import adapt, create_model, trained_parameters
+from svp_bench.methods.build import adapt, create_model
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.methods.offset import Offset
 from svp_bench.models import VisionMamba
 from svp_bench.ops import backend_statuses

@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from svp_bench.core.errors import UnavailableError
-from svp_bench.methods.build import create_model, trained_parameters
+from svp_bench.methods.build import create_model
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.models import TokenState, VisionMamba
 from svp_bench.ops import (
     Direction,

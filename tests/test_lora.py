@@ -16,7 +16,8 @@ from tolerances import BACKBONE, SAME_MATHS, relative_error
 from torch import Tensor, nn
 
 from svp_bench.core.errors import ConfigError
-from svp_bench.methods.build import adapt, create_model, trained_parameters
+from svp_bench.methods.build import adapt, create_model
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.methods.full import Full
 from svp_bench.methods.linear import Linear
 from svp_bench.methods.lora import TARGETS, LoRA, _AddProduct

@@ -23,7 +23,8 @@ import svp_bench
 from svp_bench.core.errors import ConfigError, UsageError
 from svp_bench.methods import METHODS
 from svp_bench.methods.base import Method, build_method
-from svp_bench.methods.build import adapt, create_model, trained_parameters
+from svp_bench.methods.build import adapt, create_model
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.models import TokenState, VisionMamba
 from svp_bench.models.hooks import LINEAR_POINTS, TENSOR_POINTS
 from svp_bench.ops import backend_statuses

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method
-from svp_bench.methods.build import adapt, create_model, trained_parameters
+from svp_bench.methods.build import adapt, create_model
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.methods.svp import SVP
 from svp_bench.methods.vpt import POSITIONS, VPTDeep, VPTShallow, prompt_positions
 from svp_bench.models import TokenState, VisionMamba

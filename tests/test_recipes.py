@@ -35,7 +35,8 @@ from svp_bench.data.module import VisionDataModule
 from svp_bench.data.samplers import GlobalBatchSampler, Positions
 from svp_bench.data.synthetic import draw_task
 from svp_bench.data.transforms import EvalTransform, TransformConfig
-from svp_bench.methods.build import adapt, create_backbone, trained_parameters
+from svp_bench.methods.build import adapt, create_backbone
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.methods.svp import SVP
 from svp_bench.models.layers import hidden_head, simam
 from svp_bench.records.digests import cell_config, config_digest, flat, setting_digest

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BACKBONE", "OPS", "SAME_MATHS", "Tolerance", "relative_error"]
-
 
 class Tolerance(NamedTuple):
     """Largest relative error of results and of gradients."""

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-__all__ = ["RUN_COMMANDS", "SUBCOMMANDS", "Subcommand"]
-
 RUN_COMMANDS = {
     "fit": "adapt a backbone to a task; in stage final, test once and write the record",
     "validate": "score a checkpoint on val (stage select)",

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from svp_bench.cli.parser import call_action, print_table
 
-__all__ = ["data"]
-
 
 def data(*arguments: str) -> int:
     """Check the images on disk, or create a small synthetic data set."""

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from svp_bench.core.errors import plural
 from svp_bench.core.registry import importing_torch
 
-__all__ = ["doctor"]
-
 
 def doctor() -> int:
     """Report which scan backends run here, or why not; test them; compile their kernels.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from svp_bench.cli.parser import print_table
 
-__all__ = ["methods", "tasks"]
-
 
 def tasks(name: str | None = None, /) -> int:
     """List the tasks, or show the card of one task.

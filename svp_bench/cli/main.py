@@ -17,8 +17,6 @@ from svp_bench.core.registry import importing_torch
 from svp_bench.core.resources import CUSTOM_TASKS
 from svp_bench.core.terminal import readable_output
 
-__all__ = ["entry_point", "main"]
-
 _RENAMED = {  # older names
     "--choice": "--selected_config",
     "own/pictures": "custom/images",

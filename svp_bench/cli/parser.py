@@ -16,8 +16,6 @@ from typing import Annotated, Any, Literal, NewType, NoReturn, get_args, get_ori
 
 from svp_bench.core.errors import UsageError, nearest, printable, unknown_name
 
-__all__ = ["CommandLine", "Parser", "call_action", "call_function", "print_table", "whole_number"]
-
 CommandLine = NewType("CommandLine", tuple[str, ...])
 """Type of a parameter that receives the unparsed subcommand and arguments."""
 

@@ -7,8 +7,6 @@ from typing import Annotated
 from svp_bench.cli.parser import whole_number
 from svp_bench.core.registry import importing_torch
 
-__all__ = ["demo", "predict"]
-
 
 def demo(*, results_root: str = "results", runs_root: str = "runs") -> int:
     """Adapt embedded weights to three tasks with four methods, offline; print a leaderboard in minutes.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["migrate", "pack"]
-
 
 def migrate(*, results_root: str = "results", dry_run: bool = False) -> int:
     """Rewrite records and selected configs of an older schema, and list the changes.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-__all__ = ["report"]
-
 
 def report(
     *,

@@ -6,8 +6,6 @@ from typing import Annotated
 
 from svp_bench.core.registry import importing_torch
 
-__all__ = ["audit", "replicate", "rerun"]
-
 
 def audit(records: Annotated[tuple[str, ...], "RECORD"], /, *, results_root: str | None = None) -> int:
     """Check what records prove: splits, budget, search, seeds, code.

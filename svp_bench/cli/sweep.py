@@ -12,8 +12,6 @@ from svp_bench.core.errors import UsageError, unknown_name
 from svp_bench.core.resources import custom_tasks_flags
 from svp_bench.tasks.cards import list_tasks, load_suite, load_task
 
-__all__ = ["sweep", "tune"]
-
 
 def _names(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",")]

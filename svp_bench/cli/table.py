@@ -8,8 +8,6 @@ from typing import Annotated
 
 from svp_bench.core.errors import UsageError
 
-__all__ = ["power", "table"]
-
 
 def table(
     *,

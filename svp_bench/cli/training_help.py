@@ -12,8 +12,6 @@ from svp_bench.core.resources import configs_dir
 from svp_bench.core.yaml import read_yaml
 from svp_bench.records.digests import flat
 
-__all__ = ["training_help"]
-
 _OWN = {
     "fit": (
         ("--config FILE", "a task's config; further ones override it. Needed, unless --data.task is given"),

@@ -21,8 +21,6 @@ from svp_bench.records.record import SearchSummary
 from svp_bench.records.selection import SelectedConfig, read_selected_config
 from svp_bench.tasks.cards import TaskCard, list_tasks, load_protocol, load_suite, load_task
 
-__all__ = ["Composed", "Flags", "compose", "find_config", "method_layer", "split_flags"]
-
 DEFAULT_METHOD = "svp"
 _NO_TASKS = ("method", "recipes", "search")  # folders of configs/ that hold no task's config
 _BACKBONE_KEYS = ("backbone", "checkpoint", "scan_backend")  # keys of `model` that stay when the method is swapped

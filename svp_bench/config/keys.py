@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.records.migrate import MOVED
 
-__all__ = ["DERIVED", "GENERAL", "LISTS", "Setting", "check_keys", "known_keys", "settings"]
-
 _CLASSES = {"model": ("train/module.py", "AdaptationModule"), "data": ("data/module.py", "VisionDataModule")}
 _GROUPS = {  # class of a group of settings → its file
     "OptimizerConfig": "train/optim.py",

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["open_regular", "read_regular", "replacing"]
-
 _KINDS = (
     (stat.S_ISDIR, errno.EISDIR, "a folder, not a file"),
     (stat.S_ISFIFO, errno.EINVAL, "a FIFO, not a file"),

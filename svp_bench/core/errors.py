@@ -11,26 +11,6 @@ import re
 import reprlib
 from collections.abc import Iterable
 
-__all__ = [
-    "CardError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "NonFiniteLossError",
-    "OutOfMemoryError",
-    "RecordError",
-    "SvpBenchError",
-    "UnavailableError",
-    "UsageError",
-    "file_size",
-    "nearest",
-    "one_line",
-    "plural",
-    "printable",
-    "show",
-    "unknown_name",
-]
-
 # Control characters (ANSI escapes begin with one), line separators, halves of surrogate pairs, and the marks that
 # reverse the order in which a terminal shows text.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["INTERRUPTS", "Interrupts", "Preempted", "ignore_from_now_on"]
-
 
 class Preempted(BaseException):  # not an Exception: a library must not swallow it with its errors
     """Raised where a run stops because of a signal, after its state is saved."""

@@ -8,8 +8,6 @@ from typing import TypeVar
 
 from svp_bench.core.errors import ConfigError, unknown_name
 
-__all__ = ["check_one_of", "check_range"]
-
 Number = TypeVar("Number", int, float)
 
 

@@ -16,8 +16,6 @@ from typing import Any
 
 from svp_bench.core.errors import unknown_name
 
-__all__ = ["Entry", "Registry", "import_object", "importing_torch", "make_importable"]
-
 _NAME = re.compile(r"[a-z][a-z0-9_]*[a-z0-9]")
 
 

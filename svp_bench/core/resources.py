@@ -8,17 +8,6 @@ from pathlib import Path
 
 from svp_bench.core.errors import SvpBenchError, UsageError
 
-__all__ = [
-    "CUSTOM_TASKS",
-    "cache_dir",
-    "checkout_root",
-    "configs_dir",
-    "custom_tasks_flags",
-    "published_dir",
-    "tasks_dir",
-    "tasks_dirs",
-]
-
 CUSTOM_TASKS = "SVP_BENCH_TASKS"
 """The environment variable that names folders of further cards; `--tasks_dir DIR` sets it for one command."""
 

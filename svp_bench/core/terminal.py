@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["ascii_for", "has_width", "plain_console", "readable_output"]
-
 _HANDLER = "svp-bench-ascii"  # name of the codec error handler
 _ASCII = {
     "…": "...",

@@ -14,8 +14,6 @@ from msgspec import Meta
 
 from svp_bench.core.errors import SvpBenchError, show, unknown_name
 
-__all__ = ["Count", "Digest", "Finite", "Keys", "Positive", "Text", "convert"]
-
 T = TypeVar("T")
 Keys = tuple[str | int, ...]
 

@@ -20,8 +20,6 @@ from yaml.reader import Reader
 from svp_bench.core.atomic import read_regular
 from svp_bench.core.errors import CardError, SvpBenchError, show, unknown_name
 
-__all__ = ["Node", "check_value", "once", "read_text", "read_yaml", "reading_once"]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

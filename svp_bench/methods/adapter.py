@@ -13,8 +13,6 @@ from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method, check_setting
 from svp_bench.models import VisionMamba
 
-__all__ = ["ACTIVATIONS", "Adapter"]
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,

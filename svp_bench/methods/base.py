@@ -12,8 +12,6 @@ import torch
 from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.models import VisionMamba
 
-__all__ = ["Method", "check_names", "check_setting", "selected_blocks"]
-
 
 class Method:
     """Base class of the methods. Subclass it, declare the promises, build the adapter in `attach`.

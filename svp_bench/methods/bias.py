@@ -11,8 +11,6 @@ from svp_bench.methods.base import Method, check_names
 from svp_bench.models import VisionMamba
 from svp_bench.models.hooks import plain_parameter
 
-__all__ = ["BIASES", "Bias"]
-
 BIASES = ("dt_proj", "conv1d", "patch_embed")
 
 

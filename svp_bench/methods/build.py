@@ -10,12 +10,9 @@ import timm
 from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.methods import METHODS, checks
 from svp_bench.methods.base import Method, build_method
-from svp_bench.methods.checks import trained_parameters
 from svp_bench.models import VisionMamba
 from svp_bench.models.checkpoints import Head, keeps_head, load_checkpoint, resolve_checkpoint
 from svp_bench.models.layers import PatchEmbed
-
-__all__ = ["adapt", "create_backbone", "create_model", "input_size", "trained_parameters"]
 
 
 def list_backbones() -> list[str]:

@@ -14,15 +14,6 @@ from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method
 from svp_bench.models import VisionMamba
 
-__all__ = [
-    "check_copies",
-    "check_identity",
-    "check_parameters",
-    "check_promises",
-    "declares_identity",
-    "probe_features",
-]
-
 # the name of a parameter after pruning, weight_norm or parametrizations
 _DERIVED = re.compile(r"(\.parametrizations)?\.(\w+?)(_orig|_g|_v|\.original[01]?)$")
 

@@ -7,8 +7,6 @@ import math
 from svp_bench.methods.base import Method
 from svp_bench.models import VisionMamba
 
-__all__ = ["Full"]
-
 
 class Full(Method):
     """Every parameter of the backbone is trained.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from svp_bench.methods.base import Method
 from svp_bench.models import VisionMamba
 
-__all__ = ["Linear"]
-
 
 class Linear(Method):
     """Train the head alone.

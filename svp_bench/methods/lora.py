@@ -15,8 +15,6 @@ from svp_bench.models import VisionMamba
 from svp_bench.models.hooks import is_plain, plain_parameter
 from svp_bench.ops import is_tracing
 
-__all__ = ["TARGETS", "LoRA"]
-
 TARGETS = ("embed", "in_proj", "X", "Z", "x_proj", "d", "B", "C", "dt_proj", "out_proj")
 
 

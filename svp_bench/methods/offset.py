@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from svp_bench.methods.base import Method, selected_blocks
 from svp_bench.models import TokenState, VisionMamba
 
-__all__ = ["Offset"]
-
 
 class Offset(Method):
     """A trained vector per block, added to every patch token of the block input: x + v_i.

@@ -14,8 +14,6 @@ from svp_bench.methods.base import Method, check_setting, selected_blocks
 from svp_bench.models import TokenState, VisionMamba
 from svp_bench.ops import PromptTerms, add_prompts
 
-__all__ = ["SVP"]
-
 
 class SVP(Method):
     """Token-wise prompts before each block, generated from the tokens themselves by two light paths.

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from svp_bench.methods.base import Method, check_setting
 from svp_bench.models import TokenState, VisionMamba
 
-__all__ = ["VPTDeep", "VPTShallow"]
-
 Position = Literal["prefix", "suffix", "both", "around_cls", "spread"]
 POSITIONS = ("prefix", "suffix", "both", "around_cls", "spread")
 

@@ -24,17 +24,6 @@ from svp_bench.core.errors import CheckpointError, UsageError, plural, unknown_n
 from svp_bench.models.layers import PatchEmbed, resize_positions
 from svp_bench.models.weight_files import GRID_KEY, WRAPPER_PREFIXES, dtype_name, first_line, read_weights, shown
 
-__all__ = [
-    "Head",
-    "LoadReport",
-    "backbone_digest",
-    "embedded_checkpoint",
-    "keeps_head",
-    "load_checkpoint",
-    "resolve_checkpoint",
-    "save_weights",
-]
-
 Head = Literal["fresh", "keep"]
 Grid = tuple[int, int]
 MAX_PATCHES = 2**16  # 256 × 256; a larger position embedding is refused before it is resized

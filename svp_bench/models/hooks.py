@@ -19,8 +19,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from svp_bench.core.errors import ConfigError
 from svp_bench.ops import PromptTerms, add_prompts
 
-__all__ = ["LINEAR_POINTS", "TENSOR_POINTS", "HookPoints", "TokenState", "is_plain", "plain_parameter"]
-
 LINEAR_POINTS = ("in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj")
 TENSOR_POINTS = (
     *(f"{name}.weight" for name in (*LINEAR_POINTS, "conv1d", "conv1d_b")),

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from svp_bench.core.errors import ConfigError
 from svp_bench.models.hooks import is_plain
 
-__all__ = ["PatchEmbed", "RMSNorm", "hidden_head", "is_causal_conv", "resize_positions", "simam"]
-
 NORM_EPS = 1e-5  # of the published checkpoints; timm's usual 1e-6 gives other numbers
 
 

@@ -31,8 +31,6 @@ from svp_bench.models.hooks import LINEAR_POINTS, HookPoints, TokenState, is_pla
 from svp_bench.models.layers import PatchEmbed, RMSNorm, is_causal_conv, resize_positions
 from svp_bench.ops import Direction, Recompute, add_norm, bidirectional_conv, bidirectional_scan, is_tracing, require
 
-__all__ = ["Block", "Mixer", "VisionMamba"]
-
 
 class Mixer(nn.Module):
     """The bidirectional Mamba mixer of Vim ("v2"): one in_proj and out_proj, two of everything between (Algorithm 1).

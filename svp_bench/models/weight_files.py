@@ -29,8 +29,6 @@ from torch import Tensor, nn
 
 from svp_bench.core.errors import CheckpointError
 
-__all__ = ["GRID_KEY", "WRAPPER_PREFIXES", "WeightFile", "check_tensor", "load_pickle_safely", "read_weights"]
-
 GRID_KEY = "pos_embed_grid"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # DDP, torch.compile, Lightning, timm
 

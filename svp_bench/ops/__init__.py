@@ -14,10 +14,6 @@ from svp_bench.ops.backends import BACKENDS, BackendStatus, backend_statuses, li
 
 if TYPE_CHECKING:
     from svp_bench.ops.interface import (
-        BackendChoice,
-        Direction,
-        PromptTerms,
-        Recompute,
         add_norm,
         add_prompts,
         bidirectional_conv,
@@ -27,6 +23,7 @@ if TYPE_CHECKING:
         is_tracing,
         selective_scan,
     )
+    from svp_bench.ops.types import BackendChoice, Direction, PromptTerms, Recompute
 
 __all__ = [
     "BACKENDS",

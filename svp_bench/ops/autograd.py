@@ -14,8 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from svp_bench.ops.types import Direction, Flags, Recompute, Tensors
 
-__all__ = ["FIELDS", "conv_function", "scan_function"]
-
 FIELDS = 7  # tensors of a Direction
 
 

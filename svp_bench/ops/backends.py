@@ -10,8 +10,6 @@ from types import ModuleType
 from svp_bench.core.errors import UnavailableError
 from svp_bench.core.registry import Registry
 
-__all__ = ["BACKENDS", "BackendStatus", "backend_module", "backend_statuses", "list_backends", "require"]
-
 BACKENDS = Registry("scan backend", listing="svp-bench doctor")
 # In the order in which `auto` tries them. A backend module provides `unavailable()`, `unsupported(device, dtype)`,
 # `scan` and `conv`; svp_bench/ops/reference.py is the model.

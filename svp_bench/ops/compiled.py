@@ -14,8 +14,6 @@ from typing import Any
 from svp_bench.core.resources import cache_dir
 from svp_bench.ops.memory import keep_freed_memory
 
-__all__ = ["cache_folder", "kernel"]
-
 _SOURCES = ("simd.py", "cpu_kernels.py")
 _lock = threading.RLock()
 _addresses: dict[str, int] = {}

@@ -21,8 +21,6 @@ from svp_bench.ops.norm import norm_functions
 from svp_bench.ops.threads import run_kernel
 from svp_bench.ops.types import Direction, Flags, Recompute, Tensors
 
-__all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
-
 _DENSE: Any = {"memory_format": torch.contiguous_format}
 _TASKS = 16  # at least so many tasks, for many cores at batch 1; fixed, so that the order of sums is fixed
 

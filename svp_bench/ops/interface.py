@@ -19,21 +19,6 @@ from svp_bench.ops import traceable
 from svp_bench.ops.backends import BACKENDS, backend_module
 from svp_bench.ops.types import BackendChoice, Direction, PromptTerms, Recompute
 
-__all__ = [
-    "BackendChoice",
-    "Direction",
-    "PromptTerms",
-    "Recompute",
-    "add_norm",
-    "add_prompts",
-    "bidirectional_conv",
-    "bidirectional_scan",
-    "causal_conv1d",
-    "choose",
-    "is_tracing",
-    "selective_scan",
-]
-
 _LOADED: dict[str, ModuleType] = {}
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 

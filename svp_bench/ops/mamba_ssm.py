@@ -16,8 +16,6 @@ from torch import Tensor
 
 from svp_bench.ops.types import Direction, Flags, Recompute, Tensors
 
-__all__ = ["conv", "scan", "unavailable", "unsupported"]
-
 
 @cache
 def _functions() -> tuple[Callable[..., Any], Callable[..., Any]] | str:

@@ -11,8 +11,6 @@ import os
 import sys
 from functools import cache
 
-__all__ = ["SWITCH", "keep_freed_memory"]
-
 SWITCH = "SVP_BENCH_KEEP_MEMORY"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _NEVER = -1

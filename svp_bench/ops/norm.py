@@ -12,8 +12,6 @@ from torch.autograd.function import once_differentiable
 from svp_bench.ops import reference
 from svp_bench.ops.types import Flags, PromptTerms, Tensors
 
-__all__ = ["norm_functions"]
-
 _Forward = Callable[
     [Tensor, Tensor | None, Tensor | None, float, Sequence[Tensor], int | None],
     tuple[Sequence[Tensor], Sequence[Tensor]],

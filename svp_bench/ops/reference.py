@@ -20,8 +20,6 @@ from torch import Tensor
 from svp_bench.ops.autograd import FIELDS, conv_function, scan_function
 from svp_bench.ops.types import Flags, PromptTerms, Tensors
 
-__all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
-
 _CHUNK_BYTES = 8 * 2**20  # states of one chunk of steps; small enough for caches
 _CHUNK_STEPS = 64  # steps per chunk; slices of the batch are small enough for them
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from svp_bench.ops.backends import backend_module, backend_statuses
-from svp_bench.ops.interface import Direction, PromptTerms, add_norm, bidirectional_conv, bidirectional_scan
-
-__all__ = ["SelfTest", "self_test"]
+from svp_bench.ops.interface import add_norm, bidirectional_conv, bidirectional_scan
+from svp_bench.ops.types import Direction, PromptTerms
 
 _TOLERANCE = 1e-5  # relative to the largest value of each tensor, float32 against float64
 

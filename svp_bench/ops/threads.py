@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["pool_name", "run_kernel"]
-
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 

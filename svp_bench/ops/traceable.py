@@ -15,8 +15,6 @@ from torch import Tensor
 
 from svp_bench.ops.types import Direction, Flags, Recompute, Tensors
 
-__all__ = ["conv", "scan"]
-
 
 def scan(
     directions: Sequence[Direction],

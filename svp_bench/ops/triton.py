@@ -18,10 +18,9 @@ from torch import Tensor
 from svp_bench.ops import triton_launch
 from svp_bench.ops.autograd import FIELDS, conv_function, scan_function
 from svp_bench.ops.triton_launch import DTYPES, operator, power_of_two, rows, spread, written
-from svp_bench.ops.triton_norm import add_norm, add_prompts
+from svp_bench.ops.triton_norm import add_norm as add_norm  # part of this backend
+from svp_bench.ops.triton_norm import add_prompts as add_prompts
 from svp_bench.ops.types import Flags, Tensors
-
-__all__ = ["add_norm", "add_prompts", "conv", "scan", "unavailable", "unsupported"]
 
 _WEIGHTS = (2, 5, 6)  # of these: A, D and the bias
 _OLDEST = (8, 0)  # of the compute capabilities: before it, no bfloat16

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from svp_bench.ops.types import Flags
 
-__all__ = ["DTYPES", "capability", "interpreted", "launch", "operator", "power_of_two", "rows", "spread", "written"]
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # supported by the kernels
 _MODULES = ("svp_bench.ops.triton_kernels", "svp_bench.ops.triton_norm_kernels")
 

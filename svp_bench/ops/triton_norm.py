@@ -13,8 +13,6 @@ from svp_bench.ops.norm import norm_functions
 from svp_bench.ops.triton_launch import DTYPES, operator, power_of_two, spread, written
 from svp_bench.ops.types import Flags, Tensors
 
-__all__ = ["add_norm", "add_prompts"]
-
 _TERMS = 2  # at most: SVP has one of each path
 
 NORM = {"forward": 512, "backward": 256, "programs": 4096}  # elements of a row per warp; programs of a backward pass

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BackendChoice", "Direction", "Flags", "PromptTerms", "Recompute", "Tensors"]
-
 Tensors = Sequence[Tensor | None]
 Flags = Sequence[bool]
 

@@ -23,8 +23,6 @@ from svp_bench.sweep.scheduler import CellJobs, Sweep
 from svp_bench.tables.build import run_table, table_paths
 from svp_bench.tasks.cards import load_suite, load_task
 
-__all__ = ["METHODS", "SUITE", "leaderboard", "train_demo"]
-
 Scores = dict[str, dict[str, tuple[float, int]]]  # method → task → top-1 and number of test images
 
 SUITE = "demo-quick"  # three tasks, one of each of VTAB's groups

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Job", "Outcome", "duration"]
-
 
 @dataclass(frozen=True)
 class Job:

@@ -23,18 +23,6 @@ from svp_bench.core.errors import plural, printable
 from svp_bench.data.sources import cpu_count
 from svp_bench.sweep.jobs import Job, Outcome
 
-__all__ = [
-    "Done",
-    "Event",
-    "LocalPool",
-    "Pool",
-    "Progress",
-    "Worker",
-    "WorkerProcess",
-    "thread_variables",
-    "visible_gpus",
-]
-
 
 @dataclass(frozen=True)
 class Progress:

@@ -34,8 +34,6 @@ from svp_bench.sweep.search import Plan, SearchSpace, load_search
 from svp_bench.tables.build import run_table, suites_of
 from svp_bench.tasks.cards import load_suite
 
-__all__ = ["Request", "execute_jobs", "execute_sweep"]
-
 _OWN_KEYS = {  # keys that the sweep sets → the flag to use instead
     "seed_everything": ": use --seeds 0,1,2",
     "data.task": ": use --tasks",

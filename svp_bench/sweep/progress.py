@@ -15,8 +15,6 @@ from svp_bench.core.errors import printable
 from svp_bench.sweep.jobs import Job, duration
 from svp_bench.sweep.scheduler import Sweep
 
-__all__ = ["ProgressView"]
-
 _SHOWN = 8  # running jobs in the live view, and searches
 
 

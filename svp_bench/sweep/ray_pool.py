@@ -30,8 +30,6 @@ from svp_bench.data.sources import cpu_count
 from svp_bench.sweep.jobs import Job
 from svp_bench.sweep.local_pool import Done, Event, Pool, Worker, WorkerProcess, thread_variables
 
-__all__ = ["RayPool", "Shares", "share_out"]
-
 _LOST = 600.0  # seconds that a sweep waits while no worker is up
 _TRIES = 3  # at starting a worker that dies before it is ready
 _CALL = 10.0  # seconds that `news` waits for a message

@@ -23,7 +23,8 @@ from svp_bench.core.registry import import_object
 from svp_bench.data.folds import CrossValidationConfig, fold_positions
 from svp_bench.data.module import VisionDataModule
 from svp_bench.data.sources import DataReport, measured, open_source
-from svp_bench.methods.build import adapt, create_backbone, trained_parameters
+from svp_bench.methods.build import adapt, create_backbone
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.digests import canonical_digest, cell_config, flat, setting_digest
 from svp_bench.records.record import Record
@@ -34,8 +35,6 @@ from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 from svp_bench.train.parser import ResolvedConfig, resolve
 from svp_bench.train.resume import AlreadyLockedError, find_run, lock_file
 from svp_bench.train.run import run
-
-__all__ = ["Runner", "with_values"]
 
 # Keys that other values of a config follow from: an image size, a warm-up clipped to the run.
 _DECISIVE = {"model.backbone", "data.protocol", "trainer.max_epochs", "model.warmup_epochs", "model.head"}

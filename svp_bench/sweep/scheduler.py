@@ -30,8 +30,6 @@ from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.local_pool import Done, Pool, Progress
 from svp_bench.sweep.search import Plan, Sampler, SearchSpace, make_sampler
 
-__all__ = ["CellJobs", "Running", "Sweep"]
-
 _CLAIM_PAUSE = 5.0  # seconds until a job that another sweep runs is tried again
 
 

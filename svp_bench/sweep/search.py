@@ -27,8 +27,6 @@ from svp_bench.records.digests import canonical_digest
 from svp_bench.records.selection import AUTO_FOLDS, FALLBACK, FOLD_KEYS, RULE_VERSION
 from svp_bench.records.selection_rule import grid_settings, is_number
 
-__all__ = ["Dimension", "Plan", "Sampler", "SearchSpace", "load_search", "make_sampler"]
-
 _KEY = re.compile(r"(?:model|data|trainer)(?:\.\w+)+")
 _FIXED = ("data.task", "data.stage", "data.root", "data.protocol", "model.backbone", "model.checkpoint", *FOLD_KEYS)
 

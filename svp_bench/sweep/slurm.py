@@ -11,8 +11,6 @@ from pathlib import Path
 from svp_bench.records.store import write_atomically
 from svp_bench.sweep.plan import Request
 
-__all__ = ["emit_slurm"]
-
 
 def emit_slurm(request: Request, arguments: Sequence[str]) -> Path:
     """Write a Slurm job array whose elements share the cells of a sweep; return the script's path.

@@ -20,8 +20,6 @@ from typing import Any
 from svp_bench.core.registry import importing_torch
 from svp_bench.core.terminal import readable_output
 
-__all__ = ["main"]
-
 _PATIENCE = 120.0  # seconds that a run gets to save, once the parent process is gone
 
 

@@ -41,8 +41,6 @@ from svp_bench.train.processes import agreed_name
 from svp_bench.train.provenance import changed_cards, commit_and_dirty
 from svp_bench.train.resume import FoundRun, InitialState, find_run, lock_run, lock_setting, read_resumed
 
-__all__ = ["BaseRun"]
-
 T = TypeVar("T")
 
 

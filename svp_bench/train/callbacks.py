@@ -15,8 +15,6 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-__all__ = ["EpochLines", "RunProgressBar", "SteadyTensorBoardLogger", "ThroughputMonitor", "peak_memory_mib"]
-
 
 class ThroughputMonitor(Callback):
     """Measure images per second, gradient norm, learning rate, wall times and peak memory.

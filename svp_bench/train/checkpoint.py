@@ -26,18 +26,6 @@ from svp_bench.models.weight_files import check_tensor, load_pickle_safely
 from svp_bench.records.code import source_files
 from svp_bench.train.provenance import changed_sources, read_sources
 
-__all__ = [
-    "CHECKPOINT",
-    "METADATA_KEY",
-    "UNREADABLE",
-    "AtomicCheckpointIO",
-    "Checkpoint",
-    "CheckpointMetadata",
-    "check_tensors",
-    "weights_digest",
-    "wrong_part",
-]
-
 CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run's folder
 Bits = Annotated[int, Meta(ge=0, le=64)]
 METADATA_KEY = "svp_bench"  # our key in a Lightning checkpoint

@@ -15,11 +15,9 @@ from torch.optim import Optimizer
 
 from svp_bench.core.errors import UsageError
 from svp_bench.data.module import VisionDataModule
-from svp_bench.methods.build import trained_parameters
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.train.checkpoint import Checkpoint, weights_digest
 from svp_bench.train.module import AdaptationModule
-
-__all__ = ["RecipeWatch", "external_classes", "refuse_hidden_changes"]
 
 # Classes of Lightning that change neither weights nor settings; the record names all others.
 _HARMLESS = {

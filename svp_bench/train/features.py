@@ -27,8 +27,6 @@ from svp_bench.models.hooks import is_plain
 from svp_bench.models.layers import PatchEmbed, RMSNorm
 from svp_bench.models.vim import Block, Mixer
 
-__all__ = ["FrozenFeatures", "compute_features", "frozen_blocks"]
-
 _BATCH = 16  # images computed at a time
 # Parts that give the same output for the same input, or only call such parts, which are checked too.
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout, DropPath, RMSNorm, PatchEmbed, Block, Mixer)

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 
 from svp_bench.core.errors import printable
 
-__all__ = ["quiet"]
-
 
 @contextmanager
 def quiet() -> Iterator[None]:

@@ -28,23 +28,6 @@ from svp_bench.core.errors import plural, printable
 from svp_bench.records.record import Metrics, PerClass
 from svp_bench.records.store import csv_text, write_atomically
 
-__all__ = [
-    "Evaluation",
-    "ImageScores",
-    "balanced_accuracy",
-    "confusion_image",
-    "confusion_matrix",
-    "describe",
-    "evaluate",
-    "expected_calibration_error",
-    "in_order",
-    "per_class_accuracy",
-    "per_class_markdown",
-    "score_images",
-    "write_predictions",
-    "write_tables",
-]
-
 ECE_BINS = 15
 _TOP5_CLASSES = 6  # with fewer classes the label is always, or all but always, among the first five
 

@@ -25,7 +25,8 @@ from svp_bench.data.decode import Depth
 from svp_bench.data.loading import Batch
 from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.methods.base import Method
-from svp_bench.methods.build import adapt, create_backbone, trained_parameters
+from svp_bench.methods.build import adapt, create_backbone
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.models import VisionMamba
 from svp_bench.models.checkpoints import Head, backbone_digest
 from svp_bench.models.layers import hidden_head, simam
@@ -51,8 +52,6 @@ from svp_bench.train.optim import (
     make_optimizer,
     warmup_notice,
 )
-
-__all__ = ["AdaptationModule", "initial_backbone"]
 
 _DTYPES = {"64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}  # of activations, by precision
 

@@ -15,11 +15,9 @@ from lightning.pytorch import Trainer
 
 from svp_bench.core.errors import ConfigError, OutOfMemoryError, file_size, one_line, plural
 from svp_bench.data.module import VisionDataModule
-from svp_bench.methods.build import trained_parameters
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.provenance import device_name
-
-__all__ = ["AllocationFailure", "explain_prediction", "explain_run", "is_out_of_memory"]
 
 _HOST = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory")
 _OUT_OF_MEMORY = re.compile(rf"out of memory|_STATUS_ALLOC_FAILED|{_HOST.pattern}", re.IGNORECASE)

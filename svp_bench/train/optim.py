@@ -14,17 +14,6 @@ from svp_bench.core.errors import CheckpointError, ConfigError, plural
 from svp_bench.core.ranges import check_one_of, check_range
 from svp_bench.records.defaults import clipped_warmup
 
-__all__ = [
-    "EMA",
-    "EMAConfig",
-    "OptimizerConfig",
-    "Schedule",
-    "ScheduleConfig",
-    "make_optimizer",
-    "warmup_notice",
-]
-
-
 # --- optimizer -------------------------------------------------------------------------------------------------------
 
 

@@ -43,8 +43,6 @@ from svp_bench.train.logging import quiet
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.optim import warmup_notice
 
-__all__ = ["ResolvedConfig", "build_parser", "resolve"]
-
 _CLASSES = {
     "trainer.callbacks": ("callback", lightning_callbacks),
     "trainer.logger": ("logger", lightning_loggers),

@@ -23,8 +23,6 @@ from svp_bench.train.checkpoint import Checkpoint, TransformMetadata
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.oom import AllocationFailure, explain_prediction, is_out_of_memory
 
-__all__ = ["find_images", "run_predict"]
-
 
 def find_images(places: Sequence[str]) -> tuple[list[Path], dict[str, int]]:
     """Return the image files in `places`, and kind of other file → number of skipped files.

@@ -13,8 +13,6 @@ from svp_bench.core.errors import UsageError, plural
 from svp_bench.core.interrupts import INTERRUPTS, Preempted
 from svp_bench.data.samplers import GlobalBatchSampler
 
-__all__ = ["PerStepSeed", "PreemptionHandler"]
-
 
 class PreemptionHandler(Callback):
     """Save and stop at the next optimizer step after SIGTERM, SIGHUP or SIGUSR1 (`INTERRUPTS`).

@@ -13,8 +13,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from svp_bench.core.errors import UsageError
 
-__all__ = ["agreed_name", "is_first_process", "is_of_a_lost_process"]
-
 _RUN_ID = "SVP_BENCH_RUN_ID"  # set by the first process for those that Lightning launches
 _PATIENCE = timedelta(minutes=10)  # for the first process, which reads the existing runs
 

@@ -17,18 +17,6 @@ from svp_bench.core.resources import checkout_root
 from svp_bench.records.code import git, package_digest, package_digest_at
 from svp_bench.records.store import write_atomically
 
-__all__ = [
-    "changed_cards",
-    "changed_sources",
-    "commit_and_dirty",
-    "cpu_name",
-    "device_name",
-    "dirty_warning",
-    "library_versions",
-    "read_sources",
-    "save_sources",
-]
-
 _LIBRARIES = ("torch", "lightning", "timm", "torchmetrics", "numpy", "pillow", "jsonargparse")
 _CODE, _READ = "svp_bench", ("tasks", "configs")  # changes elsewhere do not make a number dirty
 _SOURCES = "method_source.json"

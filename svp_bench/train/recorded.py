@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from svp_bench import __version__
 from svp_bench.core.errors import RecordError, SvpBenchError, plural
-from svp_bench.methods.build import trained_parameters
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.ops import BackendChoice
 from svp_bench.records.code import package_digest
 from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, Status, timestamp
@@ -20,8 +20,6 @@ from svp_bench.train.checkpoint import CHECKPOINT
 from svp_bench.train.comparable import external_classes
 from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
 from svp_bench.train.provenance import cpu_name, device_name, library_versions
-
-__all__ = ["RecordedRun"]
 
 
 class RecordedRun(BaseRun):

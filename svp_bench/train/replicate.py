@@ -23,8 +23,6 @@ from svp_bench.train.metrics import Evaluation
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.run import FitRun
 
-__all__ = ["ReplicationRun"]
-
 _TAG = "test_each_epoch"  # name of the curves in TensorBoard, instead of "val"
 _NEVER = {
     "resume": "a replication cannot be continued",

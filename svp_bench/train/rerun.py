@@ -46,8 +46,6 @@ from svp_bench.train.parser import ResolvedConfig, resolve
 from svp_bench.train.provenance import changed_sources
 from svp_bench.train.run import FitRun, first_difference, run
 
-__all__ = ["run_rerun"]
-
 _LEVEL = 0.05  # of the McNemar test
 _NAMED_WEIGHTS = ("hub", "embedded", "none")
 _LOSS_SHARE, _LOSS_NATS = 0.1, 0.02  # tolerance of the mean loss

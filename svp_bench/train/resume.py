@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from svp_bench.core.errors import CheckpointError, ConfigError, UsageError
 from svp_bench.core.yaml import read_yaml
 from svp_bench.data.module import VisionDataModule
-from svp_bench.methods.build import trained_parameters
+from svp_bench.methods.checks import trained_parameters
 from svp_bench.models.checkpoints import backbone_digest
 from svp_bench.records.record import Record
 from svp_bench.records.store import read_record
@@ -26,20 +26,6 @@ from svp_bench.train.checkpoint import CHECKPOINT, UNREADABLE, Checkpoint, check
 from svp_bench.train.module import AdaptationModule, initial_backbone
 from svp_bench.train.processes import is_first_process
 from svp_bench.train.provenance import changed_sources, read_sources
-
-__all__ = [
-    "REMEDY",
-    "AlreadyLockedError",
-    "FoundRun",
-    "InitialState",
-    "check_resumable",
-    "find_run",
-    "lock_file",
-    "lock_run",
-    "lock_setting",
-    "locked",
-    "read_resumed",
-]
 
 REMEDY = "delete it, and the run begins anew; or leave --resume out"
 

@@ -42,8 +42,6 @@ from svp_bench.train.provenance import changed_sources, dirty_warning, save_sour
 from svp_bench.train.recorded import RecordedRun
 from svp_bench.train.resume import REMEDY, check_resumable, locked
 
-__all__ = ["FitRun", "ScoreRun", "first_difference", "run"]
-
 
 @quiet()
 def run(
