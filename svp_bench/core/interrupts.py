@@ -79,6 +79,7 @@ class Interrupts:
 
     def print_stopped_early(self) -> None:
         """Print that the run stopped before there was anything to save."""
+        self.waits = True  # a second signal does not interrupt this
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all processes of a run
             name = self.asked.name if self.asked else "a signal"
             sys.stdout.write(

@@ -11,6 +11,8 @@ import triton.language as tl
 
 from svp_bench.ops.triton_kernels import _sigmoid, _silu_and_slope
 
+__all__ = ["norm_backward", "norm_forward"]
+
 
 @triton.jit
 def _read(pointer: tl.tensor, row: tl.tensor, width: tl.tensor, e: tl.tensor, mask: tl.tensor) -> tl.tensor:
