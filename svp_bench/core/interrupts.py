@@ -73,13 +73,12 @@ class Interrupts:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def _ask(self, number: int, _: Any) -> None:
-        self.asked = self.asked or signal.Signals(number)
-        if not self.waits:
+        first, self.asked = self.asked is None, self.asked or signal.Signals(number)
+        if first and not self.waits:  # a second one would interrupt the end of the run
             raise Preempted
 
     def print_stopped_early(self) -> None:
         """Print that the run stopped before there was anything to save."""
-        self.waits = True  # a second signal does not interrupt this
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all processes of a run
             name = self.asked.name if self.asked else "a signal"
             sys.stdout.write(
