@@ -32,10 +32,10 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
+from svp_bench.audit.scores import impossible_scores
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from svp_bench.audit.checks import impossible_scores
 from svp_bench.methods.linear import Linear
 from svp_bench.records.bits import unpack_bits
 from svp_bench.records.record import Metrics, PerClass
@@ -351,15 +351,17 @@ def test_the_text_names_each_class(three: Evaluation) -> None:
 def test_the_image_shows_shares_of_rows(three: Evaluation) -> None:
     image = confusion_image(three.confusion, NAMES)
     assert image.dtype == np.uint8
-    cell, top = 48, 0
-    left = image.shape[1] - 3 * cell
-    shown = image[cell // 2 :: cell, left + cell // 2 :: cell].astype(int)
+    cell = 48
+    dark = np.argwhere((image == 0).all(axis=2))  # the frame: the only black line as long as the matrix
+    rows, columns = np.bincount(dark[:, 0]), np.bincount(dark[:, 1])
+    top, left = (int(np.argmax(lines > 3 * cell)) + 1 for lines in (rows, columns))
+    shown = image[top + cell // 2 : top + 3 * cell : cell, left + cell // 2 : left + 3 * cell : cell].astype(int)
     white, blue, grey = np.array([255, 255, 255]), np.array([8, 48, 107]), np.array([224, 224, 224])
     expected = [[(white + 2 * blue) / 3, (2 * white + blue) / 3, white], [grey] * 3, [white, blue, white]]
     assert np.abs(shown - np.array(expected)).max() <= 1
     # names: ink left of the matrix beside each row, none without names
     for row in range(3):
-        assert (image[top + row * cell : top + (row + 1) * cell, :left] < 128).any()
+        assert (image[top + row * cell : top + (row + 1) * cell, : left - 2] < 128).any()
 
 
 @pytest.mark.parametrize("classes", [1, 2, 50, 51, 397])

@@ -621,13 +621,32 @@ def test_the_average_of_weights_is_timms() -> None:
         ({"crop": "random_resized", "crop_scale": (0.5, 2.0)}, "data.augment.crop_scale 2 is out of range"),
         ({"crop": "random_resize"}, "unknown data.augment.crop 'random_resize'; did you mean 'random_resized'?"),
         *(
-            ({"rand_augment": given}, f"data.augment.rand_augment '{given}' is not a RandAugment of timm's: rand- and ")
-            for given in (
-                *("m9", "rand", "rand-", "original-m9", "rand-q9", "rand-mfoo", "rand-m9-x", "rand-m9-tnone"),
-                *("rand-m9.5", "rand-m9-inc2", "rand-m9-mstdinf", "rand-m9-m8", "rand-m9-t3a-tweights", "rand-n0-m9"),
-                *("rand-n16-m9", "rand-n15-m9-t3aw", "rand-m11", "rand-m99999", "rand-m9-mmax8", "rand-m9-p0"),
-                *("rand-m0-mmax0", "rand-m9--n2", "rand-m9-"),
+            (
+                {"rand_augment": given},
+                f"data.augment.rand_augment '{given}' is not a RandAugment of timm's ({why}); for ex",
             )
+            for given, why in {
+                "m9": "it begins with rand-",
+                "rand": "it begins with rand-",
+                "rand-": "'' is no part of one",
+                "original-m9": "it begins with rand-",
+                "rand-q9": "'q9' is no part of one",
+                "rand-mfoo": "'mfoo' is no part of one",
+                "rand-m9-x": "'x' is no part of one",
+                "rand-m9-tnone": "'tnone' is no part of one",
+                "rand-m9.5": "'m9.5' is no part of one",
+                "rand-m9-inc2": "'inc2' is no part of one",
+                "rand-m9-mstdinf": "'mstdinf' is no part of one",
+                "rand-m9-m8": "'m8' is the second of its kind",
+                "rand-n0-m9": "n is 1 to 15",
+                "rand-n16-m9": "n is 1 to 15",
+                "rand-n15-m9-t3aw": "n is 1 to 14",
+                "rand-m11": "m is at most 10, or mmax",
+                "rand-m99999": "'m99999' is no part of one",
+                "rand-m9-mmax8": "m is at most 8, or mmax",
+                "rand-m9-p0": "p is above 0, at most 1",
+                "rand-m0-mmax0": "mmax is at least 1",
+            }.items()
         ),
         (
             {"rand_augment": "rand-m9", "color_jitter": 0.3},

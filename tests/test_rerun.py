@@ -145,10 +145,10 @@ def test_a_selection_record_is_repeated_too(elsewhere: Path, data: str, original
     assert "Bit-equal" in outcome.out
     assert outcome.record["kind"] == "selection"
     # as older selection records are: without bits
-    worse = changed(first.record_path, lambda r: dataclasses.replace(r, metrics=_one_more(r), val_correct=None))
+    worse = changed(first.record_path, lambda r: dataclasses.replace(r, metrics=_one_more(r), correct=None))
     outcome = again(worse, data)
     assert outcome.status == 1
-    assert "Not bit-equal, and without the bits of both runs not comparable: -1" in outcome.out
+    assert "Not bit-equal: 1 image more or fewer are right" in outcome.out
 
 
 def _one_more(record: Record) -> Any:
@@ -202,7 +202,7 @@ def test_other_bits_on_another_machine_agree_within_the_noise_of_the_test_list(e
     assert "  differs    torch: 0.1 in the record, " in outcome.out
     assert "  differs    python: none in the record, " in outcome.out
     assert "1 of 9 images differ" in outcome.out
-    assert "exact McNemar p = 1)" in outcome.out
+    assert "may well be chance (paired by image: exact McNemar p = 1)" in outcome.out
     assert "Agrees: " in outcome.out
 
 
@@ -210,9 +210,9 @@ def test_other_bits_beyond_that_noise_do_not_agree(elsewhere: Path, data: str) -
     changed(elsewhere, all_right(package_version="0.0.1"))
     outcome = again(elsewhere, data)
     assert outcome.status == 1
-    assert "differs    package_version: 0.0.1 in the record, " in outcome.out
-    assert "Does not agree" in outcome.out
-    assert "exact McNemar p = 0.0" in outcome.out
+    assert "note       svp-bench: 0.0.1 in the record, " in outcome.out
+    assert "Does not agree: " in outcome.out
+    assert "would hardly be chance (paired by image: exact McNemar p = 0.0" in outcome.out
 
 
 def test_a_loss_alone_that_differs_is_not_bit_equal(elsewhere: Path, data: str) -> None:
@@ -225,8 +225,8 @@ def test_a_loss_alone_that_differs_is_not_bit_equal(elsewhere: Path, data: str) 
     changed(elsewhere, change)
     outcome = again(elsewhere, data)
     assert outcome.status == 0
-    assert "Not bit-equal: 0 of 9 images differ" in outcome.out
-    assert f"differs    commit: {'d' * 40} in the record, {COMMIT} here" in outcome.out
+    assert "Not bit-equal: the same images are right, but the loss differs" in outcome.out
+    assert f"note       commit: {'d' * 40} in the record, {COMMIT} here" in outcome.out
 
 
 def with_loss(more: float, **fields: Any) -> Callable[[Record], Record]:
@@ -245,8 +245,7 @@ def test_another_processor_explains_a_difference_of_rounding(elsewhere: Path, da
     assert outcome.status == 0, outcome.out
     assert "differs    cpu: Another processor, AVX2 in the record, " in outcome.out
     assert f"{outcome.record['cpu']} here" in outcome.out
-    assert "the loss differs by 1e-06" in outcome.out
-    assert "Agrees" in outcome.out
+    assert "Agrees: both runs classify the same images correctly; the loss differs by 1e-06" in outcome.out
 
 
 def test_a_loss_beyond_the_tolerance_does_not_agree_though_the_bits_do(elsewhere: Path, data: str) -> None:
@@ -255,13 +254,13 @@ def test_a_loss_beyond_the_tolerance_does_not_agree_though_the_bits_do(elsewhere
     allowed = max(0.02, 0.1 * read.metrics.loss)
     outcome = again(changed(elsewhere, with_loss(1.3 * allowed, cpu="Another processor, AVX2")), data)
     assert outcome.status == 1
-    assert "Does not agree" in outcome.out
+    assert "Does not agree: the loss differs by " in outcome.out
     assert "nats are allowed" in outcome.out
 
 
-def test_other_files_of_the_package_are_reported(elsewhere: Path, data: str) -> None:
+def test_other_files_of_the_package_are_said(elsewhere: Path, data: str) -> None:
     outcome = again(changed(elsewhere, with_loss(1e-6, package_digest="sha256:" + "1" * 64)), data)
-    assert "differs    the package's files: sha256:111111111111 in the record, sha256:" in outcome.out
+    assert "note       the package's files: sha256:111111111111 in the record, sha256:" in outcome.out
     assert "differs    the package's files: sha256:111111111111" in outcome.out
 
 
@@ -272,7 +271,7 @@ def test_uncommitted_changes_count_as_other_code(elsewhere: Path, data: str, mon
     assert "differs    code: uncommitted changes" in outcome.out
 
 
-# ---- missing parts stop it before the training
+# ---- what is not at hand stops it before the training
 
 
 def untrained(outcome: Outcome, status: int) -> str:
@@ -319,12 +318,20 @@ def test_missing_or_other_weights(elsewhere: Path, data: str) -> None:
             2,
             "svp-bench 0.1.0 has no such method",
         ),
-        (with_config("model.method.class_path", "mine.Shift"), 2, "it is not part of svp-bench: run this in the"),
+        (
+            with_config("model.method.class_path", "mine.Shift"),
+            2,
+            "it is not part of svp-bench: run this in the folder",
+        ),
         (with_config("model.surprise", 3), 2, "model.surprise"),
         (with_config("model", 3), 2, "the method None of svp-"),
         (with_config("trainer", []), 2, "trainer is a mapping of keys, not a list"),
         (with_config("data.task", "vtab/gone"), 2, "unknown task 'vtab/gone'"),
-        (with_config("data.stage", "select"), 2, "reads {'train': 'train800', 'val': 'val200'}, the record's (version"),
+        (
+            with_config("data.stage", "select"),
+            2,
+            "reads {'train': 'train800', 'val': 'val200'}, the record's (version 1)",
+        ),
     ],
 )
 def test_a_record_that_cannot_be_repeated(
@@ -335,7 +342,7 @@ def test_a_record_that_cannot_be_repeated(
     assert "/config.yaml" not in text
 
 
-def test_a_version_that_resolves_the_config_otherwise_is_reported(elsewhere: Path, data: str) -> None:
+def test_a_version_that_resolves_the_config_otherwise_says_so(elsewhere: Path, data: str) -> None:
     def older(record: Record) -> Record:
         config = json.loads(json.dumps(record.config))
         del config["model"]["learning_rate"]  # as if the key had come later, with another default
@@ -382,7 +389,7 @@ def test_wrong_use_is_one_line(elsewhere: Path, data: str, flags: tuple[str, ...
     assert expected in untrained(again(elsewhere, data, *flags), 2)
 
 
-def test_the_rerun_is_never_written_next_to_the_record(
+def test_the_rerun_never_lies_beside_the_record_itself(
     original: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(original.parents[4])

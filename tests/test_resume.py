@@ -407,14 +407,19 @@ MOMENTS = ["optimizer_states", 0, "state"]
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        (["optimizer_states"], [], r"optimizer_states is \[\], expected the moments"),
-        (["optimizer_states"], MISSING, "optimizer_states is missing, expected the moments"),
-        (["optimizer_states"], [3], "expected the moments of each trained parameter"),
-        (MOMENTS, {}, "expected the moments of each trained parameter"),
-        (MOMENTS, MISSING, "expected the moments of each trained parameter"),
+        (["optimizer_states"], [], r"optimizer_states is \[\], expected a list of 1"),
+        (["optimizer_states"], MISSING, "optimizer_states is missing, expected a list of 1"),
+        (["optimizer_states"], [3], r"optimizer_states\[0\] is 3, expected a mapping"),
+        (["optimizer_states", 0, "param_groups"], [], r"param_groups is \[\], expected all \d+ trained parameters"),
+        (["optimizer_states", 0, "param_groups"], 3, r"param_groups is 3, expected all \d+ trained parameters"),
+        (["optimizer_states", 0, "param_groups", 0, "params"], None, "expected all"),
+        (MOMENTS, {}, r"optimizer_states\.state is \{\}, expected the moments of each trained parameter"),
+        (MOMENTS, MISSING, r"optimizer_states\.state is missing, expected a mapping"),
         ([*MOMENTS, 0], MISSING, "expected the moments of each trained parameter"),
         ([*MOMENTS, 1, "exp_avg"], torch.zeros(9, 9, 9), "expected the moments of each trained parameter"),
-        ([*MOMENTS, 1, "exp_avg_sq"], torch.tensor(torch.nan), "NaN"),
+        (["lr_schedulers"], [], r"lr_schedulers is \[\], expected a list of 1"),
+        (["lr_schedulers", 0, "last_epoch"], "x", r"lr_schedulers\.last_epoch is 'x', expected a whole number"),
+        ([*MOMENTS, 1, "exp_avg_sq"], torch.tensor(torch.nan), "expected the moments"),
         (["loops"], MISSING, "loops is missing, expected a mapping"),
         (["loops", "fit_loop"], MISSING, r"loops\.fit_loop is missing"),
         (["loops", "fit_loop", "epoch_progress"], {}, r"loops\.fit_loop\.epoch_progress\.total is missing"),
@@ -437,8 +442,27 @@ def test_a_gutted_checkpoint_names_what_is_missing(
     with pytest.raises(CheckpointError, match=words) as caught:
         check_resumable(damaged(saved, place, value), *rest)
     text = str(caught.value)
-    assert text.startswith(f"{saved.path}: ")
+    assert text.startswith(f"{saved.path}: damaged, or not written by svp-bench: ")
     assert text.endswith("; delete it, and the run begins anew; or leave --resume out")
+    assert "\n" not in text
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_damage_goes_unnoticed_or_makes_a_traceback(unfinished: Unfinished, data: st.DataObject) -> None:
+    """Whatever is taken out of what Lightning restores, it is named."""
+    saved, *rest = unfinished.checked
+    place: list[Any] = []
+    node: Any = {key: saved.content[key] for key in ("optimizer_states", "lr_schedulers", "loops", "callbacks")}
+    while isinstance(node, (dict, list)) and node and (not place or data.draw(st.booleans())):
+        place.append(data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else [*range(len(node))])))
+        node = node[place[-1]]
+    broken = damaged(saved, place, data.draw(st.sampled_from([MISSING, None, 3, "x", [], {}, [3], {"a": 1}])))
+    text = ""
+    try:
+        check_resumable(broken, *rest)
+    except CheckpointError as error:
+        text = str(error)
     assert "\n" not in text
 
 
@@ -500,9 +524,8 @@ def test_a_gutted_or_truncated_checkpoint_stops_a_run_that_goes_on(
     saved = unfinished.checked[0].content
     try:
         for content, words in (
-            ({**saved, "optimizer_states": []}, "optimizer_states is [], expected the moments"),
-            ({**saved, "lr_schedulers": []}, "lr_schedulers is [], expected the state of the schedule"),
-            ({**saved, "lr_schedulers": [3]}, "damaged"),
+            ({**saved, "optimizer_states": []}, "optimizer_states is [], expected a list of 1"),
+            ({**saved, "lr_schedulers": [3]}, "lr_schedulers[0] is 3, expected a mapping"),
             ({**saved, "global_step": "x"}, "global_step is 'x', expected a whole number"),
             ({"state_dict": {}}, "not a checkpoint of svp-bench"),
             ([1], "not a checkpoint of svp-bench"),

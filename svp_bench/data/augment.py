@@ -139,35 +139,60 @@ class AugmentConfig:
         return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
 
 
-# timm itself leaves out what it does not know without a word.
-_RAND_AUGMENT = re.compile(
-    r"rand(-(m[0-9]{1,4}|n[0-9]{1,4}|p[0-9]{1,4}(\.[0-9]+)?|mstd[0-9]{1,4}(\.[0-9]+)?|mmax[0-9]{1,4}|inc[01]"
-    r"|tweights|t3aw?))+"
-)
+# Each part of a specification, and its bounds. timm itself leaves out what it does not know without a word.
+_WHOLE, _FRACTION = r"[0-9]{1,4}", r"[0-9]{1,4}(?:\.[0-9]+)?"
+_PARTS = {"m": _WHOLE, "n": _WHOLE, "p": _FRACTION, "mstd": _FRACTION, "mmax": _WHOLE, "inc": "[01]"}
+_SETS = r"t(?:weights|3a|3aw)"
 _TOP = 10  # timm's greatest magnitude, without mmax
 
 
 def _rand_augment(specification: str, settings: dict[str, Any]) -> Any:
-    """Return timm's RandAugment of a specification; `settings` are those of its operations.
+    """Return timm's RandAugment of a specification.
+
+    Args:
+        specification: rand, then -m9 (magnitude), -n2 (layers), -p0.5 (probability of each), -mstd0.5 (deviation of the
+            magnitude), -mmax10 (its greatest), -inc1 (harder with the magnitude), -tweights, -t3a or -t3aw (which
+            operations), in any order.
+        settings: timm's settings of the operations.
 
     Raises:
         ConfigError: If a part is unknown, given twice or out of range.
     """
-    parts = specification.split("-")[1:]
-    known = _RAND_AUGMENT.fullmatch(specification) is not None
-    values = {"t" if part[0] == "t" else part.rstrip(".0123456789"): part for part in parts} if known else {}
-    numbers = {key: float(part.removeprefix(key)) for key, part in values.items() if key != "t"}
-    top = numbers.get("mmax", _TOP)
-    known = known and len(values) == len(parts) and ("t" not in values or hasattr(auto_augment, "rand_augment_choices"))
-    if known and top >= 1 and numbers.get("m", _TOP) <= top and 0 < numbers.get("p", 1) <= 1:
+    values: dict[str, float] = {}
+    problem = None
+    head, *parts = specification.split("-")
+    for part in parts:
+        match = re.fullmatch(r"(?P<key>[a-z]+)(?P<value>[0-9].*)", part)
+        key = match["key"] if match else ""
+        if re.fullmatch(_SETS, part) and hasattr(auto_augment, "rand_augment_choices"):
+            key, value = "t", 0.0
+        elif match and key in _PARTS and re.fullmatch(_PARTS[key], match["value"]):
+            value = float(match["value"])
+        else:
+            problem = f"{part!r} is no part of one"
+            break
+        if key in values:
+            problem = f"{part!r} is the second of its kind"
+        values[key] = value
+    top = values.get("mmax", _TOP)
+    if head != "rand" or not parts:
+        problem = "it begins with rand-"
+    elif problem is None and values.get("m", _TOP) > top:
+        problem = f"m is at most {top:g}, or mmax"
+    elif problem is None and not 0 < values.get("p", 1) <= 1:
+        problem = "p is above 0, at most 1"
+    elif problem is None and top < 1:
+        problem = "mmax is at least 1"
+    if problem is None:
         transform = rand_augment_transform(specification, settings)
         weights = transform.choice_weights
-        if 1 <= numbers.get("n", 1) <= (len(transform.ops) if weights is None else np.count_nonzero(weights)):
+        most = len(transform.ops) if weights is None else int(np.count_nonzero(weights))
+        if 1 <= values.get("n", 1) <= most:
             return _guarded(transform)
+        problem = f"n is 1 to {most}"
     raise ConfigError(
-        f"data.augment.rand_augment {specification!r} is not a RandAugment of timm's: rand- and then, each at most "
-        "once, mM (magnitude, at most mmax or 10), nN (operations of an image, at most 15), pP (probability, above 0), "
-        "mstdS, mmaxM, inc0 or inc1, and tweights, t3a or t3aw, joined by dashes; for example: rand-m9-mstd0.5-inc1"
+        f"data.augment.rand_augment {specification!r} is not a RandAugment of timm's ({problem}); for example: "
+        "rand-m9-mstd0.5-inc1"
     )
 
 

@@ -117,7 +117,6 @@ class RecipeWatch(Callback):
     Attributes:
         reasons: Why the run is not comparable, one line each.
         scored: Digest of the weights that were tested, or None.
-        training: Whether training has begun.
         first: A callback for the first place, which stores batches and gradients before other callbacks see them.
     """
 
@@ -125,7 +124,6 @@ class RecipeWatch(Callback):
         self.checkpoint = checkpoint
         self.reasons: list[str] = []
         self.scored: str | None = None
-        self.training = False
         self._settings: dict[str, Any] = {}
         self._last: str | None = None  # digest of the weights after the last optimizer step
         self._frozen: dict[str, Tensor] = {}
@@ -163,7 +161,6 @@ class RecipeWatch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the settings, and from now on each optimizer step."""
-        self.training = True
         if not self._settings or not isinstance(pl_module, AdaptationModule):
             return
         self._compare_settings(trainer, pl_module)
@@ -182,7 +179,7 @@ class RecipeWatch(Callback):
         def before(optimizer: Optimizer, _: Any, kwargs: dict[str, Any]) -> None:
             at = trainer.current_epoch if by_epoch else trainer.global_step
             rate = self._settings["model.learning_rate"] * schedule(at)
-            for reason in _differences(optimizer, self._settings["model.weight_decay"], rate, trained):
+            for reason in _differences(optimizer, self._settings, rate, trained):
                 note(reason)
             if not self._external:
                 return
@@ -361,19 +358,25 @@ def _frozen(model: AdaptationModule) -> dict[str, Tensor]:
     return {n: v for n, v in model.state_dict().items() if n.startswith("model.") and n not in trained}
 
 
-def _differences(optimizer: Optimizer, weight_decay: float, rate: float, trained: set[int]) -> Iterator[str]:
-    """Yield how an optimizer differs from the recipe before a step with the learning rate `rate`.
+def _differences(optimizer: Optimizer, settings: Mapping[str, Any], rate: float, trained: set[int]) -> Iterator[str]:
+    """Yield how an optimizer differs from the recipe before a step.
 
-    `trained` has the `id` of each parameter that the method trains.
+    Args:
+        optimizer: The optimizer.
+        settings: The result of `_settings`.
+        rate: The expected learning rate.
+        trained: `id` of the parameters that the method trains.
     """
-    constant = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "weight_decay")}
     for group in optimizer.param_groups:
         if abs(group["lr"] - rate) > 1e-6 * abs(rate) + 1e-15:
             yield "the learning rate was not that of the recipe"
-        if group["weight_decay"] not in (0.0, weight_decay):
+        if group["weight_decay"] not in (0.0, settings["model.weight_decay"]):
             yield "the weight decay was not that of the recipe"
-        for key, value in constant.items():
-            if group.get(key) != value:
+        betas = group.get("betas")
+        if betas is not None and tuple(betas) != tuple(settings["model.optimizer"].betas):
+            yield "the betas of the optimizer were not those of the recipe"
+        for key in ("eps", "momentum", "dampening", "nesterov", "amsgrad", "maximize"):
+            if group.get(key) != optimizer.defaults.get(key):
                 yield f"{key} of the optimizer was not that of the recipe"
     if {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} != trained:
         yield "the optimizer did not train the parameters of the method"

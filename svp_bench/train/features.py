@@ -122,6 +122,8 @@ def compute_features(module: Any) -> dict[str, FrozenFeatures]:
         reason = "the images do not come from a VisionDataModule"
     elif epochs <= trainer.world_size:
         reason = f"it gains nothing in {plural(epochs, 'epoch')} of {plural(trainer.world_size, 'process')}"
+    elif blocks is None:
+        reason = "the embedding is trained, or the model is compiled, hooked or changed"
     elif not blocks:  # the embedding alone costs next to nothing
         reason = "the frozen part of the backbone ends before its first block"
     else:

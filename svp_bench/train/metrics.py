@@ -1,9 +1,15 @@
 """Metrics in addition to top-1: top-5, per-class and balanced accuracy, NLL, calibration, confusion.
 
-Every image is scored by itself in float64 on the CPU, and sums over images are rounded once (`math.fsum`): for the same
-logits no number depends on the batch size or on the number of processes. torchmetrics counts the confusion matrix; its
-balanced accuracy counts a predicted class without images as 0, and its calibration error has bins closed on the other
-side, so these two are computed here. Of classes with equal logits the first one comes first, as in `torch.argmax`.
+Every image is scored by itself (`score_images`), in float64 on the CPU. The images of all batches and processes
+are put in the order of their list (`in_order`), and each number is computed once from all of them (`evaluate`), by sums
+that are rounded once (`math.fsum`). So for the same logits no number depends on the batch size or on the number of
+processes, bit for bit.
+
+torchmetrics counts the confusion matrix. Its balanced accuracy counts a class without images as 0 once it is predicted,
+and its calibration error has bins closed on the other side, so these two are computed here.
+
+Ties: of classes with equal logits the one with the smallest index comes first, for top-1 as for top-5; that is what
+`torch.argmax` does.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from svp_bench.core.errors import plural, printable
+from svp_bench.core.errors import plural
 from svp_bench.records.record import Metrics, PerClass
 from svp_bench.records.store import csv_text, write_atomically
 
@@ -231,25 +238,21 @@ def evaluate(scores: ImageScores, classes: int) -> Evaluation:
 
 
 def describe(metrics: Metrics, list_name: str) -> str:
-    """Return one line with the metrics of a record, and the number of classes without images."""
+    """Return one line for the end of a run: what the record holds, and how many classes had no images."""
     parts = [f"top-1 {metrics.top1:.2f} % on {list_name} ({metrics.correct} of {metrics.count})"]
     if metrics.top5 is not None:
         parts.append(f"top-5 {metrics.top5:.2f} %")
     if metrics.balanced_accuracy is not None:
         absent = metrics.per_class.count.count(0) if metrics.per_class else 0
-        without = f" (without {plural(absent, 'class')} that {list_name} does not show)" if absent else ""
+        without = f" (without {_classes(absent)} that {list_name} does not show)" if absent else ""
         parts.append(f"balanced accuracy {metrics.balanced_accuracy:.2f} %{without}")
     if metrics.ece is not None:
         parts.append(f"ECE {metrics.ece:.2f} %")
     return ", ".join(parts)
 
 
-def _class_rows(evaluation: Evaluation, names: Sequence[str]) -> list[tuple[int, str, int, int, float]]:
-    """Return number, name, images, correct images and accuracy in percent (nan without images) of each class."""
-    confusion = evaluation.confusion
-    counts, correct = confusion.sum(axis=1).tolist(), confusion.diagonal().tolist()
-    accuracy = (100 * per_class_accuracy(confusion)).tolist()
-    return [*zip(range(len(names)), names, counts, correct, accuracy, strict=True)]
+def _classes(count: int) -> str:
+    return plural(count, "class")
 
 
 def write_tables(evaluation: Evaluation, names: Sequence[str], folder: Path, role: str) -> tuple[Path, Path]:
@@ -270,11 +273,13 @@ def write_tables(evaluation: Evaluation, names: Sequence[str], folder: Path, rol
     Raises:
         RecordError: If they cannot be written.
     """
+    confusion = evaluation.confusion
     names = [csv_text(name) for name in names]
-    counts = evaluation.confusion.tolist()
-    matrix = [["true/predicted", *names], *([name, *row] for name, row in zip(names, counts, strict=True))]
-    classes: list[list[object]] = [["class", "name", "count", "correct", "accuracy"]]
-    classes += [[*row, f"{accuracy:.4f}"] for *row, accuracy in _class_rows(evaluation, names)]
+    matrix = [["true/predicted", *names], *([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))]
+    columns = (confusion.sum(axis=1).tolist(), confusion.diagonal().tolist(), per_class_accuracy(confusion).tolist())
+    classes = [["class", "name", "count", "correct", "accuracy"]]
+    for number, (name, count, correct, accuracy) in enumerate(zip(names, *columns, strict=True)):
+        classes.append([str(number), name, str(count), str(correct), f"{100 * accuracy:.4f}"])
     paths = folder / f"{role}_confusion.csv", folder / f"{role}_per_class.csv"
     for path, rows in zip(paths, (matrix, classes), strict=True):
         _write_csv(path, rows)
@@ -284,7 +289,7 @@ def write_tables(evaluation: Evaluation, names: Sequence[str], folder: Path, rol
 def write_predictions(
     evaluation: Evaluation, images: Sequence[str], names: Sequence[str], folder: Path, role: str
 ) -> Path:
-    """Write `<role>_predictions.csv` into a folder: the prediction of each image, in the order of the split.
+    """Write `<role>_predictions.csv` into a folder: what was predicted for each image, in the order of the split.
 
     The columns are index, image, label, label_name, prediction, prediction_name, confidence (softmax probability of the
     prediction) and correct (1 or 0).
@@ -299,14 +304,15 @@ def write_predictions(
     Raises:
         RecordError: If it cannot be written.
     """
-    scores, names = evaluation.scores, [csv_text(name) for name in names]
-    rows: list[list[object]] = [
+    scores, shown = evaluation.scores, [csv_text(name) for name in names]
+    rows: list[list[str]] = [
         ["index", "image", "label", "label_name", "prediction", "prediction_name", "confidence", "correct"]
     ]
     columns = (column.tolist() for column in (scores.index, scores.label, scores.prediction, scores.confidence))
     for index, label, prediction, confidence in zip(*columns, strict=True):
-        classes = label, names[label], prediction, names[prediction]
-        rows.append([index, csv_text(images[index]), *classes, f"{confidence:.6f}", int(label == prediction)])
+        classes = [str(label), shown[label], str(prediction), shown[prediction]]
+        image = csv_text(images[index])
+        rows.append([str(index), image, *classes, f"{confidence:.6f}", str(int(label == prediction))])
     path = folder / f"{role}_predictions.csv"
     _write_csv(path, rows)
     return path
@@ -321,8 +327,10 @@ def _write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:
 def per_class_markdown(evaluation: Evaluation, names: Sequence[str]) -> str:
     """Return the per-class accuracies as a Markdown table, for TensorBoard's texts."""
     lines = ["| class | name | images | right | accuracy |", "| ---: | :--- | ---: | ---: | ---: |"]
-    for number, name, count, correct, accuracy in _class_rows(evaluation, names):
-        shown = f"{accuracy:.2f} %" if count else "no images"
+    confusion = evaluation.confusion
+    columns = (confusion.sum(axis=1).tolist(), confusion.diagonal().tolist(), per_class_accuracy(confusion).tolist())
+    for number, (name, count, correct, accuracy) in enumerate(zip(names, *columns, strict=True)):
+        shown = f"{100 * accuracy:.2f} %" if count else "no images"
         escaped = name.replace("|", "\\|")
         lines.append(f"| {number} | {escaped} | {count} | {correct} | {shown} |")
     return "\n".join(lines)
@@ -331,13 +339,14 @@ def per_class_markdown(evaluation: Evaluation, names: Sequence[str]) -> str:
 _LABELLED = 50  # classes, at most, whose names label the matrix
 _LONGEST = 24  # letters of a name
 _WHITE, _BLUE, _GREY, _BLACK = (255, 255, 255), (8, 48, 107), (224, 224, 224), (0, 0, 0)
+_MARGIN = 8
+_LEGEND = "rows: true class; columns: predicted. Share of the row: white 0 %, blue 100 %; grey: no images"
 
 
 def confusion_image(confusion: NDArray[np.int64], names: Sequence[str]) -> NDArray[np.uint8]:
     """Draw a confusion matrix, each row divided by its sum: uint8 (height, width, 3).
 
-    Rows are true classes, columns predicted ones, in the same order; white is 0 %, blue 100 %, grey a row without
-    images. Up to 50 classes are labelled; more would be unreadable.
+    Up to 50 classes are labelled; more would be unreadable. A row without images is grey.
 
     Args:
         confusion: (classes, classes), from `confusion_matrix`.
@@ -350,11 +359,35 @@ def confusion_image(confusion: NDArray[np.int64], names: Sequence[str]) -> NDArr
     share = (confusion / np.maximum(support, 1))[..., None]
     colours = np.where(support[..., None] > 0, (1 - share) * _WHITE + share * _BLUE, _GREY)
     matrix = Image.fromarray(np.rint(colours).astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1))
-    font = ImageFont.load_default()  # has ASCII letters only
-    labels = [printable(name)[:_LONGEST].encode("ascii", "replace").decode() for name in names] if labelled else []
-    left = max((math.ceil(font.getbbox(label)[2]) + 8 for label in labels), default=0)
-    image = Image.new("RGB", (left + matrix.width, matrix.height), _WHITE)
-    image.paste(matrix, (left, 0))
+
+    font = ImageFont.load_default()
+    labels = [_text(_shortened(name), font) for name in names] if labelled else []
+    legend = _text(_LEGEND, font)
+    aside = max((label.width for label in labels), default=0) + _MARGIN
+    width = max(aside + matrix.width, legend.width) + 2 * _MARGIN
+    image = Image.new("RGB", (width, aside + matrix.height + legend.height + 3 * _MARGIN), _WHITE)
+    left, top = _MARGIN + aside, _MARGIN + aside
+    image.paste(matrix, (left, top))
+    ImageDraw.Draw(image).rectangle((left - 1, top - 1, left + matrix.width, top + matrix.height), outline=_BLACK)
     for number, label in enumerate(labels):
-        ImageDraw.Draw(image).text((2, number * cell + cell // 2 - 6), label, fill=_BLACK, font=font)
+        middle = number * cell + cell // 2
+        image.paste(label, (left - label.width - _MARGIN // 2, top + middle - label.height // 2))
+        upright = label.rotate(90, expand=True)
+        image.paste(upright, (left + middle - upright.width // 2, top - upright.height - _MARGIN // 2))
+    image.paste(legend, (_MARGIN, top + matrix.height + _MARGIN))
     return np.asarray(image, dtype=np.uint8)
+
+
+def _shortened(name: str) -> str:
+    """Cut a name to length, in ASCII: Pillow's own font has no other letters."""
+    letters = (c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    name = "".join(c if " " <= c <= "~" else "?" for c in letters)
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
+
+
+def _text(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> Image.Image:
+    """Draw a line of text, black on white, no larger than it is."""
+    left, top, right, bottom = font.getbbox(text)
+    image = Image.new("RGB", (max(1, math.ceil(right - left)), max(1, math.ceil(bottom - top))), _WHITE)
+    ImageDraw.Draw(image).text((-left, -top), text, fill=_BLACK, font=font)
+    return image

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError
+from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError
 from svp_bench.core.ranges import check_one_of, check_range
 from svp_bench.data.augment import draw_mix, erase, mix, soft_targets
 from svp_bench.data.decode import Depth
@@ -278,7 +278,7 @@ class AdaptationModule(LightningModule):
         self._scored.append(score_images(logits.float(), batch.labels, batch.index))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the numbers of val; no image, no number.
+        """Log validation metrics; log nothing if the split is empty.
 
         Raises:
             NonFiniteLossError: If an image's loss is not finite.
@@ -457,6 +457,7 @@ class AdaptationModule(LightningModule):
         *,
         checkpoint: str | None = None,
         method_file: str | None = None,
+        **others: Any,
     ) -> AdaptationModule:
         """Rebuild the module of a run from its checkpoint, in eval mode: backbone, method, head and trained weights.
 
@@ -464,15 +465,21 @@ class AdaptationModule(LightningModule):
         `svp-bench fit --resume` continues a run.
 
         Args:
-            checkpoint_path: `runs/…/checkpoints/last.ckpt`, or its content.
+            checkpoint_path: `runs/…/checkpoints/last.ckpt`, or a `Checkpoint`.
             map_location: Device to put it on.
             checkpoint: Path of the backbone's weights, if they were moved.
             method_file: The file of a custom method, if its class lies next to it.
+            others: Lightning's other arguments; they must be None.
 
         Raises:
             CheckpointError: If the file is not an svp-bench checkpoint, is damaged, or the backbone's weights differ.
-            UsageError: If there is no such file, or its method is not known here.
+            UsageError: If there is no such file, its method is not known here, or another argument is given.
         """
+        if given := sorted(key for key, value in others.items() if value is not None):
+            raise UsageError(
+                "load_from_checkpoint takes checkpoint_path, map_location, checkpoint and method_file, not "
+                f"{given[0]}: the checkpoint defines the module; for other settings use svp-bench fit"
+            )
         saved = checkpoint_path if isinstance(checkpoint_path, Checkpoint) else Checkpoint.read(checkpoint_path)
         about = saved.metadata
         module = cls(

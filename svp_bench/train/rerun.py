@@ -3,12 +3,17 @@
 The run has the config and the seed of the record. Splits (by digest), weights (by digest) and the resolved config must
 equal those of the record before training begins; other differences (commit, versions, cards, device) are printed.
 
-The numbers agree, exit status 0, if they are bit-equal: the same images are right, and the mean loss is the same to the
-last digit; or if a recorded fact differs (device, threads, scan backend, versions, commit …), the exact McNemar test on
-the recorded bits has p >= 0.05, and the mean losses differ by at most the larger of a tenth of the recorded loss and
-0.02 nats, plus ln 2 for each image that differs, divided by the number of images. Otherwise the status is 1; always if
-the source of a custom method differs. The new record goes to another results folder, so that no table counts a seed
-twice.
+The exit status is 0 if the numbers agree:
+
+- bit-equal: the same images are right, and the mean loss is the same to the last digit; or
+- a fact differs that changes the last digits (device, threads, number of devices, scan backend, versions, commit, or a
+  setting that no digest covers), and the exact McNemar test on the recorded bits has p >= 0.05. Selection records
+  without bits: the two accuracies differ by at most 1.96 binomial standard errors of val. The mean losses may differ by
+  the larger of a tenth of the recorded loss and 0.02 nats, plus ln 2 for each image that differs, divided by the number
+  of images.
+
+Otherwise it is 1; always if the source of a custom method differs from the recorded one. The record of the rerun is
+written to another results folder, so that no table counts a seed twice.
 """
 
 from __future__ import annotations
@@ -17,8 +22,8 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
@@ -38,23 +43,24 @@ from svp_bench.core.errors import (
 from svp_bench.core.registry import import_object, make_importable
 from svp_bench.data.module import VisionDataModule
 from svp_bench.records.bits import unpack_bits
+from svp_bench.records.code import package_digest
 from svp_bench.records.digests import CELL_EXCLUDED, flat
-from svp_bench.records.record import Record
+from svp_bench.records.record import Metrics, Record
 from svp_bench.records.store import read_record, record_path
+from svp_bench.stats.inference import one_standard_error
 from svp_bench.stats.significance import mcnemar
 from svp_bench.train.parser import ResolvedConfig, resolve
-from svp_bench.train.provenance import changed_sources
+from svp_bench.train.provenance import changed_sources, cpu_name
 from svp_bench.train.run import FitRun, first_difference, run
 
+_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 _LEVEL = 0.05  # of the McNemar test
 _NAMED_WEIGHTS = ("hub", "embedded", "none")
 _LOSS_SHARE, _LOSS_NATS = 0.1, 0.02  # tolerance of the mean loss
-_FACTS = (
-    *("device", "cpu", "device_count", "scan_backend", "package_version", "commit"),
-    *("task_version", "protocol", "protocol_version"),
-)
+_FACTS = ("device", "cpu", "device_count", "scan_backend", "package_version", "commit")
 _WITHOUT_EFFECT = ("data.num_workers", "model.scan_backend")  # the backend that ran is in _FACTS
 _REFUSED = ("seed_everything", "data.seed", "model.seed", "config", "ckpt_path", "resume", "no_test")
+_CHANGES = "code: uncommitted changes, in the record or here"
 
 
 def run_rerun(record: Record, places: Mapping[str, str], further: Sequence[str] = ()) -> int:
@@ -104,19 +110,13 @@ def run_rerun(record: Record, places: Mapping[str, str], further: Sequence[str] 
                     f"svp-bench {__version__} resolves the record's config to another setting ({which}); "
                     f"{_other_version(record)}"
                 )
-            repeated: list[_RepeatedRun] = []
-
-            def build(config: ResolvedConfig, watchers: Sequence[Callback]) -> _RepeatedRun:
-                repeated.append(_RepeatedRun(config, watchers, record))
-                return repeated[0]
-
-            done = run(config, run_type=build)
+            done = run(config, run_type=lambda config, watchers: _RepeatedRun(config, watchers, record))
         except SvpBenchError as error:
             raise type(error)(str(error).replace(str(file), f"the config of {record.run_id}")) from None
     if not done.trainer.is_global_zero:
         return 0
     path = config.results_root / "records" / record.task / f"{done.run_id}.json"
-    return _compare(record, read_record(path), repeated[0].differing)
+    return _compare(record, read_record(path))
 
 
 # --- before training --------------------------------------------------------------------------------------------------
@@ -131,23 +131,21 @@ class _RepeatedRun(FitRun):
     def __init__(self, config: ResolvedConfig, watchers: Sequence[Callback], record: Record) -> None:
         super().__init__(config, watchers)
         self.record = record
-        self.differing: list[str] = []  # facts that differ from the record and can change the last digits
 
     def prepare(self) -> None:
-        """Prepare as `fit` does, and compare the splits with the record."""
+        """Prepare as `fit` does, and compare splits and code with the record."""
         super().prepare()
+        notes = _differing_code(self.record, self)
         _check_splits(self.record, self.data)
+        self._print_header(notes)
 
     @rank_zero_only
-    def announce(self) -> None:
-        """Print the header of a run, and the differences from the record."""
-        super().announce()
+    def _print_header(self, notes: Sequence[str]) -> None:
         record = self.record
-        self.differing = _differences(record, self.build_record("unscored", None, tested=False))
         print(f"Repeating {record.run_id} ({record.task}, {record.method}, stage {record.stage}, seed {record.seed})")
         print(f"  splits     {_short(record.data_digest)}, as in the record")
-        for line in self.differing:
-            print(f"  differs    {line}")
+        for note in notes:
+            print(f"  note       {note}")
 
     def check_weights(self) -> None:
         """Refuse other weights than the record's."""
@@ -184,6 +182,29 @@ def _other_version(record: Record) -> str:
     return f"rerun it with the version that wrote it, {record.package_version}{commit}"
 
 
+def _differing_code(record: Record, now: FitRun) -> list[str]:
+    """Return one line for each difference of code and cards."""
+    data, sources = now.data, now.config.sources
+    pairs = [
+        (f"task card {record.task}, version", record.task_version, data.card.version),
+        (f"protocol {record.protocol}, version", record.protocol_version, data.protocol.version),
+        ("svp-bench", record.package_version, __version__),
+        ("commit", record.commit, now.commit),
+    ]
+    if record.package_digest is not None:
+        pairs.append(("the package's files", _short(record.package_digest), _short(package_digest())))
+    if record.cpu is not None:
+        pairs.append(("processor", record.cpu, cpu_name()))
+    notes = [_differs(name, theirs, ours) for name, theirs, ours in pairs if theirs != ours]
+    if record.dirty or now.dirty:
+        notes.append(_CHANGES)
+    if edited := _edited(record.method_source, sources):
+        notes.append(f"the method's source: {edited} here differs from the record's")
+    elif sources and record.method_source is None:
+        notes.append("the method's source: not in the record, so it may have changed")
+    return notes
+
+
 def _check_flags(further: Sequence[str]) -> None:
     """Refuse flags that would change the setting."""
     flags = split_flags(further)
@@ -215,7 +236,7 @@ def _check_method(record: Record, class_path: str) -> None:
 # --- after training ---------------------------------------------------------------------------------------------------
 
 
-def _compare(old: Record, new: Record, differing: Sequence[str]) -> int:
+def _compare(old: Record, new: Record) -> int:
     """Print how the numbers compare; return the exit status."""
     before, after = old.metrics, new.metrics
     if new.status != "complete" or after is None or before is None:
@@ -226,47 +247,87 @@ def _compare(old: Record, new: Record, differing: Sequence[str]) -> int:
         f"  record     top-1 {before.top1:.2f} % on {split} ({before.correct} of {before.count}), loss {before.loss!r}"
     )
     print(f"  rerun      top-1 {after.top1:.2f} % ({after.correct} of {after.count}), loss {after.loss!r}")
-    edited = old.method_source is not None and changed_sources(old.method_source, new.method_source or {})
-    if edited:
+    differing = _differences(old, new)
+    for line in differing:
+        print(f"  differs    {line}")
+    if edited := _edited(old.method_source, new.method_source or {}):
         print(f"Does not agree on the method's source: {edited} (exit status 1). It is another method's number:")
-    bits = (old.correct, new.correct) if old.kind == "final" else (old.val_correct, new.val_correct)
-    same_bits = bits[0] == bits[1] if all(bits) else before.correct == after.correct
+    return _compare_numbers(old, new, before, after, differing) or int(bool(edited))
+
+
+def _edited(recorded: Mapping[str, str] | None, found: Mapping[str, str]) -> str:
+    """Return the files of a method that differ from those of a record; "" if none does or the record has none."""
+    return "" if recorded is None else changed_sources(recorded, found)
+
+
+def _compare_numbers(old: Record, new: Record, before: Metrics, after: Metrics, differing: Sequence[str]) -> int:
+    """Print how the scores compare; return the exit status."""
+    same_bits = old.correct == new.correct if old.correct and new.correct else before.correct == after.correct
     if same_bits and before.loss == after.loss and before.per_class == after.per_class:
         print("Bit-equal: the same images are right, and the loss is the same to the last digit.")
-        return int(bool(edited))
-    one, other = (unpack_bits(found.bits, found.count) if found else np.zeros(0, dtype=bool) for found in bits)
-    if len(one) != len(other) or not len(one):
-        print(f"Not bit-equal, and without the bits of both runs not comparable: {after.correct - before.correct:+d}")
-        return 1
-    test = mcnemar(one, other)
-    images, apart = test.b + test.c, abs(after.loss - before.loss)
-    allowed = max(_LOSS_NATS, _LOSS_SHARE * before.loss) + math.log(2) * images / before.count
-    print(
-        f"Not bit-equal: {images} of {plural(before.count, 'image')} differ ({test.b} right in the record alone, "
-        f"{test.c} in the rerun alone; exact McNemar p = {test.p:.3g}); the loss differs by {apart:.3g}, {allowed:.3g} "
-        f"nats are allowed. Top-1 {after.top1 - before.top1:+.2f} points."
-    )
+        return 0
+    agrees, apart, bound, images = _within_noise(old, new, before, after)
+    print(f"Not bit-equal: {apart}")
+    print(f"Top-1 {after.top1 - before.top1:+.2f} points.")
     if not differing:
         print("Nothing that is recorded differs, so the numbers should be the same, and are not (exit status 1).")
         return 1
-    agrees = test.p >= _LEVEL and apart <= allowed
-    print("Agrees: on another machine or version this may be chance." if agrees else "Does not agree (exit status 1).")
-    return int(not agrees or bool(edited))
+    if agrees:
+        allowed = max(_LOSS_NATS, _LOSS_SHARE * before.loss) + math.log(2) * images / before.count
+        agrees = abs(after.loss - before.loss) <= allowed
+        loss = f"the loss differs by {abs(after.loss - before.loss):.3g}; {allowed:.3g} nats are allowed"
+        bound = f"{bound}; {loss}" if agrees else f"{loss}; {bound}"
+    print(f"Agrees: {bound}, on another machine or version." if agrees else f"Does not agree: {bound} (exit status 1).")
+    return int(not agrees)
+
+
+def _within_noise(old: Record, new: Record, before: Metrics, after: Metrics) -> tuple[bool, str, str, int]:
+    """Return whether the accuracies agree, the difference, the bound that decides, and how many images differ."""
+    if old.correct is None or new.correct is None:  # a selection record
+        images, apart = abs(after.correct - before.correct), abs(after.top1 - before.top1)
+        limit = _Z * one_standard_error((before.top1 + after.top1) / 2, before.count)
+        where = f"1.96 binomial standard errors of {plural(before.count, 'image')} (± {limit:.2f} points; no bits)"
+        text = f"{plural(images, 'image')} more or fewer are right"
+        return apart <= limit, text, f"{'within' if apart <= limit else 'beyond'} {where}", images
+    if old.correct.count != new.correct.count:
+        raise RecordError(
+            f"the rerun scored {plural(new.correct.count, 'image')}, the run {old.correct.count}; report this"
+        )
+    one, other = (unpack_bits(bits.bits, bits.count) for bits in (old.correct, new.correct))
+    test = mcnemar(one, other)
+    images = test.b + test.c
+    if images == 0:
+        text = "the same images are right, but the loss differs"
+        return True, text, "both runs classify the same images correctly", 0
+    text = (
+        f"{images} of {plural(old.correct.count, 'image')} differ ({test.b} right in the record alone, {test.c} in the "
+        "rerun alone)"
+    )
+    agrees = test.p >= _LEVEL
+    how = "may well" if agrees else "would hardly"
+    bound = f"{test.b} against {test.c} {how} be chance (paired by image: exact McNemar p = {test.p:.3g})"
+    return agrees, text, bound, images
 
 
 def _differences(old: Record, new: Record) -> list[str]:
     """Return one line for each fact that differs and can change the last digits."""
+    digests = "the package's files", _short(old.package_digest), _short(new.package_digest)
     names = {**old.libraries, **new.libraries}
     ours, theirs = dict(flat(old.config)), dict(flat(new.config))
     keys = [key for key, kind in CELL_EXCLUDED.items() if kind.startswith("device") and key not in _WITHOUT_EFFECT]
     pairs = [
         *((fact, getattr(old, fact), getattr(new, fact)) for fact in _FACTS),
-        ("the package's files", _short(old.package_digest), _short(new.package_digest)),
+        *([digests] if old.package_digest is not None else []),
         *((name, old.libraries.get(name, "none"), new.libraries.get(name, "none")) for name in names),
         *((key, str(ours.get(key)), str(theirs.get(key))) for key in keys),
     ]
-    lines = [f"{name}: {before} in the record, {now} here" for name, before, now in pairs if before != now]
-    return [*lines, "code: uncommitted changes, in the record or here"] if old.dirty or new.dirty else lines
+    lines = [_differs(*pair) for pair in pairs if pair[1] != pair[2]]
+    return [*lines, _CHANGES] if old.dirty or new.dirty else lines
+
+
+def _differs(name: str, theirs: Any, ours: Any) -> str:
+    shown = ["unknown" if value is None else str(value) for value in (theirs, ours)]
+    return f"{name}: {shown[0]} in the record, {shown[1]} here"
 
 
 def _short(digest: str | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
 from svp_bench.core.errors import CheckpointError, ConfigError, UsageError
 from svp_bench.core.yaml import read_yaml
@@ -221,7 +222,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def lock_setting(exit_stack: ExitStack, lock: Path) -> None:
-    """Lock a setting and seed until `exit_stack` closes, so that two commands with `--resume` begin one run.
+    """Lock a setting and seed until `exit_stack` closes: only one of two commands with `--resume` begins the run.
 
     The first process of a run holds the lock for all of its processes.
 
@@ -240,7 +241,10 @@ def lock_setting(exit_stack: ExitStack, lock: Path) -> None:
 
 
 def lock_run(
-    exit_stack: ExitStack, records: Path, find: Callable[[Mapping[str, str] | None], FoundRun | None], sources: Any
+    exit_stack: ExitStack,
+    records: Path,
+    find: Callable[[Mapping[str, str] | None], FoundRun | None],
+    sources: Mapping[str, str],
 ) -> FoundRun | None:
     """Find the run to resume, and lock it until `exit_stack` closes.
 
@@ -276,7 +280,9 @@ def _remedy() -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{str(error).removesuffix(UNREADABLE)}; {REMEDY}") from None
+        text = str(error)
+        what = text.removesuffix(UNREADABLE) if text.endswith(UNREADABLE) else text.rpartition("; ")[0] or text
+        raise CheckpointError(f"{what}; {REMEDY}") from None
 
 
 @_remedy()
@@ -289,7 +295,7 @@ def read_resumed(checkpoint: Path) -> Checkpoint:
 def check_resumable(
     saved: Checkpoint, trainer: Trainer, model: AdaptationModule, callbacks: Sequence[Callback]
 ) -> None:
-    """Check the parts of a checkpoint without which Lightning would restore another state and report nothing.
+    """Check that a checkpoint has the complete state of the training.
 
     Args:
         saved: The checkpoint.
@@ -300,27 +306,53 @@ def check_resumable(
     Raises:
         CheckpointError: If a part is missing or of another type; names it.
     """
-    content, where = saved.content, str(saved.path)
-    if not content.get("lr_schedulers"):
-        raise wrong_part(where, "lr_schedulers", content.get("lr_schedulers"), "the state of the schedule")
-    shapes = sorted(tuple(parameter.shape) for parameter in trained_parameters(model.model).values())
+
+    def need(part: str, value: Any, fits: bool, expected: str) -> Any:
+        if not fits:
+            raise wrong_part(str(saved.path), part, value, expected)
+        return value
+
+    def only_mapping(part: str) -> dict[str, Any]:
+        value = saved.content.get(part)
+        (entry,) = need(part, value, isinstance(value, list) and len(value) == 1, "a list of 1")
+        mapping: dict[str, Any] = need(f"{part}[0]", entry, isinstance(entry, dict), "a mapping")
+        return mapping
+
+    optimizer, schedule = only_mapping("optimizer_states"), only_mapping("lr_schedulers")
+    need("lr_schedulers.last_epoch", last := schedule.get("last_epoch"), isinstance(last, int), "a whole number")
+    parameters = [*trained_parameters(model.model).values()]
+    groups, state = optimizer.get("param_groups"), optimizer.get("state")
+    all_there = _numbers(groups) == list(range(len(parameters)))
+    need("optimizer_states.param_groups", groups, all_there, f"all {len(parameters)} trained parameters")
+    moments = need("optimizer_states.state", state, isinstance(state, dict), "a mapping")
     if saved.global_step and model.optimizer_config.name == "adamw":
-        try:
-            (optimizer,) = content["optimizer_states"]
-            for key in ("exp_avg", "exp_avg_sq"):
-                moments = {f"{number}.{key}": state[key] for number, state in optimizer["state"].items()}
-                check_tensors(moments, where, "optimizer_states.state")
-                if sorted(tuple(value.shape) for value in moments.values()) != shapes:
-                    raise ValueError(key)
-        except (KeyError, ValueError, TypeError, AttributeError):
-            expected = "the moments of each trained parameter"
-            raise wrong_part(where, "optimizer_states", content.get("optimizer_states"), expected) from None
+        shapes = sorted(_shape_of_moments(moments.get(number)) for number in range(len(parameters)))
+        fits = shapes == sorted(tuple(parameter.shape) for parameter in parameters)
+        need("optimizer_states.state", moments, fits, "the moments of each trained parameter")
+    for number, parts in moments.items():
+        values = parts.items() if isinstance(parts, dict) else ()
+        tensors = {f"{number}.{key}": value for key, value in values if isinstance(value, Tensor)}
+        check_tensors(tensors, str(saved.path), "optimizer_states.state")
     for part, key, fresh in (
         ("loops", "fit_loop", trainer.fit_loop.state_dict()),
         *(("callbacks", callback.state_key, callback.state_dict()) for callback in callbacks),
     ):
-        if different := _difference(part, content.get(part), {key: fresh}):
-            raise wrong_part(where, *different)
+        states = need(part, value := saved.content.get(part), isinstance(value, dict), "a mapping")
+        if different := _difference(f"{part}.{key}", states.get(key), fresh):
+            raise wrong_part(str(saved.path), *different)
+
+
+def _numbers(groups: Any) -> list[Any]:
+    """Return the numbers of the parameters in an optimizer's groups."""
+    lists = [group.get("params") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+    return [number for numbers in lists if isinstance(numbers, list) for number in numbers]
+
+
+def _shape_of_moments(state: Any) -> tuple[int, ...]:
+    """Return the shape of Adam's moments of a parameter; (-1,) if one is missing."""
+    parts = [state.get(key) for key in ("exp_avg", "exp_avg_sq")] if isinstance(state, dict) and "step" in state else []
+    shapes = {tuple(part.shape) for part in parts if isinstance(part, Tensor)}
+    return shapes.pop() if len(parts) == 2 and len(shapes) == 1 else (-1,)
 
 
 def _difference(part: str, given: Any, fresh: Any) -> tuple[str, Any, str] | None:

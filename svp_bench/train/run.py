@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from svp_bench.core.errors import CheckpointError, ConfigError, RecordError, SvpBenchError, UsageError, one_line, plural
+from svp_bench.core.errors import ConfigError, RecordError, SvpBenchError, UsageError, one_line, plural
 from svp_bench.core.interrupts import INTERRUPTS, Preempted
 from svp_bench.core.resources import custom_tasks_flags
 from svp_bench.data.transforms import sides
@@ -40,7 +40,7 @@ from svp_bench.train.parser import ResolvedConfig
 from svp_bench.train.processes import is_first_process, is_of_a_lost_process
 from svp_bench.train.provenance import changed_sources, dirty_warning, save_sources
 from svp_bench.train.recorded import RecordedRun
-from svp_bench.train.resume import REMEDY, check_resumable, locked
+from svp_bench.train.resume import check_resumable, locked
 
 
 @quiet()
@@ -142,8 +142,6 @@ class FitRun(RecordedRun):
             raise
         except Exception as error:
             status, reason = "failed", one_line(f"{type(error).__name__}: {error}")
-            if checkpoint is not None and not self.watch.training and not isinstance(error, SvpBenchError):
-                raise CheckpointError(f"{checkpoint}: damaged ({one_line(error)}); {REMEDY}") from None
             if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
                 raise ConfigError(f"trainer.callbacks: {one_line(error)}") from None
             schedules = [
