@@ -402,7 +402,6 @@ def main() -> None:
     if not arguments.quick:
         result["full"] = full_against_svp("small", 3)
         result["grad_checkpointing"] = grad_checkpointing("small", 3)
-        result["memory_gib"] = result["grad_checkpointing"]["plain_gib"]
         result["unbind_step"] = unbind_step(3, result["model"]["small"]["step"])
     result["scan"] = isolated_scan(2 if arguments.quick else 3, arguments.baselines)
     result["scaling"] = scaling(rounds)

@@ -16,8 +16,8 @@ from synthetic_records import LIST, OTHER_LIST, WEIGHTS, make_record, synthetic_
 from svp_bench.audit.record import audit, render
 from svp_bench.records.digests import canonical_digest, cell_config, config_digest, setting_digest
 from svp_bench.records.record import Metrics, Record, SearchSummary, new_run_id
-from svp_bench.records.selection import SelectedConfig, Trial, context_of, selected_config_path
-from svp_bench.records.selection_rule import choose
+from svp_bench.records.selection import SelectedConfig, context_of, selected_config_path
+from svp_bench.records.selection_rule import Trial, choose
 from svp_bench.records.store import write_atomically, write_record
 from svp_bench.tasks.cards import load_task
 

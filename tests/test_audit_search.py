@@ -17,11 +17,10 @@ from svp_bench.records.record import Correct, Metrics, Record
 from svp_bench.records.selection import (
     FOLD_KEYS,
     SelectedConfig,
-    Trial,
     context_of,
     selected_config_path,
 )
-from svp_bench.records.selection_rule import decide, edges
+from svp_bench.records.selection_rule import Trial, decide, edges
 from svp_bench.records.store import record_path, write_atomically, write_record
 from svp_bench.tasks.cards import load_protocol
 

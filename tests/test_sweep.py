@@ -25,12 +25,11 @@ from svp_bench.records.digests import canonical_digest, flat
 from svp_bench.records.selection import (
     FOLD_KEYS,
     SelectedConfig,
-    Trial,
     read_selected_config,
     selected_config_path,
     write_selected_config,
 )
-from svp_bench.records.selection_rule import choose, decide, edges
+from svp_bench.records.selection_rule import Trial, choose, decide, edges
 from svp_bench.stats.inference import one_standard_error
 from svp_bench.sweep.jobs import Job, Outcome
 from svp_bench.sweep.local_pool import Done, Event, Pool, WorkerProcess

@@ -139,7 +139,7 @@ class AugmentConfig:
         return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
 
 
-# Each part of a specification, and its bounds. timm itself leaves out what it does not know without a word.
+# Each part of a specification, and its bounds. timm ignores unknown parts silently.
 _WHOLE, _FRACTION = r"[0-9]{1,4}", r"[0-9]{1,4}(?:\.[0-9]+)?"
 _PARTS = {"m": _WHOLE, "n": _WHOLE, "p": _FRACTION, "mstd": _FRACTION, "mmax": _WHOLE, "inc": "[01]"}
 _SETS = r"t(?:weights|3a|3aw)"

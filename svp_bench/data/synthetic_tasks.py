@@ -131,7 +131,7 @@ class Canvas:
     """An image in the making: random numbers, a ground, then objects on it.
 
     Args:
-        words: What tells the image from all others.
+        words: Text that identifies the image.
     """
 
     def __init__(self, words: str) -> None:

@@ -104,7 +104,7 @@ def row_setting(record: Record) -> dict[str, Any]:
 
 
 def _row_epochs(record: Record) -> Any:
-    """Return what stands for the epochs of a task whose config sets them; None if that of the run does."""
+    """Return the epochs that a row shows for a task whose config sets them, or None to use those of the run."""
     own, used = shipped_layer(f"{record.task}.yaml").get(_EPOCHS), record.config.get("trainer", {}).get("max_epochs")
     usual = _epochs(record.protocol, tasks_dirs()) if own is not None else None
     searched = record.search is not None and _EPOCHS in record.search.keys

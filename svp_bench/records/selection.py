@@ -186,15 +186,31 @@ class SelectedConfig:
         declaration = _Declaration1 if versions[data["schema"]] == 1 else _Declaration2
         convert(facts["search"], declaration, f"{where}: 'search'", RecordError, "declaration")
         written = json.loads(selected.text())
-        for key in {**written, **data}:
-            if written.get(key) != data.get(key):
-                raise RecordError(f"{where}: {key!r} has a key too many or too few for {data['schema']}")
+        if different := _different_key(written, data):
+            key, given = different
+            wrong = f"is not part of {data['schema']}" if given else "is missing"
+            raise RecordError(f"{where}: the key {key!r} {wrong}")
         if not 0 <= selected.chosen < len(selected.trials):
             count = plural(len(selected.trials), "trial")
             raise RecordError(f"{where}: 'chosen' is {selected.chosen}, and there are {count}")
         for problem in _problems(selected):
             raise RecordError(f"{where}: {problem}")
         return selected
+
+
+def _different_key(written: Any, given: Any, prefix: str = "") -> tuple[str, bool] | None:
+    """Return the first key that only one of two JSON values has, with its place, and whether it is in the given one."""
+    if isinstance(written, Mapping) and isinstance(given, Mapping):
+        for key in {**written, **given}:
+            if key not in written or key not in given:
+                return f"{prefix}{key}", key in given
+            if found := _different_key(written[key], given[key], f"{prefix}{key}."):
+                return found
+    elif isinstance(written, list) and isinstance(given, list):
+        for index, (one, other) in enumerate(zip(written, given, strict=False)):
+            if found := _different_key(one, other, f"{prefix.removesuffix('.')}[{index}]."):
+                return found
+    return None
 
 
 def _problems(selected: SelectedConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Records as a pandas DataFrame, for analyses of one's own."""
+"""Records as a pandas DataFrame, for custom analyses."""
 
 from __future__ import annotations
 
