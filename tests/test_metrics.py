@@ -32,10 +32,10 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
-from svp_bench.audit.checks import impossible_scores
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from svp_bench.audit.checks import impossible_scores
 from svp_bench.methods.linear import Linear
 from svp_bench.records.bits import unpack_bits
 from svp_bench.records.record import Metrics, PerClass
