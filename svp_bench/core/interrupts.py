@@ -91,8 +91,8 @@ INTERRUPTS = Interrupts()
 
 
 def ignore_from_now_on() -> None:
-    """Ignore the signals, so that a process that has finished its work does not look killed while it shuts down."""
-    for number in _signals():
+    """Ignore the signals and ctrl-C: a process that has finished its work must not look killed while it shuts down."""
+    for number in (*_signals(), signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
