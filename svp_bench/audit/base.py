@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,10 +14,16 @@ from typing import Any, Literal, NamedTuple
 
 from svp_bench.core.errors import RecordError, UsageError
 from svp_bench.core.resources import tasks_dirs
-from svp_bench.records.digests import card_digest
+from svp_bench.records.digests import canonical_digest, card_digest, cell_config
 from svp_bench.records.record import Record
-from svp_bench.records.selection import FOLD_KEYS, SelectedConfig, read_selected_config, selected_config_path
-from svp_bench.records.store import read_records
+from svp_bench.records.selection import (
+    FOLD_KEYS,
+    SelectedConfig,
+    context_of,
+    read_selected_config,
+    selected_config_path,
+)
+from svp_bench.records.store import read_records, record_path
 from svp_bench.tasks.cards import ProtocolCard, TaskCard, load_protocol, load_suite, load_task
 
 Verdict = Literal["pass", "note", "fail"]
@@ -58,6 +64,7 @@ class RecordStore:
     """
 
     root: Path
+    _contexts: dict[Any, tuple[dict[str, Any], str]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def records(self) -> list[Record]:
@@ -70,12 +77,41 @@ class RecordStore:
         return {record.run_id: record for record in self.records}
 
     @cached_property
+    def by_path(self) -> dict[Path, Record]:
+        """Absolute path → record."""
+        return {record_path(record, self.root.absolute()): record for record in self.records}
+
+    @cached_property
+    def by_task(self) -> Mapping[str, list[Record]]:
+        """Task → records."""
+        found = defaultdict(list)
+        for record in self.records:
+            found[record.task].append(record)
+        return found
+
+    @cached_property
     def by_family(self) -> Mapping[tuple[Any, ...], list[Record]]:
         """`family_of` → records."""
         found = defaultdict(list)
         for record in self.records:
             found[family_of(record)].append(record)
         return found
+
+    @cached_property
+    def weights(self) -> Mapping[tuple[str, str, str], Mapping[str | None, set[str]]]:
+        """Backbone, checkpoint and status → digest of the initial weights → run ids."""
+        found: dict[tuple[str, str, str], dict[str | None, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for record in self.records:
+            found[record.backbone, record.checkpoint, record.status][record.checkpoint_digest].add(record.run_id)
+        return found
+
+    def context(self, record: Record, keys: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+        """Return `context_of` a record for the keys of a search, and its digest; computed once for a cell."""
+        name = record.config_digest, tuple(sorted((record.method_source or {}).items())), keys
+        if name not in self._contexts:
+            context = context_of(cell_config(record.config), keys, record.method_source)
+            self._contexts[name] = context, canonical_digest(context)
+        return self._contexts[name]
 
     @cached_property
     def selected_configs(self) -> Mapping[Path, SelectedConfig]:
@@ -105,6 +141,12 @@ class Case:
     def stored(self) -> Sequence[Record]:
         """All other records of the store."""
         records = self.store.records if self.store else ()
+        return [other for other in records if other.run_id != self.record.run_id]
+
+    @property
+    def of_task(self) -> Sequence[Record]:
+        """All other records of the task in the store."""
+        records = self.store.by_task.get(self.record.task, ()) if self.store else ()
         return [other for other in records if other.run_id != self.record.run_id]
 
     @cached_property

@@ -254,7 +254,7 @@ def check_images(case: Case) -> Iterator[Line]:
         problems.append(f"scores of {plural(scored or 0, 'class')}, and the card has {card.classes}")
     if metrics.top5 is not None and not _is_count(metrics.top5 * metrics.count / 100, metrics.count):
         problems.append(f"top5 {metrics.top5} % of {images} is not a whole number of images")
-    for other in case.stored if correct is not None else ():
+    for other in case.of_task if correct is not None else ():
         same = _scored_split(other) == _scored_split(record)
         if same and other.correct and correct and other.correct.split_digest != correct.split_digest:
             problems.append(f"{other.run_id} read the same splits, and has another digest of {correct.split}")
@@ -264,7 +264,7 @@ def check_images(case: Case) -> Iterator[Line]:
 
 
 def _scored_split(record: Record) -> tuple[str | None, ...]:
-    return record.task, record.data_digest, record.stage, record.correct.split if record.correct else None
+    return record.data_digest, record.stage, record.correct.split if record.correct else None
 
 
 def _is_count(number: float, count: int) -> bool:
@@ -301,10 +301,8 @@ def check_weights(case: Case) -> Iterator[Line]:
         yield "fail", "weights_digest is missing, which svp-bench writes: the scored weights are unknown"
     for event, lines in (record.checkpoint_load or {}).items():
         yield "note", f"{event} while loading: {some(lines)}"
-    source = (record.backbone, record.checkpoint, "complete")
-    others = {one.checkpoint_digest for one in case.stored if (one.backbone, one.checkpoint, one.status) == source} - {
-        record.checkpoint_digest
-    }
+    here = case.store.weights.get((record.backbone, record.checkpoint, "complete"), {}) if case.store else {}
+    others = {digest for digest, runs in here.items() if runs != {record.run_id}} - {record.checkpoint_digest}
     if others:
         yield "note", f"other runs state other weights from {record.checkpoint}: {some(sorted(map(short, others)))}"
 

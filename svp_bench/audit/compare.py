@@ -122,7 +122,7 @@ def _same_code(one: Record, other: Record) -> bool:
 def check_alike(case: Case) -> Iterator[Line]:
     """Check that runs of the cell have the same parameters, and runs of the split the same class counts."""
     record, problems = case.record, []
-    for other in case.stored:
+    for other in case.of_task:
         if other.kind != record.kind:
             continue
         ours, theirs = record.parameters, other.parameters
@@ -130,7 +130,7 @@ def check_alike(case: Case) -> Iterator[Line]:
             counts = f"{theirs.trainable} of {theirs.total} train, here {ours.trainable} of {ours.total}"
             problems.append(f"{other.run_id}, of the same cell, has other parameters: {counts}")
         classes = [one.metrics.per_class.count for one in (record, other) if one.metrics and one.metrics.per_class]
-        same_split = (other.task, other.data_digest, other.splits) == (record.task, record.data_digest, record.splits)
+        same_split = (other.data_digest, other.splits) == (record.data_digest, record.splits)
         if same_split and len({*classes}) > 1:
             problems.append(f"{other.run_id} scored the same split, with other numbers of images in its classes")
     if case.store is not None:

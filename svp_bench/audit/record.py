@@ -150,7 +150,8 @@ def _is_record(file: Path, folder: Path) -> bool:
 
 def _audit_file(path: Path, store: RecordStore | None) -> Audit:
     try:
-        case = Case(read_record(path), path, store)
+        known = store.by_path.get(path.absolute()) if store is not None else None
+        case = Case(known or read_record(path), path, store)
     except RecordError as error:
         text = str(error).removeprefix(f"{path}: ")
         return Audit(path, (Finding("fail", "schema", " ".join(text.split())),))

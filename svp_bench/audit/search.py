@@ -12,15 +12,13 @@ from typing import Any
 from svp_bench.audit.base import Case, Line, fold_of, short, some, split_text, start_of, verdicts
 from svp_bench.core.errors import plural
 from svp_bench.records.defaults import other as differ
-from svp_bench.records.digests import cell_config, flat
+from svp_bench.records.digests import flat
 from svp_bench.records.record import CREATED, Record
 from svp_bench.records.selection import (
     AUTO_FOLDS,
     FALLBACK,
     RULE_VERSION,
     SelectedConfig,
-    context_of,
-    recorded_context,
 )
 from svp_bench.records.selection_rule import Trial, contains
 
@@ -62,7 +60,7 @@ def _config_problems(case: Case, config: SelectedConfig) -> Iterator[str]:
     for key, value in config.values.items():
         if differ(ours.get(key), value):
             yield f"{key} is {ours.get(key)}, and in the selected config {value}"
-    yield from _context_problems(record, config, "the run")
+    yield from _context_problems(case, record, config, "the run")
     start = start_of(record)
     try:
         written = datetime.strptime(config.created, CREATED).replace(tzinfo=timezone.utc)
@@ -75,9 +73,12 @@ def _config_problems(case: Case, config: SelectedConfig) -> Iterator[str]:
     yield from _split_problems(case, config)
 
 
-def _context_problems(record: Record, config: SelectedConfig, who: str) -> Iterator[str]:
-    ours = dict(flat(context_of(cell_config(record.config), list(config.values), record.method_source)))
-    theirs = dict(flat(recorded_context(config)))
+def _context_problems(case: Case, record: Record, config: SelectedConfig, who: str) -> Iterator[str]:
+    assert case.store is not None  # it holds the selected config
+    context, digest = case.store.context(record, tuple(config.values))
+    if digest == config.todays_digest:
+        return
+    ours, theirs = dict(flat(context)), dict(flat(config.todays_context))
     for key in sorted(key for key in {*ours, *theirs} if differ(ours.get(key), theirs.get(key)))[:1]:
         yield f"selected with {key} = {theirs.get(key)}, and {who} has {ours.get(key)}"
 
@@ -116,7 +117,7 @@ def check_trials(case: Case) -> Iterator[Line]:
     for number, trial in enumerate(config.trials, 1):
         found = [store.by_id.get(run_id) for run_id in trial.run_ids]
         if trial.status == "complete":
-            problems += [f"trial {number}: {text}" for text in _trial_problems(config, trial, found)]
+            problems += [f"trial {number}: {text}" for text in _trial_problems(case, config, trial, found)]
             continue
         if all(record is not None and record.status == "complete" for record in found):
             problems.append(f"trial {number} is stated as failed ({trial.status}), but its records are complete")
@@ -133,7 +134,7 @@ def check_trials(case: Case) -> Iterator[Line]:
         yield "note", f"{text}: {plural(config.completed, 'setting')} to select from, of a budget of {budget}"
 
 
-def _trial_problems(config: SelectedConfig, trial: Trial, found: Sequence[Record | None]) -> Iterable[str]:
+def _trial_problems(case: Case, config: SelectedConfig, trial: Trial, found: Sequence[Record | None]) -> Iterable[str]:
     parts = max(1, config.folds * config.repeats)
     counts = trial.counts or (config.count,) * len(found)
     for place, (run_id, record) in enumerate(zip(trial.run_ids, found, strict=True)):
@@ -168,7 +169,7 @@ def _trial_problems(config: SelectedConfig, trial: Trial, found: Sequence[Record
             close = isinstance(mine, float) and isinstance(theirs, float) and isclose(mine, theirs, abs_tol=1e-9)
             if not close and differ(mine, theirs):
                 yield f"{run_id}: {name} is {str(mine)[:60]}, and in the selected config {str(theirs)[:60]}"
-        yield from _context_problems(record, config, run_id)
+        yield from _context_problems(case, record, config, run_id)
 
 
 def check_outside(case: Case) -> Iterator[Line]:
@@ -183,11 +184,10 @@ def check_outside(case: Case) -> Iterator[Line]:
     hidden: list[str] = []
     extra: list[str] = []
     tested: list[str] = []
-    for other in case.store.records:
-        if (other.task, other.method, other.status) != (config.task, case.record.method, "complete"):
+    for other in case.store.by_task.get(config.task, ()):
+        if (other.method, other.status) != (case.record.method, "complete"):
             continue
-        context = context_of(cell_config(other.config), list(config.values), other.method_source)
-        if context != recorded_context(config):
+        if case.store.context(other, tuple(config.values))[0] != config.todays_context:
             continue
         if other.kind == "final" and other.created < config.created:
             tested.append(other.run_id)
@@ -249,10 +249,12 @@ def check_other_searches(case: Case) -> Iterator[Line]:
         return
     ours, folders, completed = where.split("/")[1], set(), dict[str, int]()
     for path, one in case.store.selected_configs.items():
+        if one.task != config.task:
+            continue
         folder = path.relative_to(case.store.root).parts[1]
-        if one.task == config.task and one.method == config.method and folder != ours:
+        if one.method == config.method and folder != ours:
             folders.add(folder)
-        elif one.task == config.task and one.method != config.method and folder == ours:
+        elif one.method != config.method and folder == ours:
             completed[one.method] = min(completed.get(one.method, one.completed), one.completed)
     if folders:
         yield "note", f"other searches selected for this method and task too: {some(sorted(folders))}"

@@ -90,6 +90,12 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 @cache
+def _inner(kind: type) -> list[tuple[str, Any]]:
+    """Return the fields of a dataclass that can hold further dataclasses, with their annotations."""
+    return [(name, annotation) for name, annotation in _hints(kind).items() if _holds_dataclass(annotation)]
+
+
+@cache
 def _holds_dataclass(annotation: Any) -> bool:
     """Return whether a value of this annotation can hold keys that a dataclass has to know."""
     kind = _plain(annotation)
@@ -98,10 +104,19 @@ def _holds_dataclass(annotation: Any) -> bool:
 
 def _unknown(data: Any, kind: Any, keys: Keys) -> Iterator[tuple[Keys, list[str]]]:
     """Yield the keys that lead to each key which its dataclass lacks, and what that has."""
+    if not _holds_dataclass(kind):
+        return
+    kind = _plain(kind)
+    known = _hints(kind).keys() if isinstance(kind, type) and dataclasses.is_dataclass(kind) else ()
+    if isinstance(data, dict) and known and data.keys() <= known:  # as usual
+        for name, annotation in _inner(kind):
+            if name in data:
+                yield from _unknown(data[name], annotation, (*keys, name))
+        return
     for key, value, annotation in _parts(data, kind):
         if annotation is ...:
             yield (*keys, key), [*_hints(_plain(kind))]
-        elif _holds_dataclass(annotation):
+        else:
             yield from _unknown(value, annotation, (*keys, key))
 
 

@@ -15,7 +15,7 @@ from svp_bench._version import __version__
 from svp_bench.core.errors import RecordError, plural
 from svp_bench.core.validate import convert
 from svp_bench.records.bits import count_ones
-from svp_bench.records.digests import config_digest, plain, setting_digest
+from svp_bench.records.digests import cell_config, json_digest, plain, setting_config
 from svp_bench.records.migrate import migrate_record
 from svp_bench.records.record import CREATED, SCHEMA, Metrics, Record, SearchSummary
 
@@ -50,8 +50,8 @@ def parse_record(data: Any, where: str = "record") -> Record:
     if isinstance(data, Mapping) and data.get("metrics") == {}:
         data = {**data, "metrics": None}
     record = convert(data, Record, where, RecordError, "record")
-    _check_facts(record, where)
-    shared, _ = _without_seed(*_config_key(record))  # the seeds of a cell share one config in memory
+    shared, digests = _without_seed(*_config_key(record))  # the seeds of a cell share one config in memory
+    _check_facts(record, digests, where)
     return replace(record, config={**shared, _SEED: record.config[_SEED]} if _SEED in record.config else shared)
 
 
@@ -67,11 +67,12 @@ def _config_key(record: Record) -> tuple[str, SearchSummary | None]:
 @lru_cache(maxsize=8192)
 def _without_seed(text: str, search: SearchSummary | None) -> tuple[dict[str, Any], dict[str, str]]:
     config = json.loads(text)
-    digests = {"config_digest": config_digest(config), "setting_digest": setting_digest(config, search)}
+    cell = cell_config(config)
+    digests = {"config_digest": json_digest(cell), "setting_digest": json_digest(setting_config(cell, search))}
     return config, digests
 
 
-def _check_facts(record: Record, where: str) -> None:
+def _check_facts(record: Record, digests: Mapping[str, str], where: str) -> None:
     """Raise RecordError if the facts of a well-typed record contradict each other."""
 
     def refuse(key: str, why: str) -> RecordError:
@@ -89,7 +90,6 @@ def _check_facts(record: Record, where: str) -> None:
         raise refuse("data_digest", f"is null; a run that is {record.status} has read its splits")
     if record.status not in ("complete", "unscored") and record.status_reason is None:
         raise refuse("status_reason", f"is null; a run that is {record.status} needs a reason")
-    _, digests = _without_seed(*_config_key(record))
     for key, digest in digests.items():
         if getattr(record, key) != digest:
             raise refuse(key, f"does not belong to the config: it should be {digest}")

@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,10 +147,20 @@ class SelectedConfig:
             ]
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Return "sha256:..." of the file's text."""
         return "sha256:" + hashlib.sha256(self.text().encode()).hexdigest()
+
+    @cached_property
+    def todays_context(self) -> dict[str, Any]:
+        """The context with the settings grouped as today's configs group them."""
+        return context_of(cell_config(group_settings(migrate_config(self.context))), list(self.values))
+
+    @cached_property
+    def todays_digest(self) -> str:
+        """Digest of `todays_context`."""
+        return canonical_digest(self.todays_context)
 
     def summary(self) -> SearchSummary:
         """Return the summary for the record of a run with this selected config."""
@@ -399,8 +410,3 @@ def context_of(
 
     context = rest(config, "")
     return {**context, "method_source": dict(sources)} if sources else context
-
-
-def recorded_context(selected: SelectedConfig) -> dict[str, Any]:
-    """Return the context of a selected config with the settings grouped as today's configs group them."""
-    return context_of(cell_config(group_settings(migrate_config(selected.context))), list(selected.values))

@@ -20,7 +20,6 @@ from svp_bench.records.record import timestamp
 from svp_bench.records.selection import (
     SelectedConfig,
     read_selected_config,
-    recorded_context,
     selected_config_path,
     trial_problems,
     write_selected_config,
@@ -201,7 +200,7 @@ class Sweep:
         except SvpBenchError as error:
             return f"{error}; a selected config is not edited: take the file away to search again"
         same = {
-            "setting": recorded_context(selected) == cell.context,
+            "setting": selected.todays_context == cell.context,
             "weights": selected.checkpoint_digest == cell.checkpoint_digest,
             "data": selected.data_digest == cell.data_digest,
         }

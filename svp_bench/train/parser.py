@@ -37,7 +37,7 @@ from svp_bench.records.code import class_paths, source_files
 from svp_bench.records.defaults import clipped_warmup
 from svp_bench.records.digests import card_digest, cell_config, config_digest, flat, setting_digest
 from svp_bench.records.record import SearchSummary
-from svp_bench.records.selection import context_of, recorded_context
+from svp_bench.records.selection import context_of
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 from svp_bench.train.logging import quiet
 from svp_bench.train.module import AdaptationModule
@@ -451,7 +451,7 @@ def _check_selected_config(composed: Composed, config: Mapping[str, Any], source
             "in a nested search each seed has its own"
         )
     ours = dict(flat(context_of(cell_config(config), list(selected.values), sources)))
-    theirs = dict(flat(recorded_context(selected)))
+    theirs = dict(flat(selected.todays_context))
     other = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if other:
         raise UsageError(
