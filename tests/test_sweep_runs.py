@@ -27,7 +27,8 @@ from svp_bench.records.store import read_records
 from svp_bench.sweep import plan as sweep_run
 from svp_bench.sweep.jobs import Job
 from svp_bench.sweep.local_pool import Done, Event, Pool
-from svp_bench.sweep.runner import Runner, with_values
+from svp_bench.sweep.lookup import with_values
+from svp_bench.sweep.runner import Runner
 from svp_bench.train.parser import resolve
 
 SEARCH = """\
@@ -198,6 +199,7 @@ def test_a_dry_run_reads_and_parses_once_for_all_seeds(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(yaml, "compose", counted("read", yaml.compose))
     monkeypatch.setattr(ArgumentParser, "parse_args", counted("parse", ArgumentParser.parse_args))
+    monkeypatch.setenv("SVP_BENCH_CACHE", "cache")
     cells = ("--tasks", "demo/count,demo/size", "--methods", "linear,offset", *FLAGS)
     seen = []
     for seeds in ("7", ",".join(map(str, range(300)))):

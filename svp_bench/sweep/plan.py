@@ -19,7 +19,6 @@ from rich.table import Table
 
 from svp_bench.config.compose import Flags, method_layer
 from svp_bench.core.errors import SvpBenchError, UsageError, file_size, plural, printable, unknown_name
-from svp_bench.core.registry import importing_torch
 from svp_bench.core.terminal import plain_console
 from svp_bench.core.yaml import reading_once
 from svp_bench.records.digests import cell_config, flat
@@ -28,6 +27,7 @@ from svp_bench.records.store import check_writable, read_records, refuse_unwrita
 from svp_bench.report.page import write_report
 from svp_bench.sweep.jobs import Job, duration
 from svp_bench.sweep.local_pool import LocalPool, Pool
+from svp_bench.sweep.lookup import Lookup, PlanCache
 from svp_bench.sweep.progress import ProgressView
 from svp_bench.sweep.scheduler import CellJobs, Sweep
 from svp_bench.sweep.search import Plan, SearchSpace, load_search
@@ -96,10 +96,8 @@ def execute_sweep(request: Request) -> int:
     else:
         check_writable(request.results_root)
         refuse_unwritable(Path(request.runs_root), "--runs_root")
-    with importing_torch():
-        from svp_bench.sweep.runner import Runner
-
-    runner = Runner()
+    cache = PlanCache() if request.dry_run else None
+    runner = Lookup(cache)
     with reading_once():
         read = _prepare(cells, common, search, runner)
     sweep = Sweep(
@@ -116,6 +114,8 @@ def execute_sweep(request: Request) -> int:
     if request.dry_run:
         with reading_once():
             _print_plan(console, sweep, request, runner)
+        if cache is not None:
+            cache.save()
         return 1 if sweep.blocked else 0
     settings = f"search {search.name} (K = {search.budget}, {search.sampler})" if search else "default settings"
     title = f"Sweep: {plural(len(cells), 'cell')} × {plural(len(request.seeds), 'seed')}, {settings}"
@@ -148,7 +148,7 @@ def _common(request: Request) -> tuple[str, ...]:
 
 def _warn_of_changes(console: Console, read: set[Path]) -> None:
     """Warn before training that an audit will fail the records, if code or the cards of `read` are not committed."""
-    from svp_bench.train.provenance import changed_cards, commit_and_dirty, dirty_warning  # torch
+    from svp_bench.train.provenance import changed_cards, commit_and_dirty, dirty_warning
 
     commit, dirty = commit_and_dirty()
     cards = changed_cards(read) if commit else []
@@ -156,7 +156,9 @@ def _warn_of_changes(console: Console, read: set[Path]) -> None:
         console.print(f"Warning: {dirty_warning(commit, cards)}", soft_wrap=True, markup=False)
 
 
-def _prepare(cells: Sequence[CellJobs], common: tuple[str, ...], search: SearchSpace | None, runner: Any) -> set[Path]:
+def _prepare(
+    cells: Sequence[CellJobs], common: tuple[str, ...], search: SearchSpace | None, runner: Lookup
+) -> set[Path]:
     """Complete cells in place: plan and context of a search, or why a cell cannot run.
 
     Returns:
@@ -216,7 +218,7 @@ def _print_search(console: Console, search: SearchSpace | None, cells: Sequence[
 # ------------------------------------------------------------------------------------------------------------- dry run
 
 
-def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Any) -> None:
+def _print_plan(console: Console, sweep: Sweep, request: Request, runner: Lookup) -> None:
     """Print the jobs of a sweep by method, those that have records already, the time and the disk space."""
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(int))
     epoch: dict[tuple[str, ...], list[float]] = defaultdict(list)  # seconds of an epoch, with its part of the test

@@ -35,7 +35,7 @@ from svp_bench.train.checkpoint import CHECKPOINT, AtomicCheckpointIO, Checkpoin
 from svp_bench.train.comparable import RecipeWatch, refuse_hidden_changes
 from svp_bench.train.module import AdaptationModule
 from svp_bench.train.oom import AllocationFailure, explain_run, is_out_of_memory
-from svp_bench.train.parser import ResolvedConfig
+from svp_bench.train.parser import ResolvedConfig, instantiate
 from svp_bench.train.preemption import PerStepSeed, PreemptionHandler
 from svp_bench.train.processes import agreed_name
 from svp_bench.train.provenance import changed_cards, commit_and_dirty
@@ -107,7 +107,7 @@ class BaseRun(ABC):
         self.commit, dirty = commit_and_dirty()
         self.changed_cards = changed_cards(self.config.read) if self.commit else []
         self.dirty = True if self.changed_cards else dirty
-        self.objects = self.config.instantiate()
+        self.objects = instantiate(self.config)
         data = self.data = self.data_type(**vars(self.objects.data), seed=self.config.seed)  # reads cards only
         root = self.config.config["data"].get("root")
         if data.card.reader.kind == "split_files":

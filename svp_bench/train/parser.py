@@ -8,12 +8,10 @@ import os
 import re
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from functools import cache, lru_cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal, Optional
 
 import torch
@@ -27,6 +25,7 @@ from lightning.pytorch import profilers as lightning_profilers
 
 from svp_bench.config.compose import Composed
 from svp_bench.config.keys import DERIVED
+from svp_bench.config.resolved import ResolvedConfig as ResolvedConfig  # also of this module
 from svp_bench.core.errors import ConfigError, UsageError, nearest, one_line, unknown_name
 from svp_bench.core.registry import import_object, make_importable
 from svp_bench.data.module import VisionDataModule
@@ -35,8 +34,7 @@ from svp_bench.methods.build import input_size
 from svp_bench.ops import BACKENDS
 from svp_bench.records.code import class_paths, source_files
 from svp_bench.records.defaults import clipped_warmup
-from svp_bench.records.digests import card_digest, cell_config, config_digest, flat, setting_digest
-from svp_bench.records.record import SearchSummary
+from svp_bench.records.digests import cell_config, flat
 from svp_bench.records.selection import context_of
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 from svp_bench.train.logging import quiet
@@ -64,79 +62,6 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represe
 yaml.SafeDumper.add_representer(
     timedelta, lambda dumper, value: dumper.represent_dict({"seconds": value.total_seconds()})
 )
-
-
-@dataclass(frozen=True)
-class ResolvedConfig:
-    """A command line, resolved.
-
-    Attributes:
-        subcommand: fit, validate or test.
-        config: The resolved config, as in the record.
-        method: The method's name.
-        search: The search that selected values of the config, or None.
-        seed: The run's seed.
-        results_root: Folder of the records.
-        runs_root: Folder of logs and checkpoints.
-        sources: Digests of the files behind classes that are not shipped, by name; see `source_files`.
-        read: The cards and config files that were read.
-        card_digests: `card_digest` of the "task" and the "protocol" card.
-        composed: The layers.
-        arguments: The parsed arguments.
-        notices: Lines for the user about derived or changed values.
-    """
-
-    subcommand: str
-    config: dict[str, Any]
-    method: str
-    search: SearchSummary | None
-    seed: int
-    results_root: Path
-    runs_root: Path
-    sources: Mapping[str, str]
-    read: tuple[Path, ...]
-    card_digests: Mapping[str, str]
-    composed: Composed = field(compare=False)
-    arguments: Namespace = field(compare=False)
-    notices: tuple[str, ...] = field(compare=False)
-
-    @property
-    def task(self) -> str:
-        """The task's full name."""
-        return str(self.config["data"]["task"])
-
-    @property
-    def config_digest(self) -> str:
-        """Digest of the cell."""
-        return config_digest(self.config)
-
-    @property
-    def setting_digest(self) -> str:
-        """Digest of the table row."""
-        return setting_digest(self.config, self.search)
-
-    def instantiate(self) -> Namespace:
-        """Return the arguments with method, callbacks, loggers and plugins built from their class paths.
-
-        Raises:
-            ConfigError: If a class refuses its arguments.
-        """
-        parser = build_parser(self.subcommand)
-        build = parser.instantiate if _JSONARGPARSE_4_49 else parser.instantiate_classes
-        try:
-            objects: Namespace = build(self.arguments)
-        except (MisconfigurationException, ValueError) as error:  # jsonargparse raises ValueError for both
-            if isinstance(error, ValueError) and "Does not validate against" not in str(error):
-                raise
-            text = re.sub(r".*Errors:(.*)Given value.*", r"\1", " ".join(str(error).split()))
-            raise ConfigError(f"Lightning refuses these trainer settings: {one_line(text)}") from None
-        return objects
-
-    def with_origin(self, text: str) -> str:
-        """Put "file:line: " before a message about a config key that a file sets."""
-        found = re.match(r"(?:--)?((?:model|data|trainer)\.[\w.]+) ", text)
-        where = self.composed.origin(found[1]) if found else None
-        return f"{where}: {text}" if where else text
 
 
 @cache
@@ -175,6 +100,24 @@ def build_parser(subcommand: str) -> ArgumentParser:
     return parser
 
 
+def instantiate(resolved: ResolvedConfig) -> Namespace:
+    """Return the arguments of a config with method, callbacks, loggers and plugins built from their class paths.
+
+    Raises:
+        ConfigError: If a class refuses its arguments.
+    """
+    parser = build_parser(resolved.subcommand)
+    build = parser.instantiate if _JSONARGPARSE_4_49 else parser.instantiate_classes
+    try:
+        objects: Namespace = build(resolved.arguments)
+    except (MisconfigurationException, ValueError) as error:  # jsonargparse raises ValueError for both
+        if isinstance(error, ValueError) and "Does not validate against" not in str(error):
+            raise
+        text = re.sub(r".*Errors:(.*)Given value.*", r"\1", " ".join(str(error).split()))
+        raise ConfigError(f"Lightning refuses these trainer settings: {one_line(text)}") from None
+    return objects
+
+
 @quiet()
 def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
     """Parse and validate a composed config with its command line.
@@ -204,26 +147,9 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
     config = _plain(arguments, subcommand)
     sources = source_files(class_paths(config))
     _check_selected_config(composed, config, sources)
-    card = load_task(str(config["data"]["task"]))
-    suite = load_suite(card.suite)
-    protocol = load_protocol(str(config["data"].get("protocol") or suite.protocol))
-    names = [card.path.parent / card.class_names] if card.class_names else []
-    layers = {origin.rpartition(":")[0] for origin in composed.origins.values()} - {""}
-    return ResolvedConfig(
-        subcommand=subcommand,
-        config=config,
-        method=_method_name(str(config["model"]["method"]["class_path"])),
-        search=composed.search,
-        seed=arguments.seed_everything,
-        results_root=Path(arguments.results_root),
-        runs_root=Path(arguments.runs_root),
-        sources=sources,
-        read=(card.path, suite.path, protocol.path, *names, *map(Path, sorted(layers))),
-        card_digests={"task": card_digest(card), "protocol": card_digest(protocol)},
-        composed=composed,
-        arguments=arguments,
-        notices=tuple(notices),
-    )
+    method = _method_name(str(config["model"]["method"]["class_path"]))
+    roots = arguments.results_root, arguments.runs_root
+    return ResolvedConfig.of(composed, subcommand, config, method, roots, sources, arguments, notices)
 
 
 @lru_cache(maxsize=_CACHED)

@@ -10,14 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from svp_bench.core.resources import checkout_root
 from svp_bench.records.code import git, package_digest, package_digest_at
 from svp_bench.records.store import write_atomically
 
-_LIBRARIES = ("torch", "lightning", "timm", "torchmetrics", "numpy", "pillow", "jsonargparse")
+if TYPE_CHECKING:
+    import torch
+
+LIBRARIES = ("torch", "lightning", "timm", "torchmetrics", "numpy", "pillow", "jsonargparse")
 _CODE, _READ = "svp_bench", ("tasks", "configs")  # changes elsewhere do not make a number dirty
 _SOURCES = "method_source.json"
 _SHOWN = 4  # changed files in a warning
@@ -25,7 +27,9 @@ _SHOWN = 4  # changed files in a warning
 
 def library_versions() -> dict[str, str]:
     """Return Python's version and those of the libraries that a number depends on."""
-    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    import torch
+
+    versions = {name: metadata.version(name) for name in LIBRARIES}
     with contextlib.suppress(metadata.PackageNotFoundError):
         versions["numba"] = metadata.version("numba")  # it compiles the CPU kernels
     return {"python": platform.python_version(), **versions, "torch": str(torch.__version__)}  # with its build: +cu126
@@ -90,6 +94,8 @@ def _changed(root: Path, *places: str) -> list[str] | None:
 @cache
 def cpu_name() -> str:
     """Return the processor's model and the widest instruction set that PyTorch uses: "AMD EPYC 7763, AVX2"."""
+    import torch
+
     name = ""
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
@@ -100,6 +106,8 @@ def cpu_name() -> str:
 
 def device_name(device: torch.device) -> str:
     """Return the device's name, e.g. "NVIDIA H100 80GB HBM3", or "CPU (x86_64, 2 threads)"."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
