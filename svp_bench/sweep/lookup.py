@@ -15,6 +15,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import cache as cache_once
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,6 +134,7 @@ class Lookup:
         self._weights: dict[str, Weights] = {}
         self._sizes: dict[tuple[Any, ...], int] = {}
         self._trained: dict[str, tuple[int, int]] = {}  # parameters of a model, and those of its head for one class
+        self._files, self._read = cache_once(record_files), cache_once(_readable)  # of a dry run: none is added
 
     def checkpoint_bytes(self, job: Job) -> int:
         """Return the approximate size of a job's checkpoint: trained parameters in float32, and optimizer state."""
@@ -221,11 +223,10 @@ class Lookup:
         """Yield the records of a setting and seed, the oldest first. Unreadable ones are left to the tables."""
         folder = resolved.results_root / "records" / resolved.task
         pattern = f"{resolved.method}-*-seed{resolved.seed}-*.json"
-        for path in (path for path in record_files(folder) if fnmatch(path.name, pattern)):
-            try:
-                yield read_record(path)
-            except SvpBenchError:
-                continue
+        listed, read = (record_files, _readable) if self._cache is None else (self._files, self._read)
+        for path in (path for path in listed(folder) if fnmatch(path.name, pattern)):
+            if (record := read(path)) is not None:
+                yield record
 
     def _same(self, record: Record, resolved: ResolvedConfig) -> bool:
         """Whether a record is of the cell and seed of a config, on the data and weights that are here."""
@@ -377,6 +378,13 @@ class Lookup:
 def _weights_of(record: Record) -> Weights:
     load = record.checkpoint_load
     return record.checkpoint_digest, {name: [*lines] for name, lines in load.items()} if load else None
+
+
+def _readable(path: Path) -> Record | None:
+    try:
+        return read_record(path)
+    except SvpBenchError:
+        return None
 
 
 def _stamps(path: Path) -> list[list[Any]]:
