@@ -52,7 +52,7 @@ def weights_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, value in saved["state_dict"].items()
         if name.startswith("model.")
     }
-    model = create_backbone(summary["settings"]["backbone"], num_classes=1, checkpoint="none")
+    model: Any = create_backbone(summary["settings"]["backbone"], num_classes=1, checkpoint="none")
     model.reset_classifier(0)
     model.load_state_dict(state)
     if backbone_digest(model) != summary["weights"]:

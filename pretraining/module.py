@@ -30,7 +30,7 @@ class TensorBatch(NamedTuple):
 
 
 class Pretraining(LightningModule):
-    """Regress the figure of an image from the tokens of a Vim, with linear heads that are discarded afterwards.
+    """Regress the figure of an image from the tokens of a backbone, with linear heads that are discarded afterwards.
 
     The class token predicts the figure's pose (squared error), its mask at 16×16 and its mask at a common centre and
     scale, invariant to position and size (binary cross entropy). Each patch token predicts the mask of its patch, pixel
@@ -81,12 +81,12 @@ class Pretraining(LightningModule):
         )
         with torch.random.fork_rng(devices=[]):  # initial weights depend on the seed alone
             torch.manual_seed(seed)
-            self.model = create_backbone(backbone, num_classes=1, checkpoint="none")
-            self.model.reset_classifier(0)  # the heads below read the tokens
-            patches = self.model.patch_embed
-            if patches.img_size != (SIZE, SIZE) or patches.grid_size != (GRID, GRID):
+            model: Any = create_backbone(backbone, num_classes=1, checkpoint="none")
+            model.reset_classifier(0)  # the heads below read the tokens
+            if model.image_size != (SIZE, SIZE) or model.grid_size != (GRID, GRID):
                 raise ConfigError(f"{backbone} takes other images than {SIZE}×{SIZE} in {GRID}×{GRID} patches")
-            width = self.model.embed_dim
+            width = model.embed_dim
+            self.model = model
             self.whole_head = nn.Linear(width, len(POSE) + COARSE**2 + CENTRED**2)
             self.patch_head = nn.Linear(width, (SIZE // GRID) ** 2)
         cfg: Any = self.model.pretrained_cfg
@@ -105,9 +105,9 @@ class Pretraining(LightningModule):
             cell = SIZE // GRID
             hidden = batch.blanked.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
             images = images.masked_fill(hidden[:, None], 0.0)
-        tokens, middle = self.model.forward_tokens(images)
-        token = tokens[:, middle]
-        patches = torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+        tokens, (at,) = self.model.forward_tokens(images)  # one class token
+        token = tokens[:, at]
+        patches = torch.cat([tokens[:, :at], tokens[:, at + 1 :]], dim=1)
         pose, coarse, centred = self.whole_head(token).split([len(POSE), COARSE**2, CENTRED**2], dim=1)
         mask = batch.mask / 255
         small = F.avg_pool2d(mask[:, None], SIZE // COARSE).flatten(1)

@@ -24,7 +24,19 @@ from svp_bench.tasks.cards import load_task
 TASK = "vtab/cifar"
 CONFIG = f"configs/{TASK}.yaml"
 COUNTS = {"train800": 12, "val200": 5, "test": 9}  # trains on 17 in stage final
-METHODS = ["svp", "vpt_shallow", "vpt_deep", "linear", "full", "lora", "adapter", "offset", "bias"]
+METHODS = [
+    "svp",
+    "vpt_shallow",
+    "vpt_deep",
+    "linear",
+    "full",
+    "lora",
+    "adapter",
+    "offset",
+    "bias",
+    "partial",
+    "last_blocks",
+]
 BACKBONE = "vim_test_patch8_32"
 SMALL = {  # a run of a second
     "model.backbone": BACKBONE,

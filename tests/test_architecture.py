@@ -66,6 +66,7 @@ PUBLIC_NAMES = [
     "load_results",
 ]
 
+ENTRY_POINTS = {"svp_bench.backbones"}  # a group of entry points that is not also a package
 OUR_PATH = re.compile(r"svp_bench(\.\w+)+(:\w+)?")
 DECIDING_METHODS = {"startswith", "endswith", "removeprefix", "removesuffix", "fullmatch"}
 
@@ -98,7 +99,7 @@ def imported_modules(tree: ast.AST, inside: str) -> Iterator[tuple[int, str]]:
                 base = ".".join([*package, base] if base else package)
             for alias in node.names:
                 yield node.lineno, f"{base}.{alias.name}"
-        elif isinstance(node, ast.Constant) and OUR_PATH.fullmatch(str(node.value)):
+        elif isinstance(node, ast.Constant) and OUR_PATH.fullmatch(str(node.value)) and node.value not in ENTRY_POINTS:
             yield node.lineno, str(node.value).replace(":", ".")
 
 

@@ -195,7 +195,8 @@ def test_the_header_of_a_run_says_what_is_run(tmp_path: Path, monkeypatch: pytes
     backbone = SMALL["model.backbone"]
     assert head["backbone"].startswith(f"  backbone   {backbone}, random weights, scan backend reference (")
     assert head["method"].startswith("  method     vpt_deep: 384 parameters + 1,700 of the head train, of ")
-    assert any(line.lstrip().startswith("Random weights") for line in lines[5:8])
+    assert any(line.lstrip().startswith("Random weights") for line in lines[5:12])
+    assert any(line.split() == ["adapter:", "384", "(100%", "in", "1", "of", "1", "tensor)"] for line in lines)
     assert lines[-1] == "Next: svp-bench table"
 
 

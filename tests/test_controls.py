@@ -11,13 +11,13 @@ import reference_vim
 import torch
 import yaml
 from helpers import assert_error, command, run, settle, small
-from tolerances import BACKBONE, SAME_MATHS, relative_error
+from tolerances import BACKBONE, relative_error
 from torch import Tensor
 
 from svp_bench.core.errors import ConfigError
 from svp_bench.methods.adapter import ACTIVATIONS, Adapter
 from svp_bench.methods.base import Method
-from svp_bench.methods.bias import BIASES, Bias
+from svp_bench.methods.bias import Bias
 from svp_bench.methods.build import adapt, create_model
 from svp_bench.methods.checks import trained_parameters
 from svp_bench.methods.offset import Offset
@@ -25,6 +25,7 @@ from svp_bench.models import VisionMamba
 from svp_bench.ops import backend_statuses
 
 BACKENDS = [status.name for status in backend_statuses() if status.available]
+BIASES = ("dt_proj", "conv1d", "patch_embed")
 SIZES: dict[str, Any] = {"img_size": (48, 64), "embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 5}
 STRIDE_8: dict[str, Any] = {"img_size": (40, 56), "stride": 8}
 ODD: dict[str, Any] = {"img_size": (51, 37)}  # six patches, and pixels that belong to none
@@ -172,80 +173,6 @@ def test_offsets_counts_on_vim_small(depths: list[int] | None, count: int) -> No
     assert Offset(depths=depths).adapter_parameters(model) == count
 
 
-# ---------------------------------------------------------------------------------------------------------- bias
-
-
-def bias_written_out(stride: int) -> Written:
-    def logits(state: dict[str, Tensor], images: Tensor) -> Tensor:
-        merged = dict(state)
-        for name, delta in state.items():
-            if name == "adapter.patch_embed.bias":
-                merged["patch_embed.proj.bias"] = merged["patch_embed.proj.bias"] + delta
-            elif name.startswith("adapter."):
-                _, layer, rest = name.split(".", 2)
-                merged[f"layers.{layer}.mixer.{rest}"] = merged[f"layers.{layer}.mixer.{rest}"] + delta
-        return reference_vim.logits(merged, images, stride=stride)
-
-    return logits
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@SHAPES
-@pytest.mark.parametrize("which", [*([name] for name in BIASES), list(BIASES)], ids=str)
-def test_bias_tuning_is_its_formula(which: list[str], sizes: dict[str, Any], stride: int, backend: str) -> None:
-    model = adapted(Bias(which), backend, **sizes)
-    if "patch_embed" in which:  # large enough to be seen next to the patches
-        with torch.no_grad():
-            model.get_parameter("adapter.patch_embed.bias").mul_(3)
-    assert_as_written_out(model, bias_written_out(stride))
-
-
-@pytest.mark.parametrize(
-    ("which", "count"),
-    [
-        (["dt_proj"], 36_864),
-        (["conv1d"], 36_864),
-        (["patch_embed"], 384),
-        (["patch_embed", "conv1d", "dt_proj"], 74_112),
-    ],
-)
-def test_biases_counts_on_vim_small(which: list[str], count: int) -> None:
-    with torch.device("meta"):
-        model = create_model("vim_small_patch16_224", num_classes=10, method="bias", which=which)
-    assert sum(p.numel() for n, p in trained_parameters(model).items() if n.startswith("adapter.")) == count
-    assert Bias(which).adapter_parameters(model) == count
-
-
-def test_these_are_all_biases_of_the_backbone() -> None:
-    model = adapt(VisionMamba(**SIZES), Bias(list(BIASES)))
-    names = {name for name, _ in model.named_parameters() if name.endswith("bias") and not name.startswith("head.")}
-    ours = {name for name in names if name.startswith("adapter.")}
-    assert "adapter.patch_embed.bias" in ours
-    expected = {"patch_embed.proj.bias"}
-    for name in ours - {"adapter.patch_embed.bias"}:
-        _, layer, rest = name.split(".", 2)
-        expected.add(f"layers.{layer}.mixer.{rest}")
-    assert names - ours == expected
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("which", [*([name] for name in BIASES), list(BIASES)], ids=str)
-def test_merging_biases_keeps_the_logits(which: list[str], backend: str) -> None:
-    model = adapted(Bias(which), backend, **STRIDE_8)
-    images = make_images(model)
-    plain = VisionMamba(**{**SIZES, **STRIDE_8}, scan_backend=backend).eval()
-    reference_vim.fill(plain)
-    with torch.no_grad():
-        before = model(images)
-        assert relative_error(plain(images), before) > 1e-4
-        model.method.merge(model)
-        assert relative_error(model(images), before) <= SAME_MATHS
-        plain.load_state_dict(model.state_dict())
-        assert torch.equal(plain(images), model(images))
-    assert model.adapter is None
-    assert not any([*model.points.tensor.values(), model.points.patch_embed])
-
-
 @pytest.mark.parametrize("method", [Adapter(), Offset()])
 def test_what_does_not_merge_says_so(method: Method) -> None:
     model = adapted(method)
@@ -291,11 +218,6 @@ def test_bf16_autocast_is_near(method: Method) -> None:
         ("offset", {"depths": [0, 8]}, r"offset: depths must be distinct blocks of 0\.\.7, not \[0, 8\]"),
         ("offset", {"depths": [1, 1]}, "offset: depths must be distinct blocks"),
         ("offset", {"depths": []}, "offset: depths must be distinct blocks"),
-        ("bias", {"which": ["dt_prj"]}, r"unknown layer with a bias 'dt_prj'; did you mean 'dt_proj'\?"),
-        ("bias", {"which": ["norm"]}, "unknown layer with a bias 'norm'"),
-        ("bias", {"which": "conv1d"}, r"bias: which must be a list such as \[dt_proj, conv1d\], not the text 'conv1d'"),
-        ("bias", {"which": []}, "bias: which must be distinct, and at least one of dt_proj, conv1d, patch_embed"),
-        ("bias", {"which": ["conv1d", "conv1d"]}, "bias: which must be distinct"),
     ],
 )
 def test_bad_settings(name: str, arguments: dict[str, Any], message: str) -> None:

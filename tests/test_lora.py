@@ -20,7 +20,7 @@ from svp_bench.methods.build import adapt, create_model
 from svp_bench.methods.checks import trained_parameters
 from svp_bench.methods.full import Full
 from svp_bench.methods.linear import Linear
-from svp_bench.methods.lora import TARGETS, LoRA, _AddProduct
+from svp_bench.methods.lora import LoRA, _AddProduct
 from svp_bench.methods.svp import SVP
 from svp_bench.models import VisionMamba
 from svp_bench.ops import backend_statuses
@@ -39,6 +39,7 @@ ROWS = {  # of the projection and its copies: which rows, written down apart fro
     "dt_proj": ("dt_proj", slice(0, 64)),
     "out_proj": ("out_proj", slice(0, 32)),
 }
+TARGETS = ("embed", *ROWS)
 ON_OUTPUT = ("embed", "in_proj", "X", "Z", "out_proj")
 ALL = list(TARGETS)
 
@@ -360,7 +361,7 @@ def test_targets_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert record["method"] == "lora"
     assert record["parameters"]["adapter"] == 3 * 2 * (2 * (32 + 4) + (32 + 16))
     config = yaml.safe_load((outcome.folder / "config.yaml").read_text(encoding="utf-8"))
-    expected = {"targets": ["B", "out_proj"], "rank": 2, "scale": 0.1, "dropout": 0.1}
+    expected = {"targets": ["B", "out_proj"], "rank": 2, "scale": 0.1, "dropout": 0.1, "dora": False}
     assert config["model"]["method"]["init_args"] == expected
     weights = torch.load(outcome.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert weights["model.adapter.2.B_b.down.weight"].shape == (2, 32)

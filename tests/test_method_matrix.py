@@ -26,7 +26,7 @@ from svp_bench.methods.base import Method, build_method
 from svp_bench.methods.build import adapt, create_model
 from svp_bench.methods.checks import trained_parameters
 from svp_bench.models import TokenState, VisionMamba
-from svp_bench.models.hooks import LINEAR_POINTS, TENSOR_POINTS
+from svp_bench.models.vim import LINEAR_POINTS, TENSOR_POINTS
 from svp_bench.ops import backend_statuses
 
 BACKENDS = [status.name for status in backend_statuses() if status.available]

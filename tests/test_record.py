@@ -237,6 +237,8 @@ OPTIONAL: dict[str, Any] = {
     "content_digests": {"test": "sha256:" + "12" * 32},
     "card_digests": {"task": "sha256:" + "34" * 32},
     "migrated_from": {"schema": "1"},
+    "backbone_family": "vim",
+    "inactive_parameters": ["adapter.alpha"],
     "frozen_features": {"train": "pooled features of 5 images, 1 KiB"},
 }
 

@@ -22,8 +22,7 @@ from svp_bench.core.errors import ConfigError, UsageError
 from svp_bench.methods.build import adapt, create_backbone
 from svp_bench.methods.svp import SVP
 from svp_bench.models import VisionMamba
-from svp_bench.models.hooks import LINEAR_POINTS, TENSOR_POINTS
-from svp_bench.models.vim import Mixer
+from svp_bench.models.vim import LINEAR_POINTS, TENSOR_POINTS, Mixer
 from svp_bench.ops import backend_statuses
 
 BACKENDS = [status.name for status in backend_statuses() if status.available]
@@ -265,7 +264,7 @@ def test_the_classifier_surface() -> None:
     assert torch.equal(model.forward_head(features, pre_logits=True), features)
     assert torch.equal(model.forward_head(features), model(images))
     assert model.get_classifier() is model.head
-    tokens, cls_index = model.forward_tokens(images)
+    tokens, (cls_index,) = model.forward_tokens(images)
     assert tokens.shape == (2, 10, 32)
     assert torch.equal(tokens[:, cls_index], features)
 
@@ -377,9 +376,9 @@ def test_a_copy_of_an_adapted_model_is_its_own(method: str, how: Any) -> None:
 
 def test_points_are_checked_by_name() -> None:
     points = nano().points
-    with pytest.raises(ValueError, match=r"no linear projection 'z_proj'; there are in_proj, x_proj, .*out_proj"):
+    with pytest.raises(ConfigError, match=r"no linear projection 'z_proj'; there are in_proj, x_proj, .*out_proj"):
         points.on_linear(0, "z_proj", lambda x, y: y)
-    with pytest.raises(ValueError, match=r"no tensor 'A_log'; there are in_proj\.weight, .*A, A_b, D, D_b"):
+    with pytest.raises(ConfigError, match=r"no tensor 'A_log'; there are in_proj\.weight, .*A, A_b, D, D_b"):
         points.on_tensor(0, "A_log", lambda w: w)
 
 

@@ -24,7 +24,9 @@ METHODS.add("full", "svp_bench.methods.full:Full", "full fine-tuning: everything
 METHODS.add("lora", "svp_bench.methods.lora:LoRA", "low-rank updates of projections or of rows of them; merges away")
 METHODS.add("adapter", "svp_bench.methods.adapter:Adapter", "a bottleneck after each mixer, on all tokens")
 METHODS.add("offset", "svp_bench.methods.offset:Offset", "one trained vector for all patch tokens before each block")
-METHODS.add("bias", "svp_bench.methods.bias:Bias", "trained differences on biases; merges away")
+METHODS.add("bias", "svp_bench.methods.bias:Bias", "biases of the backbone")
+METHODS.add("partial", "svp_bench.methods.partial:Partial", "chosen tensors of the backbone: D, A_log, pos_embed …")
+METHODS.add("last_blocks", "svp_bench.methods.partial:LastBlocks", "the last blocks of the backbone (partial-k)")
 
 _LAZY = {"Method": "svp_bench.methods.base", "create_model": "svp_bench.methods.build"}
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from svp_bench.core.errors import ConfigError, unknown_name
-from svp_bench.models import VisionMamba
+from svp_bench.models import Backbone
+from svp_bench.models.backbone import HEAD_PREFIXES
 
 
 class Method:
@@ -27,7 +29,7 @@ class Method:
     identity_at_start: ClassVar[bool]
     mergeable: ClassVar[bool] = False
 
-    def attach(self, model: VisionMamba) -> None:
+    def attach(self, model: Backbone) -> None:
         """Set `model.adapter` to a module with the adapter parameters, and register its hooks.
 
         Register methods of that module (``model.points.on_tokens(adapter.add)``), so that copies of the model get their
@@ -41,13 +43,17 @@ class Method:
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name (in `model.named_parameters()`) is trained. Default: adapter and head."""
-        return name.startswith(("adapter.", "head."))
+        return name.startswith(("adapter.", *HEAD_PREFIXES))
 
-    def adapter_parameters(self, model: VisionMamba) -> int:
+    def decays(self, name: str) -> bool:
+        """Whether weight decay applies to a trained parameter, in addition to the usual exclusions. Default: yes."""
+        return True
+
+    def adapter_parameters(self, model: Backbone) -> int:
         """Return the number of trained parameters without the head, by the formula of the class docstring."""
         raise ConfigError(f"the method {type(self).__name__} must define adapter_parameters(model)")
 
-    def merge(self, model: VisionMamba) -> None:
+    def merge(self, model: Backbone) -> None:
         """Fold the adapter parameters into the backbone's weights, in place, and remove the adapter and its hooks.
 
         The result is a plain backbone under the published names, with the same logits up to rounding. Frozen parameters
@@ -59,16 +65,15 @@ class Method:
         name = type(self).__name__
         if not self.mergeable:
             raise ConfigError(f"the method {name} does not merge into the backbone's weights; predict with its adapter")
-        if getattr(model, "method", None) is not self:
+        if model.method is not self:
             raise ConfigError(f"this model does not carry this {name}; call model.method.merge(model)")
         with torch.no_grad():
             self.fold(model)
         if model.adapter is not None:
             model.points.remove(model.adapter)
-        model.adapter = None
-        model.method = None  # type: ignore[assignment]  # as `adapt` sets it
+        model.adapter = model.method = None
 
-    def fold(self, model: VisionMamba) -> None:
+    def fold(self, model: Backbone) -> None:
         """Add the adapter to the backbone's weights, in place; a mergeable method with an adapter defines this.
 
         `merge` calls it without gradients and removes the adapter.
@@ -120,8 +125,18 @@ def check_setting(method: str, name: str, value: object, allowed: Sequence[objec
         raise ConfigError(f"{method}: {name} must {rule}, not {shown}")
 
 
-def check_names(method: str, name: str, value: Sequence[str], allowed: Sequence[str], kind: str) -> None:
-    """Check a setting that is a list of distinct names, at least one; `kind` names an entry in the message.
+def check_names(
+    method: str, name: str, value: Sequence[str], allowed: Sequence[str], kind: str, family: str = ""
+) -> None:
+    """Check a setting that is a list of distinct names, at least one.
+
+    Args:
+        method: The method, for the message.
+        name: The setting.
+        value: Its value.
+        allowed: The allowed names.
+        kind: An entry of the list, for the message.
+        family: The backbone's, if the allowed names depend on it.
 
     Raises:
         ConfigError: If it is not.
@@ -130,14 +145,23 @@ def check_names(method: str, name: str, value: Sequence[str], allowed: Sequence[
         raise ConfigError(f"{method}: {name} must be a list such as [{', '.join(allowed[:2])}], not the text {value!r}")
     for entry in value:
         if entry not in allowed:
-            raise unknown_name(kind, str(entry), allowed, error=ConfigError)
+            text = str(unknown_name(kind, str(entry), allowed))
+            listed = f"; {family or method} has {', '.join(allowed)}" if "allowed:" not in text else ""
+            raise ConfigError(f"{text}{listed}")
     if not value or len(set(value)) != len(value):
         raise ConfigError(f"{method}: {name} must be distinct, and at least one of {', '.join(allowed)}")
 
 
-def selected_blocks(method: str, depths: Sequence[int] | None, model: VisionMamba) -> list[int]:
+def selected_blocks(method: str, depths: Sequence[int] | None, model: Backbone) -> list[int]:
     """Return the blocks of `depths` in order, all if None; ConfigError if they are not distinct blocks of the model."""
     blocks = list(range(model.depth)) if depths is None else sorted(depths)
     if not blocks or len(set(blocks)) != len(blocks) or not set(blocks) <= set(range(model.depth)):
         raise ConfigError(f"{method}: depths must be distinct blocks of 0..{model.depth - 1}, not {depths}")
     return blocks
+
+
+def zero_at(tokens: Tensor, positions: Sequence[int]) -> Tensor:
+    """Return tokens (B, L, D) with zeros at some positions."""
+    if not positions:
+        return tokens
+    return tokens.index_fill(1, torch.tensor(positions, device=tokens.device), 0)

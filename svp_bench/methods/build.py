@@ -10,14 +10,17 @@ import timm
 from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.methods import METHODS, checks
 from svp_bench.methods.base import Method, build_method
-from svp_bench.models import VisionMamba
+from svp_bench.models import BACKBONES, Backbone, as_backbone
 from svp_bench.models.checkpoints import Head, keeps_head, load_checkpoint, resolve_checkpoint
-from svp_bench.models.layers import PatchEmbed
+
+_TIMM_MODULES = ("vision_transformer", "deit")  # of timm's own models: ViT and DeiT
 
 
 def list_backbones() -> list[str]:
-    """Return the timm names of all backbones."""
-    return sorted(timm.list_models("vim_*"))
+    """Return the names of all backbones: this package's, those of installed packages, and timm's ViT and DeiT."""
+    own = timm.list_models(["vim_*", "mambar_*", "vit_nano_*"])
+    others = [name for module in _TIMM_MODULES for name in timm.list_models(module=module)]
+    return [*sorted({*own, *BACKBONES.names()}), *sorted(others)]
 
 
 def input_size(name: str) -> int | tuple[int, int]:
@@ -27,15 +30,35 @@ def input_size(name: str) -> int | tuple[int, int]:
         UsageError: If there is no such backbone; names the nearest.
     """
     _check_backbone(name)
-    cfg: Any = timm.get_pretrained_cfg(name)
-    _, height, width = cfg.input_size
+    if name in BACKBONES.names():
+        height, width = as_backbone(BACKBONES.get(name)(num_classes=1)).image_size
+    else:
+        cfg: Any = timm.get_pretrained_cfg(name)
+        _, height, width = cfg.input_size
     return int(height) if height == width else (int(height), int(width))
 
 
 def _check_backbone(name: str) -> None:
-    known = list_backbones()
-    if name not in known:
-        raise unknown_name("backbone", name, known)
+    """Refuse a name that neither timm nor a package registers."""
+    architecture, _, weights = name.partition(".")
+    if name in BACKBONES.names() or (timm.is_model(architecture) and not weights):
+        return
+    if not timm.is_model(architecture):
+        raise unknown_name("backbone", name, list_backbones())
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if name not in tagged:
+        raise unknown_name("backbone", name, tagged or [architecture])
+
+
+def _new_backbone(name: str, num_classes: int, arguments: dict[str, Any]) -> Backbone:
+    """Build a backbone with random weights; the scan backend is set afterwards, since only some have a scan."""
+    backend = arguments.pop("scan_backend", "auto")
+    if name in BACKBONES.names():
+        model = as_backbone(BACKBONES.get(name)(num_classes=num_classes, **arguments))
+    else:
+        model = as_backbone(timm.create_model(name, num_classes=num_classes, **arguments))
+    model.set_scan_backend(backend)
+    return model
 
 
 def create_backbone(
@@ -45,19 +68,20 @@ def create_backbone(
     checkpoint: str | Path | None = None,
     head: Head | None = None,
     **arguments: Any,
-) -> VisionMamba:
+) -> Backbone:
     """Build a backbone and load its weights; its `load_report` states the changes in addition to copying.
 
     Args:
-        name: timm name, e.g. "vim_small_patch16_224".
+        name: timm name of a Vim, a Mamba-Reg or a ViT, e.g. "vim_small_patch16_224", or a name that an installed
+            package declares as the entry point `svp_bench.backbones`.
         num_classes: Classes of the head.
         checkpoint: None or "none" for random weights, "hub", "embedded", or a path.
         head: fresh (as None): a new head; keep: that of the file, which must have `num_classes` classes.
-        arguments: Of `VisionMamba`, e.g. `img_size`, `drop_path_rate`, `scan_backend`.
+        arguments: Of the model, e.g. `img_size`, `drop_path_rate`; and `scan_backend`.
 
     Raises:
         UsageError: If there is no such backbone; names the nearest.
-        ConfigError: If the images are smaller than a patch, or there is no class.
+        ConfigError: If the images are not covered by patches, there is no class, or the model is of another kind.
         CheckpointError: If the weights are not found or do not fit.
     """
     _check_backbone(name)
@@ -66,19 +90,18 @@ def create_backbone(
     path = resolve_checkpoint(checkpoint, name)
     if keeps_head(head) and path is None:
         raise ConfigError("model.head keep takes the head of a file; model.checkpoint none has no file")
-    model = timm.create_model(name, num_classes=num_classes, **arguments)
-    assert isinstance(model, VisionMamba)
-    _check_patches(model.patch_embed, name)
+    model = _new_backbone(name, num_classes, arguments)
+    _check_patches(model, name)
     if path is not None:
         load_checkpoint(model, path, head)
     return model
 
 
-def _check_patches(embed: PatchEmbed, name: str) -> None:
+def _check_patches(model: Backbone, name: str) -> None:
     """Refuse an image size that patches do not cover: the pixels at the edge would be dropped without a word."""
-    patch, stride = embed.patch_size[0], embed.stride
-    shown = "x".join(map(str, dict.fromkeys(embed.img_size)))
-    for side in embed.img_size:
+    patch, stride = model.patch_size, model.patch_stride
+    shown = "x".join(map(str, dict.fromkeys(model.image_size)))
+    for side in model.image_size:
         if side < patch:
             raise ConfigError(f"data.image_size {shown} is smaller than a patch of {name} ({patch} pixels)")
         rest = (side - patch) % stride
@@ -87,7 +110,7 @@ def _check_patches(embed: PatchEmbed, name: str) -> None:
             raise ConfigError(f"data.image_size {shown} is not covered by the patches of {name}; {near} would fit")
 
 
-def adapt(model: VisionMamba, method: Method) -> VisionMamba:
+def adapt(model: Backbone, method: Method) -> Backbone:
     """Attach a method to a backbone, in place, and freeze the parameters that it does not train.
 
     Methods from outside this package are checked more: their `identity_at_start`, and that a deep copy of the model
@@ -97,7 +120,7 @@ def adapt(model: VisionMamba, method: Method) -> VisionMamba:
         ConfigError: If the model carries a method already, the settings do not fit it, a hook would not take effect, or
             a promise of the method does not hold; the model is then unchanged.
     """
-    taken = model.adapter is not None or getattr(model, "method", None) is not None
+    taken = model.adapter is not None or model.method is not None
     if taken:
         raise ConfigError("this model carries a method already; create a new one for another method")
     checks.check_parameters(model, method)
@@ -108,7 +131,7 @@ def adapt(model: VisionMamba, method: Method) -> VisionMamba:
     try:
         method.attach(model)
         if model.adapter is not None:  # device, precision and mode of the backbone
-            model.adapter.to(model.cls_token).train(model.training)
+            model.adapter.to(model.first_parameter).train(model.training)
         for name, parameter in model.named_parameters():
             trains = method.trains(name)
             if trains and not parameter.is_floating_point():
@@ -128,7 +151,7 @@ def adapt(model: VisionMamba, method: Method) -> VisionMamba:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained.get(name, parameter.is_floating_point()))
         raise
-    model.method = method  # type: ignore[assignment]  # a plain object, not a module
+    model.method = method
     return model
 
 
@@ -140,7 +163,7 @@ def create_model(
     checkpoint: str | Path | None = None,
     head: Head | None = None,
     **method_args: Any,
-) -> VisionMamba:
+) -> Backbone:
     """Build a backbone, load its weights, attach a method.
 
     >>> model = create_model("vim_nano_patch8_64", num_classes=10, method="svp", share_layers=4)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from svp_bench.core.errors import ConfigError
+from svp_bench.core.errors import ConfigError, plural
 from svp_bench.methods.base import Method
-from svp_bench.models import VisionMamba
+from svp_bench.models import Backbone
+from svp_bench.models.backbone import HEAD_PREFIXES
 
 # the name of a parameter after pruning, weight_norm or parametrizations
 _DERIVED = re.compile(r"(\.parametrizations)?\.(\w+?)(_orig|_g|_v|\.original[01]?)$")
@@ -23,6 +23,27 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def trained_shares(model: Backbone) -> list[str]:
+    """Return the share of each tensor that trains: the adapter and the head, and the backbone's by their short names.
+
+    Tensors of several blocks are one entry, e.g. "24 × layers.mixer.D, 100 %".
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        own = name in model.own_parameters
+        short = re.sub(r"\.\d+(?=\.)", "", name) if own else name.partition(".")[0]
+        groups.setdefault(short, []).append(parameter)
+    lines = []
+    for short, parameters in groups.items():
+        trained = [p for p in parameters if p.requires_grad]
+        if not trained:
+            continue
+        numbers = sum(p.numel() for p in trained)
+        share = numbers / sum(p.numel() for p in parameters)
+        lines.append(f"{short}: {numbers:,} ({share:.0%} in {len(trained)} of {plural(len(parameters), 'tensor')})")
+    return lines
+
+
 def declares_identity(method: Method) -> bool:
     """Return `identity_at_start` of a method; ConfigError if it is not declared."""
     declared = getattr(method, "identity_at_start", None)
@@ -31,7 +52,7 @@ def declares_identity(method: Method) -> bool:
     return declared
 
 
-def check_parameters(model: VisionMamba, method: Method) -> None:
+def check_parameters(model: Backbone, method: Method) -> None:
     """Refuse to freeze trained parameters that are not the backbone's own.
 
     The backbone's own are known by their names, or, inside a wrapper, by their shapes.
@@ -39,43 +60,39 @@ def check_parameters(model: VisionMamba, method: Method) -> None:
     Raises:
         ConfigError: If the method would freeze one; names it.
     """
-    mixer, embed = model.mixers[0], model.patch_embed
-    inner, states = mixer.A_log.shape
-    width = model.embed_dim
-    sizes: dict[str, Any] = {"embed_dim": width, "d_state": states, "d_conv": mixer.d_conv, "expand": inner // width}
-    with torch.device("meta"):
-        fresh = VisionMamba(embed.img_size, embed.patch_size[0], embed.stride, model.in_chans, 0, depth=1, **sizes)
-    plain = {name: tuple(p.shape) for name, p in fresh.named_parameters()}
-    unclaimed = Counter(("layers" if name.startswith("layers.") else "", shape) for name, shape in plain.items())
-    left = {place: unclaimed.copy() for place in ["", *(f"layers.{i}" for i in range(len(model.layers)))]}
-    others: list[tuple[str, str, str, nn.Parameter]] = []
+    blocks = next(name for name, part in model.named_modules() if part is model.blocks_in_order)
+
+    def place_of(name: str) -> str:
+        """Return the block that a parameter is in, "" for none."""
+        found = re.match(rf"{re.escape(blocks)}\.\d+", name)
+        return found[0] if found else ""
+
+    unclaimed = Counter((place_of(name), shape) for name, shape in model.own_parameters.items())
+    others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
-        found = re.match(r"layers\.\d+", name)
-        place, kind = (found[0], "layers") if found else ("", "")
-        known = re.sub(r"^layers\.\d+", "layers.0", _DERIVED.sub(r".\2", name))
-        if known in plain:
-            left[place][kind, plain[known]] -= 1
-        elif not name.startswith("head."):
-            others.append((name, place, kind, parameter))
-    for name, place, kind, parameter in others:
-        key = kind, tuple(parameter.shape)
-        left[place][key] -= 1
-        if left[place][key] < 0 and parameter.requires_grad and not method.trains(name):
+        known = _DERIVED.sub(r".\2", name)
+        if known in model.own_parameters:
+            unclaimed[place_of(name), model.own_parameters[known]] -= 1
+        elif not name.startswith(HEAD_PREFIXES):
+            others.append((name, parameter))
+    for name, parameter in others:
+        key = place_of(name), tuple(parameter.shape)
+        unclaimed[key] -= 1
+        if unclaimed[key] < 0 and parameter.requires_grad and not method.trains(name):
             raise ConfigError(
                 f"{type(method).__name__} would freeze {name}, which is not a parameter of the backbone; attach the "
                 "method first and replace modules after, or accept the name in trains() of your method"
             )
 
 
-def check_promises(model: VisionMamba, method: Method) -> None:
+def check_promises(model: Backbone, method: Method) -> None:
     """Check that the hooks of an attached method take effect, and its parameter count.
 
     Raises:
         ConfigError: If a hook is not read or belongs to a module outside the model, or the count differs.
     """
     name, inside = type(method).__name__, set(model.modules())
-    for mixer in model.mixers:
-        mixer.check_hooks()
+    model.check_hooks()
     for hook in (hook for hooks in model.points.hook_lists() for hook in hooks):
         owner = getattr(hook, "__self__", hook)
         if isinstance(owner, nn.Module) and owner not in inside and any(True for _ in owner.parameters()):
@@ -83,7 +100,7 @@ def check_promises(model: VisionMamba, method: Method) -> None:
                 f"{name}: a hook belongs to a {type(owner).__name__} that is not in the model, so it would be neither "
                 "trained nor saved; put it into model.adapter"
             )
-    counted = sum(p.numel() for key, p in trained_parameters(model).items() if not key.startswith("head."))
+    counted = sum(p.numel() for key, p in trained_parameters(model).items() if not key.startswith(HEAD_PREFIXES))
     if (claimed := method.adapter_parameters(model)) != counted:
         raise ConfigError(
             f"{name}: adapter_parameters() returns {claimed}, and {counted} parameters train outside the head; correct "
@@ -91,7 +108,7 @@ def check_promises(model: VisionMamba, method: Method) -> None:
         )
 
 
-def check_identity(model: VisionMamba, method: Method, before: Tensor | None) -> None:
+def check_identity(model: Backbone, method: Method, before: Tensor | None) -> None:
     """Compare the features of a random image with those before the method was attached, if given.
 
     Raises:
@@ -101,7 +118,7 @@ def check_identity(model: VisionMamba, method: Method, before: Tensor | None) ->
     if before is None or after is None:
         return
     change = float((after - before).abs().max() / before.abs().max()) if after.shape == before.shape else float("nan")
-    bound = 1e-4 if torch.finfo(model.cls_token.dtype).bits >= 32 else 2e-2
+    bound = 1e-4 if torch.finfo(model.first_parameter.dtype).bits >= 32 else 2e-2
     if not change <= bound:
         raise ConfigError(
             f"{type(method).__name__}: identity_at_start is declared, and the features of a random image change by "
@@ -109,14 +126,14 @@ def check_identity(model: VisionMamba, method: Method, before: Tensor | None) ->
         )
 
 
-def check_copies(model: VisionMamba, name: str) -> None:
+def check_copies(model: Backbone, name: str) -> None:
     """Check that the forward pass of a deep copy reads no trained parameter of the model itself.
 
     Raises:
         ConfigError: If it does; averages of weights and other copies would silently be wrong.
     """
     own = {id(p): key for key, p in trained_parameters(model).items()}
-    if torch.is_inference_mode_enabled() or model.cls_token.is_meta or model.cls_token.is_inference():
+    if torch.is_inference_mode_enabled() or model.first_parameter.is_meta or model.first_parameter.is_inference():
         return
     try:
         copied = copy.deepcopy(model)
@@ -140,22 +157,23 @@ def check_copies(model: VisionMamba, name: str) -> None:
 
 
 @torch.no_grad()
-def probe_features(model: VisionMamba) -> Tensor | None:
+def probe_features(model: Backbone) -> Tensor | None:
     """Return the features of one random image (1, D) in float64, without dropout; None on the meta device."""
-    return None if model.cls_token.is_meta else _features(model)
+    return None if model.first_parameter.is_meta else _features(model)
 
 
-def _features(model: VisionMamba) -> Tensor:
-    weight = model.cls_token
-    noise = torch.randn(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+def _features(model: Backbone) -> Tensor:
+    weight = model.first_parameter
+    noise = torch.randn(1, model.in_chans, *model.image_size, generator=torch.Generator().manual_seed(0))
     modes = [(module, module.training) for module in model.modules()]
     backend = model.scan_backend
     try:
         model.eval()
-        if weight.device.type == "cpu":
+        if weight.device.type == "cpu" and backend is not None:
             model.set_scan_backend("reference")  # compiles no kernel for a single image
-        return model.forward_features(noise.to(weight)).double()
+        return model.pooled(model.run_blocks(model.embed(noise.to(weight)))).double()
     finally:
-        model.set_scan_backend(backend)
+        if backend is not None:
+            model.set_scan_backend(backend)
         for module, mode in modes:
             module.training = mode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from svp_bench.methods.base import Method
-from svp_bench.models import VisionMamba
+from svp_bench.models import Backbone
 
 
 class Linear(Method):
@@ -15,9 +15,9 @@ class Linear(Method):
     identity_at_start = True
     mergeable = True
 
-    def attach(self, model: VisionMamba) -> None:
+    def attach(self, model: Backbone) -> None:
         """Add nothing."""
 
-    def adapter_parameters(self, model: VisionMamba) -> int:
+    def adapter_parameters(self, model: Backbone) -> int:
         """Return 0."""
         return 0

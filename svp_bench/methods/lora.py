@@ -1,47 +1,37 @@
-"""Low-rank adaptation (LoRA) of Vim's projections."""
+"""Low-rank adaptation (LoRA, DoRA) of a backbone's projections."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method, check_names, check_setting
-from svp_bench.models import VisionMamba
-from svp_bench.models.hooks import is_plain, plain_parameter
+from svp_bench.models import Backbone
+from svp_bench.models.hooks import Projection, is_plain, plain_parameter
 from svp_bench.ops import is_tracing
-
-TARGETS = ("embed", "in_proj", "X", "Z", "x_proj", "d", "B", "C", "dt_proj", "out_proj")
-
-
-class _Rows(NamedTuple):
-    """Rows start … stop - 1 of a projection whose input has `columns` channels."""
-
-    projection: str
-    start: int
-    stop: int
-    columns: int
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Return the suffixes of its copies: one, or one per direction."""
-        return ("",) if self.projection in ("in_proj", "out_proj") else ("", "_b")
 
 
 class LoRA(Method):
     """A trained low-rank product added to frozen projections: W + s · up · down.
 
-    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685; the targets
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685; on Vim the targets
     and row slices ("partial LoRA") are those of Yoshimura et al., "MambaPEFT: Exploring Parameter-Efficient Fine-Tuning
     for Mamba", ICLR 2025, arXiv:2411.03855. `down` starts as `nn.Linear` does, `up` at zero; neither
     has a bias. Overlapping targets add up.
 
-    Trained parameters without the head, for rank r, width D, inner width E, N states, rank R of Δ, depth L, patches of
-    p × p, by target::
+    With `dora` the updated rows get a trained magnitude per input channel, W' = m ⊙ (W + s · up · down) / ‖W + s · up ·
+    down‖, the norm over the rows, not differentiated, m starting at ‖W‖ (Liu et al., "DoRA: Weight-Decomposed Low-Rank
+    Adaptation", ICML 2024, arXiv:2402.09353). In MambaPEFT's code the backward copies of d, B and C start at the
+    forward norm; here at their own.
+
+    Trained parameters without the head, for rank r and depth L: r times the sum of inputs and outputs of each target
+    and direction, times L; with `dora` one more for each input. On Vim, for width D, inner width E, N states, rank R of
+    Δ, patches of p × p::
 
         embed      r (3 p² + D)             the patch embedding: a convolution to r channels, then r → D
         in_proj    L r (D + 2 E)            both parts
@@ -52,14 +42,17 @@ class LoRA(Method):
         dt_proj    2 L r (R + E)
         out_proj   L r (E + D)
 
-    r may exceed the number of rows, as in MambaPEFT. embed, in_proj, X, Z and out_proj act on the output of the
-    projection, with dropout. The others act on the weight, as in MambaPEFT, without dropout: their weights are small.
+    On a ViT the targets are embed, qkv, its rows q, k and v, proj, fc1 and fc2. r may exceed the number of rows, as in
+    MambaPEFT. embed, in_proj, X, Z, out_proj and the targets of a ViT act on the output of the projection, with
+    dropout. The others, and all with `dora`, act on the weight, without dropout.
 
     Args:
-        targets: Parts with an update; see above.
+        targets: Parts with an update; see above. null: X on Vim, as the strongest of MambaPEFT; q and v on a ViT, as
+            LoRA's paper.
         rank: r, the same for all targets.
         scale: s, multiplies the product (and is not divided by the rank).
         dropout: On the r channels, while training.
+        dora: Train a magnitude per input channel too.
     """
 
     identity_at_start = True
@@ -67,59 +60,57 @@ class LoRA(Method):
 
     def __init__(
         self,
-        targets: Sequence[str] = ["X"],  # a list as in the method file; never modified
+        targets: Sequence[str] | None = None,
         rank: int = 64,
         scale: float = 0.1,
         dropout: float = 0.1,
+        dora: bool = False,
     ) -> None:
-        check_names("lora", "targets", targets, TARGETS, "target of lora")
         check_setting("lora", "rank", rank, 1)
         check_setting("lora", "scale", scale, "positive")
         check_setting("lora", "dropout", dropout, "fraction")
-        self.targets = list(targets)
+        self.targets = None if targets is None else targets if isinstance(targets, str) else list(targets)
         self.rank = rank
         self.scale = scale
         self.dropout = dropout
+        self.dora = dora
 
-    def _rows(self, model: VisionMamba) -> dict[str, _Rows]:
-        """Return the rows of each target but the patch embedding."""
-        mixer, width = model.mixers[0], model.embed_dim
-        (inner, state), rank = mixer.A_log.shape, mixer.dt_rank
-        rows = {
-            "in_proj": _Rows("in_proj", 0, 2 * inner, width),
-            "X": _Rows("in_proj", 0, inner, width),
-            "Z": _Rows("in_proj", inner, 2 * inner, width),
-            "x_proj": _Rows("x_proj", 0, rank + 2 * state, inner),
-            "d": _Rows("x_proj", 0, rank, inner),
-            "B": _Rows("x_proj", rank, rank + state, inner),
-            "C": _Rows("x_proj", rank + state, rank + 2 * state, inner),
-            "dt_proj": _Rows("dt_proj", 0, inner, rank),
-            "out_proj": _Rows("out_proj", 0, width, inner),
-        }
-        return {target: rows[target] for target in self.targets if target in rows}
+    def _targets(self, model: Backbone) -> dict[str, Projection | None]:
+        """Return the projection of each target; None for the patch embedding."""
+        known: dict[str, Projection | None] = {"embed": None, **model.projections}
+        targets = model.default_targets if self.targets is None else self.targets
+        check_names("lora", "targets", targets, [*known], "target of lora", model.family)
+        if self.dora and "embed" in targets:
+            raise ConfigError("lora: dora has no form for the patch embedding; leave out the target embed")
+        return {target: known[target] for target in known if target in targets}
 
-    def attach(self, model: VisionMamba) -> None:
+    def attach(self, model: Backbone) -> None:
         """Build `adapter.embed` and `adapter.{layer}.{target}`, backward copies with the suffix _b."""
         adapter = nn.ModuleDict()
-        points, rank, scale, dropout = model.points, self.rank, self.scale, self.dropout
-        if "embed" in self.targets:
-            embed = adapter["embed"] = _OnPatches(model, rank, scale, dropout)
-            points.on_patch_embed(embed)
-        rows = self._rows(model)
-        for layer in range(model.depth if rows else 0):
+        targets = self._targets(model)
+        if "embed" in targets:
+            embed = adapter["embed"] = _OnPatches(model, self.rank, self.scale, self.dropout)
+            model.points.on_patch_embed(embed)
+        places = [(target, place) for target, place in targets.items() if place is not None]
+        for layer in range(model.depth if places else 0):
             adapter[str(layer)] = parts = nn.ModuleDict()
-            for target, place in rows.items():
-                for suffix in place.suffixes:
-                    name = f"{place.projection}{suffix}"
-                    if place.projection in ("in_proj", "out_proj"):
-                        on_output = parts[target] = _OnOutput(place, f"{name}.weight", rank, scale, dropout)
-                        points.on_linear(layer, name, on_output)
+            for target, place in places:
+                for point in place.points:
+                    name = f"{target}_b" if point.endswith("_b") else target
+                    weight = f"{point}.weight"
+                    if self.dora:
+                        frozen = model.tensor_parameter(layer, weight)
+                        parts[name] = dora = _Decomposed(place, weight, self.rank, self.scale, frozen)
+                        model.points.on_tensor(layer, weight, dora)
+                    elif place.on_weight:
+                        parts[name] = on_weight = _OnWeight(place, weight, self.rank, self.scale)
+                        model.points.on_tensor(layer, weight, on_weight)
                     else:
-                        on_weight = parts[f"{target}{suffix}"] = _OnWeight(place, f"{name}.weight", rank, scale)
-                        points.on_tensor(layer, f"{name}.weight", on_weight)
+                        parts[name] = on_output = _OnOutput(place, weight, self.rank, self.scale, self.dropout)
+                        model.points.on_linear(layer, point, on_output)
         model.adapter = adapter
 
-    def fold(self, model: VisionMamba) -> None:
+    def fold(self, model: Backbone) -> None:
         """Add each product to its rows of the frozen weight."""
         assert isinstance(model.adapter, nn.ModuleDict)
         for key, part in model.adapter.items():
@@ -130,16 +121,19 @@ class LoRA(Method):
             assert isinstance(part, nn.ModuleDict)
             for update in part.values():
                 assert isinstance(update, _LowRank)
-                weight = plain_parameter(model.mixers[int(key)], update.name)
+                weight = model.tensor_parameter(int(key), update.name)
                 weight.copy_(update.changed(weight))
 
-    def adapter_parameters(self, model: VisionMamba) -> int:
+    def adapter_parameters(self, model: Backbone) -> int:
         """Return the sum of the formulas of the class docstring."""
-        rows = self._rows(model).values()
-        sides = sum(len(place.suffixes) * (place.columns + place.stop - place.start) for place in rows)
-        patch = model.in_chans * math.prod(model.patch_embed.patch_size)
-        embed = patch + model.embed_dim if "embed" in self.targets else 0
-        return self.rank * (model.depth * sides + embed)
+        count = 0
+        for place in self._targets(model).values():
+            if place is None:
+                count += self.rank * (model.in_chans * model.patch_size**2 + model.embed_dim)
+                continue
+            sides = self.rank * (place.in_features + place.stop - place.start)
+            count += model.depth * len(place.points) * (sides + (place.in_features if self.dora else 0))
+        return count
 
 
 class _AddProduct(torch.autograd.Function):
@@ -168,14 +162,14 @@ class _AddProduct(torch.autograd.Function):
 
 
 class _LowRank(nn.Module):
-    """Factors for rows of the weight `name` of a mixer."""
+    """Factors for rows of the weight `name` of a block."""
 
-    def __init__(self, place: _Rows, name: str, rank: int, scale: float) -> None:
+    def __init__(self, place: Projection, name: str, rank: int, scale: float) -> None:
         super().__init__()
         self.name = name
         self.start, self.stop = place.start, place.stop
         self.scale = scale
-        self.down = nn.Linear(place.columns, rank, bias=False)
+        self.down = nn.Linear(place.in_features, rank, bias=False)
         self.up = nn.Linear(rank, place.stop - place.start, bias=False)
         nn.init.zeros_(self.up.weight)
 
@@ -195,10 +189,24 @@ class _OnWeight(_LowRank):
         return self.changed(weight)
 
 
+class _Decomposed(_OnWeight):
+    """Update of rows of a weight with a trained magnitude of each of its columns (DoRA)."""
+
+    def __init__(self, place: Projection, name: str, rank: int, scale: float, weight: Tensor) -> None:
+        super().__init__(place, name, rank, scale)
+        rows = weight.detach()[place.start : place.stop]
+        self.magnitude = nn.Parameter(torch.linalg.vector_norm(rows.float(), dim=0))
+
+    def changed(self, weight: Tensor) -> Tensor:
+        before, rows, after = super().changed(weight).tensor_split([self.start, self.stop])
+        norm = torch.linalg.vector_norm(rows.detach().float(), dim=0).clamp_min(1e-12)  # a column may be zero
+        return torch.cat([before, rows * (self.magnitude / norm).to(rows.dtype), after])
+
+
 class _OnOutput(_LowRank):
     """Update of the output of a projection."""
 
-    def __init__(self, place: _Rows, name: str, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, place: Projection, name: str, rank: int, scale: float, dropout: float) -> None:
         super().__init__(place, name, rank, scale)
         self.dropout = nn.Dropout(dropout)
 
@@ -214,9 +222,9 @@ class _OnOutput(_LowRank):
 class _OnPatches(nn.Module):
     """Update of the output of the patch embedding."""
 
-    def __init__(self, model: VisionMamba, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, model: Backbone, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
-        side, stride = model.patch_embed.patch_size[0], model.patch_embed.stride
+        side, stride = model.patch_size, model.patch_stride
         self.scale = scale
         self.down = nn.Conv2d(model.in_chans, rank, side, stride, bias=False)
         self.up = nn.Linear(rank, model.embed_dim, bias=False)  # a 1 × 1 convolution on tokens

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svp_bench.methods.base import Method, selected_blocks
-from svp_bench.models import TokenState, VisionMamba
+from svp_bench.methods.base import Method, selected_blocks, zero_at
+from svp_bench.models import Backbone, TokenState
 
 
 class Offset(Method):
@@ -30,13 +30,13 @@ class Offset(Method):
         self.include_cls = include_cls
         self.depths = None if depths is None else list(depths)
 
-    def attach(self, model: VisionMamba) -> None:
+    def attach(self, model: Backbone) -> None:
         """Build `adapter.offset`, a row for each block of `depths`, and add it before each of them."""
         depths = selected_blocks("offset", self.depths, model)
         model.adapter = offsets = _Offsets(depths, model.embed_dim, self.include_cls)
         model.points.on_tokens(offsets.add, first=depths[0])
 
-    def adapter_parameters(self, model: VisionMamba) -> int:
+    def adapter_parameters(self, model: Backbone) -> int:
         """Return |depths| · D."""
         return len(selected_blocks("offset", self.depths, model)) * model.embed_dim
 
@@ -53,6 +53,6 @@ class _Offsets(nn.Module):
             return state
         hidden = state.hidden
         added: Tensor = self.offset[self.rows[layer]].to(hidden.dtype)
-        if not self.include_cls:  # zero for the class token
-            added = added * (torch.arange(hidden.shape[1], device=hidden.device) != state.cls_index).unsqueeze(-1)
+        if not self.include_cls:
+            added = zero_at(added.expand_as(hidden), state.not_patches)
         return state._replace(hidden=hidden + added)

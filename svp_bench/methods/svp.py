@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svp_bench.core.errors import ConfigError
-from svp_bench.methods.base import Method, check_setting, selected_blocks
-from svp_bench.models import TokenState, VisionMamba
+from svp_bench.methods.base import Method, check_setting, selected_blocks, zero_at
+from svp_bench.models import Backbone, TokenState
 from svp_bench.ops import PromptTerms, add_prompts
 
 
@@ -42,7 +42,7 @@ class SVP(Method):
         variant: `paper`: each token is prompted from itself. `released`: as the released code, see above; needs an
             even number of patches.
         dropout: On each of the two prompts, while training.
-        include_cls: Prompt the class token too (variant `paper` only).
+        include_cls: Prompt all tokens, not only patches (variant `paper` only).
         paths: The terms to use.
         depths: Blocks that get a prompt; all if None.
     """
@@ -74,20 +74,21 @@ class SVP(Method):
         self.paths = paths
         self.depths = None if depths is None else list(depths)
 
-    def attach(self, model: VisionMamba) -> None:
+    def attach(self, model: Backbone) -> None:
         """Build the generators and prompt the tokens before each block."""
-        patches = model.patch_embed.num_patches
-        if self.variant == "released" and patches % 2:
+        patches, middle = model.num_patches, model.num_patches // 2
+        if self.variant == "released" and (patches % 2 or model.cls_positions != (middle,)):
             raise ConfigError(
-                f"svp: variant released needs an even number of patches, and this model has {patches}: the released "
-                "code pairs the tokens before and after the class token; use variant paper"
+                "svp: variant released needs one class token in the middle of an even number of patches, and this "
+                f"model has {patches} patches and other tokens at {', '.join(map(str, model.cls_positions))}: the "
+                "released code pairs the tokens before and after the class token; use variant paper"
             )
         depths = selected_blocks("svp", self.depths, model)
         prompter = _Prompter(self, model, depths)
         model.adapter = prompter
         model.points.on_tokens(prompter.prompt, first=depths[0])
 
-    def adapter_parameters(self, model: VisionMamba) -> int:
+    def adapter_parameters(self, model: Backbone) -> int:
         """Return G (D² + 2 D) + |depths| (2 D h + h + 2 D), each term if its path is there."""
         width, hidden, depths = model.embed_dim, self.hidden_dim, selected_blocks("svp", self.depths, model)
         groups = len({i // self.share_layers for i in depths})
@@ -113,7 +114,7 @@ class _Prompter(nn.Module):
     """Generators and scales of all blocks. Row r of `beta` belongs to the r-th prompted block, of `alpha` to the r-th
     group with a prompted block."""
 
-    def __init__(self, svp: SVP, model: VisionMamba, depths: list[int]) -> None:
+    def __init__(self, svp: SVP, model: Backbone, depths: list[int]) -> None:
         super().__init__()
         width = model.embed_dim
         self.points = model.points  # a plain object; has the scan backend
@@ -142,29 +143,32 @@ class _Prompter(nn.Module):
             terms.append((self.beta[self.rows[layer]], self.inner[str(layer)](x)))
         return terms
 
-    def _drop(self, x: Tensor, terms: list[tuple[Tensor, Tensor]], excluded: int | None) -> Tensor:
+    def _drop(self, x: Tensor, terms: list[tuple[Tensor, Tensor]], excluded: Sequence[int]) -> Tensor:
         """Return the tokens x with prompts after dropout."""
         prompts = torch.stack([scale * self.dropout(F.silu(pre)) for scale, pre in terms]).sum(dim=0).to(x.dtype)
-        if excluded is not None:
-            prompts = prompts.index_fill(1, torch.tensor([excluded], device=x.device), 0)
-        return x + prompts
+        return x + zero_at(prompts, excluded)
 
     def _add(self, layer: int, x: Tensor, cross_source: Tensor) -> Tensor:
         """Return the tokens x with their prompts added."""
         terms = self._terms(layer, x, cross_source)
         if self.training and self.dropout.p > 0:
-            return self._drop(x, terms, None)
+            return self._drop(x, terms, ())
         return add_prompts(x, terms, None, backend=self.points.scan_backend)
 
     def prompt(self, layer: int, state: TokenState) -> TokenState:
         if layer not in self.rows:
             return state
-        x, middle = state.hidden, state.cls_index
+        x = state.hidden
         if self.released:
+            (middle,) = state.not_patches
             before, cls, after = x[:, :middle], x[:, middle : middle + 1], x[:, middle + 1 :]
             prompted = self._add(layer, before, before)
             return state._replace(hidden=torch.cat([prompted, cls, self._add(layer, after, prompted)], dim=1))
-        terms, excluded = self._terms(layer, x, x), None if self.include_cls else middle
+        terms, excluded = self._terms(layer, x, x), () if self.include_cls else state.not_patches
         if self.training and self.dropout.p > 0:
             return state._replace(hidden=self._drop(x, terms, excluded))
-        return state._replace(prompts=PromptTerms(terms, excluded))  # the block adds them
+        if len(excluded) > 1:  # the fused operation leaves out one token at most
+            prompted = add_prompts(x, terms, None, backend=self.points.scan_backend)
+            at = torch.tensor(excluded, device=x.device)
+            return state._replace(hidden=prompted.index_copy(1, at, x.index_select(1, at)))
+        return state._replace(prompts=PromptTerms(terms, excluded[0] if excluded else None))  # the block adds them

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method, check_setting
-from svp_bench.models import TokenState, VisionMamba
+from svp_bench.models import Backbone, TokenState
 
 Position = Literal["prefix", "suffix", "both", "around_cls", "spread"]
 POSITIONS = ("prefix", "suffix", "both", "around_cls", "spread")
 
 
-def prompt_positions(position: str, length: int, tokens: int, cls_index: int) -> list[int]:
+def prompt_positions(position: str, length: int, tokens: int, cls_positions: Sequence[int]) -> list[int]:
     """Return the positions of the prompts in the longer sequence, in ascending order.
 
     Args:
@@ -23,8 +25,18 @@ def prompt_positions(position: str, length: int, tokens: int, cls_index: int) ->
             `around_cls` half and half around the class token, `spread` evenly between the tokens.
         length: Number of prompts.
         tokens: Length of the sequence without prompts.
-        cls_index: Index of the class token in it.
+        cls_positions: Positions of the class tokens in it.
+
+    Raises:
+        ConfigError: If the position is around one class token and the backbone has several.
     """
+    if position == "around_cls" and len(cls_positions) != 1:
+        others = ", ".join(name for name in POSITIONS if name != position)
+        raise ConfigError(
+            f"vpt: position around_cls needs one class token, and this backbone has {len(cls_positions)}; there are "
+            f"{others}"
+        )
+    cls_index = next(iter(cls_positions), 0)
     first = (length + 1) // 2
     before = {  # tokens before each prompt
         "prefix": [0] * length,
@@ -47,7 +59,7 @@ class _VPT(Method):
         self.position = position
         self.dropout = dropout
 
-    def _attach(self, model: VisionMamba, layers: int, accumulate: bool) -> None:
+    def _attach(self, model: Backbone, layers: int, accumulate: bool) -> None:
         prompts = _Prompts(self, model, layers, accumulate)
         model.adapter = prompts
         model.points.on_tokens(prompts.insert)
@@ -71,11 +83,11 @@ class VPTShallow(_VPT):
     def __init__(self, length: int = 8, position: Position = "prefix", dropout: float = 0.0) -> None:
         super().__init__(length, position, dropout)
 
-    def attach(self, model: VisionMamba) -> None:
+    def attach(self, model: Backbone) -> None:
         """Insert the prompts before block 0."""
         self._attach(model, 1, accumulate=False)
 
-    def adapter_parameters(self, model: VisionMamba) -> int:
+    def adapter_parameters(self, model: Backbone) -> int:
         """Return length · D."""
         return self.length * model.embed_dim
 
@@ -108,35 +120,31 @@ class VPTDeep(_VPT):
         check_setting("vpt", "mode", mode, ("replace", "accumulate"))
         self.mode = mode
 
-    def attach(self, model: VisionMamba) -> None:
-        """Insert the prompts before block 0 and replace them before each later block."""
+    def attach(self, model: Backbone) -> None:
+        """Insert the prompts before block 0 and replace them before each later block.
+
+        Raises:
+            ConfigError: For mode `accumulate` on a backbone whose residual stream is the block input.
+        """
+        if self.mode == "accumulate" and not model.separate_residual:
+            raise ConfigError("vpt_deep: mode accumulate needs a residual stream next to the block input; use replace")
         self._attach(model, model.depth, accumulate=self.mode == "accumulate")
 
-    def adapter_parameters(self, model: VisionMamba) -> int:
+    def adapter_parameters(self, model: Backbone) -> int:
         """Return depth · length · D."""
         return model.depth * self.length * model.embed_dim
 
 
 class _Prompts(nn.Module):
-    places: Tensor
-    order: Tensor
-
-    def __init__(self, vpt: _VPT, model: VisionMamba, layers: int, accumulate: bool) -> None:
+    def __init__(self, vpt: _VPT, model: Backbone, layers: int, accumulate: bool) -> None:
         super().__init__()
-        width, tokens, cls_index = model.embed_dim, model.patch_embed.num_patches + 1, model.cls_index
-        bound = math.sqrt(6 / (3 * math.prod(model.patch_embed.patch_size) + width))
+        width = model.embed_dim
+        bound = math.sqrt(6 / (3 * model.patch_size**2 + width))
         self.prompts = nn.Parameter(torch.empty(layers, vpt.length, width).uniform_(-bound, bound))
         self.dropout = nn.Dropout(vpt.dropout)
         self.accumulate = accumulate
-        places = prompt_positions(vpt.position, vpt.length, tokens, cls_index)
-        rest = sorted(set(range(tokens + vpt.length)) - set(places))
-        self.cls_index = rest[cls_index]
-        # order[k] is the row of [tokens, prompts] that becomes token k of the longer sequence
-        rows = dict(zip(rest, range(tokens), strict=True))
-        rows |= dict(zip(places, range(tokens, tokens + vpt.length), strict=True))
-        order = torch.tensor([rows[k] for k in range(tokens + vpt.length)])
-        self.register_buffer("places", torch.tensor(places), persistent=False)
-        self.register_buffer("order", order, persistent=False)
+        self.position = vpt.position
+        prompt_positions(vpt.position, vpt.length, model.num_tokens, model.cls_positions)  # refuses what does not fit
 
     def insert(self, layer: int, state: TokenState) -> TokenState:
         if layer >= len(self.prompts):
@@ -145,9 +153,10 @@ class _Prompts(nn.Module):
         prompts = self.prompts[layer].to(hidden.dtype).expand(hidden.shape[0], -1, -1)
         prompts = self.dropout(prompts)  # independent for each image
         if layer == 0:
-            longer = torch.cat([hidden, prompts], dim=1).index_select(1, self.order)
-            return TokenState(longer, residual, self.cls_index)
-        hidden = hidden.index_copy(1, self.places, prompts)
+            count, tokens = len(self.prompts[0]), int(hidden.shape[1])  # tracing gives tensors
+            return state.insert(self, prompts, prompt_positions(self.position, count, tokens, state.cls_positions))
+        places = torch.tensor(state.inserted[self], device=hidden.device)
+        hidden = hidden.index_copy(1, places, prompts)
         if residual is not None and not self.accumulate:
-            residual = residual.index_fill(1, self.places, 0)
-        return TokenState(hidden, residual, state.cls_index)
+            residual = residual.index_fill(1, places, 0)
+        return state._replace(hidden=hidden, residual=residual)

@@ -10,80 +10,32 @@ import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from svp_bench.core.atomic import replacing
 from svp_bench.core.errors import CheckpointError, UsageError, plural, unknown_name
-from svp_bench.models.layers import PatchEmbed, resize_positions
-from svp_bench.models.weight_files import GRID_KEY, WRAPPER_PREFIXES, dtype_name, first_line, read_weights, shown
+from svp_bench.models.backbone import HEAD_PREFIXES, Backbone
+from svp_bench.models.layers import resize_positions
+from svp_bench.models.weight_files import (
+    GRID_KEY,
+    WRAPPER_PREFIXES,
+    Grid,
+    LoadReport,
+    by,
+    dtype_name,
+    first_line,
+    read_weights,
+    shown,
+)
 
 Head = Literal["fresh", "keep"]
-Grid = tuple[int, int]
 MAX_PATCHES = 2**16  # 256 × 256; a larger position embedding is refused before it is resized
-
-
-class Backbone(Protocol):
-    """Attributes of a backbone that this module reads or sets."""
-
-    embed_dim: int
-    depth: int
-    patch_embed: PatchEmbed
-    adapter: nn.Module | None
-    load_report: LoadReport | None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the tensors by name."""
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Changes that `load_checkpoint` made in addition to copying.
-
-    Attributes:
-        path: The file.
-        pos_embed_resized: (from, to) grid of the position embedding if it was resized, else None.
-        dropped: Names of the file's head tensors that were left out.
-        kept: Names of the head tensors that were taken from the file.
-        cast: Changes of precision, e.g. ("float16 -> float32 (141 tensors)",).
-        head_digest: "sha256:…" of the head that was taken from the file, else None.
-    """
-
-    path: Path
-    pos_embed_resized: tuple[Grid, Grid] | None = None
-    dropped: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-    cast: tuple[str, ...] = ()
-    head_digest: str | None = None
-
-    @property
-    def head_replaced(self) -> bool:
-        """Whether the file has a head that was left out."""
-        return bool(self.dropped)
-
-    @property
-    def resized(self) -> tuple[str, ...]:
-        """Return the change of grid as text, e.g. ("pos_embed 14x14 -> 4x16",)."""
-        return (f"pos_embed {' -> '.join(map(_by, self.pos_embed_resized))}",) if self.pos_embed_resized else ()
-
-    def for_record(self) -> dict[str, list[str]] | None:
-        """Return the changes for `Record.checkpoint_load`; None for a plain copy with a fresh head."""
-        kept = [f"head {self.head_digest}"] if self.head_digest else []
-        changes = {"resized": [*self.resized], "kept": kept, "cast": [*self.cast]}
-        return {name: lines for name, lines in changes.items() if lines} or None
-
-    def describe(self) -> str | None:
-        """Return the changes on one line, or None after a plain copy."""
-        parts = [f"resized {line}" for line in self.resized]
-        parts += [f"kept the head of the file ({', '.join(self.kept)})"] if self.kept else []
-        parts += [f"dropped the head of the file ({', '.join(map(shown, self.dropped))})"] if self.dropped else []
-        return "; ".join([*parts, *(f"cast {line}" for line in self.cast)]) or None
 
 
 def keeps_head(head: str | None) -> bool:
@@ -100,7 +52,7 @@ def keeps_head(head: str | None) -> bool:
 def load_checkpoint(model: Backbone, path: str | Path, head: Head | None = None) -> LoadReport:
     """Load backbone weights into a model, strictly and as a whole; its adapter stays as it is.
 
-    A position embedding of another grid is resized (bicubic); the row of the class token, `patches // 2`, is copied.
+    A position embedding of another grid is resized (bicubic); the rows of other tokens are copied.
     The grid of a file that does not state it is taken as square. Numbers are cast to the model's precision.
 
     Args:
@@ -122,11 +74,11 @@ def load_checkpoint(model: Backbone, path: str | Path, head: Head | None = None)
     own = {name: value.detach() for name, value in model.state_dict().items() if not name.startswith("adapter.")}
     if any(value.is_meta for value in own.values()):
         raise CheckpointError(f"{path}: the model is on the meta device and cannot take weights")
-    own_head, given_head = ({k: t for k, t in state.items() if k.startswith("head.")} for state in (own, given))
+    own_head, given_head = ({k: t for k, t in state.items() if k.startswith(HEAD_PREFIXES)} for state in (own, given))
     if keep:
         _check_head(given_head, own_head, path)
     else:
-        own, given = ({k: t for k, t in state.items() if not k.startswith("head.")} for state in (own, given))
+        own, given = ({k: t for k, t in state.items() if not k.startswith(HEAD_PREFIXES)} for state in (own, given))
     resized = _fit_pos_embed(given, model, path, file.grid)
     _check_names_and_shapes(given, own, path, model)
     cast = Counter[str]()
@@ -195,29 +147,25 @@ def _fit_pos_embed(
     source = given.get("pos_embed")
     if source is None or source.ndim != 3 or source.shape[0] != 1 or source.shape[-1] != model.embed_dim:
         return None  # `_check_names_and_shapes` reports it
-    patches = source.shape[1] - 1
+    others = len(model.position_rows(model.num_patches))
+    patches = source.shape[1] - others
     if not 1 <= patches <= MAX_PATCHES:
-        raise CheckpointError(
-            f"{path}: pos_embed has {patches + 1} rows, not a class token and 1 to {MAX_PATCHES} patches"
-        )
+        tokens = "a class token and " if others == 1 else f"{others} other tokens and " if others else ""
+        raise CheckpointError(f"{path}: pos_embed has {source.shape[1]} rows, not {tokens}1 to {MAX_PATCHES} patches")
     old = stated or (math.isqrt(patches), math.isqrt(patches))
     if math.prod(old) != patches:
         problem = (
-            f"and {GRID_KEY} states {_by(old)}"
+            f"and {GRID_KEY} states {by(old)}"
             if stated
             else "which is not a square grid; save the weights with svp_bench.models.checkpoints.save_weights, or "
             f"state {GRID_KEY} = 'ROWSxCOLUMNS' in the metadata of a .safetensors file or next to the weights"
         )
         raise CheckpointError(f"{path}: its position embedding has {patches} patches, {problem}")
-    new = model.patch_embed.grid_size
+    new = model.grid_size
     if old == new:
         return None
-    given["pos_embed"] = resize_positions(source.detach().float(), old, new)
+    given["pos_embed"] = resize_positions(source.detach().float(), old, new, model.position_rows)
     return old, new
-
-
-def _by(grid: Grid) -> str:
-    return f"{grid[0]}x{grid[1]}"
 
 
 def _check_names_and_shapes(
@@ -236,7 +184,7 @@ def _check_names_and_shapes(
     hint = None
     if unexpected and not (missing or wrong) and all(name.startswith("adapter.") for name in unexpected):
         hint = "the file also holds a method's adapter: save the backbone alone"
-    elif missing and all(name.startswith(("adapter.", "head.")) for name in given):
+    elif missing and all(name.startswith(("adapter.", *HEAD_PREFIXES)) for name in given):
         hint = "the trained part of a run alone goes to svp-bench predict --ckpt"
     elif missing and (prefix := _common_prefix(missing, unexpected)):
         hint = f"names begin with {shown(prefix)}: remove it ({', '.join(WRAPPER_PREFIXES)} are removed automatically)"
@@ -277,7 +225,7 @@ def _guess_architecture(state: Mapping[str, Tensor]) -> str | None:
 
 def backbone_digest(model: Backbone) -> str:
     """Return the SHA-256 of the backbone's tensors (names, shapes, float32 values), without head and adapter."""
-    return _digest({k: v for k, v in model.state_dict().items() if not k.startswith(("head.", "adapter."))})
+    return _digest({k: v for k, v in model.state_dict().items() if not k.startswith((*HEAD_PREFIXES, "adapter."))})
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -305,7 +253,7 @@ def save_weights(model: Backbone, path: str | Path) -> None:
     if path.suffix != ".safetensors":
         raise UsageError(f"weights are saved as *.safetensors, not {path.name!r}")
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    content = save(state, metadata={GRID_KEY: _by(model.patch_embed.grid_size)})
+    content = save(state, metadata={GRID_KEY: by(model.grid_size)})
     try:
         with replacing(path) as file:
             file.write(content)
@@ -358,11 +306,11 @@ def _from_hub(architecture: str) -> Path:
     from timm.models import get_pretrained_cfg, is_model
 
     cfg = get_pretrained_cfg(architecture, allow_unregistered=False) if is_model(architecture) else None
-    if cfg is None or not cfg.hf_hub_id or not cfg.hf_hub_filename:
+    if cfg is None or not cfg.hf_hub_id:
         raise CheckpointError(
             f"no published checkpoint of {architecture} is known; use --model.checkpoint PATH, embedded or none"
         )
-    repo, file = cfg.hf_hub_id, cfg.hf_hub_filename
+    repo, file = cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors"  # as timm publishes its own
     cached = try_to_load_from_cache(repo, file)
     if isinstance(cached, str):
         return Path(cached)

@@ -8,41 +8,96 @@ from __future__ import annotations
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from svp_bench.core.errors import ConfigError
-from svp_bench.ops import PromptTerms, add_prompts
+from svp_bench.ops import Direction, PromptTerms, add_prompts
 
-LINEAR_POINTS = ("in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj")
-TENSOR_POINTS = (
-    *(f"{name}.weight" for name in (*LINEAR_POINTS, "conv1d", "conv1d_b")),
-    *(f"{name}.bias" for name in ("conv1d", "conv1d_b", "dt_proj", "dt_proj_b")),
-    *("A", "A_b", "D", "D_b"),
-)
+_NOTHING: Mapping[object, tuple[int, ...]] = {}  # never changed
 
 
 class TokenState(NamedTuple):
     """State between two blocks.
 
     Attributes:
-        hidden: The block input, (B, L, D): the embedding before block 0, afterwards the previous mixer's output, not
-            yet added to the residual stream.
-        residual: The residual stream, (B, L, D), or None before block 0.
-        cls_index: Index of the class token.
+        hidden: The block input, (B, L, D). Vim: the embedding before block 0, afterwards the previous mixer's output,
+            not yet added to the residual stream. ViT: the residual stream.
+        residual: Vim's residual stream, (B, L, D), or None before block 0; None for a ViT.
+        cls_positions: Positions of the backbone's tokens that are not patches: class, distillation, register tokens.
         prompts: Prompts that the block adds to `hidden`, in one pass with the residual stream. A hook may set them;
             they are added before the next hook is called.
+        inserted: Positions of the tokens that each method inserted, by its module. They are left out of the pooling.
     """
 
     hidden: Tensor
     residual: Tensor | None
-    cls_index: int
+    cls_positions: tuple[int, ...]
     prompts: PromptTerms | None = None
+    inserted: Mapping[object, tuple[int, ...]] = _NOTHING
+
+    @property
+    def cls_index(self) -> int:
+        """Return the position of the class token of a backbone with one.
+
+        Raises:
+            ValueError: If the backbone has several, or none.
+        """
+        (index,) = self.cls_positions
+        return index
+
+    @property
+    def not_patches(self) -> tuple[int, ...]:
+        """Return the positions of all tokens that are not patches, in ascending order."""
+        return tuple(sorted((*self.cls_positions, *(at for found in self.inserted.values() for at in found))))
+
+    def insert(self, owner: object, tokens: Tensor, positions: Sequence[int]) -> TokenState:
+        """Return the state with tokens of a method inserted; later positions move.
+
+        Args:
+            owner: The module that inserts, the key of `inserted`.
+            tokens: (B, T, D).
+            positions: Of the new tokens in the longer sequence, ascending.
+        """
+        state = self.settled()
+        length, count = int(state.hidden.shape[1]), len(positions)  # tracing gives tensors
+        new = set(positions)
+        old = [at for at in range(length + count) if at not in new]  # old[k]: where token k is now
+        rows = dict(zip((*old, *positions), range(length + count), strict=True))
+        order = torch.tensor([rows[at] for at in range(length + count)], device=tokens.device)
+
+        def longer(stream: Tensor, added: Tensor) -> Tensor:
+            return torch.cat([stream, added.to(stream.dtype)], dim=1).index_select(1, order)
+
+        residual = state.residual
+        if residual is not None:
+            residual = longer(residual, torch.zeros_like(tokens))
+        inserted = {key: tuple(old[at] for at in found) for key, found in state.inserted.items()}
+        return TokenState(
+            longer(state.hidden, tokens),
+            residual,
+            tuple(old[at] for at in state.cls_positions),
+            None,
+            {**inserted, owner: tuple(positions)},
+        )
+
+    def without_inserted(self) -> TokenState:
+        """Return the state without the tokens that methods inserted."""
+        if not self.inserted:
+            return self
+        state = self.settled()
+        gone = {at for found in self.inserted.values() for at in found}
+        rest = [at for at in range(int(state.hidden.shape[1])) if at not in gone]
+        index = torch.tensor(rest, device=state.hidden.device)
+        residual = None if state.residual is None else state.residual.index_select(1, index)
+        at = tuple(rest.index(place) for place in state.cls_positions)
+        return TokenState(state.hidden.index_select(1, index), residual, at)
 
     def settled(self, scan_backend: str = "auto") -> TokenState:
         """Return the state with its prompts added to `hidden`."""
@@ -67,39 +122,90 @@ class TokenState(NamedTuple):
         return self._replace(hidden=hidden.to(self.hidden.dtype), prompts=None)
 
 
+class Projection(NamedTuple):
+    """Rows of a linear projection, or of its copies, that a low-rank update may act on.
+
+    Attributes:
+        points: Linear hook points: one, or one for each scan direction.
+        start: First row (output channel).
+        stop: Row after the last.
+        in_features: Columns (input channels).
+        on_weight: Whether an update changes the weight; otherwise the output, where dropout is possible.
+    """
+
+    points: tuple[str, ...]
+    start: int
+    stop: int
+    in_features: int
+    on_weight: bool = False
+
+
+class ScanInputs(NamedTuple):
+    """What the bidirectional scan of a block reads: both directions, and the gate z (B, L, E) before its SiLU."""
+
+    forward: Direction
+    backward: Direction
+    z: Tensor
+
+
+ImageHook = Callable[[Tensor], Tensor]
 TokenHook = Callable[[int, TokenState], TokenState]
 LinearHook = Callable[[Tensor, Tensor], Tensor]
 TensorHook = Callable[[Tensor], Tensor]
+ScanHook = Callable[[ScanInputs, Tensor], Tensor]
 
 
 class HookPoints:
-    """Hook points of the backbone, empty by default.
+    """Hook points of a backbone, empty by default.
 
     A hook is a module of the adapter, a method of one, or a function. A deep copy of the model gets its own hooks:
     modules and methods follow their owner, and the closure of a function is copied. A hook must not read modules or
     trained tensors from global variables.
 
+    Args:
+        depth: Number of blocks.
+        linear_names: Linear projections of each block that hooks may act on.
+        tensor_names: Tensors of each block that hooks may change.
+        has_scan: Whether the blocks have a selective scan.
+
     Attributes:
+        images: `f(images) -> images`, called on the normalised images (B, 3, H, W).
         tokens: `f(layer, state) -> state`, called before each block in the order of registration. See
             `TokenState.stream`.
         patch_embed: `f(images, y) -> y`, called after the patch embedding of images (B, 3, H, W), before class token
             and positions: may change its output y (B, P, D).
-        linear: `f(x, y) -> y` by (layer, name of `LINEAR_POINTS`): may change the output y of a projection of x, bias
+        linear: `f(x, y) -> y` by (layer, name of `linear_names`): may change the output y of a projection of x, bias
             included, also in place.
-        tensor: `f(w) -> w` by (layer, name of `TENSOR_POINTS`): may change a tensor that a projection, the convolution
+        tensor: `f(w) -> w` by (layer, name of `tensor_names`): may change a tensor that a projection, the convolution
             or the scan reads. Refused if the part with the tensor is not plain.
+        scan: `f(inputs, y) -> y` by layer: may change the gated output y (B, L, E) of the scan.
         first_tokens: The first block whose input a token hook may change; before it none is called.
+        not_patches: Positions of the tokens that are not patches, in the block that runs now: for linear hooks.
         scan_backend: The model's scan backend, for operations of methods.
     """
 
-    def __init__(self, depth: int = 1) -> None:
+    def __init__(
+        self,
+        depth: int = 1,
+        linear_names: Sequence[str] = (),
+        tensor_names: Sequence[str] = (),
+        has_scan: bool = False,
+    ) -> None:
         self.depth = depth
+        self.linear_names, self.tensor_names, self.has_scan = tuple(linear_names), tuple(tensor_names), has_scan
         self.scan_backend = "auto"
+        self.not_patches: tuple[int, ...] = ()
+        self.images: list[ImageHook] = []
         self.tokens: list[TokenHook] = []
         self.first_tokens = depth
         self.patch_embed: list[LinearHook] = []
         self.linear: dict[tuple[int, str], list[LinearHook]] = defaultdict(list)
         self.tensor: dict[tuple[int, str], list[TensorHook]] = defaultdict(list)
+        self.scan: dict[int, list[ScanHook]] = defaultdict(list)
+
+    def on_images(self, hook: ImageHook) -> None:
+        """Pass the normalised images through `hook` before the patch embedding."""
+        self.images.append(hook)
 
     def on_tokens(self, hook: TokenHook, first: int = 0) -> None:
         """Call `hook` before each block from `first` on; the blocks before can be computed once for all epochs.
@@ -119,23 +225,35 @@ class HookPoints:
         """Call `hook` after the projection `name` of block `layer`.
 
         Raises:
-            ValueError: If there is no such projection.
+            ValueError: If there is no such block.
+            ConfigError: If there is no such projection.
         """
         self._check_layer(layer)
-        if name not in LINEAR_POINTS:
-            raise ValueError(f"no linear projection {name!r}; there are {', '.join(LINEAR_POINTS)}")
+        self._check_name("linear projection", name, self.linear_names)
         self.linear[layer, name].append(hook)
 
     def on_tensor(self, layer: int, name: str, hook: TensorHook) -> None:
         """Pass the tensor `name` of block `layer` through `hook` before it is used.
 
         Raises:
-            ValueError: If there is no such tensor.
+            ValueError: If there is no such block.
+            ConfigError: If there is no such tensor.
         """
         self._check_layer(layer)
-        if name not in TENSOR_POINTS:
-            raise ValueError(f"no tensor {name!r}; there are {', '.join(TENSOR_POINTS)}")
+        self._check_name("tensor", name, self.tensor_names)
         self.tensor[layer, name].append(hook)
+
+    def on_scan(self, layer: int, hook: ScanHook) -> None:
+        """Call `hook` after the selective scan of block `layer`.
+
+        Raises:
+            ValueError: If there is no such block.
+            ConfigError: If the backbone has no selective scan.
+        """
+        self._check_layer(layer)
+        if not self.has_scan:
+            raise ConfigError("this backbone has no selective scan; its hook points are images, tokens and projections")
+        self.scan[layer].append(hook)
 
     def remove(self, owner: nn.Module) -> None:
         """Remove the hooks that belong to `owner`: itself, its submodules, and methods of these."""
@@ -147,7 +265,8 @@ class HookPoints:
 
     def hook_lists(self) -> list[list[Any]]:
         """Return the lists of hooks, not copied."""
-        return [self.tokens, self.patch_embed, *self.linear.values(), *self.tensor.values()]
+        by_name: list[list[Any]] = [*self.linear.values(), *self.tensor.values(), *self.scan.values()]
+        return [self.images, self.tokens, self.patch_embed, *by_name]
 
     def __len__(self) -> int:
         return sum(map(len, self.hook_lists()))
@@ -156,17 +275,48 @@ class HookPoints:
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookPoints:
-        made = memo[id(self)] = type(self)(self.depth)
-        made.scan_backend = self.scan_backend
+        made = memo[id(self)] = type(self)(self.depth, self.linear_names, self.tensor_names, self.has_scan)
+        made.scan_backend, made.not_patches = self.scan_backend, self.not_patches
+        made.images = _copied(self.images, memo)
         made.tokens, made.first_tokens = _copied(self.tokens, memo), self.first_tokens
         made.patch_embed = _copied(self.patch_embed, memo)
-        for of, to in ((self.linear, made.linear), (self.tensor, made.tensor)):
+        mappings: Any = ((self.linear, made.linear), (self.tensor, made.tensor), (self.scan, made.scan))
+        for of, to in mappings:
             to.update({key: _copied(hooks, memo) for key, hooks in of.items()})
         return made
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.depth:
             raise ValueError(f"no block {layer}; there are 0..{self.depth - 1}")
+
+    def _check_name(self, kind: str, name: str, allowed: Sequence[str]) -> None:
+        if name not in allowed:
+            raise ConfigError(f"this backbone has no {kind} {name!r}; there are {', '.join(allowed)}")
+
+
+class HookedLinear(nn.Linear):
+    """A linear layer of a block that calls the hooks of its weight, its bias and its output."""
+
+    points: HookPoints
+    layer: int
+    name: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        y = F.linear(x, self._tensor("weight", self.weight), self.bias_or_none())
+        for hook in self.points.linear.get((self.layer, self.name), ()):
+            y = hook(x, y)
+        return y
+
+    def bias_or_none(self) -> Tensor | None:
+        """Return the bias, changed by its hooks, or None."""
+        bias: Tensor | None = self.bias
+        return None if bias is None else self._tensor("bias", bias)
+
+    def _tensor(self, leaf: str, value: Tensor) -> Tensor:
+        for hook in self.points.tensor.get((self.layer, f"{self.name}.{leaf}"), ()):
+            value = hook(value)
+        return value
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
@@ -221,11 +371,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-_KINDS = {nn.Linear, nn.Conv1d, nn.Conv2d}
+_KINDS = {nn.Linear, nn.Conv1d, nn.Conv2d, HookedLinear}
 
 
-def plain_parameter(root: nn.Module, name: str) -> nn.Parameter:
+def plain_parameter(root: nn.Module, name: str, place: str = "") -> nn.Parameter:
     """Return the parameter `name` of a plain part of `root`, for methods that change or replace it.
+
+    Args:
+        root: A module.
+        name: Of the parameter in it.
+        place: Where `root` is, for the message, e.g. "layers.0.mixer.in_proj.".
 
     Raises:
         ConfigError: If the part was replaced or carries a hook, so it may not compute with that parameter.
@@ -234,7 +389,7 @@ def plain_parameter(root: nn.Module, name: str) -> nn.Parameter:
     part = root.get_submodule(owner)
     value = getattr(part, leaf, None)
     if type(part) not in _KINDS or not is_plain(part, type(part)) or not isinstance(value, nn.Parameter):
-        raise not_plain(name, part)
+        raise not_plain(f"{place}{name}", part)
     return value
 
 

@@ -6,6 +6,7 @@ Letters used for shapes: B batch, P patches, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -87,12 +88,27 @@ def is_causal_conv(conv: nn.Module) -> bool:
     )
 
 
-def resize_positions(rows: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
-    """Resize a position embedding (1, P + 1, D) to another grid (bicubic); copy the middle row (class token)."""
-    at, to = math.prod(old) // 2, math.prod(new) // 2
-    patches = torch.cat([rows[:, :at], rows[:, at + 1 :]], dim=1)
+def resize_positions(
+    rows: Tensor, old: tuple[int, ...], new: tuple[int, ...], own: Callable[[int], tuple[int, ...]]
+) -> Tensor:
+    """Resize a position embedding to another grid (bicubic); copy the rows that do not belong to patches.
+
+    Args:
+        rows: (1, P + T, D), T of the rows for other tokens.
+        old: Its grid.
+        new: The new grid.
+        own: The rows of other tokens for a number of patches, as `Backbone.position_rows`.
+
+    Returns:
+        (1, P' + T, D).
+    """
+    others, places = own(math.prod(old)), own(math.prod(new))
+    patches = rows[:, [at for at in range(rows.shape[1]) if at not in {*others}]]
     patches = resample_abs_pos_embed(patches, new_size=list(new), old_size=list(old), num_prefix_tokens=0)
-    return torch.cat([patches[:, :to], rows[:, at : at + 1], patches[:, to:]], dim=1)
+    resized: Tensor = patches.new_empty(1, patches.shape[1] + len(places), rows.shape[2])
+    resized[:, [at for at in range(resized.shape[1]) if at not in {*places}]] = patches
+    resized[:, [*places]] = rows[:, [*others]].to(patches.dtype)
+    return resized
 
 
 def simam(x: Tensor, regulariser: float = 1e-3) -> Tensor:

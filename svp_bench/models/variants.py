@@ -1,11 +1,13 @@
-"""Register the Vim variants with timm."""
+"""Register the variants of Vim and Mamba-Reg, and a small ViT, with timm."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
 
+from svp_bench.models.mambar import MambaRegister
 from svp_bench.models.vim import VisionMamba
 
 _IMAGENET = {
@@ -60,23 +62,46 @@ _VARIANTS: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-def _cfg(file: str) -> dict[str, Any]:
+# name: (arguments of MambaRegister, description, published file on the hub)
+_REGISTER_VARIANTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    f"mambar_{size}_patch16_224": (
+        {"embed_dim": width, "reduction": reduction},
+        f"Mamba-Reg-{size}: Vim's blocks of width {width} with 12 register tokens; {accuracy} % on ImageNet-1K.",
+        f"Wangf3014/Mamba-Reg/mambar_{size}_patch16_224.pth",
+    )
+    for size, width, reduction, accuracy in (("small", 384, 2, "81.4"), ("base", 768, 4, "83.0"))
+}
+_REGISTER_CFG = {
+    "crop_pct": 1.0,
+    "paper_ids": "arXiv:2405.14858",
+    "origin_url": "https://github.com/wangf3014/Mamba-Reg",
+}
+_VIT_NANO: dict[str, Any] = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 8, "num_classes": 10}
+_VIT_NANO |= {"num_heads": 4, "mlp_ratio": 2.0}
+
+
+def _cfg(file: str, changes: dict[str, Any]) -> dict[str, Any]:
     if not file:
         return {**_IMAGENET, **_NANO_CFG}
     repository, _, name = file.rpartition("/")
-    return {**_IMAGENET, "hf_hub_id": repository, "hf_hub_filename": name, "custom_load": "hf"}
+    return {**_IMAGENET, **changes, "hf_hub_id": repository, "hf_hub_filename": name, "custom_load": "hf"}
 
 
 default_cfgs = generate_default_cfgs(
-    {f"{name}.in1k" if file else name: _cfg(file) for name, (_, _, file) in _VARIANTS.items()}
+    {
+        f"{name}.in1k" if file else name: _cfg(file, changes)
+        for variants, changes in ((_VARIANTS, {}), (_REGISTER_VARIANTS, _REGISTER_CFG))
+        for name, (_, _, file) in variants.items()
+    }
+    | {"vit_nano_patch8_64": _cfg("", {})}
 )
 
 
-def _register(name: str, defaults: dict[str, Any], description: str) -> None:
+def _register(kind: type[VisionMamba], name: str, defaults: dict[str, Any], description: str) -> None:
     def create(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
         features = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}  # as timm's ViTs
         model: VisionMamba = build_model_with_cfg(
-            VisionMamba, name, pretrained, feature_cfg=features, **{**defaults, **kwargs}
+            kind, name, pretrained, feature_cfg=features, **{**defaults, **kwargs}
         )
         return model
 
@@ -86,4 +111,15 @@ def _register(name: str, defaults: dict[str, Any], description: str) -> None:
 
 
 for _name, (_defaults, _description, _) in _VARIANTS.items():
-    _register(_name, _defaults, _description)
+    _register(VisionMamba, _name, _defaults, _description)
+for _name, (_defaults, _description, _) in _REGISTER_VARIANTS.items():
+    _register(MambaRegister, _name, _defaults, _description)
+
+
+@register_model
+def vit_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Build a small ViT for 64×64 images, the counterpart of `vim_nano_patch8_64`: 284,480 parameters without head."""
+    model: VisionTransformer = build_model_with_cfg(
+        VisionTransformer, "vit_nano_patch8_64", pretrained, **{**_VIT_NANO, **kwargs}
+    )
+    return model

@@ -15,21 +15,28 @@ parametrizations or a pruning mask, is called as a module.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from svp_bench.core.errors import ConfigError, unknown_name
-from svp_bench.models.checkpoints import LoadReport, load_checkpoint
-from svp_bench.models.hooks import LINEAR_POINTS, HookPoints, TokenState, is_plain, not_plain
+from svp_bench.models.backbone import Backbone
+from svp_bench.models.checkpoints import load_checkpoint
+from svp_bench.models.hooks import HookPoints, Projection, ScanInputs, TokenState, is_plain, not_plain
 from svp_bench.models.layers import PatchEmbed, RMSNorm, is_causal_conv, resize_positions
-from svp_bench.ops import Direction, Recompute, add_norm, bidirectional_conv, bidirectional_scan, is_tracing, require
+from svp_bench.ops import Direction, Recompute, add_norm, bidirectional_conv, bidirectional_scan, require
+
+LINEAR_POINTS = ("in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj")
+TENSOR_POINTS = (
+    *(f"{name}.weight" for name in (*LINEAR_POINTS, "conv1d", "conv1d_b")),
+    *(f"{name}.bias" for name in ("conv1d", "conv1d_b", "dt_proj", "dt_proj_b")),
+    *("A", "A_b", "D", "D_b"),
+)
 
 
 class Mixer(nn.Module):
@@ -161,6 +168,8 @@ class Mixer(nn.Module):
         u, u_b, recompute = self._convolve(x)
         forward, backward = self.direction("", u), self.direction("_b", u_b)
         y = bidirectional_scan(forward, backward, z, recompute=recompute, backend=self.scan_backend)
+        for hook in self.points.scan.get(self.layer, ()):
+            y = hook(ScanInputs(forward, backward, z), y)
         return self.project("out_proj", y)
 
     def _convolve(self, x: Tensor) -> tuple[Tensor, Tensor, Recompute | None]:
@@ -237,7 +246,7 @@ class Block(nn.Module):
             state = state.settled(backend)
             state = state._replace(hidden=drop(state.hidden))
         stream, normed = _add_norm(self.norm, state, backend)
-        return TokenState(self.mixer(normed), stream, state.cls_index)
+        return state._replace(hidden=self.mixer(normed), residual=stream, prompts=None)
 
 
 def _check_pool(name: str) -> None:
@@ -257,7 +266,7 @@ def _mixer_of(layer: int, block: nn.Module) -> Mixer:
     return found[0]
 
 
-class VisionMamba(nn.Module):
+class VisionMamba(Backbone):
     """Vision Mamba with the class token in the middle, timm's interface and the published parameter names.
 
     Args:
@@ -278,11 +287,15 @@ class VisionMamba(nn.Module):
         global_pool: "token" (timm's name for the class token); others raise ValueError.
 
     Attributes:
-        points: Hook points for methods.
-        adapter: Adapter parameters of the method, or None.
-        load_report: Report of `load_checkpoint`, or None for random weights.
         feature_info: One dict per block, for timm's `features_only`.
     """
+
+    family: ClassVar[str] = "vim"
+    exact_parts = (PatchEmbed, RMSNorm, Block, Mixer)
+    separate_residual = True
+    branch_outputs = ("out_proj",)
+    default_targets = ("X",)
+    scan_backend: str
 
     def __init__(
         self,
@@ -309,10 +322,7 @@ class VisionMamba(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.depth = depth
         self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, stride or patch_size, in_chans, embed_dim)
-        patches = self.patch_embed.num_patches
-        self.cls_index = patches // 2
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, embed_dim))  # row cls_index is the class token's
+        self._add_tokens()
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()  # "cpu" also for meta models
         mixer = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
         self.layers = nn.ModuleList(Block(embed_dim, rates[max(i - 1, 0)], **mixer) for i in range(depth))
@@ -323,20 +333,55 @@ class VisionMamba(nn.Module):
         ]
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Identity()
-        self.adapter: nn.Module | None = None
-        self.load_report: LoadReport | None = None
-        self.points = HookPoints(depth)
-        self.grad_checkpointing = False
+        self.init_weights()
+        self.finish(HookPoints(depth, LINEAR_POINTS, TENSOR_POINTS, has_scan=True))
         for layer, mix in enumerate(self.mixers):
             mix.layer, mix.points = layer, self.points
         self.set_scan_backend(scan_backend)
-        self.init_weights()
         self.reset_classifier(num_classes)  # last, so that a seed's random backbone is independent of the classes
+
+    def _add_tokens(self) -> None:
+        """Add the class token and the position embedding."""
+        patches = self.num_patches
+        self.cls_positions = self._cls_positions(patches)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, self.embed_dim))
+
+    def position_rows(self, patches: int) -> tuple[int, ...]:
+        """Return the row of the class token, in the middle."""
+        return (patches // 2,)
 
     @property
     def mixers(self) -> list[Mixer]:
         """Return the mixer of each block, wrapped blocks included; ConfigError if a block does not hold one."""
         return [_mixer_of(layer, block) for layer, block in enumerate(self.layers)]
+
+    @property
+    def projections(self) -> Mapping[str, Projection]:
+        """Return Vim's projections, and MambaPEFT's row slices X, Z, d, B and C, by name."""
+        mixer, width = self.mixers[0], self.embed_dim
+        (inner, state), rank = mixer.A_log.shape, mixer.dt_rank
+        x_proj, dt_proj = ("x_proj", "x_proj_b"), ("dt_proj", "dt_proj_b")
+        return {
+            "in_proj": Projection(("in_proj",), 0, 2 * inner, width),
+            "X": Projection(("in_proj",), 0, inner, width),
+            "Z": Projection(("in_proj",), inner, 2 * inner, width),
+            "x_proj": Projection(x_proj, 0, rank + 2 * state, inner, on_weight=True),
+            "d": Projection(x_proj, 0, rank, inner, on_weight=True),
+            "B": Projection(x_proj, rank, rank + state, inner, on_weight=True),
+            "C": Projection(x_proj, rank + state, rank + 2 * state, inner, on_weight=True),
+            "dt_proj": Projection(dt_proj, 0, inner, rank, on_weight=True),
+            "out_proj": Projection(("out_proj",), 0, width, inner),
+        }
+
+    def part(self, layer: int, name: str) -> nn.Module:
+        """Return the projection or convolution `name` of block `layer`."""
+        return self.mixers[layer].get_submodule(name)
+
+    def check_hooks(self) -> None:
+        """Check that every tensor that a method changes is read."""
+        for mixer in self.mixers:
+            mixer.check_hooks()
 
     def set_scan_backend(self, name: str) -> None:
         """Set the scan backend; raise UsageError for an unknown name, UnavailableError if it cannot run here."""
@@ -384,7 +429,7 @@ class VisionMamba(nn.Module):
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
-            self.head = head = nn.Linear(self.embed_dim, num_classes)
+            self.head = head = nn.Linear(self.head_hidden_size, num_classes)
             trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
             head.to(device=self.cls_token.device, dtype=self.cls_token.dtype).train(self.training)
@@ -403,7 +448,7 @@ class VisionMamba(nn.Module):
         Raises:
             ConfigError: If the model carries a method, or the patches do not fit.
         """
-        self._refuse_method("set_input_size")
+        self.refuse_method("set_input_size")
         old = self.patch_embed
         size = old.img_size if img_size is None else to_2tuple(img_size)
         new = old if patch_size is None else old.with_patch_size(to_2tuple(patch_size))
@@ -414,68 +459,58 @@ class VisionMamba(nn.Module):
         self.patch_embed = embed.train(old.training)
         if grid != old.grid_size:
             with torch.no_grad():
-                rows = resize_positions(self.pos_embed, old.grid_size, grid)
+                rows = resize_positions(self.pos_embed, old.grid_size, grid, self.position_rows)
             self.pos_embed = nn.Parameter(rows, requires_grad=self.pos_embed.requires_grad)
-        self.cls_index = embed.num_patches // 2
+        self.cls_positions = self._cls_positions(embed.num_patches)
+        self.note_parameters()
         for info in self.feature_info:
             info["reduction"] = embed.stride
 
-    def _refuse_method(self, function: str) -> None:
-        if self.adapter is not None or len(self.points):
-            raise ConfigError(f"{function}: this model already carries a method; call {function} before adapting it")
+    def _cls_positions(self, patches: int) -> tuple[int, ...]:
+        """Return the positions of the class tokens among a number of patches."""
+        return (patches // 2,)
 
     def embed(self, images: Tensor) -> TokenState:
         """(B, 3, H, W) → the token sequence before block 0, class token in the middle, positions added."""
-        tokens = self.patch_embed(images)
-        for hook in self.points.patch_embed:
-            tokens = hook(images, tokens)
+        images = self.hooked_images(images)
+        tokens = self.embedded_patches(images)
         cls = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         middle = self.cls_index
         sequence = torch.cat([tokens[:, :middle], cls, tokens[:, middle:]], dim=1)
-        return TokenState(sequence + self.pos_embed, None, middle)
+        return TokenState(sequence + self.pos_embed, None, (middle,))
 
-    def _layer(self, layer: int, block: nn.Module, state: TokenState) -> TokenState:
-        """Apply the token hooks and a block."""
-        for hook in self.points.tokens if layer >= self.points.first_tokens else ():
-            state = hook(layer, state.settled(self.scan_backend))
+    @property
+    def blocks_in_order(self) -> nn.ModuleList:
+        """Return the blocks."""
+        return self.layers
+
+    @property
+    def final_parts(self) -> list[nn.Module]:
+        """Return the modules between the last block and the head."""
+        return [self.drop_path, self.norm_f]
+
+    def run_block(self, block: nn.Module, state: TokenState) -> TokenState:
+        """Return the state after a block."""
         after: TokenState = block(state)
         return after
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Save only the input of each block and recompute the block in the backward pass."""
-        self.grad_checkpointing = enable
-
-    def forward_tokens(self, images: Tensor) -> tuple[Tensor, int]:
-        """(B, 3, H, W) → all tokens after the final norm, (B, L, D), and the index of the class token."""
-        state = self.run_blocks(self.embed(images))
-        return self._final_norm(state), state.cls_index
-
-    def run_blocks(self, state: TokenState, start: int = 0, stop: int | None = None) -> TokenState:
-        """Return the state after the blocks `start` to `stop` (exclusive; all by default)."""
-        for layer, block in enumerate(self.layers[start:stop], start):
-            state = self._run(layer, block, state)
-        return state
-
-    def pool(self, state: TokenState) -> Tensor:
+    def pooled(self, state: TokenState) -> Tensor:
         """Return the class token after the final norm, (B, D), of the state after the last block."""
-        return self._final_norm(state)[:, state.cls_index]
+        return self.final_tokens(state)[:, state.cls_positions[0]]
 
-    def _run(self, layer: int, block: nn.Module, state: TokenState) -> TokenState:
-        """Return the state after a block, with gradient checkpointing if enabled."""
-        if self.grad_checkpointing and torch.is_grad_enabled() and not is_tracing():
-            after: TokenState = checkpoint(self._layer, layer, block, state, use_reentrant=False)
-            return after
-        return self._layer(layer, block, state)
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the logits (B, classes) of features (B, D)."""
+        return self.forward_head(features)
 
-    def _final_norm(self, state: TokenState) -> Tensor:
-        """Return the normed tokens (B, L, D) of the state after a block."""
+    def final_tokens(self, state: TokenState) -> Tensor:
+        """Return the tokens after the final norm, (B, L, D), of the state after a block."""
         if state.residual is not None:
             state = state._replace(hidden=self.drop_path(state.hidden))
         return _add_norm(self.norm_f, state, self.scan_backend)[1]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, D), the class token after the final norm."""
-        return self.pool(self.run_blocks(self.embed(images)))
+        """(B, 3, H, W) → (B, D), the features that the head reads."""
+        return self.pooled(self.run_blocks(self.embed(images)))
 
     def forward_intermediates(
         self,
@@ -495,7 +530,7 @@ class VisionMamba(nn.Module):
         Args:
             x: Normalised images (B, 3, H, W).
             indices: The last n blocks, block numbers, or all.
-            return_prefix_tokens: Return pairs of the patch tokens and the class token (B, 1, D).
+            return_prefix_tokens: Return pairs of the patch tokens and the class tokens (B, T, D).
             norm: Apply the final norm to the tokens of every block.
             stop_early: Skip the blocks after the last index; needs `intermediates_only`.
             output_fmt: NCHW for maps (B, D, rows, columns), NLC for tokens (B, P, D).
@@ -508,31 +543,32 @@ class VisionMamba(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise unknown_name("output_fmt", str(output_fmt), ("NCHW", "NLC"), error=ConfigError)
         chosen, last = feature_take_indices(len(self.layers), indices)
-        patches, (rows, columns) = self.patch_embed.num_patches, self.patch_embed.grid_size
+        rows, columns = self.grid_size
         taken, prefixes = [], []
         state = self.embed(x)
         for layer, block in enumerate(self.layers[: last + 1] if stop_early and intermediates_only else self.layers):
-            state = self._run(layer, block, state)
+            state = self._checkpointed(layer, block, state)
             if layer not in chosen:
                 continue
-            tokens, at = self._final_norm(state) if norm else state.stream.to(state.hidden.dtype), state.cls_index
-            if tokens.shape[1] != patches + 1:
+            if state.inserted:
                 raise ConfigError(
-                    f"the method of this model inserts tokens ({tokens.shape[1]}, not {patches + 1}), so they are not "
-                    "a map; use a model without it, or forward_tokens"
+                    f"the method of this model inserts tokens ({state.hidden.shape[1]}, not {self.num_tokens}), so "
+                    "they are not a map; use a model without it, or forward_tokens"
                 )
-            spatial = torch.cat([tokens[:, :at], tokens[:, at + 1 :]], dim=1)
+            tokens = self.final_tokens(state) if norm else state.stream.to(state.hidden.dtype)
+            others = [*state.cls_positions]
+            spatial = tokens[:, [at for at in range(tokens.shape[1]) if at not in others]]
             taken.append(spatial.mT.unflatten(2, (rows, columns)).contiguous() if output_fmt == "NCHW" else spatial)
-            prefixes.append(tokens[:, at : at + 1])
+            prefixes.append(tokens[:, others])
         if output_dict:
             outputs: dict[str, Any] = {"image_intermediates": taken}
             if return_prefix_tokens:
                 outputs["image_intermediates_prefix"] = prefixes
             if not intermediates_only:
-                outputs["image_features"] = self._final_norm(state)[:, state.cls_index]
+                outputs["image_features"] = self.pooled(state)
             return outputs
         intermediates = list(zip(taken, prefixes, strict=True)) if return_prefix_tokens else taken
-        return intermediates if intermediates_only else (self._final_norm(state)[:, state.cls_index], intermediates)
+        return intermediates if intermediates_only else (self.pooled(state), intermediates)
 
     def get_intermediate_layers(
         self,
@@ -560,10 +596,11 @@ class VisionMamba(nn.Module):
         Returns:
             The block numbers of `indices`.
         """
-        self._refuse_method("prune_intermediate_layers")
+        self.refuse_method("prune_intermediate_layers")
         chosen, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
         self.depth = self.points.depth = last + 1
+        self.note_parameters()
         if prune_norm:
             self.norm_f = nn.Identity()  # type: ignore[assignment]
         if prune_head:
@@ -577,10 +614,6 @@ class VisionMamba(nn.Module):
             return x
         logits: Tensor = self.head(x)
         return logits
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised float (B, 3, H, W) → logits (B, classes)."""
-        return self.forward_head(self.forward_features(images))
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """Load a published file, with its head if it has as many classes (timm calls this for `pretrained=True`)."""

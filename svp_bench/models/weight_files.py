@@ -20,6 +20,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from svp_bench.core.errors import CheckpointError
 
 GRID_KEY = "pos_embed_grid"
+Grid = tuple[int, int]  # rows and columns of patches
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # DDP, torch.compile, Lightning, timm
 
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "model_ema")  # the EMA copy only without another
@@ -38,6 +40,55 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAFE_DTYPES = ("F32", "F16", "BF16", "F64")
 _ALLOWED_GLOBALS = ("collections.OrderedDict", "torch._utils._rebuild", "torch.storage.", "argparse.Namespace")
 _MAX_OPCODES = 10**6  # of a pickle that is searched for class names
+
+
+def by(grid: Grid) -> str:
+    """Return a grid as text, e.g. "14x14"."""
+    return f"{grid[0]}x{grid[1]}"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Changes that `load_checkpoint` made in addition to copying.
+
+    Attributes:
+        path: The file.
+        pos_embed_resized: (from, to) grid of the position embedding if it was resized, else None.
+        dropped: Names of the file's head tensors that were left out.
+        kept: Names of the head tensors that were taken from the file.
+        cast: Changes of precision, e.g. ("float16 -> float32 (141 tensors)",).
+        head_digest: "sha256:…" of the head that was taken from the file, else None.
+    """
+
+    path: Path
+    pos_embed_resized: tuple[Grid, Grid] | None = None
+    dropped: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
+    head_digest: str | None = None
+
+    @property
+    def head_replaced(self) -> bool:
+        """Whether the file has a head that was left out."""
+        return bool(self.dropped)
+
+    @property
+    def resized(self) -> tuple[str, ...]:
+        """Return the change of grid as text, e.g. ("pos_embed 14x14 -> 4x16",)."""
+        return (f"pos_embed {' -> '.join(map(by, self.pos_embed_resized))}",) if self.pos_embed_resized else ()
+
+    def for_record(self) -> dict[str, list[str]] | None:
+        """Return the changes for `Record.checkpoint_load`; None for a plain copy with a fresh head."""
+        kept = [f"head {self.head_digest}"] if self.head_digest else []
+        changes = {"resized": [*self.resized], "kept": kept, "cast": [*self.cast]}
+        return {name: lines for name, lines in changes.items() if lines} or None
+
+    def describe(self) -> str | None:
+        """Return the changes on one line, or None after a plain copy."""
+        parts = [f"resized {line}" for line in self.resized]
+        parts += [f"kept the head of the file ({', '.join(self.kept)})"] if self.kept else []
+        parts += [f"dropped the head of the file ({', '.join(map(shown, self.dropped))})"] if self.dropped else []
+        return "; ".join([*parts, *(f"cast {line}" for line in self.cast)]) or None
 
 
 class WeightFile(NamedTuple):

@@ -233,6 +233,8 @@ class Record:
         card_digests: `card_digest` of the run's "task" and "protocol" card.
         val_correct: Of a selection record: one bit a val image, which a search compares settings by.
         frozen_features: Role → what was computed once per image instead of in each epoch.
+        backbone_family: "vim", "mambar", "vit", or that of another package's backbone; null in older records.
+        inactive_parameters: Trained tensors without a gradient after the second optimizer step, by name.
         migrated_from: Of a record that was written with an older schema: {"schema": "1", "config_digest": …,
             "setting_digest": …}, its digests of that time. The run id holds the first digits of the latter.
     """
@@ -294,6 +296,8 @@ class Record:
     val_correct: Correct | None = None
     migrated_from: Mapping[str, Text] | None = None
     frozen_features: Mapping[str, Text] | None = None
+    backbone_family: Text | None = None
+    inactive_parameters: Sequence[str] | None = None
 
     @property
     def source_digest(self) -> str:

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError
+from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError, plural
 from svp_bench.core.ranges import check_one_of, check_range
 from svp_bench.data.augment import draw_mix, erase, mix, soft_targets
 from svp_bench.data.decode import Depth
@@ -27,7 +27,7 @@ from svp_bench.data.samplers import GlobalBatchSampler
 from svp_bench.methods.base import Method
 from svp_bench.methods.build import adapt, create_backbone
 from svp_bench.methods.checks import trained_parameters
-from svp_bench.models import VisionMamba
+from svp_bench.models import Backbone
 from svp_bench.models.checkpoints import Head, backbone_digest
 from svp_bench.models.layers import hidden_head, simam
 from svp_bench.ops import BackendChoice, choose
@@ -53,6 +53,7 @@ from svp_bench.train.optim import (
     warmup_notice,
 )
 
+_GRADIENT_STEP = 2  # optimizer steps before the gradients are checked
 _DTYPES = {"64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}  # of activations, by precision
 
 
@@ -146,6 +147,7 @@ class AdaptationModule(LightningModule):
         self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1) * 255, persistent=False)
         # unchecked: the labels were, when they were read; and a task may have one class, which torchmetrics refuses
         self.train_top1 = MulticlassAccuracy(max(2, num_classes), average="micro", validate_args=False)
+        self.inactive: list[str] = []  # trained tensors without a gradient after the second optimizer step
         self.schedule: Schedule | None = None  # of the learning rate; there once training begins
         self.run_id: str | None = None  # of the run that trains this, for its checkpoints
         self.validated: Evaluation | None = None  # the last validation, of all processes; none before training
@@ -153,14 +155,15 @@ class AdaptationModule(LightningModule):
         self._scored: list[ImageScores] = []  # the batches of the current evaluation in this process
         self.train()  # Lightning takes the modes as it finds them
 
-    def _build(self, head: Head, arguments: dict[str, Any]) -> VisionMamba:
+    def _build(self, head: Head, arguments: dict[str, Any]) -> Backbone:
         """Build the adapted backbone; its initial weights depend on the seed alone."""
         with torch.random.fork_rng(devices=[]):
             model = initial_backbone(self.backbone_name, self.checkpoint, head, self.init_seed, **arguments)
             self.load_report = model.load_report
             self.backbone_digest = backbone_digest(model)
             if self.head_hidden is not None:
-                model.head = hidden_head(model.embed_dim, self.head_hidden, model.num_classes).to(model.cls_token)
+                head_module = hidden_head(model.head_hidden_size, self.head_hidden, model.num_classes)
+                model.head = head_module.to(model.first_parameter)
             return adapt(model, self.method)
 
     # --- the forward pass --------------------------------------------------------------------------------------------
@@ -191,12 +194,14 @@ class AdaptationModule(LightningModule):
             logits = self.model(images)
         return logits
 
-    def scan_decision(self, device: torch.device, precision: str) -> BackendChoice:
-        """Return the scan backend that runs on a device at a precision ("bf16-mixed", …), and why.
+    def scan_decision(self, device: torch.device, precision: str) -> BackendChoice | None:
+        """Return the scan backend that runs on a device at a precision ("bf16-mixed", …), and why; None without scan.
 
         Raises:
             UnavailableError: If a backend was asked for by name and cannot run there.
         """
+        if self.model.scan_backend is None:
+            return None
         return choose(self.model.scan_backend, device, _DTYPES.get(precision.split("-")[0], torch.float32))
 
     def train(self, mode: bool = True) -> AdaptationModule:
@@ -205,9 +210,9 @@ class AdaptationModule(LightningModule):
         frozen = any(not p.requires_grad for p in self.model.parameters())
         if mode and frozen and self.frozen_mode == "eval":
             self.model.eval()
-            for module in (self.model.adapter, self.model.head, self.model.head_drop):
-                if module is not None:
-                    module.train()
+            parts = (self.model.adapter, self.model.head, self.model.head_drop, getattr(self.model, "head_dist", None))
+            for module in (part for part in parts if part is not None):
+                module.train()
         return self
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -360,7 +365,7 @@ class AdaptationModule(LightningModule):
         no_decay: list[torch.nn.Parameter] = []
         for name, parameter in trained_parameters(self.model).items():
             # tables of scales (groups or blocks × width) are two-dimensional and so take the decay, as in SVP's code
-            exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in excluded
+            exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in excluded or not self.method.decays(name)
             (no_decay if exempt else decay).append(parameter)
         groups = [
             {"params": decay, "weight_decay": self.weight_decay},
@@ -375,6 +380,23 @@ class AdaptationModule(LightningModule):
         self.schedule = config.build(self.learning_rate, self.warmup_epochs, epochs, steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": config.interval}}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Report trained tensors without a gradient at the third optimizer step.
+
+        Zero-initialised factors give others a zero gradient in the first step, and with a warm-up from zero in the
+        second.
+        """
+        if self.trainer.global_step != _GRADIENT_STEP:
+            return
+        trained = trained_parameters(self.model)
+        self.inactive = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+        if self.inactive:
+            shown = ", ".join(self.inactive[:4]) + (" …" if len(self.inactive) > 4 else "")
+            rank_zero_warn(
+                f"{plural(len(self.inactive), 'trained tensor')} of {len(trained)} got no gradient in optimizer step "
+                f"{_GRADIENT_STEP + 1}: {shown}. They have no effect on the loss so far"
+            )
 
     def optimizer_step(
         self,
@@ -440,10 +462,10 @@ class AdaptationModule(LightningModule):
             "method": f"{type(self.method).__module__}.{type(self.method).__qualname__}",
             "method_args": self.method.settings(),
             "num_classes": self.num_classes,
-            "image_size": list(self.model.patch_embed.img_size),
+            "image_size": list(self.model.image_size),
             "head_hidden": self.head_hidden,
             "head_digest": self.load_report.head_digest if self.load_report else None,
-            "pos_embed_grid": list(self.model.patch_embed.grid_size),
+            "pos_embed_grid": list(self.model.grid_size),
             "input_attention": self.input_attention,
             "ema_decay": self.ema_config.decay,
             "ema_evaluate": self.ema_config.evaluate,
@@ -529,7 +551,7 @@ class AdaptationModule(LightningModule):
                 checkpoint[part] = {**own, **checkpoint[part]}
 
 
-def initial_backbone(backbone: str, checkpoint: str, head: Head, seed: int, **arguments: Any) -> VisionMamba:
+def initial_backbone(backbone: str, checkpoint: str, head: Head, seed: int, **arguments: Any) -> Backbone:
     """Build the backbone that a run begins with: the weights of a checkpoint, or those that its seed draws.
 
     It seeds PyTorch: call it within `torch.random.fork_rng`.

@@ -54,7 +54,7 @@ class AllocationFailure(NamedTuple):
 
     def describe(self, module: AdaptationModule, images: int) -> str:
         """Return "64 images of 224x224 at a time; failed to allocate 2.0 GiB"."""
-        height, width = module.model.patch_embed.img_size
+        height, width = module.model.image_size
         missing = "" if self.requested is None else f"; failed to allocate {file_size(self.requested)}"
         return f"{plural(images, 'image')} of {height}x{width} at a time{missing}"
 
@@ -145,7 +145,7 @@ def _measure(
 
 def _step(module: AdaptationModule, count: int, trains: bool, context: _Context) -> None:
     """Run one step of training with AdamW's state, or of evaluation, on blank images."""
-    height, width = module.model.patch_embed.img_size
+    height, width = module.model.image_size
     images = torch.zeros(count, 3, height, width, dtype=torch.uint8, device=module.device)
     if not trains:
         with torch.inference_mode(), context():

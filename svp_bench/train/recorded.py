@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from svp_bench import __version__
 from svp_bench.core.errors import RecordError, SvpBenchError, plural
 from svp_bench.methods.checks import trained_parameters
+from svp_bench.models.backbone import HEAD_PREFIXES
 from svp_bench.ops import BackendChoice
 from svp_bench.records.code import package_digest
 from svp_bench.records.record import SCHEMA, Correct, Metrics, Parameters, Record, Status, timestamp
@@ -25,8 +26,8 @@ from svp_bench.train.provenance import cpu_name, device_name, library_versions
 class RecordedRun(BaseRun):
     """A run that can build its record, and write the tables of its predictions."""
 
-    def scan_backend(self) -> BackendChoice:
-        """Return the scan backend that runs, and the reason.
+    def scan_backend(self) -> BackendChoice | None:
+        """Return the scan backend that runs, and the reason; None for a backbone without a scan.
 
         Raises:
             UnavailableError: If a backend was asked for by name and cannot run on the device.
@@ -62,7 +63,7 @@ class RecordedRun(BaseRun):
     def parameters(self) -> Parameters:
         """Count the parameters."""
         trained = trained_parameters(self.model.model)
-        head = sum(p.numel() for name, p in trained.items() if name.startswith("head."))
+        head = sum(p.numel() for name, p in trained.items() if name.startswith(HEAD_PREFIXES))
         total = sum(p.numel() for p in self.model.model.parameters())
         trainable = sum(p.numel() for p in trained.values())
         return Parameters(trainable=trainable, head=head, adapter=trainable - head, total=total)
@@ -146,8 +147,8 @@ class RecordedRun(BaseRun):
             commit=self.commit,
             dirty=self.dirty,
             libraries=library_versions(),
-            scan_backend=backend.name,
-            scan_reason=backend.reason,
+            scan_backend=backend.name if backend else None,
+            scan_reason=backend.reason if backend else None,
             device=device_name(self.trainer.strategy.root_device),
             device_count=self.trainer.world_size,
             precision=str(self.trainer.precision),
@@ -170,5 +171,7 @@ class RecordedRun(BaseRun):
             external_classes=external_classes(self.trainer),
             not_comparable=list(self.watch.reasons) or None,
             checkpoint_load=model.load_report.for_record() if model.load_report else None,
+            backbone_family=model.model.family,
+            inactive_parameters=model.inactive or None,
             frozen_features={role: found.describe() for role, found in (model.features or {}).items()} or None,
         )

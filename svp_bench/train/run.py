@@ -21,6 +21,7 @@ from svp_bench.core.errors import ConfigError, RecordError, SvpBenchError, Usage
 from svp_bench.core.interrupts import INTERRUPTS, Preempted
 from svp_bench.core.resources import custom_tasks_flags
 from svp_bench.data.transforms import sides
+from svp_bench.methods.checks import trained_shares
 from svp_bench.records.digests import cell_config, flat
 from svp_bench.records.record import Record, Status
 from svp_bench.records.store import (
@@ -208,8 +209,8 @@ class FitRun(RecordedRun):
     def announce(self) -> None:
         """Print the header of a run."""
         model, data = self.model, self.data
-        counts = self.parameters()
-        backend = self.scan_backend()
+        counts, backend = self.parameters(), self.scan_backend()
+        scan = f", scan backend {backend.name} ({backend.reason})" if backend else ", no selective scan"
         weights = "random weights" if model.checkpoint == "none" else f"weights {model.checkpoint}"
         height, width = sides(data.image_size)
         loaded = model.load_report.describe() if model.load_report else None
@@ -217,11 +218,12 @@ class FitRun(RecordedRun):
             f"{self.run_id}\n"
             f"  task       {data.card.name} v{data.card.version}, stage {data.stage} "
             f"({', '.join(f'{role} on {name}' for role, name in data.splits.items())})\n"
-            f"  backbone   {model.backbone_name}, {weights}, scan backend {backend.name} ({backend.reason})\n"
+            f"  backbone   {model.backbone_name}, {weights}{scan}\n"
             f"{f'  loaded     {loaded}{chr(10)}' if loaded else ''}"
             f"  images     {height}x{width} pixels\n"
             f"  method     {self.config.method}: {counts.adapter:,} parameters + {counts.head:,} of the head train, "
             f"of {counts.total:,}\n"
+            f"{''.join(f'             {line}{chr(10)}' for line in trained_shares(model.model))}"
             f"  content    {', '.join(f'{name} {digest[7:19]}' for name, digest in data.content_digests.items())}\n"
             f"  files      {self.run_dir}",
             flush=True,
