@@ -361,7 +361,7 @@ def test_targets_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert record["method"] == "lora"
     assert record["parameters"]["adapter"] == 3 * 2 * (2 * (32 + 4) + (32 + 16))
     config = yaml.safe_load((outcome.folder / "config.yaml").read_text(encoding="utf-8"))
-    expected = {"targets": ["B", "out_proj"], "rank": 2, "scale": 0.1, "dropout": 0.1, "dora": False}
+    expected = {"targets": ["B", "out_proj"], "rank": 2, "scale": 0.1, "dropout": 0.1, "dora": None}
     assert config["model"]["method"]["init_args"] == expected
     weights = torch.load(outcome.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert weights["model.adapter.2.B_b.down.weight"].shape == (2, 32)

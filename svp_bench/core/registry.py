@@ -70,11 +70,13 @@ class Entry:
         name: Lower case, digits and single underscores.
         target: "package.module:attribute".
         summary: One line for listings.
+        families: Backbone families that a method works with; empty for all.
     """
 
     name: str
     target: str
     summary: str = ""
+    families: tuple[str, ...] = ()
 
 
 class Registry:
@@ -93,7 +95,7 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         self._loaded = entry_points is None
 
-    def add(self, name: str, target: str, summary: str = "") -> None:
+    def add(self, name: str, target: str, summary: str = "", families: tuple[str, ...] = ()) -> None:
         """Register `name`.
 
         Raises:
@@ -105,7 +107,7 @@ class Registry:
             raise ValueError(f"the {self.kind} {name!r} is taken by {self._entries[name].target}")
         if target.count(":") != 1:
             raise ValueError(f"the {self.kind} {name!r} needs a target 'module:attribute', not {target!r}")
-        self._entries[name] = Entry(name, target, summary)
+        self._entries[name] = Entry(name, target, summary, families)
 
     def __iter__(self) -> Iterator[Entry]:
         self._discover()

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from svp_bench.methods.build import create_model as create_model
 
 METHODS = Registry("method", listing="svp-bench methods", entry_points="svp_bench.methods")
+SSM = ("vim", "mambar")  # families with a selective scan
+
 METHODS.add("svp", "svp_bench.methods.svp:SVP", "Selective Visual Prompting: token-wise prompts before each block")
 METHODS.add("vpt_shallow", "svp_bench.methods.vpt:VPTShallow", "visual prompt tokens inserted once, before block 0")
 METHODS.add("vpt_deep", "svp_bench.methods.vpt:VPTDeep", "visual prompt tokens, new ones before each block")
@@ -33,9 +35,21 @@ _LAZY = {"Method": "svp_bench.methods.base", "create_model": "svp_bench.methods.
 __all__ = ["METHODS", "Method", "create_model", "list_methods"]
 
 
-def list_methods() -> list[str]:
-    """Return the names of all methods, in the order of registration."""
-    return METHODS.names()
+def list_methods(backbone: str | None = None) -> list[str]:
+    """Return the names of all methods, in the order of registration, or of those that fit a backbone.
+
+    Args:
+        backbone: Name of a backbone, e.g. "vim_small_patch16_224"; None for all methods.
+
+    Raises:
+        UsageError: If there is no such backbone; names the nearest.
+    """
+    if backbone is None:
+        return METHODS.names()
+    from svp_bench.methods.build import family_of
+
+    family = family_of(backbone)
+    return [entry.name for entry in METHODS if not entry.families or family in entry.families]
 
 
 def __getattr__(name: str) -> Any:

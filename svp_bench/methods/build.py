@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 
 from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.methods import METHODS, checks
@@ -38,13 +40,26 @@ def input_size(name: str) -> int | tuple[int, int]:
     return int(height) if height == width else (int(height), int(width))
 
 
+def family_of(name: str) -> str:
+    """Return the family of a backbone: "vim", "mambar", "vit", or that of another package's.
+
+    Raises:
+        UsageError: If there is no such backbone; names the nearest.
+    """
+    _check_backbone(name)
+    with torch.device("meta"):
+        return _new_backbone(name, 1, {}).family
+
+
 def _check_backbone(name: str) -> None:
     """Refuse a name that neither timm nor a package registers."""
     architecture, _, weights = name.partition(".")
     if name in BACKBONES.names() or (timm.is_model(architecture) and not weights):
         return
     if not timm.is_model(architecture):
-        raise unknown_name("backbone", name, list_backbones())
+        known = list_backbones()
+        near = difflib.get_close_matches(name, [other[: len(name) + 1] for other in known], n=1)
+        raise unknown_name("backbone", name, [other for other in known if near and other.startswith(near[0])] or known)
     tagged = timm.list_pretrained(f"{architecture}.*")
     if name not in tagged:
         raise unknown_name("backbone", name, tagged or [architecture])

@@ -52,7 +52,7 @@ class LoRA(Method):
         rank: r, the same for all targets.
         scale: s, multiplies the product (and is not divided by the rank).
         dropout: On the r channels, while training.
-        dora: Train a magnitude per input channel too.
+        dora: Train a magnitude per input channel too; null: no.
     """
 
     identity_at_start = True
@@ -64,7 +64,7 @@ class LoRA(Method):
         rank: int = 64,
         scale: float = 0.1,
         dropout: float = 0.1,
-        dora: bool = False,
+        dora: bool | None = None,  # null, so that records from before it are the same setting
     ) -> None:
         check_setting("lora", "rank", rank, 1)
         check_setting("lora", "scale", scale, "positive")
