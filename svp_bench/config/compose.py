@@ -7,8 +7,9 @@ command line is parsed on top. Imports no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from svp_bench.records.selection import SelectedConfig, read_selected_config
 from svp_bench.tasks.cards import TaskCard, list_tasks, load_protocol, load_suite, load_task
 
 DEFAULT_METHOD = "svp"
+HYBRID = "svp_bench.methods.hybrid.Hybrid"
 _NO_TASKS = ("method", "recipes", "search")  # folders of configs/ that hold no task's config
 _BACKBONE_KEYS = ("backbone", "checkpoint", "scan_backend")  # keys of `model` that stay when the method is swapped
 # A group given as a whole would bypass the layers: a method without its recipe.
@@ -39,7 +41,7 @@ class Flags:
 
     Attributes:
         configs: The `--config` files, in order.
-        method: `--method`: a name, or the path of a method file.
+        method: `--method`: a name, several (a hybrid: "lora,affix"), or the path of a method file.
         rest: All other arguments, unchanged.
         values: `--key value` pairs of the rest, as text.
         selected config: `--selected_config`: the selected config of a search.
@@ -53,11 +55,15 @@ class Flags:
 
 
 class Layer(NamedTuple):
-    """One YAML file: its nested values, and "file:line" by dotted key."""
+    """One YAML file: its nested values, and "file:line" by dotted key.
+
+    `method` is the value of its key `method`, or of a `model.method` that is a name or a list of names.
+    """
 
     path: Path
     values: dict[str, Any]
     origins: dict[str, str]
+    method: str | None = None
 
     def get(self, key: str) -> Any:
         """Return the value at a dotted key, or None."""
@@ -212,12 +218,21 @@ def _config_layer(name: str) -> Layer:
 
 
 def method_layer(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
-    """Return the layer, the origins and the name of a `--method`: a registered name, or the path of a method file.
+    """Return the layer, the origins and the name of a `--method`: registered names, or the path of a method file.
+
+    Several names, "lora+affix", "lora,affix" or "[lora, affix]", are a hybrid with the recipe of the first.
 
     Raises:
         UsageError: If there is no such method; names the nearest.
         ConfigError: If the file names no method.
     """
+    names = [part.strip() for part in re.split("[,+]", name.strip().removeprefix("[").removesuffix("]"))]
+    if name.endswith((".yaml", ".yml")):
+        names = [name]
+    if len(names) > 1:
+        return _hybrid_layer(names)
+    if names[0] != name:  # a list of one
+        return method_layer(names[0])
     if name.endswith((".yaml", ".yml")):
         path, label = Path(name), Path(name).stem
         if not path.is_file():
@@ -233,6 +248,26 @@ def method_layer(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
     return layer.values, layer.origins, label
 
 
+def _hybrid_layer(names: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], str]:
+    """Return the layer, the origins and the name of a hybrid."""
+    for name in names:
+        METHODS.entry(name)  # a method file in a hybrid is not supported
+        if names.count(name) > 1:
+            raise UsageError(f"--method {','.join(names)} names {name} twice")
+    layers = [method_layer(name) for name in names]
+    recipe, origins, _ = layers[0]
+    values = {**recipe, "model": {key: value for key, value in recipe.get("model", {}).items() if key != "method"}}
+    parts = {name: _get(one[0], "model.method.init_args") or {} for name, one in zip(names, layers, strict=True)}
+    values["model"]["method"] = {"class_path": HYBRID, "init_args": {"parts": parts}}
+    origins = {key: where for key, where in origins.items() if not key.startswith("model.method.")}
+    for name, (_, own, _) in zip(names, layers, strict=True):
+        start = "model.method.init_args."
+        origins |= {
+            key.replace(start, f"{start}parts.{name}."): where for key, where in own.items() if key.startswith(start)
+        }
+    return values, origins, "+".join(names)
+
+
 def compose(flags: Flags, subcommand: str = "fit") -> Composed:
     """Compose all layers below the command line, and check their keys, but those of the method.
 
@@ -244,6 +279,9 @@ def compose(flags: Flags, subcommand: str = "fit") -> Composed:
     base = _load(configs_dir() / "base.yaml")
     composed.merge(base.values, base.origins)
     files = [_config_layer(name) for name in flags.configs]
+    wanted = next((layer.method for layer in reversed(files) if layer.method is not None), None)
+    if flags.method is None and wanted is not None:
+        flags = composed.flags = replace(flags, method=wanted)
     card = load_task(_task_name(flags, files))
     protocol = load_protocol(str(_last(flags, files, "data.protocol") or load_suite(card.suite).protocol))
     composed.merge(protocol.layer, dict.fromkeys(_leaves(protocol.layer), str(protocol.path)))
@@ -303,11 +341,25 @@ def _load(path: Path) -> Layer:
     for name, child in node.children.items():
         if f"--{name}" in _GROUPS and not isinstance(child.children, dict):
             raise child.error(f"{name} is a mapping of keys, not {child.kind}; leave it out if nothing is set")
+    values, origins = dict(node.value), dict(_node_origins(node, ""))
     model = node.children.get("model")
-    method = model.children.get("method") if model and isinstance(model.children, dict) else None
-    if method and not isinstance(method.children, dict):
-        raise method.error(f"model.method is a mapping of class_path and init_args, not {method.kind}; give --method")
-    return Layer(path, node.value, dict(_node_origins(node, "")))
+    found = {"method": node.children.get("method")}
+    if model and isinstance(model.children, dict):
+        found["model.method"] = model.children.get("method")
+    wanted = None
+    for key, method in found.items():
+        if method is None or (key == "model.method" and isinstance(method.children, dict)):
+            continue
+        names = method.value if isinstance(method.value, list) else [method.value]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise method.error(f"{key} is a method's name or a list of names, not {method.kind}")
+        wanted = ",".join(names)
+        origins.pop(key)
+        if key == "method":
+            del values["method"]
+        else:
+            values["model"] = {name: value for name, value in values["model"].items() if name != "method"}
+    return Layer(path, values, origins, wanted)
 
 
 def _node_origins(node: Node, prefix: str) -> Iterator[tuple[str, str]]:

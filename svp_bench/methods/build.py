@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from svp_bench.core.errors import ConfigError, unknown_name
 from svp_bench.methods import METHODS, checks
 from svp_bench.methods.base import Method, build_method
+from svp_bench.methods.hybrid import Hybrid
 from svp_bench.models import BACKBONES, Backbone, as_backbone
 from svp_bench.models.checkpoints import Head, keeps_head, load_checkpoint, resolve_checkpoint
 
@@ -174,7 +176,7 @@ def create_model(
     name: str,
     *,
     num_classes: int,
-    method: str = "svp",
+    method: str | Sequence[str] = "svp",
     checkpoint: str | Path | None = None,
     head: Head | None = None,
     **method_args: Any,
@@ -188,10 +190,10 @@ def create_model(
     Args:
         name: timm name of the backbone, e.g. "vim_small_patch16_224".
         num_classes: Classes of the head.
-        method: A name of `svp_bench.list_methods()`.
+        method: A name of `svp_bench.list_methods()`, or several for a hybrid.
         checkpoint: None or "none" for random weights, "hub", "embedded", or a path.
         head: fresh (as None): a new head; keep: that of the file, which must have `num_classes` classes.
-        method_args: Settings of the method.
+        method_args: Settings of the method; of a hybrid a mapping for each method, e.g. ``lora={"rank": 8}``.
 
     Returns:
         The model: normalised float (B, 3, H, W) → logits (B, num_classes). Trained parameters have `requires_grad`.
@@ -200,5 +202,13 @@ def create_model(
         UsageError: If the backbone, the method or an argument of it is unknown; names the nearest.
         CheckpointError: If the weights are not found or do not fit.
     """
-    instance = build_method(METHODS.get(method), method, method_args)
+    if not isinstance(method, str) and len(method) == 1:
+        (method,) = method
+    if isinstance(method, str):
+        instance: Method = build_method(METHODS.get(method), method, method_args)
+    else:
+        for given in method_args:
+            if given not in method:
+                raise unknown_name("method of the hybrid", given, [*method], error=ConfigError)
+        instance = Hybrid({name: method_args.get(name) for name in method})
     return adapt(create_backbone(name, num_classes=num_classes, checkpoint=checkpoint, head=head), instance)

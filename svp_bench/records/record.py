@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 SCHEMA = 2
 ENCODING = "base64+packbits"
 CREATED = "%Y-%m-%dT%H:%M:%S+00:00"
-METHOD = re.compile(r"[a-z][a-z0-9_]*")
+METHOD = re.compile(r"[a-z][a-z0-9_]*(\+[a-z][a-z0-9_]*)*")  # names of a hybrid are joined by +
 
 Status = Literal["complete", "unscored", "truncated", "failed", "interrupted"]
 _RunId = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="a name of letters, digits, '-' and '_'")
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]*$", description="a name of letters, digits, '-', '_' and '+'")
 ]
 _Task = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]*/[a-z0-9][a-z0-9_-]*$", description="'<suite>/<task>'")]
 _Encoding = Annotated[str, Meta(pattern=rf"^{re.escape(ENCODING)}$", description=f"one of {ENCODING}")]
@@ -359,7 +359,9 @@ def new_run_id(
         entropy: A few random bytes; default: four of the system's.
     """
     if not METHOD.fullmatch(method):
-        raise RecordError(f"a run cannot be named after the method {method!r}: lower case, digits and underscores only")
+        raise RecordError(
+            f"a run cannot be named after the method {method!r}: lower case, digits, underscores and + only"
+        )
     stamp = (now or datetime.now(timezone.utc)).astimezone(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     noise = (entropy if entropy is not None else os.urandom(4)).hex()
     return f"{method}-{stamp}-seed{seed}-{setting_digest.removeprefix('sha256:')[:8]}-{noise}"

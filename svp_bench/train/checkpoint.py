@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from msgspec import Meta
 from torch import Tensor
 
+from svp_bench.config.compose import HYBRID
 from svp_bench.core.atomic import replacing
 from svp_bench.core.errors import CheckpointError, ConfigError, SvpBenchError, UsageError, printable, show
 from svp_bench.core.registry import import_object, make_importable
@@ -226,7 +227,10 @@ class Checkpoint:
         """
         about = self.metadata
         names = {entry.target.replace(":", "."): entry.name for entry in METHODS}
-        found = METHODS.get(names[about.method]) if about.method in names else self._custom_method(method_file)
+        if about.method == HYBRID:
+            found: type[Method] = import_object(HYBRID)
+        else:
+            found = METHODS.get(names[about.method]) if about.method in names else self._custom_method(method_file)
         name = names.get(about.method, found.__name__)
         try:
             return build_method(found, name, dict(about.method_args))

@@ -23,7 +23,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch import profilers as lightning_profilers
 
-from svp_bench.config.compose import Composed
+from svp_bench.config.compose import HYBRID, Composed
 from svp_bench.config.keys import DERIVED
 from svp_bench.config.resolved import ResolvedConfig as ResolvedConfig  # also of this module
 from svp_bench.core.errors import ConfigError, UsageError, nearest, one_line, unknown_name
@@ -145,9 +145,9 @@ def resolve(composed: Composed, subcommand: str = "fit") -> ResolvedConfig:
     if arguments.model.scan_backend != "auto":
         BACKENDS.entry(arguments.model.scan_backend)
     config = _plain(arguments, subcommand)
-    sources = source_files(class_paths(config))
+    sources = source_files([*class_paths(config), *_hybrid_classes(config)])
     _check_selected_config(composed, config, sources)
-    method = _method_name(str(config["model"]["method"]["class_path"]))
+    method = _method_name(config)
     roots = arguments.results_root, arguments.runs_root
     return ResolvedConfig.of(composed, subcommand, config, method, roots, sources, arguments, notices)
 
@@ -386,7 +386,20 @@ def _check_selected_config(composed: Composed, config: Mapping[str, Any], source
         )
 
 
-def _method_name(class_path: str) -> str:
-    """Return the registered name of the method's class, else the class's own in lower case."""
+def _hybrid_parts(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the methods of a hybrid; [] for another method."""
+    method = config["model"]["method"]
+    return [*method["init_args"]["parts"]] if method["class_path"] == HYBRID else []
+
+
+def _hybrid_classes(config: Mapping[str, Any]) -> list[str]:
+    return [METHODS.entry(name).target.replace(":", ".") for name in _hybrid_parts(config)]
+
+
+def _method_name(config: Mapping[str, Any]) -> str:
+    """Return the registered name of the method's class, else the class's own in lower case; joined for a hybrid."""
+    if parts := _hybrid_parts(config):
+        return "+".join(parts)
+    class_path = str(config["model"]["method"]["class_path"])
     by_target = {entry.target.replace(":", "."): entry.name for entry in METHODS}
     return by_target.get(class_path) or re.sub(r"(?<!^)(?=[A-Z][a-z])", "_", class_path.split(".")[-1]).lower()

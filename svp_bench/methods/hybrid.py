@@ -1,0 +1,94 @@
+"""Several methods on one backbone at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from svp_bench.core.errors import ConfigError
+from svp_bench.methods import METHODS
+from svp_bench.methods.base import Method, build_method
+from svp_bench.models import Backbone
+from svp_bench.models.backbone import HEAD_PREFIXES
+
+
+class Hybrid(Method):
+    """Train the parameters of several methods together, as the hybrids of Yoshimura et al., "MambaPEFT", ICLR 2025.
+
+    Each method attaches in the given order, and its adapter is `adapter.{name}`. Methods that act at one hook point act
+    in that order too.
+
+    Trained parameters without the head: the sum of those of the methods.
+
+    Args:
+        parts: Settings by method, e.g. {"lora": {"rank": 8}, "affix": {}}; those left out have their defaults.
+
+    Raises:
+        ConfigError: If there are fewer than two methods, or two train the same tensor of the backbone.
+    """
+
+    identity_at_start: bool  # type: ignore[misc]  # of these methods
+    mergeable: bool  # type: ignore[misc]
+
+    def __init__(self, parts: Mapping[str, Mapping[str, Any] | None]) -> None:
+        if len(parts) < 2:
+            raise ConfigError(f"a hybrid needs at least two methods, not {', '.join(parts) or 'none'}")
+        self.methods = {name: build_method(METHODS.get(name), name, dict(given or {})) for name, given in parts.items()}
+        self.parts = {name: method.settings() for name, method in self.methods.items()}
+        self.identity_at_start = all(method.identity_at_start for method in self.methods.values())
+        self.mergeable = all(method.mergeable for method in self.methods.values())
+
+    def attach(self, model: Backbone) -> None:
+        """Attach each method; its adapter becomes `adapter.{name}`."""
+        adapters = nn.ModuleDict()
+        for name, method in self.methods.items():
+            if (part := _attached(method, model)) is not None:
+                adapters[name] = part
+        model.adapter = adapters if len(adapters) else None
+        for tensor in model.own_parameters:
+            owners = [name for name, method in self.methods.items() if method.trains(tensor)]
+            if len(owners) > 1:
+                raise ConfigError(f"the methods {' and '.join(owners)} both train {tensor}; leave out one")
+
+    def _of(self, parameter: str) -> tuple[Method | None, str]:
+        """Return the method whose adapter holds a parameter, and the name that the method knows; else None."""
+        first, _, rest = parameter.partition(".")
+        if first != "adapter":
+            return None, parameter
+        name, _, inner = rest.partition(".")
+        return self.methods[name], f"adapter.{inner}"
+
+    def trains(self, name: str) -> bool:
+        """Whether the method that holds this parameter, or for the backbone's any method, trains it."""
+        method, inner = self._of(name)
+        if method is not None:
+            return method.trains(inner)
+        return name.startswith(HEAD_PREFIXES) or any(one.trains(name) for one in self.methods.values())
+
+    def decays(self, name: str) -> bool:
+        """Whether weight decay applies to a parameter: as the method says that trains it."""
+        method, inner = self._of(name)
+        if method is not None:
+            return method.decays(inner)
+        return all(one.decays(name) for one in self.methods.values() if one.trains(name))
+
+    def adapter_parameters(self, model: Backbone) -> int:
+        """Return the sum of the methods' counts."""
+        return sum(method.adapter_parameters(model) for method in self.methods.values())
+
+    def fold(self, model: Backbone) -> None:
+        """Fold the adapter of each method, the last attached first."""
+        adapters = model.adapter
+        for name, method in reversed(self.methods.items()):
+            model.adapter = adapters[name] if isinstance(adapters, nn.ModuleDict) and name in adapters else None
+            method.fold(model)
+        model.adapter = adapters
+
+
+def _attached(method: Method, model: Backbone) -> nn.Module | None:
+    """Attach a method and return its adapter."""
+    model.adapter = None
+    method.attach(model)
+    return model.adapter
