@@ -36,6 +36,9 @@ METHODS = [
     "bias",
     "partial",
     "last_blocks",
+    "vp",
+    "auto_vp",
+    "vapt",
 ]
 BACKBONE = "vim_test_patch8_32"
 SMALL = {  # a run of a second

@@ -29,6 +29,9 @@ METHODS.add("offset", "svp_bench.methods.offset:Offset", "one trained vector for
 METHODS.add("bias", "svp_bench.methods.bias:Bias", "biases of the backbone")
 METHODS.add("partial", "svp_bench.methods.partial:Partial", "chosen tensors of the backbone: D, A_log, pos_embed …")
 METHODS.add("last_blocks", "svp_bench.methods.partial:LastBlocks", "the last blocks of the backbone (partial-k)")
+METHODS.add("vp", "svp_bench.methods.pixels:VP", "a trained frame of pixels, added to the image")
+METHODS.add("auto_vp", "svp_bench.methods.pixels:AutoVP", "a smaller image, of trained size, in a trained border")
+METHODS.add("vapt", "svp_bench.methods.vapt:VAPT", "visual prompt tokens computed from the patches of the image")
 
 _LAZY = {"Method": "svp_bench.methods.base", "create_model": "svp_bench.methods.build"}
 
