@@ -75,6 +75,12 @@ def _new_backbone(name: str, num_classes: int, arguments: dict[str, Any]) -> Bac
     else:
         model = as_backbone(timm.create_model(name, num_classes=num_classes, **arguments))
     model.set_scan_backend(backend)
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    if any(cfg.get(key) is None for key in ("mean", "std")):
+        raise ConfigError(
+            f"the backbone {name} states no mean and std for its images; set model.pretrained_cfg, e.g. "
+            "{'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225), 'input_size': (3, 224, 224)}"
+        )
     return model
 
 

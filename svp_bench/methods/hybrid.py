@@ -68,7 +68,7 @@ class Hybrid(Method):
         return name.startswith(HEAD_PREFIXES) or any(one.trains(name) for one in self.methods.values())
 
     def decays(self, name: str) -> bool:
-        """Whether weight decay applies to a parameter: as the method says that trains it."""
+        """Whether weight decay applies to a parameter, by the method that trains it."""
         method, inner = self._of(name)
         if method is not None:
             return method.decays(inner)

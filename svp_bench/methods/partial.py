@@ -54,18 +54,20 @@ class Partial(Method):
     Args:
         tensors: Short names of `tensor_groups`: that of a parameter in all blocks and both directions, e.g. A_log, D,
             conv1d.weight, dt_proj.bias, qkv.bias; of one outside the blocks, e.g. cls_token, pos_embed; or bias (all
-            biases) and norm (all norms).
+            biases) and norm (all norms). null: D on Vim, norm on other backbones.
     """
 
     identity_at_start = True
     mergeable = True
 
-    def __init__(self, tensors: Sequence[str] = ["D"]) -> None:  # a list as in the method file; never modified
-        self.tensors = tensors if isinstance(tensors, str) else list(tensors)
+    def __init__(self, tensors: Sequence[str] | None = None) -> None:
+        self.tensors = tensors if tensors is None or isinstance(tensors, str) else list(tensors)
         self._trained: frozenset[str] = frozenset()
 
     def selected(self, model: Backbone) -> Sequence[str]:
         """Return the short names of the tensors to train."""
+        if self.tensors is None:
+            return ["D"] if "D" in tensor_groups(model) else ["norm"]
         return self.tensors
 
     def _names(self, model: Backbone) -> frozenset[str]:
