@@ -39,6 +39,9 @@ METHODS = [
     "vp",
     "auto_vp",
     "vapt",
+    "affix",
+    "parallel_adapter",
+    "additional_scan",
 ]
 BACKBONE = "vim_test_patch8_32"
 SMALL = {  # a run of a second

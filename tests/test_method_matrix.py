@@ -43,6 +43,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("adapter", {"hidden_dim": 3, "activation": "none", "include_cls": False}),
     ("offset", {"depths": [2, 0], "include_cls": True}),
     ("bias", {"which": ["conv1d", "patch_embed"]}),
+    ("vpt_shallow", {"position": "both", "projection": True, "init": "normal"}),
+    ("affix", {"length": 1, "projection": True}),
+    ("parallel_adapter", {"hidden_dim": 3, "dropout": 0.0}),
+    ("additional_scan", {"states": 8, "init": "zero_c"}),
 ]
 SIZES: dict[str, Any] = {"img_size": (48, 64), "embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 5}
 CASES = [*((name, {}) for name in METHODS.names()), *VARIANTS]

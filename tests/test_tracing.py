@@ -24,6 +24,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("svp", {"variant": "released", "share_layers": 2}),
     ("lora", {"targets": ["embed", "in_proj", "B", "dt_proj", "out_proj"]}),
     ("vpt_deep", {"position": "spread"}),
+    ("vpt_shallow", {"position": "both", "projection": True}),
+    ("affix", {"projection": True}),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 

@@ -32,6 +32,23 @@ METHODS.add("last_blocks", "svp_bench.methods.partial:LastBlocks", "the last blo
 METHODS.add("vp", "svp_bench.methods.pixels:VP", "a trained frame of pixels, added to the image")
 METHODS.add("auto_vp", "svp_bench.methods.pixels:AutoVP", "a smaller image, of trained size, in a trained border")
 METHODS.add("vapt", "svp_bench.methods.vapt:VAPT", "visual prompt tokens computed from the patches of the image")
+METHODS.add(
+    "affix",
+    "svp_bench.methods.affix:Affix",
+    "trained tokens in front of each scan, inside the mixer (MambaPEFT)",
+    families=SSM,
+)
+METHODS.add(
+    "parallel_adapter",
+    "svp_bench.methods.adapter:ParallelAdapter",
+    "a bottleneck parallel to the last projection of each sublayer (AdaptFormer, MambaPEFT)",
+)
+METHODS.add(
+    "additional_scan",
+    "svp_bench.methods.additional_scan:AdditionalScan",
+    "further states in each selective scan (MambaPEFT)",
+    families=SSM,
+)
 
 _LAZY = {"Method": "svp_bench.methods.base", "create_model": "svp_bench.methods.build"}
 

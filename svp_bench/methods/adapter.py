@@ -1,4 +1,4 @@
-"""A bottleneck adapter after each mixer."""
+"""Bottleneck adapters: after each sublayer, or parallel to its last projection."""
 
 from __future__ import annotations
 
@@ -100,3 +100,61 @@ class _Bottleneck(nn.Module):
         if not self.include_cls:
             added = zero_at(added, self.points.not_patches)
         return torch.add(y, added, alpha=self.scale)
+
+
+class ParallelAdapter(Method):
+    """A bottleneck parallel to the last projection of each sublayer: W y + s · U relu(D y).
+
+    Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022,
+    arXiv:2205.13535; on Vim as in Yoshimura et al., "MambaPEFT: Exploring Parameter-Efficient Fine-Tuning for Mamba",
+    ICLR 2025, arXiv:2411.03855: y is the mean of both gated scans, the input of out_proj. On a ViT both sublayers have
+    one, at the inputs of proj and fc2 (AdaptFormer's has the input of the whole MLP). No biases; D starts as
+    `nn.Linear` does, U at zero; the dropout acts on the bottleneck.
+
+    Trained parameters without the head, for depth L, inner width E, width D, hidden width h: L h (E + D). On Vim-S
+    663,552 for h = 24, which is the published count, and 884,736 for h = 32, which is the released config.
+
+    Args:
+        hidden_dim: Width h of the bottleneck.
+        scale: s, multiplies the update.
+        dropout: On the bottleneck, while training.
+    """
+
+    identity_at_start = True
+
+    def __init__(self, hidden_dim: int = 24, scale: float = 0.1, dropout: float = 0.1) -> None:
+        check_setting("parallel_adapter", "hidden_dim", hidden_dim, 1)
+        check_setting("parallel_adapter", "scale", scale, "positive")
+        check_setting("parallel_adapter", "dropout", dropout, "fraction")
+        self.hidden_dim = hidden_dim
+        self.scale = scale
+        self.dropout = dropout
+
+    def attach(self, model: Backbone) -> None:
+        """Build `adapter.{layer}.{projection}`, parallel to the projection that ends a sublayer."""
+        adapter = model.adapter = nn.ModuleDict()
+        places = model.projections
+        for layer in range(model.depth):
+            adapter[str(layer)] = parts = nn.ModuleDict()
+            for name in model.branch_outputs:
+                parts[name] = part = _Parallel(self, places[name].in_features, model.embed_dim)
+                model.points.on_linear(layer, name, part)
+
+    def adapter_parameters(self, model: Backbone) -> int:
+        """Return L h (E + D), summed over the sublayers."""
+        places = model.projections
+        sides = sum(places[name].in_features + model.embed_dim for name in model.branch_outputs)
+        return model.depth * self.hidden_dim * sides
+
+
+class _Parallel(nn.Module):
+    def __init__(self, adapter: ParallelAdapter, inner: int, width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(inner, adapter.hidden_dim, bias=False)
+        self.up = nn.Linear(adapter.hidden_dim, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+        self.dropout = nn.Dropout(adapter.dropout)
+        self.scale = adapter.scale
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.add(y, self.up(self.dropout(F.relu(self.down(x)))), alpha=self.scale)

@@ -26,7 +26,7 @@ class Method:
         mergeable: `merge` can fold the adapter parameters into the backbone's weights.
     """
 
-    identity_at_start: ClassVar[bool]
+    identity_at_start: bool
     mergeable: ClassVar[bool] = False
 
     def attach(self, model: Backbone) -> None:
