@@ -28,7 +28,16 @@ from svp_bench.records.digests import (
     setting_config,
     setting_digest,
 )
-from svp_bench.records.record import Correct, Metrics, PerClass, Record, SearchSummary, new_run_id, timestamp
+from svp_bench.records.record import (
+    Correct,
+    Efficiency,
+    Metrics,
+    PerClass,
+    Record,
+    SearchSummary,
+    new_run_id,
+    timestamp,
+)
 from svp_bench.records.schema import parse_record
 from svp_bench.records.store import (
     check_writable,
@@ -238,6 +247,7 @@ OPTIONAL: dict[str, Any] = {
     "card_digests": {"task": "sha256:" + "34" * 32},
     "migrated_from": {"schema": "1"},
     "backbone_family": "vim",
+    "efficiency": Efficiency(5, 7, 100, mergeable=True),
     "inactive_parameters": ["adapter.alpha"],
     "frozen_features": {"train": "pooled features of 5 images, 1 KiB"},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Method:
     """
 
     identity_at_start: bool
-    mergeable: ClassVar[bool] = False
+    mergeable: bool = False
 
     def attach(self, model: Backbone) -> None:
         """Set `model.adapter` to a module with the adapter parameters, and register its hooks.

@@ -29,8 +29,8 @@ class Hybrid(Method):
         ConfigError: If there are fewer than two methods, or two train the same tensor of the backbone.
     """
 
-    identity_at_start: bool  # type: ignore[misc]  # of these methods
-    mergeable: bool  # type: ignore[misc]
+    identity_at_start: bool  # of these methods
+    mergeable: bool
 
     def __init__(self, parts: Mapping[str, Mapping[str, Any] | None]) -> None:
         if len(parts) < 2:

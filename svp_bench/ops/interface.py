@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svp_bench.core.errors import UnavailableError
-from svp_bench.ops import traceable
+from svp_bench.ops import macs, traceable
 from svp_bench.ops.backends import BACKENDS, backend_module
 from svp_bench.ops.types import BackendChoice, Direction, PromptTerms, Recompute
 
@@ -145,6 +145,8 @@ def selective_scan(
     _check(sizes, ("delta", delta, tokens), ("A", A, "dim state"), ("B", B, states), ("C", C, states))
     _check(sizes, ("D", D, "dim"), ("z", z, tokens), ("delta_bias", delta_bias, "dim"))
     direction = Direction(u.mT, delta.mT, A, B.mT, C.mT, D, delta_bias)
+    if (counter := macs.active()) is not None:
+        return counter.scan((direction,), None if z is None else z.mT).mT
     module = _backend(backend, u)
     with _no_autocast(u):
         y: Tensor = module.scan((direction,), (False,), None if z is None else z.mT, delta_softplus)
@@ -183,6 +185,8 @@ def bidirectional_scan(
         u, delta, A, B, C, D, bias = direction
         _check(sizes, ("u", u, tokens), ("delta", delta, tokens), ("A", A, "dim state"), ("B", B, states))
         _check(sizes, ("C", C, states), ("D", D, "dim"), ("delta_bias", bias, "dim"))
+    if (counter := macs.active()) is not None:
+        return counter.scan((forward, backward), z)
     module = _backend(backend, z)
     with _no_autocast(z):
         y: Tensor = module.scan((forward, backward), (False, True), z, True, recompute)
@@ -217,6 +221,8 @@ def causal_conv1d(
     _check_axes("x", x, "batch dim length")
     sizes = {"dim": x.shape[1], "width": weight.shape[-1]}
     _check(sizes, ("weight", weight, "dim width"), ("bias", bias, "dim"))
+    if (counter := macs.active()) is not None:
+        return counter.conv(x.mT, (weight,), (bias,))[0].mT
     module = _backend(backend, x)
     with _no_autocast(x):
         (y,) = module.conv(x.mT, (weight,), (bias,), (False,), activation is not None)
@@ -245,6 +251,9 @@ def bidirectional_conv(
     sizes = {"dim": x.shape[-1], "width": forward[0].shape[-1]}
     for weight, bias in (forward, backward):
         _check(sizes, ("weight", weight, "dim width"), ("bias", bias, "dim"))
+    if (counter := macs.active()) is not None:
+        u, u_b = counter.conv(x, (forward[0], backward[0]), (forward[1], backward[1]))
+        return u, u_b
     module = _backend(backend, x)
     with _no_autocast(x):
         u, u_b = module.conv(x, (forward[0], backward[0]), (forward[1], backward[1]), (False, True), True)
@@ -312,5 +321,5 @@ def _check_prompts(sizes: dict[str, int], terms: Sequence[tuple[Tensor, Tensor]]
 
 
 def _function(name: str, backend: str, like: Tensor) -> Any:
-    module = _backend(backend, like)
+    module = _backend("reference" if macs.active() is not None else backend, like)
     return getattr(module, name, None) or getattr(_LOADED["reference"], name)

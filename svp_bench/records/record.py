@@ -168,6 +168,23 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class Efficiency:
+    """The cost of a model that does not depend on the machine.
+
+    Attributes:
+        inference_macs: Multiplications (with or without an addition) of one image's forward pass; null if not counted.
+        training_macs: Those of its forward and backward pass.
+        stored_bytes: Size of the trained tensors, head included: what a task adds to the stored backbone.
+        mergeable: Whether the adapter can be folded into the backbone's weights.
+    """
+
+    inference_macs: Count | None
+    training_macs: Count | None
+    stored_bytes: Count
+    mergeable: bool
+
+
+@dataclass(frozen=True)
 class Record:
     """One run. The field names are the JSON keys; digests are "sha256:" and 64 hexadecimal digits.
 
@@ -234,6 +251,7 @@ class Record:
         val_correct: Of a selection record: one bit a val image, which a search compares settings by.
         frozen_features: Role → what was computed once per image instead of in each epoch.
         backbone_family: "vim", "mambar", "vit", or that of another package's backbone; null in older records.
+        efficiency: The cost that does not depend on the machine.
         inactive_parameters: Trained tensors without a gradient after the second optimizer step, by name.
         migrated_from: Of a record that was written with an older schema: {"schema": "1", "config_digest": …,
             "setting_digest": …}, its digests of that time. The run id holds the first digits of the latter.
@@ -297,6 +315,7 @@ class Record:
     migrated_from: Mapping[str, Text] | None = None
     frozen_features: Mapping[str, Text] | None = None
     backbone_family: Text | None = None
+    efficiency: Efficiency | None = None
     inactive_parameters: Sequence[str] | None = None
 
     @property

@@ -172,6 +172,7 @@ class RecordedRun(BaseRun):
             not_comparable=list(self.watch.reasons) or None,
             checkpoint_load=model.load_report.for_record() if model.load_report else None,
             backbone_family=model.model.family,
+            efficiency=model.efficiency,
             inactive_parameters=model.inactive or None,
             frozen_features={role: found.describe() for role, found in (model.features or {}).items()} or None,
         )
