@@ -42,6 +42,10 @@ METHODS = [
     "affix",
     "parallel_adapter",
     "additional_scan",
+    "state_offset",
+    "initial_state",
+    "prodial",
+    "memba",
 ]
 BACKBONE = "vim_test_patch8_32"
 SMALL = {  # a run of a second

@@ -49,6 +49,10 @@ METHODS.add(
     "further states in each selective scan (MambaPEFT)",
     families=SSM,
 )
+METHODS.add("state_offset", "svp_bench.methods.state:StateOffset", "a trained offset of the scan's state", SSM)
+METHODS.add("initial_state", "svp_bench.methods.state:InitialState", "a trained state at which the scan starts", SSM)
+METHODS.add("prodial", "svp_bench.methods.prodial:ProDiaL", "a block-diagonal and low-rank change of projections")
+METHODS.add("memba", "svp_bench.methods.memba:Memba", "a leaky membrane on the gate, and LoRA around the scan", SSM)
 
 _LAZY = {"Method": "svp_bench.methods.base", "create_model": "svp_bench.methods.build"}
 

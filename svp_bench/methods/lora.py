@@ -106,7 +106,7 @@ class LoRA(Method):
                         parts[name] = on_weight = _OnWeight(place, weight, self.rank, self.scale)
                         model.points.on_tensor(layer, weight, on_weight)
                     else:
-                        parts[name] = on_output = _OnOutput(place, weight, self.rank, self.scale, self.dropout)
+                        parts[name] = on_output = OnOutput(place, weight, self.rank, self.scale, self.dropout)
                         model.points.on_linear(layer, point, on_output)
         model.adapter = adapter
 
@@ -120,7 +120,7 @@ class LoRA(Method):
                 continue
             assert isinstance(part, nn.ModuleDict)
             for update in part.values():
-                assert isinstance(update, _LowRank)
+                assert isinstance(update, LowRank)
                 weight = model.tensor_parameter(int(key), update.name)
                 weight.copy_(update.changed(weight))
 
@@ -161,7 +161,7 @@ class _AddProduct(torch.autograd.Function):
         return grad if need_y else None, grad_h, grad_up, None, None
 
 
-class _LowRank(nn.Module):
+class LowRank(nn.Module):
     """Factors for rows of the weight `name` of a block."""
 
     def __init__(self, place: Projection, name: str, rank: int, scale: float) -> None:
@@ -182,7 +182,7 @@ class _LowRank(nn.Module):
         return torch.cat([before, rows, after])
 
 
-class _OnWeight(_LowRank):
+class _OnWeight(LowRank):
     """Update of the weight of a projection."""
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class _Decomposed(_OnWeight):
         return torch.cat([before, rows * (self.magnitude / norm).to(rows.dtype), after])
 
 
-class _OnOutput(_LowRank):
+class OnOutput(LowRank):
     """Update of the output of a projection."""
 
     def __init__(self, place: Projection, name: str, rank: int, scale: float, dropout: float) -> None:
@@ -211,6 +211,7 @@ class _OnOutput(_LowRank):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (…, in), y (…, out) → y with the product added to its rows; may change y in place."""
         h = self.dropout(self.down(x)).to(y.dtype)
         if is_tracing() or not is_plain(self.up, nn.Linear):  # out of place, by plain operations
             before, rows, after = y.tensor_split([self.start, self.stop], dim=-1)

@@ -217,7 +217,10 @@ class Backbone(nn.Module):
         for hook in self.points.tokens if layer >= self.points.first_tokens else ():
             state = hook(layer, state.settled(self.points.scan_backend))
         self.points.not_patches = state.not_patches
-        return self.run_block(block, state)
+        self.points.carried = dict(state.carried)
+        after = self.run_block(block, state)
+        carried, self.points.carried = self.points.carried, {}
+        return after._replace(carried=carried)
 
     def _checkpointed(self, layer: int, block: nn.Module, state: TokenState) -> TokenState:
         """Return the state after a block, with gradient checkpointing if enabled."""

@@ -21,6 +21,7 @@ from svp_bench.core.errors import ConfigError
 from svp_bench.ops import Direction, PromptTerms, add_prompts
 
 _NOTHING: Mapping[object, tuple[int, ...]] = {}  # never changed
+_NO_TENSORS: Mapping[str, Tensor] = {}  # never changed
 
 
 class TokenState(NamedTuple):
@@ -34,6 +35,7 @@ class TokenState(NamedTuple):
         prompts: Prompts that the block adds to `hidden`, in one pass with the residual stream. A hook may set them;
             they are added before the next hook is called.
         inserted: Positions of the tokens that each method inserted, by its module. They are left out of the pooling.
+        carried: Tensors that the hooks of a block leave for the next block; see `HookPoints.carried`.
     """
 
     hidden: Tensor
@@ -41,6 +43,7 @@ class TokenState(NamedTuple):
     cls_positions: tuple[int, ...]
     prompts: PromptTerms | None = None
     inserted: Mapping[object, tuple[int, ...]] = _NOTHING
+    carried: Mapping[str, Tensor] = _NO_TENSORS
 
     @property
     def cls_index(self) -> int:
@@ -85,6 +88,7 @@ class TokenState(NamedTuple):
             tuple(old[at] for at in state.cls_positions),
             None,
             {**inserted, owner: tuple(positions)},
+            self.carried,
         )
 
     def without_inserted(self) -> TokenState:
@@ -97,7 +101,7 @@ class TokenState(NamedTuple):
         index = torch.tensor(rest, device=state.hidden.device)
         residual = None if state.residual is None else state.residual.index_select(1, index)
         at = tuple(rest.index(place) for place in state.cls_positions)
-        return TokenState(state.hidden.index_select(1, index), residual, at)
+        return TokenState(state.hidden.index_select(1, index), residual, at, carried=state.carried)
 
     def settled(self, scan_backend: str = "auto") -> TokenState:
         """Return the state with its prompts added to `hidden`."""
@@ -181,6 +185,8 @@ class HookPoints:
         scan: `f(inputs, y) -> y` by layer: may change the gated output y (B, L, E) of the scan.
         first_tokens: The first block whose input a token hook may change; before it none is called.
         not_patches: Positions of the tokens that are not patches, in the block that runs now: for linear hooks.
+        carried: Tensors by name that hooks of the block that runs now may read, change, and leave for the next block.
+            Empty before block 0; part of the state between blocks, so that gradient checkpointing finds them again.
         scan_backend: The model's scan backend, for operations of methods.
     """
 
@@ -195,6 +201,7 @@ class HookPoints:
         self.linear_names, self.tensor_names, self.has_scan = tuple(linear_names), tuple(tensor_names), has_scan
         self.scan_backend = "auto"
         self.not_patches: tuple[int, ...] = ()
+        self.carried: dict[str, Tensor] = {}
         self.images: list[ImageHook] = []
         self.tokens: list[TokenHook] = []
         self.first_tokens = depth
