@@ -46,6 +46,8 @@ METHODS = [
     "initial_state",
     "prodial",
     "memba",
+    "lp_ft",
+    "sdlora",
 ]
 BACKBONE = "vim_test_patch8_32"
 SMALL = {  # a run of a second

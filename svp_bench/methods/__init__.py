@@ -53,6 +53,8 @@ METHODS.add("state_offset", "svp_bench.methods.state:StateOffset", "a trained of
 METHODS.add("initial_state", "svp_bench.methods.state:InitialState", "a trained state at which the scan starts", SSM)
 METHODS.add("prodial", "svp_bench.methods.prodial:ProDiaL", "a block-diagonal and low-rank change of projections")
 METHODS.add("memba", "svp_bench.methods.memba:Memba", "a leaky membrane on the gate, and LoRA around the scan", SSM)
+METHODS.add("lp_ft", "svp_bench.methods.lp_ft:LPFT", "linear probing, then full fine-tuning")
+METHODS.add("sdlora", "svp_bench.methods.sdlora:SDLoRA", "selected states of the scan, and LoRA on out_proj", SSM)
 
 _LAZY = {"Method": "svp_bench.methods.base", "create_model": "svp_bench.methods.build"}
 

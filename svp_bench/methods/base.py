@@ -24,10 +24,16 @@ class Method:
     Attributes:
         identity_at_start: The adapted model equals the frozen backbone before the first step. `adapt` checks it.
         mergeable: `merge` can fold the adapter parameters into the backbone's weights.
+        stages: Number of stages of a training. A method with several defines `stage` and `trains_in_stage`.
+        dead_parameters: Patterns (of `fnmatch`) of trained parameters that never get a gradient; the class docstring
+            gives the reasons.
     """
 
     identity_at_start: bool
     mergeable: bool = False
+    mergeable: ClassVar[bool] = False
+    stages: ClassVar[int] = 1
+    dead_parameters: ClassVar[tuple[str, ...]] = ()
 
     def attach(self, model: Backbone) -> None:
         """Set `model.adapter` to a module with the adapter parameters, and register its hooks.
@@ -49,8 +55,31 @@ class Method:
         """Whether weight decay applies to a trained parameter, in addition to the usual exclusions. Default: yes."""
         return True
 
+    def stage(self, epoch: int, epochs: int) -> int:
+        """Return the stage, 0 to `stages` - 1, of an epoch, counted from 0, of a training of `epochs`. Default: 0.
+
+        Where it changes, the optimizer's moments and the average of the weights begin anew; the learning rate's
+        schedule does not.
+        """
+        return 0
+
+    def trains_in_stage(self, name: str, stage: int) -> bool:
+        """Whether a trained parameter is trained in a stage; otherwise it keeps its value there. Default: yes."""
+        return True
+
+    def start_epoch(self, model: Backbone, epoch: int, epochs: int) -> None:
+        """Prepare an epoch, counted from 0, of a training of `epochs`. Default: nothing.
+
+        Called before its first step, not where a run is resumed in its middle, and on each process: choose masks, or
+        reset tensors of the adapter, in place, by the weights alone. What a later epoch needs must be a parameter or a
+        persistent buffer of the adapter.
+        """
+
     def adapter_parameters(self, model: Backbone) -> int:
-        """Return the number of trained parameters without the head, by the formula of the class docstring."""
+        """Return the number of parameters that train (in the last stage) without the head.
+
+        By the formula of the class docstring.
+        """
         raise ConfigError(f"the method {type(self).__name__} must define adapter_parameters(model)")
 
     def merge(self, model: Backbone) -> None:
@@ -123,6 +152,11 @@ def check_setting(method: str, name: str, value: object, allowed: Sequence[objec
     if not valid:
         shown = repr(value) if isinstance(value, str) else value
         raise ConfigError(f"{method}: {name} must {rule}, not {shown}")
+
+
+def stage_border(share: float, epochs: int) -> int:
+    """Return the first epoch of the second of two stages, the first with a share of the epochs; each has at least 1."""
+    return min(max(1, round(share * epochs)), epochs - 1)
 
 
 def check_names(

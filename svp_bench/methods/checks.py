@@ -23,8 +23,15 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def counted_parameters(model: Backbone, method: Method | None = None) -> dict[str, nn.Parameter]:
+    """Return the trained parameters that counts speak of, by name: those that train in the method's last stage."""
+    method = model.method if method is None else method
+    last = method.stages - 1
+    return {name: p for name, p in trained_parameters(model).items() if method.trains_in_stage(name, last)}
+
+
 def trained_shares(model: Backbone) -> list[str]:
-    """Return the share of each tensor that trains: the adapter and the head, and the backbone's by their short names.
+    """Return the share of each tensor that trains (in the last stage): adapter, head, and backbone by short names.
 
     Tensors of several blocks are one entry, e.g. "24 × layers.mixer.D, 100 %".
     """
@@ -33,9 +40,9 @@ def trained_shares(model: Backbone) -> list[str]:
         own = name in model.own_parameters
         short = re.sub(r"\.\d+(?=\.)", "", name) if own else name.partition(".")[0]
         groups.setdefault(short, []).append(parameter)
-    lines = []
+    lines, counted = [], {id(p) for p in counted_parameters(model).values()}
     for short, parameters in groups.items():
-        trained = [p for p in parameters if p.requires_grad]
+        trained = [p for p in parameters if id(p) in counted]
         if not trained:
             continue
         numbers = sum(p.numel() for p in trained)
@@ -100,7 +107,8 @@ def check_promises(model: Backbone, method: Method) -> None:
                 f"{name}: a hook belongs to a {type(owner).__name__} that is not in the model, so it would be neither "
                 "trained nor saved; put it into model.adapter"
             )
-    counted = sum(p.numel() for key, p in trained_parameters(model).items() if not key.startswith(HEAD_PREFIXES))
+    parameters = counted_parameters(model, method)
+    counted = sum(p.numel() for key, p in parameters.items() if not key.startswith(HEAD_PREFIXES))
     if (claimed := method.adapter_parameters(model)) != counted:
         raise ConfigError(
             f"{name}: adapter_parameters() returns {claimed}, and {counted} parameters train outside the head; correct "

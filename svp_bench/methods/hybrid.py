@@ -26,7 +26,7 @@ class Hybrid(Method):
         parts: Settings by method, e.g. {"lora": {"rank": 8}, "affix": {}}; those left out have their defaults.
 
     Raises:
-        ConfigError: If there are fewer than two methods, or two train the same tensor of the backbone.
+        ConfigError: If there are fewer than two methods, one trains in stages, or two train the same tensor of the backbone.
     """
 
     identity_at_start: bool  # of these methods
@@ -36,6 +36,9 @@ class Hybrid(Method):
         if len(parts) < 2:
             raise ConfigError(f"a hybrid needs at least two methods, not {', '.join(parts) or 'none'}")
         self.methods = {name: build_method(METHODS.get(name), name, dict(given or {})) for name, given in parts.items()}
+        for name, method in self.methods.items():
+            if method.stages > 1 or type(method).start_epoch is not Method.start_epoch:
+                raise ConfigError(f"a hybrid cannot hold {name}, which trains in stages; leave it out")
         self.parts = {name: method.settings() for name, method in self.methods.items()}
         self.identity_at_start = all(method.identity_at_start for method in self.methods.values())
         self.mergeable = all(method.mergeable for method in self.methods.values())

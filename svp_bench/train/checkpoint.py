@@ -100,6 +100,7 @@ class CheckpointMetadata:
         ema_evaluate: Whether the average is evaluated.
         transform: The image transform.
         class_names: Names of the classes.
+        inactive_parameters: Trained tensors without a gradient so far, by name.
     """
 
     task: Text
@@ -123,6 +124,7 @@ class CheckpointMetadata:
     ema_evaluate: bool | None = None
     transform: TransformMetadata | None = None
     class_names: tuple[str, ...] | None = None
+    inactive_parameters: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, value: object, where: str) -> CheckpointMetadata:

@@ -236,8 +236,10 @@ class RecipeWatch(Callback):
         self._compare("a test batch", batch._asdict())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Compare the batch with that of the loader."""
+        """Compare the batch with that of the loader; note what the method changed before the epoch."""
         self._compare("a training batch", batch._asdict())
+        if self._external and isinstance(pl_module, AdaptationModule) and pl_module.stages.began:
+            self._weights, self._modes = _copied(trained_parameters(pl_module.model)), _modes(pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the gradients with those of the loss."""

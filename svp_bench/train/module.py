@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError, plural
+from svp_bench.core.errors import CheckpointError, ConfigError, NonFiniteLossError, UsageError
 from svp_bench.core.ranges import check_one_of, check_range
 from svp_bench.data.augment import draw_mix, erase, mix, soft_targets
 from svp_bench.data.decode import Depth
@@ -53,8 +53,8 @@ from svp_bench.train.optim import (
     make_optimizer,
     warmup_notice,
 )
+from svp_bench.train.stages import Stages
 
-_GRADIENT_STEP = 2  # optimizer steps before the gradients are checked
 _DTYPES = {"64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}  # of activations, by precision
 
 
@@ -143,13 +143,14 @@ class AdaptationModule(LightningModule):
         if compile:
             self.model.compile(dynamic=False)  # in place: the names of the parameters stay
         self.ema = EMA(ema.decay, trained_parameters(self.model)) if ema.decay is not None else None
+        self.stages = Stages(method, self.model)
         self.strict_loading = False  # our checkpoints hold the trained part only; on_load_checkpoint is strict about it
         cfg: Any = self.model.pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1) * 255, persistent=False)
         # unchecked: the labels were, when they were read; and a task may have one class, which torchmetrics refuses
         self.train_top1 = MulticlassAccuracy(max(2, num_classes), average="micro", validate_args=False)
-        self.inactive: list[str] = []  # trained tensors without a gradient after the second optimizer step
+        self.inactive: list[str] = []  # trained tensors without a gradient after the second step of a stage
         self.schedule: Schedule | None = None  # of the learning rate; there once training begins
         self.run_id: str | None = None  # of the run that trains this, for its checkpoints
         self.validated: Evaluation | None = None  # the last validation, of all processes; none before training
@@ -209,7 +210,7 @@ class AdaptationModule(LightningModule):
     def train(self, mode: bool = True) -> AdaptationModule:
         """Switch to training mode; frozen parts stay in eval mode unless `frozen_mode` is train."""
         super().train(mode)
-        frozen = any(not p.requires_grad for p in self.model.parameters())
+        frozen = self.stages.resting or any(not p.requires_grad for p in self.model.parameters())
         if mode and frozen and self.frozen_mode == "eval":
             self.model.eval()
             parts = (self.model.adapter, self.model.head, self.model.head_drop, getattr(self.model, "head_dist", None))
@@ -220,11 +221,26 @@ class AdaptationModule(LightningModule):
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Forget the features of another training."""
+        """Forget the features of another training.
+
+        Raises:
+            ConfigError: If the epochs have no place for the method's stages, or a callback averages over them.
+        """
         self.features = None
+        self.stages.check(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Find the stage of the method, also in the middle of an epoch."""
+        self.stages.enter(self.trainer)
+        if self.method.stages > 1:
+            self.train()
 
     def on_train_epoch_start(self) -> None:
-        """Compute the output of the frozen part for each image, before the first epoch."""
+        """Prepare the method; compute the output of the frozen part for each image, before the first epoch."""
+        if self.stages.start_epoch(self.trainer) and self.ema is not None:
+            self.ema = EMA(self.ema.decay, trained_parameters(self.model))
+        if self.method.stages > 1:
+            self.train()
         if self.features is None:
             self.features = compute_features(self)
 
@@ -233,11 +249,12 @@ class AdaptationModule(LightningModule):
 
         The accuracy that is logged is against each image's own class, also where it is mixed with another.
         """
-        if self.features and "train" in self.features:
-            logits, targets = self.features["train"].logits(self.model, batch.index), batch.labels
-        else:
-            images, targets = self._perturbed(batch, batch_idx)
-            logits = self._logits(self._attend(images))
+        with self.stages.forward(self.trainer):
+            if self.features and "train" in self.features:
+                logits, targets = self.features["train"].logits(self.model, batch.index), batch.labels
+            else:
+                images, targets = self._perturbed(batch, batch_idx)
+                logits = self._logits(self._attend(images))
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
@@ -384,21 +401,8 @@ class AdaptationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": config.interval}}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Report trained tensors without a gradient at the third optimizer step.
-
-        Zero-initialised factors give others a zero gradient in the first step, and with a warm-up from zero in the
-        second.
-        """
-        if self.trainer.global_step != _GRADIENT_STEP:
-            return
-        trained = trained_parameters(self.model)
-        self.inactive = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
-        if self.inactive:
-            shown = ", ".join(self.inactive[:4]) + (" …" if len(self.inactive) > 4 else "")
-            rank_zero_warn(
-                f"{plural(len(self.inactive), 'trained tensor')} of {len(trained)} got no gradient in optimizer step "
-                f"{_GRADIENT_STEP + 1}: {shown}. They have no effect on the loss so far"
-            )
+        """Take the gradients of what rests in this stage; report trained tensors without one at its third step."""
+        self.inactive = list(dict.fromkeys([*self.inactive, *self.stages.before_step(self.trainer)]))
 
     def optimizer_step(
         self,
@@ -436,6 +440,7 @@ class AdaptationModule(LightningModule):
                 **({} if data.depth == Depth() else {"depth": [data.depth.whole, data.depth.real]}),
             },
             "class_names": list(data.class_names),
+            "inactive_parameters": self.inactive,
         }
         if self.ema is not None:
             checkpoint["ema"] = self.ema.weights
@@ -545,6 +550,7 @@ class AdaptationModule(LightningModule):
         if expected != found:
             odd = sorted(set(expected) ^ set(found)) or [k for k in expected if expected[k] != found[k]]
             raise CheckpointError(f"the checkpoint does not hold exactly the trained part; first difference: {odd[0]}")
+        self.inactive = list(about.inactive_parameters or ())
         if self.ema is not None:
             self.ema.load(checkpoint.get("ema", {}))
         if "averaging_state" in checkpoint:  # Lightning's WeightAveraging wants the frozen part too, which is here

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from svp_bench import __version__
 from svp_bench.core.errors import RecordError, SvpBenchError, plural
-from svp_bench.methods.checks import trained_parameters
+from svp_bench.methods.checks import counted_parameters
 from svp_bench.models.backbone import HEAD_PREFIXES
 from svp_bench.ops import BackendChoice
 from svp_bench.records.code import package_digest
@@ -61,8 +61,8 @@ class RecordedRun(BaseRun):
         return "complete", None
 
     def parameters(self) -> Parameters:
-        """Count the parameters."""
-        trained = trained_parameters(self.model.model)
+        """Count the parameters; those of an earlier stage alone are not trained ones."""
+        trained = counted_parameters(self.model.model)
         head = sum(p.numel() for name, p in trained.items() if name.startswith(HEAD_PREFIXES))
         total = sum(p.numel() for p in self.model.model.parameters())
         trainable = sum(p.numel() for p in trained.values())

@@ -326,8 +326,10 @@ def check_resumable(
     need("optimizer_states.param_groups", groups, all_there, f"all {len(parameters)} trained parameters")
     moments = need("optimizer_states.state", state, isinstance(state, dict), "a mapping")
     if saved.global_step and model.optimizer_config.name == "adamw":
-        shapes = sorted(_shape_of_moments(moments.get(number)) for number in range(len(parameters)))
-        fits = shapes == sorted(tuple(parameter.shape) for parameter in parameters)
+        shapes = sorted(_shape_of_moments(moments[n]) for n in range(len(parameters)) if n in moments)
+        stage = model.method.stage(saved.epoch, trainer.max_epochs or 1)
+        now = (p for name, p in trained_parameters(model.model).items() if model.method.trains_in_stage(name, stage))
+        fits = shapes == sorted(tuple(parameter.shape) for parameter in now)
         need("optimizer_states.state", moments, fits, "the moments of each trained parameter")
     for number, parts in moments.items():
         values = parts.items() if isinstance(parts, dict) else ()
