@@ -26,7 +26,8 @@ class Hybrid(Method):
         parts: Settings by method, e.g. {"lora": {"rank": 8}, "affix": {}}; those left out have their defaults.
 
     Raises:
-        ConfigError: If there are fewer than two methods, one trains in stages, or two train the same tensor of the backbone.
+        ConfigError: If there are fewer than two methods, one trains in stages, or two train the same tensor of the
+            backbone.
     """
 
     identity_at_start: bool  # of these methods

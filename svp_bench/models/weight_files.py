@@ -217,22 +217,23 @@ def _by_published_name(named: Mapping[Any, Any], path: Path) -> dict[str, Tensor
     return {name: named[key] for name, key in spellings.items()}
 
 
-def check_tensor(name: str, value: object, where: str) -> None:
+def check_tensor(name: str, value: object, where: str, indices: bool = False) -> None:
     """Check that a tensor of a file is dense, of floating point type and finite, without trusting its claimed size.
 
     Args:
         name: Its name, for the message.
         value: The tensor.
         where: The file, for the message.
+        indices: Also allow int64, for what a method has chosen.
 
     Raises:
         CheckpointError: If it is not; names the tensor.
     """
-    if problem := _tensor_problem(value):
+    if problem := _tensor_problem(value, {*_DTYPES, torch.int64} if indices else {*_DTYPES}):
         raise CheckpointError(f"{where}: {shown(name)} {problem}; weights are dense tensors of finite numbers")
 
 
-def _tensor_problem(value: object) -> str | None:
+def _tensor_problem(value: object, dtypes: set[torch.dtype]) -> str | None:
     if type(value) not in (Tensor, nn.Parameter):
         return f"is a {type(value).__name__}"
     assert isinstance(value, Tensor)
@@ -242,7 +243,7 @@ def _tensor_problem(value: object) -> str | None:
         (value.is_quantized, f"is quantised ({dtype})"),
         (value.layout != torch.strided, f"is sparse ({str(value.layout).removeprefix('torch.')})"),
         (value.is_meta, "is on the meta device and holds no numbers"),
-        (value.dtype not in _DTYPES, f"is of type {dtype}"),
+        (value.dtype not in dtypes, f"is of type {dtype}"),
     ):
         if wrong:
             return problem

@@ -283,7 +283,7 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str, part: str) -> None:
     """
     for name, value in tensors.items():
         try:
-            check_tensor(f"{part}.{name}", value, where)
+            check_tensor(f"{part}.{name}", value, where, indices=part == "state_dict")
         except CheckpointError as error:
             raise CheckpointError(f"{error}{UNREADABLE}") from None
 
