@@ -327,9 +327,11 @@ def check_resumable(
     moments = need("optimizer_states.state", state, isinstance(state, dict), "a mapping")
     if saved.global_step and model.optimizer_config.name == "adamw":
         shapes = sorted(_shape_of_moments(moments[n]) for n in range(len(parameters)) if n in moments)
-        stage = model.method.stage(saved.epoch, trainer.max_epochs or 1)
-        now = (p for name, p in trained_parameters(model.model).items() if model.method.trains_in_stage(name, stage))
-        fits = shapes == sorted(tuple(parameter.shape) for parameter in now)
+        method, epochs = model.method, trainer.max_epochs or 1
+        stages = [method.stage(epoch, epochs) for epoch in (max(0, saved.epoch - 1), saved.epoch)]
+        trained = trained_parameters(model.model).items()
+        of_stage = sorted(tuple(p.shape) for name, p in trained if method.trains_in_stage(name, stages[1]))
+        fits = shapes == of_stage or (stages[0] != stages[1] and not moments)  # a stage begins without moments
         need("optimizer_states.state", moments, fits, "the moments of each trained parameter")
     for number, parts in moments.items():
         values = parts.items() if isinstance(parts, dict) else ()
