@@ -31,9 +31,8 @@ class Method:
 
     identity_at_start: bool
     mergeable: bool = False
-    mergeable: ClassVar[bool] = False
-    stages: ClassVar[int] = 1
-    dead_parameters: ClassVar[tuple[str, ...]] = ()
+    stages: int = 1
+    dead_parameters: tuple[str, ...] = ()
 
     def attach(self, model: Backbone) -> None:
         """Set `model.adapter` to a module with the adapter parameters, and register its hooks.
