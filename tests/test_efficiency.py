@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,21 @@ def test_the_cost_is_in_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert record["efficiency"]["mergeable"] is True
     assert record["efficiency"]["stored_bytes"] == 4 * record["parameters"]["trainable"]
     assert record["efficiency"]["training_macs"] > record["efficiency"]["inference_macs"] > 0
+
+
+def test_tables_and_report_have_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(tmp_path, monkeypatch)
+    for method in ("lora", "offset"):
+        run(*small("--method", method, model__checkpoint="none"))
+    run("table")
+    page = (tmp_path / "results" / "tables" / "vtab1k.md").read_text(encoding="utf-8")
+    block = page.partition("### Cost")[2]
+    assert "| method | trainable w/o head | head | stored | merges | inference MACs | training MACs |" in block
+    assert {line.split("|")[5].strip() for line in block.splitlines() if line.startswith(("| lora", "| offset"))} == {
+        "yes",
+        "no",
+    }
+    lines = list(csv.DictReader((tmp_path / "results" / "tables" / "vtab1k.csv").open(encoding="utf-8")))
+    by_method = {line["method"]: line for line in lines}
+    assert by_method["lora"]["mergeable"] == "yes"
+    assert int(by_method["lora"]["training_macs_max"]) > int(by_method["lora"]["inference_macs_min"]) > 0

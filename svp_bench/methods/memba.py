@@ -44,7 +44,7 @@ class Memba(Method):
         hand_over: Start a block's membrane at the mean of the block before, not at 0.
     """
 
-    identity_at_start: bool  # type: ignore[misc]  # inside the bypass
+    identity_at_start: bool  # inside the bypass
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class ProDiaL(Method):
             trains it, and is not the identity at start.
     """
 
-    identity_at_start: bool  # type: ignore[misc]  # at diagonal_start 0
+    identity_at_start: bool  # at diagonal_start 0
     mergeable = True
 
     def __init__(

@@ -33,6 +33,7 @@ from svp_bench.stats.estimates import FEWEST_PAIRS, FEWEST_SOURCES
 from svp_bench.tables.build import load_table, outside_of_suites, suite_of, suites_of
 from svp_bench.tables.comparison import check_row
 from svp_bench.tables.notes import (
+    COST,
     MAJORITY,
     RANDOM_WEIGHTS,
     interval,
@@ -209,6 +210,7 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         "one_line": one_line,
     }
     text: str = environment.from_string((folder / "template.html.j2").read_text(encoding="utf-8")).render(
+        cost_note=COST,
         **helpers,
         report=report,
         figures=figures,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -203,6 +203,25 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """The cost of a row that does not depend on the machine; pairs are the smallest and the largest of its records.
+
+    Attributes:
+        head: Trained parameters of the head.
+        stored_bytes: Of the trained tensors, head included.
+        inference_macs: Of one image; None if not counted.
+        training_macs: Of one image; None if not counted.
+        mergeable: Whether the adapter can be folded into the backbone's weights.
+    """
+
+    head: tuple[int, int]
+    stored_bytes: tuple[int, int]
+    inference_macs: tuple[int, int] | None
+    training_macs: tuple[int, int] | None
+    mergeable: bool
+
+
+@dataclass(frozen=True)
 class Row:
     """One method with one setting.
 
@@ -290,6 +309,26 @@ class Row:
         """Smallest and largest number of trainable parameters outside the head."""
         counts = [run.parameters.adapter for run in self.records]
         return min(counts), max(counts)
+
+    @cached_property
+    def cost(self) -> Cost | None:
+        """The cost that does not depend on the machine; None if a record does not state it."""
+        found = [(run.efficiency, run.parameters) for run in self.records]
+        known = [(stated, counts) for stated, counts in found if stated is not None]
+        if len(known) < len(found) or not known:
+            return None
+
+        def span(values: Iterable[int | None]) -> tuple[int, int] | None:
+            numbers = [value for value in values if value is not None]
+            return (min(numbers), max(numbers)) if len(numbers) == len(known) else None
+
+        return Cost(
+            head=span(counts.head for _, counts in known) or (0, 0),
+            stored_bytes=span(stated.stored_bytes for stated, _ in known) or (0, 0),
+            inference_macs=span(stated.inference_macs for stated, _ in known),
+            training_macs=span(stated.training_macs for stated, _ in known),
+            mergeable=all(stated.mergeable for stated, _ in known),
+        )
 
     @property
     def trials(self) -> tuple[int, int] | None:

@@ -26,6 +26,11 @@ QUOTED = "published, not measured here"
 _SHOWN = 6  # overrides of a row that a note lists
 DIGITS = 4
 """Decimals in CSV files; two means that agree in them share a rank."""
+COST = (
+    "Stored: the trained tensors, head included. Merges: the adapter can be folded into the backbone's weights. MACs: "
+    "multiplications (with or without an addition) of one image, not merged, without elementwise operations; training "
+    "is a forward and a backward pass."
+)
 RANDOM_WEIGHTS = "The backbone has random weights: these rows are a smoke test and are not ranked."
 
 
@@ -109,7 +114,7 @@ def _size(count: int) -> str:
         return str(count)
     if count < 999_950:  # from here on, thousands would round up to 1000.0K
         return f"{count / 1e3:.1f}K"
-    return f"{count / 1e6:.2f}M"
+    return f"{count / 1e6:.2f}M" if count < 999_995_000 else f"{count / 1e9:.2f}G"
 
 
 def marks(cell: Cell) -> str:

@@ -13,6 +13,10 @@ from svp_bench.tables.model import CARD, Cell, Row, Section, Table
 from svp_bench.tables.notes import DIGITS, MAJORITY, QUOTED, columns, majority_scores, one_line, short_name
 from svp_bench.tables.quoted import quoted_methods
 
+COST_COLUMNS = (
+    *("head_parameters_min", "head_parameters_max", "stored_bytes_min", "stored_bytes_max", "inference_macs_min"),
+    *("inference_macs_max", "training_macs_min", "training_macs_max", "mergeable"),
+)
 SECTION_COLUMNS = ("protocol", "protocol_version", "backbone", "checkpoint", "checkpoint_digest", "weights", "track")
 DATA_COLUMNS = ("data_variant", "data_digest", "data_status")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -61,6 +65,8 @@ def wide_csv(table: Table) -> str:
         *("source", "citation", "interval_level", *(f"{name}, {end}" for name in intervals for end in ("low", "high"))),
         *("overrides", "mixed_cells", "mean of the tasks there are", "custom_data"),
     ]
+    if any(row.cost for section in table.sections for row in section.rows):
+        head += COST_COLUMNS
     lines: list[dict[str, object]] = []
     for section in table.sections:
         facts = {**dict(zip(SECTION_COLUMNS, section_facts(section), strict=True)), "custom_data": section.data}
@@ -97,7 +103,18 @@ def _row_facts(row: Row) -> dict[str, object]:
         "overrides": "; ".join(row.overrides),
         "mixed_cells": ";".join(short_name(task) for task, cell in row.cells.items() if cell.mixed),
         "mean of the tasks there are": number(row.present.value),
+        **_cost_facts(row),
     }
+
+
+def _cost_facts(row: Row) -> dict[str, object]:
+    """Return the values of `COST_COLUMNS`."""
+    cost = row.cost
+    if cost is None:
+        return {}
+    spans = (cost.head, cost.stored_bytes, cost.inference_macs, cost.training_macs)
+    ends = [end for found in spans for end in (found or ("", ""))]
+    return dict(zip(COST_COLUMNS, [*ends, "yes" if cost.mergeable else "no"], strict=True))
 
 
 def long_csv(table: Table) -> str:

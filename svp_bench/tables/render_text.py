@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from svp_bench.core.errors import printable
+from svp_bench.core.errors import file_size, printable
 from svp_bench.tables.model import Row, Section, Table
 from svp_bench.tables.notes import (
+    COST,
     MAJORITY,
     MISSING,
     QUOTED,
@@ -140,6 +141,21 @@ def _statistics(section: Section, *, terminal: bool, cells: bool) -> Iterator[tu
         yield "" if terminal else "Mean ranks (descriptive)", [[]], ranks_notes(section)
 
 
+def _costs(section: Section) -> Iterator[tuple[str, list[list[str]], list[str]]]:
+    """Yield the block of the costs that do not depend on the machine, if records state them."""
+    grid = [["method", "trainable w/o head", "head", "stored", "merges", "inference MACs", "training MACs"]]
+    for row in section.rows:
+        cost = row.cost
+        if cost is None:
+            continue
+        macs = [MISSING if found is None else size_span(*found) for found in (cost.inference_macs, cost.training_macs)]
+        stored = " – ".join(dict.fromkeys(map(file_size, cost.stored_bytes)))
+        facts = [size_span(*row.adapter), size_span(*cost.head), stored, "yes" if cost.mergeable else "no"]
+        grid.append([row.label, *facts, *macs])
+    if len(grid) > 1:
+        yield "Cost", grid, [COST]
+
+
 def _comparison_grid(section: Section) -> list[list[str]]:
     """Header and rows of the differences to the control."""
     grid = [["method", "difference", "new seeds", "test images", "new tasks", "p", "p (Holm)", "tasks", "shared seeds"]]
@@ -216,7 +232,7 @@ def render_markdown(table: Table) -> str:
         ]
         lines += [*markdown_grid(_grid(section, _PAGE), left=2), ""]
         lines += bullets([*notes, *interval_notes(section), *common_notes(section)])
-        for title, grid, explained in _statistics(section, terminal=False, cells=True):
+        for title, grid, explained in (*_statistics(section, terminal=False, cells=True), *_costs(section)):
             lines += ["", f"### {escape_markdown(title)}", ""]
             lines += [*markdown_grid(grid, left=1), ""] if len(grid) > 1 else []
             lines += bullets(explained)
