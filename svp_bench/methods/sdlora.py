@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method, check_setting, stage_border
-from svp_bench.methods.lora import _OnOutput
+from svp_bench.methods.lora import OnOutput
 from svp_bench.models import Backbone, VisionMamba
 
 
@@ -90,7 +90,7 @@ class SDLoRA(Method):
                 parts[f"x_proj{suffix}"] = on_columns = _Columns(first, states, kept)
                 model.points.on_tensor(layer, f"A{suffix}", on_a)
                 model.points.on_tensor(layer, f"x_proj{suffix}.weight", on_columns)
-            parts["out_proj"] = low_rank = _OnOutput(out, "out_proj.weight", self.rank, self.scale, self.dropout)
+            parts["out_proj"] = low_rank = OnOutput(out, "out_proj.weight", self.rank, self.scale, self.dropout)
             low_rank.register_buffer("start_down", low_rank.down.weight.detach().clone(), persistent=False)
             model.points.on_linear(layer, "out_proj", low_rank)
             adapter[str(layer)] = nn.ModuleDict(parts)
@@ -119,7 +119,7 @@ class SDLoRA(Method):
                 on_a.select()
                 on_columns.channels.copy_(on_a.channels)
             low_rank = parts["out_proj"]
-            assert isinstance(low_rank, _OnOutput)
+            assert isinstance(low_rank, OnOutput)
             low_rank.down.weight.copy_(low_rank.get_buffer("start_down"))
             low_rank.up.weight.zero_()
 
@@ -136,7 +136,7 @@ class SDLoRA(Method):
                 weight = model.tensor_parameter(layer, f"x_proj{suffix}.weight")
                 weight.copy_(on_columns(weight))
             weight, low_rank = model.tensor_parameter(layer, "out_proj.weight"), parts["out_proj"]
-            assert isinstance(low_rank, _OnOutput)
+            assert isinstance(low_rank, OnOutput)
             weight.copy_(low_rank.changed(weight))
 
     def adapter_parameters(self, model: Backbone) -> int:
