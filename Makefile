@@ -95,12 +95,16 @@ demo: $(STAMP) ## adapt the embedded weights to three tasks with four methods: l
 	@echo "(to type these: source $(VENV)/bin/activate)"
 
 # One thread each, as the shipped ones: other thread counts round sums otherwise. What is shipped stays as it is.
+# PRETRAINED=vit_nano_patch8_64 trains the ViT.
+PRETRAINED ?= vim_nano_patch8_64
+PRETRAIN_FLAGS := $(if $(wildcard pretraining/$(PRETRAINED).yaml),--config pretraining/$(PRETRAINED).yaml)
+PRETRAIN_RUNS := runs/pretraining/$(PRETRAINED)
 .PHONY: pretrain
 pretrain: $(STAMP) ## pre-train the embedded weights anew: two seeds side by side, 45 minutes on two cores; can be interrupted
-	$(BIN)/python -m pretraining.train --seed 1 --threads 1 & other=$$!; \
-	$(BIN)/python -m pretraining.train --seed 0 --threads 1; one=$$?; wait $$other && exit $$one
-	$(BIN)/python -m pretraining.export runs/pretraining/seed-0 runs/pretraining/seed-1 \
-	  --embedded runs/pretraining/export --results runs/pretraining/export/results
+	$(BIN)/python -m pretraining.train $(PRETRAIN_FLAGS) --seed 1 --threads 1 & other=$$!; \
+	$(BIN)/python -m pretraining.train $(PRETRAIN_FLAGS) --seed 0 --threads 1; one=$$?; wait $$other && exit $$one
+	$(BIN)/python -m pretraining.export $(PRETRAIN_RUNS)/seed-0 $(PRETRAIN_RUNS)/seed-1 \
+	  --embedded $(PRETRAIN_RUNS)/export --results $(PRETRAIN_RUNS)/export/results
 
 # The committed ones are in results/reference; REFERENCE=results/reference continues those.
 REFERENCE ?= results/reference-anew

@@ -1,11 +1,11 @@
 """Create the shipped weights from finished pre-training runs.
 
-    python -m pretraining.export runs/pretraining/seed-0 runs/pretraining/seed-1
+    python -m pretraining.export runs/pretraining/vim_nano_patch8_64/seed-0 runs/pretraining/vim_nano_patch8_64/seed-1
 
 Rule, fixed before the runs: of the given runs, which differ in their seed alone, the one with the lowest final held-out
 total is shipped. That is the loss on synthetic images that no run has trained on; no evaluation task is used. Writes
 the backbone (no heads) as safetensors under the published parameter names, and copies log, loss curve and summary of
-every run to results/ in this folder, with the contact sheet of the shipped one.
+every run to results/<backbone>/ in this folder, with the contact sheet of the shipped one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def export(folders: Sequence[Path], embedded: Path, results: Path) -> Path:
     Args:
         folders: Finished runs.
         embedded: Folder for `<backbone>.safetensors`.
-        results: Folder for the logs of the runs and `shipped.json`.
+        results: Folder for `<backbone>/` with the logs of the runs and `shipped.json`.
 
     Raises:
         UsageError: If a run is not finished, or they do not belong together.
@@ -105,7 +105,7 @@ def export(folders: Sequence[Path], embedded: Path, results: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     for folder, (_, one) in zip(folders, runs, strict=True):
-        target = results / f"seed-{one['settings']['seed']}"
+        target = results / backbone / f"seed-{one['settings']['seed']}"
         target.mkdir(parents=True, exist_ok=True)
         for name in COPIED:
             shutil.copyfile(folder / name, target / name)
@@ -122,7 +122,7 @@ def export(folders: Sequence[Path], embedded: Path, results: Path) -> Path:
             for _, one in runs
         ],
     }
-    write_atomically(results / "shipped.json", json.dumps(shipped, indent=2) + "\n")
+    write_atomically(results / backbone / "shipped.json", json.dumps(shipped, indent=2) + "\n")
     return path
 
 
@@ -138,10 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SvpBenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    shipped = json.loads((given.results / "shipped.json").read_text(encoding="utf-8"))
+    shipped_file = given.results / path.stem / "shipped.json"
+    shipped = json.loads(shipped_file.read_text(encoding="utf-8"))
     print(f"{path}: seed {shipped['seed']}, {shipped['bytes']:,} bytes, {shipped['weights']}")
-    now = Path(__file__).with_name("results") / "shipped.json"
-    if now.is_file() and now != given.results / "shipped.json":
+    now = Path(__file__).with_name("results") / path.stem / "shipped.json"
+    if now.is_file() and now != shipped_file:
         weights = json.loads(now.read_text(encoding="utf-8"))["weights"]
         print("the same weights as those shipped" if weights == shipped["weights"] else f"those shipped are {weights}")
     return 0

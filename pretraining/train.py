@@ -1,4 +1,4 @@
-"""Pre-train the embedded Vim on synthetic images.
+"""Pre-train an embedded backbone on synthetic images.
 
     python -m pretraining.train --seed 0 [--minutes 8] [--until VIEWS] [--folder FOLDER] [--KEY VALUE …]
 
@@ -62,7 +62,9 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     parser = ArgumentParser(prog="python -m pretraining.train", default_config_files=[str(CONFIG)])
     parser.add_argument("--config", action="config", help="a further config file")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the images")
-    parser.add_argument("--folder", type=str, default=None, help="output folder; runs/pretraining/seed-SEED by default")
+    parser.add_argument(
+        "--folder", type=str, default=None, help="output folder; runs/pretraining/BACKBONE/seed-SEED by default"
+    )
     parser.add_argument("--minutes", type=float, default=None, help="stop after this time; the same command resumes")
     parser.add_argument("--until", type=int, default=None, help="stop after so many views; the schedule stays")
     parser.add_argument("--workers", type=int, default=1, help="processes that generate images (2,000 images/s each)")
@@ -90,7 +92,7 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     if settings.seed == HELD_OUT_SEED:
         raise UsageError(f"--seed {HELD_OUT_SEED} is that of the held-out images; give another")
     if settings.folder is None:
-        settings.folder = f"runs/pretraining/seed-{settings.seed}"
+        settings.folder = f"runs/pretraining/{settings.backbone}/seed-{settings.seed}"
     return settings
 
 

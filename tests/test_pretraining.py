@@ -300,13 +300,14 @@ def test_export_is_loaded_strictly(whole: Path, tmp_path: Path) -> None:
     report = load_checkpoint(model, path)
     assert not report.head_replaced
     assert report.pos_embed_resized is None
-    shipped = json.loads((tmp_path / "r" / "shipped.json").read_text())
+    shipped = json.loads((tmp_path / "r" / "vim_nano_patch8_64" / "shipped.json").read_text())
     assert backbone_digest(model) == shipped["weights"] != fresh
     trained = torch.load(whole / "last.ckpt", weights_only=True)["state_dict"]
     own = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
     assert {f"model.{name}" for name in own} == {name for name in trained if name.startswith("model.")}
     assert all(torch.equal(value, trained[f"model.{name}"]) for name, value in own.items())
-    assert {p.name for p in (tmp_path / "r").iterdir()} == {"images.png", "seed-0", "shipped.json"}
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {"images.png", "vim_nano_patch8_64"}
+    assert {p.name for p in (tmp_path / "r" / "vim_nano_patch8_64").iterdir()} == {"seed-0", "shipped.json"}
     first = path.read_bytes()
     assert export.main([str(whole), "--embedded", str(tmp_path / "e"), "--results", str(tmp_path / "r")]) == 0
     assert path.read_bytes() == first
