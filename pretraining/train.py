@@ -62,9 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
     parser = ArgumentParser(prog="python -m pretraining.train", default_config_files=[str(CONFIG)])
     parser.add_argument("--config", action="config", help="a further config file")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the images")
-    parser.add_argument(
-        "--folder", type=str, default=None, help="output folder; runs/pretraining/BACKBONE/seed-SEED by default"
-    )
+    parser.add_argument("--folder", type=str, default=None, help="runs/pretraining/BACKBONE/seed-SEED by default")
     parser.add_argument("--minutes", type=float, default=None, help="stop after this time; the same command resumes")
     parser.add_argument("--until", type=int, default=None, help="stop after so many views; the schedule stays")
     parser.add_argument("--workers", type=int, default=1, help="processes that generate images (2,000 images/s each)")

@@ -480,3 +480,24 @@ def test_vim_still_has_one_class_token() -> None:
     assert model.cls_index == 6
     assert isinstance(model.embed(images(model)), TokenState)
     assert model.embed(images(model)).cls_index == 6
+
+
+@pytest.mark.parametrize("backbone", ["vit_nano_patch8_64", "mambar_small_patch16_224"])
+@pytest.mark.parametrize(("method", "what"), [("linear", "pooled features"), ("svp", "tokens before block 5")])
+def test_the_frozen_part_is_computed_once(
+    backbone: str, method: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same training with and without the stored values, on a transformer and on Mamba-Reg."""
+    settle(tmp_path, monkeypatch)
+    depths = ["--model.method.depths", "[5,6]"] if method == "svp" else []
+    weights = []
+    for cached in ("true", "false"):
+        flags = ("--method", method, *depths, "--model.cache_features", cached)
+        size = {"data__image_size": "64", "trainer__max_epochs": "2"}
+        outcome = run(*small(*flags, model__backbone=backbone, model__scan_backend="auto", **size))
+        stored = outcome.record.get("frozen_features", {}).get("train", "")
+        assert stored.startswith(what) == (cached == "true")
+        file = outcome.folder / "checkpoints" / "last.ckpt"
+        weights.append(torch.load(file, weights_only=True)["state_dict"])
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], rtol=1e-3, atol=1e-5), name
