@@ -172,6 +172,18 @@ def test_prompts_of_mambapeft_start_as_an_embedding_does() -> None:
     assert old.abs().max() < 0.1
 
 
+def test_the_order_of_the_methods_of_a_hybrid_does_not_matter() -> None:
+    """Rows of LoRA are those of the frozen weight, and its tokens those of the image, whichever attaches first."""
+    settings: dict[str, Any] = {"lora": {"targets": ["in_proj", "X", "B", "C", "out_proj"], "rank": 3, "dropout": 0.0}}
+    settings |= {"affix": {}, "additional_scan": {}, "parallel_adapter": {"dropout": 0.0}}
+    found = []
+    for names in (list(settings), list(reversed(settings))):
+        model = create_model("vim_nano_patch8_64", num_classes=3, method=names, **settings).eval()
+        reference_vim.fill(model)
+        found.append(model(reference_vim.make_images(2, 3, 64, 64)))
+    assert relative_error(*found) <= SAME_MATHS
+
+
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_gradient_checkpointing_changes_nothing(method: Method) -> None:
     model = adapt(VisionMamba(**SIZES, scan_backend="reference"), method)

@@ -235,6 +235,8 @@ def method_layer(name: str) -> tuple[dict[str, Any], dict[str, str], str]:
         return method_layer(names[0])
     if name.endswith((".yaml", ".yml")):
         path, label = Path(name), Path(name).stem
+        if not path.is_file() and name.startswith("configs/method/"):  # a shipped one, outside a checkout
+            path = configs_dir() / name.removeprefix("configs/")
         if not path.is_file():
             raise UsageError(f"no method file {name!r}; --method takes a name (`svp-bench methods`) or a file")
     else:

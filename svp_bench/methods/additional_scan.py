@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from svp_bench.methods.base import Method, check_names, check_setting
 from svp_bench.models import Backbone, VisionMamba
+from svp_bench.models.hooks import changes_shape
 
 
 class AdditionalScan(Method):
@@ -78,11 +79,13 @@ class _States(nn.Module):
             nn.init.zeros_(self.x_proj.weight[method.states :])
         self.rows = [rank, rank + old]  # where the old rows of B and C start
 
+    @changes_shape
     def widen_a(self, a: Tensor) -> Tensor:
         """(E, N) → (E, n + N)."""
         new = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         return torch.cat([new, a], dim=1)
 
+    @changes_shape
     def widen_x_proj(self, weight: Tensor) -> Tensor:
         """(R + 2 N, E) → (R + 2 (n + N), E)."""
         (step, b, c), (new_b, new_c) = weight.tensor_split(self.rows), self.x_proj.weight.chunk(2)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from svp_bench.methods.base import Method, check_names, check_setting
 from svp_bench.models import Backbone
-from svp_bench.models.hooks import ScanInputs
+from svp_bench.models.hooks import ScanInputs, changes_shape
 
 
 class Affix(Method):
@@ -100,11 +100,13 @@ class _Affixes(nn.Module):
         first, second = self.tokens.unbind() if shared is None else self.up(shared()).chunk(2, dim=-1)
         return first, second
 
+    @changes_shape
     def insert(self, x: Tensor, y: Tensor) -> Tensor:
         """(B, L, W) → (B, n + L + n, W)."""
         forward, backward = (tokens.to(y.dtype).expand(y.shape[0], -1, -1) for tokens in self._tokens())
         return torch.cat([forward, y, backward.flip(1)], dim=1)
 
+    @changes_shape
     def cut(self, inputs: ScanInputs, y: Tensor) -> Tensor:
         """(B, n + L + n, E) → (B, L, E)."""
         return y[:, self.length : -self.length]

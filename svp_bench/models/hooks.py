@@ -10,7 +10,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from types import CellType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +159,20 @@ TensorHook = Callable[[Tensor], Tensor]
 ScanHook = Callable[[ScanInputs, Tensor], Tensor]
 
 
+_Hook = TypeVar("_Hook", bound=Callable[..., Tensor])
+
+
+def changes_shape(hook: _Hook) -> _Hook:
+    """Mark a hook that returns another shape than it gets: it runs after all others at its hook point."""
+    hook.__dict__["changes_shape"] = True
+    return hook
+
+
+def _add(hooks: list[Any], hook: object) -> None:
+    hooks.append(hook)
+    hooks.sort(key=lambda one: getattr(one, "changes_shape", False))
+
+
 class HookPoints:
     """Hook points of a backbone, empty by default.
 
@@ -237,7 +251,7 @@ class HookPoints:
         """
         self._check_layer(layer)
         self._check_name("linear projection", name, self.linear_names)
-        self.linear[layer, name].append(hook)
+        _add(self.linear[layer, name], hook)
 
     def on_tensor(self, layer: int, name: str, hook: TensorHook) -> None:
         """Pass the tensor `name` of block `layer` through `hook` before it is used.
@@ -248,7 +262,7 @@ class HookPoints:
         """
         self._check_layer(layer)
         self._check_name("tensor", name, self.tensor_names)
-        self.tensor[layer, name].append(hook)
+        _add(self.tensor[layer, name], hook)
 
     def on_scan(self, layer: int, hook: ScanHook) -> None:
         """Call `hook` after the selective scan of block `layer`.
@@ -260,7 +274,7 @@ class HookPoints:
         self._check_layer(layer)
         if not self.has_scan:
             raise ConfigError("this backbone has no selective scan; its hook points are images, tokens and projections")
-        self.scan[layer].append(hook)
+        _add(self.scan[layer], hook)
 
     def remove(self, owner: nn.Module) -> None:
         """Remove the hooks that belong to `owner`: itself, its submodules, and methods of these."""
