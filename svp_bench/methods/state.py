@@ -99,6 +99,7 @@ class _StateOffset(nn.Module):
     def __init__(self, inner: int, states: int, rank: int | None) -> None:
         super().__init__()
         self.rank = rank
+        self.states = states
         for suffix in SUFFIXES:
             if rank is None:
                 self.register_parameter(f"h{suffix}", nn.Parameter(torch.zeros(inner, states)))
@@ -115,7 +116,8 @@ class _StateOffset(nn.Module):
 
     def forward(self, inputs: ScanInputs, y: Tensor) -> Tensor:
         offsets = torch.cat([self.offset(suffix) for suffix in SUFFIXES], dim=1)  # both directions in one product
-        return add_before_gate(inputs, y, F.linear(torch.cat([inputs.forward.C, inputs.backward.C], dim=-1), offsets))
+        read = [one.C[..., -self.states :] for one in (inputs.forward, inputs.backward)]  # another method adds in front
+        return add_before_gate(inputs, y, F.linear(torch.cat(read, dim=-1), offsets))
 
 
 class InitialState(Method):
@@ -162,13 +164,14 @@ class _InitialState(nn.Module):
 
 def _response(inputs: Direction, h: Tensor, backward: bool) -> Tensor:
     """Return C_t · exp(A Σ Δ) h for each token, (B, L, E), in float32 or wider."""
-    wide = torch.promote_types(h.dtype, torch.float32)
+    wide, states = torch.promote_types(h.dtype, torch.float32), int(h.shape[1])
+    A, C = inputs.A[:, -states:], inputs.C[..., -states:]  # another method adds states in front
     with torch.autocast(h.device.type, enabled=False):
         bias = inputs.delta_bias
         delta = inputs.delta.to(wide)
         delta = F.softplus(delta if bias is None else delta + bias)
         elapsed = delta.flip(1).cumsum(1).flip(1) if backward else delta.cumsum(1)
-        parts = elapsed, inputs.A.to(wide), inputs.C.to(wide), h.to(wide)
+        parts = elapsed, A.to(wide), C.to(wide), h.to(wide)
         response: Tensor = _sum_of_decays(*parts) if is_tracing() else _Decays.apply(*parts)
     return response
 
