@@ -42,5 +42,6 @@ def methods(name: str | None = None, /) -> int:
         recipe = configs_dir() / "method" / f"{name}.yaml"
         print(recipe.read_text(encoding="utf-8") if recipe.is_file() else target, end="")
         return 0
-    print_table([("method", "summary"), *((entry.name, entry.summary) for entry in METHODS)])
+    rows = ((entry.name, ", ".join(entry.families) or "all", entry.summary) for entry in METHODS)
+    print_table([("method", "backbones", "summary"), *rows])
     return 0
