@@ -48,6 +48,7 @@ def count_macs(model: Backbone) -> tuple[int, int]:
     those of `svp_bench.ops.macs`, on a copy of the model without values. Elementwise operations are left out.
     """
     shadow: Any = copy.deepcopy(model).to("meta").eval()
+    shadow._compiled_call_impl = None
     with torch.device("meta"):
         image = torch.zeros(1, model.in_chans, *model.image_size, dtype=model.first_parameter.dtype)
         with torch.no_grad():

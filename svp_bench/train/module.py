@@ -33,7 +33,6 @@ from svp_bench.models.layers import hidden_head, simam
 from svp_bench.ops import BackendChoice, choose
 from svp_bench.records.defaults import clipped_warmup
 from svp_bench.train.checkpoint import METADATA_KEY, Checkpoint, CheckpointMetadata
-from svp_bench.train.efficiency import efficiency_of
 from svp_bench.train.features import FrozenFeatures, compute_features
 from svp_bench.train.metrics import (
     Evaluation,
@@ -139,7 +138,6 @@ class AdaptationModule(LightningModule):
         self.model.set_grad_checkpointing(grad_checkpointing)
         self.cache_features = cache_features
         self.features: dict[str, FrozenFeatures] | None = None  # by role; None before the first epoch
-        self.efficiency = efficiency_of(self.model, self.identity())
         if compile:
             self.model.compile(dynamic=False)  # in place: the names of the parameters stay
         self.ema = EMA(ema.decay, trained_parameters(self.model)) if ema.decay is not None else None

@@ -19,6 +19,7 @@ from svp_bench.train.base import BaseRun
 from svp_bench.train.callbacks import peak_memory_mib
 from svp_bench.train.checkpoint import CHECKPOINT
 from svp_bench.train.comparable import external_classes
+from svp_bench.train.efficiency import efficiency_of
 from svp_bench.train.metrics import Evaluation, write_predictions, write_tables
 from svp_bench.train.provenance import cpu_name, device_name, library_versions
 
@@ -172,7 +173,7 @@ class RecordedRun(BaseRun):
             not_comparable=list(self.watch.reasons) or None,
             checkpoint_load=model.load_report.for_record() if model.load_report else None,
             backbone_family=model.model.family,
-            efficiency=model.efficiency,
+            efficiency=efficiency_of(model.model, model.identity()),
             inactive_parameters=model.inactive or None,
             frozen_features={role: found.describe() for role, found in (model.features or {}).items()} or None,
         )
