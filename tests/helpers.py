@@ -38,6 +38,7 @@ METHODS = [
     "last_blocks",
     "vp",
     "auto_vp",
+    "dam_vp",
     "vapt",
     "affix",
     "parallel_adapter",

@@ -363,6 +363,14 @@ class VisionDataModule(LightningDataModule):
         for start in range(0, len(dataset), size):
             yield dataset[[*range(start, min(start + size, len(dataset)))]]
 
+    def without_augmentation(self, size: int) -> Iterator[Batch]:
+        """Yield the training images once, not augmented, in an order that follows from the seed; after `setup`."""
+        augmented = self.augment.changes_images
+        dataset = ImageDataset(self.split("train"), self.eval_transform) if augmented else self._dataset("train")
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        for start in range(0, len(order), size):
+            yield dataset[order[start : start + size]]
+
     def _dataset(self, role: str) -> ImageDataset:
         """Return the images of a role: decoded and cached, unless they are for test, cropped by chance or too many."""
         if role not in self._datasets:

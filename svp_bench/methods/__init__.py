@@ -31,6 +31,7 @@ METHODS.add("partial", "svp_bench.methods.partial:Partial", "chosen tensors of t
 METHODS.add("last_blocks", "svp_bench.methods.partial:LastBlocks", "the last blocks of the backbone (partial-k)")
 METHODS.add("vp", "svp_bench.methods.pixels:VP", "a trained frame of pixels, added to the image")
 METHODS.add("auto_vp", "svp_bench.methods.pixels:AutoVP", "a smaller image, of trained size, in a trained border")
+METHODS.add("dam_vp", "svp_bench.methods.dam_vp:DAMVP", "a trained frame of pixels for each cluster of images")
 METHODS.add("vapt", "svp_bench.methods.vapt:VAPT", "visual prompt tokens computed from the patches of the image")
 METHODS.add(
     "affix",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,25 @@ class Method:
         Called before its first step, not where a run is resumed in its middle, and on each process: choose masks, or
         reset tensors of the adapter, in place, by the weights alone. What a later epoch needs must be a parameter or a
         persistent buffer of the adapter.
+        """
+
+    def prepare(self, model: Backbone, images: Iterable[Tensor]) -> None:
+        """Look at the training images, once, before the optimizer exists; do nothing by default.
+
+        It may set values of the adapter, or build other tensors in their place, under the names that `attach` gave.
+
+        Args:
+            model: The adapted model.
+            images: Normalised batches (B, 3, H, W) of the training split without augmentation, in an order that follows
+                from the seed. They are read again in each iteration.
+        """
+
+    def restore(self, model: Backbone, tensors: Mapping[str, Tensor]) -> None:
+        """Build the tensors that `prepare` built, so that they can be loaded; do nothing by default.
+
+        Args:
+            model: The adapted model, whose training images are not at hand.
+            tensors: The trained tensors and the buffers of a checkpoint, by their names in the model.
         """
 
     def adapter_parameters(self, model: Backbone) -> int:

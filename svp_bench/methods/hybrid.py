@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from svp_bench.core.errors import ConfigError
 from svp_bench.methods import METHODS
@@ -82,12 +83,35 @@ class Hybrid(Method):
         """Return the sum of the methods' counts."""
         return sum(method.adapter_parameters(model) for method in self.methods.values())
 
+    def prepare(self, model: Backbone, images: Iterable[Tensor]) -> None:
+        """Show the training images to each method."""
+        for name, method in self.methods.items():
+            with _part(model, name):
+                method.prepare(model, images)
+
+    def restore(self, model: Backbone, tensors: Mapping[str, Tensor]) -> None:
+        """Restore each method, from its own tensors under the names that it knows."""
+        for name, method in self.methods.items():
+            start = f"adapter.{name}."
+            own = {f"adapter.{key.removeprefix(start)}": v for key, v in tensors.items() if key.startswith(start)}
+            with _part(model, name):
+                method.restore(model, own)
+
     def fold(self, model: Backbone) -> None:
         """Fold the adapter of each method, the last attached first."""
-        adapters = model.adapter
         for name, method in reversed(self.methods.items()):
-            model.adapter = adapters[name] if isinstance(adapters, nn.ModuleDict) and name in adapters else None
-            method.fold(model)
+            with _part(model, name):
+                method.fold(model)
+
+
+@contextmanager
+def _part(model: Backbone, name: str) -> Iterator[None]:
+    """Let `model.adapter` be that of one method inside a `with` block."""
+    adapters = model.adapter
+    try:
+        model.adapter = adapters[name] if isinstance(adapters, nn.ModuleDict) and name in adapters else None
+        yield
+    finally:
         model.adapter = adapters
 
 

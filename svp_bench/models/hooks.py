@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -283,6 +284,18 @@ class HookPoints:
             hooks[:] = [hook for hook in hooks if id(getattr(hook, "__self__", hook)) not in parts]
         if not self.tokens:
             self.first_tokens = self.depth
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Call no hook inside a `with` block: the model is the backbone without a method."""
+        stored = [(hooks, list(hooks)) for hooks in self.hook_lists()]
+        try:
+            for hooks, _ in stored:
+                hooks.clear()
+            yield
+        finally:
+            for hooks, before in stored:
+                hooks[:] = before
 
     def hook_lists(self) -> list[list[Any]]:
         """Return the lists of hooks, not copied."""

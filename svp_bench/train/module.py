@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -52,12 +51,13 @@ from svp_bench.train.optim import (
     make_optimizer,
     warmup_notice,
 )
+from svp_bench.train.preparation import PreparedModule
 from svp_bench.train.stages import Stages
 
 _DTYPES = {"64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}  # of activations, by precision
 
 
-class AdaptationModule(LightningModule):
+class AdaptationModule(PreparedModule):
     """Adapts a backbone to a task with a method, by AdamW or SGD with linear warm-up and cosine decay.
 
     Args:
@@ -542,6 +542,7 @@ class AdaptationModule(LightningModule):
                     f"the checkpoint was trained with {key} = {theirs[key]!r}, this run has {ours[key]!r}; "
                     "use the config.yaml next to it"
                 )
+        self.restore_method(checkpoint)
         own = self.state_dict()
         expected = {name: own[name].shape for name in self.trained_names()}
         found = {name: value.shape for name, value in checkpoint["state_dict"].items()}

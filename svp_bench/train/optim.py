@@ -199,13 +199,17 @@ class EMA:
             average = self.weights[name] = self.weights[name].to(parameter.device)
             average.lerp_(parameter.detach().to(average.dtype), 1 - self.decay)
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of the averages by name."""
+        return {name: value.shape for name, value in self.weights.items()}
+
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Continue from saved weights.
 
         Raises:
             CheckpointError: If they are not those of the trained part.
         """
-        expected = {name: value.shape for name, value in self.weights.items()}
-        if expected != {name: value.shape for name, value in weights.items()}:
+        if self.shapes != {name: value.shape for name, value in weights.items()}:
             raise CheckpointError("the averaged weights of the checkpoint are not those of the trained part")
         self.weights = {name: value.detach().clone() for name, value in weights.items()}

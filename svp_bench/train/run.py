@@ -95,6 +95,7 @@ class FitRun(RecordedRun):
         checkpoint: Path | None = None
         if self.saved is not None:
             self._check_splits(self.saved)
+            self.model.restore_method(self.saved.content)
             states = [self.monitor, *([self.preemption] if self.preemption else [])]
             check_resumable(self.saved, self.trainer, self.model, states)
             checkpoint, self.saved = self.saved.path, None
@@ -117,6 +118,8 @@ class FitRun(RecordedRun):
         self.model.run_id = self.run_id
         self.data.trainer = self.trainer  # for the check of the batch size
         self.data.setup("fit")
+        if self.saved is None:
+            self.within_memory(lambda: self.model.prepare_method(self.trainer, self.data))
 
     def check_weights(self) -> None:
         """Refuse a selected config of other weights."""
