@@ -29,7 +29,8 @@ def efficiency_of(model: Backbone, identity: dict[str, Any]) -> Efficiency:
         model: The model; it is not changed.
         identity: As of `AdaptationModule.identity`.
     """
-    key = json.dumps([identity[name] for name in _DECISIVE], sort_keys=True, default=str)
+    counted = model.method.adapter_parameters(model)  # may follow from the training images
+    key = json.dumps([counted, *(identity[name] for name in _DECISIVE)], sort_keys=True, default=str)
     if key not in _CACHE:
         try:
             _CACHE[key] = count_macs(model)
