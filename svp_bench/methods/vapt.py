@@ -120,10 +120,10 @@ class _AdaptivePrompts(nn.Module):
     def adapted(self, row: int, patches: Tensor) -> Tensor:
         """Patch tokens (B, G², D) → prompts (B, P, D)."""
         channels = self.norms[row](patches).transpose(1, 2)
-        batch, width = int(channels.shape[0]), int(channels.shape[1])
         kernel = self.kernels[row][None, None]
-        mixed = F.conv2d(channels.reshape(batch * width, 1, *self.grid), kernel)
-        mixed = self.dropout(mixed.view(batch, width, *mixed.shape[-2:]))
+        mixed = F.conv2d(channels.reshape(-1, 1, *self.grid), kernel)
+        rows, columns = (side - int(kernel.shape[-1]) + 1 for side in self.grid)
+        mixed = self.dropout(mixed.view(-1, int(channels.shape[1]), rows, columns))
         prompts = self.linears[row](mixed.flatten(2)).transpose(1, 2)
         added: Tensor = prompts + self.up(self.down(prompts).relu())
         return added
