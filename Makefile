@@ -194,6 +194,10 @@ bench-gpu: $(STAMP) ## measure an H100 against the scan's floor and the baseline
 	$(BIN)/python benchmarks/gpu.py $(if $(wildcard $(BASELINES_GPU)/installed.stamp),--baselines $(BASELINES_GPU)/bin/python) \
 	  $(if $(FORK),--fork "$(FORK)")
 
+.PHONY: bench-methods
+bench-methods: $(STAMP) ## latency, throughput, step time and peak memory of every method on both embedded backbones
+	$(BIN)/python benchmarks/methods.py --output benchmarks/results/methods.json
+
 .PHONY: bench-frozen
 bench-frozen: $(STAMP) ## linear probing with frozen features computed once, against once per epoch (about five minutes)
 	$(BIN)/python benchmarks/frozen.py --output benchmarks/results/frozen.json
