@@ -39,6 +39,7 @@ METHODS = [
     "vp",
     "auto_vp",
     "dam_vp",
+    "spt",
     "vapt",
     "affix",
     "parallel_adapter",

@@ -32,6 +32,7 @@ METHODS.add("last_blocks", "svp_bench.methods.partial:LastBlocks", "the last blo
 METHODS.add("vp", "svp_bench.methods.pixels:VP", "a trained frame of pixels, added to the image")
 METHODS.add("auto_vp", "svp_bench.methods.pixels:AutoVP", "a smaller image, of trained size, in a trained border")
 METHODS.add("dam_vp", "svp_bench.methods.dam_vp:DAMVP", "a trained frame of pixels for each cluster of images")
+METHODS.add("spt", "svp_bench.methods.spt:SPT", "visual prompt tokens that start as tokens of training images")
 METHODS.add("vapt", "svp_bench.methods.vapt:VAPT", "visual prompt tokens computed from the patches of the image")
 METHODS.add(
     "affix",

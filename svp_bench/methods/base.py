@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -217,3 +218,16 @@ def zero_at(tokens: Tensor, positions: Sequence[int]) -> Tensor:
     if not positions:
         return tokens
     return tokens.index_fill(1, torch.tensor(positions, device=tokens.device), 0)
+
+
+@contextmanager
+def frozen_backbone(model: Backbone) -> Iterator[None]:
+    """Let a model compute as its backbone without a method, in eval mode and without gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(), model.points.disabled():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -9,7 +9,7 @@ from scipy.cluster.hierarchy import fcluster, linkage  # type: ignore[import-unt
 from torch import Tensor, nn
 
 from svp_bench.core.errors import ConfigError
-from svp_bench.methods.base import Method, check_setting
+from svp_bench.methods.base import Method, check_setting, frozen_backbone
 from svp_bench.methods.pixels import frame, frame_pixels, frame_width
 from svp_bench.models import Backbone
 from svp_bench.models.backbone import HEAD_PREFIXES
@@ -148,18 +148,9 @@ class _Frames(nn.Module):
             delta = delta[distances.argmin(dim=1)]
         return images + frame(delta, self.size, self.width).to(images.dtype)
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Return the features of images (B, 3, H, W) under the frozen backbone without a method, (B, F)."""
         (model,) = self._backbone
-        modes = [(module, module.training) for module in model.modules()]
-        try:
-            model.eval()
-            with model.points.disabled():
-                tokens, cls_positions = model.forward_tokens(images)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        if not cls_positions:
-            return tokens.mean(dim=1)
-        return tokens[:, list(cls_positions)].flatten(1)
+        with frozen_backbone(model):
+            tokens, cls_positions = model.forward_tokens(images)
+            return tokens[:, list(cls_positions)].flatten(1) if cls_positions else tokens.mean(dim=1)

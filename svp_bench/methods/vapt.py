@@ -109,10 +109,7 @@ class _AdaptivePrompts(nn.Module):
             prompts, tokens = self.prompts.to(hidden.dtype).expand(hidden.shape[0], -1, -1), int(hidden.shape[1])
             positions = prompt_positions(self.position, len(self.prompts), tokens, state.cls_positions)
             return state.insert(self, prompts, positions)
-        others = {*state.not_patches}
-        patches = [at for at in range(int(hidden.shape[1])) if at not in others]
-        tokens_of_patches = state.stream.index_select(1, torch.tensor(patches, device=hidden.device))
-        prompts = self.adapted(layer - 1, tokens_of_patches).to(hidden.dtype)
+        prompts = self.adapted(layer - 1, state.patch_stream).to(hidden.dtype)
         places = torch.tensor(state.inserted[self], device=hidden.device)
         residual = None if state.residual is None else state.residual.index_fill(1, places, 0)
         return state._replace(hidden=hidden.index_copy(1, places, prompts), residual=residual)

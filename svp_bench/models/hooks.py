@@ -121,6 +121,13 @@ class TokenState(NamedTuple):
         wide = torch.promote_types(state.hidden.dtype, torch.float32)
         return state.hidden.to(wide) if state.residual is None else state.residual + state.hidden
 
+    @property
+    def patch_stream(self) -> Tensor:
+        """Return the patch tokens of `stream`, (B, P, D), without class tokens and tokens of methods."""
+        others = {*self.not_patches}
+        patches = [at for at in range(int(self.hidden.shape[1])) if at not in others]
+        return self.stream.index_select(1, torch.tensor(patches, device=self.hidden.device))
+
     def with_stream(self, stream: Tensor) -> TokenState:
         """Return the state with the given `stream`, (B, L, D), by changing `hidden`."""
         hidden = stream if self.residual is None else stream - self.residual
