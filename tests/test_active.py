@@ -20,13 +20,21 @@ from svp_bench.ops import backend_statuses
 
 BACKENDS = [status.name for status in backend_statuses() if status.available and status.name in ("reference", "cpu")]
 SIZES: dict[str, Any] = {"img_size": (48, 64), "embed_dim": 32, "depth": 3, "d_state": 4, "num_classes": 5}
-VARIANTS: list[tuple[str, dict[str, Any]]] = []
+VARIANTS: dict[str, dict[str, Any]] = {
+    "prodial": {"blocks": "channel"},
+    "affix": {"projection": True},
+    "vpt_shallow": {"position": "spread"},
+    "lora": {"dora": True},
+    "svp": {"variant": "released"},
+}
 CASES = [
-    (family, backend, entry.name)
+    (family, backend, entry.name, settings)
     for family, backends in (("vim", BACKENDS), ("mambar", BACKENDS), ("vit", [""]))
     for backend in backends
     for entry in METHODS
-    if not entry.families or family in entry.families
+    for settings in ({}, VARIANTS.get(entry.name))
+    if settings is not None and (not entry.families or family in entry.families)
+    if family == "vim" or "variant" not in settings  # it needs one class token in the middle
 ]
 
 
@@ -42,11 +50,13 @@ def backbone(family: str, backend: str) -> Backbone:
     return model
 
 
-@pytest.mark.parametrize(("family", "backend", "name"), CASES)
-def test_every_trained_tensor_has_a_gradient_at_the_third_step(family: str, backend: str, name: str) -> None:
+@pytest.mark.parametrize(("family", "backend", "name", "settings"), CASES, ids=str)
+def test_every_trained_tensor_has_a_gradient_at_the_third_step(
+    family: str, backend: str, name: str, settings: dict[str, Any]
+) -> None:
     """Zero-initialised factors give others a zero gradient at first, so this is what a run checks, too."""
     torch.manual_seed(0)
-    made = build_method(METHODS.get(name), name, {})
+    made = build_method(METHODS.get(name), name, settings)
     model = adapt(backbone(family, backend), made).train()
     trained = trained_parameters(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)

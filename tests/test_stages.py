@@ -121,7 +121,7 @@ def test_the_second_stage_of_sdlora_begins_at_the_start(place: Path, watched: li
     first = next(step for step in watched if step.epoch == 2).before
     last = [step for step in watched if step.epoch == 1][-1].after
     for name, value in first.items():
-        if name.endswith((".probe", ".kept", "up.weight")):
+        if name.endswith((".probe", ".selected", "up.weight")):
             assert value.count_nonzero() == 0, name
         elif name.endswith("down.weight"):
             assert torch.equal(value, watched[0].before[name]), name
@@ -281,9 +281,9 @@ def written_out(state: dict[str, Tensor], depth: int = 3) -> dict[str, Tensor]:
             log += state[f"{part}A{suffix}.probe"]
             for k, channel in enumerate(channels.tolist()):
                 for s, at in enumerate(states[k].tolist()):
-                    log[channel, at] += state[f"{part}A{suffix}.kept"][k, s]
+                    log[channel, at] += state[f"{part}A{suffix}.selected"][k, s]
                 for row in range(8):  # B, then C
-                    x_proj[2 + row, channel] += state[f"{part}x_proj{suffix}.kept"][row, k]
+                    x_proj[2 + row, channel] += state[f"{part}x_proj{suffix}.selected"][row, k]
         up, down = state[f"{part}out_proj.up.weight"], state[f"{part}out_proj.down.weight"]
         merged[f"{block}out_proj.weight"] = merged[f"{block}out_proj.weight"] + up @ down
     return merged
@@ -344,7 +344,7 @@ def test_the_counts_of_sdlora_on_vim_s() -> None:
     assert sum(p.numel() for name, p in trained_parameters(model).items() if name.endswith("probe")) == 589_824
 
 
-def test_sdlora_keeps_what_moved_the_most() -> None:
+def test_sdlora_selects_what_moved_the_most() -> None:
     model = sdlora()
     with torch.no_grad():
         for parts in model.adapter.values():

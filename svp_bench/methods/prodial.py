@@ -66,6 +66,7 @@ class ProDiaL(Method):
         self.dropout = dropout
         self.diagonal_start = diagonal_start
         self.identity_at_start = diagonal_start == 0
+        self.dead_parameters = ("adapter.*.diagonal.p",) if blocks == "channel" and not diagonal_start else ()
 
     def _places(self, model: Backbone) -> dict[str, tuple[Projection, int]]:
         """Return the projection and the number of blocks of each target."""

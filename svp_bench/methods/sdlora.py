@@ -20,10 +20,10 @@ class SDLoRA(Method):
     W + γ for the rows of B and C in x_proj; all differences start at zero.
 
     Stages: first δ of all channels and states trains, with LoRA on out_proj. Then the channels of each block and
-    direction are ranked by the sum of δ² over the states, and the states of a kept channel by δ²; δ and LoRA go back to
-    their start. In the second stage δ of the kept states of the kept channels trains, γ in the kept input columns (all
-    states), and LoRA. The head trains in both and is not reset. The learning rate is that of the one schedule: with its
-    warm-up of 10 of 100 epochs, that of the first stage is the rising part.
+    direction are ranked by the sum of δ² over the states, and the states of a selected channel by δ²; δ and LoRA go
+    back to their start. In the second stage δ of the selected states of the selected channels trains, γ in the same
+    input columns (for all states), and LoRA. The head trains in both and is not reset. The learning rate is that of the
+    one schedule: with its warm-up of 10 of 100 epochs, that of the first stage is the rising part.
 
     Trained parameters without the head, those of the second stage, for K = ⌈channel_share · E⌉ channels and
     S = ⌈state_share · N⌉ states: ``2 L (K S + 2 N K) + L r (E + D)``. On Vim-S: 13,824 + 221,184 = 235,008. The full δ
@@ -33,8 +33,8 @@ class SDLoRA(Method):
     (none by default), which is left out here. Its count for Vim is derived; nobody published it on Vim.
 
     Args:
-        channel_share: Kept share of the channels.
-        state_share: Kept share of the states of a kept channel.
+        channel_share: Selected share of the channels.
+        state_share: Selected share of the states of a selected channel.
         rank: r of LoRA.
         scale: Multiplies LoRA's product; the released α / r is 1.
         dropout: On the r channels of LoRA, while training.
@@ -71,23 +71,23 @@ class SDLoRA(Method):
         self.warmup_share = warmup_share
 
     def _sizes(self, model: Backbone) -> tuple[int, int, int, int]:
-        """Return channels, states, kept channels and kept states."""
+        """Return channels, states, selected channels and selected states."""
         if "C" not in model.projections:
             raise ConfigError(f"sdlora needs a selective scan, which {model.family} does not have; it has vim, mambar")
         rows = model.projections["C"]
         channels, states = rows.in_features, rows.stop - rows.start
-        return channels, states, _kept(self.channel_share, channels), _kept(self.state_share, states)
+        return channels, states, _selected(self.channel_share, channels), _selected(self.state_share, states)
 
     def attach(self, model: Backbone) -> None:
         """Build `adapter.{layer}`: A, x_proj, their backward copies A_b and x_proj_b, and out_proj."""
-        channels, states, kept, kept_states = self._sizes(model)
+        channels, states, selected, selected_states = self._sizes(model)
         first, out = model.projections["B"].start, model.projections["out_proj"]
         adapter = nn.ModuleDict()
         for layer in range(model.depth):
             parts: dict[str, nn.Module] = {}
             for suffix in ("", "_b"):
-                parts[f"A{suffix}"] = on_a = _States(channels, states, kept, kept_states)
-                parts[f"x_proj{suffix}"] = on_columns = _Columns(first, states, kept)
+                parts[f"A{suffix}"] = on_a = _States(channels, states, selected, selected_states)
+                parts[f"x_proj{suffix}"] = on_columns = _Columns(first, states, selected)
                 model.points.on_tensor(layer, f"A{suffix}", on_a)
                 model.points.on_tensor(layer, f"x_proj{suffix}.weight", on_columns)
             parts["out_proj"] = low_rank = OnOutput(out, "out_proj.weight", self.rank, self.scale, self.dropout)
@@ -102,7 +102,7 @@ class SDLoRA(Method):
 
     def trains_in_stage(self, name: str, stage: int) -> bool:
         """Whether it is not one of the differences of the other stage."""
-        return not name.endswith((".kept", ".probe")[stage])
+        return not name.endswith((".selected", ".probe")[stage])
 
     @torch.no_grad()
     def start_epoch(self, model: Backbone, epoch: int, epochs: int) -> None:
@@ -141,28 +141,28 @@ class SDLoRA(Method):
 
     def adapter_parameters(self, model: Backbone) -> int:
         """Return 2 L (K S + 2 N K) + L r (E + D)."""
-        channels, states, kept, kept_states = self._sizes(model)
-        of_scan = 2 * (kept * kept_states + 2 * states * kept)
+        channels, states, selected, selected_states = self._sizes(model)
+        of_scan = 2 * (selected * selected_states + 2 * states * selected)
         return model.depth * (of_scan + self.rank * (channels + model.embed_dim))
 
 
-def _kept(share: float, size: int) -> int:
-    """Return how many of `size` a share keeps, rounded up."""
+def _selected(share: float, size: int) -> int:
+    """Return how many of `size` a share selects, rounded up."""
     return max(1, math.ceil(share * size - 1e-9))
 
 
 class _States(nn.Module):
-    """A difference on A_log: of all entries (`probe`), and of the kept ones."""
+    """A difference on A_log: of all entries (`probe`), and of the selected ones."""
 
     channels: Tensor
     states: Tensor
 
-    def __init__(self, channels: int, states: int, kept: int, kept_states: int) -> None:
+    def __init__(self, channels: int, states: int, selected: int, selected_states: int) -> None:
         super().__init__()
         self.probe = nn.Parameter(torch.zeros(channels, states))
-        self.kept = nn.Parameter(torch.zeros(kept, kept_states))
-        self.register_buffer("channels", torch.arange(kept))
-        self.register_buffer("states", torch.arange(kept_states).repeat(kept, 1))
+        self.selected = nn.Parameter(torch.zeros(selected, selected_states))
+        self.register_buffer("channels", torch.arange(selected))
+        self.register_buffer("states", torch.arange(selected_states).repeat(selected, 1))
 
     def select(self) -> None:
         """Keep the entries that moved the most, and start at zero."""
@@ -171,11 +171,11 @@ class _States(nn.Module):
         chosen = moved[self.channels].topk(self.states.shape[1], dim=1).indices
         self.states.copy_(chosen.sort(dim=1).values)
         self.probe.zero_()
-        self.kept.zero_()
+        self.selected.zero_()
 
     def change(self) -> Tensor:
         """Return the difference, (E, N)."""
-        return self.probe.index_put((self.channels[:, None], self.states), self.kept, accumulate=True)
+        return self.probe.index_put((self.channels[:, None], self.states), self.selected, accumulate=True)
 
     def forward(self, A: Tensor) -> Tensor:
         """A = -exp(A_log) → -exp(A_log + difference)."""
@@ -183,17 +183,17 @@ class _States(nn.Module):
 
 
 class _Columns(nn.Module):
-    """A difference on the rows of B and C in x_proj, in the kept columns."""
+    """A difference on the rows of B and C in x_proj, in the selected columns."""
 
     channels: Tensor
 
-    def __init__(self, first_row: int, states: int, kept: int) -> None:
+    def __init__(self, first_row: int, states: int, selected: int) -> None:
         super().__init__()
         self.first_row = first_row
-        self.kept = nn.Parameter(torch.zeros(2 * states, kept))
-        self.register_buffer("channels", torch.arange(kept))
+        self.selected = nn.Parameter(torch.zeros(2 * states, selected))
+        self.register_buffer("channels", torch.arange(selected))
 
     def forward(self, weight: Tensor) -> Tensor:
         """(R + 2 N, E) → the same shape."""
         before, rows = weight.tensor_split([self.first_row])
-        return torch.cat([before, rows.index_add(1, self.channels, self.kept.to(rows.dtype))])
+        return torch.cat([before, rows.index_add(1, self.channels, self.selected.to(rows.dtype))])
