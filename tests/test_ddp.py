@@ -107,6 +107,16 @@ def test_with_accumulated_gradients(place: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lp_ft", "sdlora"])
+def test_with_stages(place: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """What rests has a gradient in each process, which none of them uses."""
+    dropout = () if method == "lp_ft" else ("--model.method.dropout", "0")
+    flags = ("--method", method, *dropout, "--trainer.max_epochs", "4")
+    two(*flags)
+    check_equal(place, alone(monkeypatch, *flags))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
 def test_both_processes_stop_at_the_same_step_and_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--trainer.max_epochs", "60")

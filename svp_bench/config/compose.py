@@ -284,6 +284,7 @@ def compose(flags: Flags, subcommand: str = "fit") -> Composed:
     wanted = next((layer.method for layer in reversed(files) if layer.method is not None), None)
     if flags.method is None and wanted is not None:
         flags = composed.flags = replace(flags, method=wanted)
+    random_weights = False  # whether the method file is made for them
     card = load_task(_task_name(flags, files))
     protocol = load_protocol(str(_last(flags, files, "data.protocol") or load_suite(card.suite).protocol))
     composed.merge(protocol.layer, dict.fromkeys(_leaves(protocol.layer), str(protocol.path)))
@@ -308,12 +309,18 @@ def compose(flags: Flags, subcommand: str = "fit") -> Composed:
         if task is not None:
             _notice_overrides(composed, layer, task)
         composed.merge(layer, origins)
+        random_weights = _get(layer, "model.checkpoint") == "none"
         if flags.selected_config is not None:
             _merge_selected_config(composed, flags.selected_config, card)
     for one in further:
         if one.get("model.method.class_path"):
             raise UsageError(f"{one.path}: a second config names a method; use --method {one.path} instead")
         composed.merge(one.values, one.origins)
+    weights = flags.values.get("model.checkpoint") or composed.get("model.checkpoint")
+    if random_weights and weights != "none":
+        raise UsageError(
+            f"--method {flags.method} is a control with random weights; leave out model.checkpoint {weights}"
+        )
     check_keys(composed.values, composed.origins, flags.values, subcommand)
     _refuse_changed_selection(composed)
     return composed
