@@ -325,6 +325,27 @@ def test_the_rule_for_the_shipped_seed() -> None:
         export.better([summary(0, 2.0), summary(1, 1.9, views=128)])
 
 
+RESULTS = ROOT / "pretraining" / "results"
+SHIPPED = ["vim_nano_patch8_64", "vit_nano_patch8_64"]
+
+
+@pytest.mark.parametrize("backbone", SHIPPED)
+def test_the_shipped_weights_are_those_of_the_better_seed(backbone: str) -> None:
+    shipped = json.loads((RESULTS / backbone / "shipped.json").read_text(encoding="utf-8"))
+    summaries = [json.loads((RESULTS / backbone / f"seed-{n}" / "summary.json").read_text()) for n in (0, 1)]
+    assert shipped["seed"] == export.better(summaries)
+    assert shipped["weights"] == summaries[shipped["seed"]]["weights"]
+    model = create_backbone(backbone, num_classes=3, checkpoint="embedded")
+    assert backbone_digest(model) == shipped["weights"]
+    assert model(torch.zeros(1, 3, 64, 64)).isfinite().all()
+
+
+def test_both_backbones_were_trained_alike() -> None:
+    """They differ in the backbone and in the learning rate, which one rule chose."""
+    first = [json.loads((RESULTS / name / "seed-0" / "summary.json").read_text())["settings"] for name in SHIPPED]
+    assert {key for key in first[0] if first[0][key] != first[1][key]} == {"backbone", "learning_rate"}
+
+
 def test_export_refuses_what_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export.main([str(tmp_path), "--results", str(tmp_path), "--embedded", str(tmp_path)]) == 2
     assert "holds no finished pre-training" in capsys.readouterr().err
