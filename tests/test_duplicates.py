@@ -9,8 +9,10 @@ functions that its trained parameters outside the head can make of one frozen ba
 - Two methods are duplicates if each contains the other.
 - Families that are equal have tangent spaces of one dimension almost everywhere. So only pairs are fitted whose
   dimension, the numerical rank of the Jacobian of the features with respect to the parameters at a random point,
-  agrees within 5 %. A method with at least 0.95 · (number of features) dimensions cannot be told from another of that
-  kind, and only `full` may be one: others need smaller settings here.
+  agrees within 5 %.
+- A fit says nothing where there are more dimensions than features. Only the methods that train whole blocks,
+  WHOLE_BLOCKS, have so many; they are compared by the names of the tensors that they train. Others must have smaller
+  settings here.
 
 Everything is float64 on the reference backend; settings are the defaults, with the smallest ranks and widths.
 """
@@ -41,22 +43,26 @@ from svp_bench.models import Backbone, VisionMamba, as_backbone
 from svp_bench.models.backbone import HEAD_PREFIXES
 
 # pairs that are one family, with the reason; docs/methods.md has the same table
-SAME: dict[frozenset[str], str] = {}
+SAME = {frozenset(("full", "lp_ft")): "the same tensors; lp_ft trains the head alone first"}
 TOLERANCE = 1e-4
-IMAGES, FIT, SIDE = 100, 80, 12
+IMAGES, FIT, SIDE = 60, 48, 8
 SMALLEST = {"rank": 1, "hidden_dim": 2, "length": 1}
-SETTINGS: dict[str, dict[str, Any]] = {"prodial": {"blocks": 4}, "vp": {"width": 1}}
-DISTANCES = (0.1, 0.5)
+SETTINGS: dict[str, dict[str, Any]] = {"prodial": {"blocks": 4}, "additional_scan": {"states": 1}}
+WHOLE_BLOCKS = {"full", "lp_ft", "last_blocks"}
+DISTANCES = (0.05, 0.3)
 
 
 def backbone(family: str) -> Backbone:
-    """Return a frozen backbone of nine patches, width 8, two blocks, with sampled weights."""
+    """Return a frozen backbone of four patches, width 8, two blocks, with sampled weights."""
     sizes: dict[str, Any] = {"img_size": SIDE, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_classes": 2}
     if family == "vim":
         model: Backbone = VisionMamba(**sizes, d_state=2, scan_backend="reference")
     else:
         model = as_backbone(timm.models.VisionTransformer(**sizes, num_heads=2))
     reference_vim.fill(model)
+    with torch.no_grad():  # tokens of about 1, so that changes of them are not far from linear
+        for name in ("patch_embed.proj.weight", "pos_embed", "cls_token"):
+            model.get_parameter(name).mul_(30)
     return model.double().eval()
 
 
@@ -70,9 +76,12 @@ class Family:
         self.frozen = self._run()
         torch.manual_seed(seed)
         adapt(frozen, method)
-        self.tensors = [p for n, p in trained_parameters(frozen).items() if not n.startswith(HEAD_PREFIXES)]
-        self.start = torch.cat([p.detach().flatten() for p in self.tensors]) if self.tensors else torch.zeros(0)
-        self.unit = torch.cat([torch.full((p.numel(),), max(0.3, p.detach().square().mean().sqrt().item())) for p in self.tensors]) if self.tensors else torch.zeros(0)
+        trained = {n: p for n, p in trained_parameters(frozen).items() if not n.startswith(HEAD_PREFIXES)}
+        self.names, self.tensors = set(trained), list(trained.values())
+        none = [torch.zeros(0, dtype=torch.float64)]
+        self.start = torch.cat(none + [p.detach().flatten() for p in self.tensors])
+        sizes = [p.detach().square().mean().sqrt().clamp_min(0.3).expand(p.numel()) for p in self.tensors]
+        self.unit = torch.cat(none + sizes)  # what a distance of 1 is, for each number
 
     @torch.no_grad()
     def _run(self) -> Tensor:
@@ -90,12 +99,14 @@ class Family:
         noise = torch.randn(len(self.start), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return self.start + distance * self.unit * noise
 
-    def jacobian(self, values: Tensor, directions: Tensor | None = None, step: float = 1e-6) -> Tensor:
+    def jacobian(self, values: Tensor, directions: Tensor | None = None, step: float = 1e-7) -> Tensor:
         """Return the derivatives of all features in the given directions, or in all: (features, directions)."""
         vectors = torch.eye(len(values), dtype=torch.float64) if directions is None else directions
-        columns = [(self(values + step * v) - self(values - step * v)).flatten() / (2 * step) for v in vectors]
+        here = self(values)
+        columns = [(self(values + step * v) - here).flatten() / step for v in vectors]
         return torch.stack(columns, dim=1)
 
+    @functools.cached_property
     def dimension(self) -> int:
         """Return the dimension of the tangent space at a random point."""
         if not len(self.start):
@@ -106,12 +117,12 @@ class Family:
             directions = torch.randn(features, len(self.start), generator=torch.Generator().manual_seed(5)).double()
             directions /= directions.norm(dim=1, keepdim=True)
         jacobian = self.jacobian(self.draw(1, 0.3), directions)
-        return int(torch.linalg.matrix_rank(jacobian, rtol=1e-7))
+        return int(torch.linalg.matrix_rank(jacobian, rtol=1e-6))
 
     def reaches(self, target: Tensor, seed: int) -> bool:
         """Whether parameters are found that give `target`, also on the images that the fit does not see."""
         change = target - self.frozen
-        values, damping = self.draw(seed, 0.1), 1e-2
+        values, damping = self.draw(seed, 0.1), 1e-3
         found = self(values)
         history: list[float] = []
         for _ in range(40):
@@ -147,7 +158,9 @@ def contains(b: Family, a: Family) -> bool:
 
 def duplicates(a: Family, b: Family) -> bool:
     """Whether two methods are the same family of functions."""
-    small, large = sorted((a.dimension(), b.dimension()))
+    if a.model.adapter is None and b.model.adapter is None and (a.names == b.names or not a.names or not b.names):
+        return a.names == b.names
+    small, large = sorted((a.dimension, b.dimension))
     return large - small <= max(1, 0.05 * large) and contains(a, b) and contains(b, a)
 
 
@@ -166,16 +179,17 @@ def registered(family: str) -> dict[str, Family]:
 @pytest.mark.parametrize("family", ["vim", "vit"])
 def test_no_two_methods_are_the_same_family(family: str) -> None:
     families = registered(family)
-    dimensions = {name: made.dimension() for name, made in families.items()}
     features = next(iter(families.values())).frozen.numel()
-    assert {name for name, found in dimensions.items() if found >= 0.95 * features} <= {"full"}, dimensions
-    found = set()
-    for a, b in itertools.combinations(families, 2):
-        small, large = sorted((dimensions[a], dimensions[b]))
-        if large - small <= max(1, 0.05 * large) and contains(families[a], families[b]) and contains(families[b], families[a]):
-            found.add(frozenset((a, b)))
-    print(dimensions, found)
-    assert found <= set(SAME), f"the same functions under two names: {[sorted(pair) for pair in found - set(SAME)]}"
+    large = {name for name, made in families.items() if made.dimension >= 0.75 * features}
+    assert large <= WHOLE_BLOCKS, f"too many parameters to compare; give these smaller settings: {large - WHOLE_BLOCKS}"
+    pairs = itertools.combinations(families, 2)
+    found = {
+        frozenset((a, b))
+        for a, b in pairs
+        if (families[a].names == families[b].names if {a, b} <= WHOLE_BLOCKS else duplicates(families[a], families[b]))
+    }
+    expected = {pair for pair in SAME if pair <= set(families)}
+    assert found == expected, f"the same functions under two names: {[sorted(pair) for pair in found ^ expected]}"
 
 
 class OneVector(StateOffset):
