@@ -47,7 +47,11 @@ SAME = {frozenset(("full", "lp_ft")): "the same tensors; lp_ft trains the head a
 TOLERANCE = 1e-4
 IMAGES, FIT, SIDE = 60, 48, 8
 SMALLEST = {"rank": 1, "hidden_dim": 2, "length": 1}
-SETTINGS: dict[str, dict[str, Any]] = {"prodial": {"blocks": 4}, "additional_scan": {"states": 1}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "prodial": {"blocks": 4},
+    "additional_scan": {"states": 1},
+    "dam_vp": {"max_clusters": 2},
+}
 WHOLE_BLOCKS = {"full", "lp_ft", "last_blocks"}
 DISTANCES = (0.05, 0.3)
 
@@ -76,6 +80,7 @@ class Family:
         self.frozen = self._run()
         torch.manual_seed(seed)
         adapt(frozen, method)
+        method.prepare(frozen, [images])
         trained = {n: p for n, p in trained_parameters(frozen).items() if not n.startswith(HEAD_PREFIXES)}
         self.names, self.tensors = set(trained), list(trained.values())
         none = [torch.zeros(0, dtype=torch.float64)]
