@@ -257,11 +257,9 @@ def test_no_command_shows_the_help() -> None:
             "model:\n  method:\n    hidden_dim: 1",
             "more.yaml:3: model.method.hidden_dim belongs below model.method.init_args",
         ),
-        (
-            "model:\n  method: linear",
-            "more.yaml:2: model.method is a mapping of class_path and init_args, not 'linear'",
-        ),
-        ("model:\n  method:", "more.yaml:2: model.method is a mapping of class_path and init_args, not empty"),
+        ("model:\n  method: linaer", "unknown method 'linaer'; did you mean 'linear'?"),
+        ("method: [linear, 3]", "more.yaml:1: method is a method's name or a list of names, not "),
+        ("model:\n  method:", "more.yaml:2: model.method is a method's name or a list of names, not empty"),
         (
             "model:\n  num_classes: 3",
             "more.yaml:2: model.num_classes is not set by hand: it follows from the task's card",
