@@ -50,6 +50,7 @@ METHODS = [
     "memba",
     "lp_ft",
     "sdlora",
+    "e2vpt",
 ]
 BACKBONE = "vim_test_patch8_32"
 SMALL = {  # a run of a second

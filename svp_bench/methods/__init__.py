@@ -57,6 +57,7 @@ METHODS.add("prodial", "svp_bench.methods.prodial:ProDiaL", "a block-diagonal an
 METHODS.add("memba", "svp_bench.methods.memba:Memba", "a leaky membrane on the gate, and LoRA around the scan", SSM)
 METHODS.add("lp_ft", "svp_bench.methods.lp_ft:LPFT", "linear probing, then full fine-tuning")
 METHODS.add("sdlora", "svp_bench.methods.sdlora:SDLoRA", "selected states of the scan, and LoRA on out_proj", SSM)
+METHODS.add("e2vpt", "svp_bench.methods.e2vpt:E2VPT", "visual prompt tokens with masks, pruned and trained again")
 
 _LAZY = {"Method": "svp_bench.methods.base", "create_model": "svp_bench.methods.build"}
 

@@ -75,6 +75,13 @@ class Method:
         persistent buffer of the adapter.
         """
 
+    def before_step(self, model: Backbone) -> None:
+        """Look at the gradients before an optimizer step, unscaled and not yet clipped; do nothing by default.
+
+        They are those of all processes, and None for tensors that do not train in the stage. What a method stores must
+        be a persistent buffer of the adapter.
+        """
+
     def prepare(self, model: Backbone, images: Iterable[Tensor]) -> None:
         """Look at the training images, once, before the optimizer exists; do nothing by default.
 

@@ -105,6 +105,7 @@ class Stages:
         self.began = False
         for parameter in self.resting.values():
             parameter.grad = None
+        self.method.before_step(self.model)
         steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if trainer.global_step != self._first_epoch * steps + _GRADIENT_STEP:
             return []
