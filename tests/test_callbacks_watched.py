@@ -157,3 +157,16 @@ def test_a_callback_that_changes_nothing_leaves_a_run_comparable(
             assert "Stopped by SIGTERM" in run(*given).out
         given.append("--resume")
     assert "not_comparable" not in run(*given).record
+
+
+STAGED = ("sdlora", "--model.method.warmup_share", "0.5"), ("lp_ft", "--model.drop_path", "0.1")
+
+
+@pytest.mark.parametrize("method", [*STAGED, (*STAGED[0], "--model.grad_checkpointing", "true")], ids=str)
+def test_what_a_method_changes_where_a_stage_begins_is_not_a_callbacks(place: Path, method: tuple[str, ...]) -> None:
+    given = with_callback("Quiet")
+    at = given.index("linear")
+    assert "not_comparable" not in run(*given[:at], *method, *given[at + 1 :]).record
+    given = with_callback("BetweenEpochs")  # there, too, what a callback does is seen
+    record = run(*given[:at], *method, *given[at + 1 :]).record
+    assert "changed between optimizer steps (first in epoch 1, step 5)" in "; ".join(record["not_comparable"])

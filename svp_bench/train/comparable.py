@@ -129,7 +129,7 @@ class RecipeWatch(Callback):
         self._frozen: dict[str, Tensor] = {}
         self._frozen_digest: str | None = None
         self.first = _First(
-            on_train_batch_start=lambda trainer, module, batch, *_: self._store(batch._asdict()),
+            on_train_batch_start=lambda trainer, module, batch, *_: self._start_batch(module, batch._asdict()),
             on_test_batch_start=lambda trainer, module, batch, *_: self._store(batch._asdict()),
             on_after_backward=lambda trainer, module: self._store(_gradients(module)),
             on_before_optimizer_step=lambda trainer, module, _: self._store(_gradients(module)),
@@ -235,11 +235,23 @@ class RecipeWatch(Callback):
             self._note("parts of the model were replaced or hooked for the test")
         self._compare("a test batch", batch._asdict())
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the weights, before the method may change them for the epoch."""
+        if not self._external or not isinstance(pl_module, AdaptationModule):
+            return
+        if not _same(self._weights, trained_parameters(pl_module.model)):
+            reason = "the weights were changed between optimizer steps"
+            self._note(f"{reason} (first in epoch {trainer.current_epoch}, step {trainer.global_step})", reason)
+
+    def _start_batch(self, module: LightningModule, batch: Mapping[str, Any]) -> None:
+        """Store a batch, and what the method changed for the epoch, before other callbacks see them."""
+        self._store(batch)
+        if self._external and isinstance(module, AdaptationModule) and module.stages.began:
+            self._weights, self._modes = _copied(trained_parameters(module.model)), _modes(module)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Compare the batch with that of the loader; note what the method changed before the epoch."""
+        """Compare the batch with that of the loader."""
         self._compare("a training batch", batch._asdict())
-        if self._external and isinstance(pl_module, AdaptationModule) and pl_module.stages.began:
-            self._weights, self._modes = _copied(trained_parameters(pl_module.model)), _modes(pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the gradients with those of the loss."""
