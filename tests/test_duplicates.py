@@ -43,6 +43,7 @@ from svp_bench.models import Backbone, VisionMamba, as_backbone
 from svp_bench.models.backbone import HEAD_PREFIXES
 
 # pairs that are one family, with the reason; docs/methods.md has the same table
+# (spt and e2vpt are vpt_deep by construction, with another start or training: the fit need not find that)
 SAME = {frozenset(("full", "lp_ft")): "the same tensors; lp_ft trains the head alone first"}
 TOLERANCE = 1e-4
 IMAGES, FIT, SIDE = 60, 48, 8
@@ -51,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prodial": {"blocks": 4},
     "additional_scan": {"states": 1},
     "dam_vp": {"max_clusters": 2},
+    "e2vpt": {"pieces": 2},
 }
 WHOLE_BLOCKS = {"full", "lp_ft", "last_blocks"}
 DISTANCES = (0.05, 0.3)
