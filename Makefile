@@ -108,12 +108,21 @@ pretrain: $(STAMP) ## pre-train the embedded weights anew: two seeds side by sid
 
 # The committed ones are in results/reference; REFERENCE=results/reference continues those.
 REFERENCE ?= results/reference-anew
-METHODS := svp,vpt_deep,vpt_shallow,linear,full,lora,adapter,offset,bias
-SEARCHED := --suite demo --seeds 0,1,2,3,4 --search configs/search/demo.yaml --workers $(WORKERS) --threads 1 --no_report
+# What is compared, and what counts as a finding: results/reference/PLAN.md.
+comma := ,
+BOTH := svp,vpt_deep,vpt_shallow,linear,full,lora,adapter,offset,bias,prodial,last_blocks,lp_ft
+CORE := $(BOTH),affix,additional_scan,state_offset,sdlora,memba,configs/method/controls/lora_in_out_64.yaml
+WIDE := partial,vp,auto_vp,dam_vp,spt,vapt,e2vpt,parallel_adapter,initial_state
+WIDE := $(WIDE),$(subst $() ,$(comma),$(wildcard configs/method/mambapeft/*.yaml) configs/method/controls/adapter_svp_parameters.yaml)
+SEARCHED := --search configs/search/demo.yaml --workers $(WORKERS) --threads 1 --no_report
+FIVE := --suite demo --seeds 0,1,2,3,4
+THREE := --tasks demo/digits-10shot,demo/textures,demo/count --seeds 0,1,2
 .PHONY: reference
-reference: $(STAMP) ## the reference results anew: demo suite, all methods, five seeds, nested searches (about a day on two cores; can be interrupted)
-	$(BIN)/svp-bench sweep $(SEARCHED) --methods $(METHODS) --results_root $(REFERENCE)/demo
-	$(BIN)/svp-bench sweep $(SEARCHED) --methods linear,full --model.checkpoint none --results_root $(REFERENCE)/demo-random
+reference: $(STAMP) ## the reference results anew: demo suite, all methods, both backbones, nested searches (days on two cores; can be interrupted)
+	$(BIN)/svp-bench sweep $(SEARCHED) $(FIVE) --methods $(CORE) --results_root $(REFERENCE)/demo
+	$(BIN)/svp-bench sweep $(SEARCHED) $(FIVE) --methods $(BOTH) --model.backbone vit_nano_patch8_64 --results_root $(REFERENCE)/demo
+	$(BIN)/svp-bench sweep $(SEARCHED) $(FIVE) --methods linear,full --model.checkpoint none --results_root $(REFERENCE)/demo-random
+	$(BIN)/svp-bench sweep $(SEARCHED) $(THREE) --methods $(WIDE) --results_root $(REFERENCE)/demo-wide
 	$(BIN)/python benchmarks/raw_pixels.py --output $(REFERENCE)/demo/raw_pixels.json
 	$(BIN)/python benchmarks/features.py --output $(REFERENCE)/demo/features.json
 	$(BIN)/python benchmarks/reference.py --folder $(REFERENCE)
