@@ -29,6 +29,7 @@ class Memba(Method):
     the activation of the gate, which stays Vim's SiLU.
 
     On z the model changes before the first step: f removes gates above V. Inside the bypass it starts as the backbone.
+    f jumps at V, so rounding moves single gates across: bf16 differs from float32 much more than with other methods.
 
     Trained parameters without the head, for rank r, depth L, width D, inner width E: L r (3 D + 3 E); 4,718,592 on
     Vim-S at rank 64, the published number.
