@@ -97,7 +97,7 @@ class Method:
         """Build the tensors that `prepare` built, so that they can be loaded; do nothing by default.
 
         Args:
-            model: The adapted model, whose training images are not at hand.
+            model: The adapted model; its training images are not available.
             tensors: The trained tensors and the buffers of a checkpoint, by their names in the model.
         """
 

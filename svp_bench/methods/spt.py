@@ -17,9 +17,9 @@ class SPT(_VPT):
 
     Wang et al., "Revisiting the Power of Prompt for Visual Tuning", ICML 2024, arXiv:2402.02382. VPT in all but the
     start: before the training, images of the training split pass the frozen backbone, and the prompts of a block are
-    patch tokens drawn from its inputs, uniformly over images and places, without replacement. The released code takes
-    20 prompts deep and 100 shallow, draws class tokens too, and averages the weights; means, maxima and centres of
-    k-means in place of drawn tokens are left out. On Vim the input of a block is the sum of hidden state and residual
+    patch tokens sampled from its inputs, uniformly over images and places, without replacement. The released code takes
+    20 prompts deep and 100 shallow, samples class tokens too, and averages the weights; means, maxima and centres of
+    k-means in place of sampled tokens are left out. On Vim the input of a block is the sum of hidden state and residual
     stream. Before `prepare` the prompts have VPT's start.
 
     Trained parameters without the head: depth · length · D deep, length · D shallow.
@@ -29,7 +29,7 @@ class SPT(_VPT):
         deep: New prompts before each block; false: before block 0 alone.
         position: See `svp_bench.methods.vpt.prompt_positions`.
         dropout: On the prompts, while training.
-        samples: Training images that tokens are drawn from; the released code takes all.
+        samples: Training images that tokens are sampled from; the released code takes all.
     """
 
     def __init__(
@@ -58,36 +58,36 @@ class SPT(_VPT):
 
     @torch.no_grad()
     def prepare(self, model: Backbone, images: Iterable[Tensor]) -> None:
-        """Draw the prompts of each block from the tokens of training images."""
+        """Sample the prompts of each block from the tokens of training images."""
         adapter = model.adapter
         assert isinstance(adapter, _Prompts)
-        found = [_Drawn(self.length, model.embed_dim) for _ in range(self._layers(model))]
+        found = [_Sample(self.length, model.embed_dim) for _ in range(self._layers(model))]
         left = self.samples
         for whole in images:
             batch = whole[:left]
             left -= len(batch)
             with frozen_backbone(model):
                 state = model.embed(batch)
-                for layer, drawn in enumerate(found):
-                    drawn.add(state.patch_stream)
+                for layer, sample in enumerate(found):
+                    sample.add(state.patch_stream)
                     state = model.run_blocks(state, layer, layer + 1)
             if not left:
                 break
-        for prompts, drawn in zip(adapter.prompts, found, strict=True):
-            prompts[: len(drawn.tokens)] = drawn.tokens
+        for prompts, sample in zip(adapter.prompts, found, strict=True):
+            prompts[: len(sample.tokens)] = sample.tokens
 
 
-class _Drawn:
-    """Tokens drawn from batches, uniformly and without replacement: those with the smallest random keys."""
+class _Sample:
+    """Tokens sampled from batches, uniformly and without replacement: those with the smallest random keys."""
 
     def __init__(self, count: int, width: int) -> None:
         self.count = count
         self.keys, self.tokens = torch.empty(0), torch.empty(0, width)
 
     def add(self, tokens: Tensor) -> None:
-        """Draw from tokens (B, L, D) too."""
+        """Sample from tokens (B, L, D) too."""
         flat = tokens.flatten(0, 1)
         keys = torch.cat([self.keys, torch.rand(len(flat))])
-        kept = keys.argsort()[: self.count]
-        self.tokens = torch.cat([self.tokens.to(flat), flat])[kept.to(flat.device)]
-        self.keys = keys[kept]
+        smallest = keys.argsort()[: self.count]
+        self.tokens = torch.cat([self.tokens.to(flat), flat])[smallest.to(flat.device)]
+        self.keys = keys[smallest]
