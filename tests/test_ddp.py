@@ -117,6 +117,17 @@ def test_with_stages(place: Path, monkeypatch: pytest.MonkeyPatch, method: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["dam_vp", "spt", "e2vpt"])
+def test_with_training_images_and_gradients_for_the_method(
+    place: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Each process clusters the same images, and e2vpt prunes by the gradients of both."""
+    flags = ("--method", method, "--trainer.max_epochs", "4")
+    two(*flags)
+    check_equal(place, alone(monkeypatch, *flags))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
 def test_both_processes_stop_at_the_same_step_and_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--trainer.max_epochs", "60")
