@@ -33,7 +33,7 @@ from svp_bench.train.efficiency import count_macs
 
 CLASSES = 10
 STEP_BATCH = 32
-LARGEST = 1024  # images; throughput does not grow beyond it on the devices at hand
+LARGEST = 1024  # images; throughput hardly grows beyond it
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, least: float = 0.5) -> float:

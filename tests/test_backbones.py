@@ -333,6 +333,47 @@ def test_other_refusals() -> None:
         registers(img_size=16)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", "resnet18 is not a supported backbone"),
+        ("vit_small_patch16_18x2_224", "several linear layers of one name"),
+        ("vit_small_r26_s32_224", "patch embedding is a HybridEmbed"),
+        ("test_vit", "dynamic_img_size"),
+        ("beit_base_patch16_224", "not a supported backbone"),
+    ],
+)
+def test_other_models_of_timm_are_refused_in_one_line(name: str, message: str) -> None:
+    sizes = {} if name in ("resnet18", "test_vit") else {"depth": 2, "embed_dim": 48, "num_heads": 2}
+    with pytest.raises(ConfigError, match=message) as caught:
+        create_backbone(name, num_classes=2, img_size=64, **sizes)
+    assert "\n" not in str(caught.value)
+
+
+@kinds
+def test_weight_decay_leaves_out_what_timm_leaves_out(kind: str) -> None:
+    """A full fine-tuning of a ViT must not decay its position embedding and class token, as Vim's does not."""
+    plain = vit(kind)
+    expected = set(plain.no_weight_decay())
+    assert as_backbone(plain).no_weight_decay() == expected >= {"pos_embed"}
+
+
+def test_timms_intermediates_are_refused_with_a_method() -> None:
+    model: Any = as_backbone(vit())
+    plain = vit()
+    x = images(plain)
+    assert torch.equal(model.forward_intermediates(x)[0], plain.forward_intermediates(x)[0])
+    adapt(model, build_method(METHODS.get("svp"), "svp", {}))
+    with pytest.raises(ConfigError, match="already carries a method"):
+        model.forward_intermediates(x)
+
+
+def test_a_method_of_the_scan_on_a_transformer_names_those_that_fit() -> None:
+    for name in set(METHODS.names()) - set(list_methods("vit_nano_patch8_64")):
+        with pytest.raises(ConfigError, match=f"{name} works on the families vim, mambar, not on vit.*svp"):
+            create_model("vit_nano_patch8_64", num_classes=2, method=name)
+
+
 # ------------------------------------------------------------------------------------------------------ other packages
 
 PACKAGE = '''

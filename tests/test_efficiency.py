@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import run, settle, small
 
-from svp_bench.methods import create_model
-from svp_bench.methods.build import create_backbone
+from svp_bench.core.errors import ConfigError
+from svp_bench.core.registry import import_object
+from svp_bench.core.resources import configs_dir
+from svp_bench.methods import METHODS, create_model, list_methods
+from svp_bench.methods.build import adapt, create_backbone
 from svp_bench.ops import causal_conv1d, selective_scan
 from svp_bench.ops.macs import counting, scan_macs
 from svp_bench.train.efficiency import count_macs
@@ -163,3 +167,25 @@ def test_tables_and_report_have_the_cost(tmp_path: Path, monkeypatch: pytest.Mon
     by_method = {line["method"]: line for line in lines}
     assert by_method["lora"]["mergeable"] == "yes"
     assert int(by_method["lora"]["training_macs_max"]) > int(by_method["lora"]["inference_macs_min"]) > 0
+
+
+@pytest.mark.parametrize("backbone", ["vim_nano_patch8_64", "vit_nano_patch8_64"])
+def test_every_shipped_method_and_recipe_is_counted(backbone: str) -> None:
+    """A count that fails is null in the record; none of ours may."""
+    folder = configs_dir() / "method"
+    fitting = {METHODS.entry(name).target.replace(":", ".") for name in list_methods(backbone)}
+    recipes = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.yaml"))]
+    counted = 0
+    for recipe in recipes:
+        given = recipe["model"]["method"]
+        if given["class_path"] not in fitting:
+            continue
+        method = import_object(given["class_path"])(**given.get("init_args", {}))
+        try:
+            model = adapt(create_backbone(backbone, num_classes=10), method)
+        except ConfigError:  # a row of MambaPEFT on a ViT, or more blocks or tokens than this small model has
+            continue
+        inference, training = count_macs(model)
+        assert training > inference > 0
+        counted += 1
+    assert counted >= (30 if backbone.startswith("vim") else 15)

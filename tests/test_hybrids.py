@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from svp_bench.methods.build import create_backbone
 from svp_bench.methods.checks import trained_parameters
 
 IMAGES = reference_vim.make_images(2, 3, 64, 64)
-WHOLE = {"full", "last_blocks", "lp_ft"}  # train what others train too
+WHOLE = {"full", "last_blocks", *(n for n in METHODS.names() if METHODS.get(n).stages > 1)}  # or train in stages
 PAIRS = list(combinations([name for name in list_methods() if name not in WHOLE], 2))
 
 
@@ -131,3 +131,27 @@ def test_a_hybrid_on_the_command_line_names_the_nearest(tmp_path: Path, monkeypa
     assert "twice" in assert_error(command(*small("--method", "lora+lora")), 2)
     text = assert_error(command(*small("--method", "lora,offset", "--model.method.parts.lora.rnk", "2")), 2)
     assert "did you mean 'rank'?" in text
+
+
+MERGEABLE = ["lora", "prodial", "bias", "partial"]
+
+
+@pytest.mark.parametrize("backbone", ["vim_nano_patch8_64", "vit_nano_patch8_64"])
+@pytest.mark.parametrize("dora", [None, True])
+@pytest.mark.parametrize("pair", permutations(MERGEABLE, 2), ids="+".join)
+def test_a_hybrid_merges_exactly_or_says_that_it_does_not(
+    pair: tuple[str, str], dora: bool | None, backbone: str
+) -> None:
+    """Folding prodial or DoRA and another change of the same weight one after the other is another model."""
+    targets = ["in_proj", "out_proj"] if backbone.startswith("vim") else ["qkv", "fc1", "proj"]
+    lora: dict[str, Any] = {"lora": {"targets": targets, "dora": dora}} if "lora" in pair else {}
+    lora |= {"partial": {"tensors": ["pos_embed"]}} if "partial" in pair else {}
+    model = build(*pair, backbone=backbone, **lora)
+    with torch.no_grad():
+        for name, parameter in trained_parameters(model).items():
+            parameter.add_(0.1 * reference_vim.sample(name, parameter.shape))
+        before = model(IMAGES)
+        assert model.method.mergeable == ({*pair} != {"lora", "prodial"})
+        if model.method.mergeable:
+            model.method.merge(model)
+            assert relative_error(model(IMAGES), before) <= 10 * SAME_MATHS

@@ -44,7 +44,7 @@ class Flags:
         method: `--method`: a name, several (a hybrid: "lora,affix"), or the path of a method file.
         rest: All other arguments, unchanged.
         values: `--key value` pairs of the rest, as text.
-        selected config: `--selected_config`: the selected config of a search.
+        selected_config: `--selected_config`: the selected config of a search.
     """
 
     configs: tuple[str, ...]

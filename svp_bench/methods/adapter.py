@@ -68,7 +68,7 @@ class Adapter(Method):
         if not self._layers(model):
             raise ConfigError("adapter: a model of one block needs include_cls true; its other tokens are not read")
         adapter = nn.ModuleDict()
-        names = model.branch_outputs
+        names = sublayers(model, "adapter")
         for layer in self._layers(model):
             parts = {name: _Bottleneck(self, model) for name in names}
             adapter[str(layer)] = nn.ModuleDict(parts) if len(parts) > 1 else parts[names[0]]
@@ -80,6 +80,13 @@ class Adapter(Method):
         """Return L S (2 D h + h + D), with L - 1 for L without the class token."""
         width, hidden = model.embed_dim, self.hidden_dim
         return len(self._layers(model)) * len(model.branch_outputs) * (2 * width * hidden + hidden + width)
+
+
+def sublayers(model: Backbone, method: str) -> tuple[str, ...]:
+    """Return the projections that end the sublayers of a block; ConfigError if the backbone names none."""
+    if not model.branch_outputs:
+        raise ConfigError(f"{method}: the end of a sublayer is not known for the blocks of this {model.family}")
+    return model.branch_outputs
 
 
 class _Bottleneck(nn.Module):
@@ -136,7 +143,7 @@ class ParallelAdapter(Method):
         places = model.projections
         for layer in range(model.depth):
             adapter[str(layer)] = parts = nn.ModuleDict()
-            for name in model.branch_outputs:
+            for name in sublayers(model, "parallel_adapter"):
                 parts[name] = part = _Parallel(self, places[name].in_features, model.embed_dim)
                 model.points.on_linear(layer, name, part)
 

@@ -33,6 +33,7 @@ class Bias(Partial):
         if self.which is None:
             return ["dt_proj.bias"] if "dt_proj.bias" in groups else ["bias"]
         known = {name.removesuffix(".bias"): name for name in groups if name.endswith(".bias")}
-        known["patch_embed"] = known.pop("patch_embed.proj")
+        if "patch_embed.proj" in known:
+            known["patch_embed"] = known.pop("patch_embed.proj")
         check_names("bias", "which", self.which, [*known], "layer with a bias", model.family)
         return [known[name] for name in self.which]

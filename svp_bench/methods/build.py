@@ -73,7 +73,13 @@ def _new_backbone(name: str, num_classes: int, arguments: dict[str, Any]) -> Bac
     if name in BACKBONES.names():
         model = as_backbone(BACKBONES.get(name)(num_classes=num_classes, **arguments))
     else:
-        model = as_backbone(timm.create_model(name, num_classes=num_classes, **arguments))
+        try:
+            built = timm.create_model(name, num_classes=num_classes, **arguments)
+        except TypeError as error:  # a model that takes no img_size
+            raise ConfigError(
+                f"{name} is not a supported backbone ({error}): Vim, Mamba-Reg, and ViT and DeiT of timm are"
+            ) from None
+        model = as_backbone(built)
     model.set_scan_backend(backend)
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     if any(cfg.get(key) is None for key in ("mean", "std")):
@@ -146,6 +152,7 @@ def adapt(model: Backbone, method: Method) -> Backbone:
     taken = model.adapter is not None or model.method is not None
     if taken:
         raise ConfigError("this model carries a method already; create a new one for another method")
+    _check_family(model, method)
     checks.check_parameters(model, method)
     shipped = type(method).__module__.startswith(f"{__package__}.")  # tests check those
     before = None if shipped or not checks.declares_identity(method) else checks.probe_features(model)
@@ -176,6 +183,18 @@ def adapt(model: Backbone, method: Method) -> Backbone:
         raise
     model.method = method
     return model
+
+
+def _check_family(model: Backbone, method: Method) -> None:
+    """Refuse a registered method on a backbone that lacks what it needs."""
+    target = f"{type(method).__module__}:{type(method).__qualname__}"
+    for entry in METHODS:
+        if entry.target == target and entry.families and model.family not in entry.families:
+            fitting = ", ".join(other.name for other in METHODS if not other.families or model.family in other.families)
+            raise ConfigError(
+                f"{entry.name} works on the families {', '.join(entry.families)}, not on {model.family}; these methods "
+                f"do: {fitting}"
+            )
 
 
 def create_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ class Hybrid(Method):
 
     Each method attaches in the given order, and its adapter is `adapter.{name}`. Methods that act at one hook point act
     in that order too.
+
+    A hybrid merges if its methods do and none changes a weight that another one changes.
 
     Trained parameters without the head: the sum of those of the methods.
 
@@ -47,15 +50,35 @@ class Hybrid(Method):
 
     def attach(self, model: Backbone) -> None:
         """Attach each method; its adapter becomes `adapter.{name}`."""
-        adapters = nn.ModuleDict()
+        adapters, points = nn.ModuleDict(), model.points
+        acts: dict[str, tuple[set[Any], set[Any]]] = {}  # method → (tensors, projections) that its hooks change
+        before: tuple[Counter[Any], Counter[Any]] = Counter(), Counter()
         for name, method in self.methods.items():
             if (part := _attached(method, model)) is not None:
                 adapters[name] = part
+            now = _counts(points.tensor), _counts(points.linear)
+            acts[name] = {*(now[0] - before[0])}, {*(now[1] - before[1])}
+            before = now
         model.adapter = adapters if len(adapters) else None
+        if self._overlap(acts):
+            self.mergeable = False
         for tensor in model.own_parameters:
             owners = [name for name, method in self.methods.items() if method.trains(tensor)]
             if len(owners) > 1:
                 raise ConfigError(f"the methods {' and '.join(owners)} both train {tensor}; leave out one")
+
+    @staticmethod
+    def _overlap(acts: Mapping[str, tuple[set[Any], set[Any]]]) -> bool:
+        """Whether a method changes a weight that another one changes too, in its output or itself.
+
+        Folding one after the other would then not give the same model.
+        """
+        for one, (tensors, _) in acts.items():
+            weights = {(layer, name.rpartition(".")[0]) for layer, name in tensors if name.endswith(".weight")}
+            for other, (changed, outputs) in acts.items():
+                if other != one and (weights & outputs or tensors & changed):
+                    return True
+        return False
 
     def _of(self, parameter: str) -> tuple[Method | None, str]:
         """Return the method whose adapter holds a parameter, and the name that the method knows; else None."""
@@ -113,6 +136,10 @@ def _part(model: Backbone, name: str) -> Iterator[None]:
         yield
     finally:
         model.adapter = adapters
+
+
+def _counts(hooks: Mapping[Any, list[Any]]) -> Counter[Any]:
+    return Counter({key: len(found) for key, found in hooks.items()})
 
 
 def _attached(method: Method, model: Backbone) -> nn.Module | None:

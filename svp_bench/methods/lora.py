@@ -13,7 +13,7 @@ from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method, check_names, check_setting
 from svp_bench.models import Backbone
 from svp_bench.models.hooks import Projection, is_plain, plain_parameter
-from svp_bench.ops import is_tracing
+from svp_bench.ops import is_tracing, no_autocast
 
 
 class LoRA(Method):
@@ -177,7 +177,7 @@ class LowRank(nn.Module):
         """Return the weight (out, in) with s · up · down added to its rows."""
         before, rows, after = weight.tensor_split([self.start, self.stop])
         down, up = plain_parameter(self, "down.weight"), plain_parameter(self, "up.weight")
-        with torch.autocast(weight.device.type, enabled=False):  # rounded once, when the projection reads it
+        with no_autocast(weight):  # rounded once, when the projection reads it
             rows = torch.addmm(rows, up, down, alpha=self.scale)
         return torch.cat([before, rows, after])
 
@@ -235,7 +235,7 @@ class _OnPatches(nn.Module):
     def changed(self, weight: Tensor) -> Tensor:
         """Return the weight (D, 3, p, p) with s · up · down added."""
         down, up = plain_parameter(self, "down.weight"), plain_parameter(self, "up.weight")
-        with torch.autocast(weight.device.type, enabled=False):
+        with no_autocast(weight):
             product = up @ down.flatten(1)
         return torch.add(weight, product.view_as(weight), alpha=self.scale)
 

@@ -13,6 +13,7 @@ from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method, check_setting
 from svp_bench.models import Backbone
 from svp_bench.models.backbone import HEAD_PREFIXES
+from svp_bench.ops import no_autocast
 
 FRAME = 30 / 224  # of the side of an image, Bahng et al.
 SIDE = 128 / 224  # of an image at scale 1, Tsao et al.
@@ -193,7 +194,7 @@ class _Border(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def surround(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, enabled=False):
+        with no_autocast(images):
             wide = torch.promote_types(images.dtype, torch.float32)
             share = self.share * self.scale.to(wide).clamp(0.1, 5)
             rows, columns = (_triangles(side, share) for side in self.size)

@@ -13,6 +13,7 @@ from svp_bench.methods.base import Method, check_names, check_setting
 from svp_bench.methods.lora import OnOutput
 from svp_bench.models import Backbone
 from svp_bench.models.hooks import Projection
+from svp_bench.ops import no_autocast
 
 
 class ProDiaL(Method):
@@ -131,7 +132,7 @@ class _Diagonal(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         blocks, size = int(self.p.shape[0]), int(self.p.shape[1])
-        with torch.autocast(weight.device.type, enabled=False):  # rounded once, when the projection reads it
+        with no_autocast(weight):  # rounded once, when the projection reads it
             identity = torch.eye(size, dtype=self.p.dtype, device=self.p.device)
             matrix = self.p * (1 - identity) + identity * (1 - self.p.relu())
             columns = int(weight.shape[1])

@@ -73,7 +73,7 @@ class SDLoRA(Method):
     def _sizes(self, model: Backbone) -> tuple[int, int, int, int]:
         """Return channels, states, selected channels and selected states."""
         if "C" not in model.projections:
-            raise ConfigError(f"sdlora needs a selective scan, which {model.family} does not have; it has vim, mambar")
+            raise ConfigError(f"sdlora: {model.family} has no selective scan; vim and mambar have one")
         rows = model.projections["C"]
         channels, states = rows.in_features, rows.stop - rows.start
         return channels, states, _selected(self.channel_share, channels), _selected(self.state_share, states)

@@ -16,7 +16,7 @@ from svp_bench.core.errors import ConfigError
 from svp_bench.methods.base import Method, check_setting
 from svp_bench.models import Backbone
 from svp_bench.models.hooks import ScanInputs
-from svp_bench.ops import Direction, is_tracing
+from svp_bench.ops import Direction, is_tracing, no_autocast
 
 SUFFIXES = ("", "_b")  # of the scan directions
 
@@ -166,7 +166,7 @@ def _response(inputs: Direction, h: Tensor, backward: bool) -> Tensor:
     """Return C_t · exp(A Σ Δ) h for each token, (B, L, E), in float32 or wider."""
     wide, states = torch.promote_types(h.dtype, torch.float32), int(h.shape[1])
     A, C = inputs.A[:, -states:], inputs.C[..., -states:]  # another method adds states in front
-    with torch.autocast(h.device.type, enabled=False):
+    with no_autocast(h):
         bias = inputs.delta_bias
         delta = inputs.delta.to(wide)
         delta = F.softplus(delta if bias is None else delta + bias)

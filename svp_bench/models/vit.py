@@ -21,6 +21,8 @@ from svp_bench.core.errors import ConfigError
 from svp_bench.models.backbone import Backbone
 from svp_bench.models.hooks import HookedLinear, HookPoints, Projection, TokenState, is_plain, not_plain
 
+_BRANCH_OUTPUTS = ("proj", "fc2", "attn_out_proj", "mlp_out_proj", "out_proj")  # of timm's kinds of blocks
+
 
 class ViTBackbone(Backbone):
     """The interface of `Backbone` for timm's `VisionTransformer`; see `as_backbone`.
@@ -35,8 +37,6 @@ class ViTBackbone(Backbone):
         *(Attention, Block, DropPath, HookedLinear, LayerScale, Mlp, TimmLayerNorm, TimmPatchEmbed),
         *(nn.GELU, nn.LayerNorm, nn.Sequential),
     )
-    branch_outputs = ("proj", "fc2")
-    default_targets = ("q", "v")
     blocks: nn.Sequential
     norm: nn.Module
     fc_norm: nn.Module
@@ -46,8 +46,7 @@ class ViTBackbone(Backbone):
 
     def adopt(self) -> None:
         """Set what the interface needs on a model that timm built."""
-        if getattr(self, "dynamic_img_size", False):
-            raise ConfigError("a ViT with dynamic_img_size has no fixed number of patches; create it without")
+        self._refuse_unsupported()
         self.depth = len(self.blocks)
         self.cls_positions = tuple(range(self.num_prefix_tokens))
         self.scan_backend = None
@@ -55,7 +54,12 @@ class ViTBackbone(Backbone):
             {name.rpartition(".")[2]: part for name, part in block.named_modules() if type(part) is nn.Linear}
             for block in self.blocks
         ]
+        for block, found in zip(self.blocks, linears, strict=True):
+            if sum(type(part) is nn.Linear for part in block.modules()) > len(found):
+                raise ConfigError(f"a {type(block).__name__} with several linear layers of one name is not supported")
         names = [name for name in linears[0] if all(name in found for found in linears)]
+        self.branch_outputs = tuple(name for name in _BRANCH_OUTPUTS if name in names)
+        self.default_targets = ("q", "v") if "qkv" in names else tuple(names[:1])
         tensors = [f"{name}.weight" for name in names]
         tensors += [f"{name}.bias" for name in names if all(found[name].bias is not None for found in linears)]
         self.finish(HookPoints(self.depth, names, tensors))
@@ -64,6 +68,31 @@ class ViTBackbone(Backbone):
                 part: Any = found[name]
                 part.__class__ = HookedLinear
                 part.points, part.layer, part.name = self.points, layer, name
+
+    def _refuse_unsupported(self) -> None:
+        """Refuse what has no fixed grid of patches, or patches that are not pixels."""
+        if getattr(self, "dynamic_img_size", False):
+            raise ConfigError("a ViT with dynamic_img_size has no fixed number of patches and is not supported")
+        if not isinstance(getattr(self, "patch_drop", None), nn.Identity):
+            raise ConfigError("a ViT with patch_drop_rate has no fixed number of patches; create it without")
+        if type(self.patch_embed) is not TimmPatchEmbed:
+            kind = type(self.patch_embed).__name__
+            raise ConfigError(f"a ViT whose patch embedding is a {kind} is not supported; it must be timm's PatchEmbed")
+
+    def no_weight_decay(self) -> set[str]:
+        """Return timm's list: position embedding, class, distillation and register tokens."""
+        model: Any = self
+        return set(model.wrapped.no_weight_decay(self))
+
+    def forward_intermediates(self, x: Tensor, *arguments: Any, **settings: Any) -> Any:
+        """Return timm's intermediate features.
+
+        Raises:
+            ConfigError: If the model carries a method; timm's function would skip some of its hooks.
+        """
+        self.refuse_method("forward_intermediates")
+        model: Any = self
+        return model.wrapped.forward_intermediates(self, x, *arguments, **settings)
 
     def position_rows(self, patches: int) -> tuple[int, ...]:
         """Return the first rows, one for each prefix token, unless the embedding is that of the patches alone."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         causal_conv1d,
         choose,
         is_tracing,
+        no_autocast,
         selective_scan,
     )
     from svp_bench.ops.types import BackendChoice, Direction, PromptTerms, Recompute
@@ -41,6 +42,7 @@ __all__ = [
     "choose",
     "is_tracing",
     "list_backends",
+    "no_autocast",
     "require",
     "selective_scan",
 ]

@@ -77,7 +77,7 @@ def _backend(name: str, like: Tensor) -> ModuleType:
     return _LOADED[_chosen(name, like.device.type, like.dtype)]
 
 
-def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """Disable autocast: the operations choose their own precision (float32 accumulation)."""
     kind = like.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -148,7 +148,7 @@ def selective_scan(
     if (counter := macs.active()) is not None:
         return counter.scan((direction,), None if z is None else z.mT).mT
     module = _backend(backend, u)
-    with _no_autocast(u):
+    with no_autocast(u):
         y: Tensor = module.scan((direction,), (False,), None if z is None else z.mT, delta_softplus)
     return y.mT
 
@@ -188,7 +188,7 @@ def bidirectional_scan(
     if (counter := macs.active()) is not None:
         return counter.scan((forward, backward), z)
     module = _backend(backend, z)
-    with _no_autocast(z):
+    with no_autocast(z):
         y: Tensor = module.scan((forward, backward), (False, True), z, True, recompute)
     return y
 
@@ -224,7 +224,7 @@ def causal_conv1d(
     if (counter := macs.active()) is not None:
         return counter.conv(x.mT, (weight,), (bias,))[0].mT
     module = _backend(backend, x)
-    with _no_autocast(x):
+    with no_autocast(x):
         (y,) = module.conv(x.mT, (weight,), (bias,), (False,), activation is not None)
     out: Tensor = y.mT
     return out
@@ -255,7 +255,7 @@ def bidirectional_conv(
         u, u_b = counter.conv(x, (forward[0], backward[0]), (forward[1], backward[1]))
         return u, u_b
     module = _backend(backend, x)
-    with _no_autocast(x):
+    with no_autocast(x):
         u, u_b = module.conv(x, (forward[0], backward[0]), (forward[1], backward[1]), (False, True), True)
     return u, u_b
 

@@ -7,10 +7,12 @@ import json
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from svp_bench.core.errors import one_line
 from svp_bench.methods.checks import trained_parameters
 from svp_bench.models import Backbone
 from svp_bench.ops.macs import counting
@@ -36,6 +38,7 @@ def efficiency_of(model: Backbone, identity: dict[str, Any]) -> Efficiency:
             _CACHE[key] = count_macs(model)
         except Exception as error:  # a custom method may do anything that needs real numbers
             _CACHE[key] = f"{type(error).__name__}: {error}"
+            rank_zero_warn(f"the multiplications are not counted, and null in the record: {one_line(_CACHE[key])}")
     found = _CACHE[key]
     inference, training = (None, None) if isinstance(found, str) else found
     stored = sum(parameter.numel() * parameter.element_size() for parameter in trained_parameters(model).values())
