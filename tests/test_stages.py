@@ -367,7 +367,7 @@ def test_sdlora_on_other_backbones() -> None:
     model = sdlora(MambaRegister(registers=2, reduction=2, **SIZES).eval())
     model(reference_vim.make_images(2, 3, 48, 64)).sum().backward()
     assert all(p.grad is not None for p in trained_parameters(model).values())
-    with pytest.raises(ConfigError, match="sdlora needs a selective scan, which vit does not have"):
+    with pytest.raises(ConfigError, match="sdlora works on the families vim, mambar, not on vit"):
         create_model("vit_nano_patch8_64", num_classes=2, method="sdlora")
 
 

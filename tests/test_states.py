@@ -341,5 +341,5 @@ def test_bad_settings(name: str, settings: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("name", ["state_offset", "initial_state", "memba"])
 def test_a_backbone_without_a_scan_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}: vit has no .*; the families vim and mambar have one"):
+    with pytest.raises(ConfigError, match=f"{name} works on the families vim, mambar, not on vit"):
         create_model("vit_nano_patch8_64", num_classes=2, method=name)

@@ -301,6 +301,7 @@ def test_the_checkpoint_holds_the_trained_part_and_what_it_belongs_to(scored: Si
         "ema_evaluate": False,
         "transform": {"resize": "squash", "interpolation": "bicubic", "crop_ratio": 0.875},
         "class_names": displayed_class_names(load_task(TASK)),
+        "inactive_parameters": [],
     }
 
 
