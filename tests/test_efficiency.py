@@ -11,6 +11,7 @@ import torch
 import yaml
 from helpers import run, settle, small
 
+from svp_bench import load_results
 from svp_bench.core.errors import ConfigError
 from svp_bench.core.registry import import_object
 from svp_bench.core.resources import configs_dir
@@ -166,6 +167,9 @@ def test_tables_and_report_have_the_cost(tmp_path: Path, monkeypatch: pytest.Mon
     lines = list(csv.DictReader((tmp_path / "results" / "tables" / "vtab1k.csv").open(encoding="utf-8")))
     by_method = {line["method"]: line for line in lines}
     assert by_method["lora"]["mergeable"] == "yes"
+    frame = load_results(tmp_path / "results").set_index("method")
+    assert frame.loc["lora", "backbone_family"] == "vim"
+    assert frame.loc["lora", "mergeable"]
     assert int(by_method["lora"]["training_macs_max"]) > int(by_method["lora"]["inference_macs_min"]) > 0
 
 

@@ -19,7 +19,9 @@ _FACTS = (
     *("run_id", "created", "status_reason", "checkpoint", "checkpoint_digest", "protocol", "protocol_version"),
     *("task_version", "stage", "data_variant", "data_status", "data_digest", "package_version", "commit", "dirty"),
     *("scan_backend", "device", "device_count", "precision", "epochs", "images_per_second", "peak_memory_mib"),
+    "backbone_family",
 )
+_COSTS = ("inference_macs", "training_macs", "stored_bytes", "mergeable")
 _SCORES = ("loss", "correct", "count", "top5", "balanced_accuracy", "ece")
 _PARAMETERS = ("trainable", "head", "adapter", "total")
 _MORE = ("track", "not_comparable", "train_seconds", "test_seconds", "path")
@@ -38,7 +40,7 @@ def load_results(root: str | Path = "results") -> pd.DataFrame:
     Returns:
         Rows in the order of task and run id. Columns: `suite`, `task` (full name), `method`, `backbone`, `seed`,
         `kind`, `status`, `top1` (percent; NaN without scores), `config_digest`, further facts of the record under its
-        own keys, its other scores, its parameter counts as `parameters_trainable` …, `track`, `not_comparable` (reasons
+        own keys, its other scores, its parameter counts as `parameters_trainable` …, its costs (`inference_macs` …), `track`, `not_comparable` (reasons
         in one text, or None), `train_seconds`, `test_seconds`, and `path` of the file relative to `root`. A folder
         without records gives an empty frame with these columns.
 
@@ -63,7 +65,7 @@ def load_results(root: str | Path = "results") -> pd.DataFrame:
             f"{plural(len(problems), 'file')} in {folder / 'records'} skipped, not a record: {'; '.join(listed)}{more}"
         )
         warnings.warn(printable(text), stacklevel=2)
-    names = [*_FACTS, *_SCORES, *(f"parameters_{name}" for name in _PARAMETERS), *_MORE]
+    names = [*_FACTS, *_SCORES, *(f"parameters_{name}" for name in _PARAMETERS), *_COSTS, *_MORE]
     return pd.DataFrame([_row(record, folder) for record in records], columns=names)
 
 
@@ -73,6 +75,7 @@ def _row(record: Record, root: Path) -> dict[str, Any]:
     row |= {name: None if scores is None else getattr(scores, name) for name in ("top1", *_SCORES)}
     row["top1"] = float("nan") if scores is None else scores.top1
     row |= {f"parameters_{name}": getattr(record.parameters, name) for name in _PARAMETERS}
+    row |= {name: getattr(record.efficiency, name, None) for name in _COSTS}
     row |= {name: record.times.get(name) for name in ("train_seconds", "test_seconds")}
     row["track"] = track_of(record).title
     row["not_comparable"] = "; ".join(record.not_comparable) if record.not_comparable else None
