@@ -40,9 +40,9 @@ def load_results(root: str | Path = "results") -> pd.DataFrame:
     Returns:
         Rows in the order of task and run id. Columns: `suite`, `task` (full name), `method`, `backbone`, `seed`,
         `kind`, `status`, `top1` (percent; NaN without scores), `config_digest`, further facts of the record under its
-        own keys, its other scores, its parameter counts as `parameters_trainable` …, its costs (`inference_macs` …), `track`, `not_comparable` (reasons
-        in one text, or None), `train_seconds`, `test_seconds`, and `path` of the file relative to `root`. A folder
-        without records gives an empty frame with these columns.
+        own keys, its other scores, its parameter counts as `parameters_trainable` …, its costs (`inference_macs` …),
+        `track`, `not_comparable` (reasons in one text, or None), `train_seconds`, `test_seconds`, and `path` of the
+        file relative to `root`. A folder without records gives an empty frame with these columns.
 
     Raises:
         RecordError: If there is no folder `root`.
