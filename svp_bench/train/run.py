@@ -115,6 +115,7 @@ class FitRun(RecordedRun):
                 rank_zero_warn(f"model.cache_features true has no effect with {', '.join(external)}")
             self.model.cache_features = False
         self.scan_backend()  # raises if the requested backend cannot run on this device
+        self.model.stages.check(self.trainer)
         self.model.run_id = self.run_id
         self.data.trainer = self.trainer  # for the check of the batch size
         self.data.setup("fit")
