@@ -138,7 +138,7 @@ MERGEABLE = ["lora", "prodial", "bias", "partial"]
 
 @pytest.mark.parametrize("backbone", ["vim_nano_patch8_64", "vit_nano_patch8_64"])
 @pytest.mark.parametrize("dora", [None, True])
-@pytest.mark.parametrize("pair", permutations(MERGEABLE, 2), ids="+".join)
+@pytest.mark.parametrize("pair", list(permutations(MERGEABLE, 2)), ids="+".join)
 def test_a_hybrid_merges_exactly_or_says_that_it_does_not(
     pair: tuple[str, str], dora: bool | None, backbone: str
 ) -> None:
