@@ -350,6 +350,20 @@ def test_other_models_of_timm_are_refused_in_one_line(name: str, message: str) -
     assert "\n" not in str(caught.value)
 
 
+def test_odd_kinds_of_vision_transformers() -> None:
+    """A patch embedding without bias (CLIP), blocks with other projections, and dropped patches."""
+    sizes: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 2}
+    clip = create_backbone("vit_base_patch16_clip_224", num_classes=2, **sizes)
+    assert adapt(clip, build_method(METHODS.get("bias"), "bias", {"which": ["qkv"]})).method is not None
+    for name in ("adapter", "parallel_adapter", "lora"):
+        other = create_backbone("vit_pwee_patch16_reg1_gap_256", num_classes=2, **sizes)
+        model = adapt(other, build_method(METHODS.get(name), name, {}))
+        model(images(model)).sum().backward()
+        assert all(p.grad is not None for p in trained_parameters(model).values())
+    with pytest.raises(ConfigError, match="patch_drop_rate"):
+        as_backbone(vit(patch_drop_rate=0.5))
+
+
 @kinds
 def test_weight_decay_leaves_out_what_timm_leaves_out(kind: str) -> None:
     """A full fine-tuning of a ViT must not decay its position embedding and class token, as Vim's does not."""
