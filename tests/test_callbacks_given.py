@@ -76,8 +76,8 @@ TYPO = "trainer:\n  callbacks:\n  - class_path: EarlyStopping\n    init_args: {m
 )
 def test_a_mistake_is_one_line(given: list[str], parts: list[str]) -> None:
     arguments = given if given[0].startswith("--") else [*config(given[0])]
-    told = assert_error(command(*line(*arguments)), 2)
-    assert all(part in told for part in parts), told
+    message = assert_error(command(*line(*arguments)), 2)
+    assert all(part in message for part in parts), message
 
 
 def test_a_process_without_a_home_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,5 +64,5 @@ def test_the_head_on_random_features(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (record["method"], record["parameters"]["adapter"]) == ("linear", 0)
     same = run(*small("--method", "linear")).record  # the same setting: --model.checkpoint none
     assert record["setting_digest"] == same["setting_digest"]
-    told = assert_error(command(*small(*method, model__checkpoint="embedded")), 2)
-    assert "is a control with random weights; leave out model.checkpoint embedded" in told
+    message = assert_error(command(*small(*method, model__checkpoint="embedded")), 2)
+    assert "is a control with random weights; leave out model.checkpoint embedded" in message

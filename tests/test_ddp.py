@@ -246,8 +246,8 @@ def test_a_process_that_is_killed_ends_the_others_in_one_line(place: Path) -> No
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(place: Path) -> None:
-    told = assert_error(command(*line(*TWO, data__batch_size="5")), 2)
-    assert "cannot be divided by 2 processes" in told
+    message = assert_error(command(*line(*TWO, data__batch_size="5")), 2)
+    assert "cannot be divided by 2 processes" in message
 
 
 def test_accumulated_gradients_equal_the_big_batch(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

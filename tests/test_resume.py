@@ -247,8 +247,8 @@ def test_within_an_epoch_a_step_stays_as_many_batches(place: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert command(*small("--data.drop_last", "true", *flags, "2")).status == 0
-    told = assert_error(command(*small("--data.drop_last", "true", *flags, "1", "--resume")), 2)
-    assert "counts 2 batches for a step: continue with --trainer.accumulate_grad_batches 2, not 1" in told
+    message = assert_error(command(*small("--data.drop_last", "true", *flags, "1", "--resume")), 2)
+    assert "counts 2 batches for a step: continue with --trainer.accumulate_grad_batches 2, not 1" in message
     run(*small("--data.drop_last", "true", *flags, "2", "--resume"))
 
 
@@ -512,8 +512,8 @@ def test_a_checkpoint_of_other_content_is_one_line(
 def test_what_is_no_checkpoint_of_ours_is_one_line(unfinished: Unfinished, tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "odd.ckpt")
     image = str(next((unfinished.folder / "data").rglob("*.jpg")))
-    told = assert_error(command("predict", "--ckpt", str(tmp_path / "odd.ckpt"), "--images", image), 1)
-    assert f"{tmp_path / 'odd.ckpt'}: not a checkpoint of svp-bench; weights of a backbone alone go to" in told
+    message = assert_error(command("predict", "--ckpt", str(tmp_path / "odd.ckpt"), "--images", image), 1)
+    assert f"{tmp_path / 'odd.ckpt'}: not a checkpoint of svp-bench; weights of a backbone alone go to" in message
 
 
 def test_a_gutted_or_truncated_checkpoint_stops_a_run_that_goes_on(
@@ -535,9 +535,9 @@ def test_a_gutted_or_truncated_checkpoint_stops_a_run_that_goes_on(
                 unfinished.checkpoint.write_bytes(whole[: len(whole) // 2])
             else:
                 torch.save(content, unfinished.checkpoint)
-            told = assert_error(command(*small(*FLAGS, "--resume")), 1)
-            assert words in told
-            assert told.endswith("; delete it, and the run begins anew; or leave --resume out")
+            message = assert_error(command(*small(*FLAGS, "--resume")), 1)
+            assert words in message
+            assert message.endswith("; delete it, and the run begins anew; or leave --resume out")
     finally:
         unfinished.checkpoint.write_bytes(whole)
 

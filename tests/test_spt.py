@@ -56,8 +56,8 @@ def test_prompts_are_patch_tokens_of_the_blocks_input(family: str, deep: bool) -
     prompts = model.get_parameter("adapter.prompts").detach()
     assert prompts.shape[0] == (model.depth if deep else 1)
     places = []
-    for drawn, tokens in zip(prompts, inputs(backbone(family), images), strict=False):
-        distances = torch.cdist(drawn, tokens.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist")
+    for sampled, tokens in zip(prompts, inputs(backbone(family), images), strict=False):
+        distances = torch.cdist(sampled, tokens.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist")
         assert (distances.min(dim=1).values <= 1e-4 * tokens.abs().max()).all()
         at = distances.argmin(dim=1).tolist()
         assert len(set(at)) == 5  # no token twice

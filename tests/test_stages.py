@@ -176,15 +176,15 @@ def test_the_checkpoint_predicts_as_the_run(place: Path) -> None:
 
 @pytest.mark.parametrize("method", ["lp_ft", "sdlora"])
 def test_one_epoch_has_no_place_for_two_stages(method: str, place: Path) -> None:
-    told = assert_error(command(*small("--method", method, trainer__max_epochs="1")), 2)
-    assert "trains in 2 stages, which trainer.max_epochs 1 has no place for; give at least 2 epochs" in told
+    message = assert_error(command(*small("--method", method, trainer__max_epochs="1")), 2)
+    assert "trains in 2 stages, which trainer.max_epochs 1 has no place for; give at least 2 epochs" in message
 
 
 def test_a_callback_must_not_average_over_stages(place: Path) -> None:
     callback = "lightning.pytorch.callbacks.EMAWeightAveraging"
     Path("more.yaml").write_text(f"trainer:\n  callbacks:\n    - class_path: {callback}\n")
-    told = assert_error(command(*line(STAGED["lp_ft"], "--config", "more.yaml")), 2)
-    assert "a callback must not average; set model.ema.decay" in told
+    message = assert_error(command(*line(STAGED["lp_ft"], "--config", "more.yaml")), 2)
+    assert "a callback must not average; set model.ema.decay" in message
 
 
 def test_hybrids_have_one_stage() -> None:

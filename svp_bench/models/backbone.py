@@ -137,11 +137,11 @@ class Backbone(nn.Module):
     @property
     def projections(self) -> Mapping[str, Projection]:
         """Return the projections and their named row slices that low-rank updates may act on, by name."""
-        raise NotImplementedError(f"{type(self).__name__} must define projections")
+        raise ConfigError(f"{type(self).__name__} must define projections")
 
     def part(self, layer: int, name: str) -> nn.Module:
         """Return the module of the linear hook point `name` in block `layer`."""
-        raise NotImplementedError(f"{type(self).__name__} must define part(layer, name)")
+        raise ConfigError(f"{type(self).__name__} must define part(layer, name)")
 
     def tensor_parameter(self, layer: int, name: str) -> nn.Parameter:
         """Return the plain parameter behind the weight or bias of a linear hook point, e.g. "in_proj.weight".
@@ -156,33 +156,33 @@ class Backbone(nn.Module):
 
     def embed(self, images: Tensor) -> TokenState:
         """(B, 3, H, W) → the token sequence before block 0, positions added."""
-        raise NotImplementedError(f"{type(self).__name__} must define embed(images)")
+        raise ConfigError(f"{type(self).__name__} must define embed(images)")
 
     @property
     def blocks_in_order(self) -> nn.ModuleList | nn.Sequential:
         """Return the blocks."""
-        raise NotImplementedError(f"{type(self).__name__} must define blocks_in_order")
+        raise ConfigError(f"{type(self).__name__} must define blocks_in_order")
 
     @property
     def final_parts(self) -> list[nn.Module]:
         """Return the modules between the last block and the head, which `pooled` calls."""
-        raise NotImplementedError(f"{type(self).__name__} must define final_parts")
+        raise ConfigError(f"{type(self).__name__} must define final_parts")
 
     def run_block(self, block: nn.Module, state: TokenState) -> TokenState:
         """Return the state after a block."""
-        raise NotImplementedError(f"{type(self).__name__} must define run_block(block, state)")
+        raise ConfigError(f"{type(self).__name__} must define run_block(block, state)")
 
     def final_tokens(self, state: TokenState) -> Tensor:
         """Return the tokens after the final norm, (B, L, D), from the state after the last block."""
-        raise NotImplementedError(f"{type(self).__name__} must define final_tokens(state)")
+        raise ConfigError(f"{type(self).__name__} must define final_tokens(state)")
 
     def pooled(self, state: TokenState) -> Tensor:
         """Return the features of the head, (B, …), from the state after the last block."""
-        raise NotImplementedError(f"{type(self).__name__} must define pooled(state)")
+        raise ConfigError(f"{type(self).__name__} must define pooled(state)")
 
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits (B, classes) of the features of `pooled`."""
-        raise NotImplementedError(f"{type(self).__name__} must define classify(features)")
+        raise ConfigError(f"{type(self).__name__} must define classify(features)")
 
     def run_blocks(self, state: TokenState, start: int = 0, stop: int | None = None) -> TokenState:
         """Return the state after the blocks `start` to `stop` (exclusive; all by default)."""
