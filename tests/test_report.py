@@ -22,7 +22,7 @@ from synthetic_report import HOSTILE, METHODS, SCRIPT, demo_records, named, scor
 
 from svp_bench.core.errors import UnavailableError
 from svp_bench.records.published import load_published
-from svp_bench.records.record import Record
+from svp_bench.records.record import Efficiency, Record
 from svp_bench.report import assets
 from svp_bench.report.curves import POINTS, read_curve, read_curves, thin
 from svp_bench.report.figures import columns_of, figures_of, plain
@@ -224,6 +224,32 @@ def test_a_row_with_missing_results_has_no_point(view: ReportView) -> None:
     assert parameters.missing == {"adapter": "is partial: 17 of 19 tasks"}
     on_front = [point.row.label for point in parameters.points if point.front]
     assert "linear" in on_front, "nothing is cheaper than no parameter"
+
+
+def test_accuracy_over_multiplications() -> None:
+    macs = {"linear": (900, 901), "svp": (1100, 5_000_000), "lora": (1200, 3_000_000), "offset": None}
+    records = [
+        scored(task, method, 0, number=number, efficiency=both and Efficiency(both[0] + number % 2, both[1], 8, False))
+        for method, both in macs.items()
+        for number, task in enumerate(VTAB.tasks)
+    ]
+    view = view_of(records)
+    section = section_of(view)
+    inference, training = section.further
+    costs = {point.row.label: point.x for point in inference.points}
+    assert costs == {name: pytest.approx(both[0] + 9 / 19) for name, both in macs.items() if both}  # mean of 19 tasks
+    assert {"offset": "its records state no multiplications"} == inference.missing == training.missing
+    scores = {point.row.label: point.value.mean for point in training.points}
+    on_front = {point.row.label for point in training.points if point.front}
+    assert scores["lora"] > scores["svp"], "with fewer multiplications"
+    assert on_front == {"linear", "lora"}
+    figure = figures_of(view.suites[0], view.level)[training.id]
+    assert figure["layout"]["xaxis"]["ticktext"][-1] == "10 M", "logarithmic"
+    assert [trace["name"] for trace in figure["data"]][-1] == "Pareto front"
+    table = render(view).partition("Costs in numbers")[2].partition("</table>")[0]
+    (line,) = [row for row in GRID.findall(table) if ">lora<" in row]
+    assert "3,000,000 ◆" in line
+    assert "1,201" in line
 
 
 # ---- figures

@@ -280,7 +280,7 @@ def _cost_figure(trade: TradeOff, scale: _CostScale, level: float) -> Figure:
 
 def _point_trace(point: Point, scale: _CostScale, trade: TradeOff, level: float) -> Figure:
     row = point.row
-    cost = f"{point.x:,.0f}" if trade.axis.id == "parameters" else f"{point.x:,.3g}"
+    cost = f"{point.x:,.0f}" if point.x >= 1000 else f"{point.x:,.3g}"
     on_front = "<br>on the Pareto front" if point.front else ""
     text = f"{plain(row.label)}<br>{_hover(point.value, level)}<br>{cost} {trade.axis.unit}{on_front}"
     line = {"color": "@ink", "width": 2 if point.front else 1}
@@ -301,7 +301,8 @@ def figures_of(suite: SuiteView, level: float) -> dict[str, Figure]:
         for task in suite.tasks:
             if any(task.name in row.cells for row in section.rows):
                 found[f"{section.id}-task-{task.id}"] = _task_figure(section, task, suite.quoted, level)
-        for trade in (section.parameters, *(t for setup in section.setups for t in (setup.training, setup.inference))):
+        timed = [trade for setup in section.setups for trade in (setup.training, setup.inference)]
+        for trade in (section.parameters, *section.further, *timed):
             if trade.points:
                 found[trade.id] = _trade_off_figure(trade, suite.quoted, suite.means[0], level)
     return found

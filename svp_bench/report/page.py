@@ -203,6 +203,7 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         "signed": signed,
         "p_value": p_value,
         "point": _point,
+        "on_front": _on_front,
         "places_of": _places_of,
         "quoted_columns": _quoted_columns,
         "record_link": lambda place: f"{root}/{quote(pool.path(place))}",
@@ -261,6 +262,12 @@ def _breakable(label: str) -> Markup:
 
 def _point(trade: TradeOff, row: RowView) -> Point | None:
     return next((point for point in trade.points if point.row is row), None)
+
+
+def _on_front(section: SectionView, axis: str, row: RowView) -> str:
+    """Return the mark of a row on the Pareto front of a cost, or nothing."""
+    points = (_point(trade, row) for trade in section.further if trade.axis.id == axis)
+    return " ◆" if any(point and point.front for point in points) else ""
 
 
 def _domain_of(section: SectionView) -> tuple[int, int]:

@@ -54,6 +54,18 @@ PARAMETERS = Axis(
     "parameters",
     "The mean over the tasks, where a search or the classes of a task change the number.",
 )
+INFERENCE_MACS = Axis(
+    "inference-macs",
+    "inference MACs of one image",
+    "MACs",
+    "The mean over the tasks; the adapter is not merged.",
+)
+TRAINING_MACS = Axis(
+    "training-macs",
+    "training MACs of one image",
+    "MACs",
+    "A forward and a backward pass; the mean over the tasks.",
+)
 TRAINING = Axis(
     "training",
     "training time of a run in seconds",
@@ -156,7 +168,8 @@ def _section(name: str, section: Section, table: Table, pool: RecordPool, styles
         notes=(*common_notes(section), *new_tasks_note(section)),
         comparison_notes=(*comparison_notes(section), *ranks_notes(section)),
         rows=tuple(rows),
-        parameters=_parameters(f"{name}-parameters", rows),
+        parameters=_over_tasks(name, PARAMETERS, lambda run: run.parameters.adapter, rows),
+        further=tuple(trade for trade in _macs(name, rows) if trade.points),
         setups=_setups(name, rows),
         majority={name: score for name, score in majority if score is not None},
     )
@@ -231,12 +244,23 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(listed) / len(listed)
 
 
-def _parameters(name: str, rows: Sequence[RowView]) -> TradeOff:
-    costs = {
-        row.label: _mean(_mean(run.parameters.adapter for run in cell.records) for cell in row.table.cells.values())
-        for row in rows
-    }
-    return _trade_off(name, PARAMETERS, costs, rows, "")
+def _over_tasks(
+    name: str, axis: Axis, cost: Callable[[Record], float | None], rows: Sequence[RowView], why: str = ""
+) -> TradeOff:
+    """Return accuracy over a cost that records state: the mean over the tasks of the mean over their seeds."""
+    costs = {}
+    for row in rows:
+        cells = [[cost(run) for run in cell.records] for cell in row.table.cells.values()]
+        known = [[value for value in values if value is not None] for values in cells]
+        if known == cells:
+            costs[row.label] = _mean(map(_mean, known))
+    return _trade_off(f"{name}-{axis.id}", axis, costs, rows, why)
+
+
+def _macs(name: str, rows: Sequence[RowView]) -> Iterator[TradeOff]:
+    why = "its records state no multiplications"
+    yield _over_tasks(name, INFERENCE_MACS, lambda run: run.efficiency and run.efficiency.inference_macs, rows, why)
+    yield _over_tasks(name, TRAINING_MACS, lambda run: run.efficiency and run.efficiency.training_macs, rows, why)
 
 
 def _setup(record: Record) -> tuple[str, int, str, str]:
