@@ -259,8 +259,8 @@ def _over_tasks(
 
 def _macs(name: str, rows: Sequence[RowView]) -> Iterator[TradeOff]:
     why = "its records state no multiplications"
-    yield _over_tasks(name, INFERENCE_MACS, lambda run: run.efficiency and run.efficiency.inference_macs, rows, why)
-    yield _over_tasks(name, TRAINING_MACS, lambda run: run.efficiency and run.efficiency.training_macs, rows, why)
+    yield _over_tasks(name, INFERENCE_MACS, lambda run: getattr(run.efficiency, "inference_macs", None), rows, why)
+    yield _over_tasks(name, TRAINING_MACS, lambda run: getattr(run.efficiency, "training_macs", None), rows, why)
 
 
 def _setup(record: Record) -> tuple[str, int, str, str]:
