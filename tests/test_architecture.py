@@ -30,6 +30,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "models": ("core", "ops"),
     "methods": ("core", "ops", "models"),
     "data": ("core", "tasks"),
+    "prepare": ("core", "tasks", "data", "models"),
     "config": ("core", "tasks", "records", "methods"),
     "tables": ("core", "stats", "tasks", "records"),
     "audit": ("core", "stats", "tasks", "records"),

@@ -1,15 +1,89 @@
-"""The subcommand `data`: check and create images on disk."""
+"""The subcommand `data`: prepare, check and create images on disk."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Annotated
 
 from svp_bench.cli.parser import call_action, print_table
 
 
 def data(*arguments: str) -> int:
-    """Check the images on disk, or create a small synthetic data set."""
-    return call_action({"check": _check, "draw": _draw}, "data", arguments)
+    """Prepare and check the images on disk, or create a small synthetic data set."""
+    return call_action({"prepare": _prepare, "check": _check, "draw": _draw}, "data", arguments)
+
+
+def _prepare(
+    tasks: tuple[str, ...],
+    /,
+    *,
+    source: str,
+    location: Annotated[str | None, "--from"] = None,
+    root: str | None = None,
+    revision: str | None = None,
+    mirror: list[str] | None = None,
+    workers: int = 4,
+    offline: bool = False,
+    probe: bool = False,
+    replace: bool = False,
+) -> int:
+    """Build the data folders of tasks from a source, and write their manifests.
+
+    Args:
+        tasks: Tasks or suites, e.g. vtab/caltech101 or vtab.
+        source: Where the data come from: folder, zip, hub, tfds, torchvision or native.
+        location: Path or address of the data; the place that the source knows by default.
+        root: The data root to write below; $SVP_BENCH_DATA, else data/, by default.
+        revision: Revision of a hub repository; the pinned one, else the newest, by default.
+        mirror: A further address to try if the first fails; may be repeated.
+        workers: Downloads and decoders that run at a time.
+        offline: Use no network; take what was downloaded before.
+        probe: Report which tasks the source has, and build nothing.
+        replace: Replace folders that exist.
+    """
+    from svp_bench.core.errors import SvpBenchError, file_size
+    from svp_bench.core.ranges import check_range
+    from svp_bench.data.locate import data_root
+    from svp_bench.prepare.sources import Request, get_source, prepare
+    from svp_bench.tasks.cards import load_suite, load_task
+
+    check_range("--workers", workers, "[1, 64]")
+    builder = get_source(source)
+    base = Path(root) if root else None
+    downloads = data_root(base)[0] / ".downloads"
+    request = Request(
+        location, revision, offline, tuple(mirror or ()), workers, downloads, lambda line: print(line, file=sys.stderr)
+    )
+    names, failed = _names(tasks), 0
+    for name in names:
+        card = load_task(name)
+        suite = load_suite(card.suite)
+        try:
+            if probe:
+                print(f"{name}: {builder.probe(card, suite, request)}")
+                continue
+            manifest, notes = prepare(card, suite, source, request, base, replace=replace)
+        except SvpBenchError as error:
+            if len(names) == 1:
+                raise
+            failed += 1
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        splits = ", ".join(f"{split} {count}" for split, count in manifest.splits.items())
+        print(f"{name}: {splits} ({file_size(manifest.bytes)}, variant {manifest.variant}, {manifest.digest})")
+        for note in notes:
+            print(f"{name}: differs from the card: {note}")
+    if failed:
+        print(f"{failed} of {len(names)} tasks failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _names(given: tuple[str, ...]) -> list[str]:
+    """Return the tasks that names of tasks and suites stand for, each once."""
+    from svp_bench.tasks.cards import list_tasks
+
+    return [*dict.fromkeys(task for name in given for task in ([name] if "/" in name else list_tasks(name)))]
 
 
 def _check(tasks: tuple[str, ...] = (), /, *, root: str | None = None) -> int:
@@ -21,10 +95,10 @@ def _check(tasks: tuple[str, ...] = (), /, *, root: str | None = None) -> int:
     """
     from svp_bench.core.errors import DataError
     from svp_bench.data.sources import inspect, measured, open_source
-    from svp_bench.tasks.cards import list_suites, list_tasks, load_task
+    from svp_bench.tasks.cards import list_suites, load_task
 
     folder = Path(root) if root else None
-    names = [task for name in tasks or list_suites() for task in ([name] if "/" in name else list_tasks(name))]
+    names = _names(tasks or tuple(list_suites()))
     rows = [("task", "status", "splits", "notes")]
     status = 0
     for name in names:

@@ -1,0 +1,1 @@
+"""Build, verify and describe the data folders and weights that runs read."""

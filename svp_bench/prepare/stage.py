@@ -1,0 +1,164 @@
+"""Build a data folder next to its final place, and rename it into place when it is complete.
+
+A build that is killed leaves `.NAME.partial/NAME`, which the next one of the same plan continues: files in it were
+renamed into place one by one, so each is whole. The partial folder has the final name, so that readers accept it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from svp_bench._version import __version__
+from svp_bench.core.atomic import replacing
+from svp_bench.core.errors import DataError, UsageError
+from svp_bench.data.manifest import MANIFEST, SCHEMA, SUMS, Manifest, sums_digest, sums_of, write_manifest
+from svp_bench.data.split_files import plain_path
+from svp_bench.tasks.cards import TaskCard
+
+_PLAN = "plan.json"
+_CHUNK = 2**20
+
+
+class Stage:
+    """A data folder under construction.
+
+    Attributes:
+        folder: The partial folder; write only through the methods here, or rename whole files into it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, path: str) -> bool:
+        """Return whether a file is complete, e.g. from a build that was interrupted."""
+        return (self.folder / path).is_file()
+
+    def place(self, path: str) -> Path:
+        """Return where a file belongs, its folders created.
+
+        Raises:
+            DataError: If the path is absolute or leaves the folder.
+        """
+        target = self.folder / plain_path(path, "the source")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a file atomically."""
+        with replacing(self.place(path)) as file:
+            file.write(content)
+
+    def write_split(self, name: str, images: list[tuple[str, int]]) -> None:
+        """Write `<name>.txt`: a line `path label` for each image."""
+        self.write(f"{name}.txt", "".join(f"{path} {label}\n" for path, label in images).encode())
+
+
+@contextmanager
+def staged(target: Path, plan: Mapping[str, object], *, replace: bool = False) -> Iterator[Stage]:
+    """Yield a partial folder, and rename it to `target` if the block wrote a manifest (`finish`).
+
+    Args:
+        target: The final folder.
+        plan: Everything that decides the content; a partial folder of another plan is deleted first.
+        replace: Replace a `target` that exists.
+
+    Raises:
+        UsageError: If `target` exists and is not to be replaced, or another process builds it.
+        DataError: If a folder cannot be written.
+    """
+    outer = target.parent / f".{target.name}.partial"
+    partial, mark = outer / target.name, outer / _PLAN
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{target.name}.lock", timeout=0):
+            if target.exists() and not replace:
+                raise UsageError(f"{target} exists; check it with `svp-bench data verify`, or give --replace")
+            text = json.dumps(plan, sort_keys=True)
+            if outer.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != text):
+                shutil.rmtree(outer)
+            partial.mkdir(parents=True, exist_ok=True)
+            with replacing(mark) as file:
+                file.write(text.encode())
+            yield Stage(partial)
+            if not (partial / MANIFEST).is_file():
+                raise DataError(f"{partial}: no manifest was written; the build is not complete")
+            old = target.parent / f".{target.name}.replaced"
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(outer, ignore_errors=True)
+    except Timeout:
+        raise UsageError(f"another process is building {target}; wait for it") from None
+    except OSError as error:
+        raise DataError(f"{error.filename or target}: cannot be written ({error.strerror or error})") from None
+
+
+def finish(
+    stage: Stage, card: TaskCard, *, source: str, variant: str, origin: Mapping[str, str], splits: Mapping[str, int]
+) -> Manifest:
+    """Compute the digest of each file of a complete partial folder, and write its manifest."""
+    manifest, sums = describe(stage.folder, card, source=source, variant=variant, origin=origin, splits=splits)
+    write_manifest(stage.folder, manifest, sums)
+    return manifest
+
+
+def describe(
+    folder: Path, card: TaskCard, *, source: str, variant: str, origin: Mapping[str, str], splits: Mapping[str, int]
+) -> tuple[Manifest, bytes]:
+    """Return the manifest of a folder and the content of its `SHA256SUMS`; every file is read."""
+    paths = [path for path in files_below(folder) if path not in (MANIFEST, SUMS)]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        digests = dict(zip(paths, pool.map(lambda path: _sha256(folder / path), paths), strict=True))
+    sums = sums_of(digests)
+    manifest = Manifest(
+        schema=SCHEMA,
+        task=card.name,
+        task_version=card.version,
+        source=source,
+        variant=variant,
+        origin=dict(origin),
+        splits=dict(splits),
+        files=len(paths),
+        bytes=sum((folder / path).stat().st_size for path in paths),
+        digest=sums_digest(sums),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        package_version=__version__,
+    )
+    return manifest, sums
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the paths of all files below a folder, relative to it, sorted.
+
+    Raises:
+        DataError: If there is a link that leads out of the folder.
+    """
+    found = []
+    root = folder.resolve()
+    for base, _, names in os.walk(folder):
+        for name in names:
+            path = Path(base, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise DataError(f"{path} links to a file outside of {folder}; copy the file into it")
+            found.append(path.relative_to(folder).as_posix())
+    return sorted(found)
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            sha.update(chunk)
+    return sha.hexdigest()
