@@ -1,18 +1,27 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import pytest
+from synthetic_records import make_record
 
 from svp_bench.core.errors import RecordError
 from svp_bench.core.resources import published_dir
-from svp_bench.records.published import COLUMNS, load_published, mean_names, read_published
+from svp_bench.methods import METHODS
+from svp_bench.records.published import COLUMNS, NO_METHOD, load_published, mean_names, read_published
+from svp_bench.report.page import render
+from svp_bench.report.view import report_view
+from svp_bench.tables.build import load_table
+from svp_bench.tables.quoted import MEASURED, other_lines, quoted_grid
+from svp_bench.tables.render_csv import wide_csv
+from svp_bench.tables.render_text import render_terminal
 from svp_bench.tasks.cards import load_suite
 
 VTAB = load_suite("vtab")
 HEAD = ",".join(COLUMNS)
-GOOD = "Paper,ViT-B/16,ImageNet-21K,Full,dtd,top1,64.3,A 2024"
+GOOD = "Paper,ViT-B/16,ImageNet-21K,Full,dtd,top1,64.3,A 2024,last epoch,no,full"
 FILES = sorted(published_dir().glob("*.csv"))
 
 
@@ -34,7 +43,7 @@ def test_every_shipped_file_is_well_formed_and_cited(path: Path) -> None:
 def test_numbers_of_the_suite_are_found_by_the_name_of_its_tables() -> None:
     rows = load_published(VTAB)
     assert {row.file for row in rows} == {path.name for path in FILES if path.stem.endswith("_vtab1k")}
-    assert len({row.file for row in rows}) == 6
+    assert len({row.file for row in rows}) == 9
     assert load_published(load_suite("demo")) == []
 
 
@@ -45,7 +54,68 @@ def test_values_stand_as_printed() -> None:
     assert values["MambaPEFT_table", "Vim-S", "Full", "mean of 19 tasks", "top1"] == "47.08"  # its known error too
     assert values["MambaPEFT_table", "Vim-S", "Full", "natural", "top1"] == "59.35"
     assert values["V-PETL_Bench", "ViT-B/16", "Full fine-tuning", "caltech101", "top1"] == "87.7"
-    assert not any("SVP" in key[2] for key in values)
+    assert not any("SVP" in key[2] and key[4] == "top1" for key in values)
+    assert values["ProDiaL_note", "Vim-tiny", "ProDiaL", "other data: Caltech", "top1"] == "96.24"
+    assert values["Memba_note", "Vim-S", "Memba (out proj)", "mean of 19 tasks", "top1"] == "72.33"
+
+
+def test_every_number_names_its_source_protocol_and_our_method() -> None:
+    rows = [row for path in FILES for row in read_published(path)]
+    names = {*METHODS.names(), NO_METHOD}
+    assert {row.ours for row in rows} <= names
+    covered = {row.ours for suite in ("vtab", "fgvc", "hta") for row in load_published(load_suite(suite))}
+    # Published for language only, a step of another recipe, ours, or without a number that could be read
+    assert {*METHODS.names()} - covered == {
+        *("offset", "last_blocks", "vp", "dam_vp", "state_offset", "initial_state", "lp_ft", "sdlora"),
+    }
+    text = (published_dir() / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in {*METHODS.names()} - covered)
+    for row in rows:
+        elsewhere = (
+            "secondary source" in row.citation or "note on the paper" in row.citation or "mirror" in row.citation
+        )
+        assert row.secondary or not elsewhere, (row.file, row.line)
+        assert "list" not in row.protocol, "the term is split"
+
+
+def test_ours_and_theirs_are_side_by_side() -> None:
+    quotes = load_published(VTAB)
+    records = [make_record(task, "memba") for task in VTAB.tasks] + [make_record(task, "lora") for task in VTAB.tasks]
+    table = load_table(VTAB, records, published=quotes)
+    grid = quoted_grid(table)
+    head, rows = grid[0], grid[1:]
+    methods = [line[head.index("ours")] for line in rows]
+    both = methods[: methods.count("memba") + methods.count("lora")]
+    assert set(both) == {"memba", "lora"}, "methods with rows of ours come first"
+    by_method = {name: [line for line in rows if line[0] == name] for name in ("memba", "lora")}
+    for name, (ours, *theirs) in by_method.items():
+        assert ours[:3] == [name, MEASURED, "vim_small_patch16_224"]
+        assert ours[head.index("mean of 19 tasks")] == "70.00"
+        assert theirs
+        assert all(line[1] != MEASURED for line in theirs)
+    memba = {line[head.index("method")]: line for line in by_method["memba"][1:]}
+    assert memba["Memba (out proj)"][1] == "Memba_note (secondary)"
+    vit = next(line for line in by_method["lora"] if line[1] == "V-PETL_Bench")
+    assert vit[2] == "ViT-B/16 (not Vim)"
+    assert "(not Vim)" not in by_method["memba"][1][2]
+    text = render_terminal(table)
+    assert text.index("here") < text.index("Memba (in+out proj)")
+    (line,) = [line for line in other_lines(table) if line.startswith("ProDiaL,")]
+    assert "Stanford Cars 85.38" in line
+    assert "ours: prodial" in line
+    assert "(secondary)" in line
+    lines = {(line["source"], line["row"]): line for line in csv.DictReader(io.StringIO(wide_csv(table)))}
+    quoted = lines["Memba_note", "Memba (out proj)"]
+    assert (quoted["our_method"], quoted["secondary"]) == ("memba", "yes")
+    page = render(report_view([table], {}, {}))
+    assert "memba on vim_small_patch16_224: 70.00" in page
+    assert "Stanford Cars 85.38" in page
+
+
+def test_rows_on_random_weights_are_not_shown_next_to_quoted_ones() -> None:
+    records = [make_record(task, "memba", checkpoint="none", checkpoint_digest=None) for task in VTAB.tasks]
+    grid = quoted_grid(load_table(VTAB, records, published=load_published(VTAB)))
+    assert all(line[1] != MEASURED for line in grid)
 
 
 def test_known_errors_are_written_down_and_there_are_no_others() -> None:
@@ -82,7 +152,9 @@ def test_known_errors_are_written_down_and_there_are_no_others() -> None:
     ("value", "number"), [("64.3", 64.3), ("0 M", 0.0), ("0.16M", 160_000.0), ("12K", 12_000.0), ("3.4E5", 340_000.0)]
 )
 def test_values_as_numbers(tmp_path: Path, value: str, number: float) -> None:
-    (row,) = read_published(write(tmp_path, HEAD, f"Paper,ViT-B/16,none,Full,all,params,{value},A 2024"))
+    (row,) = read_published(
+        write(tmp_path, HEAD, f"Paper,ViT-B/16,none,Full,all,params,{value},A 2024,last epoch,yes,full")
+    )
     assert row.number == pytest.approx(number)
     assert (row.value, row.file, row.line) == (value, "paper_vtab1k.csv", 2)
 
@@ -90,12 +162,13 @@ def test_values_as_numbers(tmp_path: Path, value: str, number: float) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("Paper,ViT-B/16,none,Full,dtd,top1,64.3", ":3: has 7 fields instead of 8"),
         (GOOD.replace("A 2024", " "), ":3: 'citation' is empty; every number needs its source"),
         (GOOD.replace("64.3", "about 64"), ":3: 'value' must be a number, with K or M behind it if necessary, not"),
         (GOOD.replace("64.3", "nan"), ":3: 'value' must be a number"),
         (GOOD.replace("64.3", "164.3"), ":3: 'value' of a top1 must be a percentage, not '164.3'"),
         (GOOD.replace("64.3", "-1"), ":3: 'value' of a top1 must be a percentage, not '-1'"),
+        (GOOD.replace(",no,", ",maybe,"), ":3: 'secondary' must be yes or no, not 'maybe'"),
+        (GOOD.replace("last epoch", ""), ":3: 'protocol' is empty"),
         (GOOD.replace(",dtd,", ",dtt,"), ":3: unknown task or group 'dtt'; did you mean 'dtd'"),
         (GOOD.replace("64.3", "64.5"), ":3: the top1 of 'Full' is on line 2 already"),
         ('"Paper', ":3: is not CSV"),

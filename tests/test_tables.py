@@ -625,7 +625,8 @@ def test_an_unknown_suite_is_named(tmp_path: Path) -> None:
 
 
 def quote(method: str, task_or_group: str, value: str, metric: str = "top1", source: str = "Paper") -> PublishedRow:
-    return PublishedRow("x.csv", 2, source, "ViT-B/16", "ImageNet-21K", method, task_or_group, metric, value, "A 2024")
+    place = ("x.csv", 2, source, "ViT-B/16", "ImageNet-21K")
+    return PublishedRow(*place, method, task_or_group, metric, value, "A 2024", "last epoch", False, "full")
 
 
 def test_published_numbers_are_marked_and_unranked(tmp_path: Path) -> None:
@@ -647,10 +648,9 @@ def test_published_numbers_are_marked_and_unranked(tmp_path: Path) -> None:
     )
     page = texts["small.md"]
     assert page.index("| 1 | svp") < page.index("## Quoted: published, not measured here") < page.index("| Paper |")
-    assert (
-        "| Paper | ViT-B/16 | ImageNet-21K | Full | – | 99.9 | – | – | – | – | – | – | – | 99.5 | – | 85.8 M |" in page
-    )
-    assert "- Paper: A 2024\n" in page
+    scores = "– | 99.9 | – | – | – | – | – | – | – | 99.5 | –"
+    assert f"| full | Paper | ViT-B/16 (not Vim) | ImageNet-21K | Full | {scores} | 85.8 M |" in page
+    assert "- Paper: A 2024. Protocol: last epoch.\n" in page
     assert "Paper" not in texts["small_long.csv"]
     text = render_terminal(table)
     assert "Quoted: published, not measured here" in text
@@ -672,7 +672,7 @@ def test_published_numbers_are_shown_on_request_only(tmp_path: Path) -> None:
     assert "Quoted: published, not measured here" in run_table(tmp_path, published=True)
     text = page.read_text(encoding="utf-8")
     for row in load_published(VTAB):
-        if row.metric == "top1" and not row.task_or_group.startswith("average"):
+        if row.is_score and not row.task_or_group.startswith("average"):
             assert f" {row.value} |" in text
         assert row.citation.replace("&", "&amp;") in text
     assert text.index("| svp ¶ |") < text.index("## Quoted")

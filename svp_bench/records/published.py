@@ -13,14 +13,23 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from svp_bench.core.errors import RecordError, plural, unknown_name
 from svp_bench.core.resources import published_dir
 from svp_bench.tasks.cards import SuiteCard
 
-COLUMNS = ("source", "backbone", "pretrain", "method", "task_or_group", "metric", "value", "citation")
+COLUMNS = (
+    *("source", "backbone", "pretrain", "method", "task_or_group", "metric", "value", "citation"),
+    *("protocol", "secondary", "ours"),
+)
 WHOLE = "all"
 """`task_or_group` of facts about the method as a whole, such as its parameter count."""
+
+OTHER_DATA = "other data: "
+"""Begin of a `task_or_group` that names data outside of the suite."""
+NO_METHOD = "-"
+"""`ours` of a method that svp-bench does not have."""
 
 _UNSTATED = "average (of unstated tasks)"
 _VALUE = re.compile(r"(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(?: ?([KM]))?")
@@ -38,10 +47,13 @@ class PublishedRow:
         backbone: As the source names it.
         pretrain: Data the backbone was pre-trained on, as the source states.
         method: As the source names it.
-        task_or_group: A task id, a group, the name of a mean, or "all".
+        task_or_group: A task id, a group, the name of a mean, "all", or "other data: " and a name.
         metric: "top1" in percent, or what else the source gives: "params_k", "params_m", "params" ...
         value: As printed, e.g. "68.9" or "0.16M".
         citation: Where it stands.
+        protocol: Data, selection and epochs, as far as the source states them.
+        secondary: Whether the number was read elsewhere than in the paper or repository of those who measured it.
+        ours: Registered name of the method here, or "-".
     """
 
     file: str
@@ -54,6 +66,19 @@ class PublishedRow:
     metric: str
     value: str
     citation: str
+    protocol: str
+    secondary: bool
+    ours: str
+
+    @property
+    def entry(self) -> tuple[str, ...]:
+        """What one quoted method is: source, backbone, pre-training and method."""
+        return self.source, self.backbone, self.pretrain, self.method
+
+    @property
+    def is_score(self) -> bool:
+        """Whether the value is an accuracy in a column of the suite."""
+        return self.metric == "top1" and not self.task_or_group.startswith(OTHER_DATA)
 
     @property
     def number(self) -> float:
@@ -110,9 +135,10 @@ def read_published(path: Path, allowed: Collection[str] | None = None) -> list[P
                     raise RecordError(f"{where}: the columns must be {','.join(COLUMNS)}, not {','.join(fields)}")
                 continue
             row = _row(fields, path.name, lines.line_num, where)
-            if allowed is not None and row.task_or_group not in allowed:
+            other = row.task_or_group.startswith(OTHER_DATA)
+            if allowed is not None and row.task_or_group not in allowed and not other:
                 raise unknown_name("task or group", row.task_or_group, allowed, where=where, error=RecordError)
-            key = (row.source, row.backbone, row.pretrain, row.method, row.task_or_group, row.metric)
+            key = (*row.entry, row.task_or_group, row.metric)
             if key in seen:
                 raise RecordError(f"{where}: the {row.metric} of {row.method!r} is on line {seen[key]} already")
             seen[key] = row.line
@@ -130,7 +156,10 @@ def _row(fields: list[str], file: str, line: int, where: str) -> PublishedRow:
     for column, field in zip(COLUMNS, fields, strict=True):
         if not field.strip():
             raise RecordError(f"{where}: {column!r} is empty; every number needs its source and place")
-    row = PublishedRow(file, line, *fields)
+    given: dict[str, Any] = dict(zip(COLUMNS, fields, strict=True))
+    if given["secondary"] not in ("yes", "no"):
+        raise RecordError(f"{where}: 'secondary' must be yes or no, not {given['secondary']!r}")
+    row = PublishedRow(file, line, **{**given, "secondary": given["secondary"] == "yes"})
     if not _VALUE.fullmatch(row.value):
         raise RecordError(f"{where}: 'value' must be a number, with K or M behind it if necessary, not {row.value!r}")
     if row.metric == "top1" and not 0 <= row.number <= 100:

@@ -36,6 +36,7 @@ from svp_bench.tables.notes import (
     COST,
     MAJORITY,
     RANDOM_WEIGHTS,
+    decimals,
     interval,
     marks,
     one_line,
@@ -46,7 +47,7 @@ from svp_bench.tables.notes import (
     size_span,
     span,
 )
-from svp_bench.tables.quoted import citations
+from svp_bench.tables.quoted import citations, measured, not_vim, other_lines, secondary
 from svp_bench.tasks.cards import load_suite, load_task
 
 
@@ -206,6 +207,9 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         "on_front": _on_front,
         "places_of": _places_of,
         "quoted_columns": _quoted_columns,
+        "measured_rows": _measured_rows,
+        "not_vim": not_vim,
+        "secondary": secondary,
         "record_link": lambda place: f"{root}/{quote(pool.path(place))}",
         "marks": marks,
         "one_line": one_line,
@@ -217,6 +221,7 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         figures=figures,
         pool=pool,
         citations={suite.card.name: list(citations(suite.table).values()) for suite in report.suites},
+        other_quoted={suite.card.name: other_lines(suite.table) for suite in report.suites},
         suite_titles=", ".join(suite.card.title for suite in report.suites) or "No records yet",
         newest=newest,
         newest_text=newest and datetime.strptime(newest, CREATED).strftime("%Y-%m-%d, %H:%M UTC"),
@@ -226,7 +231,7 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         fewest=FEWEST_PAIRS,
         fewest_sources=FEWEST_SOURCES,
         show_published=published,
-        any_quoted=any(suite.quoted for suite in report.suites),
+        any_quoted=any(suite.table.published for suite in report.suites),
         curve_points=POINTS,
         version=__version__,
         plotly_version=version("plotly"),
@@ -296,6 +301,14 @@ def _quoted_columns(suite: SuiteView) -> list[str]:
     known = [*suite.means, *suite.card.groups, *(task.id for task in suite.tasks)]
     used = {column for quote in suite.quoted for column in quote.scores}
     return [*(column for column in dict.fromkeys(known) if column in used), *sorted(used.difference(known))]
+
+
+def _measured_rows(suite: SuiteView, method: str) -> str:
+    """Return the rows of ours of a method: label, backbone and mean over all tasks, or the number of its tasks."""
+    return "; ".join(
+        f"{row.label} on {section.first.backbone}: {decimals(row.task_mean) if row.task_mean else row.done}"
+        for section, row in measured(suite.table, method)
+    )
 
 
 def _curve_data(suite: SuiteView) -> dict[str, Any]:

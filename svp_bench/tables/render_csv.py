@@ -11,7 +11,7 @@ from svp_bench.records.store import csv_text
 from svp_bench.tables.comparison import images_of_cell
 from svp_bench.tables.model import CARD, Cell, Row, Section, Table
 from svp_bench.tables.notes import DIGITS, MAJORITY, QUOTED, columns, majority_scores, one_line, short_name
-from svp_bench.tables.quoted import quoted_methods
+from svp_bench.tables.quoted import QUOTED_COLUMNS, quoted_facts, quoted_methods
 
 COST_COLUMNS = (
     *("head_parameters_min", "head_parameters_max", "stored_bytes_min", "stored_bytes_max", "inference_macs_min"),
@@ -67,6 +67,8 @@ def wide_csv(table: Table) -> str:
     ]
     if any(row.cost for section in table.sections for row in section.rows):
         head += COST_COLUMNS
+    if table.published:
+        head += QUOTED_COLUMNS
     lines: list[dict[str, object]] = []
     for section in table.sections:
         facts = {**dict(zip(SECTION_COLUMNS, section_facts(section), strict=True)), "custom_data": section.data}
@@ -82,9 +84,8 @@ def wide_csv(table: Table) -> str:
             lines.append({"origin": "baseline", **facts, "row": MAJORITY, "complete": done})
             lines[-1] |= dict(zip(names, map(number, majority_scores(section)), strict=True))
     for quote, values, _ in quoted_methods(table):
-        lines.append({"origin": QUOTED, "backbone": quote.backbone, "checkpoint": quote.pretrain, "row": quote.method})
-        lines[-1] |= {"weights": "as the source states", "method": quote.method, "source": quote.source}
-        lines[-1] |= {**{name: value for name, value in values.items() if name in names}, "citation": quote.citation}
+        scores = {name: value for name, value in values.items() if name in names}
+        lines.append({"origin": QUOTED, **quoted_facts(quote, scores)})
     return csv_lines([head, *([line.get(name, "") for name in head] for line in lines)])
 
 

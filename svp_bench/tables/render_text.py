@@ -43,7 +43,7 @@ from svp_bench.tables.notes import (
     verdict_marks,
     weights,
 )
-from svp_bench.tables.quoted import citations, not_quoted, quoted_grid
+from svp_bench.tables.quoted import QUOTED_CAUTION, QUOTED_NOTES, citations, not_quoted, other_lines, quoted_grid
 
 _WIDTH = 100
 _NARROW = 20  # characters that a column of text keeps when the terminal is too narrow for all
@@ -238,12 +238,9 @@ def render_markdown(table: Table) -> str:
             lines += bullets(explained)
     if table.published:
         grid = quoted_grid(table)
-        caution = (
-            "Copied as printed, from other code, protocols and selection rules; never ranked with the rows above. "
-            "Known errors are listed in `results/published/README.md`."
-        )
-        lines += ["", f"## Quoted: {QUOTED}", "", caution, "", *markdown_grid(grid, left=4), ""]
-        lines += bullets([*not_quoted(table, grid), *citations(table).values()])
+        lines += ["", f"## Quoted: {QUOTED}", "", QUOTED_CAUTION, ""]
+        lines += [*markdown_grid(grid, left=5), "", *bullets([QUOTED_NOTES])] if len(grid) > 1 else []
+        lines += bullets([*not_quoted(table), *other_lines(table), *citations(table).values()])
     if counts(table):
         lines += ["", "## Not in the table", "", counts(table), "", *bullets(left_out_lines(table))]
     return "\n".join(lines) + "\n"
@@ -284,7 +281,9 @@ def render_terminal(table: Table, *, all_columns: bool = False) -> str:
             lines += ["", *filter(None, [title]), *(align(grid, 1) if len(grid) > 1 else []), *wrap(explained)]
     if table.published:
         grid = quoted_grid(table, terminal=True)
-        lines += ["", f"Quoted: {QUOTED}", *align(grid, 3), *not_quoted(table, grid)]
+        lines += ["", f"Quoted: {QUOTED}"]
+        lines += [*align(grid, 3), *wrap([QUOTED_NOTES])] if len(grid) > 1 else []
+        lines += [*not_quoted(table, terminal=True), *wrap(other_lines(table))]
         lines += [f"[{number}] {text}" for number, text in enumerate(citations(table).values(), 1)]
     if counts(table):
         lines += ["", f"Not in the table: {counts(table)}"]
