@@ -8,7 +8,7 @@ import pytest
 from synthetic_records import make_record
 
 from svp_bench.core.errors import RecordError
-from svp_bench.core.resources import published_dir
+from svp_bench.core.resources import configs_dir, published_dir
 from svp_bench.methods import METHODS
 from svp_bench.records.published import COLUMNS, NO_METHOD, load_published, mean_names, read_published
 from svp_bench.report.page import render
@@ -61,7 +61,7 @@ def test_values_stand_as_printed() -> None:
 
 def test_every_number_names_its_source_protocol_and_our_method() -> None:
     rows = [row for path in FILES for row in read_published(path)]
-    names = {*METHODS.names(), NO_METHOD}
+    names = {*METHODS.names(), NO_METHOD, *(path.stem for path in configs_dir().glob("method/mambapeft/*.yaml"))}
     assert {row.ours for row in rows} <= names
     covered = {row.ours for suite in ("vtab", "fgvc", "hta") for row in load_published(load_suite(suite))}
     # Published for language only, a step of another recipe, ours, or without a number that could be read
@@ -93,6 +93,8 @@ def test_ours_and_theirs_are_side_by_side() -> None:
         assert ours[head.index("mean of 19 tasks")] == "70.00"
         assert theirs
         assert all(line[1] != MEASURED for line in theirs)
+    assert {line[head.index("method")] for line in by_method["lora"][1:]} >= {"LoRA_p(X)", "LoRA"}
+    assert "LoRA(x_proj)" not in {line[head.index("method")] for line in by_method["lora"]}, "is our lora_x_proj"
     memba = {line[head.index("method")]: line for line in by_method["memba"][1:]}
     assert memba["Memba (out proj)"][1] == "Memba_note (secondary)"
     vit = next(line for line in by_method["lora"] if line[1] == "V-PETL_Bench")
