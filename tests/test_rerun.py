@@ -248,6 +248,12 @@ def test_another_processor_explains_a_difference_of_rounding(elsewhere: Path, da
     assert "Agrees: both runs classify the same images correctly; the loss differs by 1e-06" in outcome.out
 
 
+def test_another_number_of_threads_is_named_with_the_remedy(elsewhere: Path, data: str) -> None:
+    outcome = again(changed(elsewhere, with_loss(1e-6, device="CPU (x86_64, 61 threads)")), data)
+    assert outcome.status == 0, outcome.out
+    assert "OMP_NUM_THREADS=61" in outcome.out
+
+
 def test_a_loss_beyond_the_tolerance_does_not_agree_though_the_bits_do(elsewhere: Path, data: str) -> None:
     read = read_record(elsewhere)
     assert read.metrics is not None

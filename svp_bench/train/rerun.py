@@ -19,6 +19,7 @@ written to another results folder, so that no table counts a seed twice.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ from svp_bench.train.run import FitRun, first_difference, run
 
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 _LEVEL = 0.05  # of the McNemar test
+_THREADS = re.compile(r"(\d+) threads")  # of `device_name`
 _NAMED_WEIGHTS = ("hub", "embedded", "none")
 _LOSS_SHARE, _LOSS_NATS = 0.1, 0.02  # tolerance of the mean loss
 _FACTS = ("device", "cpu", "device_count", "scan_backend", "package_version", "commit")
@@ -269,6 +271,9 @@ def _compare_numbers(old: Record, new: Record, before: Metrics, after: Metrics, 
     agrees, apart, bound, images = _within_noise(old, new, before, after)
     print(f"Not bit-equal: {apart}")
     print(f"Top-1 {after.top1 - before.top1:+.2f} points.")
+    recorded, here = (_THREADS.search(record.device or "") for record in (old, new))
+    if recorded and here and recorded[1] != here[1]:  # sums of another order
+        print(f"The record was made with {recorded[1]} threads: try again with OMP_NUM_THREADS={recorded[1]}.")
     if not differing:
         print("Nothing that is recorded differs, so the numbers should be the same, and are not (exit status 1).")
         return 1
