@@ -18,12 +18,14 @@ from scipy import stats as scipy_stats
 from svp_bench.stats.estimates import FEWEST_PAIRS, FEWEST_SOURCES, Estimate, Marks
 from svp_bench.stats.inference import (
     accuracy_over_images,
+    difference_of_differences,
     difference_over_images,
     group_weights,
     mean_of,
     mean_over_new_tasks,
     one_standard_error,
     over_images,
+    p_of_zero,
     paired,
     within,
 )
@@ -394,6 +396,141 @@ def test_a_method_against_itself() -> None:
     assert (result.these_tasks.value, result.new_tasks.value) == (0, 0)
     assert result.these_tasks.low is result.new_tasks.low is None
     assert rank_cliques({r: dict.fromkeys(TASKS, 1.0) for r in "ab"}, SOURCES).cliques == (("a", "b"),)
+
+
+# ---- Differences of differences --------------------------------------------------------------------------------------
+
+DEMO = [f"d{i}" for i in range(8)]
+DEMO_SOURCES = [DEMO[:3], *([task] for task in DEMO[3:])]
+
+
+def demo_runs(values: Any) -> Runs:
+    """Return values of shape (tasks, seeds) as runs of the demo suite's shape."""
+    return {task: {s: float(x) for s, x in enumerate(line)} for task, line in zip(DEMO, values, strict=True)}
+
+
+def test_a_difference_of_differences_by_brute_force() -> None:
+    generator = np.random.default_rng(21)
+    a, b, c, d = generator.normal(70, 10, (4, 8, 5))
+    found = difference_of_differences(*map(demo_runs, (a, b, c, d)), DEMO_SOURCES)
+    by_seed = (a - b) - (c - d)
+    assert found.new_tasks.value == found.these_tasks.value == pytest.approx(by_seed.mean())
+    for task, values in zip(DEMO, by_seed, strict=True):
+        interval = scipy_stats.t.interval(0.95, 4, values.mean(), scipy_stats.sem(values))
+        assert (found.tasks[task].value, *ends(found.tasks[task])) == pytest.approx((values.mean(), *interval))
+    variances = by_seed.var(1, ddof=1) / 5 / 64
+    assert found.these_tasks.se == pytest.approx(math.sqrt(variances.sum()))
+    assert found.these_tasks.df == pytest.approx(variances.sum() ** 2 / (variances**2 / 4).sum())
+    assert found.n_sources == 6
+    sums = [by_seed[:3].mean(1).sum(), *by_seed[3:].mean(1)]
+    patterns = [abs(np.dot(signs, sums)) for signs in itertools.product((1, -1), repeat=6)]
+    assert found.p == np.mean([x >= abs(sum(sums)) - 1e-9 for x in patterns])
+
+
+def test_a_difference_of_differences_is_the_interaction_of_a_clustered_regression() -> None:
+    """CR2 and Satterthwaite written out as matrices, for the 32 means of 8 tasks, 2 methods and 2 backbones."""
+    generator = np.random.default_rng(22)
+    means = generator.normal(70, 10, (8, 4))
+    found = difference_of_differences(*(demo_runs(means[:, [k]]) for k in range(4)), DEMO_SOURCES).new_tasks
+    method, backbone = np.array([1, -1, 1, -1]) / 2, np.array([1, 1, -1, -1]) / 2
+    columns = [np.tile(x, 8) for x in (method * backbone, method, backbone)]
+    design = np.column_stack([*columns, np.kron(np.eye(8), np.ones((4, 1)))])
+    y = means.ravel()
+    bread = np.linalg.inv(design.T @ design)
+    beta = bread @ design.T @ y
+    rest = np.eye(32) - design @ bread @ design.T
+    of_task = np.repeat(np.arange(8), 4)
+    directions, meat = [], 0.0
+    for source in DEMO_SOURCES:
+        m = np.isin(of_task, [DEMO.index(task) for task in source])
+        values, vectors = np.linalg.eigh(rest[np.ix_(m, m)])
+        adjustment = vectors @ np.diag([x**-0.5 if x > 1e-9 else 0.0 for x in values]) @ vectors.T
+        row = np.zeros(32)
+        row[m] = bread[0] @ design[m].T @ adjustment
+        meat += float(row @ (y - design @ beta)) ** 2
+        directions.append(row @ rest)
+    gram = np.array(directions) @ np.array(directions).T
+    assert found.value == pytest.approx(beta[0])
+    assert found.se == pytest.approx(math.sqrt(meat))
+    assert found.df == pytest.approx(np.trace(gram) ** 2 / (gram**2).sum())
+
+
+@pytest.mark.parametrize("within_source", [0.0, 0.5, 1.0])
+def test_a_difference_of_differences_covers_and_its_p_is_as_rare_as_stated(within_source: float) -> None:
+    """Five seeds that shift all four runs alike, tasks on which methods and backbones differ: 1000 simulated suites."""
+    generator = np.random.default_rng(23)
+    of_source = np.array([0, 0, 0, 1, 2, 3, 4, 5])
+    hits, rejected = [], []
+    for _ in range(1000):
+        twins = generator.normal(0, math.sqrt(within_source), (4, 6))[:, of_source]
+        effects = 3 * (twins + generator.normal(0, math.sqrt(1 - within_source), (4, 8)))
+        shared = generator.normal(0, 2, (8, 5))  # by task and seed
+        values = 70 + effects[:, :, None] + shared + generator.normal(0, 0.5, (4, 8, 5))
+        values[0] += 2.0
+        found = difference_of_differences(*map(demo_runs, values), DEMO_SOURCES).new_tasks
+        hits.append(covers(found, 2.0))
+        p = p_of_zero(Estimate(found.value - 2.0, None, None, found.se, found.df, found.n, found.level))
+        assert p is not None
+        rejected.append(p < 0.05)
+    assert hits == [not one for one in rejected]
+    assert 0.93 < np.mean(hits) < 0.97
+
+
+def test_the_seeds_interval_of_a_difference_of_differences_covers_and_pairing_pays() -> None:
+    generator = np.random.default_rng(24)
+    truth = generator.normal(0, 5, (4, 8))
+    hits, paired_se, separate_se = [], [], []
+    for _ in range(1000):
+        shared = generator.normal(0, 2, (8, 5))
+        values = 70 + truth[:, :, None] + shared + generator.normal(0, 0.7, (4, 8, 5))
+        found = difference_of_differences(*map(demo_runs, values), DEMO_SOURCES).these_tasks
+        hits.append(covers(found, float((truth[0] - truth[1] - truth[2] + truth[3]).mean())))
+        assert found.se is not None
+        paired_se.append(found.se)
+        separate_se.append(math.sqrt(sum(run.var(1, ddof=1).sum() / 5 / 64 for run in values)))
+    assert 0.93 < np.mean(hits) < 0.97
+    assert np.mean(paired_se) < 0.5 * np.mean(separate_se)
+
+
+@settings(max_examples=60, deadline=None)
+@given(runs(), runs(), runs(), runs())
+def test_a_difference_of_differences_turns_with_its_sides(one: Runs, two: Runs, three: Runs, four: Runs) -> None:
+    tasks = [task for task in one if task in two and task in three and task in four]
+    sides = [{task: side[task] for task in tasks} for side in (one, two, three, four)]
+    if not tasks:
+        return
+    a, b, c, d = sides
+    plain = difference_of_differences(a, b, c, d, SOURCES)
+    turned = difference_of_differences(c, d, a, b, SOURCES)
+    assert turned.new_tasks.value == -plain.new_tasks.value
+    assert (turned.p, turned.new_tasks.se, turned.these_tasks.se) == (
+        plain.p,
+        plain.new_tasks.se,
+        plain.these_tasks.se,
+    )
+    swapped = difference_of_differences(a, c, b, d, SOURCES)  # (a - c) - (b - d)
+    assert swapped.new_tasks.value == pytest.approx(plain.new_tasks.value, abs=1e-9)
+    assert difference_of_differences(a, b, a, b, SOURCES).new_tasks.value == 0
+    zero = {task: dict.fromkeys({**seeds, **b[task]}, 50.0) for task, seeds in a.items()}
+    alone = difference_of_differences(a, b, zero, zero, SOURCES)
+    assert alone.these_tasks.value == pytest.approx(paired(a, b, SOURCES).these_tasks.value, abs=1e-9)
+
+
+def test_only_seeds_that_all_four_share_count() -> None:
+    a = {"t": {0: 10.0, 1: 20.0, 2: 90.0}}
+    b = {"t": {0: 5.0, 1: 5.0, 3: 1.0}}
+    c = {"t": {0: 1.0, 1: 1.0, 2: 1.0}}
+    d = {"t": {0: 0.0, 1: 0.0, 4: 9.0}}
+    found = difference_of_differences(a, b, c, d, [["t"]])
+    assert (found.tasks["t"].value, found.tasks["t"].n) == (9.0, 2)
+
+
+def test_p_of_zero_is_that_of_the_t_interval() -> None:
+    values = np.random.default_rng(25).normal(1, 2, 9)
+    estimate = mean_over_new_tasks({f"t{i}": [x] for i, x in enumerate(values)}, [[f"t{i}"] for i in range(9)])
+    assert p_of_zero(estimate) == pytest.approx(scipy_stats.ttest_1samp(values, 0).pvalue)
+    assert p_of_zero(mean_over_new_tasks({"t": [1.0]}, [["t"]])) is None
+    assert p_of_zero(Estimate(0.0, -1.0, 1.0, 0.5, 4.0, 5, 0.95)) == 1.0
 
 
 # ---- p ---------------------------------------------------------------------------------------------------------------
