@@ -6,6 +6,7 @@ Files in a folder of cards:
                              a folder of tasks, a part of another suite
     <suite>/<task>.yaml      a task: classes, sizes of the splits, origin of the data; its name is "<suite>/<task>"
     protocols/<name>.yaml    a protocol: image transform, splits of both stages, training budget
+    sources/<suite>.yaml     where the data of a suite's tasks come from (`svp_bench.prepare.known`)
     references.bib           the works that `citation` names
 
 Custom cards lie in further folders of the same form (`--tasks_dir DIR`, `$SVP_BENCH_TASKS`); their suites may use the
@@ -238,7 +239,8 @@ class ProtocolCard:
 # `root` is the one folder of cards; by default the shipped one and the custom ones.
 
 _LISTING = "svp-bench tasks"
-_PROTOCOLS = "protocols"  # the one sub-folder that is not a suite's
+_PROTOCOLS = "protocols"
+_NO_SUITES = {_PROTOCOLS: "protocols", "sources": "the sources of suites"}  # sub-folders → what they hold
 
 
 @dataclass(frozen=True)
@@ -297,11 +299,11 @@ def _index(root: Path | None) -> _Index:
     for folder in tasks_dirs() if root is None else (root,):
         stems = _stems(folder)
         for inside in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-            if inside.name not in [*stems, _PROTOCOLS] and (cards := _stems(inside)):
+            if inside.name not in [*stems, *_NO_SUITES] and (cards := _stems(inside)):
                 text = f"this card belongs to no suite; write {folder / inside.name}.yaml or move it"
                 raise CardError(f"{inside / cards[0]}.yaml:1: {text}")
-        if _PROTOCOLS in stems:
-            raise CardError(f"{folder / _PROTOCOLS}.yaml:1: {_PROTOCOLS!r} cannot name a suite; it holds protocols")
+        for name in {*stems} & {*_NO_SUITES}:
+            raise CardError(f"{folder / name}.yaml:1: {name!r} cannot name a suite; it holds {_NO_SUITES[name]}")
         for name in stems:
             (index.suites if _stems(folder / name) else index.parts).setdefault(name, []).append(folder)
         for name in _stems(folder / _PROTOCOLS):
