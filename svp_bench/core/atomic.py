@@ -55,11 +55,16 @@ def read_regular(path: Path | str, limit: int) -> bytes:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Yield a temporary file in the folder of `path` and rename it to `path` at the end of the block.
 
     If the process or the machine dies, `path` is the old or the new file. Missing folders are created. The temporary
     file begins with a dot and is removed if the block raises.
+
+    Args:
+        path: The file.
+        durable: Wait until the disk has it. Without, only the death of the machine can
+            leave `path` empty; for many files that are synchronised together later (`os.sync`).
 
     Raises:
         OSError: If the folder or the file cannot be written.
@@ -70,12 +75,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    if durable:
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

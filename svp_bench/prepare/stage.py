@@ -40,8 +40,14 @@ class Stage:
         self.folder = folder
 
     def has(self, path: str) -> bool:
-        """Return whether a file is complete, e.g. from a build that was interrupted."""
-        return (self.folder / path).is_file()
+        """Return whether a file is complete, e.g. from a build that was interrupted.
+
+        An empty file is not: the machine may have died before the disk had it.
+        """
+        try:
+            return (self.folder / path).stat().st_size > 0
+        except OSError:
+            return False
 
     def place(self, path: str) -> Path:
         """Return where a file belongs, its folders created.
@@ -54,8 +60,8 @@ class Stage:
         return target
 
     def write(self, path: str, content: bytes) -> None:
-        """Write a file atomically."""
-        with replacing(self.place(path)) as file:
+        """Write a file atomically; `finish` waits until the disk has them all."""
+        with replacing(self.place(path), durable=False) as file:
             file.write(content)
 
     def write_split(self, name: str, images: list[tuple[str, int]]) -> None:
@@ -109,6 +115,8 @@ def finish(
     stage: Stage, card: TaskCard, *, source: str, variant: str, origin: Mapping[str, str], splits: Mapping[str, int]
 ) -> Manifest:
     """Compute the digest of each file of a complete partial folder, and write its manifest."""
+    if hasattr(os, "sync"):  # not on Windows
+        os.sync()
     manifest, sums = describe(stage.folder, card, source=source, variant=variant, origin=origin, splits=splits)
     write_manifest(stage.folder, manifest, sums)
     return manifest
