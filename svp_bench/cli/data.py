@@ -55,7 +55,8 @@ def _prepare(
     request = Request(
         location, revision, offline, tuple(mirror or ()), workers, downloads, lambda line: print(line, file=sys.stderr)
     )
-    names, failed = _names(tasks), 0
+    names = _names(tasks)
+    failed: list[str] = []
     for name in names:
         card = load_task(name)
         suite = load_suite(card.suite)
@@ -67,7 +68,7 @@ def _prepare(
         except SvpBenchError as error:
             if len(names) == 1:
                 raise
-            failed += 1
+            failed.append(name)
             print(f"{name}: {error}", file=sys.stderr)
             continue
         splits = ", ".join(f"{split} {count}" for split, count in manifest.splits.items())
@@ -75,7 +76,7 @@ def _prepare(
         for note in notes:
             print(f"{name}: differs from the card: {note}")
     if failed:
-        print(f"{failed} of {len(names)} tasks failed", file=sys.stderr)
+        print(f"{len(failed)} of {len(names)} tasks failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,11 +1,13 @@
 """Sources of data: from a hub, an archive, a builder or a folder to the folder that a task's reader reads.
 
 A source is a class in a module of its own, registered by name in `SOURCES`. `prepare` runs it: the source fills a
-partial folder, the task's own reader checks it, and the folder is renamed into place with its manifest.
+partial folder, the task's own reader checks it, every image is decoded once, and the folder is renamed into place with
+its manifest.
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +15,8 @@ from pathlib import Path
 
 from svp_bench.core.registry import Registry
 from svp_bench.data.locate import data_root
-from svp_bench.data.manifest import Manifest
-from svp_bench.data.sources import Note, inspect, open_source
+from svp_bench.data.manifest import Manifest, read_manifest
+from svp_bench.data.sources import DataReport, Images, Note, Source, inspect, need_readable, open_source
 from svp_bench.prepare.stage import Stage, finish, staged
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
@@ -49,11 +51,12 @@ class Built:
     """What a source wrote.
 
     Attributes:
-        variant: Name of the data variant: "card", or the source's own name where its pixels differ from the card's.
-        origin: Facts for finding the same data again.
+        variant: Name of the data variant: the source's own name where its pixels differ from the card's; None where
+            they are the card's, or those of its variant with the same counts.
+        origin: Facts for finding the same data again; the plan is added to them.
     """
 
-    variant: str
+    variant: str | None
     origin: Mapping[str, str]
 
 
@@ -105,6 +108,8 @@ def prepare(
 ) -> tuple[Manifest, tuple[str, ...]]:
     """Build the canonical folder of one task.
 
+    A folder that was built of the same plan stays as it is, so that an interrupted suite continues.
+
     Args:
         card: The task's card.
         suite: The card of its suite.
@@ -117,15 +122,54 @@ def prepare(
         The manifest, and the differences from the card, one line each.
 
     Raises:
-        UsageError: If the source is unknown or has no data of the task, or the folder exists.
-        DataError: If the data are missing, malformed or hostile, or cannot be written. Nothing is then in place.
+        UsageError: If the source is unknown or has no data of the task, or another folder exists.
+        DataError: If the data are missing, malformed or hostile, have an image that cannot be decoded, or cannot be
+            written. Nothing is then in place.
     """
     builder = get_source(source)
     plan = builder.plan(card, suite, request)
     target = target_folder(card, suite, root)
+    stated = {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in plan.items()
+    }
+    if not replace and (known := _known(target, card, source, stated)) is not None:
+        request.note(f"{card.name}: {target} is built from the same data already; --replace builds it again")
+        return known, _report(card, suite, target)[1].notes
     with staged(target, {"task": card.name, "source": source, **plan}, replace=replace) as stage:
         built = builder.build(card, suite, request, plan, stage)
-        found = open_source(card, stage.folder, suite=suite)
-        report = inspect(card, found, sorted(found.splits))
-        manifest = finish(stage, card, source=source, variant=built.variant, origin=built.origin, splits=report.counts)
+        found, report = _report(card, suite, stage.folder)
+        need_readable([(images, images.examine(request.note)) for images in _each_once(found)])
+        manifest = finish(
+            stage,
+            card,
+            source=source,
+            variant=built.variant or report.variant,
+            origin={**stated, **built.origin},
+            splits=report.counts,
+        )
     return manifest, report.notes
+
+
+def _known(target: Path, card: TaskCard, source: str, plan: Mapping[str, str]) -> Manifest | None:
+    """Return the manifest of a folder that was built of this plan."""
+    manifest = read_manifest(target) if target.is_dir() else None
+    if manifest is None or (manifest.task, manifest.source) != (card.name, source):
+        return None
+    return manifest if plan.items() <= manifest.origin.items() else None
+
+
+def _report(card: TaskCard, suite: SuiteCard, folder: Path) -> tuple[Source, DataReport]:
+    """Return the splits that the task's reader finds in a folder, and how they compare with the card."""
+    found = open_source(card, folder, suite=suite)
+    return found, inspect(card, found, [*card.counts])
+
+
+def _each_once(found: Source) -> list[Images]:
+    """Return splits that hold all images: not those that repeat the images of others, as trainval and refit do."""
+    seen: set[str] = set()
+    chosen = []
+    for images in sorted(found.splits.values(), key=len, reverse=True):
+        if not seen.issuperset(keys := images.keys()):
+            chosen.append(images)
+            seen.update(keys)
+    return chosen

@@ -1,7 +1,8 @@
 """Build a data folder next to its final place, and rename it into place when it is complete.
 
 A build that is killed leaves `.NAME.partial/NAME`, which the next one of the same plan continues: files in it were
-renamed into place one by one, so each is whole. The partial folder has the final name, so that readers accept it.
+renamed into place one by one, so each is whole. The partial folder has the final name, so that readers accept it. Data
+that are refused (`RefusedError`) leave nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -29,6 +30,10 @@ _PLAN = "plan.json"
 _CHUNK = 2**20
 
 
+class RefusedError(DataError):
+    """The data are hostile or damaged: nothing that was built from them may stay."""
+
+
 class Stage:
     """A data folder under construction.
 
@@ -39,15 +44,16 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def has(self, path: str) -> bool:
-        """Return whether a file is complete, e.g. from a build that was interrupted.
+    def has(self, path: str, size: int | None = None) -> bool:
+        """Return whether a file is complete, e.g. from a build that was interrupted; `size` in bytes, if it is known.
 
         An empty file is not: the machine may have died before the disk had it.
         """
         try:
-            return (self.folder / path).stat().st_size > 0
+            found = (self.folder / path).stat().st_size
         except OSError:
             return False
+        return found > 0 and size in (None, found)
 
     def place(self, path: str) -> Path:
         """Return where a file belongs, its folders created.
@@ -61,8 +67,13 @@ class Stage:
 
     def write(self, path: str, content: bytes) -> None:
         """Write a file atomically; `finish` waits until the disk has them all."""
+        self.write_chunks(path, (content,))
+
+    def write_chunks(self, path: str, chunks: Iterable[bytes]) -> None:
+        """Write a file atomically from its parts; nothing is written if they raise."""
         with replacing(self.place(path), durable=False) as file:
-            file.write(content)
+            for chunk in chunks:
+                file.write(chunk)
 
     def write_split(self, name: str, images: list[tuple[str, int]]) -> None:
         """Write `<name>.txt`: a line `path label` for each image."""
@@ -93,9 +104,15 @@ def staged(target: Path, plan: Mapping[str, object], *, replace: bool = False) -
             if outer.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != text):
                 shutil.rmtree(outer)
             partial.mkdir(parents=True, exist_ok=True)
+            for left in partial.rglob(".*.tmp"):  # of a build that was killed
+                left.unlink()
             with replacing(mark) as file:
                 file.write(text.encode())
-            yield Stage(partial)
+            try:
+                yield Stage(partial)
+            except RefusedError:
+                shutil.rmtree(outer)
+                raise
             if not (partial / MANIFEST).is_file():
                 raise DataError(f"{partial}: no manifest was written; the build is not complete")
             old = target.parent / f".{target.name}.replaced"
