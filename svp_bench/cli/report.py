@@ -13,6 +13,7 @@ def report(
     output: Annotated[str | None, "PATH"] = None,
     control: Annotated[str | None, "ROW"] = None,
     published: bool = False,
+    comparisons: Annotated[str | None, "FILE"] = None,
 ) -> int:
     """Build the HTML report from the records.
 
@@ -23,9 +24,20 @@ def report(
         output: The page; by default report/index.html in the results folder.
         control: The method or row that all others are compared with; linear by default.
         published: Show published numbers from the start; otherwise they are behind a switch in the page.
+        comparisons: A file of planned comparisons: also show these, with the p adjusted over exactly these.
     """
+    from svp_bench.cli.table import backbone_names
     from svp_bench.report.page import write_report
 
-    text = write_report(results_root, suite, published=published, output=output, runs_root=runs_root, control=control)
+    text = write_report(
+        results_root,
+        suite,
+        published=published,
+        output=output,
+        runs_root=runs_root,
+        control=control,
+        comparisons=comparisons,
+        backbones=backbone_names,
+    )
     print(text, end="")
     return 0

@@ -16,6 +16,7 @@ def table(
     published: bool = False,
     control: Annotated[str | None, "ROW"] = None,
     compare: Annotated[tuple[str, str] | None, ("ROW_A", "ROW_B")] = None,
+    comparisons: Annotated[str | None, "FILE"] = None,
     all_columns: bool = False,
 ) -> int:
     """Build the comparison tables from the records.
@@ -30,17 +31,26 @@ def table(
         published: Show published numbers next to ours, marked.
         control: The method or row that all others are compared with; by default linear, where there is one.
         compare: Compare two methods or rows task by task, by their seeds and by their test images; writes no table.
+        comparisons: A file of planned comparisons: also print these, with the p adjusted over exactly these.
         all_columns: Also print tasks and groups that have no result yet; the files always have them.
     """
     from svp_bench.tables.build import run_compare, run_table
 
     if compare is None:
-        print(run_table(results_root, suite, published, control, all_columns), end="")
+        text = run_table(results_root, suite, published, control, all_columns, comparisons, backbone_names)
+        print(text, end="")
         return 0
-    if published or control is not None or all_columns:
+    if published or control is not None or all_columns or comparisons is not None:
         raise UsageError("--compare is used with --suite and --results_root only (`svp-bench table --help`)")
     print(run_compare(results_root, *compare, suite), end="")
     return 0
+
+
+def backbone_names() -> list[str]:
+    """Return the names of all backbones; imports torch."""
+    from svp_bench.methods.build import list_backbones
+
+    return list_backbones()
 
 
 def _points(text: str) -> float:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from importlib.resources import files
@@ -47,6 +47,8 @@ from svp_bench.tables.notes import (
     size_span,
     span,
 )
+from svp_bench.tables.plan import read_plan
+from svp_bench.tables.planned import add_plan, planned_grid, planned_notes
 from svp_bench.tables.quoted import citations, measured, not_vim, other_lines, secondary
 from svp_bench.tasks.cards import load_suite, load_task
 
@@ -80,6 +82,8 @@ def write_report(
     output: Path | str | None = None,
     runs_root: Path | str = "runs",
     control: str | None = None,
+    comparisons: Path | str | None = None,
+    backbones: Callable[[], Iterable[str]] = tuple,
 ) -> str:
     """Read all records, write the page, and return the text to print.
 
@@ -90,32 +94,40 @@ def write_report(
         output: The page; by default `report_path`.
         runs_root: Folder of the runs, whose event files contain the learning curves.
         control: Method or label of the row that all others are compared with; by default `linear`.
+        comparisons: A file of planned comparisons.
+        backbones: See `tables.planned.add_plan`.
 
     Raises:
-        UsageError: If `results_root` is missing, a suite is unknown, no table has a row named `control`, or `output` is
-            a folder.
+        UsageError: If `results_root` is missing, a suite is unknown, no table has a row named `control`, `comparisons`
+            is malformed, or `output` is a folder.
         RecordError: If the page cannot be written, or a file of published numbers is malformed.
     """
     target = report_path(results_root) if output is None else Path(output)
     if target.is_dir():
         raise UsageError(f"--output {target} is a folder; give the name of the page, e.g. {target / 'index.html'}")
     given = None if suites is None else [load_suite(name) for name in suites]
+    plan = None if comparisons is None else read_plan(comparisons)
     if not Path(results_root).is_dir():
         raise UsageError(
             f"--results_root {results_root}: there is no such folder; give the one that contains records/ "
             "(`svp-bench fit` creates it)"
         )
     records, problems = read_records(results_root)
-    cards = [load_suite(name) for name in suites_of(records)] if given is None else given
+    planned = None if plan is None else plan.plan.suite
+    names = dict.fromkeys([*suites_of(records), *([planned] if planned else [])])
+    cards = [load_suite(name) for name in names] if given is None else given
     present = {record.suite for record in records} | {suite_of(problem) for problem in problems}
     tables = []
     for card in cards:
         quoted = load_published(card)
-        if suites is None and card.owner not in present and not (published and quoted):
+        shown = card.owner in present or (published and quoted) or card.name == planned
+        if suites is None and not shown:
             continue
         tables.append(load_table(card, records, problems, quoted, control))
     owners = {card.owner for card in cards}
     check_row(tables, control, "--control")
+    if plan is not None:
+        tables = add_plan(tables, plan, backbones)
     report = report_view(
         tables,
         titles={task: load_task(task).title for table in tables for task in table.suite.tasks},
@@ -203,6 +215,8 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         "interval": interval,
         "signed": signed,
         "p_value": p_value,
+        "planned_grid": planned_grid,
+        "planned_notes": planned_notes,
         "point": _point,
         "on_front": _on_front,
         "places_of": _places_of,

@@ -24,6 +24,8 @@ from svp_bench.tables.comparison import check_row, compare_rows, mean_and_interv
 from svp_bench.tables.labels import custom_data, custom_name, row_labels
 from svp_bench.tables.model import CARD, Cell, LeftOut, Row, Section, Table, columns_of, track_of
 from svp_bench.tables.notes import DIGITS, NOT_COMPARABLE
+from svp_bench.tables.plan import read_plan
+from svp_bench.tables.planned import add_plan
 from svp_bench.tables.render_csv import long_csv, wide_csv
 from svp_bench.tables.render_latex import render_latex
 from svp_bench.tables.render_text import render_markdown, render_terminal
@@ -318,28 +320,38 @@ def run_table(
     published: bool = False,
     control: str | None = None,
     all_columns: bool = False,
+    comparisons: Path | str | None = None,
+    backbones: Callable[[], Iterable[str]] = tuple,
 ) -> str:
     """Write the tables of all records, and return the text of `svp-bench table`; its help explains the arguments.
 
-    Without `suites`, those with records, with files of earlier tables and, with `published`, with quoted numbers.
+    Without `suites`, those with records, with files of earlier tables, with `published` those with quoted numbers, and
+    that of the planned `comparisons`. `backbones`: see `tables.planned.add_plan`.
 
     Raises:
-        UsageError: If a suite is unknown, or no table has a row named `control`.
+        UsageError: If a suite is unknown, no table has a row named `control`, or `comparisons` is malformed.
         RecordError: If the tables cannot be written, or a file of published numbers is malformed.
     """
+    plan = None if comparisons is None else read_plan(comparisons)
     records, problems = read_records(results_root)
-    cards = {name: load_suite(name) for name in (suites if suites is not None else suites_of(records))}
+    names = dict.fromkeys(suites if suites is not None else suites_of(records))
+    if plan is not None and suites is None:
+        names[plan.plan.suite] = None
+    cards = {name: load_suite(name) for name in names}
     quoted = {name: load_published(card) if published else [] for name, card in cards.items()}
     present = {record.suite for record in records} | {suite_of(problem) for problem in problems}
     tables: list[Table] = []
     for name, card in cards.items():
         old = any(path.exists() for path in table_paths(card, results_root))
-        if suites is None and card.owner not in present and not quoted[name] and not old:
+        planned = plan is not None and plan.plan.suite == name
+        if suites is None and card.owner not in present and not quoted[name] and not old and not planned:
             continue
         tables.append(load_table(card, records, problems, quoted[name], control))
     check_row(tables, control, "--control")
     if not Path(results_root).is_dir() and not any(quoted.values()):
         return _no_records(results_root)  # a mistyped folder is not made; quoted numbers alone are a table
+    if plan is not None:
+        tables = add_plan(tables, plan, backbones)
     parts: list[str] = []
     for table in tables:
         paths = write_tables(table, results_root)

@@ -17,6 +17,7 @@ from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
     from svp_bench.stats.estimates import Estimate, Ranks
+    from svp_bench.tables.plan import PlanResult
 
 CARD = "card"
 """The data variant that follows the task card itself."""
@@ -477,7 +478,10 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A suite: its sections, pre-trained weights first, the records and files that do not enter, and quoted numbers."""
+    """A suite: its sections, pre-trained weights first, the records and files that do not enter, and quoted numbers.
+
+    `planned` is the result of planned comparisons, if a file of them was given.
+    """
 
     suite: SuiteCard
     sections: tuple[Section, ...]
@@ -485,3 +489,4 @@ class Table:
     problems: tuple[Problem, ...]
     published: tuple[PublishedRow, ...]
     level: float = 0.95
+    planned: PlanResult | None = None

@@ -7,7 +7,7 @@ intervals allow (`stats.best_and_second`); marks of the data are explained below
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from svp_bench.stats.estimates import FEWEST_PAIRS, Marks
 from svp_bench.tables.comparison import column_marks
@@ -32,6 +32,8 @@ from svp_bench.tables.notes import (
     span,
     weights,
 )
+from svp_bench.tables.plan import PlanResult
+from svp_bench.tables.planned import planned_grid, planned_notes
 
 _SPECIAL = {
     **{char: f"\\{char}" for char in "_%&#${}"},
@@ -75,6 +77,8 @@ def render_latex(table: Table) -> str:
         lines.append("% There are no complete records of this suite yet.")
     for number, section in enumerate(table.sections, 1):
         lines += ["", *_float(table, section, number)]
+    if table.planned is not None:
+        lines += ["", *_planned(table, table.planned)]
     return "\n".join(lines) + "\n"
 
 
@@ -97,6 +101,22 @@ def _float(table: Table, section: Section, number: int) -> list[str]:
             for note in [*interval_notes(section), *common_notes(section)]
             for line in ("", r"\smallskip", rf"\parbox{{0.95\linewidth}}{{{escape(note)}}}")
         ),
+        r"\end{table}",
+    ]
+
+
+def _planned(table: Table, result: PlanResult) -> list[str]:
+    """Return the float of the planned comparisons."""
+    head, *rows = planned_grid(result)
+    caption = " ".join([f"{table.suite.title}: planned comparisons.", *planned_notes(table)])
+    return [
+        r"\begin{table}[tbp]",
+        r"\centering",
+        rf"\caption{{{escape(caption)}}}",
+        rf"\label{{tab:{table.suite.table}-planned}}",
+        r"\scriptsize",
+        r"\setlength{\tabcolsep}{2pt}",
+        *_tabular("rlrrrrrrl", [_line(map(escape, head))], [list(map(escape, row)) for row in rows], []),
         r"\end{table}",
     ]
 
@@ -214,5 +234,5 @@ def _emphasised(value: float, row: Row, allowed: Marks | None) -> str:
     return f"{value:.2f}"
 
 
-def _line(cells: Sequence[str]) -> str:
+def _line(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"

@@ -43,6 +43,7 @@ from svp_bench.tables.notes import (
     verdict_marks,
     weights,
 )
+from svp_bench.tables.planned import planned_grid, planned_notes
 from svp_bench.tables.quoted import QUOTED_CAUTION, QUOTED_NOTES, citations, not_quoted, other_lines, quoted_grid
 
 _WIDTH = 100
@@ -236,6 +237,9 @@ def render_markdown(table: Table) -> str:
             lines += ["", f"### {escape_markdown(title)}", ""]
             lines += [*markdown_grid(grid, left=1), ""] if len(grid) > 1 else []
             lines += bullets(explained)
+    if table.planned is not None:
+        lines += ["", "## Planned comparisons", "", *markdown_grid(planned_grid(table.planned), left=2), ""]
+        lines += bullets(planned_notes(table))
     if table.published:
         grid = quoted_grid(table)
         lines += ["", f"## Quoted: {QUOTED}", "", QUOTED_CAUTION, ""]
@@ -279,6 +283,9 @@ def render_terminal(table: Table, *, all_columns: bool = False) -> str:
         lines += wrap(notes)
         for title, grid, explained in _statistics(section, terminal=True, cells=layout.tasks):
             lines += ["", *filter(None, [title]), *(align(grid, 1) if len(grid) > 1 else []), *wrap(explained)]
+    if table.planned is not None:
+        grid = without_empty(planned_grid(table.planned), [3, 4, 5, 6, 7])
+        lines += ["", "Planned comparisons", *align(grid, 2), *wrap(planned_notes(table))]
     if table.published:
         grid = quoted_grid(table, terminal=True)
         lines += ["", f"Quoted: {QUOTED}"]
