@@ -205,7 +205,7 @@ bench-gpu: $(STAMP) ## measure an H100 against the scan's floor and the baseline
 
 .PHONY: bench-methods
 bench-methods: $(STAMP) ## latency, throughput, step time and peak memory of every method on both embedded backbones
-	$(BIN)/python benchmarks/methods.py --output benchmarks/results/methods.json
+	$(BIN)/svp-bench measure --backbone vim_nano_patch8_64 --backbone vit_nano_patch8_64 --output benchmarks/results/methods.json
 
 .PHONY: bench-frozen
 bench-frozen: $(STAMP) ## linear probing with frozen features computed once, against once per epoch (about five minutes)

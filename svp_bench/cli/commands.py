@@ -62,5 +62,6 @@ _MODULES = {
     "methods": "listing",
     "data": "data",
     "doctor": "doctor",
+    "measure": "measure",
 }
 SUBCOMMANDS = {name: Subcommand(name, module) for name, module in _MODULES.items()}

@@ -14,6 +14,7 @@ def report(
     control: Annotated[str | None, "ROW"] = None,
     published: bool = False,
     comparisons: Annotated[str | None, "FILE"] = None,
+    costs: Annotated[str | None, "FILE"] = None,
 ) -> int:
     """Build the HTML report from the records.
 
@@ -25,6 +26,7 @@ def report(
         control: The method or row that all others are compared with; linear by default.
         published: Show published numbers from the start; otherwise they are behind a switch in the page.
         comparisons: A file of planned comparisons: also show these, with the p adjusted over exactly these.
+        costs: A file of svp-bench measure: latency, throughput, step time and memory of the rows on its machine.
     """
     from svp_bench.cli.table import backbone_names
     from svp_bench.report.page import write_report
@@ -38,6 +40,7 @@ def report(
         control=control,
         comparisons=comparisons,
         backbones=backbone_names,
+        costs=costs,
     )
     print(text, end="")
     return 0

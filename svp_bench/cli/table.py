@@ -18,6 +18,7 @@ def table(
     compare: Annotated[tuple[str, str] | None, ("ROW_A", "ROW_B")] = None,
     comparisons: Annotated[str | None, "FILE"] = None,
     all_columns: bool = False,
+    costs: Annotated[str | None, "FILE"] = None,
 ) -> int:
     """Build the comparison tables from the records.
 
@@ -33,14 +34,15 @@ def table(
         compare: Compare two methods or rows task by task, by their seeds and by their test images; writes no table.
         comparisons: A file of planned comparisons: also print these, with the p adjusted over exactly these.
         all_columns: Also print tasks and groups that have no result yet; the files always have them.
+        costs: A file of svp-bench measure: latency, throughput, step time and memory of the rows on its machine.
     """
     from svp_bench.tables.build import run_compare, run_table
 
     if compare is None:
-        text = run_table(results_root, suite, published, control, all_columns, comparisons, backbone_names)
+        text = run_table(results_root, suite, published, control, all_columns, comparisons, backbone_names, costs)
         print(text, end="")
         return 0
-    if published or control is not None or all_columns or comparisons is not None:
+    if published or control is not None or all_columns or comparisons is not None or costs is not None:
         raise UsageError("--compare is used with --suite and --results_root only (`svp-bench table --help`)")
     print(run_compare(results_root, *compare, suite), end="")
     return 0

@@ -103,6 +103,11 @@ def setting_config(config: Mapping[str, Any], search: SelectedKeys | None = None
     return {**setting, "search": search.declaration} if search else setting
 
 
+def without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` without nulls and mappings left empty: a new option that is null by default changes nothing."""
+    return _without(config, ())
+
+
 def config_digest(config: Mapping[str, Any]) -> str:
     """Return "sha256:..." of `cell_config(config)` as canonical JSON: sorted keys, no blanks, floats by `repr`.
 

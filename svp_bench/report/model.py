@@ -183,7 +183,7 @@ class SectionView:
         comparison_notes: Notes on the differences to the control, and the mean ranks.
         rows: Ranked ones first.
         parameters: Accuracy over trained parameters.
-        further: Accuracy over other costs that do not come from the runs' clocks: multiplications of one image.
+        further: Accuracy over multiplications of one image, and over times of `svp-bench measure`.
         setups: One per kind of machine; the one with the most rows first.
         majority: Task or name of a mean → accuracy of the majority class.
     """

@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 
 from svp_bench._version import __version__
 from svp_bench.core.errors import UsageError, file_size, plural, printable
+from svp_bench.records.costs import load_costs
 from svp_bench.records.published import load_published
 from svp_bench.records.record import CREATED
 from svp_bench.records.store import read_records, write_atomically
@@ -32,6 +33,7 @@ from svp_bench.report.view import report_view
 from svp_bench.stats.estimates import FEWEST_PAIRS, FEWEST_SOURCES
 from svp_bench.tables.build import load_table, outside_of_suites, suite_of, suites_of
 from svp_bench.tables.comparison import check_row
+from svp_bench.tables.measured import caption, spans_of, value_span
 from svp_bench.tables.notes import (
     COST,
     MAJORITY,
@@ -84,6 +86,7 @@ def write_report(
     control: str | None = None,
     comparisons: Path | str | None = None,
     backbones: Callable[[], Iterable[str]] = tuple,
+    costs: Path | str | None = None,
 ) -> str:
     """Read all records, write the page, and return the text to print.
 
@@ -95,13 +98,15 @@ def write_report(
         runs_root: Folder of the runs, whose event files contain the learning curves.
         control: Method or label of the row that all others are compared with; by default `linear`.
         comparisons: A file of planned comparisons.
+        costs: File of costs that were measured on a machine.
         backbones: See `tables.planned.add_plan`.
 
     Raises:
         UsageError: If `results_root` is missing, a suite is unknown, no table has a row named `control`, `comparisons`
             is malformed, or `output` is a folder.
-        RecordError: If the page cannot be written, or a file of published numbers is malformed.
+        RecordError: If the page cannot be written, or a file of published numbers or costs is malformed.
     """
+    machine = None if costs is None else load_costs(costs)
     target = report_path(results_root) if output is None else Path(output)
     if target.is_dir():
         raise UsageError(f"--output {target} is a folder; give the name of the page, e.g. {target / 'index.html'}")
@@ -123,7 +128,7 @@ def write_report(
         shown = card.owner in present or (published and quoted) or card.name == planned
         if suites is None and not shown:
             continue
-        tables.append(load_table(card, records, problems, quoted, control))
+        tables.append(load_table(card, records, problems, quoted, control, costs=machine))
     owners = {card.owner for card in cards}
     check_row(tables, control, "--control")
     if plan is not None:
@@ -219,6 +224,9 @@ def render(report: ReportView, *, published: bool = False, root: str = "..") -> 
         "planned_notes": planned_notes,
         "point": _point,
         "on_front": _on_front,
+        "spans_of": spans_of,
+        "value_span": value_span,
+        "caption": caption,
         "places_of": _places_of,
         "quoted_columns": _quoted_columns,
         "measured_rows": _measured_rows,

@@ -31,6 +31,7 @@ from svp_bench.report.model import (
     Value,
 )
 from svp_bench.tables.comparison import column_marks, images_of_cell, seeds_of_cell
+from svp_bench.tables.measured import spans_of
 from svp_bench.tables.model import Cell, Mean, Row, Section, Table
 from svp_bench.tables.notes import (
     columns,
@@ -46,6 +47,7 @@ from svp_bench.tables.quoted import quoted_methods
 from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
+    from svp_bench.records.costs import CostFile
     from svp_bench.stats.estimates import Estimate
 
 PARAMETERS = Axis(
@@ -66,6 +68,9 @@ TRAINING_MACS = Axis(
     "MACs",
     "A forward and a backward pass; the mean over the tasks.",
 )
+_AS_STATED = "Measured by `svp-bench measure` as stated below its table; the adapter is not merged."
+STEP = Axis("step", "time of a training step in milliseconds", "ms", _AS_STATED)
+LATENCY = Axis("latency", "latency of one image in milliseconds", "ms", _AS_STATED)
 TRAINING = Axis(
     "training",
     "training time of a run in seconds",
@@ -169,7 +174,7 @@ def _section(name: str, section: Section, table: Table, pool: RecordPool, styles
         comparison_notes=(*comparison_notes(section), *ranks_notes(section)),
         rows=tuple(rows),
         parameters=_over_tasks(name, PARAMETERS, lambda run: run.parameters.adapter, rows),
-        further=tuple(trade for trade in _macs(name, rows) if trade.points),
+        further=tuple(trade for trade in (*_macs(name, rows), *_machine(name, rows, table.costs)) if trade.points),
         setups=_setups(name, rows),
         majority={name: score for name, score in majority if score is not None},
     )
@@ -261,6 +266,14 @@ def _macs(name: str, rows: Sequence[RowView]) -> Iterator[TradeOff]:
     why = "its records state no multiplications"
     yield _over_tasks(name, INFERENCE_MACS, lambda run: getattr(run.efficiency, "inference_macs", None), rows, why)
     yield _over_tasks(name, TRAINING_MACS, lambda run: getattr(run.efficiency, "training_macs", None), rows, why)
+
+
+def _machine(name: str, rows: Sequence[RowView], costs: CostFile | None) -> Iterator[TradeOff]:
+    """Yield accuracy over the measured times; of a row with several settings, over the largest."""
+    spans = {row.label: spans_of(costs, row.table) for row in rows}
+    for axis, measure in ((STEP, "step_ms"), (LATENCY, "latency_ms")):
+        times = {label: found[measure][1] for label, found in spans.items() if measure in found}
+        yield _trade_off(f"{name}-{axis.id}", axis, times, rows, "it was not measured")
 
 
 def _setup(record: Record) -> tuple[str, int, str, str]:

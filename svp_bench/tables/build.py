@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from svp_bench.core.errors import UsageError, printable
+from svp_bench.records.costs import CostFile, load_costs
 from svp_bench.records.defaults import override_texts, overrides, recipe, row_digest
 from svp_bench.records.published import PublishedRow, load_published
 from svp_bench.records.record import Record
@@ -50,6 +51,7 @@ def build_table(
     published: Iterable[PublishedRow] = (),
     control: str | None = None,
     level: float = 0.95,
+    costs: CostFile | None = None,
 ) -> Table:
     """Derive the table of `suite`.
 
@@ -64,6 +66,7 @@ def build_table(
         published: Quoted numbers to be shown in a section of their own.
         control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
         level: Of all intervals.
+        costs: Costs that were measured on a machine, to be shown next to the rows.
     """
     rules = {(card.name, card.version): card for card in protocols}
     entering: list[Record] = []
@@ -107,6 +110,7 @@ def build_table(
         problems=tuple(sorted((one for one in problems if suite_of(one) == suite.owner), key=lambda one: one.path)),
         published=tuple(published),
         level=level,
+        costs=costs,
     )
 
 
@@ -278,6 +282,7 @@ def load_table(
     published: Iterable[PublishedRow] = (),
     control: str | None = None,
     level: float = 0.95,
+    costs: CostFile | None = None,
 ) -> Table:
     """Derive the table of the suite `card` as `build_table` does, with task and protocol cards as they are now."""
     tasks = {record.task for record in records}
@@ -291,6 +296,7 @@ def load_table(
         published=published,
         control=control,
         level=level,
+        costs=costs,
     )
 
 
@@ -322,6 +328,7 @@ def run_table(
     all_columns: bool = False,
     comparisons: Path | str | None = None,
     backbones: Callable[[], Iterable[str]] = tuple,
+    costs: Path | str | None = None,
 ) -> str:
     """Write the tables of all records, and return the text of `svp-bench table`; its help explains the arguments.
 
@@ -330,9 +337,10 @@ def run_table(
 
     Raises:
         UsageError: If a suite is unknown, no table has a row named `control`, or `comparisons` is malformed.
-        RecordError: If the tables cannot be written, or a file of published numbers is malformed.
+        RecordError: If the tables cannot be written, or a file of published numbers or costs is malformed.
     """
     plan = None if comparisons is None else read_plan(comparisons)
+    measured = None if costs is None else load_costs(costs)
     records, problems = read_records(results_root)
     names = dict.fromkeys(suites if suites is not None else suites_of(records))
     if plan is not None and suites is None:
@@ -346,7 +354,7 @@ def run_table(
         planned = plan is not None and plan.plan.suite == name
         if suites is None and card.owner not in present and not quoted[name] and not old and not planned:
             continue
-        tables.append(load_table(card, records, problems, quoted[name], control))
+        tables.append(load_table(card, records, problems, quoted[name], control, costs=measured))
     check_row(tables, control, "--control")
     if not Path(results_root).is_dir() and not any(quoted.values()):
         return _no_records(results_root)  # a mistyped folder is not made; quoted numbers alone are a table

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svp_bench.core.errors import RecordError, plural, printable
+from svp_bench.records.costs import CostFile, load_costs
 from svp_bench.records.record import Record
 from svp_bench.records.store import read_records, record_path
+from svp_bench.tables.measured import MEASURES
 from svp_bench.tables.model import track_of
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ _MORE = ("track", "not_comparable", "train_seconds", "test_seconds", "path")
 _NAMED = 5  # files that a warning names
 
 
-def load_results(root: str | Path = "results") -> pd.DataFrame:
+def load_results(root: str | Path = "results", costs: str | Path | None = None) -> pd.DataFrame:
     """Return the records of a results folder, a row a run.
 
     Every record has a row, of any kind and status: those of a table are `kind == "final"` and
@@ -36,6 +38,9 @@ def load_results(root: str | Path = "results") -> pd.DataFrame:
 
     Args:
         root: The folder that holds `records/`.
+        costs: A file of `svp-bench measure`. Adds `measured_latency_ms`, `measured_merged_latency_ms`,
+            `measured_images_per_second`, `measured_batch`, `measured_step_ms`, `measured_peak_memory_mib` (NaN for
+            settings that were not measured), `measured_device` and `measured_date`.
 
     Returns:
         Rows in the order of task and run id. Columns: `suite`, `task` (full name), `method`, `backbone`, `seed`,
@@ -45,7 +50,7 @@ def load_results(root: str | Path = "results") -> pd.DataFrame:
         file relative to `root`. A folder without records gives an empty frame with these columns.
 
     Raises:
-        RecordError: If there is no folder `root`.
+        RecordError: If there is no folder `root`, or the costs cannot be read.
 
     Warns:
         UserWarning: If files below `records/` are not records: how many, and which.
@@ -57,6 +62,7 @@ def load_results(root: str | Path = "results") -> pd.DataFrame:
         raise RecordError(
             f"{folder}: there is no such folder; give the one that holds records/ (--results_root of a run)"
         )
+    measured = None if costs is None else load_costs(costs)
     records, problems = read_records(folder)
     if problems:
         listed = [f"{problem.path} ({problem.reason})" for problem in problems[:_NAMED]]
@@ -66,7 +72,19 @@ def load_results(root: str | Path = "results") -> pd.DataFrame:
         )
         warnings.warn(printable(text), stacklevel=2)
     names = [*_FACTS, *_SCORES, *(f"parameters_{name}" for name in _PARAMETERS), *_COSTS, *_MORE]
-    return pd.DataFrame([_row(record, folder) for record in records], columns=names)
+    rows = [_row(record, folder) for record in records]
+    if measured is not None:
+        names += [f"measured_{name}" for name in (*MEASURES, "device", "date")]
+        rows = [row | _measured(measured, record) for row, record in zip(rows, records, strict=True)]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _measured(costs: CostFile, record: Record) -> dict[str, Any]:
+    cost = costs.of(record)
+    if cost is None:
+        return {}
+    values = {f"measured_{name}": value(cost) for name, value in MEASURES.items()}
+    return {**values, "measured_device": costs.device, "measured_date": costs.date}
 
 
 def _row(record: Record, root: Path) -> dict[str, Any]:

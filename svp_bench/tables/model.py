@@ -16,6 +16,7 @@ from svp_bench.stats.inference import group_weights
 from svp_bench.tasks.cards import SuiteCard
 
 if TYPE_CHECKING:
+    from svp_bench.records.costs import CostFile
     from svp_bench.stats.estimates import Estimate, Ranks
     from svp_bench.tables.plan import PlanResult
 
@@ -480,7 +481,8 @@ class LeftOut(NamedTuple):
 class Table:
     """A suite: its sections, pre-trained weights first, the records and files that do not enter, and quoted numbers.
 
-    `planned` is the result of planned comparisons, if a file of them was given.
+    `planned` is the result of planned comparisons, if a file of them was given; `costs` are those that were
+    measured on a machine, if they were given.
     """
 
     suite: SuiteCard
@@ -490,3 +492,4 @@ class Table:
     published: tuple[PublishedRow, ...]
     level: float = 0.95
     planned: PlanResult | None = None
+    costs: CostFile | None = None

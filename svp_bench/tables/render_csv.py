@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from svp_bench.records.store import csv_text
 from svp_bench.tables.comparison import images_of_cell
+from svp_bench.tables.measured import MEASURED_COLUMNS, measured_facts
 from svp_bench.tables.model import CARD, Cell, Row, Section, Table
 from svp_bench.tables.notes import DIGITS, MAJORITY, QUOTED, columns, majority_scores, one_line, short_name
 from svp_bench.tables.quoted import QUOTED_COLUMNS, quoted_facts, quoted_methods
@@ -67,6 +68,8 @@ def wide_csv(table: Table) -> str:
     ]
     if any(row.cost for section in table.sections for row in section.rows):
         head += COST_COLUMNS
+    if table.costs is not None:
+        head += MEASURED_COLUMNS
     if table.published:
         head += QUOTED_COLUMNS
     lines: list[dict[str, object]] = []
@@ -74,7 +77,7 @@ def wide_csv(table: Table) -> str:
         facts = {**dict(zip(SECTION_COLUMNS, section_facts(section), strict=True)), "custom_data": section.data}
         for row in section.rows:
             lines.append({"origin": "measured", **facts, **_row_facts(row), "interval_level": f"{table.level:g}"})
-            lines[-1] |= dict(zip(names, map(number, row.scores), strict=True))
+            lines[-1] |= dict(zip(names, map(number, row.scores), strict=True)) | measured_facts(table.costs, row)
             seeds = [None if mean is None else mean.seeds for mean in row.means]
             for name, estimate in zip(intervals, [*seeds, row.new_tasks, row.present.images], strict=True):
                 if estimate is not None:

@@ -9,6 +9,8 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from svp_bench.core.errors import file_size, printable
+from svp_bench.records.costs import CostFile
+from svp_bench.tables.measured import caption, measured_grid
 from svp_bench.tables.model import Row, Section, Table
 from svp_bench.tables.notes import (
     COST,
@@ -142,8 +144,8 @@ def _statistics(section: Section, *, terminal: bool, cells: bool) -> Iterator[tu
         yield "" if terminal else "Mean ranks (descriptive)", [[]], ranks_notes(section)
 
 
-def _costs(section: Section) -> Iterator[tuple[str, list[list[str]], list[str]]]:
-    """Yield the block of the costs that do not depend on the machine, if records state them."""
+def _costs(section: Section, costs: CostFile | None) -> Iterator[tuple[str, list[list[str]], list[str]]]:
+    """Yield the block of the costs that do not depend on the machine, if records state them, and of measured ones."""
     grid = [["method", "trainable w/o head", "head", "stored", "merges", "inference MACs", "training MACs"]]
     for row in section.rows:
         cost = row.cost
@@ -155,6 +157,12 @@ def _costs(section: Section) -> Iterator[tuple[str, list[list[str]], list[str]]]
         grid.append([row.label, *facts, *macs])
     if len(grid) > 1:
         yield "Cost", grid, [COST]
+    if costs is not None:
+        yield _measured(section, costs)
+
+
+def _measured(section: Section, costs: CostFile) -> tuple[str, list[list[str]], list[str]]:
+    return f"Cost on {costs.device}", measured_grid(section, costs), [caption(costs)]
 
 
 def _comparison_grid(section: Section) -> list[list[str]]:
@@ -233,7 +241,10 @@ def render_markdown(table: Table) -> str:
         ]
         lines += [*markdown_grid(_grid(section, _PAGE), left=2), ""]
         lines += bullets([*notes, *interval_notes(section), *common_notes(section)])
-        for title, grid, explained in (*_statistics(section, terminal=False, cells=True), *_costs(section)):
+        for title, grid, explained in (
+            *_statistics(section, terminal=False, cells=True),
+            *_costs(section, table.costs),
+        ):
             lines += ["", f"### {escape_markdown(title)}", ""]
             lines += [*markdown_grid(grid, left=1), ""] if len(grid) > 1 else []
             lines += bullets(explained)
@@ -281,7 +292,9 @@ def render_terminal(table: Table, *, all_columns: bool = False) -> str:
         notes = [RANDOM_WEIGHTS] if section.random else []
         notes += [f"Track {section.track.words}.", *interval_notes(section), *common_notes(section)]
         lines += wrap(notes)
-        for title, grid, explained in _statistics(section, terminal=True, cells=layout.tasks):
+        blocks = [*_statistics(section, terminal=True, cells=layout.tasks)]
+        blocks += [] if table.costs is None else [_measured(section, table.costs)]
+        for title, grid, explained in blocks:
             lines += ["", *filter(None, [title]), *(align(grid, 1) if len(grid) > 1 else []), *wrap(explained)]
     if table.planned is not None:
         grid = without_empty(planned_grid(table.planned), [3, 4, 5, 6, 7])
