@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -52,6 +53,19 @@ def read_regular(path: Path | str, limit: int) -> bytes:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than {limit / 2**20:g} MiB", str(path))
     return content
+
+
+def file_digest(path: Path | str, algorithm: str = "sha256") -> str:
+    """Return the digest of a regular file, e.g. "sha256:…".
+
+    Raises:
+        OSError: As `open_regular`.
+    """
+    state = hashlib.new(algorithm, usedforsecurity=False)
+    with open_regular(path) as file:
+        while chunk := file.read(2**20):
+            state.update(chunk)
+    return f"{algorithm}:{state.hexdigest()}"
 
 
 @contextmanager

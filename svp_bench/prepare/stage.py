@@ -7,7 +7,6 @@ that are refused (`RefusedError`) leave nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,14 +19,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from svp_bench._version import __version__
-from svp_bench.core.atomic import replacing
+from svp_bench.core.atomic import file_digest, replacing
 from svp_bench.core.errors import DataError, UsageError
 from svp_bench.data.manifest import MANIFEST, SCHEMA, SUMS, Manifest, sums_digest, sums_of, write_manifest
 from svp_bench.data.split_files import plain_path
 from svp_bench.tasks.cards import TaskCard
 
 _PLAN = "plan.json"
-_CHUNK = 2**20
 
 
 class RefusedError(DataError):
@@ -145,7 +143,9 @@ def describe(
     """Return the manifest of a folder and the content of its `SHA256SUMS`; every file is read."""
     paths = [path for path in files_below(folder) if path not in (MANIFEST, SUMS)]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = dict(zip(paths, pool.map(lambda path: _sha256(folder / path), paths), strict=True))
+        digests = dict(
+            zip(paths, pool.map(lambda path: file_digest(folder / path).partition(":")[2], paths), strict=True)
+        )
     sums = sums_of(digests)
     manifest = Manifest(
         schema=SCHEMA,
@@ -179,11 +179,3 @@ def files_below(folder: Path) -> list[str]:
                 raise DataError(f"{path} links to a file outside of {folder}; copy the file into it")
             found.append(path.relative_to(folder).as_posix())
     return sorted(found)
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            sha.update(chunk)
-    return sha.hexdigest()
