@@ -249,6 +249,7 @@ OPTIONAL: dict[str, Any] = {
     "backbone_family": "vim",
     "efficiency": Efficiency(5, 7, 100, mergeable=True),
     "inactive_parameters": ["adapter.alpha"],
+    "manifest_digest": "sha256:" + "56" * 32,
     "frozen_features": {"train": "pooled features of 5 images, 1 KiB"},
 }
 

@@ -24,7 +24,7 @@ from svp_bench.records.selection import (
     selected_config_path,
 )
 from svp_bench.records.store import read_records, record_path
-from svp_bench.tasks.cards import ProtocolCard, TaskCard, load_protocol, load_suite, load_task
+from svp_bench.tasks.cards import OTHER_PIXELS, ProtocolCard, TaskCard, load_protocol, load_suite, load_task
 
 Verdict = Literal["pass", "note", "fail"]
 Line = tuple[Verdict, str]
@@ -231,6 +231,12 @@ class Case:
         if card is None or self.record.data_status != "as_card":
             return {}
         variants: Mapping[str, Mapping[str, int]] = {"card": card.counts, **card.variants}
+        if self.record.data_variant in OTHER_PIXELS:  # the counts of the card or of a variant: those that all agree on
+            return {
+                name: count
+                for name, count in card.counts.items()
+                if {counts[name] for counts in variants.values()} == {count}
+            }
         return variants.get(self.record.data_variant, {})
 
 

@@ -28,6 +28,7 @@ from svp_bench.records.defaults import override_texts, overrides, recipe, shippe
 from svp_bench.records.digests import flat
 from svp_bench.records.record import Metrics, Record
 from svp_bench.records.store import record_path
+from svp_bench.tasks.cards import OTHER_PIXELS
 
 _STAGES = {"final": ("final", ("train", "test")), "selection": ("select", ("train", "val"))}
 _CUTS = ("limit_train_batches", "limit_test_batches", "limit_val_batches", "overfit_batches", "fast_dev_run")
@@ -245,7 +246,7 @@ def check_images(case: Case) -> Iterator[Line]:
         return
     name = record.splits.get("test" if record.kind == "final" else "val", "")
     expected, problems, images = case.split_counts.get(name), [], plural(metrics.count, "image")
-    if record.data_variant not in ("card", *card.variants, "synthetic"):
+    if record.data_variant not in ("card", *card.variants, *OTHER_PIXELS, "synthetic"):
         problems.append(f"the card has no data variant {record.data_variant!r}")
     elif expected is not None and metrics.count != expected:
         problems.append(f"{name} has {images}, and in the card {expected}")
@@ -280,6 +281,9 @@ def check_data(case: Case) -> Iterator[Line]:
         return
     if record.data_status == "different":
         yield "note", f"differs from the card: {'; '.join(record.data_notes) or 'no reason is given'}"
+    elif record.data_variant in OTHER_PIXELS:
+        cited = short(record.manifest_digest) if record.manifest_digest else "none"
+        yield "note", f"pixels of the source {record.data_variant}, not of the card; splits {digest}, manifest {cited}"
     elif record.data_variant != "card":
         yield "note", f"the record states the variant {record.data_variant} of the card, splits {digest}"
     else:

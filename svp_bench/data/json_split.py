@@ -97,7 +97,7 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
         )
     names = _names(card, labels, folder, train | val | test, native, options.first_id)
     variant = _OFFICIAL if official else "card"
-    return Source(str(folder), images, notes, variant=variant, class_names=names)
+    return Source(str(folder), images, notes, variant=variant, class_names=names, folder=folder)
 
 
 def _read_parts(folder: Path, official: NativeForm | None, remedy: str) -> tuple[list[Ids], list[str]]:

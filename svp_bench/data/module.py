@@ -34,6 +34,7 @@ from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler
 from svp_bench.data.sources import DataReport, Images, Source, cpu_count, inspect, measured, need_readable, open_source
 from svp_bench.data.transforms import CROP_RATIO, EvalTransform, TransformConfig, sides
 from svp_bench.tasks.cards import (
+    OTHER_PIXELS,
     ProtocolCard,
     SuiteCard,
     TaskCard,
@@ -327,12 +328,14 @@ class VisionDataModule(LightningDataModule):
         """Compare the content of the splits with that of the first run on this task whose records are there.
 
         The digests of the first run are stored in `content/<task>.json` below the results. Custom datasets are
-        distinguished by their digest instead, and synthetic images are not compared.
+        distinguished by their digest instead, and synthetic images are not compared; a variant of other pixels
+        (`OTHER_PIXELS`) has a file of its own.
         """
         report = self.report
         if self.card.suite == "custom" or report.variant == "synthetic" or self.cross_validation.folds is not None:
             return
-        path = results_root / "content" / f"{self.card.name}.json"
+        pixels = f".{report.variant}" if report.variant in OTHER_PIXELS else ""
+        path = results_root / "content" / f"{self.card.name}{pixels}.json"
         try:
             notes = differences_from_first_use(path, self.content_digests)
         except OSError as error:

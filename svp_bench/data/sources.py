@@ -22,14 +22,23 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from svp_bench.core.errors import CardError, DataError, plural, unknown_name
+from svp_bench.core.errors import CardError, DataError, SvpBenchError, plural, printable, unknown_name
 from svp_bench.core.registry import Registry
 from svp_bench.data.decode import Decoded, Depth, UnreadableImageError, convert, read_image
 from svp_bench.data.inspection import MISSING, Examined, load_examined, save_examined
 from svp_bench.data.locate import locate
+from svp_bench.data.manifest import MANIFEST, read_manifest
 from svp_bench.data.reading import SYNTHETIC_MARK, NoOptions, Positions, is_synthetic, reader_options
 from svp_bench.data.split_files import ImageList, combined_digest, read_list, split_digest
-from svp_bench.tasks.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol, load_suite
+from svp_bench.tasks.cards import (
+    OTHER_PIXELS,
+    ProtocolCard,
+    SuiteCard,
+    TaskCard,
+    load_protocol,
+    load_suite,
+    load_task,
+)
 
 READERS = Registry("reader")
 for _name, _target in (
@@ -270,9 +279,12 @@ class Source:
         splits: Name → images, for the splits that exist.
         notes: Differences from the card beyond counts and digest.
         synthetic: Whether the images are synthetic, not the data set's.
-        variant: "card" or the card's variant that they are, where the reader knows; None leaves it to the counts.
+        variant: "card" or the card's variant that they are, where the reader knows, or the variant that the manifest
+            states (`OTHER_PIXELS`); None leaves it to the counts.
         class_names: The data's own names of the classes, in the order of the labels; None leaves it to the card.
         skipped: Kind of file that is not an image → such files that lie among the images.
+        folder: The data folder, if it may have a manifest.
+        manifest_digest: Digest of the set that its manifest states; None without one.
     """
 
     origin: str
@@ -282,6 +294,8 @@ class Source:
     variant: str | None = None
     class_names: tuple[str, ...] | None = None
     skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    folder: Path | None = None
+    manifest_digest: str | None = None
 
     def get(self, name: str) -> Images:
         """Return the images of one split; DataError if it is not there."""
@@ -343,18 +357,48 @@ class Source:
                 )
         return replace(self, notes=(*self.notes, *notes))
 
+    def described(self, card: TaskCard) -> Source:
+        """Return the source with what the manifest of its folder states, if it has one.
+
+        Raises:
+            DataError: If the manifest is malformed, or that of a task whose data lie in another folder.
+        """
+        manifest = read_manifest(self.folder) if self.folder is not None and not self.synthetic else None
+        if manifest is None:
+            return self
+        if manifest.task != card.name and _folder_of(manifest.task) != card.folder:
+            raise DataError(
+                f"{self.folder}: {MANIFEST} states the task {printable(manifest.task)}, not {card.name}; "
+                f"move the folder to its place, or prepare the data again"
+            )
+        if manifest.variant not in (known := ("card", *card.variants, *OTHER_PIXELS)):
+            where = f"{self.folder}: {MANIFEST}"
+            raise unknown_name("data variant", manifest.variant, known, where=where, error=DataError)
+        variant = self.variant if manifest.variant == "card" else manifest.variant
+        return replace(self, variant=variant, manifest_digest=manifest.digest)
+
+
+def _folder_of(task: str) -> str | None:
+    """Return the folder of a task: suites that share their data share it. None if there is no such task."""
+    try:
+        return load_task(task).folder
+    except SvpBenchError:
+        return None
+
 
 @dataclass(frozen=True)
 class DataReport:
     """Comparison of the data found with the card.
 
     Attributes:
-        variant: "card", the name of the card's variant whose counts they have, or "synthetic" for synthetic data.
+        variant: "card", the name of the card's variant whose counts they have, the variant that the manifest states, or
+            "synthetic" for synthetic data.
         status: "as_card" (also for a variant) or "different".
         notes: One line for each difference.
         digest: "sha256:…" over the splits in use, which a record stores. Over all splits of the card, it is the number
             that a card pins.
         counts: Split → number of images.
+        manifest_digest: Digest of the set that the folder's manifest states; None without one.
     """
 
     variant: str
@@ -362,6 +406,7 @@ class DataReport:
     notes: tuple[str, ...]
     digest: str
     counts: Mapping[str, int]
+    manifest_digest: str | None = None
 
 
 def open_source(
@@ -388,7 +433,7 @@ def open_source(
         raise unknown_name("reader", kind, READERS.names(), where=f"{card.path}:1", error=CardError)
     suite = suite or load_suite(card.suite)
     source: Source = READERS.get(kind)(card, suite, root)
-    return source.checked((protocol or load_protocol(suite.protocol)).stages)
+    return source.described(card).checked((protocol or load_protocol(suite.protocol)).stages)
 
 
 def measured(card: TaskCard, root: Path | None = None) -> TaskCard:
@@ -426,10 +471,10 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
         notes.append(f"{source.origin} lacks {', '.join(missing)} (not needed in this stage)")
 
     forms = {"card": card.counts, **card.variants}
-    possible = [*forms] if source.variant is None else [source.variant]
+    possible = [source.variant] if source.variant in forms else [*forms]
     variant = next((form for form in possible if counts.items() <= forms[form].items()), None)
     if variant is None:
-        variant = source.variant or "card"
+        variant = possible[0]
         stated = "the card states" if variant == "card" else f"the card's variant {variant} states"
         for name, count in counts.items():
             if count != (meant := forms[variant][name]):
@@ -438,11 +483,13 @@ def inspect(card: TaskCard, source: Source, lists: Sequence[str]) -> DataReport:
                 notes.append(f"{name} has {plural(count, 'image')}, {stated} {meant}{known_as}")
 
     # A card pins the digest of its own counts; a variant, or a part of the splits, has another by nature.
-    same_lists = variant == "card" and counts == dict(card.counts)
+    other_pixels = source.variant in OTHER_PIXELS
+    same_lists = variant == "card" and not other_pixels and counts == dict(card.counts)
     if same_lists and card.digest is not None and source.digest != card.digest:
         notes.append(f"the digest is {source.digest}, the card states {card.digest}")
-    variant = "synthetic" if source.synthetic else variant
-    return DataReport(variant, "different" if notes else "as_card", tuple(notes), digest, counts)
+    variant = "synthetic" if source.synthetic else str(source.variant) if other_pixels else variant
+    status: Literal["as_card", "different"] = "different" if notes else "as_card"
+    return DataReport(variant, status, tuple(notes), digest, counts, source.manifest_digest)
 
 
 # --- the reader of split files ---------------------------------------------------------------------------------------
@@ -475,7 +522,7 @@ def read_split_files(card: TaskCard, folder: Path) -> Source:
             f"{card.name}` into another folder, or delete the mark if the data are real"
         )
     notes = (f"the images in {folder} are synthetic, not real",) if synthetic else ()
-    return Source(str(folder), splits, notes, synthetic)
+    return Source(str(folder), splits, notes, synthetic, folder=folder)
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def open_torchvision(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sou
         first, second = _four_fifths(train, options, card)
     splits = split_positions(first, second, np.arange(len(test.labels)), options.refit)
     images = {name: (test if name == "test" else train).take(name, splits[name]) for name in card.counts}
-    return Source(str(folder), images, variant="card")
+    return Source(str(folder), images, variant="card", folder=folder)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from svp_bench.prepare.stage import Stage, finish, staged
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 SOURCES = Registry("source", listing="svp-bench data prepare --help")
+SOURCES.add("tfds", "svp_bench.prepare.tfds_source:TfdsSource", "TensorFlow Datasets, from which VTAB was made")
 
 
 @dataclass(frozen=True)

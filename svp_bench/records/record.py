@@ -209,7 +209,8 @@ class Record:
         protocol_version: Its version.
         stage: "final" or "select".
         splits: Role → split, e.g. {"train": "train800val200", "test": "test"}.
-        data_variant: "card", the name of a variant on the card, or "synthetic" (generated images).
+        data_variant: "card", the name of a variant on the card, "hub" or "tfds" (sources of other pixels), or
+            "synthetic" (generated images).
         data_status: "as_card", or "different" if count or digest differ from the card.
         data_notes: The differences, a line each.
         data_digest: Digest of the splits on disk that this stage reads; null if a run failed or was stopped before it
@@ -253,6 +254,8 @@ class Record:
         backbone_family: "vim", "mambar", "vit", or that of another package's backbone; null in older records.
         efficiency: The cost that does not depend on the machine.
         inactive_parameters: Trained tensors without a gradient after the second optimizer step, by name.
+        manifest_digest: Digest of all files of the data folder, as the manifest of `svp-bench data prepare` or `verify`
+            states it; null if the folder has none.
         migrated_from: Of a record that was written with an older schema: {"schema": "1", "config_digest": …,
             "setting_digest": …}, its digests of that time. The run id holds the first digits of the latter.
     """
@@ -317,6 +320,7 @@ class Record:
     backbone_family: Text | None = None
     efficiency: Efficiency | None = None
     inactive_parameters: Sequence[str] | None = None
+    manifest_digest: Digest | None = None
 
     @property
     def source_digest(self) -> str:

@@ -22,7 +22,7 @@ from svp_bench.records.published import PublishedRow, load_published
 from svp_bench.records.record import Record
 from svp_bench.records.store import Problem, read_records, write_atomically
 from svp_bench.tables.comparison import check_row, compare_rows, mean_and_intervals, over_new_tasks, rank_rows
-from svp_bench.tables.labels import custom_data, custom_name, row_labels
+from svp_bench.tables.labels import data_key, data_name, row_labels
 from svp_bench.tables.model import CARD, Cell, LeftOut, Row, Section, Table, columns_of, track_of
 from svp_bench.tables.notes import DIGITS, NOT_COMPARABLE
 from svp_bench.tables.plan import read_plan
@@ -61,7 +61,7 @@ def build_table(
         problems: Files that are no records; those of other suites are left to their tables.
         task_versions: Task → version of its card, for every task with records; those of another version do not enter.
         as_found: Tasks whose card leaves classes and counts to the data: another data set is another task. Their
-            records have one section for each digest of the data.
+            records have one section for each digest of the data. Records of another source's pixels have one, too.
         protocols: Cards whose selection rule is printed.
         published: Quoted numbers to be shown in a section of their own.
         control: Method or label of the row that all others are compared with; None: `linear`, where there is one.
@@ -88,14 +88,14 @@ def build_table(
         counting.append(runs[-1])
         why = f"{runs[-1].run_id} is a newer run of the same cell and seed"
         left_out += [LeftOut(old, "superseded", why) for old in runs[:-1]]
-    by_section = _grouped(counting, lambda run: (*_section_key(run), custom_data(run) if run.task in as_found else ""))
+    by_section = _grouped(counting, lambda run: (*_section_key(run), data_key(run, as_found)))
     sections = [
         _section(
             suite,
             _grouped(members, lambda run: row_keys[id(run)]),
             rules.get((members[0].protocol, members[0].protocol_version)),
             level,
-            custom_name(members) if key[-1] else "",
+            data_name(members, as_found),
         )
         for key, members in sorted(by_section.items())
     ]

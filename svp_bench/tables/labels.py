@@ -5,21 +5,35 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from svp_bench.core.errors import plural
 from svp_bench.records.defaults import row_setting
 from svp_bench.records.record import Record
+from svp_bench.tasks.cards import OTHER_PIXELS
 
 
-def custom_data(record: Record) -> str:
-    """Return the key of a custom data set: variant and digest of the data that a run read."""
-    return f"{record.data_variant} {record.data_digest or ''}"
+def data_key(record: Record, as_found: Collection[str]) -> str:
+    """Return the key of the data whose runs have a section of their own; "" for the data of a card.
+
+    Args:
+        record: A run.
+        as_found: Tasks whose card leaves classes and counts to the data: a custom data set is keyed by its digest.
+    """
+    if record.task in as_found:
+        return f"{record.data_variant} {record.data_digest or ''}"
+    return record.data_variant if record.data_variant in OTHER_PIXELS else ""
 
 
-def custom_name(records: Sequence[Record]) -> str:
-    """Return the name of the custom data set of `records`: folders, number of classes, first digits of the digest."""
+def data_name(records: Sequence[Record], as_found: Collection[str]) -> str:
+    """Return the name of the data of `records`, which have one `data_key`; "" for the data of a card.
+
+    That of a custom data set has its folders, number of classes and first digits of the digest.
+    """
+    if records[0].task not in as_found:
+        key = data_key(records[0], as_found)
+        return f"data from {key}" if key else ""
     folders = sorted({str(record.config.get("data", {}).get("root") or "") for record in records})
     named = sorted({_folder(folder) for folder in folders})
     scored = [record.metrics.per_class for record in records if record.metrics and record.metrics.per_class]

@@ -30,6 +30,9 @@ from svp_bench.core.resources import tasks_dirs
 from svp_bench.core.validate import Count, Digest, Positive, convert
 from svp_bench.core.yaml import Node, once, read_text, read_yaml
 
+OTHER_PIXELS = ("hub", "tfds")
+"""Data variants of any task whose sources have other pixels than those that a card describes."""
+
 _T = TypeVar("_T")
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -436,6 +439,8 @@ def _task(card: Node, suite: SuiteCard, protocol: ProtocolCard) -> TaskCard:
         filled["reader"] = asdict(suite.reader)
     if isinstance(variants := values.get("variants"), dict):
         for name, body in variants.items():
+            if name in OTHER_PIXELS:
+                raise card.error(f"each task may have a variant {name!r}; give this one another name", "variants", name)
             if not isinstance(body, dict) or [*body] != ["counts"]:
                 raise card.error(f"the variant {name!r} must be {{counts: {{split: images}}}}", "variants", name)
         filled["variants"] = {name: body["counts"] for name, body in variants.items()}

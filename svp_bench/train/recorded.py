@@ -139,6 +139,7 @@ class RecordedRun(BaseRun):
             data_status=data.report.status if looked else "as_card",
             data_notes=list(data.report.notes) if looked else [],
             data_digest=data.report.digest if looked else None,
+            manifest_digest=data.report.manifest_digest if looked else None,
             seed=resolved.seed,
             config=resolved.config,
             config_digest=resolved.config_digest,
