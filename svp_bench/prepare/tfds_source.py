@@ -48,7 +48,7 @@ class TfdsSource(DataSource):
         _splits(card, suite_sources(suite))
         found = _prepared(spec, request)
         version = found.name if found else _buildable(spec, request)
-        return {"builder": spec.name, "version": version, "folder": str(found or _home(request))}
+        return {"builder": spec.name, "version": version}
 
     def probe(self, card: TaskCard, suite: SuiteCard, request: Request) -> str:
         """Return what is prepared, or what would be built."""
