@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,21 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 # The developer's own settings must not reach a test.
 os.environ.pop("SVP_BENCH_DATA", None)
 os.environ.pop("SVP_BENCH_TASKS", None)
+
+
+def _own_cache() -> None:
+    """Set up a cache for these tests, with the compiled kernels of the developer's: compiling them takes long."""
+    from svp_bench.core.resources import cache_dir
+
+    kernels = cache_dir("kernels")
+    kernels.mkdir(parents=True, exist_ok=True)
+    cache = Path(tempfile.mkdtemp(prefix="svp-bench-cache-"))
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    (cache / "kernels").symlink_to(kernels.resolve())
+    os.environ["SVP_BENCH_CACHE"] = str(cache)
+
+
+_own_cache()
 
 
 # A busy or slow machine is not a failure: no property test is timed.

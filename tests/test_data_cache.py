@@ -23,7 +23,7 @@ def _empty_cache() -> Iterator[None]:
 
 
 def images(root: Path, size: int = 16) -> np.ndarray:
-    data = VisionDataModule(TASK, root=str(root), stage="select", image_size=size, batch_size=4, num_workers=0)
+    data = VisionDataModule(TASK, root=str(root), stage="select", image_size=size, batch_size=4, pixel_cache=False)
     data.setup("fit")
     return data._dataset("train")._cache.numpy()  # type: ignore[attr-defined]
 

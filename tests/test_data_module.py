@@ -44,7 +44,16 @@ def own(tmp_path: Path) -> Path:
 
 
 def make(root: Path, **arguments: Any) -> VisionDataModule:
-    return VisionDataModule(**{"task": "vtab/dtd", "root": str(root), "image_size": SIZE, "batch_size": 4, **arguments})
+    return VisionDataModule(
+        **{
+            "task": "vtab/dtd",
+            "root": str(root),
+            "image_size": SIZE,
+            "batch_size": 4,
+            "pixel_cache": False,
+            **arguments,
+        }
+    )
 
 
 def ready(root: Path, when: str = "fit", **arguments: Any) -> VisionDataModule:

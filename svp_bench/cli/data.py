@@ -11,7 +11,7 @@ from svp_bench.cli.parser import call_action, print_table
 
 def data(*arguments: str) -> int:
     """Prepare and check the images on disk, or create a small synthetic data set."""
-    return call_action({"prepare": _prepare, "check": _check, "draw": _draw}, "data", arguments)
+    return call_action({"prepare": _prepare, "check": _check, "draw": _draw, "cache": _cache}, "data", arguments)
 
 
 def _prepare(
@@ -135,4 +135,40 @@ def _draw(task: str, /, *, root: str, seed: int = 0) -> int:
     folder = draw_task(load_task(task), Path(root), seed=seed)
     print(f"Wrote synthetic images for {task} to {folder} (not the real images: records will state so).")
     print(f"Next: svp-bench fit --config configs/{task}.yaml --data.root {root} ...")
+    return 0
+
+
+def _cache(tasks: tuple[str, ...] = (), /, *, remove: bool = False) -> int:
+    """List the images that runs stored decoded and resized, with their sizes, or remove them.
+
+    They are in `pixels` below $SVP_BENCH_CACHE, else ~/.cache/svp-bench; a run stores what it lacks.
+
+    Args:
+        tasks: Tasks or suites; all, and what is incomplete, by default. Tasks with the same images share them.
+        remove: Remove the listed files.
+    """
+    from svp_bench.core.errors import DataError, file_size
+    from svp_bench.core.resources import cache_dir
+    from svp_bench.data.pixels import FOLDER, list_entries, remove_entry
+
+    known = list_entries()
+    chosen = [one for one in known if not tasks or (one[1] and {one[1].task, one[1].task.split("/")[0]} & {*tasks})]
+    rows = [("task", "split", "images", "pixels", "size", "file")]
+    total = 0
+    for path, entry, size in chosen:
+        try:
+            state = "" if not remove else ", removed" if remove_entry(path) else ", in use: not removed"
+        except OSError as error:
+            raise DataError(f"{path}: cannot be removed ({error.strerror})") from None
+        total += size
+        if entry is None:
+            rows.append(("(incomplete)", "", "", "", file_size(size), f"{path.name}{state}"))
+        else:
+            count, _, height, width = entry.shape
+            about = (entry.task, entry.split, str(count), f"{height} x {width}", file_size(size))
+            rows.append((*about, f"{path.name}{state}"))
+    if chosen:
+        print_table(rows)
+    removed = "removed" if remove else "in all"
+    print(f"{cache_dir(FOLDER)}: {file_size(total)} {removed}")
     return 0

@@ -10,8 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol, TypeVar
 
-from svp_bench.data.inspection import Examined
-from svp_bench.data.sources import Images, Note
+from svp_bench.data.sources import Images
 
 
 class Sized(Protocol):
@@ -54,8 +53,3 @@ def cached(images: Images, key: Hashable, compute: Callable[[], T]) -> T:
         while sum(one.nbytes for one in _values.values()) >= _limit:
             _values.popitem(last=False)  # least recently used
     return value
-
-
-def examined(images: Images, note: Note | None = None) -> Examined:
-    """Return what examining the images of a split finds, or found in an earlier run of this process."""
-    return cached(images, "examined", lambda: images.examine(note))

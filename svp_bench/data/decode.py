@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from svp_bench.core.atomic import open_regular
 
@@ -28,6 +28,8 @@ from svp_bench.core.atomic import open_regular
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
 MAX_PIXELS = 178_956_970  # Pillow's own limit: twice its `MAX_IMAGE_PIXELS`
 
+_VERSION = 3  # a change of the pixels or notes raises it
+_CODECS = ("libjpeg_turbo", "jpg", "jpg_2000", "webp", "libtiff", "avif")
 _ORIENTATION = 0x0112  # of EXIF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -120,12 +122,24 @@ class Decoded:
     real: float | None
     digest: bytes
 
+    @property
+    def is_deep(self) -> bool:
+        """Whether more than 8 bits are stored, so that the 8-bit image follows from the depth of the data set."""
+        return self.whole is not None or self.real is not None
+
     def without_pixels(self) -> Decoded:
         """Return the same with an image of one pixel: those of a data set would not fit into memory."""
         return replace(self, image=_NO_IMAGE)
 
 
 _NO_IMAGE = Image.new("RGB", (1, 1))
+
+
+@lru_cache(maxsize=1)
+def decoder_version() -> str:
+    """Return what identifies this module, Pillow and its codecs: others may decode a file to other pixels."""
+    versions = " ".join(f"{name} {features.version(name)}" for name in ("pil", *_CODECS))
+    return f"v{_VERSION}-{hashlib.sha256(versions.encode()).hexdigest()[:8]}"
 
 
 @lru_cache(maxsize=1)

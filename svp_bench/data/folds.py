@@ -116,8 +116,8 @@ class Subset(Images):
         """Return what names one image in a message."""
         return self._whole.where(int(self.positions[index]))
 
-    def _examine(self, index: int) -> Decoded | str:
-        return self._whole._examine(int(self.positions[index]))
+    def _decoded(self, index: int) -> Decoded | str:
+        return self._whole._decoded(int(self.positions[index]))
 
 
 def with_fold(

@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 from svp_bench.core.atomic import read_regular, replacing
 from svp_bench.core.resources import cache_dir
-from svp_bench.data.decode import Decoded
+from svp_bench.data.decode import Decoded, decoder_version
 
 MISSING = "missing"
-_VERSION = 3  # of what `decode` yields: a change of the pixels or notes raises it
 _MAX_BYTES = 2**30
 
 
@@ -77,7 +76,7 @@ class Examined:
 
 
 def _file(key: str) -> Path:
-    return cache_dir("images") / f"v{_VERSION}-{key}.npz"
+    return cache_dir("images") / f"{decoder_version()}-{key}.npz"
 
 
 def load_examined(key: str) -> Examined | None:

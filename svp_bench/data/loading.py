@@ -7,12 +7,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from svp_bench.core.errors import DataError
 from svp_bench.data.augment import Augmenter
 from svp_bench.data.cache import cached
+from svp_bench.data.pixels import DamagedPixelsError, Pixels, remove_entry
 from svp_bench.data.samplers import Positions
 from svp_bench.data.sources import Images, in_threads
 from svp_bench.data.transforms import EvalTransform
@@ -47,17 +48,25 @@ class ImageDataset(Dataset[Batch]):
         transform: Brings an image to the model's size.
         augmenter: Changes training images, if any.
         in_memory: Decode all images at once into one uint8 tensor, else when they are asked for.
+        pixels: The images as cached on disk, if they are; then none is decoded.
     """
 
     def __init__(
-        self, images: Images, transform: EvalTransform, augmenter: Augmenter | None = None, in_memory: bool = False
+        self,
+        images: Images,
+        transform: EvalTransform,
+        augmenter: Augmenter | None = None,
+        in_memory: bool = False,
+        pixels: Pixels | None = None,
     ) -> None:
         self._images = images
         self._transform = transform
         self._augmenter = augmenter
         self._labels = torch.from_numpy(images.labels)
-        self._cache = torch.from_numpy(cached(images, transform, self._decode_all)) if in_memory else None
-        self.ready_made = in_memory and augmenter is None  # a batch is a matter of indexing
+        self._on_disk = pixels
+        decode = in_memory and pixels is None
+        self._cache = torch.from_numpy(cached(images, transform, self._decode_all)) if decode else None
+        self.ready_made = (decode or pixels is not None) and augmenter is None  # a batch is a matter of indexing
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -88,6 +97,16 @@ class ImageDataset(Dataset[Batch]):
     def _pixels(self, index: torch.Tensor) -> torch.Tensor:
         if self._cache is not None:
             return self._cache[index]
+        if self._on_disk is not None:
+            try:
+                return torch.from_numpy(self._on_disk.take(index.numpy()))
+            except DamagedPixelsError as error:
+                rank_zero_warn(
+                    f"{error}; the images of {self._images.name} are decoded, and stored again by the next run"
+                )
+                with suppress(OSError):
+                    remove_entry(self._on_disk.path)
+                self._on_disk = None
         return torch.from_numpy(np.stack([self._transform(self._images.load(at)) for at in index.tolist()]))
 
     def _decode_all(self) -> NDArray[np.uint8]:

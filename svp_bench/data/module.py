@@ -24,12 +24,13 @@ from torch.utils.data import DataLoader
 from svp_bench.core.errors import ConfigError, DataError, UsageError, plural, printable, unknown_name
 from svp_bench.core.ranges import check_range
 from svp_bench.data.augment import AugmentConfig, Augmenter
-from svp_bench.data.cache import examined
+from svp_bench.data.cache import cached
 from svp_bench.data.content import content_digest, differences_from_first_use, joined, overlap, two_labels
 from svp_bench.data.decode import Depth
 from svp_bench.data.folds import CrossValidationConfig, with_fold
 from svp_bench.data.inspection import Examined
 from svp_bench.data.loading import Batch, ImageDataset, Loader, outlive_signals, to_arrays
+from svp_bench.data.pixels import PixelCache, Pixels
 from svp_bench.data.samplers import EvalBatchSampler, GlobalBatchSampler
 from svp_bench.data.sources import DataReport, Images, Source, cpu_count, inspect, measured, need_readable, open_source
 from svp_bench.data.transforms import CROP_RATIO, EvalTransform, TransformConfig, sides
@@ -70,6 +71,8 @@ class VisionDataModule(LightningDataModule):
         drop_last: Leave a smaller last batch out of an epoch, unless it is the only one.
         image_size: Height and width of the images in pixels, or one number for both; null for the protocol's, else
             the backbone's. Not a square: with `transform.resize` squash and without crops.
+        pixel_cache: Store the images decoded and resized, for later runs and other processes, below $SVP_BENCH_CACHE,
+            else ~/.cache/svp-bench; `svp-bench data cache` lists and removes them. The numbers are the same.
         allow_overlap: Train on custom images although some have the same pixels as images of val or test; records say
             so. Refused by default.
         transform: Settings of the transform without randomness.
@@ -107,6 +110,7 @@ class VisionDataModule(LightningDataModule):
         seed: int = 0,
         drop_last: bool = False,
         image_size: int | tuple[int, int] | None = None,
+        pixel_cache: bool = True,
         allow_overlap: bool = False,
         transform: TransformConfig = TransformConfig(),
         augment: AugmentConfig = AugmentConfig(),
@@ -134,6 +138,10 @@ class VisionDataModule(LightningDataModule):
         self.seed = check_range("data.seed", seed, "[0, inf)")
         self.drop_last, self.allow_overlap, self.augment = drop_last, allow_overlap, augment
         self.eval_transform = self._eval_transform(transform)
+        self._pixel_cache: PixelCache | None = None
+        if pixel_cache:
+            self._pixel_cache = PixelCache(self.card.name, self.eval_transform, rank_zero_info, rank_zero_warn)
+        self._found: dict[str, Examined] = {}
         self._source: Source | None = None
         self._report: DataReport | None = None
         self.depth = Depth()
@@ -245,7 +253,7 @@ class VisionDataModule(LightningDataModule):
         """Decode all images of this stage once: check, count and compare them; return the report with what it adds."""
         names = [*dict.fromkeys(self.splits.values())]
         parts = self._parts_of_refit(source)
-        found = {name: examined(source.get(name), rank_zero_info) for name in [*names, *parts]}
+        found = {name: self._examined(source.get(name), name in names) for name in [*names, *parts]}
         need_readable([(source.get(name), found[name]) for name in names])
         if any(found[name].problems for name in parts):  # of a stage that this one does not need
             parts = []
@@ -253,7 +261,7 @@ class VisionDataModule(LightningDataModule):
         for images in source.splits.values():
             images.depth = depth
         self.content_digests = {name: content_digest(found[name]) for name in names}
-        self.depth = depth
+        self.depth, self._found = depth, found
         self.image_notes = {f"skipped: {kind}": len(paths) for kind, paths in source.skipped.items()}
         for name in names:
             done = {**found[name].notes, **depth.notes(found[name].whole, found[name].real)}
@@ -268,6 +276,22 @@ class VisionDataModule(LightningDataModule):
                 + (f"; skipped are {', '.join(map(printable, first))} …" if first else "")
             )
         return report if not notes else replace(report, status="different", notes=(*report.notes, *notes))
+
+    def _examined(self, images: Images, needed: bool) -> Examined:
+        """Return what examining images finds; in the same pass, those that are needed are decoded for the cache."""
+        cache = self._pixel_cache
+        if cache is None or not needed or (self._crops and images.name == self.splits["train"]):
+            return cached(images, "examined", lambda: images.examine(rank_zero_info))
+        return cached(images, "examined", lambda: cache.examine(images))
+
+    @property
+    def _crops(self) -> bool:
+        """Whether training images are cropped by chance, out of the stored ones."""
+        return self.augment.crop is not None
+
+    def _pixels(self, images: Images) -> Pixels | None:
+        found = self._found.get(images.name)
+        return None if self._pixel_cache is None or found is None else self._pixel_cache.open(images, found)
 
     def _parts_of_refit(self, source: Source) -> list[str]:
         """Return the names of train and val if the training split should hold both, and its files are others."""
@@ -375,21 +399,22 @@ class VisionDataModule(LightningDataModule):
             yield dataset[order[start : start + size]]
 
     def _dataset(self, role: str) -> ImageDataset:
-        """Return the images of a role: decoded and cached, unless they are for test, cropped by chance or too many."""
+        """Return the images of a role: cached on disk, else in memory unless they are for test or too many."""
         if role not in self._datasets:
             images = self.split(role)
             augmenter = None
             if role == "train" and self.augment.changes_images:
                 augmenter = Augmenter(self.augment, self.eval_transform, self.seed)
-            cropped = augmenter is not None and augmenter.needs_original
+            cropped = role == "train" and self._crops
+            pixels = None if cropped else self._pixels(images)
             bytes_decoded = len(images) * 3 * math.prod(self.eval_transform.sides)
             keep = role != "test" and not cropped and bytes_decoded <= MEMORY_LIMIT_BYTES
-            if role != "test" and not cropped and not keep:
+            if role != "test" and not cropped and not keep and pixels is None:
                 rank_zero_info(
                     f"{images.name} would take {bytes_decoded / 2**30:.1f} GiB decoded; its images are decoded "
                     f"anew in each epoch"
                 )
-            self._datasets[role] = ImageDataset(images, self.eval_transform, augmenter, in_memory=keep)
+            self._datasets[role] = ImageDataset(images, self.eval_transform, augmenter, keep, pixels)
         return self._datasets[role]
 
     # --- loaders -----------------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ for _name, _target in (
     READERS.add(_name, f"svp_bench.data.{_target}")
 
 Note = Callable[[str], None]
-_WORTH_CACHING = 1000  # images of a split: to decode fewer takes a second or two
+Keep = Callable[[int, Decoded], None]
+_WORTH_CACHING = 1000  # images of an array, which take no decoding
 _NAMED = 20  # unreadable images in a message
 _T = TypeVar("_T")
 
@@ -96,13 +97,35 @@ class Images(ABC):
     def where(self, index: int) -> str:
         """Return the name of one image for messages."""
 
-    def examine(self, note: Note | None = None) -> Examined:
-        """Decode all images once, and return the findings; `note` is called with lines about the progress."""
-        return Examined.of(in_threads(self._examine, len(self), f"checking the images of {self.name}", note))
+    def state(self) -> str | None:
+        """Return a digest that changes if an image may have changed; None if decoded images are not to be cached."""
+        return None
 
-    def _examine(self, index: int) -> Decoded | str:
+    def examine(self, note: Note | None = None, keep: Keep | None = None) -> Examined:
+        """Decode all images once.
+
+        Args:
+            note: Called with lines about the progress.
+            keep: Called with the position of each image that can be decoded and the image, in several threads.
+
+        Returns:
+            The findings.
+        """
+
+        def one(index: int) -> Decoded | str:
+            found = self._decoded(index)
+            if isinstance(found, str):
+                return found
+            if keep is not None:
+                keep(index, found)
+            return found.without_pixels()
+
+        return Examined.of(in_threads(one, len(self), f"checking the images of {self.name}", note))
+
+    def _decoded(self, index: int) -> Decoded | str:
+        """Return an image, or the reason why it cannot be decoded."""
         try:
-            return convert(self.load(index)).without_pixels()
+            return convert(self.load(index))
         except DataError as error:
             return str(error)
 
@@ -150,30 +173,31 @@ class FileImages(Images):
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self.where(index)}: cannot be decoded ({reason}); get the file again") from None
 
-    def examine(self, note: Note | None = None) -> Examined:
-        """Decode all images once. Of a large split the result is cached, until a file has another size or time."""
-        key = self._state() if len(self) >= _WORTH_CACHING else None
-        if key is not None and (known := load_examined(key)) is not None:
+    def examine(self, note: Note | None = None, keep: Keep | None = None) -> Examined:
+        """Decode all images once. The findings are cached until a file has another size or time (see `state`)."""
+        key = self.state()
+        if key is not None and keep is None and (known := load_examined(key)) is not None:
             return known
-        found = super().examine(note)
-        if key is not None and not found.problems:
+        found = super().examine(note, keep)
+        if key is not None and not found.problems and self.state() == key:  # else a file changed meanwhile
             save_examined(key, found)
         return found
 
-    def _state(self) -> str | None:
-        """Return a digest of path, size and time of all files; None if one is missing."""
-        sha = hashlib.sha256(str(self.folder).encode(errors="surrogateescape"))
+    def state(self) -> str | None:
+        """Return a digest of path, size, and times of the content and of any change; None if a file is missing."""
+        folder = os.path.abspath(self.folder)
+        sha = hashlib.sha256(folder.encode(errors="surrogateescape"))
         for path in self.paths:
             try:
-                status = os.stat(self.folder / path)
+                status = os.stat(f"{folder}/{path}")
             except OSError:
                 return None
-            sha.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+            sha.update(f"{path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
         return sha.hexdigest()
 
-    def _examine(self, index: int) -> Decoded | str:
+    def _decoded(self, index: int) -> Decoded | str:
         try:
-            return read_image(self.folder / self.paths[index]).without_pixels()
+            return read_image(self.folder / self.paths[index])
         except (FileNotFoundError, NotADirectoryError):
             return MISSING
         except UnreadableImageError as error:
@@ -220,6 +244,10 @@ class ArrayImages(Images):
     def where(self, index: int) -> str:
         """Return the image's number in the whole array."""
         return f"{self._what} {self._positions[index]}"
+
+    def state(self) -> str | None:
+        """Return the digest of a large array; None for a small one, which is quickly resized."""
+        return self.digest if len(self) >= _WORTH_CACHING else None
 
     def load(self, index: int) -> Image.Image:
         """Return one image."""

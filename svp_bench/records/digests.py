@@ -31,6 +31,7 @@ CELL_EXCLUDED: Mapping[str, str] = {
     # what computes, and how it is spread
     "data.eval_batch_size": "device: each image is scored by itself",
     "data.num_workers": "device",
+    "data.pixel_cache": "device: the same images, decoded once",
     "model.scan_backend": "device: every backend is tested against the reference",
     "model.grad_checkpointing": "device: memory for time, the same numbers",
     "model.cache_features": "device: the frozen part is computed once, in other batches",

@@ -60,7 +60,7 @@ _THREADS = re.compile(r"(\d+) threads")  # of `device_name`
 _NAMED_WEIGHTS = ("hub", "embedded", "none")
 _LOSS_SHARE, _LOSS_NATS = 0.1, 0.02  # tolerance of the mean loss
 _FACTS = ("device", "cpu", "device_count", "scan_backend", "package_version", "commit")
-_WITHOUT_EFFECT = ("data.num_workers", "model.scan_backend")  # the backend that ran is in _FACTS
+_WITHOUT_EFFECT = ("data.num_workers", "data.pixel_cache", "model.scan_backend")  # the backend that ran is in _FACTS
 _REFUSED = ("seed_everything", "data.seed", "model.seed", "config", "ckpt_path", "resume", "no_test")
 _CHANGES = "code: uncommitted changes, in the record or here"
 
