@@ -203,8 +203,8 @@ def fit(*extra: str, **values: str | None) -> list[str]:
         (["rerun", "--runs_rot", "x", "record.json"], ["unknown argument '--runs_rot'; did you mean '--runs_root'?"]),
         (["methods", "lineer"], ["unknown method 'lineer'; did you mean 'linear'?"]),
         (["table", "--suite", "vtb"], ["unknown suite 'vtb'; did you mean 'vtab'?"]),
-        (["data"], ["no action: give check or draw"]),
-        (["data", "chek"], ["unknown action 'chek'; did you mean 'check'?"]),
+        (["data"], ["no action: give status or prepare or verify or cache or draw"]),
+        (["data", "verfy"], ["unknown action 'verfy'; did you mean 'verify'?"]),
         (["data", "draw", "vtab/cifr", "--root", "new"], ["unknown task 'vtab/cifr'"]),
         (["data", "draw", "demo/digits", "--root", "new"], ["demo/digits is read by 'digits'"]),
         (["predict"], ["the following arguments are required: --ckpt, --images"]),
@@ -387,7 +387,7 @@ def test_an_image_that_is_damaged_inside_stops_a_run_before_it_begins(place: Pat
     refused(small("--method", "linear"), 1, f"{TEST_IMAGE}: not a readable image: ")
 
 
-def test_a_val_without_images_stops_a_run_and_is_told_by_data_check(
+def test_a_val_without_images_stops_a_run_and_is_reported_by_data_verify(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every tenth of nine official training images is none."""
@@ -396,20 +396,19 @@ def test_a_val_without_images_stops_a_run_and_is_told_by_data_check(
     config = f"configs/{card.name}.yaml"
     told = refused(small(config=config, data__stage="select"), 1, "has no image for the list 'val'; get the data")
     assert "Stanford-cars" in told
-    checked = command("data", "check", card.name, "--root", "data")
-    assert checked.status == 1
-    assert "has no image for the list 'val'" in checked.out
+    checked = command("data", "verify", card.name, "--root", "data")
+    assert "has no image for the list 'val'" in assert_error(checked, 1)
     assert run(*small("--method", "linear", config=config)).record["status"] == "complete"  # final does not need it
 
 
-def test_data_check_tells_each_task(place: Path) -> None:
+def test_data_verify_reports_each_task(place: Path) -> None:
     truncate(IMAGE)
-    outcome = command("data", "check", TASK, "vtab/dtd", "--root", "data")
+    outcome = command("data", "verify", TASK, "vtab/dtd", "--root", "data")
     assert outcome.status == 1
-    rows = outcome.out.splitlines()
-    assert [row.split()[0] for row in rows] == ["task", "vtab/cifar", "vtab/dtd"]
-    assert "not a readable image" in rows[1]
-    assert "no data of vtab/dtd" in rows[2]
+    rows = outcome.err.splitlines()
+    assert [row.split()[0] for row in rows] == ["vtab/cifar:", "vtab/dtd:"]
+    assert "not a readable image" in rows[0]
+    assert "no data of vtab/dtd" in rows[1]
 
 
 # ---- checkpoints

@@ -69,7 +69,8 @@ def fresh(*argv: str, cwd: Path | None = None) -> tuple[int, list[str], str]:
         (["sweep", "--help"], ["--dry_run"]),
         (["tune", "--help"], ["--search"]),
         (["migrate", "--help"], ["--dry_run"]),
-        (["data", "check", "demo"], ["demo/digits", "as_card", "train 800, val 200, trainval 1000, test 797"]),
+        (["data", "verify", "demo"], ["demo/digits: verified: train 800, val 200, trainval 1000, test 797"]),
+        (["data", "status", "demo", "vtab"], ["demo/digits", "absent", "svp-bench data prepare vtab/dtd --source hub"]),
         (["fit", "--config", "configs/vtab/dtdd.yaml"], []),
         (["predict", "--help"], ["--images"]),
         (["demo", "--help"], ["--results_root"]),
@@ -90,7 +91,7 @@ def test_data_draw_is_light_and_draws(tmp_path: Path) -> None:
     assert (status, heavy) == (0, [])
     assert "Wrote synthetic images for vtab/svhn" in out
     assert (tmp_path / "synthetic/svhn/SYNTHETIC.txt").is_file()
-    assert command("data", "check", "vtab/svhn", "--root", str(tmp_path / "synthetic")).status == 0
+    assert command("data", "verify", "vtab/svhn", "--root", str(tmp_path / "synthetic")).status == 0
 
 
 @pytest.mark.parametrize("way", [[str(SCRIPT)], [sys.executable, "-m", "svp_bench"]], ids=["script", "module"])

@@ -218,7 +218,7 @@ def test_from_a_folder_to_a_table_and_predictions(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "my images", classes=("cat", "dog", "öl"))
     assert "found" in run("tasks", "custom").out
-    checked = run("data", "check", "custom/images", "--root", "my images").out
+    checked = run("data", "verify", "custom/images", "--root", "my images").out
     assert "train 18, val 6, trainval 24, test 6" in checked
     assert "classes cat, dog, öl" in checked
     given = ("--config", "configs/custom/images.yaml", "--data.root", "my images", *NANO)

@@ -406,7 +406,7 @@ def test_the_shipped_digit_cards_are_true(name: str) -> None:
     card = load_task(name)
     report = inspect(card, open_source(card), list(card.counts))
     assert (report.variant, report.status, report.notes) == ("card", "as_card", ())
-    assert report.digest == card.digest  # as `svp-bench data check` prints it
+    assert report.digest == card.digest  # as `svp-bench data verify` compares it
 
 
 @pytest.mark.parametrize("margin", [0, 2, 16])

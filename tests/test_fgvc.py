@@ -662,7 +662,7 @@ def test_drawing_and_checking_from_the_command_line(tmp_path: Path) -> None:
     for name in ("fgvc/stanford_cars", "fgvc/oxford_flowers"):
         outcome = run("data", "draw", name, "--root", str(tmp_path))
         assert f"Next: svp-bench fit --config configs/{name}.yaml" in outcome.out
-        checked = run("data", "check", name, "--root", str(tmp_path))
+        checked = run("data", "verify", name, "--root", str(tmp_path))
         assert "are synthetic, not real" in checked.out
 
 

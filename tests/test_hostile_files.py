@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import command, settle, small
+from helpers import assert_error, command, settle, small
 
 from svp_bench.core.atomic import open_regular, read_regular
 from svp_bench.core.errors import ConfigError
@@ -162,9 +162,8 @@ def test_json_of_a_split_that_is_nested_deeply_is_one_line(tmp_path: Path) -> No
     for name in ("train", "val", "test"):
         (folder / f"{name}.json").write_text(json.dumps({"a.jpg": 1}))
     (folder / "train.json").write_text("[" * 200_000)
-    outcome = command("data", "check", "fgvc/cub", "--root", str(tmp_path))
-    assert outcome.status == 1
-    assert "train.json: not JSON" in outcome.out
+    outcome = command("data", "verify", "fgvc/cub", "--root", str(tmp_path))
+    assert "train.json: not JSON" in assert_error(outcome, 1)
 
 
 @pytest.mark.parametrize("size", ["1000000000", "9223372036854775807", "999999999999999999999999"])

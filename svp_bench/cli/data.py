@@ -1,8 +1,9 @@
-"""The subcommand `data`: prepare, check and create images on disk."""
+"""The subcommand `data`: prepare, verify and create images on disk."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,15 @@ from svp_bench.cli.parser import call_action, print_table
 
 
 def data(*arguments: str) -> int:
-    """Prepare and check the images on disk, or create a small synthetic data set."""
-    return call_action({"prepare": _prepare, "check": _check, "draw": _draw, "cache": _cache}, "data", arguments)
+    """Prepare, verify and list the images on disk, or create a small synthetic data set."""
+    actions: Mapping[str, Callable[..., int]] = {
+        "status": _status,
+        "prepare": _prepare,
+        "verify": _verify,
+        "cache": _cache,
+        "draw": _draw,
+    }
+    return call_action(actions, "data", arguments)
 
 
 def _prepare(
@@ -52,9 +60,7 @@ def _prepare(
     builder = get_source(source)
     base = Path(root) if root else None
     downloads = data_root(base)[0] / ".downloads"
-    request = Request(
-        location, revision, offline, tuple(mirror or ()), workers, downloads, lambda line: print(line, file=sys.stderr)
-    )
+    request = Request(location, revision, offline, tuple(mirror or ()), workers, downloads, _note)
     names = _names(tasks)
     failed: list[str] = []
     for name in names:
@@ -87,38 +93,109 @@ def _names(given: tuple[str, ...]) -> list[str]:
     return [*dict.fromkeys(task for name in given for task in ([name] if "/" in name else list_tasks(name)))]
 
 
-def _check(tasks: tuple[str, ...] = (), /, *, root: str | None = None) -> int:
-    """Compare the images on disk with the cards.
+def _status(tasks: tuple[str, ...] = (), /, *, root: str | None = None, json: bool = False) -> int:
+    """Report which tasks have data on disk, and the command that gets them; open no image.
 
     Args:
         tasks: Tasks or suites; all by default.
         root: The data root; $SVP_BENCH_DATA, else data/, by default.
+        json: Print one JSON object a task and line.
     """
-    from svp_bench.core.errors import DataError
-    from svp_bench.data.sources import inspect, measured, open_source
-    from svp_bench.tasks.cards import list_suites, load_task
+    from dataclasses import asdict
+    from json import dumps
+
+    from svp_bench.core.yaml import reading_once
+    from svp_bench.prepare.status import task_status
 
     folder = Path(root) if root else None
-    names = _names(tasks or tuple(list_suites()))
-    rows = [("task", "status", "splits", "notes")]
-    status = 0
+    with reading_once():
+        found = [task_status(name, folder) for name in _names(tasks or _shipped())]
+    if json:
+        for one in found:
+            print(dumps(asdict(one), ensure_ascii=False))
+        return 0
+    rows = [("task", "status", "images", "folder", "next")]
+    for one in found:
+        images = ", ".join(
+            f"{split} {one.counts.get(split, '?')}" + ("" if one.counts.get(split) == count else f" of {count}")
+            for split, count in one.card_counts.items()
+        )
+        first, _, others = one.place.partition(", ")  # of the places that were tried
+        place = f"{first} and {others.count(', ') + 1} other places" if others and one.status == "absent" else one.place
+        rows.append((one.task, one.status, images if one.status != "absent" else "", place, one.next))
+    print_table(rows)
+    for one in found:
+        if one.detail:
+            print(f"{one.task}: {one.detail}")
+    return 0
+
+
+def _verify(
+    tasks: tuple[str, ...] = (),
+    /,
+    *,
+    root: str | None = None,
+    accept: bool = False,
+    near_duplicates: str | None = None,
+) -> int:
+    """Decode every image, check splits and files, and write the manifests that records cite.
+
+    Args:
+        tasks: Tasks or suites; by default all that have data.
+        root: The data root; $SVP_BENCH_DATA, else data/, by default.
+        accept: Accept files that differ from the manifest, and write a new one.
+        near_duplicates: Write the images of val and test that look like images of other splits to DIR/<task>.csv.
+    """
+    from svp_bench.core.errors import DataError, plural
+    from svp_bench.data.locate import MissingDataError
+    from svp_bench.data.sources import measured
+    from svp_bench.prepare import verify as checks
+    from svp_bench.tasks.cards import load_protocol, load_suite, load_task
+
+    folder = Path(root) if root else None
+    failed = done = 0
+    names = _names(tasks or _shipped())
     for name in names:
         try:
-            shipped = load_task(name)
-            card = measured(shipped, folder)
-            source = open_source(card, folder)
-            report = inspect(card, source, sorted(source.splits))
-            for images in source.splits.values():
-                images.verify()
+            card = measured(load_task(name), folder)
+            suite = load_suite(card.suite)
+            verdict, source = checks.verify(card, suite, folder, accept=accept, note=_note)
         except DataError as error:
-            rows.append((name, "missing or broken", "", str(error)))
-            status = 1
+            if isinstance(error, MissingDataError) and not tasks:
+                continue
+            if len(names) == 1:
+                raise
+            failed += 1
+            print(f"{name}: {error}", file=sys.stderr)
             continue
-        counts = ", ".join(f"{split} {count}" for split, count in report.counts.items())
-        found = f"; classes {', '.join(source.class_names or ())}" if shipped.as_found else ""
-        rows.append((name, report.status, counts, ("; ".join(report.notes) or report.digest) + found))
-    print_table(rows)
-    return status
+        done += 1
+        failed += verdict.status == "changed"
+        counts = ", ".join(f"{split} {count}" for split, count in verdict.counts.items())
+        cited = f", {verdict.manifest_digest}" if verdict.manifest_digest else ""
+        print(f"{name}: {verdict.status}: {counts} (variant {verdict.variant}{cited})")
+        if verdict.classes:
+            print(f"{name}: classes {', '.join(verdict.classes)}")
+        for note in verdict.notes:
+            print(f"{name}: {note}")
+        if near_duplicates is not None:
+            pairs = checks.near_duplicates(source, load_protocol(suite.protocol), note=_note)
+            path = Path(near_duplicates) / f"{name}.csv"
+            checks.write_near_duplicates(path, pairs)
+            print(f"{name}: {plural(len(pairs), 'near-duplicate')} across splits, in {path}")
+    if not done and not failed:
+        print("No task has data here; `svp-bench data status` lists where it was looked for.")
+    return 1 if failed else 0
+
+
+def _shipped() -> tuple[str, ...]:
+    """Return all tasks that have a data set, not those whose classes are as found in the user's images."""
+    from svp_bench.tasks.cards import list_suites, list_tasks, load_task
+
+    return tuple(name for suite in list_suites() for name in list_tasks(suite) if not load_task(name).as_found)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _draw(task: str, /, *, root: str, seed: int = 0) -> int:

@@ -32,7 +32,7 @@ import numpy as np
 from svp_bench.core.atomic import open_regular
 from svp_bench.core.errors import DataError, plural, printable, unknown_name
 from svp_bench.data.decode import identify
-from svp_bench.data.locate import ROOT_VARIABLE, data_root
+from svp_bench.data.locate import ROOT_VARIABLE, MissingDataError, data_root
 from svp_bench.data.reading import NoOptions, readable, reader_options
 from svp_bench.data.sources import FileImages, Source, in_threads
 from svp_bench.data.split_files import ImageList
@@ -66,10 +66,10 @@ def open_class_folders(card: TaskCard, suite: SuiteCard, root: Path | None) -> S
     """
     reader_options(card, NoOptions, _SPLITS)
     if root is None and not os.environ.get(ROOT_VARIABLE):
-        raise DataError("own images: where are they? Give their folder with --data.root DIR (DIR/<class>/*.jpg)")
+        raise MissingDataError("own images: where are they? Give their folder with --data.root DIR (DIR/<class>/*.jpg)")
     folder, origin = data_root(root)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder ({origin}); {_LAYOUTS}")
+        raise MissingDataError(f"{folder} is not a folder ({origin}); {_LAYOUTS}", [folder])
     kinds: Skipped = {}
     parts = _parts(folder, kinds)
     names = tuple(parts["train"])

@@ -13,6 +13,18 @@ from svp_bench.tasks.cards import SuiteCard, TaskCard
 ROOT_VARIABLE = "SVP_BENCH_DATA"
 
 
+class MissingDataError(DataError):
+    """No place has the data of a task.
+
+    Attributes:
+        places: The folders that were tried.
+    """
+
+    def __init__(self, message: str, places: Sequence[Path] = ()) -> None:
+        super().__init__(message)
+        self.places = tuple(places)
+
+
 def data_root(root: Path | None) -> tuple[Path, str]:
     """Return the absolute data root (as given, else $SVP_BENCH_DATA, else `data/`), and its origin for messages."""
     variable = os.environ.get(ROOT_VARIABLE)
@@ -46,7 +58,7 @@ def locate(
         shared: Whether the root or the suite's folder may itself hold the data set, next to others.
 
     Raises:
-        DataError: If no place has any of the files; names all that were tried.
+        MissingDataError: If no place has any of the files; names all that were tried.
     """
     forms = forms or [[f"{name}.txt" for name in card.counts]]
     remedy = remedy or suite.archive or f"the images of {card.source} as lists and folders"
@@ -65,7 +77,9 @@ def locate(
                 if enough((place / file).exists() for file in form):
                     return place
     files = joined_names([file for form in forms for file in form], "or")
-    raise DataError(
+    raise MissingDataError(
         f"no data of {card.name}: none of {', '.join(map(str, places))} holds {files} ({origin}); get {remedy} and "
-        f"give its folder with --data.root DIR or ${ROOT_VARIABLE}, or try with synthetic images: `svp-bench data draw`"
+        f"give its folder with --data.root DIR or ${ROOT_VARIABLE}, or try with synthetic images: "
+        "`svp-bench data draw`",
+        places,
     )

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from svp_bench.core.atomic import read_regular, replacing
-from svp_bench.core.errors import DataError, printable
+from svp_bench.core.errors import DataError, printable, show
 from svp_bench.core.validate import convert
 
 MANIFEST = "manifest.json"
@@ -102,6 +102,22 @@ def sums_of(digests: Mapping[str, str]) -> bytes:
         if "\n" in path or "\\" in path or "\r" in path:
             raise DataError(f"{printable(path)}: a line break or backslash in the name of a file; rename it")
     return "".join(f"{digests[path]}  {path}\n" for path in sorted(digests)).encode("utf-8", "surrogateescape")
+
+
+def parse_sums(sums: bytes, path: Path) -> dict[str, str]:
+    """Return path → 64 hex digits of the content of `SHA256SUMS`.
+
+    Raises:
+        DataError: If a line is malformed.
+    """
+    digests: dict[str, str] = {}
+    for number, line in enumerate(sums.decode("utf-8", "surrogateescape").split("\n"), 1):
+        if line:
+            digest, gap, name = line[:64], line[64:66], line[66:]
+            if gap != "  " or not name or digest.strip("0123456789abcdef"):
+                raise DataError(f"{path}:{number}: found {show(line)}, expected 64 hex digits, two blanks, a path")
+            digests[name] = digest
+    return digests
 
 
 def sums_digest(sums: bytes) -> str:

@@ -18,6 +18,7 @@ from svp_bench.data.locate import data_root
 from svp_bench.data.manifest import Manifest, read_manifest
 from svp_bench.data.sources import DataReport, Images, Note, Source, inspect, need_readable, open_source
 from svp_bench.prepare.stage import Stage, finish, staged
+from svp_bench.prepare.verdict import Verdict, save_verdict
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 SOURCES = Registry("source", listing="svp-bench data prepare --help")
@@ -139,7 +140,7 @@ def prepare(
     with staged(target, {"task": card.name, "source": source, **plan}, replace=replace) as stage:
         built = builder.build(card, suite, request, plan, stage)
         found, report = _report(card, suite, stage.folder)
-        need_readable([(images, images.examine(request.note)) for images in _each_once(found)])
+        need_readable([(images, images.examine(request.note)) for images in each_image_once(found)])
         manifest = finish(
             stage,
             card,
@@ -148,6 +149,17 @@ def prepare(
             origin={**stated, **built.origin},
             splits=report.counts,
         )
+    verdict = Verdict(
+        task=card.name,
+        status="different" if report.status == "different" else "verified",
+        notes=report.notes,
+        counts=report.counts,
+        variant=manifest.variant,
+        folder=str(target),
+        manifest_digest=manifest.digest,
+        time=manifest.created,
+    )
+    save_verdict(verdict, root)
     return manifest, report.notes
 
 
@@ -165,7 +177,7 @@ def _report(card: TaskCard, suite: SuiteCard, folder: Path) -> tuple[Source, Dat
     return found, inspect(card, found, [*card.counts])
 
 
-def _each_once(found: Source) -> list[Images]:
+def each_image_once(found: Source) -> list[Images]:
     """Return splits that hold all images: not those that repeat the images of others, as trainval and refit do."""
     seen: set[str] = set()
     chosen = []
