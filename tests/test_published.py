@@ -110,7 +110,7 @@ def test_ours_and_theirs_are_side_by_side() -> None:
     quoted = lines["Memba_note", "Memba (out proj)"]
     assert (quoted["our_method"], quoted["secondary"]) == ("memba", "yes")
     page = render(report_view([table], {}, {}))
-    assert "memba on vim_small_patch16_224: 70.00" in page
+    assert ">memba 70.00<" in page
     assert "Stanford Cars 85.38" in page
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 from helpers import assert_error, command, run
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic_records import make_record
 from synthetic_report import HOSTILE, METHODS, SCRIPT, demo_records, named, scored, vtab, write
 
@@ -25,7 +27,7 @@ from svp_bench.records.published import load_published
 from svp_bench.records.record import Efficiency, Record
 from svp_bench.report import assets
 from svp_bench.report.curves import POINTS, read_curve, read_curves, thin
-from svp_bench.report.figures import columns_of, figures_of, plain
+from svp_bench.report.figures import _CostScale, columns_of, figures_of, plain
 from svp_bench.report.model import ReportView, SectionView
 from svp_bench.report.page import json_in_html, render
 from svp_bench.report.view import front, report_view
@@ -246,6 +248,9 @@ def test_accuracy_over_multiplications() -> None:
     figure = figures_of(view.suites[0], view.level)[training.id]
     assert figure["layout"]["xaxis"]["ticktext"][-1] == "10 M", "logarithmic"
     assert [trace["name"] for trace in figure["data"]][-1] == "Pareto front"
+    narrow = figures_of(view.suites[0], view.level)[inference.id]["layout"]["xaxis"]
+    assert narrow["ticktext"] == ["900", "1 K", "1.1 K", "1.2 K"]
+    assert narrow["tickvals"] == [round(math.log10(number), 4) for number in (900, 1000, 1100, 1200)]
     table = render(view).partition("Costs in numbers")[2].partition("</table>")[0]
     (line,) = [row for row in GRID.findall(table) if ">lora<" in row]
     assert "3,000,000 ◆" in line
@@ -323,6 +328,16 @@ def test_costs_of_zero_have_a_place_on_the_axis(view: ReportView) -> None:
     (linear,) = [trace for trace in figure["data"] if trace["name"] == "linear"]
     assert linear["x"] == [axis["tickvals"][0]]
     assert axis["range"][0] < linear["x"][0] < axis["tickvals"][1]
+
+
+@given(least=st.floats(1e-3, 1e12), factor=st.floats(1, 9.99))
+def test_ticks_of_a_narrow_axis_are_inside_and_round(least: float, factor: float) -> None:
+    axis = _CostScale([least, least * factor]).axis()
+    low, high = axis["range"]
+    assert 3 <= len(axis["tickvals"]) <= 8
+    assert all(low - 1e-3 <= place <= high + 1e-3 for place in axis["tickvals"])
+    assert low < math.log10(least) <= math.log10(least * factor) < high
+    assert len(set(axis["ticktext"])) == len(axis["ticktext"])
 
 
 # ---- the page

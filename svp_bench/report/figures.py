@@ -229,28 +229,41 @@ def _trade_off_figure(trade: TradeOff, quoted: Sequence[QuotedView], column: str
 
 
 class _CostScale:
-    """An axis of costs: logarithmic with zero on the left, or linear if all costs are within a factor of ten."""
+    """A logarithmic axis of costs, zero on the left; costs within a factor of ten have round numbers between them."""
 
     def __init__(self, costs: Sequence[float]) -> None:
-        positive = [cost for cost in costs if cost > 0]
+        positive = [cost for cost in costs if cost > 0] or [1.0]
         self.zero = any(cost == 0 for cost in costs)
-        self.linear = not self.zero and bool(positive) and max(positive) < 10 * min(positive)
-        self.low = math.floor(math.log10(min(positive))) if positive else 0
-        self.high = max(math.ceil(math.log10(max(positive))), self.low + 1) if positive else self.low + 1
-        self.top = max(positive, default=1.0)
+        least, most = min(positive), max(positive)
+        self.low, self.high = math.floor(math.log10(least)), math.ceil(math.log10(most))
+        self.high = max(self.high, self.low + 1)
+        self.narrow = None if self.zero or most >= 10 * least else (least, most)
 
     def place(self, cost: float) -> float:
-        if self.linear:
-            return _round(cost)
         return _round(math.log10(cost)) if cost > 0 else self.low - 0.6
 
     def axis(self) -> dict[str, Any]:
-        if self.linear:
-            return {"range": [0, 1.1 * self.top]}
+        if self.narrow is not None:
+            least, most = self.narrow
+            pad = max(1.05, (most / least) ** 0.1)
+            ticks = _round_numbers(least / pad, most * pad)
+            ends = [_round(math.log10(least / pad)), _round(math.log10(most * pad))]
+            return {**_ticks([self.place(tick) for tick in ticks], map(_short, ticks)), "range": ends}
         values = [*([self.low - 0.6] if self.zero else []), *range(self.low, self.high + 1)]
         texts = [*(["0"] if self.zero else []), *(_short(10.0**power) for power in range(self.low, self.high + 1))]
         left = self.low - (0.85 if self.zero else 0.15)
-        return {"tickmode": "array", "tickvals": values, "ticktext": texts, "range": [left, self.high + 0.15]}
+        return {**_ticks(values, texts), "range": [left, self.high + 0.15]}
+
+
+def _ticks(values: Sequence[float], texts: Iterable[str]) -> dict[str, Any]:
+    return {"tickmode": "array", "tickvals": values, "ticktext": list(texts)}
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return three to eight multiples of 1, 2 or 5 times a power of ten between two positive numbers."""
+    power = 10 ** math.floor(math.log10((high - low) / 3))
+    step = next(factor * power for factor in (5, 2, 1) if (high - low) / (factor * power) >= 3)
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _short(number: float) -> str:

@@ -326,11 +326,15 @@ def _quoted_columns(suite: SuiteView) -> list[str]:
 
 
 def _measured_rows(suite: SuiteView, method: str) -> str:
-    """Return the rows of ours of a method: label, backbone and mean over all tasks, or the number of its tasks."""
-    return "; ".join(
-        f"{row.label} on {section.first.backbone}: {decimals(row.task_mean) if row.task_mean else row.done}"
-        for section, row in measured(suite.table, method)
-    )
+    """Return the rows of ours of a method: label and mean over all tasks (or their number), backbone and track."""
+    several = len({section.first.backbone for section, _ in measured(suite.table)}) > 1
+    texts = []
+    for section, row in measured(suite.table, method):
+        facts = [section.first.backbone] if several else []
+        facts += [] if section.track.kind == "default" else [section.track.kind]
+        mean = decimals(row.task_mean) if row.task_mean else f"{row.done} tasks"
+        texts.append(f"{row.label} {mean}" + (f" ({', '.join(facts)})" if facts else ""))
+    return "; ".join(texts)
 
 
 def _curve_data(suite: SuiteView) -> dict[str, Any]:

@@ -68,7 +68,7 @@ TRAINING_MACS = Axis(
     "MACs",
     "A forward and a backward pass; the mean over the tasks.",
 )
-_AS_STATED = "Measured by `svp-bench measure` as stated below its table; the adapter is not merged."
+_AS_STATED = "From svp-bench measure, as stated below its table; the adapter is not merged."
 STEP = Axis("step", "time of a training step in milliseconds", "ms", _AS_STATED)
 LATENCY = Axis("latency", "latency of one image in milliseconds", "ms", _AS_STATED)
 TRAINING = Axis(
