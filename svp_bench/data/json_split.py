@@ -20,8 +20,8 @@ from svp_bench.data.sources import FileImages, Source, read_split_files
 from svp_bench.data.split_files import MAX_SPLIT_BYTES, ImageList
 from svp_bench.tasks.cards import SuiteCard, TaskCard, class_names
 
-_SPLIT_FILES = ("train.json", "val.json", "test.json")
-_IMAGE_ROOTS = ("images", "Images", "")
+SPLIT_FILES = ("train.json", "val.json", "test.json")
+IMAGE_ROOTS = ("images", "Images", "")
 _ROOT_PROBES = 100  # listed images that are looked for to find what their paths are relative to
 _VAL_EVERY = 10  # of a data set that has no val list of its own
 _OFFICIAL = "official"  # the variant of a card that the data set's own files make
@@ -65,14 +65,14 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
 
     also = f", or its own {joined_names(native.files)}," if native else ""
     remedy = (
-        f"{joined_names(_SPLIT_FILES)} of the VPT split (links in the README of https://github.com/KMnP/vpt){also} "
+        f"{joined_names(SPLIT_FILES)} of the VPT split (links in the README of https://github.com/KMnP/vpt){also} "
         f"next to the images of {card.source}"
     )
-    folder = locate(card, suite, root, [_SPLIT_FILES, *([native.files] if native else [])], remedy)
+    folder = locate(card, suite, root, [SPLIT_FILES, *([native.files] if native else [])], remedy)
     if is_synthetic(folder):
         return read_split_files(card, folder)
-    official = native if not any((folder / name).exists() for name in _SPLIT_FILES) else None
-    parts, listings = _read_parts(folder, official, remedy)
+    official = native if not any((folder / name).exists() for name in SPLIT_FILES) else None
+    parts, listings = read_parts(folder, official, remedy)
     train, val, test = parts
     labels = _labels(card, parts, listings, options.first_id)
     notes: tuple[str, ...] = ()
@@ -100,9 +100,18 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     return Source(str(folder), images, notes, variant=variant, class_names=names, folder=folder)
 
 
-def _read_parts(folder: Path, official: NativeForm | None, remedy: str) -> tuple[list[Ids], list[str]]:
-    """Return training, val and test images, and the file that lists each."""
-    files, present = (official.files, "own files") if official else (_SPLIT_FILES, "a JSON split")
+def read_parts(folder: Path, official: NativeForm | None, remedy: str) -> tuple[list[Ids], list[str]]:
+    """Return training, val and test images, and the file that lists each.
+
+    Args:
+        folder: The task's folder.
+        official: The data set's own files to read; None for a JSON split.
+        remedy: What to get, for the message.
+
+    Raises:
+        DataError: If a file is missing or malformed.
+    """
+    files, present = (official.files, "own files") if official else (SPLIT_FILES, "a JSON split")
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise DataError(f"{folder} has {present} without {joined_names(missing)}; get {remedy}")
     if official is None:
@@ -141,7 +150,7 @@ def _labels(card: TaskCard, parts: list[Ids], listings: list[str], first: int | 
 
 def _images_root(folder: Path, paths: list[str], listing: str) -> Path:
     probes = paths[:: max(1, len(paths) // _ROOT_PROBES)]
-    roots = [folder / name for name in _IMAGE_ROOTS]
+    roots = [folder / name for name in IMAGE_ROOTS]
     for root in roots:
         if any((root / path).is_file() for path in probes):
             return root

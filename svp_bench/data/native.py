@@ -27,11 +27,13 @@ class NativeForm:
         read: Reads them: folder → training, val and test images.
         names: Returns the data set's names of its classes, as class id → name, empty if it has none: of its folder,
             and of all its images as path → class id.
+        names_in: The files that `names` reads, where they are there.
     """
 
     files: tuple[str, ...]
     read: Callable[[Path], Parts]
     names: Callable[[Path, Mapping[str, int]], Mapping[int, str]]
+    names_in: tuple[str, ...] = ()
 
 
 # --- CUB-200-2011 and NABirds: text files ----------------------------------------------------------------------------
@@ -196,10 +198,10 @@ def names_of_folders(folder: Path, ids: Mapping[str, int]) -> Mapping[int, str]:
 
 # Keyed by the form of the files, not by the data set: two data sets share the first.
 NATIVE_FORMS: Mapping[str, NativeForm] = {
-    "text_files": NativeForm(_TEXT_FILES, _read_text_files, _names_of_text_files),
+    "text_files": NativeForm(_TEXT_FILES, _read_text_files, _names_of_text_files, ("classes.txt",)),
     "flowers_mat": NativeForm(("setid.mat", "imagelabels.mat"), _read_flowers_mat, lambda folder, ids: {}),
     "list_mats": NativeForm(("train_list.mat", "test_list.mat"), _read_list_mats, names_of_folders),
-    "annotations_mat": NativeForm((_ANNOTATIONS,), _read_annotations_mat, _names_of_annotations),
+    "annotations_mat": NativeForm((_ANNOTATIONS,), _read_annotations_mat, _names_of_annotations, (_ANNOTATIONS,)),
 }
 
 

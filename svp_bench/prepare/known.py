@@ -16,6 +16,7 @@ from svp_bench.tasks.cards import SuiteCard, TaskCard
 Version = Annotated[
     str, Meta(pattern=r"^[0-9]+\.([0-9]+|\*)\.([0-9]+|\*)\Z", description="a version such as 3.0.1 or 3.*.*")
 ]
+Digest = Annotated[str, Meta(pattern=r"^(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32})\Z", description="sha256:… or md5:…")]
 Part = Literal["train", "val", "test"]
 First = Positive | Literal["all"]
 """How many of the first images of a part."""
@@ -48,14 +49,44 @@ class TfdsSpec:
 
 
 @dataclass(frozen=True)
+class KnownFile:
+    """A file on the network.
+
+    Attributes:
+        addresses: Where it is, the preferred first; empty where it is given to people only, e.g. after a form.
+        digest: "sha256:…" or "md5:…" of it; None if it is not known.
+    """
+
+    addresses: tuple[Text, ...] = ()
+    digest: Digest | None = None
+
+
+@dataclass(frozen=True)
+class NativeSpec:
+    """The data set's own archives, and the lists of a split of others.
+
+    Attributes:
+        archives: Name of a file → where it is.
+        lists: The folder of the lists, below the address that the suite states.
+        digests: Name of a list → its digest.
+    """
+
+    archives: Annotated[Mapping[Text, KnownFile], Meta(min_length=1, description="names of archives")]
+    lists: Text
+    digests: Mapping[Text, Digest] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class KnownSources:
     """The sources of one task.
 
     Attributes:
         tfds: How TensorFlow Datasets has it; None if it has not.
+        native: Its own archives and the lists of its split; None if they are not known.
     """
 
     tfds: TfdsSpec | None = None
+    native: NativeSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +96,14 @@ class SuiteSources:
     Attributes:
         splits: Split of the cards → part → how many of its first images the split holds.
         tasks: Task id → its sources.
+        archives: Addresses of one archive that holds all tasks, the preferred first.
+        lists: Address of the folder that holds the lists of the tasks' splits.
     """
 
     splits: Mapping[str, Mapping[Part, First]] = field(default_factory=dict)
     tasks: Mapping[str, KnownSources] = field(default_factory=dict)
+    archives: tuple[Text, ...] = ()
+    lists: Text | None = None
 
 
 @once

@@ -23,6 +23,9 @@ from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 SOURCES = Registry("source", listing="svp-bench data prepare --help")
 SOURCES.add("tfds", "svp_bench.prepare.tfds_source:TfdsSource", "TensorFlow Datasets, from which VTAB was made")
+SOURCES.add("folder", "svp_bench.prepare.file_sources:FolderSource", "a folder with lists and images")
+SOURCES.add("zip", "svp_bench.prepare.file_sources:ZipSource", "a zip or tar archive with the folders of tasks")
+SOURCES.add("native", "svp_bench.prepare.native_source:NativeSource", "a set's own archives, and the lists of a split")
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,12 @@ class Built:
         variant: Name of the data variant: the source's own name where its pixels differ from the card's; None where
             they are the card's, or those of its variant with the same counts.
         origin: Facts for finding the same data again; the plan is added to them.
+        notes: Differences from the card that the task's reader cannot see.
     """
 
     variant: str | None
     origin: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 class DataSource(ABC):
@@ -161,6 +166,7 @@ def prepare(
     )
     save_verdict(verdict, root)
     return manifest, report.notes
+    return manifest, (*built.notes, *report.notes)
 
 
 def _known(target: Path, card: TaskCard, source: str, plan: Mapping[str, str]) -> Manifest | None:
