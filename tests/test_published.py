@@ -11,10 +11,11 @@ from svp_bench.core.errors import RecordError
 from svp_bench.core.resources import configs_dir, published_dir
 from svp_bench.methods import METHODS
 from svp_bench.records.published import COLUMNS, NO_METHOD, load_published, mean_names, read_published
+from svp_bench.records.record import Record
 from svp_bench.report.page import render
 from svp_bench.report.view import report_view
 from svp_bench.tables.build import load_table
-from svp_bench.tables.quoted import MEASURED, other_lines, quoted_grid
+from svp_bench.tables.quoted import MEASURED, measured, other_lines, quoted_grid
 from svp_bench.tables.render_csv import wide_csv
 from svp_bench.tables.render_text import render_terminal
 from svp_bench.tasks.cards import load_suite
@@ -61,7 +62,11 @@ def test_values_stand_as_printed() -> None:
 
 def test_every_number_names_its_source_protocol_and_our_method() -> None:
     rows = [row for path in FILES for row in read_published(path)]
-    names = {*METHODS.names(), NO_METHOD, *(path.stem for path in configs_dir().glob("method/mambapeft/*.yaml"))}
+    names = {
+        *METHODS.names(),
+        NO_METHOD,
+        *(f"mambapeft/{path.stem}" for path in configs_dir().glob("method/mambapeft/*.yaml")),
+    }
     assert {row.ours for row in rows} <= names
     covered = {row.ours for suite in ("vtab", "fgvc", "hta") for row in load_published(load_suite(suite))}
     # Published for language only, a step of another recipe, ours, or without a number that could be read
@@ -95,6 +100,8 @@ def test_ours_and_theirs_are_side_by_side() -> None:
         assert all(line[1] != MEASURED for line in theirs)
     assert {line[head.index("method")] for line in by_method["lora"][1:]} >= {"LoRA_p(X)", "LoRA"}
     assert "LoRA(x_proj)" not in {line[head.index("method")] for line in by_method["lora"]}, "is our lora_x_proj"
+    (line,) = [line for line in rows if line[head.index("method")] == "LoRA_p(B)"]
+    assert line[0] == "mambapeft/lora_b"
     memba = {line[head.index("method")]: line for line in by_method["memba"][1:]}
     assert memba["Memba (out proj)"][1] == "Memba_note (secondary)"
     vit = next(line for line in by_method["lora"] if line[1] == "V-PETL_Bench")
@@ -112,6 +119,24 @@ def test_ours_and_theirs_are_side_by_side() -> None:
     page = render(report_view([table], {}, {}))
     assert ">memba 70.00<" in page
     assert "Stanford Cars 85.38" in page
+
+
+def test_a_row_with_the_settings_of_a_method_file_stands_with_the_row_that_it_repeats() -> None:
+    def with_settings(**changes: object) -> list[Record]:
+        given = {
+            "model.method.class_path": "svp_bench.methods.lora.LoRA",
+            "model.method.init_args": {"targets": ["B"], "rank": 64, "scale": 0.1, "dropout": 0.1, "dora": None},
+            "model.weight_decay": 1e-4,
+        }
+        return [make_record(task, "lora", changes={**given, **changes}) for task in VTAB.tasks]
+
+    repeated, other = with_settings(), with_settings(**{"model.learning_rate": 3e-3})
+    table = load_table(VTAB, [*repeated, *other], published=load_published(VTAB))
+    assert sorted(name for name, _, _ in measured(table)) == ["lora", "mambapeft/lora_b"]
+    grid = quoted_grid(table)
+    places = [number for number, line in enumerate(grid) if line[0] == "mambapeft/lora_b"]
+    assert [grid[place][1] for place in places] == [MEASURED, "MambaPEFT_table"]
+    assert places[1] == places[0] + 1
 
 
 def test_rows_on_random_weights_are_not_shown_next_to_quoted_ones() -> None:

@@ -53,7 +53,7 @@ class PublishedRow:
         citation: Where it stands.
         protocol: Data, selection and epochs, as far as the source states them.
         secondary: Whether the number was read elsewhere than in the paper or repository of those who measured it.
-        ours: The method here, as records name it: a registered name, or that of a method file; or "-".
+        ours: The method here: a registered name, a shipped method file like "mambapeft/lora_b", or "-".
     """
 
     file: str

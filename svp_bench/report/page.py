@@ -327,9 +327,10 @@ def _quoted_columns(suite: SuiteView) -> list[str]:
 
 def _measured_rows(suite: SuiteView, method: str) -> str:
     """Return the rows of ours of a method: label and mean over all tasks (or their number), backbone and track."""
-    several = len({section.first.backbone for section, _ in measured(suite.table)}) > 1
+    rows = [*measured(suite.table)]
+    several = len({section.first.backbone for _, section, _ in rows}) > 1
     texts = []
-    for section, row in measured(suite.table, method):
+    for _, section, row in (one for one in rows if one[0] == method):
         facts = [section.first.backbone] if several else []
         facts += [] if section.track.kind == "default" else [section.track.kind]
         mean = decimals(row.task_mean) if row.task_mean else f"{row.done} tasks"

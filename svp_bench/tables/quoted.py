@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from svp_bench.core.errors import plural
+from svp_bench.records.defaults import other, shipped_layer
+from svp_bench.records.digests import flat
 from svp_bench.records.published import OTHER_DATA, WHOLE, PublishedRow
 from svp_bench.tables.model import Row, Section, Table
 from svp_bench.tables.notes import MISSING, columns, decimals, one_line, shown_columns, size_span
@@ -36,17 +38,26 @@ def quoted_methods(table: Table) -> list[tuple[PublishedRow, dict[str, str], str
             parameters.append(row.value + _UNITS[row.metric])
         elif row.is_score:
             scores[row.task_or_group] = row.value
-    place = {method: number for number, method in enumerate(dict.fromkeys(row.method for _, row in measured(table)))}
+    place = {name: number for number, name in enumerate(dict.fromkeys(name for name, _, _ in measured(table)))}
     found = [(row, scores, " / ".join(parameters)) for row, scores, parameters in entries.values() if scores]
     return sorted(found, key=lambda entry: place.get(entry[0].ours, len(place)))
 
 
-def measured(table: Table, method: str | None = None) -> Iterator[tuple[Section, Row]]:
-    """Yield the rows on pre-trained weights, or those of one method."""
+def measured(table: Table) -> Iterator[tuple[str, Section, Row]]:
+    """Yield the rows on pre-trained weights, with their name as quoted rows have it in `ours`.
+
+    That is the quoted method file whose settings the row has, else its method.
+    """
+    files = sorted({row.ours for row in table.published if "/" in row.ours})
     for section in table.sections:
-        for row in section.rows:
-            if not section.random and method in (None, row.method):
-                yield section, row
+        for row in section.rows if not section.random else ():
+            yield next((name for name in files if _has_settings(row, name)), row.method), section, row
+
+
+def _has_settings(row: Row, name: str) -> bool:
+    """Whether the runs of a row have all settings of a shipped method file."""
+    config, layer = dict(flat(row.records[0].config)), shipped_layer(f"method/{name}.yaml")
+    return bool(layer) and not any(other(config.get(key), value) for key, value in layer.items())
 
 
 def quoted_grid(table: Table, *, terminal: bool = False) -> list[list[str]]:
@@ -59,18 +70,20 @@ def quoted_grid(table: Table, *, terminal: bool = False) -> list[list[str]]:
     shown = [names[index] for index in indices]
     facts = ["backbone", "method"] if terminal else ["backbone", "pre-training", "method"]
     grid = [[*([] if terminal else ["ours"]), "source", *facts, *shown, *([] if terminal else ["parameters"])]]
-    done: set[str] = set()
+    rows, done = [*measured(table)], set()
     for quote, scores, parameters in quoted_methods(table):
         if not any(name in scores for name in shown):
             continue
-        for section, row in measured(table, quote.ours) if quote.ours not in done else ():
+        for name, section, row in rows if quote.ours not in done else ():
+            if name != quote.ours:
+                continue
             values = [decimals(row.scores[index]) for index in indices]
             backbone, weights = section.first.backbone, section.checkpoint
             if terminal:
                 grid.append(["here", f"{backbone}, {weights}", row.label, *values])
             else:
                 size = size_span(*row.adapter)
-                grid.append([row.method, MEASURED, backbone, weights, row.label, *values, size])
+                grid.append([name, MEASURED, backbone, weights, row.label, *values, size])
         done.add(quote.ours)
         values = [scores.get(name, MISSING) for name in shown]
         if terminal:
