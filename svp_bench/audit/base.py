@@ -213,9 +213,15 @@ class Case:
             if not _NAME.fullmatch(name):
                 return None, f"{name!r} cannot be part of the name of a selected config"
         seed = self.record.seed if search.nested else None
-        path = selected_config_path(
-            self.store.root, search.name, search.declaration, self.record.task, self.record.method, seed
-        )
+        of = search.name, search.declaration, self.record.task
+        path = selected_config_path(self.store.root, *of, self.record.method, seed)
+        # A method file and a further backbone have names of their own: the digest in the record tells which
+        named = [
+            other
+            for other, one in self.store.selected_configs.items()
+            if other.parent == path.parent and one.digest == search.selected_config
+        ]
+        path = path if path in named or not named else named[0]
         where = path.relative_to(self.store.root).as_posix()
         if not path.is_file():
             return None, f"{where} is missing: the selection of the setting cannot be checked"

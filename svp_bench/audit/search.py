@@ -12,6 +12,7 @@ from typing import Any
 from svp_bench.audit.base import Case, Line, fold_of, short, some, split_text, start_of, verdicts
 from svp_bench.core.errors import plural
 from svp_bench.records.defaults import other as differ
+from svp_bench.records.defaults import recipe
 from svp_bench.records.digests import flat
 from svp_bench.records.record import CREATED, Record
 from svp_bench.records.selection import (
@@ -52,7 +53,8 @@ def _config_problems(case: Case, config: SelectedConfig) -> Iterator[str]:
     if config.search_seed not in (None, record.seed):
         yield f"the selected config is that of seed {config.search_seed}, and the run has seed {record.seed}"
     stated = {field.name: (getattr(expected, field.name), getattr(search, field.name)) for field in fields(search)}
-    for key in ("task", "method", "checkpoint_digest"):
+    named = recipe(config.method)  # else it is the name of a method file, whose class and arguments the context has
+    for key in ("task", *(["method"] if named else []), "checkpoint_digest"):
         stated[key] = getattr(config, key), getattr(record, key)
     for name, (theirs, mine) in stated.items():
         if theirs != mine:

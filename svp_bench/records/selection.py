@@ -2,7 +2,8 @@
 
 A selected config is a JSON file, written once and never overwritten:
 `<results root>/selected_configs/<search>-<8 digits of its digest>/<suite>/<task>/<method>.json`, of a nested search
-`<method>-seed<N>.json` for each seed of the final runs. `svp-bench fit --selected_config FILE` lays its values over the
+`<method>-seed<N>.json` for each seed of the final runs, and `<method>@<backbone>` where another backbone has the name
+already. `svp-bench fit --selected_config FILE` lays its values over the
 config, and the record of that run holds the file's digest. The search reads val (or folds of the labelled images) only;
 the run that tests reads the selected config only.
 
@@ -349,6 +350,37 @@ def selected_config_path(
     return Path(results_root) / "selected_configs" / folder / task / f"{name}.json"
 
 
+def selected_config_of(
+    results_root: Path | str,
+    search: str,
+    search_digest: str,
+    task: str,
+    method: str,
+    seed: int | None,
+    context: Mapping[str, Any],
+) -> Path:
+    """Return `selected_config_path`, or where that file is of another backbone, the path with the name of this one.
+
+    An unreadable file keeps its place, so that the caller's error names it.
+
+    Args:
+        results_root: And all up to `seed`: as for `selected_config_path`.
+        context: As in `SelectedConfig`; names the backbone.
+    """
+    path, backbone = selected_config_path(results_root, search, search_digest, task, method, seed), _backbone(context)
+    try:
+        other = _backbone(read_selected_config(path).context) if path.is_file() else backbone
+    except RecordError:
+        return path
+    if other == backbone:
+        return path
+    return selected_config_path(results_root, search, search_digest, task, f"{method}@{backbone}", seed)
+
+
+def _backbone(context: Mapping[str, Any]) -> Any:
+    return context.get("model", {}).get("backbone")
+
+
 def write_selected_config(selected: SelectedConfig, results_root: Path | str) -> Path:
     """Write a new selected config and return its path. An existing one that selected the same stays as it is.
 
@@ -356,7 +388,7 @@ def write_selected_config(selected: SelectedConfig, results_root: Path | str) ->
         RecordError: If another selected config has this path already, or the folder cannot be written.
     """
     of = str(selected.search["name"]), selected.search_digest, selected.task, selected.method
-    path = selected_config_path(results_root, *of, selected.search_seed)
+    path = selected_config_of(results_root, *of, selected.search_seed, selected.context)
     SelectedConfig.from_json(json.loads(selected.text()), str(path))
     aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.new")
     write_atomically(aside, selected.text())

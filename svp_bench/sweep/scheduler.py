@@ -20,7 +20,7 @@ from svp_bench.records.record import timestamp
 from svp_bench.records.selection import (
     SelectedConfig,
     read_selected_config,
-    selected_config_path,
+    selected_config_of,
     trial_problems,
     write_selected_config,
 )
@@ -182,7 +182,7 @@ class Sweep:
             self._refit(cell)
             return
         of = self.search.name, self.search.digest, cell.task, cell.label
-        path = selected_config_path(self.results_root, *of, cell.seed)
+        path = selected_config_of(self.results_root, *of, cell.seed, cell.context)
         if path.is_file():
             cell.blocked = self._wrong(cell, path)
             if cell.blocked is None:
