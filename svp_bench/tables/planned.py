@@ -162,17 +162,18 @@ def _row_of(section: Section, name: str) -> Row | str:
     by_method = [row for row in section.rows if row.method == name]
     if not by_method:
         return next((row for row in section.rows if row.label == name), f"no run of {name}")
-    shipped = [row for row in by_method if not any(map(_is_argument, row.overrides))]
+    shipped = [row for row in by_method if not any(map(is_argument, row.overrides))]
     if len(shipped) == 1:
         return shipped[0]
     if shipped:
         labels = "; ".join(repr(row.label) for row in shipped)
         return f"{plural(len(shipped), 'row')} of {name} ({labels}: name one of them)"
-    others = [f"{row.label}: {next(filter(_is_argument, row.overrides))}" for row in by_method]
+    others = [f"{row.label}: {next(filter(is_argument, row.overrides))}" for row in by_method]
     return f"no run of {name} with its shipped arguments ({'; '.join(others)})"
 
 
-def _is_argument(override: str) -> bool:
+def is_argument(override: str) -> bool:
+    """Return whether an override (`Row.overrides`) is of an argument of the method, not of its training."""
     return override.startswith("model.method.")
 
 
