@@ -22,6 +22,9 @@ from svp_bench.prepare.verdict import Verdict, save_verdict
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 SOURCES = Registry("source", listing="svp-bench data prepare --help")
+SOURCES.add(
+    "torchvision", "svp_bench.prepare.torchvision_source:TorchvisionSource", "archives of torchvision's classes"
+)
 SOURCES.add("tfds", "svp_bench.prepare.tfds_source:TfdsSource", "TensorFlow Datasets, from which VTAB was made")
 SOURCES.add("folder", "svp_bench.prepare.file_sources:FolderSource", "a folder with lists and images")
 SOURCES.add("zip", "svp_bench.prepare.file_sources:ZipSource", "a zip or tar archive with the folders of tasks")
