@@ -77,14 +77,31 @@ class NativeSpec:
 
 
 @dataclass(frozen=True)
+class HubSpec:
+    """Where the hub has a task as parquet files.
+
+    Attributes:
+        repository: "owner/name" of the data set.
+        status: "seen", or "inferred" if the name follows from others and nobody has stated that it exists.
+        revision: Commit; None while none is known, so that the newest is taken.
+    """
+
+    repository: Annotated[str, Meta(pattern=r"^[\w.-]+/[\w.-]+\Z", description="a repository, owner/name")]
+    status: Literal["seen", "inferred"] = "inferred"
+    revision: Annotated[str, Meta(pattern=r"^[0-9a-f]{40}\Z", description="a commit of 40 digits")] | None = None
+
+
+@dataclass(frozen=True)
 class KnownSources:
     """The sources of one task.
 
     Attributes:
+        hub: Where the hub has it; None if it has not.
         tfds: How TensorFlow Datasets has it; None if it has not.
         native: Its own archives and the lists of its split; None if they are not known.
     """
 
+    hub: HubSpec | None = None
     tfds: TfdsSpec | None = None
     native: NativeSpec | None = None
 

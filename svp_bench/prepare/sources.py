@@ -28,6 +28,7 @@ SOURCES.add(
 SOURCES.add("tfds", "svp_bench.prepare.tfds_source:TfdsSource", "TensorFlow Datasets, from which VTAB was made")
 SOURCES.add("folder", "svp_bench.prepare.file_sources:FolderSource", "a folder with lists and images")
 SOURCES.add("zip", "svp_bench.prepare.file_sources:ZipSource", "a zip or tar archive with the folders of tasks")
+SOURCES.add("hub", "svp_bench.prepare.hub_source:HubSource", "parquet files of the Hugging Face hub, or of a folder")
 SOURCES.add("native", "svp_bench.prepare.native_source:NativeSource", "a set's own archives, and the lists of a split")
 
 
