@@ -17,8 +17,10 @@ from helpers import run
 
 from svp_bench.audit.record import audit
 from svp_bench.data.sources import open_source
+from svp_bench.records.defaults import row_digest
 from svp_bench.records.record import Record
 from svp_bench.records.store import read_record, read_records, record_path
+from svp_bench.tables.build import load_table
 from svp_bench.tasks.cards import load_protocol, load_suite, load_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.skipif(
     reason="the reference results are not made yet: make reference",
 )
 METHODS = {"svp", "vpt_shallow", "vpt_deep", "linear", "full", "lora", "adapter", "offset", "bias"}
+VIM = "vim_nano_patch8_64"
 SEEDS = {0, 1, 2, 3, 4}
 SMALL = "demo/digits-5shot"
 
@@ -57,14 +60,25 @@ def test_the_pages_say_what_the_records_say() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "methods", "checkpoint"),
-    [("demo", METHODS, "embedded"), ("demo-random", {"linear", "full"}, "none")],
+    ("folder", "rows", "checkpoint"),
+    [("demo", {VIM: METHODS}, "embedded"), ("demo-random", {VIM: {"linear", "full"}}, "none")],
 )
-def test_every_cell_exists_and_is_of_one_kind(folder: str, methods: set[str], checkpoint: str) -> None:
-    finals = [record for record in records(folder) if record.kind == "final"]
-    cells = {(record.task, record.method, record.seed) for record in finals}
-    assert cells == {(t, m, s) for t in load_suite("demo").tasks for m in methods for s in SEEDS}
-    assert len(finals) == len(cells)
+def test_every_cell_exists_and_is_of_one_kind(folder: str, rows: dict[str, set[str]], checkpoint: str) -> None:
+    """A section for each backbone, and in each the same tasks and seeds for every row."""
+    found = records(folder)
+    table = load_table(load_suite("demo"), found)
+    assert {section.first.backbone: {row.label for row in section.rows} for section in table.sections} == rows
+    assert len(table.sections) == len(rows)
+    finals = [record for record in found if record.kind == "final"]
+    cells = {(run.backbone, run.method, row_digest(run), run.task, run.seed) for run in finals}
+    assert cells == {
+        (section.first.backbone, row.method, row.setting_digest, task, seed)
+        for section in table.sections
+        for row in section.rows
+        for task in load_suite("demo").tasks
+        for seed in SEEDS
+    }
+    assert len(finals) == len(cells) == len(SEEDS) * 8 * sum(map(len, rows.values()))
     assert {(record.status, record.dirty, record.checkpoint) for record in finals} == {("complete", False, checkpoint)}
     assert len({(record.device, record.scan_backend, json.dumps(record.libraries)) for record in finals}) == 1
 
@@ -148,9 +162,9 @@ def test_a_record_drawn_at_random_gives_its_number_again(tmp_path: Path, most: f
     assert again.status == "complete", output
     assert again.metrics is not None
     assert record.metrics is not None
-    cell = [
-        one.metrics.top1 for one in finals if (one.task, one.method) == (record.task, record.method) and one.metrics
-    ]
+    key = record.task, record.backbone, record.setting_digest
+    cell = [one.metrics.top1 for one in finals if (one.task, one.backbone, one.setting_digest) == key and one.metrics]
+    assert len(cell) == len(SEEDS)
     range_of_seeds = max(cell) - min(cell)
     assert abs(again.metrics.top1 - record.metrics.top1) <= max(1.5, 2 * range_of_seeds), output
     if "Bit-equal" not in done.stdout:
