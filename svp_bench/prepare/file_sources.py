@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from svp_bench.core.atomic import file_digest, open_regular
 from svp_bench.core.errors import DataError, UsageError, file_size, plural, show
 from svp_bench.data.json_split import IMAGE_ROOTS, SPLIT_FILES, read_parts
 from svp_bench.data.locate import locate
-from svp_bench.data.manifest import read_manifest
+from svp_bench.data.manifest import MANIFEST, SUMS, read_manifest
 from svp_bench.data.native import NATIVE_FORMS
 from svp_bench.data.reading import SYNTHETIC_MARK, joined_names, readable
 from svp_bench.data.sources import Note
@@ -26,7 +27,7 @@ from svp_bench.prepare.download import fetch
 from svp_bench.prepare.known import suite_sources
 from svp_bench.prepare.sources import Built, DataSource, Request
 from svp_bench.prepare.stage import Stage
-from svp_bench.tasks.cards import SuiteCard, TaskCard
+from svp_bench.tasks.cards import OTHER_PIXELS, SuiteCard, TaskCard
 
 _CHUNK = 2**18
 _PATIENCE_S = 5.0  # between two notes about the progress
@@ -196,6 +197,20 @@ def copy(paths: Iterable[str], files: Files, stage: Stage, note: Note | None = N
             note(f"{files.label}: {count:,} of {len(todo):,} files copied")
 
 
+def _other_pixels(files: Files) -> str | None:
+    """Return the variant that a manifest among the files states, if its pixels are not the card's: a copy has them too.
+
+    Raises:
+        DataError: If the manifest is malformed.
+    """
+    names = [name for name in (MANIFEST, SUMS) if files.size(name) is not None]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, chunks in files.read(names):
+            Path(folder, name).write_bytes(b"".join(chunks))
+        manifest = read_manifest(Path(folder))
+    return manifest.variant if manifest is not None and manifest.variant in OTHER_PIXELS else None
+
+
 # --- the source `folder` ---------------------------------------------------------------------------------------------
 
 
@@ -212,7 +227,7 @@ class FolderSource(DataSource):
                 status = os.lstat(os.path.join(base, name))
                 line = f"{os.path.relpath(base, folder)}/{name} {status.st_size} {status.st_mtime_ns}\n"
                 sha.update(line.encode(errors="surrogateescape"))
-        return {"from": str(folder), "files": f"sha256:{sha.hexdigest()}"}
+        return {"copy_of": folder.name, "files": f"sha256:{sha.hexdigest()}"}
 
     def probe(self, card: TaskCard, suite: SuiteCard, request: Request) -> str:
         """Return the folder and the lists in it."""
@@ -223,15 +238,9 @@ class FolderSource(DataSource):
         self, card: TaskCard, suite: SuiteCard, request: Request, plan: Mapping[str, object], stage: Stage
     ) -> Built:
         """Copy the lists and images."""
-        folder = Path(str(plan["from"]))
-        before = read_manifest(folder)
-        if before is not None and before.task != card.name:
-            raise DataError(f"{folder} was prepared for {before.task}, not for {card.name}")
+        folder = self._folder(card, suite, request)
         copy_task(card, FolderFiles(folder), stage, request.note)
-        if before is None:
-            return Built(None, {})
-        # A copy of other pixels than the card's has other pixels too.
-        return Built(before.variant, {"copy_of": f"{before.source} {before.digest}"})
+        return Built(_other_pixels(FolderFiles(folder)), {})
 
     def _folder(self, card: TaskCard, suite: SuiteCard, request: Request) -> Path:
         if request.location is None:
@@ -278,8 +287,8 @@ class ZipSource(DataSource):
         path = self._path(suite, request)
         files, _ = self._files(card, suite, path, request)
         copy_task(card, files, stage, request.note)
-        address = request.location if request.location and is_address(request.location) else None
-        return Built(None, {"from": address or str(path)})
+        origin = {"from": request.location} if request.location and is_address(request.location) else {}
+        return Built(_other_pixels(files), origin)
 
     def _path(self, suite: SuiteCard, request: Request) -> Path:
         if request.location is not None and not is_address(request.location):

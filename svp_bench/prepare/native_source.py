@@ -53,7 +53,7 @@ class NativeSource(DataSource):
         return {
             "lists": {name: _md5(path) for name, path in inputs.lists.items()},
             "archives": {path.name: archive_digest(path) for path in inputs.archives},
-            "folders": [str(folder) for folder in inputs.folders],
+            "folders": [folder.name for folder in inputs.folders],
         }
 
     def probe(self, card: TaskCard, suite: SuiteCard, request: Request) -> str:
@@ -82,7 +82,7 @@ class NativeSource(DataSource):
         notes = (
             (f"{joined_names(other)} of {next(iter(inputs.lists.values())).parent} not as released",) if other else ()
         )
-        return Built(None, {"images": files.label, **({"not_as_released": ", ".join(other)} if other else {})}, notes)
+        return Built(None, {"not_as_released": ", ".join(other)} if other else {}, notes)
 
 
 def _spec(card: TaskCard, suite: SuiteCard) -> NativeSpec:

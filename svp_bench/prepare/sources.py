@@ -158,10 +158,11 @@ def prepare(
             origin={**stated, **built.origin},
             splits=report.counts,
         )
+    notes = (*built.notes, *report.notes)
     verdict = Verdict(
         task=card.name,
-        status="different" if report.status == "different" else "verified",
-        notes=report.notes,
+        status="different" if notes else "verified",
+        notes=notes,
         counts=report.counts,
         variant=manifest.variant,
         folder=str(target),
@@ -169,8 +170,7 @@ def prepare(
         time=manifest.created,
     )
     save_verdict(verdict, root)
-    return manifest, report.notes
-    return manifest, (*built.notes, *report.notes)
+    return manifest, notes
 
 
 def _known(target: Path, card: TaskCard, source: str, plan: Mapping[str, str]) -> Manifest | None:
