@@ -254,7 +254,7 @@ def test_native_archives_and_lists_make_the_folder(task: str, tmp_path: Path) ->
     given.mkdir()
     mode = "w:gz" if name.endswith("gz") else "w"
     with tarfile.open(given / name, mode) as archive:  # type: ignore[call-overload]
-        top = card.folder + "/" if name.startswith(card.folder) or name.startswith(card.id) else ""
+        top = card.folder + "/" if name.startswith((card.folder, card.id)) else ""
         (images,) = [path for path in folder.iterdir() if path.is_dir()]
         archive.add(images, top + images.name)
     lists = given / spec.lists
