@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable
@@ -362,6 +363,46 @@ def test_a_mistake_in_the_file_is_one_line(
     error = assert_error(command("table", "--results_root", str(root), "--comparisons", str(path)), 2)
     assert f"{path}:{line}: " in error
     assert all(text in error for text in texts), error
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 300)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from([VIM, "svp"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@given(
+    st.sampled_from(["suite", "seeds", "smallest_difference", "comparisons", "methods", "backbones", "question"]),
+    VALUES,
+)
+def test_any_value_of_a_key_gives_a_plan_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: Any
+) -> None:
+    data: dict[str, Any] = {
+        "suite": "demo",
+        "seeds": [0],
+        "smallest_difference": 1,
+        "comparisons": [{"methods": ["svp", "lora"], "backbones": [VIM]}],
+    }
+    (data if key in data else data["comparisons"][0])[key] = value
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    try:
+        plan = read_plan(path).plan
+    except ConfigError as error:
+        message = str(error)
+    else:
+        message = f"{path}:"
+        assert all(len({*one.methods}) == 2 for one in plan.comparisons)
+        assert 0 <= plan.smallest_difference <= 100
+    assert message.startswith(f"{path}:")
+    assert "\n" not in message
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:

@@ -122,6 +122,14 @@ class RecordStore:
                 found[path] = read_selected_config(path)
         return found
 
+    @cached_property
+    def by_digest(self) -> Mapping[str, list[Path]]:
+        """Digest of a valid selected config → its paths."""
+        found: dict[str, list[Path]] = defaultdict(list)
+        for path, one in self.selected_configs.items():
+            found[one.digest].append(path)
+        return found
+
 
 @dataclass
 class Case:
@@ -216,11 +224,7 @@ class Case:
         of = search.name, search.declaration, self.record.task
         path = selected_config_path(self.store.root, *of, self.record.method, seed)
         # A method file and a further backbone have names of their own: the digest in the record tells which
-        named = [
-            other
-            for other, one in self.store.selected_configs.items()
-            if other.parent == path.parent and one.digest == search.selected_config
-        ]
+        named = [one for one in self.store.by_digest.get(search.selected_config, ()) if one.parent == path.parent]
         path = path if path in named or not named else named[0]
         where = path.relative_to(self.store.root).as_posix()
         if not path.is_file():

@@ -248,7 +248,7 @@ def planned_notes(table: Table) -> list[str]:
         f"with the same seed (of {', '.join(map(str, plan.seeds))}) on the same images. Interval ({level}, not "
         f"adjusted): over the suite's {plural(sources, 'independent source')} of images (CR2, Satterthwaite). New "
         f"seeds ({level}): other seeds on these tasks.",
-        f"p: two-sided t test of that interval; adjusted by Holm over all {plural(count, 'planned comparison')}.",
+        f"p: two-sided t test of that interval; adjusted by Holm over {plural(count, 'planned comparison')}.",
         f"Finding: an adjusted p below {1 - table.level:.2g} and a difference of {plan.smallest_difference:g} or more, "
         "up or down. Otherwise undecided, which is not equal.",
     ]
