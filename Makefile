@@ -211,6 +211,10 @@ bench-methods: $(STAMP) ## latency, throughput, step time and peak memory of eve
 bench-frozen: $(STAMP) ## linear probing with frozen features computed once, against once per epoch (about five minutes)
 	$(BIN)/python benchmarks/frozen.py --output benchmarks/results/frozen.json
 
+.PHONY: bench-data
+bench-data: $(STAMP) ## images per second of the first pass and of the cache, against PIL and torchvision (about five minutes)
+	$(BIN)/python benchmarks/data.py --output benchmarks/results/data.json
+
 .PHONY: bench-scale
 bench-scale: $(STAMP) ## tables and report of 1,000 to 20,000 synthetic records: seconds and memory (about five minutes)
 	$(BIN)/python benchmarks/scale.py --output benchmarks/results/scale.json

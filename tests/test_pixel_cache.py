@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_written_is_reported(
 def test_a_small_disk_is_not_filled(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = all_images(root, pixel_cache=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.warns(UserWarning, match=r"test cannot be cached .*half of the 1000 B free"):
+    with pytest.warns(UserWarning, match=r"test cannot be cached .*half of the 1000 B free on its disk"):
         found = all_images(root)
     assert_equal(found, expected)
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
@@ -342,7 +342,7 @@ def test_what_a_killed_process_leaves_is_not_trusted(root: Path, capsys: pytest.
     process.wait()
     process.stdout.close()
     ((left, entry, _),) = list_entries()
-    assert left.suffix == ".tmp"
+    assert left.suffix == ".building"
     assert entry is None
     expected = all_images(root, pixel_cache=False)
     assert_equal(all_images(root), expected)

@@ -151,6 +151,7 @@ class PixelCache:
         with self._writer(images, digest(state, asdict(self._transform))) as writer:
             if (known := load_examined(state)) is not None:  # by the process that was awaited
                 return known
+            writer.start()
 
             def keep(position: int, decoded: Decoded) -> None:
                 if not decoded.is_deep:  # the others need the depth of all splits
@@ -172,15 +173,17 @@ class PixelCache:
             return None
         if (pixels := self._load(images, found)) is not None:
             return pixels
-        with self._writer(images, self._key(images, found)) as writer:
-            if (pixels := self._load(images, found)) is not None or images.name in self._failed:
+        key = self._key(images, found)
+        with self._writer(images, key) as writer:
+            if (pixels := self._load(images, found)) is not None or not writer.start():
                 return pixels
 
             def keep(position: int, decoded: Decoded) -> None:
                 writer.put(position, self._transform, images.load(position) if decoded.is_deep else decoded.image)
 
             now = images.examine(self._note, keep)
-            if writer.complete and content_digest(now) == content_digest(found):  # no file changed since
+            unchanged = content_digest(now) == content_digest(found) and self._key(images, found) == key
+            if writer.complete and unchanged:
                 self._finish(writer, images, found)
             return self._load(images, found)
 
@@ -207,28 +210,23 @@ class PixelCache:
 
     @contextmanager
     def _writer(self, images: Images, name: str) -> Iterator[_Writer]:
-        """Yield a writer; of several processes with one name, one at a time. It does nothing if it has an error."""
+        """Yield a writer; of several processes with one name, one at a time."""
         writer = _Writer((len(images), 3, *self._transform.sides))
-        if images.name in self._failed:
-            yield writer
-            return
         with ExitStack() as stack:
-            stack.callback(writer.close)
-            try:
-                folder = cache_dir(FOLDER)
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(folder / f".{name}.lock")
+            if images.name not in self._failed:
                 try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    self._note(f"waiting for another process that decodes the images of {images.name}")
-                    lock.acquire()
-                stack.callback(lock.release)
-                for path in folder.glob(".*.tmp"):  # of processes that were killed
-                    remove_entry(path)
-                writer.open(folder / f".{name}.tmp")
-            except (OSError, RuntimeError, NotImplementedError) as error:
-                writer.error = error
+                    writer.path = cache_dir(FOLDER) / f".{name}.building"
+                    writer.path.parent.mkdir(parents=True, exist_ok=True)
+                    lock = FileLock(writer.path.with_suffix(".lock"))
+                    try:
+                        lock.acquire(timeout=0)
+                    except Timeout:
+                        self._note(f"waiting for another process that decodes the images of {images.name}")
+                        lock.acquire()
+                    stack.callback(lock.release)
+                    stack.callback(writer.close)  # while the lock is held
+                except (OSError, RuntimeError, NotImplementedError) as error:  # also without a home, or locks
+                    writer.error = error
             yield writer
         if writer.error is not None:
             self._failed.add(images.name)
@@ -265,12 +263,14 @@ class _Writer:
 
     Attributes:
         shape: (N, 3, H, W).
+        path: The file; None if nothing is to be written.
         sums: uint32 (N,), the checksum of each image.
         error: What went wrong.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
+        self.path: Path | None = None
         self.sums = np.zeros(shape[0], dtype=np.uint32)
         self.error: Exception | None = None
         self._file: BinaryIO | None = None
@@ -278,13 +278,21 @@ class _Writer:
         self._left = shape[0]
         self._lock = Lock()
 
-    def open(self, path: Path) -> None:
-        """Create the file; OSError if it cannot be, or the disk is too small."""
-        need, free = math.prod(self.shape), shutil.disk_usage(path.parent).free
-        if need > free // 2:
-            raise OSError(f"{file_size(need)} is more than half of the {file_size(free)} free in {path.parent}")
-        self._file = path.open("wb")
-        self._start = self._file.write(_header(self.shape))
+    def start(self) -> bool:
+        """Create the file, and return whether that succeeded; what killed processes left is removed."""
+        if self.path is None or self.error is not None:
+            return False
+        try:
+            for left in self.path.parent.glob(".*.building"):
+                remove_entry(left)
+            need, free = math.prod(self.shape), shutil.disk_usage(self.path.parent).free
+            if need > free // 2:
+                raise OSError(f"{file_size(need)} is more than half of the {file_size(free)} free on its disk")
+            self._file = self.path.open("wb")
+            self._start = self._file.write(_header(self.shape))
+        except OSError as error:
+            self.error = error
+        return self.error is None
 
     def put(self, position: int, transform: EvalTransform, image: Image) -> None:
         """Store an image."""
@@ -349,7 +357,7 @@ def list_entries() -> list[tuple[Path, Entry | None, int]]:
     """Return (file, facts, bytes) of all entries; without facts, what is incomplete, damaged or being built."""
     folder = cache_dir(FOLDER)
     found: list[tuple[Path, Entry | None, int]] = []
-    for path in (*sorted(folder.glob("*.npy")), *sorted(folder.glob(".*.tmp"))):
+    for path in (*sorted(folder.glob("*.npy")), *sorted(folder.glob(".*.building"))):
         with suppress(OSError):  # removed meanwhile
             size, entry = path.stat().st_size, None
             with suppress(OSError, DamagedPixelsError):
@@ -364,7 +372,7 @@ def remove_entry(path: Path) -> bool:
     Raises:
         OSError: If it cannot be removed. Runs that have mapped an entry are not disturbed.
     """
-    if path.suffix == ".tmp":
+    if path.suffix == ".building":
         try:
             with FileLock(path.with_suffix(".lock"), timeout=0):
                 path.unlink(missing_ok=True)
