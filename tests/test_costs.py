@@ -6,18 +6,22 @@ import csv
 import dataclasses
 import io
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import BACKBONE, assert_error, command, register_backbone, run
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic_records import make_record
 from synthetic_report import write
 
 from svp_bench import load_results
 from svp_bench.core.errors import RecordError, SvpBenchError
-from svp_bench.records.costs import SCHEMA, CostFile, MeasuredCost, load_costs, setting_of
+from svp_bench.core.validate import convert
+from svp_bench.records.costs import SCHEMA, CostFile, MeasuredCost, Setting, load_costs, setting_of
 from svp_bench.records.record import Record
 from svp_bench.report.figures import figures_of
 from svp_bench.report.page import render
@@ -291,6 +295,48 @@ def test_jobs_run_in_processes_and_failures_are_one_line(tmp_path: Path) -> None
     path = tmp_path / "costs.json"
     path.write_text(costs.text(), encoding="utf-8")
     assert load_costs(path) == costs
+
+
+def test_an_interrupt_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = cost(row(VTAB.tasks[0], "svp", rank=4), 60.0)
+    answers = iter([json.dumps({**dataclasses.asdict(one), "scan_backend": "cpu"})])
+
+    real = subprocess.run
+
+    def answer(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        if "svp_bench.train.measure" not in command:  # git
+            return real(command, **options)
+        try:
+            return subprocess.CompletedProcess([], 0, next(answers), "")
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("svp_bench.train.measure.subprocess.run", answer)
+    jobs = record_jobs([*rows("svp", rank=4), *rows("svp", rank=8), *rows("svp", rank=16)])
+    costs, failed = measure_all(jobs, "cpu", lambda _: None)
+    assert costs.rows == (one,)
+    assert costs.scan_backends == ("cpu",)
+    assert ["interrupted" in line for line in failed] == [True]
+
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1, max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(args=st.dictionaries(st.text(min_size=1, max_size=4), _VALUES, max_size=4), name=st.text("xyz", min_size=5))
+def test_a_setting_is_the_same_through_json_and_another_with_another_argument(args: dict[str, Any], name: str) -> None:
+    setting = Setting("vim_small_patch16_224", "mine.Method", args, (224, 224))
+    again = convert(json.loads(json.dumps(dataclasses.asdict(setting))), Setting, "here")
+    assert again.digest == setting.digest
+    assert dataclasses.replace(setting, method_args={**args, name: None}).digest == setting.digest
+    assert dataclasses.replace(setting, method_args={**args, name: 0}).digest != setting.digest
 
 
 def test_wrong_usage_of_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

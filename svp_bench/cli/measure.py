@@ -27,7 +27,7 @@ def measure(
         method: A method, hybrid or method file; may be repeated; by default all.
         results_root: The folder that contains records/.
         device: The device: cpu, cuda, or auto.
-        output: The file; by default costs.json in the results folder.
+        output: The file, which is written anew; by default costs.json in the results folder.
     """
     from svp_bench.records.store import read_records, write_atomically
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from svp_bench.core.errors import plural, printable
 from svp_bench.report.model import Point, QuotedView, RowView, SectionView, SuiteView, TaskView, TradeOff, Value
+from svp_bench.tables.quoted import secondary
 
 Figure = dict[str, Any]
 
@@ -134,7 +135,7 @@ def _quoted_line(line: int, quoted: Sequence[QuotedView], column: str) -> Figure
 def _quoted_text(view: QuotedView, column: str) -> str:
     method = plain(f"{view.row.method}, {view.row.backbone} ({view.row.pretrain})")
     score = f"published, not measured here: <b>{float(view.scores[column]):g} %</b>"
-    return "<br>".join([score, method, plain(view.row.source)])
+    return "<br>".join([score, method, plain(f"{view.row.source}{secondary(view.row)}")])
 
 
 def _group_figure(

@@ -91,8 +91,13 @@ def measure_all(
     for job in jobs:
         command = [sys.executable, "-m", "svp_bench.train.measure"]
         given = json.dumps({**job, "device": device, "largest": largest})
-        done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
         what = f"{job['name']} on {job['backbone']}"
+        try:
+            done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+        except KeyboardInterrupt:  # keep what was measured
+            failed.append(f"{what}: interrupted; the settings after it were not measured either")
+            report(f"not measured: {failed[-1]}")
+            break
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"])[-1]
             failed.append(f"{what}: {one_line(last)}")
