@@ -60,10 +60,16 @@ def hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # It reads the environment once, when imported: import it before the changes, or they would outlive the test.
     from huggingface_hub import constants
 
+    from svp_bench.core import resources
+
     cache = tmp_path / "hub"
     cache.mkdir()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    cache_dir = resources.cache_dir  # slim weights that the developer has are not there
+    monkeypatch.setattr(
+        resources, "cache_dir", lambda name: tmp_path / "weights" if name == "weights" else cache_dir(name)
+    )
     return cache

@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         sent: Bytes of files.
         failing: Statuses that the next requests get.
         cut: Bytes after which the next file is cut off, once; None for none.
+        hold: If set, the first half of a file is sent, and the rest after this event.
         wrong: Path of a file → bytes that are sent in place of its content.
     """
 
@@ -36,6 +37,7 @@ class Hub(ThreadingHTTPServer):
         self.sent = 0
         self.failing: list[int] = []
         self.cut: int | None = None
+        self.hold: threading.Event | None = None
         self.wrong: dict[str, bytes] = {}
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -145,9 +147,13 @@ class _Page(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[:most])
-            self.wfile.flush()
-            self.server.sent += len(content[:most])
+            half = len(content) // 2 if content and self.server.hold else 0
+            for piece in (content[:half], content[half:most]):
+                self.wfile.write(piece)
+                self.wfile.flush()
+                self.server.sent += len(piece)
+                if piece and self.server.hold:
+                    self.server.hold.wait(60)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from svp_bench.cli.parser import call_action, print_table
+from svp_bench.cli.weights import weights
 
 
 def data(*arguments: str) -> int:
@@ -16,6 +17,7 @@ def data(*arguments: str) -> int:
         "status": _status,
         "prepare": _prepare,
         "verify": _verify,
+        "weights": weights,
         "cache": _cache,
         "draw": _draw,
     }

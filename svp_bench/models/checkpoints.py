@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
-import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save
@@ -21,6 +18,7 @@ from torch import Tensor
 from svp_bench.core.atomic import replacing
 from svp_bench.core.errors import CheckpointError, UsageError, plural, unknown_name
 from svp_bench.models.backbone import HEAD_PREFIXES, Backbone
+from svp_bench.models.hub_weights import fetch_weights
 from svp_bench.models.layers import resize_positions
 from svp_bench.models.weight_files import (
     GRID_KEY,
@@ -271,7 +269,7 @@ def resolve_checkpoint(source: str | Path | None, architecture: str) -> Path | N
     """Return the file of `--model.checkpoint`.
 
     Args:
-        source: "hub" (local hub cache, else a download), "embedded", "none" or None (random weights), or a path.
+        source: "hub" (see `svp_bench.models.hub_weights`), "embedded", "none" or None (random weights), or a path.
         architecture: timm name, e.g. "vim_small_patch16_224".
 
     Returns:
@@ -283,7 +281,7 @@ def resolve_checkpoint(source: str | Path | None, architecture: str) -> Path | N
     if source is None or source == "none":
         return None
     if source == "hub":
-        return _from_hub(architecture)
+        return fetch_weights(architecture)[0]
     if source == "embedded":
         if embedded := embedded_checkpoint(architecture):
             return embedded
@@ -298,42 +296,3 @@ def resolve_checkpoint(source: str | Path | None, architecture: str) -> Path | N
     if path.suffix == "" and path.parent == Path("."):
         raise unknown_name("checkpoint", str(source), ["hub", "embedded", "none", "PATH"])
     raise CheckpointError(f"no checkpoint file {str(source)!r}; --model.checkpoint is hub, embedded, none or PATH")
-
-
-def _from_hub(architecture: str) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.utils import logging
-    from timm.models import get_pretrained_cfg, is_model
-
-    cfg = get_pretrained_cfg(architecture, allow_unregistered=False) if is_model(architecture) else None
-    if cfg is None or not cfg.hf_hub_id:
-        raise CheckpointError(
-            f"no published checkpoint of {architecture} is known; use --model.checkpoint PATH, embedded or none"
-        )
-    repo, file = cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors"  # as timm publishes its own
-    cached = try_to_load_from_cache(repo, file)
-    if isinstance(cached, str):
-        return Path(cached)
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    try:
-        _check_connection(endpoint)
-        logging.set_verbosity_error()  # no warnings about retries; the error below is enough
-        return Path(hf_hub_download(repo, file, endpoint=endpoint, etag_timeout=10))
-    except Exception as error:  # the hub client raises many kinds
-        raise CheckpointError(
-            f"cannot get the weights of {architecture}: {repo} is not in the local hub cache, and {endpoint} failed "
-            f"({first_line(error)}); download https://huggingface.co/{repo}/resolve/main/{file} elsewhere and pass "
-            "--model.checkpoint PATH, or take the weights in the package (--model.backbone vim_nano_patch8_64 "
-            "--model.checkpoint embedded), or --model.checkpoint none for random weights"
-        ) from None
-
-
-def _check_connection(endpoint: str) -> None:
-    """Fail at once without a connection to the hub; its client retries for more than 20 s."""
-    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy")):
-        return
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise ConnectionError("HF_HUB_OFFLINE is set")
-    url = urlsplit(endpoint)
-    port = url.port or (443 if url.scheme == "https" else 80)
-    socket.create_connection((url.hostname or "", port), timeout=10).close()
