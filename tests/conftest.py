@@ -52,7 +52,7 @@ def _seeds() -> None:
 
 
 @pytest.fixture
-def hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub_offline(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Set up a Hugging Face hub without network, and return its cache folder: empty, and what a test puts into it.
 
     Holds in this process and in the subprocesses of the test.
@@ -69,7 +69,6 @@ def hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     cache_dir = resources.cache_dir  # slim weights that the developer has are not there
-    monkeypatch.setattr(
-        resources, "cache_dir", lambda name: tmp_path / "weights" if name == "weights" else cache_dir(name)
-    )
+    weights = tmp_path_factory.mktemp("weights")
+    monkeypatch.setattr(resources, "cache_dir", lambda name: weights if name == "weights" else cache_dir(name))
     return cache

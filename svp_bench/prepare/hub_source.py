@@ -22,6 +22,7 @@ from svp_bench.core.errors import DataError, UnavailableError, UsageError, one_l
 from svp_bench.core.hub import HubError, HubFile, HubRepository, default_endpoint, describe_files, download, is_offline
 from svp_bench.core.hub import look_up as look_up_repository
 from svp_bench.data.decode import FORMATS, MAX_PIXELS
+from svp_bench.prepare.download import shown_address
 from svp_bench.prepare.known import known_sources, suite_sources
 from svp_bench.prepare.sources import SOURCES, Built, DataSource, Request
 from svp_bench.prepare.stage import RefusedError, Stage
@@ -122,7 +123,7 @@ class HubSource(DataSource):
             for kind, count in sorted(formats.items())
         )
         request.note(f"{card.name}: images as stored: {stored}")
-        address = {} if found.repository is None else {"endpoint": found.repository.endpoint}
+        address = {} if found.repository is None else {"endpoint": shown_address(found.repository.endpoint)}
         return Built("hub", {**address, "images": stored})
 
 
