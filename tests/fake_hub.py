@@ -103,6 +103,7 @@ class _Page(BaseHTTPRequestHandler):
         ]
         card = self.server.cards.get(name)
         stated = {"id": name.partition("/")[2], "sha": commit, "siblings": siblings, "private": False, "tags": []}
+        stated |= {"downloads": 0, "likes": 0}
         stated |= {"cardData": card} if card else {}
         self.reply(200, json.dumps(stated).encode(), {"Content-Type": "application/json"})
 

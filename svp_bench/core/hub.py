@@ -196,8 +196,7 @@ def hub_reason(error: Exception) -> str:
     """Return the cause of an error of the hub's client in a few words."""
     if isinstance(error, HubError):
         return str(error)
-    from huggingface_hub import errors
-
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # which lie in other modules in other versions
     for kind, reason in (
         ("GatedRepoError", "the repository needs consent: accept its terms on its page and set HF_TOKEN"),
         ("RepositoryNotFoundError", "no such repository, or a private one (HF_TOKEN)"),
@@ -206,7 +205,7 @@ def hub_reason(error: Exception) -> str:
         ("EntryNotFoundError", "no such file"),
         ("HFValidationError", "not the name of a repository"),
     ):
-        if isinstance(error, getattr(errors, kind)):
+        if kind in kinds:
             return reason
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:

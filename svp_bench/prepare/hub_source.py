@@ -55,7 +55,7 @@ class _Found:
         assert self.folder is not None
         states = {file.path: (self.folder / file.path).stat() for files in self.splits.values() for file in files}
         return {
-            "folder": str(self.folder),
+            "folder": self.folder.name,
             "files": {path: f"{s.st_size} {s.st_mtime_ns}" for path, s in states.items()},
         }
 
