@@ -18,7 +18,7 @@ import argparse
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ TIE = " †"
 SCRATCH = {"full": "full, from scratch", "linear": "linear on random features"}
 MISSING = "–"
 SHORT, CONTROLS = 10, ("full", "linear")  # rows of the short table, and its controls
+WIDE = 2  # place of the wide table among the folders
 OTHER_CONTROLS = ("last_blocks", "lp_ft")  # of the plan: in the long table only
 COMPARISONS = FOLDER / "comparisons.yaml"
 
@@ -69,16 +70,16 @@ def load(suite: SuiteCard, root: Path) -> Table:
     return table
 
 
-def lacks(root: Path, table: Table) -> list[str]:
-    """Return a phrase for each row that lacks tasks or seeds."""
+def lacks(root: Path, table: Table, tasks: Collection[str]) -> list[str]:
+    """Return a phrase for each row that lacks tasks, or seeds that another row of its section has."""
     found = [] if table.sections else [f"{root.name}: no complete final run"]
     for section in table.sections:
         most = max(row.seeds[1] for row in section.rows)
         for row in section.rows:
             cells = sum(len(cell.seeds) == most for cell in row.cells.values())
-            if cells < len(table.suite.tasks):
+            if cells < len(tasks):
                 where = f"{row.label} on {section.first.backbone}"
-                found.append(f"{root.name}: {where} has all {most} seeds on {cells} of {len(table.suite.tasks)} tasks")
+                found.append(f"{root.name}: {where} has all {most} seeds on {cells} of {len(tasks)} tasks")
     return found
 
 
@@ -107,11 +108,12 @@ def by_mean(part: Section) -> list[Row]:
     return sorted(part.rows, key=lambda row: -(row.task_mean or 0.0))
 
 
-def mean_of_all(row: Row) -> str:
-    """Return the mean over all tasks with its interval over new seeds; "–" if a task is missing."""
-    if row.task_mean is None:
+def mean_over(row: Row, tasks: Sequence[str]) -> str:
+    """Return the mean over tasks with its interval over new seeds; "–" if one is missing."""
+    seeds = by_seed(row)
+    if not set(tasks) <= set(seeds):
         return MISSING
-    return with_interval(mean_of({task: list(seeds.values()) for task, seeds in by_seed(row).items()}))
+    return with_interval(mean_of({task: list(seeds[task].values()) for task in tasks}))
 
 
 def trained(row: Row) -> str:
@@ -146,11 +148,12 @@ class Reference:
     """The reference results, read once.
 
     Args:
-        folder: Holds `demo` (pre-trained weights) and `demo-random`.
+        folder: Holds `demo` (pre-trained weights), `demo-random`, and perhaps `demo-wide`.
 
     Attributes:
         sections: Backbone → its section, from pre-trained weights; the first is that of the controls.
         random: The section of random weights; None if there are no such results yet.
+        wide: The sections of `demo-wide`, if there is that folder: all other methods on a few tasks.
         missing: What is not there yet; empty if the results are complete.
     """
 
@@ -161,7 +164,12 @@ class Reference:
         self.table, scratch = (load(self.suite, root) for root in self.roots)
         self.sections = {part.first.backbone: part for part in self.table.sections}
         self.random = next(iter(scratch.sections), None)
-        self.missing = [*lacks(self.roots[0], self.table), *lacks(self.roots[1], scratch)]
+        self.missing = [*lacks(self.roots[0], self.table, self.tasks), *lacks(self.roots[1], scratch, self.tasks)]
+        self.wide: tuple[Section, ...] = ()
+        if (folder / "demo-wide").is_dir():
+            wide = load(self.suite, folder / "demo-wide")
+            self.wide = wide.sections
+            self.missing += lacks(folder / "demo-wide", wide, self.wide_tasks)
         self.selected = [
             (number, selected)
             for number, root in enumerate(self.roots)
@@ -224,14 +232,30 @@ class Reference:
         floor = [self.floors[task][name]["top1"] for task in self.tasks]
         return [*(f"{one:.1f}" for one in floor), f"{sum(floor) / len(floor):.1f}"]
 
-    def _line(self, row: Row, name: str, part: int) -> list[str]:
-        shown = []
-        for task in self.tasks:
+    def _line(self, row: Row, name: str, part: int, tasks: Sequence[str] | None = None) -> list[str]:
+        tasks, shown = tasks or self.tasks, []
+        for task in tasks:
             cell, tie = row.cells.get(task), (part, task, row.method) in self.ties
             shown.append(
                 f"{cell.mean:.1f} ± {cell.std or 0.0:.1f}{TIE if tie else ''}" if cell is not None else MISSING
             )
-        return [name, *shown, mean_of_all(row), trained(row)]
+        return [name, *shown, mean_over(row, tasks), trained(row)]
+
+    @property
+    def wide_tasks(self) -> list[str]:
+        """The tasks of the wide table."""
+        return [task for task in self.tasks if any(task in row.cells for part in self.wide for row in part.rows)]
+
+    def wide_table(self) -> str:
+        """Return all rows of the wide table, on the tasks that it has, in the order of their mean."""
+        tasks = self.wide_tasks
+        head = ["", *(task.split("/")[1] for task in tasks), f"mean of {len(tasks)} [95 %]", "trained, without head"]
+
+        def score(row: Row) -> float:
+            return sum(row.cells[task].mean for task in tasks) if set(tasks) <= set(row.cells) else 0.0
+
+        rows = sorted((row for part in self.wide for row in part.rows), key=lambda row: (-score(row), row.label))
+        return markdown(head, [self._line(row, row.label, WIDE, tasks) for row in rows])
 
     def short_table(self) -> str:
         """Return ten rows, by the rule of this module, with the mean over the tasks on each backbone."""
@@ -245,13 +269,14 @@ class Reference:
         chosen = [*always, *others[: SHORT - len(always) - floors]]
         rows = []
         for row in (row for row in ordered if row in chosen):
-            elsewhere = [mean_of_all(part[row.method]) if row.method in part else MISSING for part in parts[1:]]
+            others_of = (part.get(row.method) for part in parts[1:])
+            elsewhere = [MISSING if other is None else mean_over(other, self.tasks) for other in others_of]
             name = f"*{row.method}*" if row.method in CONTROLS else row.method
-            rows.append([name, mean_of_all(row), *elsewhere, trained(row)])
+            rows.append([name, mean_over(row, self.tasks), *elsewhere, trained(row)])
         blank = [MISSING] * (len(self.sections) - 1)
         for row in self.random.rows if self.random else ():
             if row.method == "full":
-                rows.append([f"*{SCRATCH['full']}*", mean_of_all(row), *blank, trained(row)])
+                rows.append([f"*{SCRATCH['full']}*", mean_over(row, self.tasks), *blank, trained(row)])
         if self.floors:
             rows.append([f"*{FLOORS['pixels']}*", self._floor("pixels")[-1], *blank, MISSING])
         head = ["", *(f"mean of 8 on `{backbone}` [95 %]" for backbone in self.sections), "trained, without head"]
@@ -392,6 +417,7 @@ def blocks_of(reference: Reference) -> dict[Path, dict[str, str]]:
             "transfer": reference.transfer(),
             "probes": reference.probes(),
             "planned comparisons": reference.comparisons(),
+            **({"wide table": reference.wide_table()} if reference.wide else {}),
             "chosen": reference.chosen(),
             "made by": reference.device(),
         },

@@ -211,6 +211,25 @@ def test_partial_results_are_shown_with_what_is_missing_and_not_written(
     assert "--- short reference table" in printed
 
 
+def test_the_wide_table_has_its_own_tasks(script: ModuleType, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "some", trained((VIM,)), scratch())
+    assert "wide table" not in script.blocks_of(script.Reference(folder))[script.FOLDER / "README.md"]
+    tasks = ("demo/textures", "demo/count")
+    for method, lead in (("vp", 10), ("spt", 60), ("vapt", 90)):
+        for task in tasks:
+            for seed in SEEDS:
+                if (method, task) != ("vapt", "demo/count"):
+                    write_record(record(task, method, VIM, seed, 500 + lead + seed), folder / "demo-wide")
+    reference = script.Reference(folder)
+    assert reference.missing == [f"demo-wide: vapt on {VIM} has all 2 seeds on 1 of 2 tasks"]
+    table = script.blocks_of(reference)[script.FOLDER / "README.md"]["wide table"]
+    assert table.startswith("|  | textures | count | mean of 2 [95 %] |")
+    assert first_column(table) == ["spt", "vp", "vapt"]
+    assert cells_of(table, "spt")[0].startswith("56.0 ± ")
+    assert cells_of(table, "spt")[2].startswith("56.0")
+    assert cells_of(table, "vapt")[1:3] == ["–", "–"]
+
+
 def test_without_any_results_everything_is_missing(script: ModuleType, tmp_path: Path) -> None:
     reference = script.Reference(fill(tmp_path, [], [], floors=False))
     assert len(reference.missing) == 4
