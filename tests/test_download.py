@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 from helpers import wait_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from svp_bench.core.errors import DataError, UsageError
 from svp_bench.prepare import download
@@ -209,6 +211,36 @@ def test_cut_connections_continue_where_they_ended(server: Server, target: Path,
     assert [asked for _, asked in server.asked] == [None, "bytes=100000-", "bytes=200000-"]
     assert server.sent == len(CONTENT)
     assert waits == [0.5, 0.5]  # each brought something
+
+
+@given(
+    st.lists(
+        st.integers(0, len(CONTENT) - 1).map(cut) | st.sampled_from([429, 500, 503]).map(status),
+        max_size=download.ATTEMPTS - 1,
+    ),
+    st.booleans(),
+    st.sampled_from([None, '"one"', 'W/"weak"']),
+    st.sampled_from([None, DIGEST]),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_few_failures_end_in_the_whole_file(
+    waits: list[float],
+    tmp_path_factory: pytest.TempPathFactory,
+    script: list[Callable[[Answer], None]],
+    ranges: bool,
+    etag: str | None,
+    digest: str | None,
+) -> None:
+    server = Server()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        server.script, server.ranges, server.etag = [*script], ranges, etag
+        target = tmp_path_factory.mktemp("any") / "data.bin"
+        assert fetch([server.url()], target, digest=digest).read_bytes() == CONTENT
+        assert only_target(target.parent)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_server_that_always_cuts_at_the_same_place_ends(server: Server, target: Path, waits: list[float]) -> None:

@@ -154,6 +154,8 @@ def _from_cache(
     with FileLock(place.with_name(f".{place.name}.lock")):
         if found := _slim_file(place, (repository, file), digest):  # another process was faster
             return found
+        for left in place.parent.glob(f".{place.stem}.*.tmp"):  # of a process that was killed
+            left.unlink()
         pin = _read_pin(place, (repository, file))
         container, commit = _download(architecture, repository, file, pin.revision if pin else revision, offline)
         return _slim(architecture, container, place, (repository, file, commit), pin, digest)

@@ -32,7 +32,7 @@ _PARQUET = re.compile(
     r"(?:(?P<folder>.*)/)?(?:(?P<split>[^/]+?)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]{8,})?"
     r"|(?P<whole>[^/]*[^/\d][^/]*)|\d{1,5})\.parquet"
 )
-_MAX_ROW_GROUP = 2**32  # bytes of the columns that are read, unpacked
+_MAX_ROW_GROUP = 2**31  # bytes, unpacked: memory grows with it, since a page may be as large
 _AS_STORED = {"PNG": "png", "JPEG": "jpg"}  # formats whose files are written as they are
 _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 _ROWS = 64  # read at a time
@@ -282,10 +282,10 @@ def _write_split(
 
 
 def _rows(path: Path) -> Iterator[tuple[bytes | None, object]]:
-    """Yield (image file, label) of each row, a few rows in memory at a time.
+    """Yield (image file, label) of each row; takes about the memory of one row group.
 
     Raises:
-        RefusedError: If the file is damaged, lacks a column, or one of its row groups does not fit into memory.
+        RefusedError: If the file is damaged, lacks a column, or a row group is too large.
     """
     parquet = _pyarrow().parquet
     try:
@@ -293,7 +293,7 @@ def _rows(path: Path) -> Iterator[tuple[bytes | None, object]]:
             image, label = _columns(file.schema_arrow, path.name)
             for index in range(file.num_row_groups):
                 if (size := file.metadata.row_group(index).total_byte_size) > _MAX_ROW_GROUP:
-                    raise RefusedError(f"{path.name}: row group {index} unpacks to {size:,} bytes, more than 4 GiB")
+                    raise RefusedError(f"{path.name}: row group {index} unpacks to {size:,} bytes, more than 2 GiB")
             for batch in file.iter_batches(_ROWS, columns=[image, label], use_threads=False):
                 images = batch.column(image)
                 if hasattr(images, "field"):  # a struct; the null of a struct is not that of its field
