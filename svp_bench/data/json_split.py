@@ -42,8 +42,8 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     of digits. Images of val.json are taken out of `train`, also where train.json repeats them; `trainval` is train
     and val together. Paths are relative to `images`, `Images` or the folder itself.
 
-    Names of classes follow the ids: where the card has a file of names, its first line is for the id that the option
-    `first_id` states; else they come from the data set's own files or from the names of its folders.
+    Names of classes follow the ids: where the card states the id of the first line of its names (`first_id`), these;
+    else those of the data set's own files or of its folders; else the card's, if train.json has all classes.
 
     Where none of the three files is there but the data set's own are (option `native`), these are read: the official
     training and test images, and as `val` the official one or else every tenth of the official training images, in
@@ -52,7 +52,7 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     Source of the format: M. Jia et al., Visual Prompt Tuning, ECCV 2022, and its released splits.
 
     Raises:
-        CardError: If the name of a split or an option is unknown, or the card names classes without their ids.
+        CardError: If the name of a split or an option is unknown.
         DataError: If no folder is found, a file is missing or malformed, an id is not in train.json or not one of the
             card's, or there are more ids than classes.
     """
@@ -60,9 +60,6 @@ def open_json_split(card: TaskCard, suite: SuiteCard, root: Path | None) -> Sour
     native = NATIVE_FORMS[options.native] if options.native else None
     if native and _OFFICIAL not in card.variants:
         raise CardError(f"{card.path}:1: the option 'native' needs the counts of the variant {_OFFICIAL!r}")
-    if card.class_names is not None and options.first_id is None:
-        raise CardError(f"{card.path}:1: class_names needs the reader's option 'first_id': the id of its first line")
-
     also = f", or its own {joined_names(native.files)}," if native else ""
     remedy = (
         f"{joined_names(SPLIT_FILES)} of the VPT split (links in the README of https://github.com/KMnP/vpt){also} "
@@ -163,14 +160,17 @@ def _images_root(folder: Path, paths: list[str], listing: str) -> Path:
 def _names(
     card: TaskCard, labels: Mapping[int, int], folder: Path, ids: Ids, native: NativeForm | None, first: int | None
 ) -> tuple[str, ...] | None:
-    """Return the names of the labels; None if the names of the ids are unknown."""
-    listed = class_names(card)
-    if listed is not None:
-        names: Mapping[int, str] = dict(enumerate(listed, first or 0))
+    """Return the names of the labels; None if neither data nor card have any."""
+    if card.class_names is not None and first is not None:
+        names: Mapping[int, str] = dict(enumerate(class_names(card) or (), first))
     else:
         names = (native.names if native else names_of_folders)(folder, ids)
     if not labels.keys() <= names.keys():
-        return None
+        if card.class_names is None:
+            return None
+        if len(labels) == card.classes:
+            return tuple(class_names(card) or ())
+        return tuple(f"class {label}" for label in range(card.classes))  # the card's names would be those of others
     shared = Counter(names[class_id] for class_id in labels)
     called = [f"{names[key]} ({key})" if shared[names[key]] > 1 else names[key] for key in sorted(labels)]
     return (*called, *(f"class {label}" for label in range(len(called), card.classes)))
