@@ -322,6 +322,11 @@ def test_data_that_are_given_by_hand_are_asked_for_by_name(tmp_path: Path) -> No
     assert load_task("fgvc/nabirds").source in line
 
 
+def test_a_task_that_shares_its_folder_names_the_other(tmp_path: Path) -> None:
+    line = assert_error(prepare("hta/cub200", "--source", "native", "--root", tmp_path, "--offline"), 2)
+    assert "svp-bench data prepare fgvc/cub --source native" in line
+
+
 # --- addresses -------------------------------------------------------------------------------------------------------
 
 

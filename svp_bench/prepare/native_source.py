@@ -26,7 +26,7 @@ from svp_bench.prepare.file_sources import (
     probes_of,
 )
 from svp_bench.prepare.known import NativeSpec, known_sources, suite_sources
-from svp_bench.prepare.sources import Built, DataSource, Request
+from svp_bench.prepare.sources import Built, DataSource, Request, refuse_shared
 from svp_bench.prepare.stage import Stage
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
@@ -88,6 +88,7 @@ class NativeSource(DataSource):
 def _spec(card: TaskCard, suite: SuiteCard) -> NativeSpec:
     spec = known_sources(card, suite).native
     if spec is None:
+        refuse_shared(card, suite)
         known = [f"{suite.name}/{task}" for task, has in suite_sources(suite).tasks.items() if has.native]
         has = f"it has {', '.join(known)}" if known else f"it has none of {suite.name}"
         raise UsageError(f"--source native does not have {card.name}; {has}")

@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from svp_bench.core.errors import UsageError
 from svp_bench.core.registry import Registry
 from svp_bench.data.locate import data_root
 from svp_bench.data.manifest import Manifest, read_manifest
+from svp_bench.data.reading import joined_names
 from svp_bench.data.sources import DataReport, Images, Note, Source, inspect, need_readable, open_source
 from svp_bench.prepare.stage import Stage, finish, staged
 from svp_bench.prepare.verdict import Verdict, save_verdict
-from svp_bench.tasks.cards import SuiteCard, TaskCard
+from svp_bench.tasks.cards import SuiteCard, TaskCard, list_tasks, load_suite, load_task
 
 SOURCES = Registry("source", listing="svp-bench data prepare --help")
 SOURCES.add(
@@ -107,6 +109,22 @@ def get_source(name: str) -> DataSource:
     """Return a source by name; UsageError if there is none."""
     source: DataSource = SOURCES.get(name)()
     return source
+
+
+def refuse_shared(card: TaskCard, suite: SuiteCard) -> None:
+    """Refuse to prepare a task whose folder is that of a task of another suite; names that task and the command."""
+    shared = [
+        name
+        for name in list_tasks()
+        if name != card.name
+        and load_task(name).folder == card.folder
+        and load_suite(name.partition("/")[0]).folder in suite.other_folders
+    ]
+    if shared:
+        raise UsageError(
+            f"{card.name} shares folder and images with {joined_names(shared)} and needs no copy; prepare that: "
+            f"`svp-bench data prepare {shared[0]} --source native`"
+        )
 
 
 def target_folder(card: TaskCard, suite: SuiteCard, root: Path | None) -> Path:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from svp_bench.core.atomic import file_digest
 from svp_bench.core.errors import DataError, UsageError, file_size
-from svp_bench.data.reading import foreign_errors, joined_names, readable
+from svp_bench.data.reading import foreign_errors, readable
 from svp_bench.prepare.download import fetch
-from svp_bench.prepare.sources import Built, DataSource, Request
+from svp_bench.prepare.sources import Built, DataSource, Request, refuse_shared
 from svp_bench.prepare.stage import Stage
-from svp_bench.tasks.cards import SuiteCard, TaskCard, list_tasks, load_suite, load_task
+from svp_bench.tasks.cards import SuiteCard, TaskCard
 
 _READER = "torchvision"
 
@@ -114,18 +114,7 @@ def _archives(card: TaskCard, suite: SuiteCard) -> tuple[Archive, ...]:
     """Return the archives of a task; UsageError if torchvision's classes do not have it."""
     if card.reader.kind == _READER:
         return ARCHIVES[str(card.reader.options["set"])]
-    shared = [
-        name
-        for name in list_tasks()
-        if name != card.name
-        and load_task(name).folder == card.folder
-        and load_suite(name.partition("/")[0]).folder in suite.other_folders
-    ]
-    if shared:
-        raise UsageError(
-            f"{card.name} shares folder and images with {joined_names(shared)} and needs no copy; prepare that: "
-            f"`svp-bench data prepare {shared[0]} --source native`"
-        )
+    refuse_shared(card, suite)
     raise UsageError(f"{card.name} is not read through torchvision; `svp-bench data prepare --help` lists the sources")
 
 
