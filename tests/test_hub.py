@@ -337,7 +337,9 @@ def test_repositories_that_are_not_there(hub: Hub, place: Place) -> None:
     text = place.refused()
     for part in (REPO, "no such repository", "its name is inferred", "--from OWNER/NAME", "--mirror"):
         assert part in text
-    assert "not the name of a repository" in place.refused(location="no/such/name")
+    with pytest.raises(UsageError, match="neither a repository OWNER/NAME nor a folder"):
+        place.prepare(location="no/such/name")
+    assert "not the name of a repository" in place.refused(location="a--b/c")
     assert "inferred" not in place.refused(location="some/body")
 
 

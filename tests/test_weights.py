@@ -309,6 +309,7 @@ def test_a_file_that_is_no_checkpoint_leaves_nothing(hub: Hub) -> None:
 
 def test_wrong_usage(hub: Hub) -> None:
     assert "did you mean 'vim_small_patch16_224'" in assert_error(command("data", "weights", "vim_smal_patch16_224"), 2)
+    assert "did you mean 'vim_small'" in assert_error(command("data", "weights", "viim_small"), 2)
     assert "NAMES" in assert_error(command("data", "weights"), 2)
     assert "no published checkpoint" in assert_error(command("data", "weights", "vit_nano_patch8_64"), 1)
     assert "--digest is that of one file" in assert_error(

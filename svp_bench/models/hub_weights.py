@@ -102,7 +102,8 @@ def known_architecture(name: str) -> str:
 
     found = next((one for one in (name, f"{name}_patch16_224") if timm.is_model(one.partition(".")[0])), None)
     if found is None:
-        raise unknown_name("backbone", name, timm.list_models(["vim_*", "mambar_*", "deit_*", "vit_small_*"]))
+        known = timm.list_models(["vim_*", "mambar_*", "deit_*", "vit_small_*"])
+        raise unknown_name("backbone", name, [*known, *(one.removesuffix("_patch16_224") for one in known)])
     return found
 
 

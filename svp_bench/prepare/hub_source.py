@@ -162,6 +162,8 @@ def _find(card: TaskCard, suite: SuiteCard, request: Request) -> _Found:
         raise UsageError(
             f"no hub repository of {card.name} is known; give one with --from OWNER/NAME, or a folder of parquet files"
         )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UsageError(f"--from {name!r} is neither a repository OWNER/NAME nor a folder; a hub goes to --mirror")
     own = name == spec.repository
     status = f" ({spec.status}; {'pinned' if spec.revision else 'no revision pinned'})" if own else ""
     try:
@@ -173,7 +175,8 @@ def _find(card: TaskCard, suite: SuiteCard, request: Request) -> _Found:
             offline=request.offline or is_offline(),
         )
     except HubError as error:
-        guess = "; its name is inferred, so it may not exist" if own and spec.status == "inferred" else ""
+        inferred = own and spec.status == "inferred" and "no such repository" in str(error)
+        guess = "; its name is inferred, so it may not exist" if inferred else ""
         raise DataError(
             f"cannot find the data set {name} ({error}){guess}; give another with --from OWNER/NAME, a mirror of the "
             "hub with --mirror, or another --source"
