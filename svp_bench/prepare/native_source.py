@@ -129,9 +129,11 @@ def _lists(suite: SuiteCard, spec: NativeSpec, folders: Sequence[Path], request:
     base = suite_sources(suite).lists
     if base is None:
         raise UsageError(f"--from needs {joined_names(SPLIT_FILES)} next to the images of {suite.name}")
+    bases = (base, *request.mirrors)  # the digests decide
     try:
         return {
-            name: fetched((f"{base}/{spec.lists}/{name}",), request, spec.digests.get(name)) for name in SPLIT_FILES
+            name: fetched([f"{base}/{spec.lists}/{name}" for base in bases], request, spec.digests.get(name))
+            for name in SPLIT_FILES
         }
     except DataError as error:
         where = f"in a folder {spec.lists!r} of --from DIR" if folders else "next to the archives, and --from DIR"

@@ -8,18 +8,19 @@ its manifest.
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from svp_bench.core.errors import UsageError
+from svp_bench.core.errors import DataError, UsageError
 from svp_bench.core.registry import Registry
 from svp_bench.data.locate import data_root
 from svp_bench.data.manifest import Manifest, read_manifest
 from svp_bench.data.reading import joined_names
 from svp_bench.data.sources import DataReport, Images, Note, Source, inspect, need_readable, open_source
-from svp_bench.prepare.stage import Stage, finish, staged
+from svp_bench.prepare.stage import RefusedError, Stage, finish, staged
 from svp_bench.prepare.verdict import Verdict, save_verdict
 from svp_bench.tasks.cards import SuiteCard, TaskCard, list_tasks, load_suite, load_task
 
@@ -166,8 +167,11 @@ def prepare(
         return known, _report(card, suite, target)[1].notes
     with staged(target, {"task": card.name, "source": source, **plan}, replace=replace) as stage:
         built = builder.build(card, suite, request, plan, stage)
-        found, report = _report(card, suite, stage.folder)
-        need_readable([(images, images.examine(request.note)) for images in each_image_once(found)])
+        try:
+            found, report = _report(card, suite, stage.folder)
+            need_readable([(images, images.examine(request.note)) for images in each_image_once(found)])
+        except DataError as error:  # the partial folder is deleted: its path would help nobody
+            raise RefusedError(str(error).replace(f"{stage.folder}{os.sep}", "")) from None
         manifest = finish(
             stage,
             card,
