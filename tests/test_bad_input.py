@@ -203,7 +203,7 @@ def fit(*extra: str, **values: str | None) -> list[str]:
         (["rerun", "--runs_rot", "x", "record.json"], ["unknown argument '--runs_rot'; did you mean '--runs_root'?"]),
         (["methods", "lineer"], ["unknown method 'lineer'; did you mean 'linear'?"]),
         (["table", "--suite", "vtb"], ["unknown suite 'vtb'; did you mean 'vtab'?"]),
-        (["data"], ["no action: give status or prepare or verify or cache or draw"]),
+        (["data"], ["no action: give status or prepare or verify or weights or cache or draw"]),
         (["data", "verfy"], ["unknown action 'verfy'; did you mean 'verify'?"]),
         (["data", "draw", "vtab/cifr", "--root", "new"], ["unknown task 'vtab/cifr'"]),
         (["data", "draw", "demo/digits", "--root", "new"], ["demo/digits is read by 'digits'"]),

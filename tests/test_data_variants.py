@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from helpers import TASK as TINY
 from helpers import run, settle, small
+from PIL import Image, ImageOps
 from synthetic_records import OTHER_LIST, make_record
 from test_audit import IMAGES, failures, lines
 from test_audit import record as audited
@@ -37,7 +38,9 @@ def prepared(root: Path, task: str, variant: str, counts: Mapping[str, int] | No
     for split, count in {**card.counts, **(counts or {})}.items():
         lines = [f"images/{split}/{number}.png {number % card.classes}\n" for number in range(count)]
         (folder / f"{split}.txt").write_text("".join(lines))
-    manifest, sums = describe(folder, load_task(of or task), source="folder", variant=variant, origin={}, splits={})
+    manifest, sums = describe(
+        folder, load_task(of or task), source="folder", variant=variant, origin={}, splits={}, content={}
+    )
     write_manifest(folder, manifest, sums)
     return folder
 
@@ -112,7 +115,9 @@ def test_suites_that_share_a_folder_share_its_manifest(tmp_path: Path) -> None:
     (folder / "images" / "001.Bird").mkdir()
     for name in ("train", "val", "test"):
         (folder / "images" / "001.Bird" / f"{name}.jpg").write_bytes(b"x")
-    manifest, sums = describe(folder, load_task("fgvc/cub"), source="native", variant="card", origin={}, splits={})
+    manifest, sums = describe(
+        folder, load_task("fgvc/cub"), source="native", variant="card", origin={}, splits={}, content={}
+    )
     write_manifest(folder, manifest, sums)
     for task in ("fgvc/cub", "hta/cub200"):
         source = open_source(load_task(task), tmp_path)
@@ -136,7 +141,7 @@ def test_a_run_records_variant_and_manifest(tmp_path: Path, monkeypatch: pytest.
     (folder / SYNTHETIC_MARK).unlink()
     first = read_record(run(*small()).record_path)
     assert (first.data_variant, first.manifest_digest) == ("card", None)
-    manifest, sums = describe(folder, load_task(TINY), source="hub", variant="hub", origin={}, splits={})
+    manifest, sums = describe(folder, load_task(TINY), source="hub", variant="hub", origin={}, splits={}, content={})
     write_manifest(folder, manifest, sums)
     second = read_record(run(*small()).record_path)
     assert (second.data_variant, second.manifest_digest) == ("hub", manifest.digest)
@@ -189,6 +194,34 @@ def test_sweeps_on_two_sources_are_two_sections(tmp_path: Path) -> None:
     assert "data from hub" in text
     assert "30.00‡" in text
     assert "caltech101 (hub)" in text
+
+
+def test_runs_on_other_pixels_of_the_same_split_files_are_cells_of_their_own() -> None:
+    contents = [{"train800val200": "sha256:" + letter * 64, "test": "sha256:" + letter * 64} for letter in "ab"]
+    records = [make_record(seed=seed, right=9, number=seed, content_digests=contents[0]) for seed in (0, 1)]
+    records += [make_record(seed=seed, right=1, number=9 + seed, content_digests=contents[1]) for seed in (1, 2)]
+    assert len({record.data_digest for record in records}) == 1
+    (section,) = load_table(load_suite("vtab"), records).sections
+    (row,) = section.rows
+    cells = [*row.cells.values(), *row.apart]
+    assert sorted(cell.mean for cell in cells) == [10.0, 90.0]
+    assert all(len({tuple((run.content_digests or {}).values()) for run in cell.records}) == 1 for cell in cells)
+    assert "other pixels" in render_markdown(load_table(load_suite("vtab"), records))
+
+
+def test_a_run_on_changed_images_cites_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(tmp_path, monkeypatch)
+    folder = Path("data") / load_task(TINY).folder
+    (folder / SYNTHETIC_MARK).unlink()
+    run("data", "verify", TINY, "--root", "data")
+    first = read_record(run(*small()).record_path)
+    assert first.manifest_digest is not None
+    for path in (folder / "images/test").iterdir():
+        with Image.open(path) as image:
+            ImageOps.invert(image.convert("RGB")).save(path)
+    second = read_record(run(*small("--seed_everything", "1")).record_path)
+    assert (second.data_status, second.manifest_digest) == ("different", None)
+    assert any("not those of the manifest" in note for note in second.data_notes)
 
 
 def test_the_same_task_and_seed_on_two_sources_never_share_a_cell() -> None:

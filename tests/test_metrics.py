@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -457,8 +458,17 @@ def test_the_names_of_the_card_stand_everywhere(place: Path, monkeypatch: pytest
 
 
 def test_predict_numbers_the_classes_of_a_card_without_names(place: Path) -> None:
+    card = Path("cards/mine/eurosat.yaml")
+    card.parent.mkdir(parents=True)
+    Path("cards/mine.yaml").write_text(
+        "name: mine\nversion: 1\ntitle: Mine\ntable: mine\nfolder: mine\nprotocol: vtab-final\n"
+        "reader: {kind: split_files}\ngroups:\n  all: [eurosat]\ncitation: me2026\n"
+    )
+    text = load_task("vtab/eurosat").path.read_text().replace("vtab/eurosat", "mine/eurosat")
+    text = text.replace("group: specialized", "group: all")
+    card.write_text(re.sub(r"^class_names: .*\n", "", text, flags=re.M))
     draw(place / "data", "vtab/eurosat")
-    outcome = run(*small("--method", "linear", config="configs/vtab/eurosat.yaml"))
+    outcome = run(*small("--method", "linear", "--data.task", str(card), config="configs/vtab/eurosat.yaml"))
     checkpoint = str(outcome.folder / "checkpoints/last.ckpt")
     image = str(next((place / "data/eurosat/images/test").iterdir()))
     (row,) = csv.DictReader(run("predict", "--ckpt", checkpoint, "--images", image).out.splitlines())

@@ -302,8 +302,9 @@ def test_rows_that_do_not_compare_are_named() -> None:
     assert "different protocols" in changed({"protocol_version": 9}, backbone=VIT)
     two = changed({"checkpoint_digest": LIST}, backbone=VIT, seed=2)
     assert f"{VIT} has 2 sections" in two
-    assert "one protocol, checkpoint and track" in two
+    assert "one protocol, checkpoint, track and data variant" in two
     assert f"no complete final run on {VIT}" in changed({"checkpoint_digest": None, "checkpoint": "none"}, backbone=VIT)
+    assert changed({"data_variant": "hub"}) == ""  # all of one other variant compare
     synthetic = changed({"data_variant": "synthetic", "data_digest": OTHER_LIST}, task="demo/size")
     assert synthetic == "size has synthetic data"
 

@@ -421,7 +421,7 @@ def test_two_builds_at_once_make_one_folder(tmp_path: Path) -> None:
     first = start(*arguments)
     wait_for(lambda: first.poll() is not None or (root / "vtab-1k/.cifar.partial/cifar/images/test").exists())
     first.send_signal(signal.SIGSTOP)
-    assert "another process" in assert_error(prepare(*arguments), 2)
+    assert "another process" in assert_error(prepare(*arguments), 1)
     first.send_signal(signal.SIGCONT)
     _, err = first.communicate()
     assert first.returncode == 0, err
@@ -440,6 +440,76 @@ def test_a_folder_that_exists_is_replaced_only_on_request(tmp_path: Path) -> Non
     assert content(root / "vtab-1k/cifar") == content(source / "cifar")
     (source / "cifar/images/test/000000.jpg").write_bytes((source / "cifar/images/test/000001.jpg").read_bytes())
     assert "--replace" in assert_error(prepare(*arguments), 2)  # other data are not the same
+
+
+def test_a_built_folder_that_was_damaged_is_not_taken_for_whole(tmp_path: Path) -> None:
+    root, source = tmp_path / "d", draw(tmp_path / "src", "vtab/cifar")
+    path = pack(source, tmp_path / "x.zip")
+    arguments = ("vtab/cifar", "--source", "zip", "--from", path, "--root", root)
+    assert prepare(*arguments).status == 0
+    image = root / "vtab-1k/cifar/images/test/000000.jpg"
+    image.write_bytes(image.read_bytes() + b"x")
+    line = assert_error(prepare(*arguments), 2)
+    assert "changed" in line
+    assert "--replace" in line
+    run("data", "verify", "vtab/cifar", "--root", str(root), "--accept")
+    accepted = read_manifest(root / "vtab-1k/cifar")
+    assert accepted is not None
+    assert (accepted.source, accepted.origin["changed_from_source"]) == ("folder", "zip")
+    assert prepare(*arguments).status == 2  # it is not the archive's data any more
+    assert prepare(*arguments, "--replace").status == 0
+    assert content(root / "vtab-1k/cifar") == content(source / "cifar")
+
+
+def test_a_prepared_folder_goes_before_an_older_one_without_a_manifest(tmp_path: Path) -> None:
+    old, new = draw(tmp_path / "d", "vtab/cifar"), draw(tmp_path / "src", "vtab/cifar")
+    image = new / "cifar/images/test/000000.jpg"
+    image.write_bytes((new / "cifar/images/test/000001.jpg").read_bytes())
+    arguments = ("vtab/cifar", "--source", "folder", "--from", new, "--root", tmp_path / "d")
+    assert prepare(*arguments).status == 0
+    card = load_task("vtab/cifar")
+    assert open_source(card, tmp_path / "d").folder == tmp_path / "d/vtab-1k/cifar"
+    run("data", "verify", "vtab/cifar", "--root", str(old / "cifar"))  # now both have one
+    outcome = prepare(*arguments, "--replace")
+    assert outcome.status == 0
+    assert f"read {tmp_path / 'd/cifar'}" in outcome.out
+
+
+def test_a_damaged_download_is_deleted_and_the_next_address_tried(tmp_path: Path, server: str) -> None:
+    source = draw(tmp_path / "src", "vtab/cifar")
+    good = pack(source, tmp_path / "www/good.zip", "vtab-1k/").read_bytes()
+    (tmp_path / "www/vtab-1k.zip").write_bytes(good[: len(good) // 2])
+    address = f"{server.replace('//', '//user:secret@')}/vtab-1k.zip?token=SECRET"
+    arguments = ("vtab/cifar", "--source", "zip", "--from", address, "--root", tmp_path / "d")
+    assert "deleted" in assert_error(prepare(*arguments), 1)
+    outcome = prepare(*arguments, "--mirror", f"{server}/good.zip")
+    assert outcome.status == 0, outcome.err
+    assert "secret" not in (tmp_path / "d/vtab-1k/cifar/manifest.json").read_text().lower()
+    assert content(tmp_path / "d/vtab-1k/cifar") == content(source / "cifar")
+
+
+@pytest.mark.parametrize("line", ["images/test/000000.jpg 100", "../../../etc/passwd 0", "images/gone.jpg 0"])
+def test_a_malformed_list_leaves_nothing_and_names_the_archive(line: str, tmp_path: Path) -> None:
+    source = draw(tmp_path / "src", "vtab/cifar")
+    with (source / "cifar/test.txt").open("a") as file:
+        file.write(f"{line}\n")
+    path = pack(source, tmp_path / "x.zip")
+    message = assert_error(prepare("vtab/cifar", "--source", "zip", "--from", path, "--root", tmp_path / "d"), 1)
+    assert "x.zip" in message
+    assert "partial" not in message
+    assert [path.name for path in (tmp_path / "d").rglob("*") if path.is_file() and path.suffix != ".lock"] == []
+
+
+def test_an_image_of_test_that_is_in_train_makes_the_data_different(tmp_path: Path) -> None:
+    source = draw(tmp_path / "src", "vtab/cifar")
+    images = source / "cifar/images"
+    (images / "test/000000.jpg").write_bytes((images / "train800/000001.jpg").read_bytes())
+    outcome = prepare("vtab/cifar", "--source", "folder", "--from", source, "--root", tmp_path / "d")
+    assert outcome.status == 0
+    assert "1 of the 4 images of test have the same pixels as images of train800" in outcome.out
+    assert ".partial" not in outcome.out
+    (status,) = run("data", "status", "vtab/cifar", "--root", str(tmp_path / "d"), "--json").out.splitlines()
+    assert json.loads(status)["status"] == "different"
 
 
 def test_a_root_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from svp_bench.train.run import FitRun
 
 EPOCHS = 4
 LEARNS = ("--method", "full", "--model.learning_rate", "3e-3", "--model.warmup_epochs", "1")
-SETTING = {"trainer__max_epochs": str(EPOCHS)}
+SETTING = {"trainer__max_epochs": str(EPOCHS), "data__pixel_cache": "false"}  # so that each read is seen
 
 
 @pytest.fixture

@@ -99,6 +99,8 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
             spied(spies, VisionDataModule, "test_dataloader", loader_made)
             spied(spies, AdaptationModule, "on_before_optimizer_step", stepped)
             epochs = {"trainer__max_epochs": "2"}
+            # without the cache of decoded images, so that each read is seen
+            epochs["data__pixel_cache"] = "false"
             seen.run = run(*line("--trainer.log_every_n_steps", "1", "--model.warmup_epochs", "1", **epochs))
             seen.record = seen.run.record
         yield seen
@@ -311,7 +313,7 @@ def test_the_checkpoint_holds_the_trained_part_and_what_it_belongs_to(scored: Si
 def test_stage_select_trains_on_train_and_scores_val(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: set[str] = set()
     spied(monkeypatch, sources.FileImages, "load", lambda images, _: decoded.add(images.name))
-    outcome = run(*line(data__stage="select", trainer__max_epochs="2"))
+    outcome = run(*line(data__stage="select", trainer__max_epochs="2", data__pixel_cache="false"))
     record = outcome.record
     assert decoded == {"train800", "val200"}
     expected = {

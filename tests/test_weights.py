@@ -193,6 +193,28 @@ def test_weights_of_timm(hub: Hub) -> None:
     assert repository in outcome.out
 
 
+def test_a_file_of_another_model_is_not_pinned_and_the_right_one_is_taken_later(hub: Hub) -> None:
+    from safetensors.torch import save
+
+    repository, file = published_file("deit_tiny_patch16_224")
+    hub.add(repository, {file: save({"conv1.weight": torch.zeros(3, 3)})}, "a" * 40, "models")
+    line = assert_error(command("data", "weights", "deit_tiny"), 1)
+    assert "conv1.weight" in line
+    assert not list(folder().glob("*.json"))
+    model = timm.create_model("deit_tiny_patch16_224")
+    hub.add(repository, {file: save(dict(model.state_dict()))}, "b" * 40, "models")
+    assert command("data", "weights", "deit_tiny").status == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("resnet50", ""), ("vim_tiny_patch16_224.bogus", ""), ("deit_small.fb_in2k", "fb_in1k")]
+)
+def test_what_is_no_backbone_or_checkpoint_is_one_line(hub: Hub, name: str, nearest: str) -> None:
+    line = assert_error(command("data", "weights", name), 2)
+    assert name.partition(".")[2] in line
+    assert nearest in line
+
+
 # ---- layouts
 
 

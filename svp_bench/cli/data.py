@@ -175,8 +175,8 @@ def _verify(
         counts = ", ".join(f"{split} {count}" for split, count in verdict.counts.items())
         cited = f", {verdict.manifest_digest}" if verdict.manifest_digest else ""
         print(f"{name}: {verdict.status}: {counts} (variant {verdict.variant}{cited})")
-        if verdict.classes:
-            print(f"{name}: classes {', '.join(verdict.classes)}")
+        if load_task(name).as_found:
+            print(f"{name}: classes {', '.join(source.class_names or ())}")
         for note in verdict.notes:
             print(f"{name}: {note}")
         if near_duplicates is not None:
@@ -229,7 +229,12 @@ def _cache(tasks: tuple[str, ...] = (), /, *, remove: bool = False) -> int:
     from svp_bench.core.errors import DataError, file_size
     from svp_bench.core.resources import cache_dir
     from svp_bench.data.pixels import FOLDER, list_entries, remove_entry
+    from svp_bench.tasks.cards import load_task
 
+    for name in tasks:  # a mistyped name would remove nothing, silently
+        _names((name,))
+        if "/" in name:
+            load_task(name)
     known = list_entries()
     chosen = [one for one in known if not tasks or (one[1] and {one[1].task, one[1].task.split("/")[0]} & {*tasks})]
     rows = [("task", "split", "images", "pixels", "size", "file")]

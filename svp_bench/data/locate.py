@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svp_bench.core.errors import DataError
+from svp_bench.data.manifest import MANIFEST
 from svp_bench.data.reading import SYNTHETIC_MARK, joined_names
 from svp_bench.tasks.cards import SuiteCard, TaskCard
 
@@ -46,8 +47,8 @@ def locate(
 
     The places are the names of the task's folder below the root, below the names of the suite's folder, and below that
     folder doubled (an archive unpacked into a folder of its own name); and the root itself, if it has such a name. A
-    place with all files of a form goes before one with some, and the first form before the second; a marked folder of
-    synthetic images comes last.
+    place with all files of a form goes before one with some, and the first form before the second; of several such
+    places, one with a manifest goes first. A marked folder of synthetic images comes last.
 
     Args:
         card: The task's card.
@@ -73,9 +74,9 @@ def locate(
         places += [folder for folder in above if folder not in places]
     for form in (*forms, [SYNTHETIC_MARK]):
         for enough in (all, any):
-            for place in places:
-                if enough((place / file).exists() for file in form):
-                    return place
+            hits = [place for place in places if enough((place / file).exists() for file in form)]
+            if hits:
+                return next((place for place in hits if (place / MANIFEST).exists()), hits[0])
     files = joined_names([file for form in forms for file in form], "or")
     raise MissingDataError(
         f"no data of {card.name}: none of {', '.join(map(str, places))} holds {files} ({origin}); get {remedy} and "

@@ -34,6 +34,7 @@ class Manifest:
         variant: Name of the data variant that records state; "card" if the card describes these pixels.
         origin: Facts for finding the same data again: address, repository, revision, digest of an archive.
         splits: Split → number of images.
+        content: Split → digest of the decoded pixels of its images; a run compares those that it reads.
         files: Number of files in `SHA256SUMS`.
         bytes: Their size together.
         digest: "sha256:…" of `SHA256SUMS`.
@@ -48,6 +49,7 @@ class Manifest:
     variant: str
     origin: Mapping[str, str]
     splits: Mapping[str, int]
+    content: Mapping[str, str]
     files: int
     bytes: int
     digest: str

@@ -268,6 +268,14 @@ class VisionDataModule(LightningDataModule):
             for note, count in done.items():
                 self.image_notes[note] = self.image_notes.get(note, 0) + count
         notes = self._compare(source, found, parts, report)
+        stated = source.manifest_content
+        other = [name for name in names if stated.get(name, self.content_digests[name]) != self.content_digests[name]]
+        if other:  # the record must not cite files that it did not read
+            notes.append(
+                f"the pixels of {', '.join(other)} are not those of the manifest in {source.origin}; `svp-bench data "
+                "verify` names the files that changed"
+            )
+            report = replace(report, manifest_digest=None)
         if self.image_notes:
             first = [path for paths in source.skipped.values() for path in paths][:3]
             rank_zero_warn(

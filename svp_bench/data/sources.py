@@ -313,6 +313,7 @@ class Source:
         skipped: Kind of file that is not an image → such files that lie among the images.
         folder: The data folder, if it may have a manifest.
         manifest_digest: Digest of the set that its manifest states; None without one.
+        manifest_content: Split → digest of the decoded pixels that its manifest states.
     """
 
     origin: str
@@ -324,6 +325,7 @@ class Source:
     skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     folder: Path | None = None
     manifest_digest: str | None = None
+    manifest_content: Mapping[str, str] = field(default_factory=dict)
 
     def get(self, name: str) -> Images:
         """Return the images of one split; DataError if it is not there."""
@@ -403,7 +405,12 @@ class Source:
             where = f"{self.folder}: {MANIFEST}"
             raise unknown_name("data variant", manifest.variant, known, where=where, error=DataError)
         variant = self.variant if manifest.variant == "card" else manifest.variant
-        return replace(self, variant=variant, manifest_digest=manifest.digest)
+        return replace(
+            self,
+            variant=variant,
+            manifest_digest=manifest.digest,
+            manifest_content=manifest.content if manifest.task == card.name else {},
+        )
 
 
 def _folder_of(task: str) -> str | None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from safetensors.torch import save
 
@@ -82,7 +84,10 @@ def published_file(architecture: str) -> tuple[str, str]:
     """
     from timm.models import get_pretrained_cfg, is_model
 
-    cfg = get_pretrained_cfg(architecture, allow_unregistered=False) if is_model(architecture) else None
+    try:
+        cfg = get_pretrained_cfg(architecture, allow_unregistered=False) if is_model(architecture) else None
+    except RuntimeError:  # an unknown tag behind the dot
+        cfg = None
     if cfg is None or not cfg.hf_hub_id:
         raise CheckpointError(
             f"no published checkpoint of {architecture} is known; use --model.checkpoint PATH, embedded or none"
@@ -100,11 +105,25 @@ def known_architecture(name: str) -> str:
 
     import svp_bench.models  # noqa: F401  # registers Vim and Mamba-Reg
 
-    found = next((one for one in (name, f"{name}_patch16_224") if timm.is_model(one.partition(".")[0])), None)
+    base, _, tag = name.partition(".")
+    found = next((one for one in (base, f"{base}_patch16_224") if timm.is_model(one) and _is_backbone(one)), None)
+    if found is not None and tag:
+        tagged = timm.list_pretrained(f"{found}.*")
+        if f"{found}.{tag}" not in tagged:
+            raise unknown_name("checkpoint", f"{found}.{tag}", tagged)
+        return f"{found}.{tag}"
     if found is None:
         known = timm.list_models(["vim_*", "mambar_*", "deit_*", "vit_small_*"])
         raise unknown_name("backbone", name, [*known, *(one.removesuffix("_patch16_224") for one in known)])
     return found
+
+
+def _is_backbone(architecture: str) -> bool:
+    """Return whether a timm model is of a family that has the `Backbone` interface."""
+    from timm.models import model_entrypoint
+
+    module = model_entrypoint(architecture).__module__
+    return module.startswith("svp_bench.") or module in ("timm.models.vision_transformer", "timm.models.deit")
 
 
 def fetch_weights(
@@ -196,13 +215,15 @@ def _slim(
     actual = file_digest(container)
     stated = STATED_DIGESTS.get(file)
     expected = given or (pin.digest if pin else None) or stated
-    remedy = (
-        "if that is the file you mean, pass it as --model.checkpoint PATH or run `svp-bench data weights` with --digest"
-    )
-    _expect(actual, expected or actual, container, remedy)
+    _expect(actual, expected or actual, container, _REMEDY)
     checked = "given" if given else pin.checked if pin else "stated" if stated else "first use"
     weights = read_weights(container)
     tensors = {name: value.detach().clone().contiguous() for name, value in weights.tensors.items()}
+    if not _is_of(architecture, tensors):  # or a later download of the right file would be refused
+        raise CheckpointError(
+            f"{file} of {repository} at {commit} holds {', '.join([*tensors][:3])} …, not the tensors of "
+            f"{architecture}: it was not pinned; give another --revision, or the file as --model.checkpoint PATH"
+        )
     content = save(tensors, metadata={GRID_KEY: by(weights.grid)} if weights.grid else None)
     temporary = place.with_suffix(".safetensors")
     with replacing(temporary) as out:
@@ -217,6 +238,17 @@ def _slim(
     return slim, new
 
 
+def _is_of(architecture: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether most tensors have names and shapes of an architecture; `load_checkpoint` checks the rest."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(architecture, pretrained=False)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    fitting = [name for name, value in tensors.items() if shapes.get(name) == value.shape]
+    return 2 * len(fitting) > len(tensors)
+
+
 def _expect(actual: str, expected: str, path: Path, remedy: str) -> None:
     if actual != expected:
         raise CheckpointError(f"{path}: its digest is {actual}, expected {expected}; {remedy}")
@@ -228,12 +260,18 @@ def _download(architecture: str, repository: str, file: str, revision: str, offl
 
     endpoint = default_endpoint()
     cached = try_to_load_from_cache(repository, file, revision=revision)
-    offline = offline or is_offline() or isinstance(cached, str)
+    known = isinstance(cached, str)
+    offline = offline or is_offline() or (known and COMMIT.fullmatch(revision) is not None)
     try:
-        if offline and not isinstance(cached, str):
+        if offline and not known:
             raise HubError("HF_HUB_OFFLINE is set" if is_offline() else "--offline allows no download")
         if not offline:
-            check_connection(endpoint)
+            try:
+                check_connection(endpoint)
+            except Exception:
+                if not known:
+                    raise
+                offline = True  # the branch as it was when it was downloaded
         found = download(HubRepository(repository, "model", revision, endpoint, (), {}), HubFile(file), offline=offline)
     except Exception as error:  # the hub's client raises many kinds
         raise CheckpointError(

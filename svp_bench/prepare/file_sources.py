@@ -23,10 +23,10 @@ from svp_bench.data.reading import SYNTHETIC_MARK, joined_names, readable
 from svp_bench.data.sources import Note
 from svp_bench.data.split_files import read_list
 from svp_bench.prepare.archives import Archive, is_archive, open_archive, stem
-from svp_bench.prepare.download import fetch
+from svp_bench.prepare.download import fetch, shown_address
 from svp_bench.prepare.known import suite_sources
 from svp_bench.prepare.sources import Built, DataSource, Request
-from svp_bench.prepare.stage import Stage
+from svp_bench.prepare.stage import RefusedError, Stage
 from svp_bench.tasks.cards import OTHER_PIXELS, SuiteCard, TaskCard
 
 _CHUNK = 2**18
@@ -125,9 +125,12 @@ def copy_task(card: TaskCard, files: Files, stage: Stage, note: Note) -> None:
     Raises:
         DataError: If a list or an image is missing or malformed, or there is not enough space.
     """
-    lists = copy_lists(card, files, stage)
-    for listing, images in lists.items():
-        need_images(images, files, listing)
+    try:
+        lists = copy_lists(card, files, stage)
+        for listing, images in lists.items():
+            need_images(images, files, listing)
+    except DataError as error:  # no later attempt with the same files can succeed: nothing of them may stay
+        raise RefusedError(str(error).replace(f"{stage.folder}{os.sep}", f"{files.label}: ")) from None
     copy([path for images in lists.values() for path in images], files, stage, note)
 
 
@@ -287,7 +290,7 @@ class ZipSource(DataSource):
         path = self._path(suite, request)
         files, _ = self._files(card, suite, path, request)
         copy_task(card, files, stage, request.note)
-        origin = {"from": request.location} if request.location and is_address(request.location) else {}
+        origin = {"from": shown_address(request.location)} if request.location and is_address(request.location) else {}
         return Built(_other_pixels(files), origin)
 
     def _path(self, suite: SuiteCard, request: Request) -> Path:
@@ -374,7 +377,20 @@ def fetched(addresses: Sequence[str], request: Request, digest: str | None = Non
     """Return a file from the first of some addresses, in the folder of downloads."""
     name = addresses[0].partition("?")[0].rstrip("/").rpartition("/")[2]
     place = request.downloads / hashlib.sha256(addresses[0].encode()).hexdigest()[:8]  # names may be those of others
-    return fetch(addresses, place / name, digest=digest, offline=request.offline, note=request.note)
+    target = place / name
+    for number in range(len(addresses)):
+        path = fetch(addresses[number:], target, digest=digest, offline=request.offline, note=request.note)
+        if digest is not None or not is_archive(name):
+            break
+        try:
+            opened(path)
+            break
+        except DataError as error:  # cut short, or a page of the host: without a digest only the content tells
+            path.unlink()
+            if number + 1 == len(addresses):
+                raise RefusedError(f"{error}; the download was deleted, so the same command tries it again") from None
+            request.note(f"{error}; the next address is tried")
+    return target
 
 
 def opened(path: Path) -> Archive:

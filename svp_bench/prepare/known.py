@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -123,19 +124,22 @@ class SuiteSources:
     lists: Text | None = None
 
 
-@once
 def suite_sources(suite: SuiteCard) -> SuiteSources:
     """Read and check the sources of a suite; empty if it states none.
 
     Raises:
         CardError: If the file is malformed, or names a task or split that the suite does not have.
     """
-    path = suite.path.parent / "sources" / f"{suite.name}.yaml"
+    return _read(suite.path.parent / "sources" / f"{suite.name}.yaml", tuple(suite.tasks))
+
+
+@once
+def _read(path: Path, tasks: tuple[str, ...]) -> SuiteSources:
     if not path.exists():
         return SuiteSources()
     file = read_yaml(path)
     sources = convert(file.value, SuiteSources, file.where, CardError, "sources")
-    known = [name.partition("/")[2] for name in suite.tasks]
+    known = [name.partition("/")[2] for name in tasks]
     for task in sources.tasks:
         if task not in known:
             raise unknown_name("task", task, known, where=file.where(("tasks", task)), error=CardError)

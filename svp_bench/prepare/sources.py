@@ -17,12 +17,13 @@ from pathlib import Path
 from svp_bench.core.errors import DataError, UsageError
 from svp_bench.core.registry import Registry
 from svp_bench.data.locate import data_root
-from svp_bench.data.manifest import Manifest, read_manifest
+from svp_bench.data.manifest import Manifest, read_manifest, sums_digest
 from svp_bench.data.reading import joined_names
-from svp_bench.data.sources import DataReport, Images, Note, Source, inspect, need_readable, open_source
-from svp_bench.prepare.stage import RefusedError, Stage, finish, staged
+from svp_bench.data.sources import DataReport, Note, Source, inspect, open_source
+from svp_bench.prepare.checks import content_digests, examine, leaks, remarks
+from svp_bench.prepare.stage import RefusedError, Stage, describe, finish, staged
 from svp_bench.prepare.verdict import Verdict, save_verdict
-from svp_bench.tasks.cards import SuiteCard, TaskCard, list_tasks, load_suite, load_task
+from svp_bench.tasks.cards import SuiteCard, TaskCard, list_tasks, load_protocol, load_suite, load_task
 
 SOURCES = Registry("source", listing="svp-bench data prepare --help")
 SOURCES.add(
@@ -163,15 +164,26 @@ def prepare(
         key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in plan.items()
     }
     if not replace and (known := _known(target, card, source, stated)) is not None:
+        _, sums = describe(
+            target, card, source=source, variant="", origin={}, splits=known.splits, content=known.content
+        )
+        if sums_digest(sums) != known.digest:
+            raise UsageError(
+                f"{target} was built from the same data, and its files have changed: `svp-bench data verify` names "
+                "them, --replace builds it again"
+            )
         request.note(f"{card.name}: {target} is built from the same data already; --replace builds it again")
         return known, _report(card, suite, target)[1].notes
     with staged(target, {"task": card.name, "source": source, **plan}, replace=replace) as stage:
         built = builder.build(card, suite, request, plan, stage)
         try:
             found, report = _report(card, suite, stage.folder)
-            need_readable([(images, images.examine(request.note)) for images in each_image_once(found)])
+            examined = examine(found, request.note)
         except DataError as error:  # the partial folder is deleted: its path would help nobody
             raise RefusedError(str(error).replace(f"{stage.folder}{os.sep}", "")) from None
+        leaked = leaks(found, examined, load_protocol(suite.protocol))
+        noted = [*built.notes, *report.notes, *leaked, *remarks(card, found, examined)]
+        notes = tuple(note.replace(str(stage.folder), str(target)) for note in noted)
         manifest = finish(
             stage,
             card,
@@ -179,11 +191,14 @@ def prepare(
             variant=built.variant or report.variant,
             origin={**stated, **built.origin},
             splits=report.counts,
+            content=content_digests(examined),
         )
-    notes = (*built.notes, *report.notes)
+    read = open_source(card, root, suite=suite).folder
+    if read is not None and read.resolve() != target.resolve():
+        notes = (f"runs with this root read {read}, which goes first; move it away to use {target}", *notes)
     verdict = Verdict(
         task=card.name,
-        status="different" if notes else "verified",
+        status="different" if built.notes or report.notes or leaked else "verified",
         notes=notes,
         counts=report.counts,
         variant=manifest.variant,
@@ -200,21 +215,10 @@ def _known(target: Path, card: TaskCard, source: str, plan: Mapping[str, str]) -
     manifest = read_manifest(target) if target.is_dir() else None
     if manifest is None or (manifest.task, manifest.source) != (card.name, source):
         return None
-    return manifest if plan.items() <= manifest.origin.items() else None
+    return manifest if plan.items() <= manifest.origin.items() else None  # not one that `verify --accept` wrote
 
 
 def _report(card: TaskCard, suite: SuiteCard, folder: Path) -> tuple[Source, DataReport]:
     """Return the splits that the task's reader finds in a folder, and how they compare with the card."""
     found = open_source(card, folder, suite=suite)
     return found, inspect(card, found, [*card.counts])
-
-
-def each_image_once(found: Source) -> list[Images]:
-    """Return splits that hold all images: not those that repeat the images of others, as trainval and refit do."""
-    seen: set[str] = set()
-    chosen = []
-    for images in sorted(found.splits.values(), key=len, reverse=True):
-        if not seen.issuperset(keys := images.keys()):
-            chosen.append(images)
-            seen.update(keys)
-    return chosen

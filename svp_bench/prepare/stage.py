@@ -88,8 +88,8 @@ def staged(target: Path, plan: Mapping[str, object], *, replace: bool = False) -
         replace: Replace a `target` that exists.
 
     Raises:
-        UsageError: If `target` exists and is not to be replaced, or another process builds it.
-        DataError: If a folder cannot be written.
+        UsageError: If `target` exists and is not to be replaced.
+        DataError: If a folder cannot be written, or another process builds it.
     """
     outer = target.parent / f".{target.name}.partial"
     partial, mark = outer / target.name, outer / _PLAN
@@ -121,24 +121,40 @@ def staged(target: Path, plan: Mapping[str, object], *, replace: bool = False) -
             shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(outer, ignore_errors=True)
     except Timeout:
-        raise UsageError(f"another process is building {target}; wait for it") from None
+        raise DataError(f"another process is building {target}; give the command again when it has ended") from None
     except OSError as error:
         raise DataError(f"{error.filename or target}: cannot be written ({error.strerror or error})") from None
 
 
 def finish(
-    stage: Stage, card: TaskCard, *, source: str, variant: str, origin: Mapping[str, str], splits: Mapping[str, int]
+    stage: Stage,
+    card: TaskCard,
+    *,
+    source: str,
+    variant: str,
+    origin: Mapping[str, str],
+    splits: Mapping[str, int],
+    content: Mapping[str, str],
 ) -> Manifest:
     """Compute the digest of each file of a complete partial folder, and write its manifest."""
     if hasattr(os, "sync"):  # not on Windows
         os.sync()
-    manifest, sums = describe(stage.folder, card, source=source, variant=variant, origin=origin, splits=splits)
+    manifest, sums = describe(
+        stage.folder, card, source=source, variant=variant, origin=origin, splits=splits, content=content
+    )
     write_manifest(stage.folder, manifest, sums)
     return manifest
 
 
 def describe(
-    folder: Path, card: TaskCard, *, source: str, variant: str, origin: Mapping[str, str], splits: Mapping[str, int]
+    folder: Path,
+    card: TaskCard,
+    *,
+    source: str,
+    variant: str,
+    origin: Mapping[str, str],
+    splits: Mapping[str, int],
+    content: Mapping[str, str],
 ) -> tuple[Manifest, bytes]:
     """Return the manifest of a folder and the content of its `SHA256SUMS`; every file is read."""
     paths = [path for path in files_below(folder) if path not in (MANIFEST, SUMS)]
@@ -155,6 +171,7 @@ def describe(
         variant=variant,
         origin=dict(origin),
         splits=dict(splits),
+        content=dict(content),
         files=len(paths),
         bytes=sum((folder / path).stat().st_size for path in paths),
         digest=sums_digest(sums),
@@ -165,17 +182,10 @@ def describe(
 
 
 def files_below(folder: Path) -> list[str]:
-    """Return the paths of all files below a folder, relative to it, sorted.
-
-    Raises:
-        DataError: If there is a link that leads out of the folder.
-    """
-    found = []
-    root = folder.resolve()
-    for base, _, names in os.walk(folder):
-        for name in names:
-            path = Path(base, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise DataError(f"{path} links to a file outside of {folder}; copy the file into it")
-            found.append(path.relative_to(folder).as_posix())
+    """Return the paths of all files below a folder, relative to it, sorted; links are followed, as readers do."""
+    found, seen = [], set()
+    for base, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(base))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(base, name)) not in seen]  # no circles
+        found += [Path(base, name).relative_to(folder).as_posix() for name in names]
     return sorted(found)

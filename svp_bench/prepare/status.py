@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from svp_bench.core.errors import DataError
+from svp_bench.core.resources import custom_tasks_flags
 from svp_bench.data.locate import MissingDataError, locate
 from svp_bench.data.sources import inspect, measured, open_source
 from svp_bench.data.torchvision_sets import TORCHVISION_SETS
+from svp_bench.prepare.known import known_sources
 from svp_bench.prepare.verdict import load_verdict
-from svp_bench.tasks.cards import TaskCard, load_suite, load_task
+from svp_bench.tasks.cards import SuiteCard, TaskCard, load_suite, load_task
 
 State = Literal["absent", "partial", "unverified", "verified", "different", "outdated", "broken", "synthetic"]
 
@@ -64,7 +66,7 @@ def task_status(name: str, root: Path | None = None) -> TaskStatus:
     ) -> TaskStatus:
         return TaskStatus(name, state, dict(counts or {}), dict(card.counts), place, detail, then)
 
-    get = prepare_command(card)
+    get = prepare_command(card, suite)
     get = f"{get}{where}" if get else ""
     cached = load_verdict(name, root)
     if cached is not None:
@@ -102,8 +104,14 @@ def task_status(name: str, root: Path | None = None) -> TaskStatus:
     return status("different" if report.status == "different" else "unverified", place, detail, report.counts, verify)
 
 
-def prepare_command(card: TaskCard) -> str:
-    """Return the command that gets the data of a task from a source that needs no file of the user; "" if none does."""
-    kinds = {"split_files": "hub", "json_split": "native", "torchvision": "torchvision"}
-    source = kinds.get(card.reader.kind)
-    return "" if source is None else f"svp-bench data prepare {card.name} --source {source}"
+def prepare_command(card: TaskCard, suite: SuiteCard) -> str:
+    """Return the command that gets the data of a task: from a source that is known to have it, else from a folder."""
+    known = known_sources(card, suite)
+    if card.reader.kind == "torchvision":
+        source = "torchvision"
+    elif card.reader.kind not in ("split_files", "json_split"):
+        return ""
+    else:
+        source = "hub" if known.hub else "native" if known.native else "tfds" if known.tfds else "folder --from DIR"
+    flags = "".join(f" {flag}" for flag in custom_tasks_flags())
+    return f"svp-bench data prepare {card.name} --source {source}{flags}"

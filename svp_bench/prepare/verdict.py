@@ -33,7 +33,6 @@ class Verdict:
         folder: The data folder; None for data that the package holds or computes.
         manifest_digest: Digest of all files; None where no manifest could be written.
         time: When, in ISO 8601, UTC.
-        classes: Names of the classes, of a custom dataset.
     """
 
     task: str
@@ -44,7 +43,6 @@ class Verdict:
     folder: str | None
     manifest_digest: str | None
     time: str
-    classes: tuple[str, ...] = ()
 
 
 def now() -> str:
@@ -71,7 +69,7 @@ def load_verdict(task: str, root: Path | None) -> tuple[Verdict, bool] | None:
     """Return the cached verdict of a task, and whether its folder is still in the same state; None if there is none."""
     try:
         content = json.loads(read_regular(_verdict_file(task, root), _MAX_BYTES))
-        verdict = Verdict(**{**content["verdict"], **{k: tuple(content["verdict"][k]) for k in ("notes", "classes")}})
+        verdict = Verdict(**{**content["verdict"], "notes": tuple(content["verdict"]["notes"])})
         state = content["state"]
         if verdict.folder is None:
             return verdict, True

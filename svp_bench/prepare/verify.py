@@ -20,12 +20,10 @@ from PIL import Image
 
 from svp_bench.core.atomic import read_regular, replacing
 from svp_bench.core.errors import DataError, plural, printable
-from svp_bench.data.content import overlap, two_labels
-from svp_bench.data.inspection import Examined
 from svp_bench.data.locate import data_root
 from svp_bench.data.manifest import MANIFEST, SUMS, parse_sums, read_manifest, write_manifest
-from svp_bench.data.sources import READERS, Images, Note, Source, in_threads, inspect, need_readable, open_source
-from svp_bench.prepare.sources import each_image_once
+from svp_bench.data.sources import READERS, Images, Note, Source, in_threads, inspect, open_source
+from svp_bench.prepare.checks import content_digests, examine, held_out_pairs, leaks, remarks
 from svp_bench.prepare.stage import describe
 from svp_bench.prepare.verdict import Verdict, now, save_verdict
 from svp_bench.tasks.cards import ProtocolCard, SuiteCard, TaskCard, load_protocol
@@ -59,12 +57,14 @@ def verify(
         _delete_broken_manifest(READERS.get(card.reader.kind)(card, suite, root).folder)
     source = open_source(card, root, suite=suite)
     report = inspect(card, source, sorted(source.splits))
-    found = _examined(source, note)
-    notes = [*report.notes, *_split_notes(card, source, found, load_protocol(suite.protocol))]
-    status: Literal["verified", "different", "changed"] = "different" if report.status == "different" else "verified"
+    found = examine(source, note)
+    leaked = leaks(source, found, load_protocol(suite.protocol))
+    notes = [*report.notes, *leaked, *remarks(card, source, found)]
+    different = report.status == "different" or leaked
+    status: Literal["verified", "different", "changed"] = "different" if different else "verified"
     digest, folder = None, source.folder
     if folder is not None and not source.synthetic:
-        digest, changes, written = _manifest(card, source, report.variant, suite, root, accept)
+        digest, changes, written = _manifest(card, source, report.variant, content_digests(found), suite, root, accept)
         notes += written
         if changes:
             status, notes = "changed", [*changes, *notes]
@@ -77,7 +77,6 @@ def verify(
         folder=_place(source),
         manifest_digest=digest,
         time=now(),
-        classes=source.class_names or () if card.as_found else (),
     )
     save_verdict(verdict, root)
     return verdict, source
@@ -92,56 +91,6 @@ def _delete_broken_manifest(folder: Path | None) -> None:
         (folder / MANIFEST).unlink(missing_ok=True)
 
 
-def _examined(source: Source, note: Note | None) -> dict[str, Examined]:
-    """Decode every image once, without the cache of earlier findings; return split → findings.
-
-    Raises:
-        DataError: If images are missing or cannot be decoded.
-    """
-    once = each_image_once(source)
-    found = {images.name: Images.examine(images, note) for images in once}
-    need_readable([(images, found[images.name]) for images in once])
-    digests = {key: row for images in once for key, row in zip(images.keys(), found[images.name].digests, strict=True)}
-    for name, images in source.splits.items():
-        if name not in found:
-            rows = [*map(digests.__getitem__, images.keys())]
-            found[name] = Examined(np.stack(rows) if rows else np.zeros((0, 16), np.uint8), (), {})
-    return found
-
-
-def _split_notes(card: TaskCard, source: Source, found: Mapping[str, Examined], protocol: ProtocolCard) -> list[str]:
-    """Return notes about classes without images, and about equal images within and across splits."""
-    notes = []
-    for name, images in source.splits.items():
-        absent = sorted({*range(card.classes)} - {*images.labels.tolist()})
-        if absent and len(images) >= card.classes:
-            some = ", ".join(map(str, absent[:_NAMED])) + (" …" if len(absent) > _NAMED else "")
-            notes.append(f"{name} has no image of {plural(len(absent), 'class')} ({some})")
-        again = len(images) - len({*found[name].keys()})
-        if again:
-            notes.append(f"{name} has {plural(again, 'image')} with the pixels of another of its images")
-        if pairs := two_labels((images, found[name])):
-            one, other = pairs[0]
-            notes.append(
-                f"{name} has {plural(len(pairs), 'image')} with the pixels of another and another label, the first is "
-                f"{images.where(one)} = {images.where(other)}"
-            )
-    for held, seen in held_out_pairs(source, protocol):
-        count, text = overlap((held, found[held.name]), (seen, found[seen.name]))
-        if count:
-            notes.append(text)
-    return [printable(note) for note in notes]
-
-
-def held_out_pairs(source: Source, protocol: ProtocolCard) -> list[tuple[Images, Images]]:
-    """Return (held-out split, split that must not have its images): test and all others, a stage's val and train."""
-    stages = protocol.stages.values()
-    tests = {roles["test"] for roles in stages if "test" in roles}
-    pairs = [(test, name) for test in sorted(tests) for name in source.splits if name not in tests]
-    pairs += [(roles["val"], roles["train"]) for roles in stages if "val" in roles]
-    return [(source.splits[a], source.splits[b]) for a, b in pairs if a in source.splits and b in source.splits]
-
-
 def _place(source: Source) -> str | None:
     """Return the folder that the images lie in; None if the package holds or computes them."""
     folder = source.folder or Path(source.origin)
@@ -152,7 +101,13 @@ def _place(source: Source) -> str | None:
 
 
 def _manifest(
-    card: TaskCard, source: Source, variant: str, suite: SuiteCard, root: Path | None, accept: bool
+    card: TaskCard,
+    source: Source,
+    variant: str,
+    content: Mapping[str, str],
+    suite: SuiteCard,
+    root: Path | None,
+    accept: bool,
 ) -> tuple[str | None, list[str], list[str]]:
     """Compare the files with the manifest, or write one.
 
@@ -166,14 +121,11 @@ def _manifest(
     if folder in shared and folder.name not in (card.folder, *card.other_folders):
         return None, [], [f"{folder} holds other data too, so no manifest was written; move these into a folder"]
     before = read_manifest(folder)
-    origin: Mapping[str, str] = before.origin if before is not None else {}
+    # Files that were changed are no longer those of the source; their variant stays, so that no cell mixes them.
+    origin = {} if before is None else {"changed_from": before.digest, "changed_from_source": before.source}
+    variant = before.variant if before is not None else variant
     manifest, sums = describe(
-        folder,
-        card,
-        source=before.source if before is not None else "folder",
-        variant=before.variant if before is not None else variant,
-        origin=origin,
-        splits=source.counts,
+        folder, card, source="folder", variant=variant, origin=origin, splits=source.counts, content=content
     )
     if before is not None and before.digest == manifest.digest:
         return before.digest, [], []

@@ -23,7 +23,7 @@ from svp_bench.records.record import Record
 from svp_bench.records.store import Problem, read_records, write_atomically
 from svp_bench.tables.comparison import check_row, compare_rows, mean_and_intervals, over_new_tasks, rank_rows
 from svp_bench.tables.labels import data_key, data_name, row_labels
-from svp_bench.tables.model import CARD, Cell, LeftOut, Row, Section, Table, columns_of, track_of
+from svp_bench.tables.model import CARD, Cell, LeftOut, Row, Section, Table, columns_of, content_of, track_of
 from svp_bench.tables.notes import DIGITS, NOT_COMPARABLE
 from svp_bench.tables.plan import read_plan
 from svp_bench.tables.planned import add_plan
@@ -140,7 +140,7 @@ def _cell_key(run: Record) -> tuple[str, str, str, str]:
     """
     nested = run.search is not None and run.search.nested
     setting = run.setting_digest if nested else run.config_digest
-    return run.task, run.data_variant, run.data_digest or "", setting + run.source_digest
+    return run.task, run.data_variant, f"{run.data_digest or ''} {content_of(run)}", setting + run.source_digest
 
 
 def suite_of(problem: Problem) -> str | None:

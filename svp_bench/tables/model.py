@@ -109,6 +109,11 @@ PROVENANCE: Mapping[str, Callable[[Record], Hashable]] = {
 uncommitted changes, and a release of the package without a commit, count as code of their own."""
 
 
+def content_of(run: Record) -> str:
+    """Return a text for the decoded pixels of the splits of a run; "" for older records, which do not state them."""
+    return " ".join(f"{name} {digest}" for name, digest in sorted((run.content_digests or {}).items()))
+
+
 @dataclass(frozen=True)
 class Cell:
     """One task of a row, on the same data and with the same config: its records, one a seed, in the order of seeds."""
@@ -126,9 +131,10 @@ class Cell:
         return self.records[0].data_variant
 
     @property
-    def data(self) -> tuple[str, str | None, int]:
-        """Variant and digest of the data, and version of the task card: cells with the same compare."""
-        return self.variant, self.records[0].data_digest, self.records[0].task_version
+    def data(self) -> tuple[str, str | None, int, str]:
+        """Variant, digest, card version and pixels of the data: cells with the same compare."""
+        first = self.records[0]
+        return self.variant, first.data_digest, first.task_version, content_of(first)
 
     @cached_property
     def scores(self) -> dict[int, float]:

@@ -264,6 +264,9 @@ def _data_notes(section: Section) -> list[str]:
         for cell in row.apart:
             kind = "synthetic data" if cell.synthetic else f"other data, variant {cell.variant}"
             same = cell.data == row.cells[cell.task].data
+            shown = row.cells[cell.task]
+            if cell.data[:3] == shown.data[:3]:
+                kind = "other pixels of the same split files"
             where = "with another config" if same else f"on {kind} (splits {short_value(cell.data[1])})"
             notes.append(
                 f"{short_name(cell.task)}, {row.label}: also {cell.mean:.2f} ({plural(len(cell.seeds), 'seed')}) "

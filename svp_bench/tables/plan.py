@@ -82,6 +82,7 @@ class Outcome:
         verdict: By the rule of `planned.outcomes_of`.
         missing: What the comparison lacks, a phrase each; empty if `found` is not None.
         failed: Runs that failed and are left out with the others of their seed.
+        overrides: Rows that were not trained by their shipped recipe, with what differs.
     """
 
     planned: Planned
@@ -91,6 +92,7 @@ class Outcome:
     verdict: Verdict
     missing: tuple[str, ...]
     failed: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
 
     @property
     def new_tasks(self) -> Estimate | None:

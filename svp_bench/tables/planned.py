@@ -85,8 +85,24 @@ def outcomes_of(plan: Plan, table: Table) -> tuple[Outcome, ...]:
         if result is not None and p is not None and adjusted[number] < 1 - table.level:
             large = round(abs(result.new_tasks.value), 9) >= plan.smallest_difference  # 1 may be stored as 0.999…
             verdict = "finding" if large else "undecided"
-        outcomes.append(Outcome(planned, result, p, None if p is None else adjusted[number], verdict, missing, failed))
+        holm_p = None if p is None else adjusted[number]
+        changed = _changed_recipes(planned, table)
+        outcomes.append(Outcome(planned, result, p, holm_p, verdict, missing, failed, changed))
     return tuple(outcomes)
+
+
+def _changed_recipes(planned: Planned, table: Table) -> tuple[str, ...]:
+    """Return a phrase for each row of a comparison that was not trained by its shipped recipe."""
+    found = []
+    for section in (_section_of(table, backbone) for backbone in planned.backbones):
+        if isinstance(section, str):
+            continue
+        for method in planned.methods:
+            row = _row_of(section, method)
+            changed = () if isinstance(row, str) else [one for one in row.overrides if not is_argument(one)]
+            if changed:
+                found.append(f"{method} on {section.first.backbone} ({', '.join(changed)})")
+    return tuple(found)
 
 
 def _compare(
@@ -133,14 +149,15 @@ def _compare(
 
 def _section_of(table: Table, backbone: str) -> Section | str:
     """Return the section of a backbone with pre-trained weights, or what is missing."""
-    found = [one for one in table.sections if one.first.backbone == backbone and not one.random and not one.data]
+    every = [one for one in table.sections if one.first.backbone == backbone and not one.random]
+    found = [one for one in every if not one.data] or every  # of several data variants, the card's
     if len(found) == 1:
         return found[0]
     if not found:
         return f"no complete final run on {backbone}"
     return (
         f"{backbone} has {plural(len(found), 'section')} ({'; '.join(map(heading, found))}); give the comparisons a "
-        "results folder with one protocol, checkpoint and track"
+        "results folder with one protocol, checkpoint, track and data variant"
     )
 
 
@@ -259,6 +276,7 @@ def planned_notes(table: Table) -> list[str]:
     for number, one in enumerate(outcomes, 1):
         parts = [one.planned.question] if one.planned.question else []
         parts += [f"Missing: {'; '.join(one.missing)}."] if one.missing else []
+        parts += [f"Not the shipped recipe: {'; '.join(one.overrides)}."] if one.overrides else []
         parts += [f"Failed, left out with their seed: {'; '.join(one.failed)}."] if one.failed else []
         notes += [f"Comparison {number}: {' '.join(parts)}"] if parts else []
     return notes

@@ -164,6 +164,10 @@ def throughput(forward: Callable[[int], object], device: torch.device, largest: 
             seconds = median_seconds(lambda batch=batch: forward(batch), device, least=0.3)  # type: ignore[misc]
         except (torch.OutOfMemoryError, MemoryError):
             break
+        except RuntimeError as error:  # of the CPU allocator, which has no class of its own
+            if "can't allocate memory" not in str(error):
+                raise
+            break
         falls = falls + 1 if batch / seconds < 0.9 * best[1] else 0
         best = max(best, (batch, batch / seconds), key=lambda found: found[1])
         if seconds > _SLOW:
