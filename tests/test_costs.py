@@ -140,6 +140,22 @@ def test_rows_are_joined_by_their_setting_and_not_by_their_name() -> None:
     assert [costs.of(record) for record in changed] == [None] * 6
 
 
+def test_a_row_that_trained_otherwise_than_measured_stays_blank() -> None:
+    one = row(VTAB.tasks[0], "lora", rank=4)
+    costs = cost_file(cost(one, 60.0))
+    assert costs.of(dataclasses.replace(one, precision="bf16-mixed")) is None
+    for key, value in {
+        "grad_checkpointing": True,
+        "compile": True,
+        "drop_path": 0.3,
+        "frozen_mode": "train",
+        "optimizer": {"name": "sgd"},
+    }.items():
+        config = json.loads(json.dumps(one.config))
+        config["model"][key] = value
+        assert costs.of(dataclasses.replace(one, config=config)) is None, key
+
+
 def test_tables_show_what_was_measured_and_leave_the_rest_blank() -> None:
     records = [*rows("svp", rank=4), *rows("lora", 6, rank=4), *rows("linear", 5)]
     searched = rows("adapter", 8, width=1)

@@ -121,9 +121,15 @@ class CostFile:
         return {row.setting_digest: row for row in self.rows}
 
     def of(self, record: Record) -> MeasuredCost | None:
-        """Return the cost of the setting of a record; None if it was not measured."""
+        """Return the cost of the setting of a record; None if it was not measured, or trained otherwise."""
         setting = setting_of(record)
-        return None if setting is None else self._by_digest.get(setting.digest)
+        trained = record.config.get("model", {})
+        optimizer = trained.get("optimizer", {}).get("name", "adamw")
+        other = any(trained.get(key) for key in ("grad_checkpointing", "compile", "drop_path"))
+        other = other or trained.get("frozen_mode", "eval") != "eval" or optimizer != "adamw"
+        if setting is None or other or record.precision != self.precision:
+            return None
+        return self._by_digest.get(setting.digest)
 
     def text(self) -> str:
         """Return the JSON of the file."""
