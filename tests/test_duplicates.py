@@ -183,6 +183,7 @@ def registered(family: str) -> dict[str, Family]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vim", "vit"])
 def test_no_two_methods_are_the_same_family(family: str) -> None:
     families = registered(family)

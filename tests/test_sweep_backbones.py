@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers import command, run
 
 from svp_bench.records.store import read_records
@@ -31,6 +32,7 @@ FLAGS = ["--model.checkpoint", "none", "--trainer.max_epochs", "1", "--trainer.a
 VIM, VIT = "vim_nano_patch8_64", "vit_nano_patch8_64"
 
 
+@pytest.mark.slow
 def test_two_backbones_and_a_method_file_share_a_results_folder(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("search.yaml").write_text(SEARCH, encoding="utf-8")
