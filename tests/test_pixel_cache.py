@@ -44,7 +44,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path, cache: Path) -> Path:
-    """Return a data root with drawn images."""
+    """Return a data root with synthetic images."""
     draw_task(load_task(TASK), tmp_path / "data", counts=COUNTS, size=20)
     return tmp_path / "data"
 

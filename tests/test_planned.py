@@ -222,11 +222,11 @@ def test_what_is_missing_names_row_backbone_tasks_and_seeds() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=6))
-def test_what_is_missing_can_only_lower_the_p_of_the_others(drawn: list[tuple[float, bool]]) -> None:
+def test_what_is_missing_can_only_lower_the_p_of_the_others(cases: list[tuple[float, bool]]) -> None:
     """Holm with p = 1 for what is missing is an upper bound of Holm over all."""
-    whole = holm(dict(enumerate(p for p, _ in drawn)))
-    part = holm({number: p if there else 1.0 for number, (p, there) in enumerate(drawn)})
-    assert all(part[number] >= whole[number] for number, (_, there) in enumerate(drawn) if there)
+    whole = holm(dict(enumerate(p for p, _ in cases)))
+    part = holm({number: p if there else 1.0 for number, (p, there) in enumerate(cases)})
+    assert all(part[number] >= whole[number] for number, (_, there) in enumerate(cases) if there)
 
 
 def test_seeds_outside_of_the_plan_do_not_count() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from svp_bench.core.atomic import read_regular, replacing
 from svp_bench.core.errors import printable
 from svp_bench.data.inspection import Examined
-from svp_bench.data.sources import Images
+from svp_bench.data.sources import Images, Source
 
 Split = tuple[Images, Examined]
 _MAX_BYTES = 2**20
@@ -64,6 +64,22 @@ def joined(refit: Split, train: Split, val: Split) -> str | None:
     return (
         f"{refit[0].name} does not hold the images and labels of {names}: "
         f"{(ours - both).total()} are only in {refit[0].name}, {(both - ours).total()} only in {names}"
+    )
+
+
+def differences_from_manifest(digests: Mapping[str, str], source: Source) -> str:
+    """Return a note on splits whose pixels are not those that the manifest of their folder states; "" without any.
+
+    A record must not cite the manifest of files that it did not read.
+    """
+    other = [name for name, digest in digests.items() if source.manifest_content.get(name, digest) != digest]
+    return (
+        ""
+        if not other
+        else printable(
+            f"the pixels of {', '.join(other)} are not those of the manifest in {source.origin}; `svp-bench data verify` "
+            "names the files that changed"
+        )
     )
 
 

@@ -81,6 +81,6 @@ def locate(
     raise MissingDataError(
         f"no data of {card.name}: none of {', '.join(map(str, places))} holds {files} ({origin}); get {remedy} and "
         f"give its folder with --data.root DIR or ${ROOT_VARIABLE}, or try with synthetic images: "
-        "`svp-bench data draw`",
+        f"`svp-bench data draw`; `svp-bench data status {card.name}` names the command that downloads the data",
         places,
     )

@@ -25,7 +25,14 @@ from svp_bench.core.errors import ConfigError, DataError, UsageError, plural, pr
 from svp_bench.core.ranges import check_range
 from svp_bench.data.augment import AugmentConfig, Augmenter
 from svp_bench.data.cache import cached
-from svp_bench.data.content import content_digest, differences_from_first_use, joined, overlap, two_labels
+from svp_bench.data.content import (
+    content_digest,
+    differences_from_first_use,
+    differences_from_manifest,
+    joined,
+    overlap,
+    two_labels,
+)
 from svp_bench.data.decode import Depth
 from svp_bench.data.folds import CrossValidationConfig, with_fold
 from svp_bench.data.inspection import Examined
@@ -268,13 +275,8 @@ class VisionDataModule(LightningDataModule):
             for note, count in done.items():
                 self.image_notes[note] = self.image_notes.get(note, 0) + count
         notes = self._compare(source, found, parts, report)
-        stated = source.manifest_content
-        other = [name for name in names if stated.get(name, self.content_digests[name]) != self.content_digests[name]]
-        if other:  # the record must not cite files that it did not read
-            notes.append(
-                f"the pixels of {', '.join(other)} are not those of the manifest in {source.origin}; `svp-bench data "
-                "verify` names the files that changed"
-            )
+        if changed := differences_from_manifest(self.content_digests, source):
+            notes.append(changed)
             report = replace(report, manifest_digest=None)
         if self.image_notes:
             first = [path for paths in source.skipped.values() for path in paths][:3]

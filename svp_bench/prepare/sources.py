@@ -21,7 +21,7 @@ from svp_bench.data.manifest import Manifest, read_manifest, sums_digest
 from svp_bench.data.reading import joined_names
 from svp_bench.data.sources import DataReport, Note, Source, inspect, open_source
 from svp_bench.prepare.checks import content_digests, examine, leaks, remarks
-from svp_bench.prepare.stage import RefusedError, Stage, describe, finish, staged
+from svp_bench.prepare.stage import RefusedError, Stage, describe, staged, sums_below
 from svp_bench.prepare.verdict import Verdict, save_verdict
 from svp_bench.tasks.cards import SuiteCard, TaskCard, list_tasks, load_protocol, load_suite, load_task
 
@@ -164,10 +164,7 @@ def prepare(
         key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in plan.items()
     }
     if not replace and (known := _known(target, card, source, stated)) is not None:
-        _, sums = describe(
-            target, card, source=source, variant="", origin={}, splits=known.splits, content=known.content
-        )
-        if sums_digest(sums) != known.digest:
+        if sums_digest(sums_below(target)) != known.digest:
             raise UsageError(
                 f"{target} was built from the same data, and its files have changed: `svp-bench data verify` names "
                 "them, --replace builds it again"
@@ -184,8 +181,8 @@ def prepare(
         leaked = leaks(found, examined, load_protocol(suite.protocol))
         noted = [*built.notes, *report.notes, *leaked, *remarks(card, found, examined)]
         notes = tuple(note.replace(str(stage.folder), str(target)) for note in noted)
-        manifest = finish(
-            stage,
+        manifest, sums = describe(
+            stage.folder,
             card,
             source=source,
             variant=built.variant or report.variant,
@@ -193,6 +190,7 @@ def prepare(
             splits=report.counts,
             content=content_digests(examined),
         )
+        stage.finish(manifest, sums)
     read = open_source(card, root, suite=suite).folder
     if read is not None and read.resolve() != target.resolve():
         notes = (f"runs with this root read {read}, which goes first; move it away to use {target}", *notes)

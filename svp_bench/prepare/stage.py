@@ -73,6 +73,12 @@ class Stage:
             for chunk in chunks:
                 file.write(chunk)
 
+    def finish(self, manifest: Manifest, sums: bytes) -> None:
+        """Wait until the disk has all files, and write the manifest of the complete folder."""
+        if hasattr(os, "sync"):  # not on Windows
+            os.sync()
+        write_manifest(self.folder, manifest, sums)
+
     def write_split(self, name: str, images: list[tuple[str, int]]) -> None:
         """Write `<name>.txt`: a line `path label` for each image."""
         self.write(f"{name}.txt", "".join(f"{path} {label}\n" for path, label in images).encode())
@@ -126,26 +132,6 @@ def staged(target: Path, plan: Mapping[str, object], *, replace: bool = False) -
         raise DataError(f"{error.filename or target}: cannot be written ({error.strerror or error})") from None
 
 
-def finish(
-    stage: Stage,
-    card: TaskCard,
-    *,
-    source: str,
-    variant: str,
-    origin: Mapping[str, str],
-    splits: Mapping[str, int],
-    content: Mapping[str, str],
-) -> Manifest:
-    """Compute the digest of each file of a complete partial folder, and write its manifest."""
-    if hasattr(os, "sync"):  # not on Windows
-        os.sync()
-    manifest, sums = describe(
-        stage.folder, card, source=source, variant=variant, origin=origin, splits=splits, content=content
-    )
-    write_manifest(stage.folder, manifest, sums)
-    return manifest
-
-
 def describe(
     folder: Path,
     card: TaskCard,
@@ -157,12 +143,8 @@ def describe(
     content: Mapping[str, str],
 ) -> tuple[Manifest, bytes]:
     """Return the manifest of a folder and the content of its `SHA256SUMS`; every file is read."""
-    paths = [path for path in files_below(folder) if path not in (MANIFEST, SUMS)]
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = dict(
-            zip(paths, pool.map(lambda path: file_digest(folder / path).partition(":")[2], paths), strict=True)
-        )
-    sums = sums_of(digests)
+    paths = _data_files(folder)
+    sums = sums_below(folder)
     manifest = Manifest(
         schema=SCHEMA,
         task=card.name,
@@ -179,6 +161,18 @@ def describe(
         package_version=__version__,
     )
     return manifest, sums
+
+
+def sums_below(folder: Path) -> bytes:
+    """Return the content of `SHA256SUMS` for the files below a folder; every file is read."""
+    paths = _data_files(folder)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        digests = pool.map(lambda path: file_digest(folder / path).partition(":")[2], paths)
+        return sums_of(dict(zip(paths, digests, strict=True)))
+
+
+def _data_files(folder: Path) -> list[str]:
+    return [path for path in files_below(folder) if path not in (MANIFEST, SUMS)]
 
 
 def files_below(folder: Path) -> list[str]:
