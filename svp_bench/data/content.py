@@ -68,7 +68,7 @@ def joined(refit: Split, train: Split, val: Split) -> str | None:
 
 
 def differences_from_manifest(digests: Mapping[str, str], source: Source) -> str:
-    """Return a note on splits whose pixels are not those that the manifest of their folder states; "" without any.
+    """Return a note on splits whose pixels are not those that the manifest states; "" without any.
 
     A record must not cite the manifest of files that it did not read.
     """
