@@ -73,14 +73,10 @@ def differences_from_manifest(digests: Mapping[str, str], source: Source) -> str
     A record must not cite the manifest of files that it did not read.
     """
     other = [name for name, digest in digests.items() if source.manifest_content.get(name, digest) != digest]
-    return (
-        ""
-        if not other
-        else printable(
-            f"the pixels of {', '.join(other)} are not those of the manifest in {source.origin}; `svp-bench data verify` "
-            "names the files that changed"
-        )
-    )
+    if not other:
+        return ""
+    text = f"the pixels of {', '.join(other)} are not those of the manifest in {source.origin}"
+    return printable(f"{text}; `svp-bench data verify` names the files that changed")
 
 
 def differences_from_first_use(path: Path, digests: Mapping[str, str]) -> list[str]:

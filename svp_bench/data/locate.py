@@ -79,8 +79,7 @@ def locate(
                 return next((place for place in hits if (place / MANIFEST).exists()), hits[0])
     files = joined_names([file for form in forms for file in form], "or")
     raise MissingDataError(
-        f"no data of {card.name}: none of {', '.join(map(str, places))} holds {files} ({origin}; "
-        f"`svp-bench data status {card.name}` names the command that downloads them); get {remedy} and "
+        f"no data of {card.name}: none of {', '.join(map(str, places))} holds {files} ({origin}); get {remedy} and "
         f"give its folder with --data.root DIR or ${ROOT_VARIABLE}, or try with synthetic images: "
         "`svp-bench data draw`",
         places,
